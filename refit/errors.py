@@ -1,0 +1,47 @@
+"""Errors a user can act on, each with the exit code the process ends with.
+
+Raise them with a message that holds both numbers and the remedy; `refit.cli` prints it once, without a traceback.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    OK = 0
+    WRONG_DATA = 1
+    USAGE = 2
+    WAIVED = 3
+    FAILED = 4
+    SLOWER = 5
+
+
+class RefitError(Exception):
+    """Base of every error with a message for the user. Ends the process with `exit_code`."""
+
+    exit_code = ExitCode.FAILED
+
+
+class UsageError(RefitError):
+    """The command line, a YAML file or a combination of sizes cannot be honoured."""
+
+    exit_code = ExitCode.USAGE
+
+
+class UnavailableError(RefitError):
+    """Something the scenario asks for (a transport, a library, a GPU) is not on this machine."""
+
+    exit_code = ExitCode.WAIVED
+
+
+class PlanError(RefitError):
+    """Source and destination do not hold the same tensors, or no complete plan exists."""
+
+    exit_code = ExitCode.FAILED
+
+
+class InventoryError(RefitError):
+    """A model's state and its statement of who holds what disagree."""
+
+    exit_code = ExitCode.FAILED

@@ -1,0 +1,119 @@
+"""Layout: the parallel sizes of one side on its window of ranks, and every rank's coordinates.
+
+Rank order is Megatron's default, tp-cp-ep-dp-pp with the tensor axis fastest and the pipeline axis slowest
+(`megatron.core.parallel_state.RankGenerator`). Dense layers see the window as [pp, dp, tp], routed experts see the
+same window as [pp, edp, ep, etp].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refit.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank stands on each axis, counted from 0."""
+
+    tp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Parallel sizes of one side on ranks `first_rank .. first_rank + world_size - 1`.
+
+    world_size = tp * dp * pp = etp * ep * edp * pp. `first_stage_layers` and `last_stage_layers` are the layers on the
+    first and last pipeline stage where the split is uneven; None splits evenly.
+    """
+
+    tp: int
+    ep: int
+    etp: int
+    pp: int
+    world_size: int
+    first_rank: int = 0
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "ep", "etp", "pp", "world_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for kind, size in (("TP x PP", self.tp * self.pp), ("ETP x EP x PP", self.etp * self.ep * self.pp)):
+            if self.world_size % size:
+                raise UsageError(
+                    f"{self.world_size} ranks cannot be divided into {kind} = {size}: give a multiple of {size} ranks"
+                )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of the dense layers."""
+        return self.world_size // (self.tp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        """Data-parallel replicas of the routed experts."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    @property
+    def ranks(self) -> range:
+        return range(self.first_rank, self.first_rank + self.world_size)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Raises ValueError for a rank outside the window."""
+        if rank not in self.ranks:
+            raise ValueError(f"rank {rank} is not in {self.ranks}")
+        local = rank - self.first_rank
+        dense, pp = local % (self.world_size // self.pp), local // (self.world_size // self.pp)
+        return Coordinates(
+            tp=dense % self.tp,
+            dp=dense // self.tp,
+            pp=pp,
+            etp=dense % self.etp,
+            ep=dense // self.etp % self.ep,
+            edp=dense // (self.etp * self.ep),
+        )
+
+    def stage_layers(self, num_layers: int) -> tuple[range, ...]:
+        """Global layer numbers of each pipeline stage, as Megatron splits them.
+
+        Raises UsageError where the layers left for the stages in between do not divide.
+        """
+        ends = [self.first_stage_layers, self.last_stage_layers]
+        if self.pp == 1 or ends == [None, None]:
+            if num_layers % self.pp:
+                raise UsageError(
+                    f"{num_layers} layers do not divide by pipeline size {self.pp}: use a divisor of {num_layers}, "
+                    "or give the layers of the first or last stage (--decoder-first-pipeline-num-layers)"
+                )
+            sizes = [num_layers // self.pp] * self.pp
+        else:
+            sizes = self._uneven_sizes(num_layers)
+        starts = [sum(sizes[:stage]) for stage in range(self.pp)]
+        return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+    def _uneven_sizes(self, num_layers: int) -> list[int]:
+        given = [size for size in (self.first_stage_layers, self.last_stage_layers) if size is not None]
+        between, left = self.pp - len(given), num_layers - sum(given)
+        if left < between or (between and left % between) or (not between and left):
+            raise UsageError(
+                f"{num_layers} layers less {sum(given)} on the uneven stages leave {left} for {between} stages: "
+                f"they must divide evenly, at least one each"
+            )
+        sizes = [left // between] * between if between else []
+        if self.first_stage_layers is not None:
+            sizes.insert(0, self.first_stage_layers)
+        if self.last_stage_layers is not None:
+            sizes.append(self.last_stage_layers)
+        return sizes
+
+    @property
+    def summary(self) -> str:
+        """`TP=2, PP=1, EP=2`, as the rank map prints it."""
+        return f"TP={self.tp}, PP={self.pp}, EP={self.ep}"

@@ -1,0 +1,219 @@
+"""RefitPlan: which box of which tensor goes from whom to whom, proved complete when built."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from refit.errors import PlanError
+from refit.plan.box import Box
+from refit.plan.inventory import Census, TensorSpec
+
+ZEROS = -1
+"""As a source: no rank. The destination writes zeros, where its vocabulary padding is longer than the source's."""
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """`box` of a tensor, read on rank `source` and written on rank `destination`; the same rank is a local copy."""
+
+    tensor: TensorSpec
+    source_dtype: str
+    box: Box
+    source: int
+    destination: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written at the destination, in its dtype."""
+        return self.box.volume * self.tensor.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """The part of a plan one rank carries out; each list in plan order, which both ends of a pair share."""
+
+    rank: int
+    sends: tuple[Transfer, ...]
+    receives: tuple[Transfer, ...]
+    local: tuple[Transfer, ...]
+    zeros: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True)
+class RefitPlan:
+    """Transfers in columns: row `i` moves `extents[i]` elements at `offsets[i]` of tensor `keys[tensor[i]]`.
+
+    Shapes: tensor, source, destination `[num_transfers]`; offsets, extents `[num_transfers, max_dims]`, trailing dims
+    of tensors with fewer padded with offset 0, extent 1. Building one raises PlanError unless every destination
+    element is written exactly once and every read lies inside a box that its source holds.
+    """
+
+    source_census: Census
+    destination_census: Census
+    keys: tuple[str, ...]
+    tensor: IntArray
+    source: IntArray
+    destination: IntArray
+    offsets: IntArray
+    extents: IntArray
+
+    def __post_init__(self) -> None:
+        _check_reads(self)
+        _check_disjoint(self)
+        _check_volumes(self)
+
+    @classmethod
+    def from_rows(cls, source: Census, destination: Census, rows: Sequence[tuple[int, int, int, Box]]) -> RefitPlan:
+        """Rows are (tensor index in `destination.tensors`, source, destination, box); they are sorted here."""
+        dims = max((len(row[3].offsets) for row in rows), default=1)
+        rows = sorted(rows, key=lambda row: (row[0], row[3].offsets, row[2]))
+        blank, unit = (0,) * dims, (1,) * dims
+        return cls(
+            source,
+            destination,
+            tuple(destination.tensors),
+            *(np.array([row[column] for row in rows], np.int64) for column in range(3)),
+            np.array([row[3].offsets + blank[len(row[3].offsets) :] for row in rows], np.int64).reshape(-1, dims),
+            np.array([row[3].extents + unit[len(row[3].extents) :] for row in rows], np.int64).reshape(-1, dims),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(self.destination_census.tensors[key] for key in self.keys)
+
+    @cached_property
+    def nbytes(self) -> IntArray:
+        """Bytes each transfer writes, `[num_transfers]`."""
+        itemsizes = np.array([spec.itemsize for spec in self.specs], np.int64)
+        return np.asarray(self.extents.prod(axis=1) * itemsizes[self.tensor], np.int64)
+
+    @property
+    def is_local(self) -> npt.NDArray[np.bool_]:
+        return self.source == self.destination
+
+    @property
+    def is_wire(self) -> npt.NDArray[np.bool_]:
+        """Transfers that leave their source rank."""
+        return (self.source != self.destination) & (self.source != ZEROS)
+
+    def transfers(self, rows: IntArray | None = None) -> Iterator[Transfer]:
+        """Rows as objects, all of them or those numbered in `rows`."""
+        for row in range(len(self)) if rows is None else rows.tolist():
+            spec = self.specs[self.tensor[row]]
+            dims = len(spec.shape)
+            box = Box(tuple(self.offsets[row, :dims].tolist()), tuple(self.extents[row, :dims].tolist()))
+            source = int(self.source[row])
+            source_dtype = spec.dtype if source == ZEROS else self.source_census.tensors[spec.key].dtype
+            yield Transfer(spec, source_dtype, box, source, int(self.destination[row]))
+
+    def for_rank(self, rank: int) -> RankPlan:
+        """What `rank` sends, receives, copies and zeroes."""
+
+        def select(mask: npt.NDArray[np.bool_]) -> tuple[Transfer, ...]:
+            return tuple(self.transfers(np.flatnonzero(mask)))
+
+        return RankPlan(
+            rank,
+            sends=select(self.is_wire & (self.source == rank)),
+            receives=select(self.is_wire & (self.destination == rank)),
+            local=select(self.is_local & (self.destination == rank)),
+            zeros=select((self.source == ZEROS) & (self.destination == rank)),
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the columns and keys: ranks that print the same digest move the same bytes."""
+        sha = hashlib.sha256("\n".join(self.keys).encode())
+        for column in (self.tensor, self.source, self.destination, self.offsets, self.extents):
+            sha.update(np.ascontiguousarray(column).tobytes())
+        return sha.hexdigest()
+
+    @cached_property
+    def casts(self) -> dict[str, tuple[str, str]]:
+        """Tensors whose dtype differs between the sides: key -> (source dtype, destination dtype)."""
+        theirs = self.source_census.tensors
+        return {
+            key: (theirs[key].dtype, spec.dtype)
+            for key, spec in self.destination_census.tensors.items()
+            if theirs[key].dtype != spec.dtype
+        }
+
+
+def _check_reads(plan: RefitPlan) -> None:
+    """Every read lies inside one box its source holds, every write inside one box its destination holds."""
+    for side, census, column in (
+        ("read", plan.source_census, plan.source),
+        ("written", plan.destination_census, plan.destination),
+    ):
+        offsets, ends = plan.offsets, plan.offsets + plan.extents
+        inside = column == ZEROS
+        for first, last, tensor in _runs(plan.tensor):
+            for holding in census.spreads[plan.keys[tensor]].holdings:
+                rows = slice(first, last)
+                dims = len(holding.box.offsets)
+                within = (offsets[rows, :dims] >= holding.box.offsets).all(1) & (ends[rows, :dims] <= holding.box.ends).all(
+                    1
+                )
+                inside[rows] |= within & np.isin(column[rows], holding.ranks)
+        if not inside.all():
+            row = int(np.flatnonzero(~inside)[0])
+            raise PlanError(f"{_row_text(plan, row)} is {side} on rank {column[row]}, which does not hold it")
+
+
+def _runs(tensor: IntArray) -> Iterator[tuple[int, int, int]]:
+    """(first row, end row, tensor index) of each run of equal values in a sorted column."""
+    edges = np.flatnonzero(np.diff(tensor)) + 1
+    bounds = [0, *edges.tolist(), len(tensor)] if len(tensor) else []
+    for first, last in itertools.pairwise(bounds):
+        yield first, last, int(tensor[first])
+
+
+def _check_disjoint(plan: RefitPlan) -> None:
+    """No two writes to one (tensor, destination) overlap."""
+    order = np.lexsort((plan.destination, plan.tensor))
+    group = np.stack([plan.tensor[order], plan.destination[order]], 1)
+    offsets, ends = plan.offsets[order], (plan.offsets + plan.extents)[order]
+    # Compare every row with its k-th successor, for k up to the size of the largest group.
+    for k in range(1, len(order)):
+        same = (group[:-k] == group[k:]).all(1)
+        if not same.any():
+            return
+        overlap = same & (np.maximum(offsets[:-k], offsets[k:]) < np.minimum(ends[:-k], ends[k:])).all(1)
+        if overlap.any():
+            row = int(order[int(np.flatnonzero(overlap)[0])])
+            raise PlanError(f"{_row_text(plan, row)} is written twice on rank {plan.destination[row]}")
+
+
+def _check_volumes(plan: RefitPlan) -> None:
+    """Disjoint writes inside what each destination holds cover it when their volumes add up."""
+    index = {rank: column for column, rank in enumerate(plan.destination_census.ranks)}
+    written = np.zeros((len(plan.keys), len(index)), np.int64)
+    columns = np.array([index[rank] for rank in plan.destination.tolist()], np.int64)
+    np.add.at(written, (plan.tensor, columns), plan.extents.prod(axis=1))
+    held = np.zeros_like(written)
+    for tensor, key in enumerate(plan.keys):
+        for holding in plan.destination_census.spreads[key].holdings:
+            held[tensor, [index[rank] for rank in holding.ranks]] += holding.box.volume
+    if (written != held).any():
+        tensor, column = np.argwhere(written != held)[0].tolist()
+        raise PlanError(
+            f"{plan.keys[tensor]} on rank {plan.destination_census.ranks[column]}: "
+            f"{written[tensor, column]} of {held[tensor, column]} elements are written"
+        )
+
+
+def _row_text(plan: RefitPlan, row: int) -> str:
+    transfer = next(plan.transfers(np.array([row])))
+    return f"{transfer.tensor.key} at {transfer.box.offsets}+{transfer.box.extents}"

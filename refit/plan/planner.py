@@ -1,0 +1,157 @@
+"""How a transfer is found.
+
+1. Match the tensors of both sides by key (`match_tensors`).
+2. For each destination rank, cover every box it holds with boxes the source holds (`overlaps`).
+3. A piece that the rank holds itself is a local copy; one that a single rank holds comes from there; of several
+   replicas the least loaded sends it, largest pieces first (`choose_senders`).
+4. Pieces of one tensor that the same pair exchanges and that touch become one transfer.
+
+Pure and deterministic: every rank that plans the same two censuses gets the same plan, so nobody has to communicate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refit.errors import PlanError
+from refit.plan.box import Box, coalesce
+from refit.plan.inventory import Census, Spread, TensorSpec
+from refit.plan.plan import ZEROS, RefitPlan
+
+MIN_SPLIT_BYTES = 1 << 20
+"""Replicated pieces are cut no smaller than this for the sake of balance: more operations would cost more than it gains."""
+
+IMBALANCE = 0.01
+"""Replicated pieces are cut to this share of a mean sender's bytes, which bounds how uneven the senders can end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a destination's box and the source ranks it can come from; none of them: written as zeros."""
+
+    box: Box
+    holders: tuple[int, ...]
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A piece of tensor number `tensor` that still needs a sender."""
+
+    tensor: int
+    piece: Piece
+    nbytes: int
+
+
+def plan_refit(source: Census, destination: Census, *, ranks_per_node: int | None = None) -> RefitPlan:
+    """Plan how every box of `destination` is filled from `source`.
+
+    With `ranks_per_node` a replica on the destination's own node is preferred to a remote one.
+    Raises PlanError where the sides do not hold the same tensors or some element has no source.
+    """
+    match_tensors(source, destination)
+    rows: list[tuple[int, int, int, Box]] = []
+    replicated: list[_Open] = []
+    load = dict.fromkeys(source.ranks, 0)
+    covers: dict[tuple[Spread, Spread], list[Piece]] = {}
+    for index, (key, tensor) in enumerate(destination.tensors.items()):
+        spreads = (source.spreads[key], destination.spreads[key])
+        if spreads not in covers:
+            covers[spreads] = overlaps(*spreads, tensor)
+        for piece in covers[spreads]:
+            if len(piece.holders) > 1 and piece.destination not in piece.holders:
+                replicated.append(_Open(index, piece, piece.box.volume * tensor.itemsize))
+                continue
+            sender = _only_sender(piece)
+            rows.append((index, sender, piece.destination, piece.box))
+            if sender not in (ZEROS, piece.destination):
+                load[sender] += piece.box.volume * tensor.itemsize
+    rows += choose_senders(replicated, load, ranks_per_node)
+    return RefitPlan.from_rows(source, destination, merge(rows))
+
+
+def match_tensors(source: Census, destination: Census) -> None:
+    """Check that every destination tensor has a source of the same shape.
+
+    Source tensors without a destination are an error too: weights left behind mean two different models. Where the
+    first dim is padded (vocabulary), only the others must agree.
+    """
+    missing = sorted(destination.tensors.keys() - source.tensors.keys())
+    surplus = sorted(source.tensors.keys() - destination.tensors.keys())
+    if missing or surplus:
+        raise PlanError(
+            f"the two models differ: {len(missing)} tensors only at the destination {missing[:3]}, "
+            f"{len(surplus)} only at the source {surplus[:3]}"
+        )
+    for key, wanted in destination.tensors.items():
+        held = source.tensors[key]
+        free = 1 if wanted.padded and held.padded else 0
+        if len(held.shape) != len(wanted.shape) or held.shape[free:] != wanted.shape[free:]:
+            raise PlanError(f"{key}: shape {list(held.shape)} at the source, {list(wanted.shape)} at the destination")
+
+
+def overlaps(source: Spread, destination: Spread, tensor: TensorSpec) -> list[Piece]:
+    """Cover each destination rank's boxes with source boxes, those the rank holds itself first.
+
+    Padding rows that no source holds become pieces without holders; anything else uncovered raises PlanError.
+    """
+    pieces: list[Piece] = []
+    for wanted in destination.holdings:
+        for rank in wanted.ranks:
+            missing = [wanted.box]
+            for held in sorted(source.holdings, key=lambda holding: rank not in holding.ranks):
+                if not missing:
+                    break
+                found = [part for hole in missing if (part := hole.intersect(held.box)) is not None]
+                if found:
+                    pieces += (Piece(part, held.ranks, rank) for part in found)
+                    missing = [rest for hole in missing for rest in hole.subtract(held.box)]
+            if missing and not tensor.padded:
+                raise PlanError(f"{tensor.key}: no source holds {missing[0]} that rank {rank} needs")
+            pieces += (Piece(hole, (), rank) for hole in missing)
+    return pieces
+
+
+def _only_sender(piece: Piece) -> int:
+    if not piece.holders:
+        return ZEROS
+    return piece.destination if piece.destination in piece.holders else piece.holders[0]
+
+
+def choose_senders(
+    replicated: Sequence[_Open], load: dict[int, int], ranks_per_node: int | None
+) -> list[tuple[int, int, int, Box]]:
+    """Give each replicated piece to its least loaded holder, largest first (LPT, Graham 1969); `load` is updated.
+
+    Ties go to the holder that stands first in its side's rank order, never to the smaller number: renaming ranks
+    renames the plan and changes nothing else.
+    """
+    total = sum(load.values()) + sum(item.nbytes for item in replicated)
+    limit = max(MIN_SPLIT_BYTES, int(IMBALANCE * total / max(1, len(load))))
+    parts = [(item, box) for item in replicated for box in item.piece.box.split(math.ceil(item.nbytes / limit))]
+    parts.sort(key=lambda part: -part[1].volume * part[0].nbytes // part[0].piece.box.volume)
+    rows = []
+    for item, box in parts:
+        piece = item.piece
+        sender = min(_nearest(piece, ranks_per_node), key=load.__getitem__)
+        load[sender] += box.volume * item.nbytes // piece.box.volume
+        rows.append((item.tensor, sender, piece.destination, box))
+    return rows
+
+
+def _nearest(piece: Piece, ranks_per_node: int | None) -> Sequence[int]:
+    if ranks_per_node is None:
+        return piece.holders
+    node = piece.destination // ranks_per_node
+    return [rank for rank in piece.holders if rank // ranks_per_node == node] or piece.holders
+
+
+def merge(rows: Sequence[tuple[int, int, int, Box]]) -> list[tuple[int, int, int, Box]]:
+    """Join touching boxes that share tensor, source and destination. Moves the same elements in fewer transfers."""
+    boxes: dict[tuple[int, int, int], list[Box]] = defaultdict(list)
+    for tensor, sender, receiver, box in rows:
+        boxes[tensor, sender, receiver].append(box)
+    return [(*route, box) for route, parts in boxes.items() for box in (coalesce(parts) if len(parts) > 1 else parts)]

@@ -1,0 +1,86 @@
+"""What every transport offers: prepare a plan once, run it as often as there are new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from refit.errors import UsageError
+from refit.plan.plan import RefitPlan
+from refit.transport.memory import WeightMemory
+
+
+@dataclass(frozen=True, slots=True)
+class TransportOptions:
+    """Bounds and switches of one scenario that transports read.
+
+    `staging_bytes` bounds the memory a rank spends on staging, beyond both models. `timeout_s` bounds every wait.
+    """
+
+    staging_bytes: int = 512 << 20
+    timeout_s: float = 300.0
+
+
+@dataclass(slots=True)
+class RunReport:
+    """What one `Program.run` did on this rank. Phase seconds do not overlap and need not add up to the run's time."""
+
+    phases_s: dict[str, float] = field(default_factory=dict)
+    wire_bytes_sent: int = 0
+    wire_bytes_received: int = 0
+    local_bytes: int = 0
+
+
+class Program(Protocol):
+    """A plan bound to memory and a substrate, ready to run."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes this rank allocated beyond the models."""
+        ...
+
+    def run(self) -> RunReport:
+        """Move every byte. On return all of this rank's destination weights are usable.
+
+        Collective: every participating rank must call. Raises RefitError where a peer fails or time runs out.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release staging and mappings. Collective."""
+        ...
+
+
+class Transport(Protocol):
+    """Prepares programs on one substrate."""
+
+    name: str
+
+    def check_available(self) -> None:
+        """Raise UnavailableError, saying what is missing and how to get it. Needs no process group."""
+        ...
+
+    def prepare(
+        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+    ) -> Program:
+        """Bind `plan` to this rank's weights; a side this rank is not part of is None.
+
+        Collective: every rank of the plan must call, on the default process group's numbering.
+        """
+        ...
+
+
+_FACTORIES: dict[str, Callable[[], Transport]] = {}
+
+
+def register(name: str, factory: Callable[[], Transport]) -> None:
+    """Make a transport known under `name`; `factory` imports what it needs only when called."""
+    _FACTORIES[name] = factory
+
+
+def get_transport(name: str) -> Transport:
+    """Raises UsageError, listing what there is, for an unknown name."""
+    if name not in _FACTORIES:
+        raise UsageError(f"unknown transport {name!r}: choose one of {', '.join(sorted(_FACTORIES))}")
+    return _FACTORIES[name]()

@@ -1,0 +1,95 @@
+"""WeightMemory: where a rank's shards lie in live memory, and the views that any box of them has there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from refit.plan.box import Box
+from refit.plan.inventory import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LiveShard:
+    """One tensor in memory: `box` of the global tensor, `view` of shape `box.extents` onto the model's own storage.
+
+    `owner` is the parameter or buffer that `view` looks into. A model may give it new storage between refits, so views
+    are derived from it anew (`WeightMemory.refresh`).
+    """
+
+    tensor: TensorSpec
+    box: Box
+    owner: torch.Tensor
+    view: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The part `box` of a tensor, contiguous or not, in this rank's memory; `data` has shape `box.extents`."""
+
+    box: Box
+    data: torch.Tensor
+
+
+class WeightMemory:
+    """All live shards of one model on this rank, addressed by tensor key and box."""
+
+    def __init__(self, shards: Iterable[LiveShard]) -> None:
+        self._shards: dict[str, list[LiveShard]] = defaultdict(list)
+        for shard in shards:
+            self._shards[shard.tensor.key].append(shard)
+        self._addresses = self._current_addresses()
+
+    def __iter__(self) -> Iterator[LiveShard]:
+        for shards in self._shards.values():
+            yield from shards
+
+    @property
+    def device(self) -> torch.device:
+        return next((shard.view.device for shard in self), torch.device("cpu"))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.view.numel() * shard.view.element_size() for shard in self)
+
+    def views(self, key: str, box: Box) -> list[View]:
+        """The live views that make up `box`, disjoint and complete, in order of their offsets.
+
+        Raises KeyError where this rank does not hold all of it.
+        """
+        found = []
+        for shard in self._shards[key]:
+            part = box.intersect(shard.box)
+            if part is not None:
+                found.append(View(part, shard.view[part.slices_within(shard.box)]))
+        if sum(view.box.volume for view in found) != box.volume:
+            raise KeyError(f"{key}: {box} is not held here as a whole")
+        return sorted(found, key=lambda view: view.box.offsets)
+
+    def refresh(self) -> bool:
+        """Follow owners whose storage has moved since the last call; True where any has."""
+        addresses = self._current_addresses()
+        if addresses == self._addresses:
+            return False
+        for key, shards in self._shards.items():
+            self._shards[key] = [_rebound(shard, self._addresses[id(shard.owner)]) for shard in shards]
+        self._addresses = addresses
+        return True
+
+    def _current_addresses(self) -> dict[int, int]:
+        return {id(shard.owner): shard.owner.data_ptr() for shard in self}
+
+
+def _rebound(shard: LiveShard, old_address: int) -> LiveShard:
+    """The same view at the same distance from its owner's start, wherever that is now.
+
+    Valid as long as the owner keeps its shape and strides, which a model does that only swaps buffers.
+    """
+    owner, view = shard.owner, shard.view
+    distance = (view.data_ptr() - old_address) // view.element_size()
+    offset = owner.storage_offset() + distance
+    data = torch.as_strided(owner.detach(), view.shape, view.stride(), offset)
+    return LiveShard(shard.tensor, shard.box, owner, data)
