@@ -61,7 +61,7 @@ class Box:
     def split(self, count: int) -> Iterator[Box]:
         """At most `count` boxes of nearly equal size that cut this one along its first dim of more than one element."""
         dim = self.leading_dim
-        if dim is None:
+        if dim is None or count <= 1:
             yield self
             return
         size = self.extents[dim]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from refit.errors import PlanError
 from refit.plan.box import Box
-from refit.plan.inventory import Census, TensorSpec
+from refit.plan.inventory import Census, Spread, TensorSpec
 
 ZEROS = -1
 """As a source: no rank. The destination writes zeros, where its vocabulary padding is longer than the source's."""
@@ -157,27 +156,43 @@ def _check_reads(plan: RefitPlan) -> None:
         ("read", plan.source_census, plan.source),
         ("written", plan.destination_census, plan.destination),
     ):
-        offsets, ends = plan.offsets, plan.offsets + plan.extents
         inside = column == ZEROS
-        for first, last, tensor in _runs(plan.tensor):
-            for holding in census.spreads[plan.keys[tensor]].holdings:
-                rows = slice(first, last)
-                dims = len(holding.box.offsets)
-                within = (offsets[rows, :dims] >= holding.box.offsets).all(1) & (ends[rows, :dims] <= holding.box.ends).all(
-                    1
-                )
-                inside[rows] |= within & np.isin(column[rows], holding.ranks)
+        for spread, rows in _rows_by_spread(plan, census):
+            inside[rows] |= _held_by(spread, column[rows], plan.offsets[rows], plan.extents[rows])
         if not inside.all():
             row = int(np.flatnonzero(~inside)[0])
             raise PlanError(f"{_row_text(plan, row)} is {side} on rank {column[row]}, which does not hold it")
 
 
-def _runs(tensor: IntArray) -> Iterator[tuple[int, int, int]]:
-    """(first row, end row, tensor index) of each run of equal values in a sorted column."""
-    edges = np.flatnonzero(np.diff(tensor)) + 1
-    bounds = [0, *edges.tolist(), len(tensor)] if len(tensor) else []
-    for first, last in itertools.pairwise(bounds):
-        yield first, last, int(tensor[first])
+def _rows_by_spread(plan: RefitPlan, census: Census) -> Iterator[tuple[Spread, IntArray]]:
+    """Each distinct spread of `census` with the rows of all tensors that lie so."""
+    number: dict[int, int] = {}
+    spreads = [census.spreads[key] for key in plan.keys]
+    numbers = np.array([number.setdefault(id(spread), len(number)) for spread in spreads], np.int64)
+    row_numbers = numbers[plan.tensor]
+    order = np.argsort(row_numbers, kind="stable")
+    bounds = np.searchsorted(row_numbers[order], np.arange(len(number) + 1))
+    distinct = {id(spread): spread for spread in spreads}
+    for spread_id, index in number.items():
+        yield distinct[spread_id], order[bounds[index] : bounds[index + 1]]
+
+
+def _held_by(spread: Spread, ranks: IntArray, offsets: IntArray, extents: IntArray) -> npt.NDArray[np.bool_]:
+    """For each row, whether one box that `ranks[row]` holds contains the row's box. Shapes `[rows]`, `[rows, dims]`."""
+    held = sorted((rank, holding.box) for holding in spread.holdings for rank in holding.ranks)
+    holders = np.array([rank for rank, _ in held], np.int64)
+    dims = len(held[0][1].offsets)
+    lows = np.array([box.offsets for _, box in held], np.int64).reshape(-1, dims)
+    highs = np.array([box.ends for _, box in held], np.int64).reshape(-1, dims)
+    low, high = offsets[:, :dims], offsets[:, :dims] + extents[:, :dims]
+    first = np.searchsorted(holders, ranks)
+    inside = np.zeros(len(ranks), np.bool_)
+    # A rank holds few boxes of one tensor (gate and up: two), so step through its k-th box for all rows at once.
+    for k in range(int(np.unique(holders, return_counts=True)[1].max())):
+        entry = np.minimum(first + k, len(holders) - 1)
+        within = (lows[entry] <= low).all(1) & (high <= highs[entry]).all(1)
+        inside |= (holders[entry] == ranks) & within
+    return inside
 
 
 def _check_disjoint(plan: RefitPlan) -> None:

@@ -56,12 +56,13 @@ def plan_refit(source: Census, destination: Census, *, ranks_per_node: int | Non
     rows: list[tuple[int, int, int, Box]] = []
     replicated: list[_Open] = []
     load = dict.fromkeys(source.ranks, 0)
-    covers: dict[tuple[Spread, Spread], list[Piece]] = {}
+    covers: dict[tuple[int, int], list[Piece]] = {}  # layers of a kind share their spreads
     for index, (key, tensor) in enumerate(destination.tensors.items()):
         spreads = (source.spreads[key], destination.spreads[key])
-        if spreads not in covers:
-            covers[spreads] = overlaps(*spreads, tensor)
-        for piece in covers[spreads]:
+        memo = (id(spreads[0]), id(spreads[1]))
+        if memo not in covers:
+            covers[memo] = overlaps(*spreads, tensor)
+        for piece in covers[memo]:
             if len(piece.holders) > 1 and piece.destination not in piece.holders:
                 replicated.append(_Open(index, piece, piece.box.volume * tensor.itemsize))
                 continue
