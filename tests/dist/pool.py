@@ -1,0 +1,98 @@
+"""A pool of rank processes, forked from one that has imported torch and Megatron once.
+
+`RankPool(8).run(function, *args)` calls `function(rank, *args)` on every rank, with a Gloo process group over all of
+them, and returns the results in rank order. A rank that raises, dies or hangs fails the call with every rank's
+traceback; the next call starts a fresh set of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+class RankError(AssertionError):
+    """One or more ranks failed; the text holds each rank's traceback."""
+
+
+class RankPool:
+    def __init__(self, num_ranks: int = 8) -> None:
+        self.num_ranks = num_ranks
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results, errors = self._collect(timeout_s)
+        if errors:
+            self.stop()
+            raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(errors.items())))
+        return [results[rank] for rank in range(self.num_ranks)]
+
+    def _collect(self, timeout_s: float) -> tuple[dict[int, Any], dict[int, str]]:
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        waiting = dict(zip(self._pipes, range(self.num_ranks), strict=True))
+        while waiting:
+            # Once one rank has failed its peers may wait for it in vain: give them a moment, then report.
+            ready = wait(list(waiting), timeout=5.0 if errors else timeout_s)
+            if not ready:
+                errors.update({rank: "no answer in time" for rank in waiting.values()})
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, "died"
+                (results if ok else errors)[rank] = value
+        return results, errors
+
+    def _start(self) -> None:
+        # Forked children must not inherit OpenMP's threads, and 8 ranks on few cores want one thread each.
+        torch.set_num_threads(1)
+        context = mp.get_context("fork")
+        store = tempfile.NamedTemporaryFile(prefix="ranks-", delete=False)  # noqa: SIM115
+        for rank in range(self.num_ranks):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.num_ranks, store.name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(mine)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(rank, *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
