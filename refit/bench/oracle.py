@@ -89,7 +89,8 @@ def check(memory: WeightMemory, source: Mapping[str, TensorSpec], iteration: int
     `source` tells each tensor's dtype at the source, whose value is cast to the destination's, and its first dim, past
     which padding must be zero.
     """
-    compared, wrong = 0, {}
+    compared = 0
+    wrong: dict[str, WrongTensor] = {}
     for shard in memory:
         for block in _blocks(shard, start=iteration % SAMPLE_STRIDE if sample else None):
             expected = _expected(source[shard.tensor.key], shard, block, iteration)

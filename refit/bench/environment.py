@@ -1,0 +1,82 @@
+"""The manifest: what ran where, recorded with every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refit.bench.memory import total_memory_bytes
+
+PACKAGES = ("refit-benchmark", "torch", "megatron-core", "numpy", "nvshmem4py-cu13", "transformer-engine", "triton")
+ALLOWED_VARIABLES = re.compile(
+    r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
+)
+"""Environment variables that go into a result: those that change performance, never the rest (tokens, paths)."""
+
+
+def manifest() -> dict[str, Any]:
+    """Versions, devices, host and settings, as JSON values."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **_package_versions()},
+        "commit": _commit(),
+        "host": socket.gethostname(),
+        "cpu": _cpu_model(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": total_memory_bytes(),
+        "gpus": _gpus(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if ALLOWED_VARIABLES.match(name)},
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    megatron = sys.modules.get("megatron.core")
+    if megatron is not None:  # what was really imported, also from a source tree
+        versions["megatron-core"] = str(megatron.__version__)
+    if torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return versions
+
+
+def _commit() -> str | None:
+    """The suite's own commit, `-dirty` with uncommitted changes; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    return [
+        {"name": properties.name, "memory_bytes": properties.total_memory}
+        for properties in (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    ]

@@ -1,0 +1,150 @@
+"""One engine's refits: prepare once, then fill, poison, refit under the clock and check, as often as asked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from refit.bench import oracle
+from refit.bench.clock import Stopwatch, Timing, time_run
+from refit.bench.exchange import gather
+from refit.bench.forward import compare_forward
+from refit.bench.memory import PeakMemory
+from refit.bench.session import Session
+from refit.bench.sides import Sides
+from refit.bench.stats import summarise
+from refit.config import Engine, Verify
+from refit.errors import UnavailableError
+from refit.plan.plan import RefitPlan
+from refit.report import text
+from refit.report.result import EngineResult, Sample, WrongWeights
+from refit.transport.base import Program, TransportOptions, get_transport
+
+MAX_WRONG_PER_RANK = 100
+"""Wrong tensors a rank reports per iteration; the counts of elements are complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RankSample:
+    """One rank's part of one refit, as gathered."""
+
+    rank: int
+    timing: Timing
+    verdict: oracle.Verdict
+
+
+def measure_engine(session: Session, sides: Sides, plan: RefitPlan, engine: Engine, plan_s: float) -> None:
+    """Measure `engine` and leave its EngineResult in the session's result.
+
+    Collective: every rank of the job. An engine that cannot run here is waived with the reason, not raised.
+    """
+    name, outcome, stopwatch = engine.value, EngineResult(), Stopwatch()
+    session.result.engines[name] = outcome
+    session.enter(f"prepare {name}")
+    memory = PeakMemory(session.device)
+    with stopwatch.step("prepare"), memory.watch():
+        program, reason = _prepare(session, sides, plan, engine)
+    waived = next((each for each in gather(session.control, reason) if each is not None), None)
+    if waived is not None:
+        outcome.status, outcome.reason = "waived", waived
+        return
+    assert program is not None
+    _iterate(session, sides, program, name, memory)
+    outcome.extra_memory_bytes_per_rank = gather(session.control, memory.extra_bytes)
+    outcome.staging_bytes_per_rank = gather(session.control, program.staging_bytes)
+    _summarise(session, outcome, {"plan": plan_s} if engine is Engine.REFIT else {}, stopwatch, plan)
+    if session.scenario.check_forward:
+        session.enter(f"forward after {name}")
+        forward = compare_forward(session, sides)
+        outcome.forward = {**asdict(forward), "passed": forward.passed}
+        session.say(text.forward_line(name, outcome.forward))
+    session.enter(f"close {name}")
+    program.close()
+    session.save()
+
+
+def _prepare(session: Session, sides: Sides, plan: RefitPlan, engine: Engine) -> tuple[Program | None, str | None]:
+    """The engine's program, or the reason why it cannot run here."""
+    scenario = session.scenario
+    options = TransportOptions(scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers)
+    try:
+        if engine is Engine.REFIT:
+            transport = get_transport(scenario.method.value)
+            return transport.prepare(plan, sides.source.memory, sides.destination.memory, options), None
+        from refit.megatron.engine import prepare_megatron_refit
+
+        return (
+            prepare_megatron_refit(
+                sides.source.model, sides.destination.model, scenario.method.value, device=session.device
+            ),
+            None,
+        )
+    except UnavailableError as error:
+        return None, str(error)
+
+
+def _iterate(session: Session, sides: Sides, program: Program, name: str, memory: PeakMemory) -> None:
+    scenario = session.scenario
+    warmup, total = scenario.num_warmup, scenario.num_warmup + scenario.num_iterations
+    for iteration in range(total):
+        session.enter(f"{name} refit {iteration + 1}: fill")
+        if sides.source.memory is not None:
+            oracle.fill(sides.source.memory, iteration)
+        if sides.destination.memory is not None:
+            oracle.poison(sides.destination.memory)
+        session.enter(f"{name} refit {iteration + 1}: move")
+        with memory.watch():
+            timing = time_run(program, session.control, session.device)
+        session.enter(f"{name} refit {iteration + 1}: verify")
+        mine = _RankSample(session.rank, timing, _check(sides, iteration, scenario.verify))
+        gathered = gather(session.control, mine)
+        if session.is_reporter:
+            sample = _record(session.result.engines[name], gathered, iteration, iteration < warmup)
+            number = iteration + 1 if sample.warmup else iteration + 1 - warmup
+            count = warmup if sample.warmup else scenario.num_iterations
+            session.say(text.iteration_line(name, sample, number, count))
+            session.save()
+
+
+def _check(sides: Sides, iteration: int, verify: Verify) -> oracle.Verdict:
+    memory = sides.destination.memory
+    if memory is None or verify is Verify.OFF:
+        return oracle.Verdict(0, ())
+    return oracle.check(memory, sides.source.census.tensors, iteration, sample=verify is Verify.SAMPLE)
+
+
+def _record(outcome: EngineResult, ranks: list[_RankSample], iteration: int, warmup: bool) -> Sample:
+    slowest = max(ranks, key=lambda each: each.timing.seconds)
+    phases = slowest.timing.report.phases_s
+    sample = Sample(
+        iteration=iteration,
+        warmup=warmup,
+        seconds_per_rank=[each.timing.seconds for each in ranks],
+        slowest_rank=slowest.rank,
+        phases_s=phases,
+        unattributed_s=slowest.timing.seconds - sum(phases.values()),
+        num_compared=sum(each.verdict.num_compared for each in ranks),
+        num_wrong=sum(each.verdict.num_wrong for each in ranks),
+    )
+    outcome.samples.append(sample)
+    for each in ranks:
+        for wrong in each.verdict.wrong[:MAX_WRONG_PER_RANK]:
+            first = wrong.first
+            outcome.wrong.append(
+                WrongWeights(
+                    iteration, each.rank, wrong.key, wrong.num_wrong, list(first.index), first.expected, first.found
+                )
+            )
+    return sample
+
+
+def _summarise(
+    session: Session, outcome: EngineResult, cold_s: dict[str, float], stopwatch: Stopwatch, plan: RefitPlan
+) -> None:
+    slowest = {name: max(gather(session.control, seconds)) for name, seconds in {**cold_s, **stopwatch.seconds}.items()}
+    if not session.is_reporter:
+        return
+    outcome.cold_s = {**slowest, "first": outcome.samples[0].seconds}
+    outcome.summary = asdict(summarise(outcome.measured_s))
+    busiest = session.result.bytes["busiest"]
+    outcome.bottleneck_gb_per_s = busiest / outcome.summary["median_s"] / 1e9 if busiest else None
+    outcome.status = "wrong_data" if outcome.num_wrong else "ok"

@@ -1,0 +1,62 @@
+"""How much memory refits needed at their worst, beyond what was there before."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class PeakMemory:
+    """The peak over all watched stretches above the level when this object was made.
+
+    Device memory as torch's allocator counts it on a GPU; else the process's resident memory, whose high-water mark is
+    reset through /proc/self/clear_refs (Linux, proc(5)). `extra_bytes` is None where that is not allowed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.extra_bytes: int | None = 0
+        self._baseline = self._used()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        if not self._reset():
+            self.extra_bytes = None
+        yield
+        if self.extra_bytes is not None:
+            self.extra_bytes = max(self.extra_bytes, self._peak() - self._baseline)
+
+    def _used(self) -> int:
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else _status_bytes("VmRSS")
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _status_bytes("VmHWM")
+
+    def _reset(self) -> bool:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+
+def _status_bytes(field: str) -> int:
+    """A size in /proc/self/status; 0 where there is none (not Linux)."""
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def total_memory_bytes() -> int:
+    """Physical memory of this host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

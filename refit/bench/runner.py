@@ -1,0 +1,159 @@
+"""The sequence of one scenario: build, plan, prepare, then refit and verify until the numbers stand."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from refit.bench.clock import Stopwatch
+from refit.bench.exchange import gather
+from refit.bench.measure import measure_engine
+from refit.bench.session import Session, launched
+from refit.bench.sides import Sides, build_sides
+from refit.config import Engine, Scenario
+from refit.errors import ExitCode, PlanError
+from refit.plan.cost import cost_of
+from refit.plan.plan import RefitPlan
+from refit.plan.planner import plan_refit
+from refit.report import text
+from refit.report.rankmap import rank_map
+from refit.report.result import Result, now
+from refit.transport.base import get_transport
+
+
+def run(scenario: Scenario) -> int:
+    """Run a scenario in a process that torchrun started and return its exit code.
+
+    Raises UnavailableError before any process group exists where the transport is not to be had on this machine.
+    """
+    if scenario.engine is not Engine.MEGATRON:
+        get_transport(scenario.method.value).check_available()
+    with launched(scenario) as (session, watchdog):
+        try:
+            benchmark(session)
+            return session.result.exit_code or 0
+        except BaseException as error:
+            return watchdog.fail(error)
+
+
+def benchmark(session: Session) -> None:
+    """Measure the session's scenario; afterwards `session.result` has the exit code on every rank.
+
+    Collective: every rank of the job, idle ones too.
+    """
+    with torch.no_grad():
+        session.say(rank_map(session.scenario, dist.get_world_size()))
+        sides = build_sides(session)
+        session.enter("plan")
+        stopwatch = Stopwatch()
+        with stopwatch.step("plan"):
+            plan = plan_refit(sides.source.census, sides.destination.census, ranks_per_node=_ranks_per_node())
+        _check_agreement(session, plan)
+        _describe(session, sides, plan)
+        session.say(text.header(session.result, session.scenario.notes))
+        session.save()
+        for engine in _engines(session.scenario.engine):
+            measure_engine(session, sides, plan, engine, stopwatch.seconds["plan"])
+        _conclude(session)
+
+
+def _engines(choice: Engine) -> list[Engine]:
+    return [Engine.REFIT, Engine.MEGATRON] if choice is Engine.BOTH else [choice]
+
+
+def _ranks_per_node() -> int | None:
+    """Ranks on each node, as torchrun says; None on a single node, where all replicas are equally near."""
+    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "0")), dist.get_world_size()
+    return local if 0 < local < world else None
+
+
+def _check_agreement(session: Session, plan: RefitPlan) -> None:
+    """Ranks plan on their own; make sure once that they came to the same plan."""
+    for rank, digest in enumerate(gather(session.control, plan.digest)):
+        if digest != plan.digest:
+            raise PlanError(f"ranks {session.rank} and {rank} made different plans: {plan.digest[:12]} and {digest[:12]}")
+
+
+def _describe(session: Session, sides: Sides, plan: RefitPlan) -> None:
+    """Fill in everything a result says before the first refit."""
+    scenario, result = session.scenario, session.result
+    census = sides.destination.census
+    result.scenario = {
+        **{name: _plain(getattr(scenario, name)) for name in ("mode", "method", "engine", "num_warmup", "num_iterations")},
+        **{name: _plain(getattr(scenario, name)) for name in ("verify", "check_forward", "staging_bytes", "timeout_s")},
+        **{
+            name: getattr(scenario, name)
+            for name in ("transformer_impl", "model_name", "model_provider", "notes", "recorded")
+        },
+        "title": scenario.title,
+        "dtypes": sorted({tensor.dtype for tensor in census.tensors.values()}),
+        "num_parameters": census.num_parameters,
+        "num_tensors": len(census.tensors),
+        "model": asdict(scenario.model) if scenario.model else None,
+    }
+    result.layouts = {name: asdict(getattr(sides, name).layout) for name in ("source", "destination")}
+    result.bytes = _bytes(plan)
+    result.plan = {"num_transfers": len(plan), "digest": plan.digest, "casts": plan.casts}
+
+
+def _bytes(plan: RefitPlan) -> dict[str, Any]:
+    """Bytes of one refit by the result file's names; `busiest` is what bottleneck bandwidth is counted from."""
+    cost = cost_of(plan)
+    return {
+        "payload": cost.payload_bytes,
+        "wire": cost.wire_bytes,
+        "local": cost.local_bytes,
+        "busiest": max(cost.busiest_sender.nbytes, cost.busiest_receiver.nbytes),
+        "sender_imbalance": cost.sender_imbalance,
+        "sent_per_rank": dict(cost.sent),
+        "received_per_rank": dict(cost.received),
+        "local_per_rank": dict(cost.local),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _conclude(session: Session) -> None:
+    """Settle the exit code on every rank, write the result and print the verdict."""
+    result = session.result
+    codes = [int(_exit_code(result, session.scenario))] if session.is_reporter else [0]
+    dist.broadcast_object_list(codes, group=session.control)
+    result.exit_code = codes[0]
+    result.status = {0: "ok", 1: "wrong_data", 3: "waived"}.get(codes[0], "failed")
+    result.finished = now()
+    session.save()
+    if not session.is_reporter or session.file is None:
+        return
+    for line in _closing_lines(session):
+        session.say(line)
+    session.say(f"Result: {session.file.path}")
+
+
+def _closing_lines(session: Session) -> list[str]:
+    engines = session.result.engines
+    lines = []
+    for name, engine in engines.items():
+        if engine.summary:
+            lines += [text.times(engine)] if len(engines) == 1 else []
+            lines += text.warnings(engine)
+        lines.append(text.wrong_weights(name, engine))
+    lines += [text.table(engines), text.ratio(engines)]
+    lines += [text.verdict(name, engine, session.scenario.verify.value) for name, engine in engines.items()]
+    return lines
+
+
+def _exit_code(result: Result, scenario: Scenario) -> ExitCode:
+    """Of the engine under test: ours, or the peer where it runs alone. What the peer gets wrong beside ours is a finding."""
+    judged = result.engines[Engine.MEGATRON.value if scenario.engine is Engine.MEGATRON else Engine.REFIT.value]
+    if judged.status == "waived":
+        return ExitCode.WAIVED
+    if judged.status == "failed":
+        return ExitCode.FAILED
+    wrong_logits = judged.forward is not None and not judged.forward["passed"]
+    return ExitCode.WRONG_DATA if judged.num_wrong or wrong_logits else ExitCode.OK
