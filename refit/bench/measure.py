@@ -13,7 +13,7 @@ from refit.bench.session import Session
 from refit.bench.sides import Sides
 from refit.bench.stats import summarise
 from refit.config import Engine, Verify
-from refit.errors import UnavailableError
+from refit.errors import RefitError, UnavailableError
 from refit.plan.plan import RefitPlan
 from refit.report import text
 from refit.report.result import EngineResult, Sample, WrongWeights
@@ -32,6 +32,14 @@ class _RankSample:
     verdict: oracle.Verdict
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why an engine was not measured, by the names EngineResult uses."""
+
+    status: str
+    reason: str
+
+
 def measure_engine(session: Session, sides: Sides, plan: RefitPlan, engine: Engine, plan_s: float) -> None:
     """Measure `engine` and leave its EngineResult in the session's result.
 
@@ -42,10 +50,10 @@ def measure_engine(session: Session, sides: Sides, plan: RefitPlan, engine: Engi
     session.enter(f"prepare {name}")
     memory = PeakMemory(session.device)
     with stopwatch.step("prepare"), memory.watch():
-        program, reason = _prepare(session, sides, plan, engine)
-    waived = next((each for each in gather(session.control, reason) if each is not None), None)
-    if waived is not None:
-        outcome.status, outcome.reason = "waived", waived
+        program, refusal = _prepare(session, sides, plan, engine)
+    refused = next((each for each in gather(session.control, refusal) if each is not None), None)
+    if refused is not None:
+        outcome.status, outcome.reason = refused.status, refused.reason
         return
     assert program is not None
     _iterate(session, sides, program, name, memory)
@@ -62,39 +70,43 @@ def measure_engine(session: Session, sides: Sides, plan: RefitPlan, engine: Engi
     session.save()
 
 
-def _prepare(session: Session, sides: Sides, plan: RefitPlan, engine: Engine) -> tuple[Program | None, str | None]:
-    """The engine's program, or the reason why it cannot run here."""
+def _prepare(
+    session: Session, sides: Sides, plan: RefitPlan, engine: Engine
+) -> tuple[Program, None] | tuple[None, _Refusal]:
+    """The engine's program, or why it cannot run here: no transport, or a refit that the peer itself refuses."""
     scenario = session.scenario
-    options = TransportOptions(scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers)
+    source, destination = sides.source, sides.destination
     try:
-        if engine is Engine.REFIT:
-            transport = get_transport(scenario.method.value)
-            return transport.prepare(plan, sides.source.memory, sides.destination.memory, options), None
-        from refit.megatron.engine import prepare_megatron_refit
+        if engine is Engine.MEGATRON:
+            # Imported here: a Megatron without its resharding package can still be refitted by ours.
+            from refit.megatron.engine import prepare_megatron_refit
 
-        return (
-            prepare_megatron_refit(
-                sides.source.model, sides.destination.model, scenario.method.value, device=session.device
-            ),
-            None,
-        )
+            method = scenario.method.value
+            return prepare_megatron_refit(source.model, destination.model, method, device=session.device), None
+        options = TransportOptions(scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers)
+        transport = get_transport(scenario.method.value)
+        return transport.prepare(plan, source.memory, destination.memory, options), None
     except UnavailableError as error:
-        return None, str(error)
+        return None, _Refusal("waived", str(error))
+    except RefitError as error:
+        if engine is Engine.REFIT:
+            raise
+        return None, _Refusal("failed", str(error))
 
 
 def _iterate(session: Session, sides: Sides, program: Program, name: str, memory: PeakMemory) -> None:
     scenario = session.scenario
     warmup, total = scenario.num_warmup, scenario.num_warmup + scenario.num_iterations
     for iteration in range(total):
-        session.enter(f"{name} refit {iteration + 1}: fill")
+        session.enter(f"{name} iteration {iteration + 1}: fill")
         if sides.source.memory is not None:
             oracle.fill(sides.source.memory, iteration)
         if sides.destination.memory is not None:
             oracle.poison(sides.destination.memory)
-        session.enter(f"{name} refit {iteration + 1}: move")
+        session.enter(f"{name} iteration {iteration + 1}: move")
         with memory.watch():
             timing = time_run(program, session.control, session.device)
-        session.enter(f"{name} refit {iteration + 1}: verify")
+        session.enter(f"{name} iteration {iteration + 1}: verify")
         mine = _RankSample(session.rank, timing, _check(sides, iteration, scenario.verify))
         gathered = gather(session.control, mine)
         if session.is_reporter:

@@ -90,8 +90,9 @@ class Watchdog:
         self._thread.join(timeout=2 * BEAT_S)
 
     def phase(self, name: str) -> None:
-        """Enter a phase. Each phase may last `timeout_s`."""
+        """Enter a phase, which may last `timeout_s`, and let the others know: it may be this rank's last word."""
         self._phase, self._phase_since = name, time.monotonic()
+        self._beat()
 
     def fail(self, error: BaseException) -> int:
         """Settle who is to blame for `error`, raised on this rank, and return the exit code. Does not return twice."""
@@ -175,14 +176,14 @@ class Watchdog:
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def _declared(self) -> Failure:
-        return Failure(**json.loads(self._store.get("refit/failure").decode()))
+        return _verdict(self._store.get("refit/failure"))
 
     def _end(self, failure: Failure) -> None:
         """Take the verdict if nobody has, then end this process at once: peers may be stuck for good."""
         with self._ending:
-            mine = json.dumps(asdict(failure))
+            mine = f"{self._rank} {json.dumps(asdict(failure))}".encode()
             try:
-                verdict = self._store.compare_set("refit/failure", "", mine).decode()
+                verdict = self._store.compare_set("refit/failure", "", mine.decode())
             except Exception:  # without a store every rank speaks for itself
                 verdict = mine
             if verdict == mine:
@@ -193,4 +194,9 @@ class Watchdog:
             # Give a launcher no reason to call this rank the first to fail, nor the store's host to leave too early.
             if self._rank == 0 or verdict != mine:
                 time.sleep(BEAT_S * 2)
-            os._exit(Failure(**json.loads(verdict)).exit_code)
+            os._exit(_verdict(verdict).exit_code)
+
+
+def _verdict(stored: bytes) -> Failure:
+    """A verdict as stored: the rank that took it, then the failure."""
+    return Failure(**json.loads(stored.decode().split(" ", 1)[1]))

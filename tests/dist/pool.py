@@ -48,7 +48,7 @@ class RankPool:
             # Once one rank has failed its peers may wait for it in vain: give them a moment, then report.
             ready = wait(list(waiting), timeout=5.0 if errors else timeout_s)
             if not ready:
-                errors.update({rank: "no answer in time" for rank in waiting.values()})
+                errors.update(dict.fromkeys(waiting.values(), "no answer in time"))
                 break
             for pipe in ready:
                 assert isinstance(pipe, Connection)

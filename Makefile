@@ -1,0 +1,43 @@
+# Everything runs in a virtual environment of its own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# The newest release tried. On a machine with GPUs, give the build that fits its driver: make demo TORCH=torch==2.11.0
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# torchrun would set and announce the same default.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check bench clean
+
+## demo: a real refit on eight CPU ranks, verified bit for bit (TP2 EP2 -> TP2 EP1, two ranks idle)
+demo: $(READY)
+	$(BIN)/torchrun --nproc-per-node 8 benchmark_refit.py --model tiny \
+	    --tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 \
+	    --rl-inference-tensor-model-parallel-size 2 --rl-inference-expert-model-parallel-size 1 \
+	    --rl-inference-expert-tensor-model-parallel-size 1 \
+	    --refit-mode non-collocated --refit-method gloo
+
+## test: style, types and the whole test suite
+test: check
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## bench: the speed and memory claims of docs/performance.md, both sides measured in one run
+bench: $(READY)
+	$(BIN)/python -m benchmarks.transport_speed
+	$(BIN)/python -m benchmarks.peer_speed
+	$(BIN)/python -m benchmarks.planning
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,116 @@
+"""Faults to put into a refit, so that tests see the oracle name them. Each is a context that holds on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from refit.bench import measure
+from refit.plan import plan as plan_module
+from refit.plan.plan import RefitPlan
+from refit.transport import wires
+from refit.transport.base import RunReport, TransportOptions, get_transport
+from refit.transport.memory import LiveShard, WeightMemory
+
+
+@contextmanager
+def byte_flipped_in_flight() -> Iterator[None]:
+    """One byte of the first message of a refit arrives changed, on the rank that runs this."""
+    original = wires.GlooWire.wait_received
+    done = False
+
+    def corrupting(self: Any, ticket: Any) -> None:
+        nonlocal done
+        original(self, ticket)
+        if ticket.receives and not done:
+            done = True
+            ticket.receives[0].buffer[3] ^= 0x40
+
+    with mock.patch.object(wires.GlooWire, "wait_received", corrupting):
+        yield
+
+
+@contextmanager
+def transfer_skipped(key: str) -> Iterator[None]:
+    """The plan lacks one transfer of tensor `key`; its own proof is switched off, or it could not be built."""
+
+    def lacking(plan: RefitPlan) -> RefitPlan:
+        row = int(np.flatnonzero((plan.tensor == plan.keys.index(key)) & plan.is_wire)[0])
+        columns = ("tensor", "source", "destination", "offsets", "extents")
+        return replace(plan, **{name: np.delete(getattr(plan, name), row, axis=0) for name in columns})
+
+    proofs = [mock.patch.object(plan_module, name) for name in ("_check_reads", "_check_disjoint", "_check_volumes")]
+    with _transport(change_plan=lacking), proofs[0], proofs[1], proofs[2]:
+        yield
+
+
+@contextmanager
+def parts_swapped(key: str) -> Iterator[None]:
+    """The first two shards of tensor `key` stand in each other's place: gate and up, or two experts."""
+
+    def swapped(memory: WeightMemory | None) -> WeightMemory | None:
+        if memory is None:
+            return None
+        shards = list(memory)
+        first, second = [index for index, shard in enumerate(shards) if shard.tensor.key == key][:2]
+        a, b = shards[first], shards[second]
+        shards[first] = LiveShard(a.tensor, a.box, b.owner, b.view)
+        shards[second] = LiveShard(b.tensor, b.box, a.owner, a.view)
+        return WeightMemory(shards)
+
+    with _transport(change_destination=swapped):
+        yield
+
+
+@contextmanager
+def last_iteration_repeated() -> Iterator[None]:
+    """From the second refit on, the destination ends up with what the refit before left there."""
+    before: list[torch.Tensor] = []
+
+    def after_run(destination: WeightMemory | None) -> None:
+        views = [shard.view for shard in destination] if destination is not None else []
+        now = [view.clone() for view in views]
+        for view, old in zip(views, before, strict=False):
+            view.copy_(old)
+        before[:] = now
+
+    with _transport(after_run=after_run):
+        yield
+
+
+@contextmanager
+def _transport(
+    change_plan: Callable[[RefitPlan], RefitPlan] = lambda plan: plan,
+    change_destination: Callable[[WeightMemory | None], WeightMemory | None] = lambda memory: memory,
+    after_run: Callable[[WeightMemory | None], None] = lambda memory: None,
+) -> Iterator[None]:
+    """Let the benchmark prepare from changed inputs, or meddle after every run, over the real transport."""
+
+    class Faulty:
+        def __init__(self, name: str) -> None:
+            self._real = get_transport(name)
+
+        def prepare(self, plan: RefitPlan, source: Any, destination: Any, options: TransportOptions) -> Any:
+            program = self._real.prepare(change_plan(plan), source, change_destination(destination), options)
+            real_run = program.run
+
+            def run() -> RunReport:
+                report = real_run()
+                after_run(destination)
+                return report
+
+            return mock.Mock(wraps=program, run=run, staging_bytes=program.staging_bytes)
+
+    with mock.patch.object(measure, "get_transport", Faulty):
+        yield
+
+
+def fault(name: str | None, *args: str) -> Any:
+    """A fault by name, so that a test can send it to rank processes; no name, no fault."""
+    return globals()[name](*args) if name else nullcontext()

@@ -1,0 +1,186 @@
+"""Whole scenarios on eight forked ranks: the sequence a torchrun job goes through, oracle included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from refit.bench.runner import benchmark
+from refit.bench.session import new_session
+from refit.cli import parse
+from refit.report.result import Result, ResultFile
+from tests.bench.faults import fault
+from tests.dist.pool import RankPool
+
+TINY = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "1000"]
+TINY += ["--hidden-size", "64", "--ffn-hidden-size", "128", "--moe-ffn-hidden-size", "32", "--num-benchmark-warmup", "1"]
+TINY += ["--moe-shared-expert-intermediate-size", "32", "--num-benchmark-iterations", "2"]
+FC1 = "decoder.layers.1.mlp.shared_experts.linear_fc1.weight"
+EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
+
+
+def run_scenario(rank: int, argv: list[str], directory: str | None = None, fault_args: tuple[str, ...] = ()) -> Any:
+    """Exit code and, on rank 0, the result as it would stand in the file."""
+    scenario = parse(argv).scenario
+    control = dist.group.WORLD
+    assert control is not None
+    file = ResultFile.create(Path(directory), "run") if directory and rank == 0 else None
+    session = new_session(scenario, torch.device("cpu"), control, file)
+    with fault(*(fault_args or (None,))):
+        benchmark(session)
+    return session.result.exit_code, session.result
+
+
+def sizes(tp: int, ep: int, etp: int, pp: int, prefix: str = "") -> list[str]:
+    etp_flag = "rl-inference-expert-tensor-model-parallel-size" if prefix else "expert-tensor-parallel-size"
+    axes = {"tensor-model": tp, "expert-model": ep, "pipeline-model": pp}
+    flags = [f"--{prefix}{axis}-parallel-size={size}" for axis, size in axes.items()]
+    return [*flags, f"--{etp_flag}={etp}"]
+
+
+def refit(
+    ranks: RankPool, *argv: str, fault_args: tuple[str, ...] = (), directory: Path | None = None
+) -> tuple[int, Result]:
+    answers = ranks.run(run_scenario, [*TINY, *argv], str(directory) if directory else None, fault_args)
+    assert len({code for code, _ in answers}) == 1
+    return answers[0]
+
+
+@pytest.mark.parametrize("method", ["gloo", "shm"])
+@pytest.mark.parametrize(
+    ("source", "destination", "mode"),
+    [
+        ((2, 2, 1, 1), (2, 1, 1, 1), "non-collocated"),
+        ((4, 1, 4, 1), (2, 2, 2, 1), "non-collocated"),
+        ((2, 1, 2, 2), (1, 4, 1, 1), "non-collocated"),
+        ((4, 2, 2, 1), (2, 4, 1, 1), "collocated"),
+        ((2, 2, 2, 2), (8, 1, 8, 1), "collocated"),
+        ((4, 2, 4, 1), (4, 1, 1, 1), "collocated"),
+    ],
+)
+def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: Any, mode: str, method: str) -> None:
+    flags = [*sizes(*source), *sizes(*destination, prefix="rl-inference-"), f"--refit-mode={mode}", "--num-query-groups=8"]
+    code, result = refit(ranks, *flags, f"--refit-method={method}")
+    engine = result.engines["refit"]
+    assert (code, engine.status, engine.num_wrong) == (0, "ok", 0)
+    layout = result.layouts["destination"]
+    replicas = layout["world_size"] // (layout["tp"] * layout["pp"])
+    assert engine.num_compared >= 3 * result.scenario["num_parameters"]
+    assert engine.num_compared <= 3 * result.scenario["num_parameters"] * replicas * layout["tp"]
+
+
+def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
+    flags = [*sizes(2, 2, 1, 1), *sizes(2, 1, 1, 1, "rl-inference-"), "--refit-method=gloo", "--seq-length=128"]
+    refit(ranks, *flags, directory=tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    assert (content["schema_version"], content["status"], content["exit_code"]) == (1, "ok", 0)
+    assert content["scenario"]["recorded"] == {"seq-length": 128}
+    assert content["bytes"]["payload"] == content["bytes"]["wire"] + content["bytes"]["local"]
+    assert sum(content["bytes"]["received_per_rank"].values()) == content["bytes"]["wire"]
+    engine = content["engines"]["refit"]
+    assert [sample["warmup"] for sample in engine["samples"]] == [True, False, False]
+    for sample in engine["samples"]:
+        assert len(sample["seconds_per_rank"]) == 8
+        total = sum(sample["phases_s"].values()) + sample["unattributed_s"]
+        assert total == pytest.approx(max(sample["seconds_per_rank"]))
+    assert set(engine["cold_s"]) == {"plan", "prepare", "first"}
+    assert all(staged <= 512 << 20 for staged in engine["staging_bytes_per_rank"])
+    assert content["environment"]["versions"]["torch"] == torch.__version__
+
+
+EP_DOWN = [*sizes(2, 2, 1, 1), *sizes(2, 1, 1, 1, "rl-inference-"), "--refit-method=gloo"]
+
+
+def test_a_byte_flipped_in_flight_is_found(ranks: RankPool) -> None:
+    code, result = refit(ranks, *EP_DOWN, fault_args=("byte_flipped_in_flight",))
+    wrong = result.engines["refit"].wrong
+    assert code == 1
+    assert {each.rank for each in wrong} == {4, 5}
+    assert sum(each.num_wrong for each in wrong) == 2  # one element on each destination rank, in the first refit only
+
+
+@pytest.mark.parametrize("key", [FC1, EXPERTS])
+def test_a_skipped_transfer_is_named(ranks: RankPool, key: str) -> None:
+    code, result = refit(ranks, *EP_DOWN, fault_args=("transfer_skipped", key))
+    assert code == 1
+    assert {each.key for each in result.engines["refit"].wrong} == {key}
+
+
+@pytest.mark.parametrize("key", [FC1, EXPERTS], ids=["gate and up", "two experts"])
+def test_swapped_parts_are_named(ranks: RankPool, key: str) -> None:
+    code, result = refit(ranks, *EP_DOWN, fault_args=("parts_swapped", key))
+    wrong = result.engines["refit"].wrong
+    assert code == 1
+    assert {each.key for each in wrong} == {key}
+    assert {each.rank for each in wrong} == {4, 5}
+
+
+def test_last_iterations_weights_are_found_everywhere(ranks: RankPool) -> None:
+    code, result = refit(ranks, *EP_DOWN, fault_args=("last_iteration_repeated",))
+    first, *later = result.engines["refit"].samples
+    assert code == 1
+    assert first.num_wrong == 0
+    assert all(sample.num_wrong > 0.99 * sample.num_compared for sample in later)
+
+
+def test_verify_off_compares_nothing_and_says_so(ranks: RankPool, capfd: pytest.CaptureFixture[str]) -> None:
+    code, result = refit(ranks, *EP_DOWN, "--verify=off", fault_args=("transfer_skipped", FC1))
+    assert (code, result.engines["refit"].num_compared) == (0, 0)
+
+
+def test_verify_sample_finds_what_is_widespread(ranks: RankPool) -> None:
+    code, result = refit(ranks, *EP_DOWN, "--verify=sample", fault_args=("last_iteration_repeated",))
+    engine = result.engines["refit"]
+    assert code == 1
+    assert engine.num_compared < 0.1 * 3 * 2 * result.scenario["num_parameters"]
+
+
+def test_forward_check_agrees(ranks: RankPool) -> None:
+    _, result = refit(ranks, *EP_DOWN, "--check-forward", "--fp32")
+    forward = result.engines["refit"].forward
+    assert forward is not None
+    assert forward["skipped"] is None
+    assert forward["passed"]
+    assert forward["max_difference"] < 1e-3 * forward["max_logit"]
+
+
+def test_forward_check_can_fail(ranks: RankPool) -> None:
+    code, result = refit(
+        ranks, *EP_DOWN, "--check-forward", "--fp32", "--verify=off", fault_args=("last_iteration_repeated",)
+    )
+    forward = result.engines["refit"].forward
+    assert code == 1
+    assert forward is not None
+    assert not forward["passed"]
+
+
+def test_the_peer_is_wrong_where_experts_are_sequential_and_ours_is_right(ranks: RankPool) -> None:
+    flags = [*sizes(1, 1, 1, 1), *sizes(1, 2, 1, 1, "rl-inference-"), "--refit-method=gloo", "--refit-engine=both"]
+    code, result = refit(ranks, *flags)
+    ours, peer = result.engines["refit"], result.engines["megatron"]
+    assert (code, ours.status, ours.num_wrong) == (0, "ok", 0)
+    assert peer.status == "wrong_data"
+    assert all(".mlp.experts." in each.key for each in peer.wrong)
+
+
+def test_the_peer_alone_is_judged(ranks: RankPool) -> None:
+    flags = [*sizes(1, 1, 1, 1), *sizes(1, 2, 1, 1, "rl-inference-"), "--refit-method=gloo", "--refit-engine=megatron"]
+    code, result = refit(ranks, *flags)
+    assert code == 1
+    assert list(result.engines) == ["megatron"]
+
+
+def test_a_model_of_the_users_own(ranks: RankPool) -> None:
+    flags = ["--model-provider=examples.custom_model:build", *EP_DOWN, "--num-benchmark-warmup=1"]
+    flags += ["--num-benchmark-iterations=2"]
+    answers = ranks.run(run_scenario, flags)
+    code, result = answers[0]
+    assert (code, result.engines["refit"].num_wrong) == (0, 0)
+    assert result.scenario["model"] is None
+    assert result.engines["refit"].num_compared > 0

@@ -1,0 +1,117 @@
+"""What a user sees who starts the suite with torchrun: output, exit codes, and faults that end the whole job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--model", "tiny", "--num-layers", "1", "--moe-layer-freq", "1", "--vocab-size", "512", "--refit-method", "gloo"]
+ONE_TO_TWO = ["--rl-inference-expert-model-parallel-size", "2"]  # TP1 EP1 -> TP1 EP2: three ranks
+
+
+def torchrun(num_ranks: int, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "benchmark_refit.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 100) -> str:
+    output, _ = process.communicate(timeout=timeout_s)
+    return output
+
+
+def result_in(directory: Path) -> dict[str, Any]:
+    (path,) = directory.glob("*.json")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_a_verified_refit(tmp_path: Path) -> None:
+    process = torchrun(4, *SMALL, *ONE_TO_TWO, "--output-dir", str(tmp_path))
+    output = finish(process)
+    assert process.returncode == 0, output
+    for line in (
+        "World size: 4 (using 3 GPUs)",
+        "Source ranks: 0 (TP=1, PP=1, EP=1)",
+        "Destination ranks: 1-2 (TP=1, PP=1, EP=2)",
+        "Idle ranks: 3 (not participating)",
+    ):
+        assert line in output.splitlines()
+    for pattern in (
+        r"^Mean refit time: \d+\.\d\d ms$",
+        r"^Min refit time:  \d+\.\d\d ms$",
+        r"^Max refit time:  \d+\.\d\d ms$",
+        r"^PASSED \(refit\): [\d,]+ elements compared over 7 refits, 0 wrong$",
+        r"^Result: .+\.json$",
+    ):
+        assert re.search(pattern, output, re.MULTILINE), f"{pattern} not in\n{output}"
+    assert result_in(tmp_path)["status"] == "ok"
+
+
+def test_too_few_ranks_is_one_line_before_anything_is_built(tmp_path: Path) -> None:
+    process = torchrun(2, *SMALL, *ONE_TO_TWO, "--output-dir", str(tmp_path))
+    output = finish(process)
+    assert process.returncode != 0
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "1 + 2 = 3 GPUs needed > 2 available" in errors[0]
+    assert not list(tmp_path.iterdir())
+    assert "exitcode  : 2" in output
+
+
+@pytest.mark.parametrize("send", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_rank_that_is_gone_ends_the_job_and_keeps_what_was_measured(tmp_path: Path, send: signal.Signals) -> None:
+    flags = [*SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000", "--timeout", "20", "--output-dir", str(tmp_path)]
+    process = torchrun(3, *flags)
+    assert process.stdout is not None
+    output = read_until(process.stdout.readline, "refit 5/100000")
+    start = time.monotonic()
+    victim = pid_of_rank(2, tmp_path)
+    os.kill(victim, send)
+    output += read_until(process.stdout.readline, "FAILED:")
+    assert time.monotonic() - start < 30
+    if send is signal.SIGSTOP:  # or the launcher would wait half a minute for it to take its SIGTERM
+        os.kill(victim, signal.SIGKILL)
+    output += finish(process)
+    assert process.returncode != 0
+    verdicts = [line for line in output.splitlines() if line.startswith("FAILED:")]
+    assert len(verdicts) == 1, output
+    assert re.search(r"rank 2 failed in phase 'refit iteration \d+: \w+': died or was killed", verdicts[0])
+    content = result_in(tmp_path)
+    assert (content["status"], content["exit_code"]) == ("failed", 4)
+    assert content["failure"]["rank"] == 2
+    assert len(content["engines"]["refit"]["samples"]) >= 6
+
+
+def read_until(readline: Callable[[], str], text: str) -> str:
+    lines = []
+    while line := readline():
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"{text!r} never came:\n{''.join(lines)}")
+
+
+def pid_of_rank(rank: int, directory: Path) -> int:
+    """The process that torchrun started as `rank` with this test's output directory."""
+    for entry in Path("/proc").iterdir():
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"RANK={rank}".encode() in environment and str(directory).encode() in words:
+            return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
