@@ -47,11 +47,12 @@ class Verify(str, Enum):
 class Scenario:
     """One refit benchmark: two layouts of one model, how to move it, how often, and what to check.
 
+    `model` is None where `model_provider` builds a model of its own.
     `recorded` holds accepted flags that do not change weights (`--seq-length`, ...), for the result file.
     `notes` are lines the user should read once: choices made on their behalf.
     """
 
-    model: ModelShape
+    model: ModelShape | None
     source: Layout
     destination: Layout
     mode: Mode
@@ -69,6 +70,7 @@ class Scenario:
     output_dir: Path = Path("benchmark_results")
     recorded: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
+    nvshmem_buffers: str = "ring"
 
     @property
     def num_ranks(self) -> int:

@@ -16,7 +16,7 @@ from refit.bench.session import Session, launched
 from refit.bench.sides import Sides, build_sides
 from refit.config import Engine, Scenario
 from refit.errors import ExitCode, PlanError
-from refit.plan.cost import cost_of
+from refit.plan import cost
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.report import text
@@ -96,23 +96,8 @@ def _describe(session: Session, sides: Sides, plan: RefitPlan) -> None:
         "model": asdict(scenario.model) if scenario.model else None,
     }
     result.layouts = {name: asdict(getattr(sides, name).layout) for name in ("source", "destination")}
-    result.bytes = _bytes(plan)
+    result.bytes = cost.summary(plan)
     result.plan = {"num_transfers": len(plan), "digest": plan.digest, "casts": plan.casts}
-
-
-def _bytes(plan: RefitPlan) -> dict[str, Any]:
-    """Bytes of one refit by the result file's names; `busiest` is what bottleneck bandwidth is counted from."""
-    cost = cost_of(plan)
-    return {
-        "payload": cost.payload_bytes,
-        "wire": cost.wire_bytes,
-        "local": cost.local_bytes,
-        "busiest": max(cost.busiest_sender.nbytes, cost.busiest_receiver.nbytes),
-        "sender_imbalance": cost.sender_imbalance,
-        "sent_per_rank": dict(cost.sent),
-        "received_per_rank": dict(cost.received),
-        "local_per_rank": dict(cost.local),
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -77,12 +77,14 @@ class RefitPlan:
         rows = sorted(rows, key=lambda row: (row[0], row[3].offsets, row[2]))
         blank, unit = (0,) * dims, (1,) * dims
         return cls(
-            source,
-            destination,
-            tuple(destination.tensors),
-            *(np.array([row[column] for row in rows], np.int64) for column in range(3)),
-            np.array([row[3].offsets + blank[len(row[3].offsets) :] for row in rows], np.int64).reshape(-1, dims),
-            np.array([row[3].extents + unit[len(row[3].extents) :] for row in rows], np.int64).reshape(-1, dims),
+            source_census=source,
+            destination_census=destination,
+            keys=tuple(destination.tensors),
+            tensor=np.array([row[0] for row in rows], np.int64),
+            source=np.array([row[1] for row in rows], np.int64),
+            destination=np.array([row[2] for row in rows], np.int64),
+            offsets=_column([row[3].offsets + blank[len(row[3].offsets) :] for row in rows], dims),
+            extents=_column([row[3].extents + unit[len(row[3].extents) :] for row in rows], dims),
         )
 
     def __len__(self) -> int:
@@ -100,12 +102,12 @@ class RefitPlan:
 
     @property
     def is_local(self) -> npt.NDArray[np.bool_]:
-        return self.source == self.destination
+        return np.equal(self.source, self.destination)
 
     @property
     def is_wire(self) -> npt.NDArray[np.bool_]:
         """Transfers that leave their source rank."""
-        return (self.source != self.destination) & (self.source != ZEROS)
+        return np.not_equal(self.source, self.destination) & np.not_equal(self.source, ZEROS)
 
     def transfers(self, rows: IntArray | None = None) -> Iterator[Transfer]:
         """Rows as objects, all of them or those numbered in `rows`."""
@@ -148,6 +150,10 @@ class RefitPlan:
             for key, spec in self.destination_census.tensors.items()
             if theirs[key].dtype != spec.dtype
         }
+
+
+def _column(rows: list[tuple[int, ...]], dims: int) -> IntArray:
+    return np.array(rows, np.int64).reshape(-1, dims)
 
 
 def _check_reads(plan: RefitPlan) -> None:

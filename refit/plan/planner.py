@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from refit.errors import PlanError
 from refit.plan.box import Box, coalesce
-from refit.plan.inventory import Census, Spread, TensorSpec
+from refit.plan.inventory import Census, Holding, Spread, TensorSpec
 from refit.plan.plan import ZEROS, RefitPlan
 
 MIN_SPLIT_BYTES = 1 << 20
@@ -100,10 +102,10 @@ def overlaps(source: Spread, destination: Spread, tensor: TensorSpec) -> list[Pi
     Padding rows that no source holds become pieces without holders; anything else uncovered raises PlanError.
     """
     pieces: list[Piece] = []
-    for wanted in destination.holdings:
+    for wanted, touching in _touching(source, destination):
         for rank in wanted.ranks:
             missing = [wanted.box]
-            for held in sorted(source.holdings, key=lambda holding: rank not in holding.ranks):
+            for held in sorted(touching, key=lambda holding: rank not in holding.ranks):
                 if not missing:
                     break
                 found = [part for hole in missing if (part := hole.intersect(held.box)) is not None]
@@ -114,6 +116,15 @@ def overlaps(source: Spread, destination: Spread, tensor: TensorSpec) -> list[Pi
                 raise PlanError(f"{tensor.key}: no source holds {missing[0]} that rank {rank} needs")
             pieces += (Piece(hole, (), rank) for hole in missing)
     return pieces
+
+
+def _touching(source: Spread, destination: Spread) -> Iterator[tuple[Holding, list[Holding]]]:
+    """Each destination holding with the source holdings that share elements with it, found for all sources at once."""
+    offsets = np.array([held.box.offsets for held in source.holdings])
+    ends = np.array([held.box.ends for held in source.holdings])
+    for wanted in destination.holdings:
+        shared = ((offsets < wanted.box.ends) & (ends > wanted.box.offsets)).all(axis=1)
+        yield wanted, [source.holdings[index] for index in np.flatnonzero(shared).tolist()]
 
 
 def _only_sender(piece: Piece) -> int:

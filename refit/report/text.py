@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from refit import units
 from refit.report.result import EngineResult, Result, Sample
 
 ENGINE_TITLES = {"refit": "refit", "megatron": "Megatron-Core"}
@@ -29,7 +30,7 @@ def header(result: Result, notes: Sequence[str]) -> str:
         f"{scenario['title']}, {scenario['mode']}, {scenario['method']}, verify {scenario['verify']}",
         f"model {scenario['model_name'] or scenario['model_provider'] or 'from flags'}: "
         f"{scenario['num_parameters']:,} elements in {scenario['num_tensors']} tensors, {' and '.join(scenario['dtypes'])}",
-        f"payload {scaled_bytes(moved['payload'])}: wire {scaled_bytes(moved['wire'])}, local {scaled_bytes(moved['local'])}"
+        f"payload {units.gb(moved['payload'])}: wire {units.gb(moved['wire'])}, local {units.gb(moved['local'])}"
         f" in {result.plan['num_transfers']} transfers (plan {result.plan['digest'][:12]})",
     ]
     casts = result.plan["casts"]
@@ -172,15 +173,6 @@ def verdict(name: str, engine: EngineResult, verify: str) -> str:
         f"{outcome} ({title}): {engine.num_compared:,} elements compared{how} over {len(engine.samples)} refits, "
         f"{engine.num_wrong:,} wrong"
     )
-
-
-def scaled_bytes(count: float) -> str:
-    """Decimal units: `1.23 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _render(renderable: Any) -> str:

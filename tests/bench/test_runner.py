@@ -82,7 +82,7 @@ def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
     assert (content["schema_version"], content["status"], content["exit_code"]) == (1, "ok", 0)
     assert content["scenario"]["recorded"] == {"seq-length": 128}
     assert content["bytes"]["payload"] == content["bytes"]["wire"] + content["bytes"]["local"]
-    assert sum(content["bytes"]["received_per_rank"].values()) == content["bytes"]["wire"]
+    assert sum(content["bytes"]["received_by_rank"].values()) == content["bytes"]["wire"]
     engine = content["engines"]["refit"]
     assert [sample["warmup"] for sample in engine["samples"]] == [True, False, False]
     for sample in engine["samples"]:

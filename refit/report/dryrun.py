@@ -1,0 +1,129 @@
+"""The text of a dry run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from refit import units
+from refit.config import Mode
+from refit.dry_run import DryRun
+from refit.launch import needed_text
+from refit.report.rankmap import rank_map
+
+MAX_TABLE_RANKS = 16
+"""Up to this many ranks each has a row of its own."""
+
+
+def dry_run_text(run: DryRun) -> str:
+    """Rank map, notes, figures and a table, as plain text without a newline at the end."""
+    notes = [f"Note: {note}" for note in run.scenario.notes]
+    table = _rank_table(run) if run.scenario.num_ranks <= MAX_TABLE_RANKS else _summary_table(run)
+    return "\n".join([rank_map(run.scenario, run.num_gpus), *notes, "", *_figures(run), "", *table])
+
+
+def _figures(run: DryRun) -> list[str]:
+    cost = run.cost
+    sender, receiver = cost.busiest_sender, cost.busiest_receiver
+    figures = {
+        "GPUs needed": f"{needed_text(run.scenario)}{_nodes(run)}",
+        "Model": f"{run.scenario.model_name or 'by flags'}, {units.count(run.num_parameters)} parameters "
+        f"({run.num_parameters:,} with buffers) in {run.num_tensors:,} tensors, {run.model.dtype.value}",
+        **_memory(run),
+        "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
+        "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
+        "Local": f"{units.gb(cost.local_bytes)} within a GPU",
+        "Busiest sender": f"rank {sender.rank}, {units.gb(sender.nbytes)}, {cost.sender_imbalance:.2f} x mean sender",
+        "Busiest receiver": f"rank {receiver.rank}, {units.gb(receiver.nbytes)}",
+        "Lower bound": _lower_bound(run),
+        "Planned in": f"{units.seconds(run.plan_s)}, inventories predicted in {units.seconds(run.predict_s)}",
+    }
+    width = max(map(len, figures)) + 1
+    return [f"{label + ':':<{width}} {text}" for label, text in figures.items()]
+
+
+def _nodes(run: DryRun) -> str:
+    nodes = math.ceil(run.scenario.num_ranks / run.options.gpus_per_node)
+    return f" ({nodes} nodes of {run.options.gpus_per_node})" if nodes > 1 else ""
+
+
+def _memory(run: DryRun) -> dict[str, str]:
+    """Memory of the fullest GPU of each side, or of both sides together where they share GPUs."""
+    staging = run.scenario.staging_bytes
+    if run.scenario.mode is Mode.COLLOCATED:
+        sides = {"Memory per GPU": _both(run)}
+    else:
+        sides = {"Memory per source GPU": run.source_bytes, "Memory per destination GPU": run.destination_bytes}
+    return {
+        label: f"{units.gib(max(held.values()) + staging)} (weights {units.gib(max(held.values()))}, "
+        f"staging up to {units.gib(staging)}){_too_much(run, max(held.values()) + staging)}"
+        for label, held in sides.items()
+    }
+
+
+def _both(run: DryRun) -> Mapping[int, int]:
+    return {
+        rank: run.source_bytes.get(rank, 0) + run.destination_bytes.get(rank, 0) for rank in range(run.scenario.num_ranks)
+    }
+
+
+def _too_much(run: DryRun, nbytes: int) -> str:
+    cluster = run.options.cluster
+    if cluster is None or cluster.gpu_memory_bytes is None or nbytes <= cluster.gpu_memory_bytes:
+        return ""
+    return f", MORE THAN the {units.gib(cluster.gpu_memory_bytes)} of {cluster.name}"
+
+
+def _lower_bound(run: DryRun) -> str:
+    cluster = run.options.cluster
+    if cluster is None:
+        return "give the link speed with --cluster"
+    bound = units.seconds(run.cost.lower_bound_s(cluster.link_bytes_per_s))
+    return f"{bound} at {cluster.link_bytes_per_s / 1e9:g} GB/s per GPU and direction ({cluster.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One figure of each rank, in units of `scale` bytes."""
+
+    title: str
+    loads: Mapping[int, int]
+    scale: float
+
+    def cell(self, value: float | None) -> str:
+        return "-" if value is None else f"{value / self.scale:,.3f}"
+
+
+def _columns(run: DryRun) -> list[_Column]:
+    memory, moved = (run.source_bytes, run.destination_bytes), (run.cost.sent, run.cost.received, run.cost.local)
+    large = max(max(loads.values()) for loads in memory) >= 2**30
+    held_unit, held_scale = ("GiB", 2.0**30) if large else ("MiB", 2.0**20)
+    moved_unit, moved_scale = ("GB", 1e9) if large else ("MB", 1e6)
+    return [
+        *(
+            _Column(f"{name} {held_unit}", loads, held_scale)
+            for name, loads in zip(("source", "dest."), memory, strict=True)
+        ),
+        *(
+            _Column(f"{name} {moved_unit}", loads, moved_scale)
+            for name, loads in zip(("sent", "received", "local"), moved, strict=True)
+        ),
+    ]
+
+
+def _rank_table(run: DryRun) -> list[str]:
+    columns = _columns(run)
+    lines = [f"{'rank':>4}" + "".join(f"{column.title:>14}" for column in columns)]
+    for rank in range(run.scenario.num_ranks):
+        lines.append(f"{rank:>4}" + "".join(f"{column.cell(column.loads.get(rank)):>14}" for column in columns))
+    return lines
+
+
+def _summary_table(run: DryRun) -> list[str]:
+    lines = [f"{'per rank':<12}{'min':>12}{'mean':>12}{'max':>12}{'at rank':>9}"]
+    for column in _columns(run):
+        values = column.loads.values()
+        cells = "".join(f"{column.cell(x):>12}" for x in (min(values), sum(values) / len(values), max(values)))
+        lines.append(f"{column.title:<12}{cells}{max(column.loads, key=column.loads.__getitem__):>9}")
+    return lines

@@ -1,0 +1,129 @@
+"""What a dry run says, and how long it takes for the largest model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from refit import yaml_configs
+from refit.cli import parse
+from refit.dry_run import dry_run, load_cluster
+from refit.errors import UsageError
+from refit.report.dryrun import dry_run_text
+from refit.report.rankmap import rank_map
+
+TINY = "--model tiny --dry-run --tensor-model-parallel-size 2 --expert-model-parallel-size 2"
+KIMI_K2 = "--model kimi_k2 --dry-run --tensor-model-parallel-size 8 --expert-model-parallel-size 8"
+
+
+def text_of(line: str) -> str:
+    request = parse(line.split())
+    assert request.dry_run is not None
+    return dry_run_text(dry_run(request.scenario, request.dry_run))
+
+
+def figure(text: str, label: str) -> str:
+    return next(line.removeprefix(label).strip() for line in text.splitlines() if line.startswith(label))
+
+
+def test_rank_map_with_idle_ranks() -> None:
+    run = parse(f"{TINY} --rl-inference-expert-model-parallel-size 1".split()).scenario
+    assert rank_map(run, 8).splitlines() == [
+        "World size: 8 (using 6 GPUs)",
+        "Source ranks: 0-3 (TP=2, PP=1, EP=2)",
+        "Destination ranks: 4-5 (TP=2, PP=1, EP=1)",
+        "Idle ranks: 6-7 (not participating)",
+    ]
+
+
+def test_rank_map_of_a_full_and_of_a_shared_world() -> None:
+    run = parse(TINY.split()).scenario
+    assert rank_map(run, 8).splitlines() == [
+        "World size: 8 (using 8 GPUs)",
+        "Source ranks: 0-3 (TP=2, PP=1, EP=2)",
+        "Destination ranks: 4-7 (TP=2, PP=1, EP=2)",
+    ]
+    small = "--rl-inference-tensor-model-parallel-size 1 --rl-inference-expert-model-parallel-size 1"
+    run = parse(f"{TINY} {small} --refit-mode collocated".split()).scenario
+    assert rank_map(run, 5).splitlines()[1:] == [
+        "Source ranks: 0-3 (TP=2, PP=1, EP=2)",
+        "Destination ranks: 0 (TP=1, PP=1, EP=1)",
+        "Idle ranks: 4 (not participating)",
+    ]
+
+
+def test_figures_of_disjoint_sides() -> None:
+    text = text_of(f"{TINY} --rl-inference-expert-model-parallel-size 1 --num-gpus 8 --cluster h200_nvlink")
+    assert figure(text, "GPUs needed:") == "4 + 2 = 6"
+    assert figure(text, "Model:").startswith("tiny, 8.987 M parameters (8,986,880 with buffers)")
+    assert figure(text, "Local:") == "0 bytes within a GPU"
+    assert figure(text, "Payload:").split(" in ")[0] == figure(text, "Wire:").removesuffix(" between GPUs")
+    assert "at 391 GB/s" in figure(text, "Lower bound:")
+    assert "Memory per source GPU:" in text
+    table = text.splitlines()[-7:]
+    assert table[0].split() == ["rank", "source", "MiB", "dest.", "MiB", "sent", "MB", "received", "MB", "local", "MB"]
+    assert [row.split()[0] for row in table[1:]] == ["0", "1", "2", "3", "4", "5"]
+    assert table[1].split()[2] == "-"
+    assert table[6].split()[1] == "-"
+
+
+def test_collocated_memory_is_both_sides_on_one_gpu() -> None:
+    request = parse(f"{TINY} --refit-mode collocated --staging-mib 1".split())
+    assert request.dry_run is not None
+    run = dry_run(request.scenario, request.dry_run)
+    text = dry_run_text(run)
+    held = run.source_bytes[0] + run.destination_bytes[0]
+    assert figure(text, "Memory per GPU:").startswith(
+        f"{(held + (1 << 20)) / 2**20:,.1f} MiB (weights {held / 2**20:,.1f} MiB"
+    )
+    assert figure(text, "GPUs needed:") == "max(4, 4) = 4"
+    assert figure(text, "Wire:") == "0 bytes between GPUs"
+
+
+def test_too_small_gpus_and_notes_are_pointed_out() -> None:
+    wide = "--rl-inference-expert-model-parallel-size 4 --rl-inference-expert-tensor-model-parallel-size 1"
+    text = text_of(f"{KIMI_K2} {wide} --expert-tensor-parallel-size 1 --cluster h100_ib400")
+    assert "MORE THAN the 74.51 GiB of h100_ib400" in figure(text, "Memory per source GPU:")
+    dense = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-experts 32 --disable-bias-linear"
+    assert "Note: without --moe-ffn-hidden-size each of 32 experts" in text_of(f"--dry-run {dense}")
+    assert "give the link speed with --cluster" in text_of(f"--dry-run {dense}")
+
+
+def test_kimi_k2_on_96_gpus_in_seconds() -> None:
+    start_s = time.perf_counter()
+    text = text_of(f"{KIMI_K2} --rl-inference-expert-model-parallel-size 4 --cluster h100_ib400")
+    assert time.perf_counter() - start_s < 10
+    assert figure(text, "GPUs needed:") == "64 + 32 = 96 (12 nodes of 8)"
+    assert figure(text, "Model:").startswith("kimi_k2, 1.026 T parameters (1,026,408,232,448 with buffers)")
+    assert figure(text, "Memory per destination GPU:").startswith("62.56 GiB (weights 62.06 GiB")
+    assert figure(text, "Busiest receiver:") == "rank 64, 66.64 GB"
+    assert figure(text, "Lower bound:").startswith("1.333 s at 50 GB/s")
+    assert [line.split()[0] for line in text.splitlines()[-5:]] == ["source", "dest.", "sent", "received", "local"]
+
+
+def test_clusters_load_and_say_where_their_figures_come_from() -> None:
+    names = yaml_configs.names("clusters")
+    assert {"h200_nvlink", "h100_ib400", "gb200_nvl72"} <= set(names)
+    for name in names:
+        cluster = load_cluster(name)
+        assert cluster.link_bytes_per_s >= 1e9
+        assert cluster.gpu_memory_bytes
+        assert cluster.source
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("link_gb_per_s: 0\n", "link_gb_per_s must be a positive number, not 0"),
+        ("gpu_memory_gb: 80\n", "link_gb_per_s must be a positive number, not None"),
+        ("link_gb_per_s: 1\ngpu_memory_gb: much\n", "gpu_memory_gb must be a positive number, not 'much'"),
+        ("link_gbps: 1\n", "unknown key link_gbps"),
+    ],
+)
+def test_a_bad_cluster_file(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load_cluster(str(path))
