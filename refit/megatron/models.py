@@ -76,8 +76,8 @@ def build_model(
         ).eval()
     with torch.no_grad():
         for parameter in module.parameters():
-            # Norms are built in float32 whatever params_dtype says. Buffers (expert_bias) must stay float32.
-            parameter.data = parameter.data.to(config.params_dtype)
+            # torch's norms are built in float32 on the CPU, whatever the config says. Buffers (expert_bias) stay float32.
+            parameter.data = parameter.data.to(device, config.params_dtype)
     return BuiltModel((module,), groups, layout, shape)
 
 

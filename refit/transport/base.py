@@ -16,15 +16,21 @@ class TransportOptions:
     """Bounds and switches of one scenario that transports read.
 
     `staging_bytes` bounds the memory a rank spends on staging, beyond both models. `timeout_s` bounds every wait.
+    `one_sided_buffers` says where one-sided transports write: "ring", a bounded ring of buffers at the destination that
+    it unpacks; "direct", the destination's weights, which move into shared memory for that.
     """
 
     staging_bytes: int = 512 << 20
     timeout_s: float = 300.0
+    one_sided_buffers: str = "ring"
 
 
 @dataclass(slots=True)
 class RunReport:
-    """What one `Program.run` did on this rank. Phase seconds do not overlap and need not add up to the run's time."""
+    """What one `Program.run` did on this rank.
+
+    Phase seconds are the main thread's, do not overlap and add up to nearly all of the run.
+    """
 
     phases_s: dict[str, float] = field(default_factory=dict)
     wire_bytes_sent: int = 0
@@ -52,6 +58,18 @@ class Program(Protocol):
         ...
 
 
+class IdleProgram:
+    """What a rank that takes no part in a plan runs."""
+
+    staging_bytes = 0
+
+    def run(self) -> RunReport:
+        return RunReport()
+
+    def close(self) -> None:
+        pass
+
+
 class Transport(Protocol):
     """Prepares programs on one substrate."""
 
@@ -66,17 +84,10 @@ class Transport(Protocol):
     ) -> Program:
         """Bind `plan` to this rank's weights; a side this rank is not part of is None.
 
-        Collective: every rank of the plan must call, on the default process group's numbering.
+        Collective: every rank of the plan must call, on the default process group's numbering; for "nccl" every rank
+        of the default process group, since it makes a group of its own. Idle ranks may always call, with None twice.
         """
         ...
-
-
-_FACTORIES: dict[str, Callable[[], Transport]] = {}
-
-
-def register(name: str, factory: Callable[[], Transport]) -> None:
-    """Make a transport known under `name`; `factory` imports what it needs only when called."""
-    _FACTORIES[name] = factory
 
 
 def get_transport(name: str) -> Transport:
@@ -84,3 +95,31 @@ def get_transport(name: str) -> Transport:
     if name not in _FACTORIES:
         raise UsageError(f"unknown transport {name!r}: choose one of {', '.join(sorted(_FACTORIES))}")
     return _FACTORIES[name]()
+
+
+# Imported only when asked for: the executors import this module, and some need libraries that are not everywhere.
+def _gloo() -> Transport:
+    from refit.transport.p2p import TwoSidedTransport
+
+    return TwoSidedTransport("gloo")
+
+
+def _nccl() -> Transport:
+    from refit.transport.p2p import TwoSidedTransport
+
+    return TwoSidedTransport("nccl")
+
+
+def _shm() -> Transport:
+    from refit.transport.shm import SharedMemoryTransport
+
+    return SharedMemoryTransport()
+
+
+def _nvshmem() -> Transport:
+    from refit.transport.nvshmem import NvshmemTransport
+
+    return NvshmemTransport()
+
+
+_FACTORIES: dict[str, Callable[[], Transport]] = {"gloo": _gloo, "nccl": _nccl, "shm": _shm, "nvshmem": _nvshmem}

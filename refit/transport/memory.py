@@ -41,7 +41,10 @@ class WeightMemory:
         self._shards: dict[str, list[LiveShard]] = defaultdict(list)
         for shard in shards:
             self._shards[shard.tensor.key].append(shard)
+        self._index = self._index_stacked()
         self._addresses = self._current_addresses()
+        self.generation = 0
+        """How often storage was found moved. Whoever keeps views compares it: `refresh` tells only the first who asks."""
 
     def __iter__(self) -> Iterator[LiveShard]:
         for shards in self._shards.values():
@@ -61,10 +64,11 @@ class WeightMemory:
         Raises KeyError where this rank does not hold all of it.
         """
         found = []
-        for shard in self._shards[key]:
+        for shard in self._candidates(key, box):
             part = box.intersect(shard.box)
             if part is not None:
-                found.append(View(part, shard.view[part.slices_within(shard.box)]))
+                data = shard.view.detach()
+                found.append(View(part, data if part == shard.box else data[part.slices_within(shard.box)]))
         if sum(view.box.volume for view in found) != box.volume:
             raise KeyError(f"{key}: {box} is not held here as a whole")
         return sorted(found, key=lambda view: view.box.offsets)
@@ -76,11 +80,35 @@ class WeightMemory:
             return False
         for key, shards in self._shards.items():
             self._shards[key] = [_rebound(shard, self._addresses[id(shard.owner)]) for shard in shards]
+        self._index = self._index_stacked()
         self._addresses = addresses
+        self.generation += 1
         return True
+
+    def _candidates(self, key: str, box: Box) -> list[LiveShard]:
+        """Shards that may overlap `box`: a rank holds hundreds of experts under one key, of which a box needs one."""
+        if box.offsets and box.extents[0] == 1 and (key, box.offsets[0]) in self._index:
+            return self._index[key, box.offsets[0]]
+        return self._shards[key]
+
+    def _index_stacked(self) -> dict[tuple[str, int], list[LiveShard]]:
+        index: dict[tuple[str, int], list[LiveShard]] = defaultdict(list)
+        for shard in self:
+            if shard.tensor.stacked:
+                for row in range(shard.box.offsets[0], shard.box.ends[0]):
+                    index[shard.tensor.key, row].append(shard)
+        return index
 
     def _current_addresses(self) -> dict[int, int]:
         return {id(shard.owner): shard.owner.data_ptr() for shard in self}
+
+
+def generations(*memories: WeightMemory | None) -> tuple[int, ...]:
+    """Refresh all; equal to an earlier answer exactly where no view has moved since."""
+    present = [memory for memory in memories if memory is not None]
+    for memory in present:
+        memory.refresh()
+    return tuple(memory.generation for memory in present)
 
 
 def _rebound(shard: LiveShard, old_address: int) -> LiveShard:

@@ -1,0 +1,203 @@
+"""Where one-sided writes land: in a bounded ring that the destination unpacks, or in its weights themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from refit.errors import RefitError
+from refit.plan.box import Box
+from refit.plan.inventory import TensorSpec
+from refit.transport.copies import CopyBatch, pack_copies, unpack_copies, weight_copies
+from refit.transport.memory import LiveShard, WeightMemory
+from refit.transport.schedule import Channel, Schedule
+
+HEAP_ALIGNMENT = 64
+
+
+class Heaps(Protocol):
+    """The part of `PeerMemory` that landings need."""
+
+    def exchange(self, value: Any, wanted: Sequence[int] | None = None) -> dict[int, Any]: ...
+    def allocate(self, nbytes: int) -> torch.Tensor: ...
+    def peer(self, rank: int) -> torch.Tensor: ...
+
+
+class Landing(Protocol):
+    """`window`: messages of a pair that may be under way, or None where a run is granted as a whole."""
+
+    window: int | None
+
+    @property
+    def staging_bytes(self) -> int: ...
+    def attach(self, heaps: Heaps, framed: Schedule) -> None:
+        """Allocate, and learn where peers want their messages. Collective."""
+        ...
+
+    def puts(self, channel: Channel, source: WeightMemory) -> list[CopyBatch]:
+        """For each message, the copies from this rank's weights into the peer's heap."""
+        ...
+
+    def takes(self, channel: Channel) -> list[CopyBatch]:
+        """For each message, the copies from this rank's heap into its weights."""
+        ...
+
+    def follow(self) -> None:
+        """Bring weights whose storage has moved back to where peers write them, if they write them there."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the heap; weights that live there get memory of their own."""
+        ...
+
+
+class RingLanding:
+    """`window` slots of `slot_bytes` for each source; message n of all runs uses slot n mod `window`."""
+
+    def __init__(self, destination: WeightMemory | None, window: int, slot_bytes: int) -> None:
+        self.window: int | None = window
+        self.staging_bytes = 0
+        self._num_slots = window
+        self._slot_bytes = slot_bytes
+        self._destination = destination
+
+    def attach(self, heaps: Heaps, framed: Schedule) -> None:
+        sources = [channel.source for channel in framed.receives]
+        ring_bytes = self._num_slots * self._slot_bytes
+        self.staging_bytes = len(sources) * ring_bytes
+        heap = heaps.allocate(self.staging_bytes)
+        starts = {source: ring_bytes * number for number, source in enumerate(sources)}
+        self._own = {source: heap[start : start + ring_bytes] for source, start in starts.items()}
+        targets = [channel.destination for channel in framed.sends]
+        self._peers = {}
+        for target, their_starts in heaps.exchange(starts, targets).items():
+            start = their_starts[framed.rank]
+            self._peers[target] = heaps.peer(target)[start : start + ring_bytes]
+
+    def puts(self, channel: Channel, source: WeightMemory) -> list[CopyBatch]:
+        ring = self._peers[channel.destination]
+        return [CopyBatch(pack_copies(m, source, self._slot(ring, n))) for n, m in enumerate(channel.messages)]
+
+    def takes(self, channel: Channel) -> list[CopyBatch]:
+        assert self._destination is not None
+        ring = self._own[channel.source]
+        return [CopyBatch(unpack_copies(m, self._destination, self._slot(ring, n))) for n, m in enumerate(channel.messages)]
+
+    def follow(self) -> None:
+        pass
+
+    def release(self) -> None:
+        self._own, self._peers = {}, {}
+
+    def _slot(self, ring: torch.Tensor, number: int) -> torch.Tensor:
+        start = number % self._num_slots * self._slot_bytes
+        return ring[start : start + self._slot_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a shard lies in its rank's heap: first element at byte `offset`, `strides` in elements."""
+
+    tensor: TensorSpec
+    box: Box
+    dtype: torch.dtype
+    offset: int
+    strides: tuple[int, ...]
+
+
+class DirectLanding:
+    """The destination's weights move into its heap, so that the source's write is the last copy.
+
+    While they move, in `attach`, both their old and their new memory are taken; afterwards nothing is beyond the models.
+    """
+
+    window: int | None = None
+    staging_bytes = 0
+
+    def __init__(self, destination: WeightMemory | None) -> None:
+        self._destination = destination
+        self._homes: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def attach(self, heaps: Heaps, framed: Schedule) -> None:
+        owners = [] if self._destination is None else _distinct_owners(self._destination)
+        sizes = [-(-_span_bytes(owner) // HEAP_ALIGNMENT) * HEAP_ALIGNMENT for owner in owners]
+        heap = heaps.allocate(sum(sizes))
+        start = 0
+        for owner, size in zip(owners, sizes, strict=True):
+            self._homes.append((owner, _strided(heap, owner.dtype, start, owner.size(), owner.stride())))
+            start += size
+        self._move_home()
+        places = [] if self._destination is None else [_place(shard, heap) for shard in self._destination]
+        targets = [channel.destination for channel in framed.sends]
+        found = heaps.exchange(places, targets)
+        self._peers = {target: _peer_weights(heaps.peer(target), found[target]) for target in targets}
+
+    def puts(self, channel: Channel, source: WeightMemory) -> list[CopyBatch]:
+        target = self._peers[channel.destination]
+        return [
+            CopyBatch(copy for piece in message.pieces for copy in weight_copies(piece.tensor, piece.box, source, target))
+            for message in channel.messages
+        ]
+
+    def takes(self, channel: Channel) -> list[CopyBatch]:
+        return [CopyBatch(()) for _ in channel.messages]
+
+    def follow(self) -> None:
+        self._move_home()
+
+    def release(self) -> None:
+        self._peers = {}
+        for owner, home in self._homes:
+            if owner.data_ptr() == home.data_ptr():
+                owner.data = home.clone()
+        self._homes = []
+        if self._destination is not None:
+            self._destination.refresh()
+
+    def _move_home(self) -> None:
+        """Bring every weight that lies elsewhere into the heap, contents and all."""
+        moved = [(owner, home) for owner, home in self._homes if owner.data_ptr() != home.data_ptr()]
+        for owner, home in moved:
+            home.copy_(owner.detach())
+            owner.data = home
+        if moved and self._destination is not None:
+            self._destination.refresh()
+
+
+def _distinct_owners(memory: WeightMemory) -> list[torch.Tensor]:
+    """Raises RefitError where two of them overlap: giving each memory of its own would part what the model shares."""
+    owners = list({id(shard.owner): shard.owner for shard in memory}.values())
+    ordered = sorted(owners, key=lambda owner: owner.data_ptr())
+    for before, after in itertools.pairwise(ordered):
+        if before.data_ptr() + _span_bytes(before) > after.data_ptr():
+            raise RefitError("two weights share memory, which direct buffers would part: use --nvshmem-buffers ring")
+    return owners
+
+
+def _span_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last, gaps included."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _strided(
+    heap: torch.Tensor, dtype: torch.dtype, offset: int, shape: Sequence[int], strides: Sequence[int]
+) -> torch.Tensor:
+    first = heap[offset:]
+    whole = first[: first.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+    return torch.as_strided(whole, shape, strides, whole.storage_offset())
+
+
+def _place(shard: LiveShard, heap: torch.Tensor) -> _Place:
+    view = shard.view
+    return _Place(shard.tensor, shard.box, view.dtype, view.data_ptr() - heap.data_ptr(), view.stride())
+
+
+def _peer_weights(heap: torch.Tensor, places: Sequence[_Place]) -> WeightMemory:
+    return WeightMemory(
+        LiveShard(p.tensor, p.box, heap, _strided(heap, p.dtype, p.offset, p.box.extents, p.strides)) for p in places
+    )

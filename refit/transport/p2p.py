@@ -1,0 +1,235 @@
+"""The two-sided executor: pack, send and receive, unpack, in rounds.
+
+Round k moves message k of every pair. A rank that has posted round k waits for nothing but rounds before it, at both
+ends of every pair; by induction every round ends, whoever sends to whom, with any number of peers and any bound on
+staging, and without buffering by the backend. `slots_per_peer` rounds are in flight at once: while the oldest is
+unpacked and the next is packed, those between are on the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from refit.errors import UnavailableError
+from refit.plan.plan import RefitPlan
+from refit.transport.base import RunReport, TransportOptions
+from refit.transport.copies import Copy, CopyBatch, local_batches, pack_copies, unpack_copies
+from refit.transport.memory import WeightMemory, generations
+from refit.transport.phases import PhaseClock
+from refit.transport.schedule import Channel, Framing, Message, Schedule, bucket_bytes, schedule
+from refit.transport.wires import Bound, GlooWire, NcclWire, PinnedGlooWire, Ticket, Wire, WireTraits
+
+LOCAL_BATCH_BYTES = 4 << 20
+
+Copier = Callable[[Message, WeightMemory, torch.Tensor], list[Copy]]
+"""`pack_copies` or `unpack_copies`."""
+
+
+class TwoSidedTransport:
+    """Sends and receives of torch.distributed: "gloo" for CPU weights (or CUDA ones, over the host), "nccl" for CUDA."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check_available(self) -> None:
+        if self.name == "gloo" and not dist.is_gloo_available():
+            raise UnavailableError("gloo needs a torch built with Gloo: install torch from its package index")
+        if self.name == "nccl" and not torch.cuda.is_available():
+            raise UnavailableError("nccl needs CUDA GPUs, this machine has none: use --refit-method gloo or shm")
+        if self.name == "nccl" and not dist.is_nccl_available():
+            raise UnavailableError("nccl needs a torch built with NCCL: install a CUDA build of torch, or use gloo")
+
+    def prepare(
+        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+    ) -> TwoSidedProgram:
+        """Gloo talks over the default process group and prepares without communication; see `Transport.prepare`."""
+        memory = source if source is not None else destination
+        device = torch.device("cpu") if memory is None else memory.device
+        if self.name == "nccl":
+            return self._prepare_nccl(plan, source, destination, options)
+        if device.type == "cuda":
+            traits, wire = PinnedGlooWire.traits, PinnedGlooWire(options.timeout_s, device)
+            return TwoSidedProgram(_framed(plan, traits, options), wire, traits, source, destination)
+        cpu_wire = GlooWire(options.timeout_s)
+        return TwoSidedProgram(_framed(plan, cpu_wire.traits, options), cpu_wire, cpu_wire.traits, source, destination)
+
+    def _prepare_nccl(
+        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+    ) -> TwoSidedProgram:
+        ranks = sorted({*plan.source_census.ranks, *plan.destination_census.ranks})
+        group = dist.new_group(ranks, backend="nccl")
+        device = torch.device("cuda", torch.cuda.current_device())
+        if dist.get_rank() in ranks:
+            # The first operation of a group builds its communicator and needs all members at once.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+            torch.cuda.synchronize(device)
+        wire = NcclWire(options.timeout_s, device, group)
+        framed = _framed(plan, wire.traits, options)
+        return TwoSidedProgram(framed, wire, wire.traits, source, destination, lambda: _destroy(group, ranks))
+
+
+def _destroy(group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
+    if dist.get_rank() in ranks:
+        dist.destroy_process_group(group)
+
+
+def _framed(plan: RefitPlan, traits: WireTraits, options: TransportOptions) -> Schedule:
+    """Half of the staging is for sending, half for receiving, divided over slots and peers."""
+    size = bucket_bytes(plan, options.staging_bytes // (2 * traits.copies), traits.slots_per_peer, traits.bucket_bytes)
+    return schedule(plan, dist.get_rank(), Framing(size, traits.alone_bytes))
+
+
+class _Ring:
+    """The staging slots of one direction of one channel; message `n` uses slot `n % depth`."""
+
+    def __init__(self, depth: int, pinned: bool) -> None:
+        self._depth = depth
+        self._pinned = pinned
+        self._slots: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() for slot in self._slots.values() for part in slot if part is not None)
+
+    def bind(self, messages: Sequence[Message], peer: int, memory: WeightMemory, copies: Copier) -> Iterator[Bound]:
+        """Give each message its bytes: the weights themselves where they are one run of memory, else a slot."""
+        # Pinned slots stand between the weights and the wire, so nothing can skip them.
+        runs = [None if self._pinned else _run_of_memory(message, memory) for message in messages]
+        staged = [message.nbytes for message, run in zip(messages, runs, strict=True) if run is None]
+        for number, (message, run) in enumerate(zip(messages, runs, strict=True)):
+            if run is not None:
+                yield Bound(peer, run, None)
+                continue
+            device, host = self._slot(number % self._depth, max(staged), memory.device)
+            batch = CopyBatch(copies(message, memory, device))
+            yield Bound(peer, device[: message.nbytes], batch, None if host is None else host[: message.nbytes])
+
+    def _slot(self, index: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        slot = self._slots.get(index)
+        if slot is None or slot[0].numel() < nbytes:
+            host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if self._pinned else None
+            slot = self._slots[index] = (torch.empty(nbytes, dtype=torch.uint8, device=device), host)
+        return slot
+
+
+def _run_of_memory(message: Message, memory: WeightMemory) -> torch.Tensor | None:
+    """A message's bytes where they lie in the weights, in the order and dtype of the wire; None where they do not."""
+    if len(message.pieces) != 1:
+        return None
+    piece = message.pieces[0]
+    views = memory.views(piece.tensor.key, piece.box)
+    if len(views) != 1 or not views[0].data.is_contiguous() or views[0].data.dtype != getattr(torch, piece.tensor.dtype):
+        return None
+    return views[0].data.view(-1).view(torch.uint8)
+
+
+class TwoSidedProgram:
+    """A schedule bound to this rank's weights and a wire. Made by `TwoSidedTransport.prepare`."""
+
+    def __init__(
+        self,
+        framed: Schedule,
+        wire: Wire,
+        traits: WireTraits,
+        source: WeightMemory | None,
+        destination: WeightMemory | None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        self._schedule = framed
+        self._wire = wire
+        self._traits = traits
+        self._source = source
+        self._destination = destination
+        self._release = release
+        channels = (*framed.sends, *framed.receives)
+        self._num_rounds = max((len(channel.messages) for channel in channels), default=0)
+        self._sends: list[list[Bound]] = []
+        self._receives: list[list[Bound]] = []
+        self._local: list[CopyBatch] = []
+        self._rings = {
+            (channel.source, channel.destination): _Ring(traits.slots_per_peer, pinned=traits.copies > 1)
+            for channel in channels
+        }
+        self._bind()
+
+    @property
+    def staging_bytes(self) -> int:
+        return sum(ring.nbytes for ring in self._rings.values())
+
+    def run(self) -> RunReport:
+        clock = PhaseClock()
+        depth = self._traits.slots_per_peer
+        with torch.no_grad():
+            self._follow_weights()
+            tickets = [Ticket(sends, receives) for sends, receives in zip(self._sends, self._receives, strict=True)]
+            self._wire.begin()
+            clock.lap("bind")
+            local = _spread(self._local, self._num_rounds + depth - 1)
+            for step, batches in enumerate(local):
+                if step < self._num_rounds:
+                    self._start(tickets, step, clock)
+                for batch in batches:
+                    self._wire.copy_local(batch)
+                clock.lap("local")
+                if 0 <= step - depth + 1 < self._num_rounds:
+                    self._end(tickets[step - depth + 1], clock)
+            for ticket in tickets[-depth:]:
+                self._wire.wait_sent(ticket)
+            self._wire.finish(tickets)
+            clock.lap("wire")
+        return self._schedule.report(clock)
+
+    def close(self) -> None:
+        self._sends, self._receives, self._local = [], [], []
+        self._rings.clear()
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+    def _start(self, tickets: Sequence[Ticket], step: int, clock: PhaseClock) -> None:
+        """Put round `step` on the wire, into the slots of the round that had them before."""
+        reused = tickets[step - self._traits.slots_per_peer] if step >= self._traits.slots_per_peer else None
+        if reused is not None:
+            self._wire.wait_sent(reused)
+            clock.lap("wire")
+        self._wire.pack(tickets[step].sends)
+        clock.lap("pack")
+        self._wire.post(tickets[step], reused)
+        clock.lap("wire")
+
+    def _end(self, ticket: Ticket, clock: PhaseClock) -> None:
+        self._wire.wait_received(ticket)
+        clock.lap("wire")
+        self._wire.unpack(ticket)
+        clock.lap("unpack")
+
+    def _follow_weights(self) -> None:
+        """Rebind where the model has given a weight new storage."""
+        if self._bound_to != generations(self._source, self._destination):
+            self._bind()
+
+    def _bind(self) -> None:
+        self._bound_to = generations(self._source, self._destination)
+        framed = self._schedule
+        self._sends = self._rounds(framed.sends, self._source, pack_copies)
+        self._receives = self._rounds(framed.receives, self._destination, unpack_copies)
+        self._local = local_batches(framed.local, framed.zeros, self._source, self._destination, LOCAL_BATCH_BYTES)
+
+    def _rounds(self, channels: Sequence[Channel], memory: WeightMemory | None, copies: Copier) -> list[list[Bound]]:
+        rounds: list[list[Bound]] = [[] for _ in range(self._num_rounds)]
+        for channel in channels:
+            assert memory is not None
+            peer = channel.destination if copies is pack_copies else channel.source
+            ring = self._rings[channel.source, channel.destination]
+            for number, bound in enumerate(ring.bind(channel.messages, peer, memory, copies)):
+                rounds[number].append(bound)
+        return rounds
+
+
+def _spread(batches: Sequence[CopyBatch], num_steps: int) -> Iterator[Sequence[CopyBatch]]:
+    """`batches` in `num_steps` shares as even as they come."""
+    for step in range(num_steps):
+        yield batches[len(batches) * step // num_steps : len(batches) * (step + 1) // num_steps]

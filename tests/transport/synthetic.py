@@ -1,0 +1,125 @@
+"""A model in miniature for transports: every way a real one cuts, stacks and casts its tensors, without Megatron."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from refit.layout import Layout
+from refit.plan.box import Box
+from refit.plan.inventory import Census, Inventory, TensorSpec
+from refit.plan.plan import RefitPlan
+from refit.plan.planner import plan_refit
+from refit.transport.memory import LiveShard, WeightMemory
+
+VOCAB = 50
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two layouts of the miniature model."""
+
+    source: Layout
+    destination: Layout
+    hidden: int = 24
+    ffn: int = 48
+    experts: int = 8
+    cast: bool = True
+
+    @property
+    def plan(self) -> RefitPlan:
+        return plan_refit(self._census(self.source, True), self._census(self.destination, False))
+
+    def _census(self, layout: Layout, is_source: bool) -> Census:
+        return Census.from_inventories({rank: self._inventory(layout, rank, is_source) for rank in layout.ranks})
+
+    def _inventory(self, layout: Layout, rank: int, is_source: bool) -> Inventory:
+        return Inventory.of((spec, box) for group in self.groups(layout, rank, is_source) for spec, box in group)
+
+    def groups(self, layout: Layout, rank: int, is_source: bool) -> Iterator[list[tuple[TensorSpec, Box]]]:
+        """Parts that lie in one parameter, stacked along dim 0; one group per parameter of `rank`."""
+        at = layout.coordinates(rank)
+        hidden, ffn, experts = self.hidden, self.ffn, self.experts
+        norm_dtype = "bfloat16" if is_source and self.cast else "float32"
+        vocab = -(-VOCAB // (8 * layout.tp)) * 8 * layout.tp
+        bf16 = "bfloat16"
+        embedding = TensorSpec("embedding", (vocab, hidden), bf16, padded=True)
+        yield [(embedding, _cut(Box.whole(embedding.shape), 0, at.tp, layout.tp))]
+        for key, shape, dim in (("qkv", (3 * hidden, hidden), 0), ("proj", (hidden, ffn), 1)):
+            yield [(TensorSpec(key, shape, bf16), _cut(Box.whole(shape), dim, at.tp, layout.tp))]
+        yield _gated(TensorSpec("fc1", (2 * ffn, hidden), bf16), Box.whole((2 * ffn, hidden)), 0, at.tp, layout.tp)
+        for key, shape, dtype in (("norm", (hidden,), norm_dtype), ("bias", (experts,), "float32"), ("odd", (3,), "int64")):
+            yield [(TensorSpec(key, shape, dtype), Box.whole(shape))]
+        per_rank = experts // layout.ep
+        for expert in range(at.ep * per_rank, (at.ep + 1) * per_rank):
+            fc1 = TensorSpec("experts.fc1", (experts, 2 * ffn, hidden), bf16, stacked=True)
+            fc2 = TensorSpec("experts.fc2", (experts, hidden, ffn), bf16, stacked=True)
+            yield _gated(fc1, Box.whole(fc1.shape).narrow(0, expert, expert + 1), 1, at.etp, layout.etp)
+            yield [(fc2, _cut(Box.whole(fc2.shape).narrow(0, expert, expert + 1), 2, at.etp, layout.etp))]
+
+    def memory(self, side: Layout, rank: int) -> WeightMemory | None:
+        """Poisoned weights of one side on `rank`; None outside its window."""
+        if rank not in side.ranks:
+            return None
+        groups = self.groups(side, rank, side is self.source)
+        return WeightMemory(shard for group in groups for shard in _live(group))
+
+
+def _cut(box: Box, dim: int, index: int, count: int) -> Box:
+    size = box.extents[dim] // count
+    return box.narrow(dim, box.offsets[dim] + index * size, box.offsets[dim] + (index + 1) * size)
+
+
+def _gated(spec: TensorSpec, box: Box, dim: int, index: int, count: int) -> list[tuple[TensorSpec, Box]]:
+    half = box.offsets[dim] + box.extents[dim] // 2
+    halves = (box.narrow(dim, box.offsets[dim], half), box.narrow(dim, half, box.ends[dim]))
+    return [(spec, _cut(part, dim, index, count)) for part in halves]
+
+
+def _live(group: list[tuple[TensorSpec, Box]]) -> Iterator[LiveShard]:
+    spec, first = group[0]
+    shape = first.extents[1:] if spec.stacked else first.extents
+    rows = shape[0]
+    dtype = getattr(torch, spec.dtype)
+    owner = torch.nn.Parameter(torch.full((len(group) * rows, *shape[1:]), 77).to(dtype), requires_grad=False)
+    for number, (tensor, box) in enumerate(group):
+        yield LiveShard(tensor, box, owner, owner.detach()[number * rows : (number + 1) * rows].view(box.extents))
+
+
+@functools.lru_cache(maxsize=32)
+def content(key: str, shape: tuple[int, ...], iteration: int) -> torch.Tensor:
+    """The whole global tensor's values in one iteration, exact in bfloat16 so that a cast to float32 keeps them."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{key}/{iteration}".encode()))
+    return torch.randint(-(2**7), 2**7, shape, generator=generator, dtype=torch.int16)
+
+
+def fill(memory: WeightMemory, iteration: int) -> None:
+    for shard in memory:
+        shard.view.copy_(content(shard.tensor.key, shard.tensor.shape, iteration)[shard.box.slices_within(_whole(shard))])
+
+
+def poison(memory: WeightMemory) -> None:
+    for shard in memory:
+        shard.view.fill_(-99)
+
+
+def wrong_tensors(memory: WeightMemory, plan: RefitPlan, iteration: int) -> list[str]:
+    """Keys of the destination's tensors that are not what the source was filled with, padding as zeros."""
+    wrong = []
+    for shard in memory:
+        known = content(shard.tensor.key, plan.source_census.tensors[shard.tensor.key].shape, iteration)
+        wanted = torch.zeros(shard.tensor.shape, dtype=known.dtype)
+        rows = min(known.shape[0], wanted.shape[0])
+        wanted[:rows] = known[:rows]
+        part = wanted[shard.box.slices_within(_whole(shard))].to(shard.view.dtype)
+        if not torch.equal(part, shard.view):
+            wrong.append(f"{shard.tensor.key} {shard.box}")
+    return wrong
+
+
+def _whole(shard: LiveShard) -> Box:
+    return Box.whole(shard.tensor.shape)
