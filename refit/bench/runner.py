@@ -14,7 +14,7 @@ from refit.bench.exchange import gather
 from refit.bench.measure import measure_engine
 from refit.bench.session import Session, launched
 from refit.bench.sides import Sides, build_sides
-from refit.config import Engine, Scenario
+from refit.config import Engine, Method, Scenario
 from refit.errors import ExitCode, PlanError
 from refit.plan import cost
 from refit.plan.plan import RefitPlan
@@ -54,11 +54,17 @@ def benchmark(session: Session) -> None:
             plan = plan_refit(sides.source.census, sides.destination.census, ranks_per_node=_ranks_per_node())
         _check_agreement(session, plan)
         _describe(session, sides, plan)
-        session.say(text.header(session.result, session.scenario.notes))
+        session.say(text.header(session.result, (*session.scenario.notes, *_peer_note(session.scenario))))
         session.save()
         for engine in _engines(session.scenario.engine):
             measure_engine(session, sides, plan, engine, stopwatch.seconds["plan"])
         _conclude(session)
+
+
+def _peer_note(scenario: Scenario) -> tuple[str, ...]:
+    if scenario.engine is Engine.REFIT or scenario.method is not Method.SHM:
+        return ()
+    return ("Megatron-Core's own refit runs over Gloo here: on CPUs it has no other way",)
 
 
 def _engines(choice: Engine) -> list[Engine]:

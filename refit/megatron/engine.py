@@ -97,7 +97,8 @@ def prepare_megatron_refit(
 ) -> MegatronProgram:
     """Clear Megatron's caches and let it plan, as its first `swap_model_weights` would.
 
-    `method` is a refit method's name, `device` where the models are: idle ranks have none to tell.
+    `method` is a refit method's name; on CPUs Megatron's runs over Gloo, whatever ours goes by. `device` is where the
+    models are: idle ranks have none to tell.
     Collective: every rank of the default group must call, a side this rank is not part of being None. Raises
     UnavailableError where Megatron has no such method here, and RefitError with Megatron's own message, on every rank,
     where it cannot plan this refit.
@@ -125,15 +126,11 @@ def clear_caches(*modules: Any) -> None:
 
 
 def _service(method: str, cuda: bool) -> str | CopyService:
-    if method == "shm":
-        raise UnavailableError("Megatron-Core has no shared-memory refit: give --refit-method gloo, or --refit-engine refit")
-    if cuda:
-        if method == "nvshmem":
-            compat.check_nvshmem_kernel()
-        return method
-    if method != "gloo":
-        raise UnavailableError(f"Megatron-Core's {method} refit needs GPUs: give --refit-method gloo on CPUs")
-    return GlooCopies()
+    if not cuda:
+        return GlooCopies()
+    if method == "nvshmem":
+        compat.check_nvshmem_kernel()
+    return method
 
 
 def _with_stand_ins(modules: list[torch.nn.Module | None]) -> list[torch.nn.Module | None]:

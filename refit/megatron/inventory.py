@@ -16,7 +16,7 @@ from refit.megatron import compat
 from refit.megatron.models import BuiltModel
 from refit.plan.box import Box
 from refit.plan.inventory import ITEMSIZE, Inventory, TensorSpec
-from refit.transport.memory import LiveShard, WeightMemory
+from refit.transport.memory import LiveShard, WeightMemory, joined
 
 ALIASES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
@@ -56,7 +56,7 @@ def read_memory(model: BuiltModel) -> WeightMemory:
         )
         view = stated.data.detach().view(box.extents)
         shards.append(LiveShard(tensor, box, owners.of(stated.key, view), view))
-    memory = WeightMemory(shards)
+    memory = WeightMemory(joined(shards))
     check_complete(model.chunks, memory)
     return memory
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from refit.plan.box import Box
+from refit.plan.box import Box, coalesce
 from refit.plan.inventory import TensorSpec
 
 
@@ -24,6 +24,31 @@ class LiveShard:
     box: Box
     owner: torch.Tensor
     view: torch.Tensor
+
+
+def joined(shards: Iterable[LiveShard]) -> list[LiveShard]:
+    """Make one shard of those that together are a whole owner: gate and up, stated apart, where nothing cuts them.
+
+    What is one run of memory should be seen as one, or it would be moved in parts.
+    """
+    groups: dict[tuple[str, int], list[LiveShard]] = defaultdict(list)
+    for shard in shards:
+        groups[shard.tensor.key, id(shard.owner)].append(shard)
+    return [shard for group in groups.values() for shard in _joined_group(group)]
+
+
+def _joined_group(group: list[LiveShard]) -> list[LiveShard]:
+    first, boxes = group[0], coalesce(shard.box for shard in group)
+    owner = first.owner
+    if len(group) == 1 or len(boxes) > 1 or boxes[0].volume != owner.numel() or not owner.is_contiguous():
+        return group
+    whole = owner.detach().view(boxes[0].extents)
+    parts = (whole[shard.box.slices_within(boxes[0])] for shard in group)
+    same = all(
+        part.data_ptr() == shard.view.data_ptr() and part.is_contiguous() and shard.view.is_contiguous()
+        for part, shard in zip(parts, group, strict=True)
+    )
+    return [LiveShard(first.tensor, boxes[0], owner, whole)] if same else group
 
 
 @dataclass(frozen=True, slots=True)
