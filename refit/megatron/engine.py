@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.resharding import refit as megatron_refit
 from megatron.core.resharding.copy_services.base import CopyService
 
-from refit.errors import RefitError, UnavailableError
+from refit.errors import RefitError
 from refit.megatron import compat
 from refit.megatron.models import BuiltModel
 from refit.transport.base import RunReport

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +14,9 @@ from refit.plan.inventory import TensorSpec
 from refit.plan.plan import Transfer
 from refit.transport.memory import View, WeightMemory
 from refit.transport.schedule import Message, memory_boxes
+
+if TYPE_CHECKING:
+    from refit.transport.copy_kernel import KernelCopies
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +32,56 @@ class Copy:
 
 
 class CopyBatch:
-    """A list of copies, built once and run often. Writes must not overlap; order is not kept."""
+    """A list of copies, built once and run often. Writes must not overlap; order is not kept.
 
-    def __init__(self, copies: Iterable[Copy]) -> None:
-        copies = list(copies)
-        self.nbytes = sum(copy.nbytes for copy in copies)
-        self._destinations = [copy.destination for copy in copies]
-        self._sources = [copy.source for copy in copies]
+    One launch per word size does all copies between GPU memories that the current GPU addresses and that keep their
+    dtype (`copy_kernel`), spread over at most `num_programs` programs where given. PyTorch does the others; everything
+    where Triton is missing or `kernel` is false. Tensors stay alive with the batch: keep it until its runs have ended.
+    """
+
+    def __init__(self, copies: Iterable[Copy], *, kernel: bool = True, num_programs: int | None = None) -> None:
+        self._copies = list(copies)
+        self.nbytes = sum(copy.nbytes for copy in self._copies)
+        launched, left = _shared_out(self._copies) if kernel else ([], self._copies)
+        self._destinations = [copy.destination for copy in left]
+        self._sources = [copy.source for copy in left]
+        self._launched = _kernel_copies(launched, num_programs) if launched else None
+
+    @property
+    def table_bytes(self) -> int:
+        """Device memory that describes the copies to the kernel."""
+        return 0 if self._launched is None else self._launched.table_bytes
 
     def run(self) -> None:
         """Execute on the calling thread, or enqueue on the current stream."""
+        if self._launched is not None:
+            self._launched.run()
         # One call for the list costs 2.1 us per small copy on CPU, a Python loop 2.6 us.
         if self._destinations:
             torch._foreach_copy_(self._destinations, self._sources)
+
+
+def _shared_out(copies: list[Copy]) -> tuple[list[Copy], list[Copy]]:
+    """Those for the kernel and those for PyTorch."""
+    if not any(copy.source.is_cuda for copy in copies) or find_spec("triton") is None:
+        return [], copies
+    here = torch.cuda.current_device()
+    parts: tuple[list[Copy], list[Copy]] = ([], [])
+    for copy in copies:
+        parts[not _is_for_kernel(copy.destination, copy.source, here)].append(copy)
+    return parts
+
+
+def _is_for_kernel(destination: torch.Tensor, source: torch.Tensor, here: int) -> bool:
+    same_bytes = destination.dtype == source.dtype
+    on_devices = destination.is_cuda and source.is_cuda
+    return same_bytes and on_devices and here in (destination.get_device(), source.get_device())
+
+
+def _kernel_copies(copies: list[Copy], num_programs: int | None) -> KernelCopies:
+    from refit.transport.copy_kernel import KernelCopies
+
+    return KernelCopies(copies, torch.device("cuda", torch.cuda.current_device()), num_programs)
 
 
 def pack_copies(message: Message, memory: WeightMemory, buffer: torch.Tensor) -> list[Copy]:
