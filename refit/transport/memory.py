@@ -67,6 +67,7 @@ class WeightMemory:
         for shard in shards:
             self._shards[shard.tensor.key].append(shard)
         self._index = self._index_stacked()
+        self._owners = list({id(shard.owner): shard.owner for shard in self}.values())
         self._addresses = self._current_addresses()
         self.generation = 0
         """How often storage was found moved. Whoever keeps views compares it: `refresh` tells only the first who asks."""
@@ -103,8 +104,9 @@ class WeightMemory:
         addresses = self._current_addresses()
         if addresses == self._addresses:
             return False
+        before = {id(owner): address for owner, address in zip(self._owners, self._addresses, strict=True)}
         for key, shards in self._shards.items():
-            self._shards[key] = [_rebound(shard, self._addresses[id(shard.owner)]) for shard in shards]
+            self._shards[key] = [_rebound(shard, before[id(shard.owner)]) for shard in shards]
         self._index = self._index_stacked()
         self._addresses = addresses
         self.generation += 1
@@ -124,8 +126,9 @@ class WeightMemory:
                     index[shard.tensor.key, row].append(shard)
         return index
 
-    def _current_addresses(self) -> dict[int, int]:
-        return {id(shard.owner): shard.owner.data_ptr() for shard in self}
+    def _current_addresses(self) -> list[int]:
+        """Part of every refit's time, so nothing but the look at each owner."""
+        return [owner.data_ptr() for owner in self._owners]
 
 
 def generations(*memories: WeightMemory | None) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ unpacked and the next is packed, those between are on the wire.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,10 +20,12 @@ from refit.transport.base import RunReport, TransportOptions
 from refit.transport.copies import Copy, CopyBatch, local_batches, pack_copies, unpack_copies
 from refit.transport.memory import WeightMemory, generations
 from refit.transport.phases import PhaseClock
-from refit.transport.schedule import Channel, Framing, Message, Schedule, bucket_bytes, schedule
+from refit.transport.schedule import Channel, Framing, Message, Schedule, pair_buckets, schedule
 from refit.transport.wires import Bound, GlooWire, NcclWire, PinnedGlooWire, Ticket, Wire, WireTraits
 
-LOCAL_BATCH_BYTES = 4 << 20
+LOCAL_BATCH_BYTES = {"cpu": 4 << 20, "cuda": 4 << 30}
+"""On a CPU local copies take turns with the wire, a few at a time; on a GPU they have a stream of their own, and a
+launch costs more than megabytes."""
 
 Copier = Callable[[Message, WeightMemory, torch.Tensor], list[Copy]]
 """`pack_copies` or `unpack_copies`."""
@@ -77,9 +80,10 @@ def _destroy(group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
 
 
 def _framed(plan: RefitPlan, traits: WireTraits, options: TransportOptions) -> Schedule:
-    """Half of the staging is for sending, half for receiving, divided over slots and peers."""
-    size = bucket_bytes(plan, options.staging_bytes // (2 * traits.copies), traits.slots_per_peer, traits.bucket_bytes)
-    return schedule(plan, dist.get_rank(), Framing(size, traits.alone_bytes))
+    """Half of the staging is for sending, half for receiving, divided over slots and, by their bytes, over peers."""
+    staging_bytes = options.staging_bytes // (2 * traits.copies)
+    sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, traits.bucket_bytes)
+    return schedule(plan, dist.get_rank(), Framing(traits.bucket_bytes, traits.alone_bytes, sizes))
 
 
 class _Ring:
@@ -216,7 +220,9 @@ class TwoSidedProgram:
         framed = self._schedule
         self._sends = self._rounds(framed.sends, self._source, pack_copies)
         self._receives = self._rounds(framed.receives, self._destination, unpack_copies)
-        self._local = local_batches(framed.local, framed.zeros, self._source, self._destination, LOCAL_BATCH_BYTES)
+        memory = self._destination if self._destination is not None else self._source
+        batch_bytes = LOCAL_BATCH_BYTES["cpu" if memory is None else memory.device.type]
+        self._local = local_batches(framed.local, framed.zeros, self._source, self._destination, batch_bytes)
 
     def _rounds(self, channels: Sequence[Channel], memory: WeightMemory | None, copies: Copier) -> list[list[Bound]]:
         rounds: list[list[Bound]] = [[] for _ in range(self._num_rounds)]
@@ -230,6 +236,7 @@ class TwoSidedProgram:
 
 
 def _spread(batches: Sequence[CopyBatch], num_steps: int) -> Iterator[Sequence[CopyBatch]]:
-    """`batches` in `num_steps` shares as even as they come."""
-    for step in range(num_steps):
-        yield batches[len(batches) * step // num_steps : len(batches) * (step + 1) // num_steps]
+    """`batches` in `num_steps` shares as even as they come, early rather than late."""
+    shares = [-(-len(batches) * step // num_steps) for step in range(num_steps + 1)]
+    for begin, end in itertools.pairwise(shares):
+        yield batches[begin:end]

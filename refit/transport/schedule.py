@@ -12,7 +12,7 @@ No message is larger than a bucket: larger pieces are cut, along their leading d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +34,18 @@ MIN_BUCKET_BYTES = 256
 class Framing:
     """How transfers become messages. Both ends must use equal values.
 
-    Pieces of at least `alone_bytes` travel alone; None puts all into buckets.
+    Pieces of at least `alone_bytes` travel alone; None puts all into buckets. `pair_bytes` are the buckets of each
+    (source, destination) pair where they differ, none above `bucket_bytes`.
     """
 
     bucket_bytes: int
     alone_bytes: int | None
+    pair_bytes: Mapping[tuple[int, int], int] | None = None
+
+    def of_pair(self, source: int, destination: int) -> Framing:
+        if self.pair_bytes is None:
+            return self
+        return Framing(self.pair_bytes[source, destination], self.alone_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,22 @@ def bucket_bytes(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
     return size
 
 
+def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit: int) -> dict[tuple[int, int], int]:
+    """The bucket size of each (source, destination) pair, its share of `staging_bytes` at either end going by its bytes.
+
+    Pairs then end after about as many messages as one another, and a rank's rounds stay full to the end. Raises
+    UsageError as `bucket_bytes` does.
+    """
+    bucket_bytes(plan, staging_bytes, slots_per_peer, limit)
+    wire = plan.is_wire
+    pairs, index = np.unique(np.stack([plan.source[wire], plan.destination[wire]]), axis=1, return_inverse=True)
+    moved = np.bincount(index.reshape(-1), plan.nbytes[wire], minlength=pairs.shape[1])
+    share = np.minimum(*(moved / np.bincount(column, moved)[column] for column in pairs))
+    sizes = np.minimum(limit, staging_bytes // slots_per_peer * share).astype(np.int64) // ALIGNMENT * ALIGNMENT
+    sizes = np.maximum(sizes, MIN_BUCKET_BYTES)
+    return {(int(s), int(d)): int(size) for s, d, size in zip(*pairs, sizes, strict=True)}
+
+
 def schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:
     """What `rank` sends, receives and copies under `plan`."""
     part = plan.for_rank(rank)
@@ -132,7 +155,7 @@ def _channels(transfers: Iterable[Transfer], framing: Framing) -> tuple[Channel,
     by_pair: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
     for transfer in transfers:
         by_pair[transfer.source, transfer.destination].append(transfer)
-    return tuple(Channel(*pair, tuple(_messages(by_pair[pair], framing))) for pair in sorted(by_pair))
+    return tuple(Channel(*pair, tuple(_messages(by_pair[pair], framing.of_pair(*pair)))) for pair in sorted(by_pair))
 
 
 def _messages(transfers: Sequence[Transfer], framing: Framing) -> Iterator[Message]:

@@ -11,7 +11,7 @@ from refit.layout import Layout
 from refit.plan.box import Box
 from refit.plan.inventory import Census, Holding, Inventory, Spread, TensorSpec
 from refit.plan.planner import plan_refit
-from refit.transport.schedule import ALIGNMENT, Framing, Message, bucket_bytes, num_peers, schedule
+from refit.transport.schedule import ALIGNMENT, Framing, Message, bucket_bytes, num_peers, pair_buckets, schedule
 from tests.transport.synthetic import Case
 
 CASE = Case(Layout(4, 4, 1, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4), hidden=96, ffn=192)
@@ -82,6 +82,20 @@ def test_bucket_size_shares_the_staging() -> None:
     assert bucket_bytes(CASE.plan, 1 << 30, 4, limit=4096) == 4096
     with pytest.raises(UsageError, match=r"4000 bytes of staging leave 240 .*16 buckets.*--staging-mib to 0\.004"):
         bucket_bytes(CASE.plan, 4000, 4, limit=4096)
+
+
+def test_pairs_share_the_staging_by_their_bytes() -> None:
+    sizes = pair_buckets(CASE.plan, 1 << 20, 2, limit=1 << 30)
+    moved: dict[tuple[int, int], int] = dict.fromkeys(sizes, 0)
+    for transfer in CASE.plan.transfers():
+        if (transfer.source, transfer.destination) in moved:
+            moved[transfer.source, transfer.destination] += transfer.nbytes
+    for end in (0, 1):
+        for rank in {pair[end] for pair in sizes}:
+            assert sum(size for pair, size in sizes.items() if pair[end] == rank) <= (1 << 20) // 2
+    most, least = max(moved, key=moved.__getitem__), min(moved, key=moved.__getitem__)
+    assert sizes[most] >= sizes[least]
+    assert set(pair_buckets(CASE.plan, 1 << 30, 2, limit=4096).values()) == {4096}
 
 
 def test_one_rank_of_kimi_k2_is_scheduled_in_about_a_second() -> None:
