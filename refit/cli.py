@@ -100,6 +100,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         recorded=recorded_flags(args),
         notes=notes,
         nvshmem_buffers=args.nvshmem_buffers,
+        nvshmem_force_put=args.nvshmem_force_put,
     )
 
 

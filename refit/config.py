@@ -71,6 +71,7 @@ class Scenario:
     recorded: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
     nvshmem_buffers: str = "ring"
+    nvshmem_force_put: bool = False
 
     @property
     def num_ranks(self) -> int:

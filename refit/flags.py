@@ -249,6 +249,7 @@ def _add_refit_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--nvshmem-buffers", choices=("ring", "direct"), default="ring", help="through a bounded ring, or in place"
     )
+    group.add_argument("--nvshmem-force-put", action="store_true", help="reach peers on this node as those on others are")
     group.add_argument("--output-dir", type=Path, default=Path("benchmark_results"), help="default: benchmark_results")
 
 

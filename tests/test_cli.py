@@ -123,11 +123,12 @@ def test_run_flags() -> None:
     run = scenario(
         f"{TWO_HEADS} --refit-engine both --verify sample --check-forward --staging-mib 64 --timeout 12.5 "
         "--num-benchmark-warmup 0 --num-benchmark-iterations=7 --output-dir out --nvshmem-buffers direct "
+        "--nvshmem-force-put "
         "--transformer-impl transformer_engine"
     )
     assert (run.engine, run.verify, run.check_forward, run.staging_bytes) == (Engine.BOTH, Verify.SAMPLE, True, 64 << 20)
     assert (run.timeout_s, run.num_warmup, run.num_iterations, run.output_dir) == (12.5, 0, 7, Path("out"))
-    assert (run.nvshmem_buffers, run.transformer_impl) == ("direct", "transformer_engine")
+    assert (run.nvshmem_buffers, run.nvshmem_force_put, run.transformer_impl) == ("direct", True, "transformer_engine")
 
 
 def test_defaults_are_those_of_megatron() -> None:

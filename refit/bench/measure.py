@@ -83,7 +83,9 @@ def _prepare(
 
             method = scenario.method.value
             return prepare_megatron_refit(source.model, destination.model, method, device=session.device), None
-        options = TransportOptions(scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers)
+        options = TransportOptions(
+            scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers, scenario.nvshmem_force_put
+        )
         transport = get_transport(scenario.method.value)
         return transport.prepare(plan, source.memory, destination.memory, options), None
     except UnavailableError as error:

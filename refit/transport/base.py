@@ -17,12 +17,14 @@ class TransportOptions:
 
     `staging_bytes` bounds the memory a rank spends on staging, beyond both models. `timeout_s` bounds every wait.
     `one_sided_buffers` says where one-sided transports write: "ring", a bounded ring of buffers at the destination that
-    it unpacks; "direct", the destination's weights, which move into shared memory for that.
+    it unpacks; "direct", the destination's weights, which move into shared memory for that. `one_sided_force_put` treats
+    peers whose memory is mapped like those on other nodes, where the transport tells them apart (nvshmem).
     """
 
     staging_bytes: int = 512 << 20
     timeout_s: float = 300.0
     one_sided_buffers: str = "ring"
+    one_sided_force_put: bool = False
 
 
 @dataclass(slots=True)
@@ -84,8 +86,9 @@ class Transport(Protocol):
     ) -> Program:
         """Bind `plan` to this rank's weights; a side this rank is not part of is None.
 
-        Collective: every rank of the plan must call, on the default process group's numbering; for "nccl" every rank
-        of the default process group, since it makes a group of its own. Idle ranks may always call, with None twice.
+        Collective: every rank of the plan must call, on the default process group's numbering; for "nccl" and "nvshmem"
+        every rank of the default process group, as they make a group of their own. Idle ranks may always call, with None
+        twice.
         """
         ...
 

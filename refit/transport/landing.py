@@ -14,7 +14,7 @@ from refit.plan.box import Box
 from refit.plan.inventory import TensorSpec
 from refit.transport.copies import CopyBatch, pack_copies, unpack_copies, weight_copies
 from refit.transport.memory import LiveShard, WeightMemory
-from refit.transport.schedule import Channel, Schedule
+from refit.transport.schedule import Channel, Message, Schedule
 
 HEAP_ALIGNMENT = 64
 
@@ -23,8 +23,22 @@ class Heaps(Protocol):
     """The part of `PeerMemory` that landings need."""
 
     def exchange(self, value: Any, wanted: Sequence[int] | None = None) -> dict[int, Any]: ...
+    def is_mapped(self, rank: int) -> bool: ...
     def allocate(self, nbytes: int) -> torch.Tensor: ...
     def peer(self, rank: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """One message on its way into a peer's heap.
+
+    `batch` writes it there; where the heap cannot be mapped, it packs `parcel`, uint8 in this rank's heap, which then
+    travels as a whole to byte `offset` of the peer's.
+    """
+
+    batch: CopyBatch
+    parcel: torch.Tensor | None = None
+    offset: int = 0
 
 
 class Landing(Protocol):
@@ -38,8 +52,8 @@ class Landing(Protocol):
         """Allocate, and learn where peers want their messages. Collective."""
         ...
 
-    def puts(self, channel: Channel, source: WeightMemory) -> list[CopyBatch]:
-        """For each message, the copies from this rank's weights into the peer's heap."""
+    def puts(self, channel: Channel, source: WeightMemory) -> list[Put]:
+        """For each message, what brings it from this rank's weights into the peer's heap."""
         ...
 
     def takes(self, channel: Channel) -> list[CopyBatch]:
@@ -55,32 +69,56 @@ class Landing(Protocol):
         ...
 
 
-class RingLanding:
-    """`window` slots of `slot_bytes` for each source; message n of all runs uses slot n mod `window`."""
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a peer takes messages: its ring begins at byte `start` of its heap.
 
-    def __init__(self, destination: WeightMemory | None, window: int, slot_bytes: int) -> None:
+    `ring` is that ring, mapped; or None, and every message for the peer is packed in `outgoing`, one slot here.
+    """
+
+    start: int
+    ring: torch.Tensor | None
+    outgoing: torch.Tensor | None
+
+
+class RingLanding:
+    """`window` slots of `slot_bytes` for each source; message n of all runs uses slot n mod `window`.
+
+    `put_programs` bounds the programs of a copy kernel that writes to a peer, where given.
+    """
+
+    def __init__(
+        self, destination: WeightMemory | None, window: int, slot_bytes: int, put_programs: int | None = None
+    ) -> None:
         self.window: int | None = window
         self.staging_bytes = 0
         self._num_slots = window
         self._slot_bytes = slot_bytes
         self._destination = destination
+        self._put_programs = put_programs
 
     def attach(self, heaps: Heaps, framed: Schedule) -> None:
         sources = [channel.source for channel in framed.receives]
         ring_bytes = self._num_slots * self._slot_bytes
-        self.staging_bytes = len(sources) * ring_bytes
-        heap = heaps.allocate(self.staging_bytes)
         starts = {source: ring_bytes * number for number, source in enumerate(sources)}
-        self._own = {source: heap[start : start + ring_bytes] for source, start in starts.items()}
         targets = [channel.destination for channel in framed.sends]
-        self._peers = {}
+        staged = [target for target in targets if not heaps.is_mapped(target)]
+        outgoing_start = len(sources) * ring_bytes
+        self.staging_bytes = outgoing_start + len(staged) * self._slot_bytes
+        heap = heaps.allocate(self.staging_bytes)
+        self._own = {source: heap[start : start + ring_bytes] for source, start in starts.items()}
+        self._targets = {}
         for target, their_starts in heaps.exchange(starts, targets).items():
             start = their_starts[framed.rank]
-            self._peers[target] = heaps.peer(target)[start : start + ring_bytes]
+            if target in staged:
+                place = outgoing_start + staged.index(target) * self._slot_bytes
+                self._targets[target] = _Target(start, None, heap[place : place + self._slot_bytes])
+            else:
+                self._targets[target] = _Target(start, heaps.peer(target)[start : start + ring_bytes], None)
 
-    def puts(self, channel: Channel, source: WeightMemory) -> list[CopyBatch]:
-        ring = self._peers[channel.destination]
-        return [CopyBatch(pack_copies(m, source, self._slot(ring, n))) for n, m in enumerate(channel.messages)]
+    def puts(self, channel: Channel, source: WeightMemory) -> list[Put]:
+        target = self._targets[channel.destination]
+        return [self._put(number, message, target, source) for number, message in enumerate(channel.messages)]
 
     def takes(self, channel: Channel) -> list[CopyBatch]:
         assert self._destination is not None
@@ -91,11 +129,22 @@ class RingLanding:
         pass
 
     def release(self) -> None:
-        self._own, self._peers = {}, {}
+        self._own, self._targets = {}, {}
+
+    def _put(self, number: int, message: Message, target: _Target, source: WeightMemory) -> Put:
+        if target.ring is not None:
+            copies = pack_copies(message, source, self._slot(target.ring, number))
+            return Put(CopyBatch(copies, num_programs=self._put_programs))
+        assert target.outgoing is not None
+        parcel = target.outgoing[: message.nbytes]
+        return Put(CopyBatch(pack_copies(message, source, parcel)), parcel, target.start + self._slot_start(number))
 
     def _slot(self, ring: torch.Tensor, number: int) -> torch.Tensor:
-        start = number % self._num_slots * self._slot_bytes
+        start = self._slot_start(number)
         return ring[start : start + self._slot_bytes]
+
+    def _slot_start(self, number: int) -> int:
+        return number % self._num_slots * self._slot_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +167,10 @@ class DirectLanding:
     window: int | None = None
     staging_bytes = 0
 
-    def __init__(self, destination: WeightMemory | None) -> None:
+    def __init__(self, destination: WeightMemory | None, put_programs: int | None = None) -> None:
+        """`put_programs`: see `RingLanding`."""
         self._destination = destination
+        self._put_programs = put_programs
         self._homes: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def attach(self, heaps: Heaps, framed: Schedule) -> None:
@@ -134,12 +185,19 @@ class DirectLanding:
         places = [] if self._destination is None else [_place(shard, heap) for shard in self._destination]
         targets = [channel.destination for channel in framed.sends]
         found = heaps.exchange(places, targets)
+        # A message is many pieces of many weights: no single put could carry it to a heap that is not mapped.
+        assert all(heaps.is_mapped(target) for target in targets)
         self._peers = {target: _peer_weights(heaps.peer(target), found[target]) for target in targets}
 
-    def puts(self, channel: Channel, source: WeightMemory) -> list[CopyBatch]:
+    def puts(self, channel: Channel, source: WeightMemory) -> list[Put]:
         target = self._peers[channel.destination]
         return [
-            CopyBatch(copy for piece in message.pieces for copy in weight_copies(piece.tensor, piece.box, source, target))
+            Put(
+                CopyBatch(
+                    (copy for piece in message.pieces for copy in weight_copies(piece.tensor, piece.box, source, target)),
+                    num_programs=self._put_programs,
+                )
+            )
             for message in channel.messages
         ]
 

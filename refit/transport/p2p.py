@@ -2,8 +2,8 @@
 
 Round k moves message k of every pair. A rank that has posted round k waits for nothing but rounds before it, at both
 ends of every pair; by induction every round ends, whoever sends to whom, with any number of peers and any bound on
-staging, and without buffering by the backend. `slots_per_peer` rounds are in flight at once: while the oldest is
-unpacked and the next is packed, those between are on the wire.
+staging, and without buffering by the backend. Up to `window` rounds are in flight at once, as long as each finds its
+staging slots free: while the oldest is unpacked and the next is packed, those between are on the wire.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _framed(plan: RefitPlan, traits: WireTraits, options: TransportOptions) -> S
 
 
 class _Ring:
-    """The staging slots of one direction of one channel; message `n` uses slot `n % depth`."""
+    """The staging slots of one direction of one channel, taken in turn by the messages that need one."""
 
     def __init__(self, depth: int, pinned: bool) -> None:
         self._depth = depth
@@ -165,22 +165,24 @@ class TwoSidedProgram:
 
     def run(self) -> RunReport:
         clock = PhaseClock()
-        depth = self._traits.slots_per_peer
         with torch.no_grad():
             self._follow_weights()
             tickets = [Ticket(sends, receives) for sends, receives in zip(self._sends, self._receives, strict=True)]
             self._wire.begin()
             clock.lap("bind")
-            local = _spread(self._local, self._num_rounds + depth - 1)
-            for step, batches in enumerate(local):
+            ended = 0
+            for step, batches in enumerate(_spread(self._local, max(1, self._num_rounds))):
                 if step < self._num_rounds:
+                    while ended <= max(self._reuses[step], step - self._traits.window):
+                        self._end(tickets[ended], clock)
+                        ended += 1
                     self._start(tickets, step, clock)
                 for batch in batches:
                     self._wire.copy_local(batch)
                 clock.lap("local")
-                if 0 <= step - depth + 1 < self._num_rounds:
-                    self._end(tickets[step - depth + 1], clock)
-            for ticket in tickets[-depth:]:
+            for ticket in tickets[ended:]:
+                self._end(ticket, clock)
+            for ticket in tickets:
                 self._wire.wait_sent(ticket)
             self._wire.finish(tickets)
             clock.lap("wire")
@@ -194,8 +196,8 @@ class TwoSidedProgram:
             self._release = None
 
     def _start(self, tickets: Sequence[Ticket], step: int, clock: PhaseClock) -> None:
-        """Put round `step` on the wire, into the slots of the round that had them before."""
-        reused = tickets[step - self._traits.slots_per_peer] if step >= self._traits.slots_per_peer else None
+        """Put round `step` on the wire, in the slots of the round that had them before, which has ended."""
+        reused = tickets[self._reuses[step]] if self._reuses[step] >= 0 else None
         if reused is not None:
             self._wire.wait_sent(reused)
             clock.lap("wire")
@@ -220,6 +222,8 @@ class TwoSidedProgram:
         framed = self._schedule
         self._sends = self._rounds(framed.sends, self._source, pack_copies)
         self._receives = self._rounds(framed.receives, self._destination, unpack_copies)
+        rounds = zip(self._sends, self._receives, strict=True)
+        self._reuses = [max((bound.reuses for bound in (*sends, *receives)), default=-1) for sends, receives in rounds]
         memory = self._destination if self._destination is not None else self._source
         batch_bytes = LOCAL_BATCH_BYTES["cpu" if memory is None else memory.device.type]
         self._local = local_batches(framed.local, framed.zeros, self._source, self._destination, batch_bytes)

@@ -139,8 +139,8 @@ def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
     pairs, index = np.unique(np.stack([plan.source[wire], plan.destination[wire]]), axis=1, return_inverse=True)
     moved = np.bincount(index.reshape(-1), plan.nbytes[wire], minlength=pairs.shape[1])
     share = np.minimum(*(moved / np.bincount(column, moved)[column] for column in pairs))
-    sizes = np.minimum(limit, staging_bytes // slots_per_peer * share).astype(np.int64) // ALIGNMENT * ALIGNMENT
-    sizes = np.maximum(sizes, MIN_BUCKET_BYTES)
+    shared = staging_bytes // slots_per_peer - num_peers(plan) * MIN_BUCKET_BYTES
+    sizes = np.minimum(limit, MIN_BUCKET_BYTES + shared * share).astype(np.int64) // ALIGNMENT * ALIGNMENT
     return {(int(s), int(d)): int(size) for s, d, size in zip(*pairs, sizes, strict=True)}
 
 

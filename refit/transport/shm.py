@@ -21,7 +21,7 @@ from refit.errors import RefitError, UnavailableError, UsageError
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
 from refit.transport.copies import CopyBatch
-from refit.transport.landing import DirectLanding, Landing, RingLanding
+from refit.transport.landing import DirectLanding, Landing, Put, RingLanding
 from refit.transport.memory import WeightMemory
 from refit.transport.one_sided import Counter, OneSidedProgram
 from refit.transport.rendezvous import Rendezvous
@@ -83,6 +83,9 @@ class _Request:
 class SharedMemory:
     """The `PeerMemory` of ranks on one host: each rank's segment holds its counters, then its heap."""
 
+    enqueues = False
+    local_batch_bytes = 4 << 20
+
     def __init__(self, rendezvous: Rendezvous) -> None:
         self.rank = rendezvous.rank
         self._rendezvous = rendezvous
@@ -110,10 +113,23 @@ class SharedMemory:
                     path.unlink()
         return self._heaps[self.rank][:nbytes]
 
+    def is_mapped(self, rank: int) -> bool:
+        return True
+
     def peer(self, rank: int) -> torch.Tensor:
         return self._heaps[rank]
 
-    def put(self, batch: CopyBatch) -> None:
+    def begin(self, bound_anew: bool) -> None:
+        pass
+
+    def send(self, peer: int, put: Put, value: int) -> None:
+        put.batch.run()
+        self.raise_counter(peer, Counter.ARRIVED, value)
+
+    def take(self, peer: int, batch: CopyBatch) -> None:
+        batch.run()
+
+    def copy_local(self, batch: CopyBatch) -> None:
         batch.run()
 
     def raise_counter(self, peer: int, counter: Counter, value: int) -> None:
@@ -127,6 +143,9 @@ class SharedMemory:
             return False
         _fence()
         return True
+
+    def finish(self) -> None:
+        pass
 
     def barrier(self) -> None:
         self.exchange(None)

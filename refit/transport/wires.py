@@ -25,12 +25,14 @@ TAG = 0x5EF1
 class WireTraits:
     """How a wire wants its messages: pieces of `alone_bytes` travel alone, none exceeds `bucket_bytes`.
 
-    `slots_per_peer` is how many messages of a pair are in flight; `copies` is how many buffers one slot takes.
+    `slots_per_peer` is how many staged messages of a pair are in flight, `window` how many rounds, most of whose
+    messages may need no staging; `copies` is how many buffers one slot takes.
     """
 
     alone_bytes: int | None
     bucket_bytes: int
     slots_per_peer: int
+    window: int
     copies: int = 1
 
 
@@ -39,13 +41,15 @@ class Bound:
     """One message bound to this rank's memory.
 
     `buffer` (uint8, contiguous, on the weights' device) is what travels: the weights themselves, or a slot that `batch`
-    packs or unpacks. `host` is the pinned copy of the slot where the wire cannot read the device.
+    packs or unpacks. `host` is the pinned copy of the slot where the wire cannot read the device. `reuses` is the round
+    that had the slot before, -1 for none.
     """
 
     peer: int
     buffer: torch.Tensor
     batch: CopyBatch | None
     host: torch.Tensor | None = None
+    reuses: int = -1
 
 
 @dataclass(slots=True)
@@ -78,7 +82,7 @@ class Wire(Protocol):
 class GlooWire:
     """Gloo over CPU memory. A send moves only once the receive is posted, so nothing is buffered in between."""
 
-    traits = WireTraits(alone_bytes=256 << 10, bucket_bytes=4 << 20, slots_per_peer=4)
+    traits = WireTraits(alone_bytes=256 << 10, bucket_bytes=4 << 20, slots_per_peer=4, window=64)
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -139,7 +143,7 @@ class GlooWire:
 class PinnedGlooWire(GlooWire):
     """Gloo over CUDA memory: buckets are packed on the device and cross to pinned host memory in one copy each."""
 
-    traits = WireTraits(alone_bytes=None, bucket_bytes=32 << 20, slots_per_peer=2, copies=2)
+    traits = WireTraits(alone_bytes=None, bucket_bytes=32 << 20, slots_per_peer=2, window=2, copies=2)
 
     def __init__(self, timeout_s: float, device: torch.device) -> None:
         super().__init__(timeout_s)
@@ -188,7 +192,7 @@ class NcclWire:
     """
 
     # A message costs about 25 us beyond its bytes (0.5 MiB ones reach 20 GB/s of 338): few and large ones, packed.
-    traits = WireTraits(alone_bytes=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2)
+    traits = WireTraits(alone_bytes=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2, window=2)
 
     def __init__(self, timeout_s: float, device: torch.device, group: dist.ProcessGroup) -> None:
         self._timeout_s = timeout_s

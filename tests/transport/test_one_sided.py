@@ -1,0 +1,170 @@
+"""The one-sided executor over a substrate that only enqueues, and executes in the order of enqueueing.
+
+That is a GPU all of whose streams share one hardware queue: the harshest it can meet. Ranks are threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from refit.errors import RefitError
+from refit.layout import Layout
+from refit.transport.copies import CopyBatch
+from refit.transport.landing import DirectLanding, Landing, Put, RingLanding
+from refit.transport.one_sided import Counter, OneSidedProgram
+from refit.transport.schedule import Framing, schedule
+from tests.transport.synthetic import Case, fill, poison, wrong_tensors
+
+TIMEOUT_S = 20.0
+
+
+@dataclass
+class World:
+    """What all ranks share: heaps, counters `(owner, kind, about) -> value`, and a place to exchange values."""
+
+    num_ranks: int
+    heaps: dict[int, torch.Tensor] = field(default_factory=dict)
+    counters: dict[tuple[int, Counter, int], int] = field(default_factory=dict)
+    values: dict[int, Any] = field(default_factory=dict)
+    gate: threading.Barrier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gate = threading.Barrier(self.num_ranks, timeout=TIMEOUT_S)
+
+
+class QueuedMemory:
+    """A `PeerMemory` with one queue of steps; a step says False as long as it has to wait."""
+
+    local_batch_bytes = 1 << 10
+
+    def __init__(self, rank: int, world: World, mapped: bool) -> None:
+        self.rank, self.enqueues = rank, False
+        self._world, self._mapped = world, mapped
+        self._queue: deque[Callable[[], bool]] = deque()
+
+    def exchange(self, value: Any, wanted: Sequence[int] | None = None) -> dict[int, Any]:
+        self._world.values[self.rank] = value
+        self._world.gate.wait()
+        found = dict(self._world.values)
+        self._world.gate.wait()
+        return found if wanted is None else {rank: found[rank] for rank in wanted}
+
+    def is_mapped(self, rank: int) -> bool:
+        return self._mapped
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        self._world.heaps[self.rank] = torch.zeros(nbytes, dtype=torch.uint8)
+        self._world.gate.wait()
+        return self._world.heaps[self.rank]
+
+    def peer(self, rank: int) -> torch.Tensor:
+        assert self._mapped
+        return self._world.heaps[rank]
+
+    def begin(self, bound_anew: bool) -> None:
+        self.enqueues = not bound_anew
+
+    def send(self, peer: int, put: Put, value: int) -> None:
+        self._do(put.batch.run)
+        if put.parcel is not None:
+            parcel = put.parcel
+            place = self._world.heaps[peer][put.offset : put.offset + parcel.numel()]
+            self._do(lambda: place.copy_(parcel))
+        self.raise_counter(peer, Counter.ARRIVED, value)
+
+    def take(self, peer: int, batch: CopyBatch) -> None:
+        self._do(batch.run)
+
+    def copy_local(self, batch: CopyBatch) -> None:
+        self._do(batch.run)
+
+    def raise_counter(self, peer: int, counter: Counter, value: int) -> None:
+        self._do(lambda: self._world.counters.__setitem__((peer, counter, self.rank), value))
+
+    def reached(self, peer: int, counter: Counter, value: int) -> bool:
+        def is_reached() -> bool:
+            return self._world.counters.get((self.rank, counter, peer), 0) >= value
+
+        if self.enqueues:
+            self._queue.append(is_reached)
+            return True
+        return is_reached()
+
+    def finish(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while self._queue:
+            if self._queue[0]():
+                self._queue.popleft()
+            elif time.monotonic() > deadline:
+                raise RefitError(f"rank {self.rank} hangs with {len(self._queue)} steps to go")
+            else:
+                time.sleep(1e-5)
+
+    def barrier(self) -> None:
+        self.exchange(None)
+
+    def close(self) -> None:
+        self.barrier()
+
+    def _do(self, action: Callable[[], Any]) -> None:
+        if self.enqueues:
+            self._queue.append(lambda: (action(), True)[1])
+        else:
+            action()
+
+
+def _landing(case: Case, rank: int, kind: str, window: int, slot_bytes: int) -> tuple[Landing, Any]:
+    destination = case.memory(case.destination, rank)
+    if kind == "direct":
+        return DirectLanding(destination), destination
+    return RingLanding(destination, window, slot_bytes), destination
+
+
+def _rank(case: Case, rank: int, world: World, kind: str, window: int, problems: list[str]) -> None:
+    """Four runs; a rank goes on to the next as soon as it can."""
+    slot_bytes = 1 << 10
+    plan, memory = case.plan, QueuedMemory(rank, world, mapped=kind != "put")
+    try:
+        source = case.memory(case.source, rank)
+        landing, destination = _landing(case, rank, kind, window, slot_bytes)
+        framed = schedule(plan, rank, Framing(slot_bytes, None))
+        landing.attach(memory, framed)
+        program = OneSidedProgram(framed, memory, landing, source, destination, TIMEOUT_S)
+        for iteration in range(4):
+            if source is not None:
+                fill(source, iteration)
+            if destination is not None:
+                poison(destination)
+                time.sleep(0.02)  # the sources get a run ahead
+            program.run()
+            if destination is not None:
+                problems += [f"{rank}, run {iteration}: {key}" for key in wrong_tensors(destination, plan, iteration)]
+        program.close()
+    except Exception as error:
+        problems.append(f"{rank}: {error!r}")
+        world.gate.abort()
+
+
+APART = Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 2, first_rank=2))
+TOGETHER = Case(Layout(2, 2, 2, 1, 4), Layout(4, 4, 1, 1, 4))
+
+
+@pytest.mark.parametrize("case", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize(("kind", "window"), [("ring", 1), ("ring", 2), ("ring", 5), ("put", 2), ("direct", 0)])
+def test_work_enqueued_in_one_queue_per_rank_ends_and_is_right(case: Case, kind: str, window: int) -> None:
+    num_ranks = max(case.source.ranks.stop, case.destination.ranks.stop)
+    world, problems = World(num_ranks), list[str]()
+    threads = [threading.Thread(target=_rank, args=(case, rank, world, kind, window, problems)) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
