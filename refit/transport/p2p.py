@@ -102,14 +102,19 @@ class _Ring:
         """Give each message its bytes: the weights themselves where they are one run of memory, else a slot."""
         # Pinned slots stand between the weights and the wire, so nothing can skip them.
         runs = [None if self._pinned else _run_of_memory(message, memory) for message in messages]
-        staged = [message.nbytes for message, run in zip(messages, runs, strict=True) if run is None]
+        staged = [number for number, run in enumerate(runs) if run is None]
+        largest = max((messages[number].nbytes for number in staged), default=0)
+        turns = {number: turn for turn, number in enumerate(staged)}
         for number, (message, run) in enumerate(zip(messages, runs, strict=True)):
             if run is not None:
                 yield Bound(peer, run, None)
                 continue
-            device, host = self._slot(number % self._depth, max(staged), memory.device)
+            turn = turns[number]
+            device, host = self._slot(turn % self._depth, largest, memory.device)
             batch = CopyBatch(copies(message, memory, device))
-            yield Bound(peer, device[: message.nbytes], batch, None if host is None else host[: message.nbytes])
+            pinned = None if host is None else host[: message.nbytes]
+            before = staged[turn - self._depth] if turn >= self._depth else -1
+            yield Bound(peer, device[: message.nbytes], batch, pinned, before)
 
     def _slot(self, index: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         slot = self._slots.get(index)
@@ -170,19 +175,23 @@ class TwoSidedProgram:
             tickets = [Ticket(sends, receives) for sends, receives in zip(self._sends, self._receives, strict=True)]
             self._wire.begin()
             clock.lap("bind")
-            ended = 0
+            ended = sent = 0
             for step, batches in enumerate(_spread(self._local, max(1, self._num_rounds))):
                 if step < self._num_rounds:
                     while ended <= max(self._reuses[step], step - self._traits.window):
                         self._end(tickets[ended], clock)
                         ended += 1
+                    while sent <= self._reuses[step]:
+                        self._wire.wait_sent(tickets[sent])
+                        sent += 1
+                    clock.lap("wire")
                     self._start(tickets, step, clock)
                 for batch in batches:
                     self._wire.copy_local(batch)
                 clock.lap("local")
             for ticket in tickets[ended:]:
                 self._end(ticket, clock)
-            for ticket in tickets:
+            for ticket in tickets[sent:]:
                 self._wire.wait_sent(ticket)
             self._wire.finish(tickets)
             clock.lap("wire")
@@ -196,14 +205,10 @@ class TwoSidedProgram:
             self._release = None
 
     def _start(self, tickets: Sequence[Ticket], step: int, clock: PhaseClock) -> None:
-        """Put round `step` on the wire, in the slots of the round that had them before, which has ended."""
-        reused = tickets[self._reuses[step]] if self._reuses[step] >= 0 else None
-        if reused is not None:
-            self._wire.wait_sent(reused)
-            clock.lap("wire")
+        """Put round `step` on the wire; the rounds that had its slots before have been sent, and ended here."""
         self._wire.pack(tickets[step].sends)
         clock.lap("pack")
-        self._wire.post(tickets[step], reused)
+        self._wire.post(tickets[step], tickets[self._reuses[step]] if self._reuses[step] >= 0 else None)
         clock.lap("wire")
 
     def _end(self, ticket: Ticket, clock: PhaseClock) -> None:
