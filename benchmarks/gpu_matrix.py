@@ -1,7 +1,8 @@
 """The speed rows and the reference's 8-GPU configurations, each a scenario of its own, on the GPUs of this machine.
 
     python -m benchmarks.gpu_matrix                    all cells, a few minutes on 8 H200
-    python -m benchmarks.gpu_matrix --only speed       a part: speed, large, correctness, reference, drift
+    python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, reference, half
+    python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs: the speed rows halved, some of the rest
     python -m benchmarks.gpu_matrix --list             what would run
 
 Every cell is one torchrun with its own timeout, so one that fails or hangs does not stop the others. Results lie under
@@ -12,6 +13,7 @@ could run was right.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -25,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("nccl", "nvshmem")
+NVSHMEM_WAYS = (("direct", "--nvshmem-buffers direct"), ("put", "--nvshmem-force-put"))
 
 # The model of the speed rows: Kimi K2's widths, fewer experts and layers, so that both sides fit one host.
 SPEED_MODEL = """--num-layers 4 --hidden-size 7168 --num-attention-heads 64 --ffn-hidden-size 18432 --vocab-size 163840
@@ -47,6 +50,7 @@ class Cell:
     part: str
     name: str
     flags: tuple[str, ...]
+    num_gpus: int
     timeout_s: int = 120
 
 
@@ -71,17 +75,27 @@ def cell(part: str, source: Sizes, destination: Sizes, mode: str, method: str, *
     if (source.etp, destination.etp) != (1, 1):
         name += f" ETP{source.etp} -> {destination.etp}"
     flags = [source.flags(""), destination.flags("rl-inference-"), f"--refit-mode {mode} --refit-method {method}", *extra]
-    return Cell(part, f"{name} {mode} {method} {label}".strip(), tuple(shlex.split(" ".join(flags))))
+    sizes = (source.tp * source.ep, destination.tp * destination.ep)
+    num_gpus = max(sizes) if mode == "collocated" else sum(sizes)
+    return Cell(part, f"{name} {mode} {method} {label}".strip(), tuple(shlex.split(" ".join(flags))), num_gpus)
 
 
 def cells() -> Iterator[Cell]:
     apart, together = "non-collocated", "collocated"
     for method in METHODS:
         both = (SPEED_MODEL, "--refit-engine both")
+        grouped = (*both, "--moe-grouped-gemm")  # experts as one module, which the peer refits right
         yield cell("speed", Sizes(2, 2), Sizes(2, 2), apart, method, *both)
         yield cell("speed", Sizes(4, 1), Sizes(2, 1), apart, method, *both)
         yield cell("speed", Sizes(4, 2), Sizes(2, 4), together, method, *both)
         yield cell("speed", Sizes(8, 1), Sizes(4, 2), together, method, *both)
+        for label, way in NVSHMEM_WAYS if method == "nvshmem" else ():
+            yield cell("speed", Sizes(2, 2), Sizes(2, 2), apart, method, SPEED_MODEL, way, label=label)
+            yield cell("half", Sizes(1, 2), Sizes(1, 2), apart, method, SPEED_MODEL, way, label=label)
+        yield cell("half", Sizes(1, 2), Sizes(1, 2), apart, method, *grouped)
+        yield cell("half", Sizes(2, 1), Sizes(1, 1), apart, method, *grouped)
+        yield cell("half", Sizes(2, 2), Sizes(1, 4), together, method, *grouped)
+        yield cell("half", Sizes(4, 1), Sizes(2, 2), together, method, *grouped)
         yield cell("large", Sizes(2, 2), Sizes(2, 2), apart, method, SPEED_MODEL, "--num-experts 384", label="384 experts")
         yield cell("drift", Sizes(2, 2), Sizes(2, 2), apart, method, SPEED_MODEL, "--num-benchmark-iterations 50")
         yield cell("correctness", Sizes(4, 1, 2), Sizes(4, 1, 4), apart, method, CORRECTNESS_MODEL, "--refit-engine both")
@@ -167,13 +181,15 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("benchmark_results/gpu_matrix"))
     parser.add_argument("flags", nargs="*", help="flags for every cell, after --")
     args = parser.parse_args()
-    chosen = [one for one in cells() if (not args.only or one.part in args.only) and args.match in one.name]
+    parts = args.only or {one.part for one in cells()} - ({"half"} if args.num_gpus >= 8 else {"speed"})
+    fitting = [one for one in cells() if one.num_gpus <= args.num_gpus]
+    chosen = [one for one in fitting if one.part in parts and args.match in one.name]
     if args.list:
         print("\n".join(one.name for one in chosen))
         return 0
     lines, failed = [HEADER], 0
     for number, one in enumerate(chosen):
-        wider = Cell(one.part, one.name, (*one.flags, *args.flags), one.timeout_s)
+        wider = dataclasses.replace(one, flags=(*one.flags, *args.flags))
         result = run(
             wider, args.output_dir / f"{number:02d}_{'_'.join(one.name.replace('->', 'to').lower().split())}", args.num_gpus
         )
