@@ -194,7 +194,7 @@ def _held_by(spread: Spread, ranks: IntArray, offsets: IntArray, extents: IntArr
     first = np.searchsorted(holders, ranks)
     inside = np.zeros(len(ranks), np.bool_)
     # A rank holds few boxes of one tensor (gate and up: two), so step through its k-th box for all rows at once.
-    for k in range(int(np.unique(holders, return_counts=True)[1].max())):
+    for k in range(int(np.bincount(holders).max())):
         entry = np.minimum(first + k, len(holders) - 1)
         within = (lows[entry] <= low).all(1) & (high <= highs[entry]).all(1)
         inside |= (holders[entry] == ranks) & within

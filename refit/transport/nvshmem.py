@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -85,7 +84,7 @@ def _landing(
     plan: RefitPlan, memory: NvshmemMemory, destination: WeightMemory | None, options: TransportOptions
 ) -> tuple[Landing, Framing]:
     """Collective: all ranks frame alike."""
-    targets: list[int] = np.unique(plan.destination[plan.is_wire & (plan.source == memory.rank)]).tolist()
+    targets = sorted(set(plan.destination[plan.is_wire & (plan.source == memory.rank)].tolist()))
     found = memory.exchange([target for target in targets if not memory.is_mapped(target)])
     unmapped = {rank: peers for rank, peers in found.items() if peers}
     programs = max(MIN_PUT_PROGRAMS, PUT_PROGRAMS // max(1, len(targets)))

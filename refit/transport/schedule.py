@@ -19,8 +19,9 @@ import numpy as np
 
 from refit.errors import UsageError
 from refit.plan.box import Box
+from refit.plan.cost import bytes_matrix
 from refit.plan.inventory import TensorSpec
-from refit.plan.plan import RankPlan, RefitPlan, Transfer
+from refit.plan.plan import IntArray, RankPlan, RefitPlan, Transfer
 from refit.transport.base import RunReport
 from refit.transport.phases import PhaseClock
 
@@ -107,10 +108,16 @@ class Totals:
 
 
 def num_peers(plan: RefitPlan) -> int:
-    """The largest number of peers that any rank sends to, or receives from."""
-    wire = plan.is_wire
-    pairs = np.unique(np.stack([plan.source[wire], plan.destination[wire]]), axis=1)
-    return max((int(np.unique(column, return_counts=True)[1].max()) for column in pairs if column.size), default=1)
+    """The largest number of peers that any rank sends to, or receives from; at least 1."""
+    pairs = _wire_matrix(plan) > 0
+    return max(1, int(pairs.sum(axis=0).max()), int(pairs.sum(axis=1).max()))
+
+
+def _wire_matrix(plan: RefitPlan) -> IntArray:
+    """Bytes from each rank (row) to each other rank (column)."""
+    matrix = bytes_matrix(plan)
+    np.fill_diagonal(matrix, 0)
+    return matrix
 
 
 def bucket_bytes(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit: int) -> int:
@@ -135,13 +142,13 @@ def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
     UsageError as `bucket_bytes` does.
     """
     bucket_bytes(plan, staging_bytes, slots_per_peer, limit)
-    wire = plan.is_wire
-    pairs, index = np.unique(np.stack([plan.source[wire], plan.destination[wire]]), axis=1, return_inverse=True)
-    moved = np.bincount(index.reshape(-1), plan.nbytes[wire], minlength=pairs.shape[1])
-    share = np.minimum(*(moved / np.bincount(column, moved)[column] for column in pairs))
+    matrix = _wire_matrix(plan)
+    sources, destinations = np.nonzero(matrix)
+    moved, sent, received = matrix[sources, destinations], matrix.sum(axis=1), matrix.sum(axis=0)
+    share = moved / np.maximum(sent[sources], received[destinations])
     shared = staging_bytes // slots_per_peer - num_peers(plan) * MIN_BUCKET_BYTES
     sizes = np.minimum(limit, MIN_BUCKET_BYTES + shared * share).astype(np.int64) // ALIGNMENT * ALIGNMENT
-    return {(int(s), int(d)): int(size) for s, d, size in zip(*pairs, sizes, strict=True)}
+    return dict(zip(zip(sources.tolist(), destinations.tolist(), strict=True), sizes.tolist(), strict=True))
 
 
 def schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:
