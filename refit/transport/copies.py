@@ -115,6 +115,7 @@ def local_batches(
     source: WeightMemory | None,
     destination: WeightMemory | None,
     batch_bytes: int,
+    num_programs: int | None = None,
 ) -> list[CopyBatch]:
     """All copies that stay on this rank, in batches of about `batch_bytes` so that they can be spread over a run."""
     copies: list[Copy] = []
@@ -125,20 +126,20 @@ def local_batches(
     for transfer in zeros:
         assert destination is not None
         copies += zero_copies(transfer, destination)
-    return list(_batches(copies, batch_bytes))
+    return [CopyBatch(batch, num_programs=num_programs) for batch in _batches(copies, batch_bytes)]
 
 
-def _batches(copies: Iterable[Copy], batch_bytes: int) -> Iterator[CopyBatch]:
+def _batches(copies: Iterable[Copy], batch_bytes: int) -> Iterator[list[Copy]]:
     batch: list[Copy] = []
     nbytes = 0
     for copy in copies:
         batch.append(copy)
         nbytes += copy.nbytes
         if nbytes >= batch_bytes:
-            yield CopyBatch(batch)
+            yield batch
             batch, nbytes = [], 0
     if batch:
-        yield CopyBatch(batch)
+        yield batch
 
 
 def _places(message: Message, memory: WeightMemory, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, View]]:

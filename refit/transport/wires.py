@@ -26,7 +26,8 @@ class WireTraits:
     """How a wire wants its messages: pieces of `alone_bytes` travel alone, none exceeds `bucket_bytes`.
 
     `slots_per_peer` is how many staged messages of a pair are in flight, `window` how many rounds, most of whose
-    messages may need no staging; `copies` is how many buffers one slot takes.
+    messages may need no staging; `copies` is how many buffers one slot takes. `num_programs` bounds how much of a GPU
+    packing and unpacking may take from the wire's own kernels.
     """
 
     alone_bytes: int | None
@@ -34,6 +35,7 @@ class WireTraits:
     slots_per_peer: int
     window: int
     copies: int = 1
+    num_programs: int | None = None
 
 
 @dataclass(slots=True)
@@ -192,7 +194,8 @@ class NcclWire:
     """
 
     # A message costs about 25 us beyond its bytes (0.5 MiB ones reach 20 GB/s of 338): few and large ones, packed.
-    traits = WireTraits(alone_bytes=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2, window=2)
+    # 64 programs copy 1 TB/s, three times what a link takes, and leave NCCL's kernels room to start at once.
+    traits = WireTraits(alone_bytes=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2, window=2, num_programs=64)
 
     def __init__(self, timeout_s: float, device: torch.device, group: dist.ProcessGroup) -> None:
         self._timeout_s = timeout_s
