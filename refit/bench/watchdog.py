@@ -96,6 +96,8 @@ class Watchdog:
 
     def fail(self, error: BaseException) -> int:
         """Settle who is to blame for `error`, raised on this rank, and return the exit code. Does not return twice."""
+        if not isinstance(error, RefitError):
+            log.error("unexpected error on rank %d", self._rank, exc_info=error)
         message = str(error) if isinstance(error, RefitError) else f"{type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, RefitError) else ExitCode.FAILED
         return self._settle(Failure(self._rank, self._phase, message, int(code)))
