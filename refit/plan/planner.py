@@ -2,8 +2,8 @@
 
 1. Match the tensors of both sides by key (`match_tensors`).
 2. For each destination rank, cover every box it holds with boxes the source holds (`overlaps`).
-3. A piece that the rank holds itself is a local copy; one that a single rank holds comes from there; of several
-   replicas the least loaded sends it, largest pieces first (`choose_senders`).
+3. A piece that the rank holds itself is a local copy; else a replica on its own node is preferred (`nearest`).
+   One that a single rank can send comes from there; of several replicas the least loaded sends it (`choose_senders`).
 4. Pieces of one tensor that the same pair exchanges and that touch become one transfer.
 
 Pure and deterministic: every rank that plans the same two censuses gets the same plan, so nobody has to communicate.
@@ -32,7 +32,7 @@ IMBALANCE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a destination's box and the source ranks it can come from; none of them: written as zeros."""
+    """A part of a destination's box and the source ranks it may come from; none of them: written as zeros."""
 
     box: Box
     holders: tuple[int, ...]
@@ -40,8 +40,8 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
-    """A piece of tensor number `tensor` that still needs a sender."""
+class Replicated:
+    """A piece of tensor number `tensor` that several ranks may send, `nbytes` long."""
 
     tensor: int
     piece: Piece
@@ -56,23 +56,24 @@ def plan_refit(source: Census, destination: Census, *, ranks_per_node: int | Non
     """
     match_tensors(source, destination)
     rows: list[tuple[int, int, int, Box]] = []
-    replicated: list[_Open] = []
+    replicated: list[Replicated] = []
     load = dict.fromkeys(source.ranks, 0)
     covers: dict[tuple[int, int], list[Piece]] = {}  # layers of a kind share their spreads
     for index, (key, tensor) in enumerate(destination.tensors.items()):
         spreads = (source.spreads[key], destination.spreads[key])
         memo = (id(spreads[0]), id(spreads[1]))
         if memo not in covers:
-            covers[memo] = overlaps(*spreads, tensor)
+            covers[memo] = [nearest(piece, ranks_per_node) for piece in overlaps(*spreads, tensor)]
         for piece in covers[memo]:
-            if len(piece.holders) > 1 and piece.destination not in piece.holders:
-                replicated.append(_Open(index, piece, piece.box.volume * tensor.itemsize))
+            nbytes = piece.box.volume * tensor.itemsize
+            if len(piece.holders) > 1:
+                replicated.append(Replicated(index, piece, nbytes))
                 continue
-            sender = _only_sender(piece)
+            sender = piece.holders[0] if piece.holders else ZEROS
             rows.append((index, sender, piece.destination, piece.box))
             if sender not in (ZEROS, piece.destination):
-                load[sender] += piece.box.volume * tensor.itemsize
-    rows += choose_senders(replicated, load, ranks_per_node)
+                load[sender] += nbytes
+    rows += choose_senders(replicated, load)
     return RefitPlan.from_rows(source, destination, merge(rows))
 
 
@@ -127,38 +128,44 @@ def _touching(source: Spread, destination: Spread) -> Iterator[tuple[Holding, li
         yield wanted, [source.holdings[index] for index in np.flatnonzero(shared).tolist()]
 
 
-def _only_sender(piece: Piece) -> int:
-    if not piece.holders:
-        return ZEROS
-    return piece.destination if piece.destination in piece.holders else piece.holders[0]
+def nearest(piece: Piece, ranks_per_node: int | None) -> Piece:
+    """`piece` with only the holders worth asking: the destination itself, else those on its node, else all.
+
+    A replica on the destination's node is taken however loaded it is: it has at most `ranks_per_node - 1` neighbours to
+    serve, over links at least that many times as fast as a rank's share of the network on 8-GPU hosts, so it is done
+    no later than they would be with the same bytes from other nodes.
+    A local copy never becomes a transfer: that adds to what two ranks send and receive and takes from none.
+    """
+    if piece.destination in piece.holders:
+        return Piece(piece.box, (piece.destination,), piece.destination)
+    if ranks_per_node is None:
+        return piece
+    node = piece.destination // ranks_per_node
+    near = tuple(rank for rank in piece.holders if rank // ranks_per_node == node)
+    return Piece(piece.box, near or piece.holders, piece.destination)
 
 
-def choose_senders(
-    replicated: Sequence[_Open], load: dict[int, int], ranks_per_node: int | None
-) -> list[tuple[int, int, int, Box]]:
-    """Give each replicated piece to its least loaded holder, largest first (LPT, Graham 1969); `load` is updated.
+def choose_senders(replicated: Sequence[Replicated], load: dict[int, int]) -> list[tuple[int, int, int, Box]]:
+    """Give each piece to its least loaded holder; `load`, bytes each rank sends already, is updated.
 
-    Ties go to the holder that stands first in its side's rank order, never to the smaller number: renaming ranks
-    renames the plan and changes nothing else.
+    Pieces with the fewest holders go first, since those with more can still fill what they leave uneven, and largest
+    first among them (LPT, Graham 1969). Ties go to the holder that stands first in its side's rank order, never to the
+    smaller number: renaming ranks renames the plan and changes nothing else.
     """
     total = sum(load.values()) + sum(item.nbytes for item in replicated)
     limit = max(MIN_SPLIT_BYTES, int(IMBALANCE * total / max(1, len(load))))
-    parts = [(item, box) for item in replicated for box in item.piece.box.split(math.ceil(item.nbytes / limit))]
-    parts.sort(key=lambda part: -part[1].volume * part[0].nbytes // part[0].piece.box.volume)
+    parts = [
+        (item, box, box.volume * item.nbytes // item.piece.box.volume)
+        for item in replicated
+        for box in item.piece.box.split(math.ceil(item.nbytes / limit))
+    ]
+    parts.sort(key=lambda part: (len(part[0].piece.holders), -part[2]))
     rows = []
-    for item, box in parts:
-        piece = item.piece
-        sender = min(_nearest(piece, ranks_per_node), key=load.__getitem__)
-        load[sender] += box.volume * item.nbytes // piece.box.volume
-        rows.append((item.tensor, sender, piece.destination, box))
+    for item, box, nbytes in parts:
+        sender = min(item.piece.holders, key=load.__getitem__)
+        load[sender] += nbytes
+        rows.append((item.tensor, sender, item.piece.destination, box))
     return rows
-
-
-def _nearest(piece: Piece, ranks_per_node: int | None) -> Sequence[int]:
-    if ranks_per_node is None:
-        return piece.holders
-    node = piece.destination // ranks_per_node
-    return [rank for rank in piece.holders if rank // ranks_per_node == node] or piece.holders
 
 
 def merge(rows: Sequence[tuple[int, int, int, Box]]) -> list[tuple[int, int, int, Box]]:
