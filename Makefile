@@ -5,10 +5,11 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SHELL_SCRIPTS := $(wildcard *.sh scripts/*.sh tests/slurm/*.sh) tests/shell/bin/scontrol .ci/run
 # torchrun would set and announce the same default.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-gpu slurm-test clean
 
 ## demo: a real refit on eight CPU ranks, verified bit for bit (TP2 EP2 -> TP2 EP1, two ranks idle)
 demo: $(READY)
@@ -26,12 +27,23 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
+	$(BIN)/shfmt --indent 4 --case-indent --diff $(SHELL_SCRIPTS)
+
+## slurm-test: the scripts under a real Slurm on this machine (root; installs slurm-wlm and munge with apt where missing)
+slurm-test: $(READY)
+	tests/slurm/run.sh $(abspath $(BIN))/python
 
 ## bench: the speed and memory claims of docs/performance.md, both sides measured in one run
 bench: $(READY)
 	$(BIN)/python -m benchmarks.transport_speed
 	$(BIN)/python -m benchmarks.peer_speed
 	$(BIN)/python -m benchmarks.planning
+
+## bench-gpu: every row of the GPU table, Megatron-Core's own refit beside ours (needs GPUs and their extras installed)
+NUM_GPUS ?= 8
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu_matrix --num-gpus $(NUM_GPUS)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
 """The speed rows and the reference's 8-GPU configurations, each a scenario of its own, on the GPUs of this machine.
 
     python -m benchmarks.gpu_matrix                    all cells, a few minutes on 8 H200
-    python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, reference, half
-    python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs: the speed rows halved, some of the rest
+    python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, te, reference
+    python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs, the speed rows halved
     python -m benchmarks.gpu_matrix --list             what would run
 
 Every cell is one torchrun with its own timeout, so one that fails or hangs does not stop the others. Results lie under
@@ -38,6 +38,12 @@ CORRECTNESS_MODEL = """--num-layers 4 --hidden-size 2048 --num-attention-heads 1
     --moe-router-topk 4 --moe-ffn-hidden-size 1024 --moe-grouped-gemm --moe-router-enable-expert-bias --swiglu
     --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope
     --bf16 --num-benchmark-warmup 1 --num-benchmark-iterations 3"""
+LATENT_MODEL = """--num-layers 3 --hidden-size 2048 --num-attention-heads 16 --multi-latent-attention --q-lora-rank 512
+    --kv-lora-rank 256 --qk-layernorm --ffn-hidden-size 4096 --moe-layer-freq ([0]*1+[1]*2) --num-experts 16
+    --moe-router-topk 4 --moe-ffn-hidden-size 1024 --moe-shared-expert-intermediate-size 1024 --moe-grouped-gemm
+    --moe-router-enable-expert-bias --swiglu --normalization RMSNorm --disable-bias-linear
+    --untie-embeddings-and-output-weights --position-embedding-type rope --bf16
+    --transformer-impl transformer_engine --num-benchmark-warmup 1 --num-benchmark-iterations 3"""
 REFERENCE_MODEL = """--num-layers 4 --hidden-size 1024 --num-attention-heads 8 --seq-length 512
     --max-position-embeddings 512 --micro-batch-size 1 --num-experts 16 --moe-router-topk 2
     --moe-shared-expert-intermediate-size 512 --ffn-hidden-size 2688 --disable-bias-linear --num-benchmark-iterations 3"""
@@ -70,6 +76,38 @@ class Sizes:
         )
 
 
+APART, TOGETHER = "non-collocated", "collocated"
+Pairing = tuple[Sizes, Sizes, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Source, destination and mode of the cells that depend on how many GPUs there are; `speed[0]` has equal sides."""
+
+    speed: tuple[Pairing, ...]
+    correctness: tuple[Pairing, ...]
+
+
+WHOLE = Rows(
+    speed=(
+        (Sizes(2, 2), Sizes(2, 2), APART),
+        (Sizes(4, 1), Sizes(2, 1), APART),
+        (Sizes(4, 2), Sizes(2, 4), TOGETHER),
+        (Sizes(8, 1), Sizes(4, 2), TOGETHER),
+    ),
+    correctness=((Sizes(4, 1, 2), Sizes(4, 1, 4), APART), (Sizes(2, 2), Sizes(1, 4), APART)),
+)
+HALVED = Rows(
+    speed=(
+        (Sizes(1, 2), Sizes(1, 2), APART),
+        (Sizes(2, 1), Sizes(1, 1), APART),
+        (Sizes(2, 2), Sizes(1, 4), TOGETHER),
+        (Sizes(4, 1), Sizes(2, 2), TOGETHER),
+    ),
+    correctness=((Sizes(4, 1, 2), Sizes(4, 1, 4), TOGETHER), (Sizes(2, 2), Sizes(1, 4), TOGETHER)),
+)
+
+
 def cell(part: str, source: Sizes, destination: Sizes, mode: str, method: str, *extra: str, label: str = "") -> Cell:
     name = f"{part} TP{source.tp} EP{source.ep} -> TP{destination.tp} EP{destination.ep}"
     if (source.etp, destination.etp) != (1, 1):
@@ -80,42 +118,61 @@ def cell(part: str, source: Sizes, destination: Sizes, mode: str, method: str, *
     return Cell(part, f"{name} {mode} {method} {label}".strip(), tuple(shlex.split(" ".join(flags))), num_gpus)
 
 
-def cells() -> Iterator[Cell]:
-    apart, together = "non-collocated", "collocated"
+def cells(num_gpus: int) -> Iterator[Cell]:
+    """Those that fit `num_gpus`; with fewer than 8 the speed rows' sizes are halved."""
+    rows = WHOLE if num_gpus >= 8 else HALVED
     for method in METHODS:
-        both = (SPEED_MODEL, "--refit-engine both")
-        grouped = (*both, "--moe-grouped-gemm")  # experts as one module, which the peer refits right
-        yield cell("speed", Sizes(2, 2), Sizes(2, 2), apart, method, *both)
-        yield cell("speed", Sizes(4, 1), Sizes(2, 1), apart, method, *both)
-        yield cell("speed", Sizes(4, 2), Sizes(2, 4), together, method, *both)
-        yield cell("speed", Sizes(8, 1), Sizes(4, 2), together, method, *both)
-        for label, way in NVSHMEM_WAYS if method == "nvshmem" else ():
-            yield cell("speed", Sizes(2, 2), Sizes(2, 2), apart, method, SPEED_MODEL, way, label=label)
-            yield cell("half", Sizes(1, 2), Sizes(1, 2), apart, method, SPEED_MODEL, way, label=label)
-        yield cell("half", Sizes(1, 2), Sizes(1, 2), apart, method, *grouped)
-        yield cell("half", Sizes(2, 1), Sizes(1, 1), apart, method, *grouped)
-        yield cell("half", Sizes(2, 2), Sizes(1, 4), together, method, *grouped)
-        yield cell("half", Sizes(4, 1), Sizes(2, 2), together, method, *grouped)
-        yield cell("large", Sizes(2, 2), Sizes(2, 2), apart, method, SPEED_MODEL, "--num-experts 384", label="384 experts")
-        yield cell("drift", Sizes(2, 2), Sizes(2, 2), apart, method, SPEED_MODEL, "--num-benchmark-iterations 50")
-        yield cell("correctness", Sizes(4, 1, 2), Sizes(4, 1, 4), apart, method, CORRECTNESS_MODEL, "--refit-engine both")
-        yield cell("correctness", Sizes(2, 2), Sizes(1, 4), apart, method, CORRECTNESS_MODEL, "--refit-engine both")
-        for source, destination in (
-            (Sizes(2, 2), Sizes(2, 1)),
-            (Sizes(2, 2), Sizes(2, 2)),
-            (Sizes(4, 1), Sizes(2, 1)),
-            (Sizes(2, 1), Sizes(1, 1)),
-            (Sizes(4, 1), Sizes(4, 1)),
-            (Sizes(1, 4), Sizes(1, 2)),
+        for part_cells in (
+            _speed(rows, method),
+            _correctness(rows, method),
+            _transformer_engine(method),
+            _reference(method),
         ):
-            yield cell("reference", source, destination, apart, method, REFERENCE_MODEL)
-        for source, destination in (
-            (Sizes(4, 2), Sizes(2, 4)),
-            (Sizes(8, 1), Sizes(4, 2)),
-            (Sizes(4, 2), Sizes(4, 1)),
-            (Sizes(2, 2), Sizes(2, 1)),
-        ):
-            yield cell("reference", source, destination, together, method, REFERENCE_MODEL)
+            yield from (one for one in part_cells if one.num_gpus <= num_gpus)
+
+
+def _speed(rows: Rows, method: str) -> Iterator[Cell]:
+    # Grouped experts are one module, which the peer refits right where a sequence of them comes out wrong.
+    model = (SPEED_MODEL, "--moe-grouped-gemm")
+    for source, destination, mode in rows.speed:
+        yield cell("speed", source, destination, mode, method, *model, "--refit-engine both")
+    equal = rows.speed[0]
+    for label, way in NVSHMEM_WAYS if method == "nvshmem" else ():
+        yield cell("speed", *equal, method, *model, way, label=label)
+    yield cell("large", *equal, method, *model, "--num-experts 384", label="384 experts")
+    yield cell("drift", *equal, method, *model, "--num-benchmark-iterations 50", label="50 iterations")
+
+
+def _correctness(rows: Rows, method: str) -> Iterator[Cell]:
+    for source, destination, mode in rows.correctness:
+        yield cell("correctness", source, destination, mode, method, CORRECTNESS_MODEL, "--refit-engine both")
+
+
+def _transformer_engine(method: str) -> Iterator[Cell]:
+    for source, destination, mode in (
+        (Sizes(1, 2), Sizes(1, 1), APART),
+        (Sizes(1, 1), Sizes(1, 2), APART),
+        (Sizes(2, 1, 2), Sizes(1, 2, 1), APART),
+        (Sizes(2, 2, 2), Sizes(4, 1, 4), TOGETHER),
+        (Sizes(4, 1, 1), Sizes(2, 2, 2), TOGETHER),
+    ):
+        yield cell("te", source, destination, mode, method, LATENT_MODEL, "--refit-engine both --check-forward")
+
+
+def _reference(method: str) -> Iterator[Cell]:
+    for source, destination, mode in (
+        (Sizes(2, 2), Sizes(2, 1), APART),
+        (Sizes(2, 2), Sizes(2, 2), APART),
+        (Sizes(4, 1), Sizes(2, 1), APART),
+        (Sizes(2, 1), Sizes(1, 1), APART),
+        (Sizes(4, 1), Sizes(4, 1), APART),
+        (Sizes(1, 4), Sizes(1, 2), APART),
+        (Sizes(4, 2), Sizes(2, 4), TOGETHER),
+        (Sizes(8, 1), Sizes(4, 2), TOGETHER),
+        (Sizes(4, 2), Sizes(4, 1), TOGETHER),
+        (Sizes(2, 2), Sizes(2, 1), TOGETHER),
+    ):
+        yield cell("reference", source, destination, mode, method, REFERENCE_MODEL)
 
 
 def run(one: Cell, directory: Path, num_gpus: int) -> dict[str, Any] | None:
@@ -140,23 +197,34 @@ def run(one: Cell, directory: Path, num_gpus: int) -> dict[str, Any] | None:
 
 
 def row(one: Cell, result: dict[str, Any] | None) -> str:
-    """One line of the table: medians in ms, GB/s of the busiest rank, the peer's, the ratio, wrong elements, status."""
+    """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, the peer's, wrong elements.
+
+    `first` is planning, preparing and the first refit; `extra` the most device memory beyond both models.
+    """
     if result is None or not result.get("engines"):
-        return f"{one.name:<68} {'failed':>8}  no result, see its log"
+        return f"{one.name:<{NAME_WIDTH}} {'failed':>8}  no result, see its log"
     ours, peer = (result["engines"].get(name, {}) for name in ("refit", "megatron"))
-    numbers = [_number(ours, "median_s", 1e3), _number(ours, None), _number(peer, "median_s", 1e3), _number(peer, None)]
+    bound = (result.get("bound") or {}).get("lower_bound_s")
     medians = [engine.get("summary", {}).get("median_s") for engine in (ours, peer)]
-    ratio = f"{medians[1] / medians[0]:.2f}" if all(medians) else "-"
-    first = sum(seconds for seconds in ours.get("cold_s", {}).values()) if ours.get("summary") else 0.0
-    wrong = [_wrong(engine) for engine in (ours, peer)]
-    return (
-        f"{one.name:<68} {numbers[0]:>8} {numbers[1]:>7} {1e3 * first:>8.0f} {wrong[0]:>7} "
-        f"{numbers[2]:>9} {numbers[3]:>7} {wrong[1]:>11} {ratio:>6}  {result['status']}"
-    )
+    extra = [nbytes for nbytes in ours.get("extra_memory_bytes_per_rank", ()) if nbytes is not None]
+    cells = [
+        _text(medians[0], 1e3),
+        _text(bound, 1e3),
+        _text(ours.get("bottleneck_gb_per_s"), 1),
+        _text(sum(ours["cold_s"].values()) if ours.get("cold_s") else None, 1e3),
+        _text(ours.get("connect_s"), 1e3),
+        _text(max(extra, default=None), 2**-20),
+        _wrong(ours),
+        _text(medians[1], 1e3),
+        _text(peer.get("bottleneck_gb_per_s"), 1),
+        _wrong(peer),
+        f"{medians[1] / medians[0]:.2f}" if all(medians) else "-",
+    ]
+    padded = " ".join(f"{text:>{width}}" for text, width in zip(cells, WIDTHS, strict=True))
+    return f"{one.name:<{NAME_WIDTH}} {padded}  {result['status']}"
 
 
-def _number(engine: dict[str, Any], name: str | None, scale: float = 1.0) -> str:
-    value = engine.get("bottleneck_gb_per_s") if name is None else engine.get("summary", {}).get(name)
+def _text(value: float | None, scale: float) -> str:
     return "-" if value is None else f"{value * scale:.1f}"
 
 
@@ -166,9 +234,13 @@ def _wrong(engine: dict[str, Any]) -> str:
     return f"{sum(sample['num_wrong'] for sample in engine['samples']):,}"
 
 
+NAME_WIDTH = 72
+TITLES = ("ms", "bound ms", "GB/s", "first ms", "connect", "extra MiB", "#wrong", "peer ms", "GB/s", "#wrong", "ratio")
+WIDTHS = (8, 8, 7, 8, 8, 9, 7, 9, 7, 14, 6)
 HEADER = (
-    f"{'cell':<68} {'ms':>8} {'GB/s':>7} {'first ms':>8} {'#wrong':>7} "
-    f"{'peer ms':>9} {'GB/s':>7} {'#wrong':>11} {'ratio':>6}  status"
+    f"{'cell':<{NAME_WIDTH}} "
+    + " ".join(f"{title:>{width}}" for title, width in zip(TITLES, WIDTHS, strict=True))
+    + "  status"
 )
 
 
@@ -181,9 +253,7 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("benchmark_results/gpu_matrix"))
     parser.add_argument("flags", nargs="*", help="flags for every cell, after --")
     args = parser.parse_args()
-    parts = args.only or {one.part for one in cells()} - ({"half"} if args.num_gpus >= 8 else {"speed"})
-    fitting = [one for one in cells() if one.num_gpus <= args.num_gpus]
-    chosen = [one for one in fitting if one.part in parts and args.match in one.name]
+    chosen = [one for one in cells(args.num_gpus) if args.match in one.name and (args.only is None or one.part in args.only)]
     if args.list:
         print("\n".join(one.name for one in chosen))
         return 0

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
 
 from refit.bench import oracle
 from refit.bench.clock import Stopwatch, Timing, time_run
 from refit.bench.exchange import gather
 from refit.bench.forward import compare_forward
-from refit.bench.memory import PeakMemory
+from refit.bench.memory import PeakMemory, past_torch
+from refit.bench.profile import profiled
 from refit.bench.session import Session
 from refit.bench.sides import Sides
 from refit.bench.stats import summarise
-from refit.config import Engine, Verify
+from refit.config import Engine, Scenario, Verify
 from refit.errors import RefitError, UnavailableError
 from refit.plan.plan import RefitPlan
 from refit.report import text
+from refit.report.progress import Progress
 from refit.report.result import EngineResult, Sample, WrongWeights
-from refit.transport.base import Program, TransportOptions, get_transport
+from refit.transport.base import Program, Transport, TransportOptions, get_transport
+from refit.transport.wires import connect_pairs
 
 MAX_WRONG_PER_RANK = 100
 """Wrong tensors a rank reports per iteration; the counts of elements are complete."""
@@ -47,15 +53,22 @@ def measure_engine(session: Session, sides: Sides, plan: RefitPlan, engine: Engi
     """
     name, outcome, stopwatch = engine.value, EngineResult(), Stopwatch()
     session.result.engines[name] = outcome
+    session.enter(f"connect {name}")
+    transport = get_transport(session.scenario.method.value)
+    before = past_torch(session.device)
+    with stopwatch.step("connect"):
+        refusal = _attempt(engine, lambda: _connect(session, transport, plan, engine))
+    if _is_refused(session, outcome, refusal):
+        return
+    outcome.connect_memory_bytes_per_rank = gather(session.control, past_torch(session.device) - before)
     session.enter(f"prepare {name}")
     memory = PeakMemory(session.device)
+    made: list[Program] = []
     with stopwatch.step("prepare"), memory.watch():
-        program, refusal = _prepare(session, sides, plan, engine)
-    refused = next((each for each in gather(session.control, refusal) if each is not None), None)
-    if refused is not None:
-        outcome.status, outcome.reason = refused.status, refused.reason
+        refusal = _attempt(engine, lambda: made.append(_prepare(session, sides, plan, engine, transport)))
+    if _is_refused(session, outcome, refusal):
         return
-    assert program is not None
+    program = made[0]
     _iterate(session, sides, program, name, memory)
     outcome.extra_memory_bytes_per_rank = gather(session.control, memory.extra_bytes)
     outcome.staging_bytes_per_rank = gather(session.control, program.staging_bytes)
@@ -65,40 +78,64 @@ def measure_engine(session: Session, sides: Sides, plan: RefitPlan, engine: Engi
         forward = compare_forward(session, sides)
         outcome.forward = {**asdict(forward), "passed": forward.passed}
         session.say(text.forward_line(name, outcome.forward))
+    if session.scenario.profile:
+        session.enter(f"profile {name}")
+        outcome.profile = [[asdict(each) for each in mine] for mine in gather(session.control, profiled(program.run))]
+        if session.is_reporter:
+            session.say(text.profile_table(name, outcome))
     session.enter(f"close {name}")
     program.close()
     session.save()
 
 
-def _prepare(
-    session: Session, sides: Sides, plan: RefitPlan, engine: Engine
-) -> tuple[Program, None] | tuple[None, _Refusal]:
-    """The engine's program, or why it cannot run here: no transport, or a refit that the peer itself refuses."""
-    scenario = session.scenario
-    source, destination = sides.source, sides.destination
-    try:
-        if engine is Engine.MEGATRON:
-            # Imported here: a Megatron without its resharding package can still be refitted by ours.
-            from refit.megatron.engine import prepare_megatron_refit
+def _connect(session: Session, transport: Transport, plan: RefitPlan, engine: Engine) -> None:
+    """What a process does once, and no refit should be charged for: the peer's share of it too."""
+    if engine is Engine.REFIT:
+        transport.connect(plan, _options(session.scenario))
+    elif session.device.type == "cuda":
+        assert dist.group.WORLD is not None
+        connect_pairs(plan, dist.group.WORLD, session.device)
 
-            method = scenario.method.value
-            return prepare_megatron_refit(source.model, destination.model, method, device=session.device), None
-        options = TransportOptions(
-            scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers, scenario.nvshmem_force_put
-        )
-        transport = get_transport(scenario.method.value)
-        return transport.prepare(plan, source.memory, destination.memory, options), None
+
+def _prepare(session: Session, sides: Sides, plan: RefitPlan, engine: Engine, transport: Transport) -> Program:
+    scenario, source, destination = session.scenario, sides.source, sides.destination
+    if engine is Engine.REFIT:
+        return transport.prepare(plan, source.memory, destination.memory, _options(scenario))
+    # Imported here: a Megatron without its resharding package can still be refitted by ours.
+    from refit.megatron.engine import prepare_megatron_refit
+
+    return prepare_megatron_refit(source.model, destination.model, scenario.method.value, device=session.device)
+
+
+def _options(scenario: Scenario) -> TransportOptions:
+    return TransportOptions(scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers, scenario.nvshmem_force_put)
+
+
+def _attempt(engine: Engine, action: Callable[[], None]) -> _Refusal | None:
+    """Why `action` cannot be done here: something is not there, or the peer itself refuses."""
+    try:
+        action()
     except UnavailableError as error:
-        return None, _Refusal("waived", str(error))
+        return _Refusal("waived", str(error))
     except RefitError as error:
         if engine is Engine.REFIT:
             raise
-        return None, _Refusal("failed", str(error))
+        return _Refusal("failed", str(error))
+    return None
+
+
+def _is_refused(session: Session, outcome: EngineResult, refusal: _Refusal | None) -> bool:
+    """Collective: what stops one rank stops all."""
+    refused = next((each for each in gather(session.control, refusal) if each is not None), None)
+    if refused is not None:
+        outcome.status, outcome.reason = refused.status, refused.reason
+    return refused is not None
 
 
 def _iterate(session: Session, sides: Sides, program: Program, name: str, memory: PeakMemory) -> None:
     scenario = session.scenario
     warmup, total = scenario.num_warmup, scenario.num_warmup + scenario.num_iterations
+    progress = Progress(name)
     for iteration in range(total):
         session.enter(f"{name} iteration {iteration + 1}: fill")
         if sides.source.memory is not None:
@@ -115,7 +152,7 @@ def _iterate(session: Session, sides: Sides, program: Program, name: str, memory
             sample = _record(session.result.engines[name], gathered, iteration, iteration < warmup)
             number = iteration + 1 if sample.warmup else iteration + 1 - warmup
             count = warmup if sample.warmup else scenario.num_iterations
-            session.say(text.iteration_line(name, sample, number, count))
+            session.say(progress.line(sample, number, count))
             session.save()
 
 
@@ -157,6 +194,7 @@ def _summarise(
     slowest = {name: max(gather(session.control, seconds)) for name, seconds in {**cold_s, **stopwatch.seconds}.items()}
     if not session.is_reporter:
         return
+    outcome.connect_s = slowest.pop("connect")
     outcome.cold_s = {**slowest, "first": outcome.samples[0].seconds}
     outcome.summary = asdict(summarise(outcome.measured_s))
     busiest = session.result.bytes["busiest"]

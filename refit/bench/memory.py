@@ -14,14 +14,16 @@ import torch
 class PeakMemory:
     """The peak over all watched stretches above the level when this object was made.
 
-    Device memory as torch's allocator counts it on a GPU; else the process's resident memory, whose high-water mark is
-    reset through /proc/self/clear_refs (Linux, proc(5)). `extra_bytes` is None where that is not allowed.
+    On a GPU the peak of torch's allocator and what was taken from the device past it (NVSHMEM's heap, NCCL's buffers),
+    by whichever process; else the process's resident memory, whose high-water mark is reset through
+    /proc/self/clear_refs (Linux, proc(5)). `extra_bytes` is None where that is not allowed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.extra_bytes: int | None = 0
         self._baseline = self._used()
+        self._past_torch = past_torch(device)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -29,7 +31,8 @@ class PeakMemory:
             self.extra_bytes = None
         yield
         if self.extra_bytes is not None:
-            self.extra_bytes = max(self.extra_bytes, self._peak() - self._baseline)
+            taken = past_torch(self._device) - self._past_torch
+            self.extra_bytes = max(self.extra_bytes, self._peak() - self._baseline + taken)
 
     def _used(self) -> int:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else _status_bytes("VmRSS")
@@ -46,6 +49,14 @@ class PeakMemory:
         except OSError:
             return False
         return True
+
+
+def past_torch(device: torch.device) -> int:
+    """Memory of a GPU in use, but for what torch's allocator holds; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def _status_bytes(field: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict
 from typing import Any
@@ -14,12 +15,14 @@ from refit.bench.exchange import gather
 from refit.bench.measure import measure_engine
 from refit.bench.session import Session, launched
 from refit.bench.sides import Sides, build_sides
+from refit.clusters import choose_cluster
 from refit.config import Engine, Method, Scenario
 from refit.errors import ExitCode, PlanError
 from refit.plan import cost
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
-from refit.report import text
+from refit.report import text, warnings
+from refit.report.bound import bound_text
 from refit.report.rankmap import rank_map
 from refit.report.result import Result, now
 from refit.transport.base import get_transport
@@ -54,10 +57,12 @@ def benchmark(session: Session) -> None:
             plan = plan_refit(sides.source.census, sides.destination.census, ranks_per_node=_ranks_per_node())
         _check_agreement(session, plan)
         _describe(session, sides, plan)
-        session.say(text.header(session.result, (*session.scenario.notes, *_peer_note(session.scenario))))
+        bound = _find_bound(session, plan)
+        session.say(text.header(session.result, (*session.scenario.notes, *_peer_note(session.scenario)), bound))
         session.save()
         for engine in _engines(session.scenario.engine):
             measure_engine(session, sides, plan, engine, stopwatch.seconds["plan"])
+            _compare_with_bound(session.result, engine)
         _conclude(session)
 
 
@@ -96,6 +101,7 @@ def _describe(session: Session, sides: Sides, plan: RefitPlan) -> None:
             for name in ("transformer_impl", "model_name", "model_provider", "notes", "recorded")
         },
         "title": scenario.title,
+        "world_size": dist.get_world_size(),
         "dtypes": sorted({tensor.dtype for tensor in census.tensors.values()}),
         "num_parameters": census.num_parameters,
         "num_tensors": len(census.tensors),
@@ -104,6 +110,34 @@ def _describe(session: Session, sides: Sides, plan: RefitPlan) -> None:
     result.layouts = {name: asdict(getattr(sides, name).layout) for name in ("source", "destination")}
     result.bytes = cost.summary(plan)
     result.plan = {"num_transfers": len(plan), "digest": plan.digest, "casts": plan.casts}
+
+
+def _find_bound(session: Session, plan: RefitPlan) -> str:
+    """Fill in the result's bound; what the header says of it, or of why there is none. On CPUs none is looked for."""
+    cluster = session.scenario.cluster
+    if cluster is None:
+        if session.device.type == "cpu":
+            return ""
+        num_ranks = dist.get_world_size()
+        num_hosts = math.ceil(num_ranks / (_ranks_per_node() or num_ranks))
+        choice = choose_cluster(torch.cuda.get_device_name(session.device), num_ranks, num_hosts)
+        if choice.cluster is None:
+            return choice.remedy
+        cluster = choice.cluster
+    bound = cost.lower_bound(cost.bytes_matrix(plan), cluster)
+    if bound is not None:
+        session.result.bound = {
+            "cluster": cluster.name,
+            "lower_bound_s": bound.seconds,
+            "limited_by": bound.limited_by,
+        }
+    return bound_text(bound, cluster)
+
+
+def _compare_with_bound(result: Result, engine: Engine) -> None:
+    outcome = result.engines[engine.value]
+    if result.bound is not None and outcome.summary:
+        outcome.share_of_lower_bound = result.bound["lower_bound_s"] / outcome.summary["median_s"]
 
 
 def _plain(value: Any) -> Any:
@@ -127,12 +161,12 @@ def _conclude(session: Session) -> None:
 
 
 def _closing_lines(session: Session) -> list[str]:
-    engines = session.result.engines
-    lines = []
+    result, engines = session.result, session.result.engines
+    lines = [warnings.idle_ranks(session.scenario, dist.get_world_size())]
     for name, engine in engines.items():
         if engine.summary:
-            lines += [text.times(engine)] if len(engines) == 1 else []
-            lines += text.warnings(engine)
+            lines += [text.times(engine, result.bound)] if len(engines) == 1 else []
+            lines += warnings.of_engine(name, engine, result)
         lines.append(text.wrong_weights(name, engine))
     lines += [text.table(engines), text.ratio(engines)]
     lines += [text.verdict(name, engine, session.scenario.verify.value) for name, engine in engines.items()]

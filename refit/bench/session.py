@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,9 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from refit.bench.environment import manifest
 from refit.bench.watchdog import Failure, Watchdog
 from refit.config import Method, Scenario
-from refit.errors import UnavailableError
+from refit.errors import UnavailableError, UsageError
 from refit.report.console import show
 from refit.report.result import Result, ResultFile
-
-GPU_METHODS = (Method.NCCL, Method.NVSHMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +48,22 @@ class Session:
 
 
 def device_for(method: Method) -> torch.device:
-    """The device a method moves weights on. Raises UnavailableError where it needs a GPU and there is none."""
-    if method not in GPU_METHODS:
+    """The device a method moves weights on: a GPU of this rank's own where the method can use it and there is one.
+
+    Raises UnavailableError where it needs a GPU and there is none.
+    """
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Slurm can show each of its tasks one GPU, its own (--gpus-per-task); of torchrun's ranks that means too few GPUs.
+    shown_own = num_gpus == 1 and os.environ.get("SLURM_LOCALID") == os.environ.get("LOCAL_RANK")
+    if method is Method.SHM or (method is Method.GLOO and not shown_own and local_size > num_gpus):
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    if shown_own:
+        return torch.device("cuda", 0)
+    if local_rank >= num_gpus:
         raise UnavailableError(
-            f"--refit-method {method.value} needs one CUDA GPU per rank, this machine has {torch.cuda.device_count()} for "
-            f"{os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks: start fewer, or use --refit-method gloo or shm"
+            f"--refit-method {method.value} needs one CUDA GPU per rank, this machine has {num_gpus} for "
+            f"{local_size} ranks: start fewer, or use --refit-method gloo or shm"
         )
     return torch.device("cuda", local_rank)
 
@@ -69,6 +75,10 @@ def launched(scenario: Scenario) -> Iterator[tuple[Session, Watchdog]]:
     Collective: every rank of the job. On leaving, the process group is gone.
     """
     device = device_for(scenario.method)
+    if scenario.profile and device.type != "cuda":
+        raise UsageError(
+            "--profile-refit records what GPUs do, and this run is on CPUs: leave it out, each refit's line has its phases"
+        )
     timeout = timedelta(seconds=scenario.timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,5 +130,8 @@ def _report(file: ResultFile, failure: Failure) -> None:
 
 
 def _file_name(scenario: Scenario) -> str:
+    """`--run-name`, or `<UTC time>_<scenario>`."""
+    if scenario.run_name is not None:
+        return scenario.run_name
     words = f"{scenario.title} {scenario.mode.value} {scenario.method.value}".lower().replace("->", "to")
-    return "_".join(words.split())
+    return "_".join([f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", *words.split()])

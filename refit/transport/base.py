@@ -81,6 +81,13 @@ class Transport(Protocol):
         """Raise UnavailableError, saying what is missing and how to get it. Needs no process group."""
         ...
 
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+        """Make ready what a process needs once, whatever it moves: communicators, connections, libraries, kernels.
+
+        Collective, as `prepare`, which does it itself where it has not been done.
+        """
+        ...
+
     def prepare(
         self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
     ) -> Program:

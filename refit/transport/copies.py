@@ -84,6 +84,13 @@ def _kernel_copies(copies: list[Copy], num_programs: int | None) -> KernelCopies
     return KernelCopies(copies, torch.device("cuda", torch.cuda.current_device()), num_programs)
 
 
+def load_kernels(device: torch.device) -> None:
+    """Compile and load the copy kernel for the widest words, which nearly all weights are copied by."""
+    some = torch.empty(32, dtype=torch.uint8, device=device)
+    CopyBatch([Copy(some[16:], some[:16])]).run()
+    torch.cuda.synchronize(device)
+
+
 def pack_copies(message: Message, memory: WeightMemory, buffer: torch.Tensor) -> list[Copy]:
     """From the weights into `buffer`, uint8 of at least `message.nbytes`."""
     return [Copy(place, view.data) for place, view in _places(message, memory, buffer)]

@@ -9,6 +9,7 @@ from refit.errors import UsageError
 from refit.plan.plan import RefitPlan
 from refit.transport import nvshmem_library as library
 from refit.transport.base import Program, TransportOptions
+from refit.transport.copies import load_kernels
 from refit.transport.landing import DirectLanding, Landing, RingLanding
 from refit.transport.memory import WeightMemory
 from refit.transport.nvshmem_memory import NvshmemMemory
@@ -38,16 +39,22 @@ class NvshmemTransport:
     def check_available(self) -> None:
         library.check_available()
 
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+        """Initialise the library. Collective: every rank of the default process group."""
+        rendezvous = _rendezvous(plan, options)
+        rendezvous.agree(library.attempt(self.check_available))
+        library.start(rendezvous, _heap_bound(plan, options))
+        load_kernels(torch.device("cuda", torch.cuda.current_device()))
+
     def prepare(
         self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
     ) -> Program:
         """See `Transport.prepare`; but every rank of the default process group must call, and later close, since
         symmetric memory is allocated by all. Raises UsageError where it does not fit, or direct buffers are not mapped.
         """
-        rendezvous = Rendezvous(f"nvshmem/{plan.digest}", range(dist.get_world_size()), options.timeout_s)
-        rendezvous.agree(library.attempt(self.check_available))
+        self.connect(plan, options)
+        rendezvous = _rendezvous(plan, options)
         rendezvous.agree(library.attempt(lambda: _check_place(source, destination, options.one_sided_buffers)))
-        library.start(rendezvous, _heap_bound(destination, options))
         memory = NvshmemMemory(rendezvous, options)
         try:
             landing, framing = _landing(plan, memory, destination, options)
@@ -74,10 +81,15 @@ def _check_place(source: WeightMemory | None, destination: WeightMemory | None, 
         raise UsageError(f"unknown buffers {buffers!r} for one-sided transports: choose ring or direct")
 
 
-def _heap_bound(destination: WeightMemory | None, options: TransportOptions) -> int:
+def _rendezvous(plan: RefitPlan, options: TransportOptions) -> Rendezvous:
+    return Rendezvous(f"nvshmem/{plan.digest}", range(dist.get_world_size()), options.timeout_s)
+
+
+def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
+    """Symmetric memory that any rank can come to need: allocations are the same size on all."""
     if options.one_sided_buffers == "ring":
         return options.staging_bytes
-    return 0 if destination is None else destination.nbytes
+    return max(plan.destination_census.bytes_per_rank.values())
 
 
 def _landing(

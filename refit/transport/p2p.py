@@ -17,11 +17,11 @@ import torch.distributed as dist
 from refit.errors import UnavailableError
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
-from refit.transport.copies import Copy, CopyBatch, local_batches, pack_copies, unpack_copies
+from refit.transport.copies import Copy, CopyBatch, load_kernels, local_batches, pack_copies, unpack_copies
 from refit.transport.memory import WeightMemory, generations
 from refit.transport.phases import PhaseClock
 from refit.transport.schedule import Channel, Framing, Message, Schedule, pair_buckets, schedule
-from refit.transport.wires import Bound, GlooWire, NcclWire, PinnedGlooWire, Ticket, Wire, WireTraits
+from refit.transport.wires import Bound, GlooWire, NcclWire, PinnedGlooWire, Ticket, Wire, WireTraits, connect_pairs
 
 LOCAL_BATCH_BYTES = {"cpu": 4 << 20, "cuda": 4 << 30}
 """On a CPU local copies take turns with the wire, a few at a time; on a GPU they have a stream of their own, and a
@@ -39,6 +39,7 @@ class TwoSidedTransport:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._group: dist.ProcessGroup | None = None
 
     def check_available(self) -> None:
         if self.name == "gloo" and not dist.is_gloo_available():
@@ -48,44 +49,45 @@ class TwoSidedTransport:
         if self.name == "nccl" and not dist.is_nccl_available():
             raise UnavailableError("nccl needs a torch built with NCCL: install a CUDA build of torch, or use gloo")
 
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+        """NCCL: a communicator of the plan's ranks, each pair connected. Gloo's process group is connected already."""
+        if self.name != "nccl" or self._group is not None:
+            return
+        urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        self._group = dist.new_group(_ranks_of(plan), backend="nccl", pg_options=urgent)
+        device = torch.device("cuda", torch.cuda.current_device())
+        connect_pairs(plan, self._group, device)
+        load_kernels(device)
+
     def prepare(
         self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
     ) -> TwoSidedProgram:
         """Gloo talks over the default process group and prepares without communication; see `Transport.prepare`."""
-        memory = source if source is not None else destination
-        device = torch.device("cpu") if memory is None else memory.device
-        if self.name == "nccl":
-            return self._prepare_nccl(plan, source, destination, options)
-        if device.type == "cuda":
-            traits, wire = PinnedGlooWire.traits, PinnedGlooWire(options.timeout_s, device)
-            return TwoSidedProgram(_framed(plan, traits, options), wire, traits, source, destination)
-        cpu_wire = GlooWire(options.timeout_s)
-        return TwoSidedProgram(_framed(plan, cpu_wire.traits, options), cpu_wire, cpu_wire.traits, source, destination)
-
-    def _prepare_nccl(
-        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
-    ) -> TwoSidedProgram:
-        ranks = sorted({*plan.source_census.ranks, *plan.destination_census.ranks})
-        urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        group = dist.new_group(ranks, backend="nccl", pg_options=urgent)
-        device = torch.device("cuda", torch.cuda.current_device())
-        if dist.get_rank() in ranks:
-            # The first operation of a group builds its communicator and needs all members at once.
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
-            torch.cuda.synchronize(device)
-        wire = NcclWire(options.timeout_s, device, group)
+        self.connect(plan, options)
+        wire = self._wire(source if source is not None else destination, options)
         framed = _framed(plan, wire.traits, options)
-        return TwoSidedProgram(framed, wire, wire.traits, source, destination, lambda: _destroy(group, ranks))
+        return TwoSidedProgram(framed, wire, wire.traits, source, destination, lambda: self._disconnect(plan))
+
+    def _wire(self, memory: WeightMemory | None, options: TransportOptions) -> Wire:
+        if self._group is not None:
+            return NcclWire(options.timeout_s, torch.device("cuda", torch.cuda.current_device()), self._group)
+        if memory is not None and memory.device.type == "cuda":
+            return PinnedGlooWire(options.timeout_s, memory.device)
+        return GlooWire(options.timeout_s)
+
+    def _disconnect(self, plan: RefitPlan) -> None:
+        if self._group is not None and dist.get_rank() in _ranks_of(plan):
+            dist.destroy_process_group(self._group)
+        self._group = None
 
 
-def _destroy(group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
-    if dist.get_rank() in ranks:
-        dist.destroy_process_group(group)
+def _ranks_of(plan: RefitPlan) -> list[int]:
+    return sorted({*plan.source_census.ranks, *plan.destination_census.ranks})
 
 
 def _framed(plan: RefitPlan, traits: WireTraits, options: TransportOptions) -> Schedule:
-    """Half of the staging is for sending, half for receiving, divided over slots and, by their bytes, over peers."""
-    staging_bytes = options.staging_bytes // (2 * traits.copies)
+    """Staging is divided over slots and, by their bytes, over peers."""
+    staging_bytes = options.staging_bytes // traits.copies
     sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, traits.bucket_bytes)
     return schedule(plan, dist.get_rank(), Framing(traits.bucket_bytes, traits.alone_bytes, sizes))
 

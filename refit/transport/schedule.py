@@ -138,16 +138,17 @@ def bucket_bytes(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
 def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit: int) -> dict[tuple[int, int], int]:
     """The bucket size of each (source, destination) pair, its share of `staging_bytes` at either end going by its bytes.
 
-    Pairs then end after about as many messages as one another, and a rank's rounds stay full to the end. Raises
-    UsageError as `bucket_bytes` does.
+    A rank that both sends and receives spends half on each. Pairs then end after about as many messages as one another,
+    and a rank's rounds stay full to the end. Raises UsageError as `bucket_bytes` does.
     """
-    bucket_bytes(plan, staging_bytes, slots_per_peer, limit)
+    bucket_bytes(plan, staging_bytes // 2, slots_per_peer, limit)
     matrix = _wire_matrix(plan)
     sources, destinations = np.nonzero(matrix)
     moved, sent, received = matrix[sources, destinations], matrix.sum(axis=1), matrix.sum(axis=0)
-    share = moved / np.maximum(sent[sources], received[destinations])
-    shared = staging_bytes // slots_per_peer - num_peers(plan) * MIN_BUCKET_BYTES
-    sizes = np.minimum(limit, MIN_BUCKET_BYTES + shared * share).astype(np.int64) // ALIGNMENT * ALIGNMENT
+    allowed = staging_bytes // np.where((sent > 0) & (received > 0), 2, 1) // slots_per_peer
+    allowed -= num_peers(plan) * MIN_BUCKET_BYTES
+    shares = np.minimum(allowed[sources] * (moved / sent[sources]), allowed[destinations] * (moved / received[destinations]))
+    sizes = np.minimum(limit, MIN_BUCKET_BYTES + shares).astype(np.int64) // ALIGNMENT * ALIGNMENT
     return dict(zip(zip(sources.tolist(), destinations.tolist(), strict=True), sizes.tolist(), strict=True))
 
 

@@ -43,6 +43,9 @@ class SharedMemoryTransport:
         if not (DIRECTORY.is_dir() and os.access(DIRECTORY, os.W_OK)):
             raise UnavailableError(f"shm needs a writable {DIRECTORY} (Linux): use --refit-method gloo")
 
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+        """Memory that both sides map needs no connection."""
+
     def prepare(
         self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
     ) -> Program:

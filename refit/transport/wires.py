@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from refit.errors import RefitError
+from refit.plan.plan import RefitPlan
 from refit.transport.copies import CopyBatch
 
 TAG = 0x5EF1
@@ -70,6 +71,8 @@ class Wire(Protocol):
 
     A wire over CUDA streams only enqueues; then `wait_*` orders streams and `finish` waits for the device.
     """
+
+    traits: WireTraits
 
     def begin(self) -> None: ...
     def wait_sent(self, ticket: Ticket) -> None: ...
@@ -193,7 +196,9 @@ class NcclWire:
     k + 1, moving round k and unpacking round k - 1 run on streams of their own.
     """
 
-    # A message costs about 25 us beyond its bytes (0.5 MiB ones reach 20 GB/s of 338): few and large ones, packed.
+    # A message costs about 25 us beyond its bytes (0.5 MiB ones reach 20 GB/s of 338): few and large ones, packed. A pair
+    # gets NCCL's channels divided by the communicator's ranks, 32 / 4 = 8, and more of them only where a message would
+    # put over 16 MiB on each (NCCL 2.28, addP2pToPlan): on 4 H200 128 MiB travel at 262 GB/s, 256 MiB at 359.
     # 64 programs copy 1 TB/s, three times what a link takes, and leave NCCL's kernels room to start at once.
     traits = WireTraits(alone_bytes=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2, window=2, num_programs=64)
 
@@ -258,6 +263,27 @@ class NcclWire:
                     )
                 time.sleep(0)
         self._lanes.finish()
+
+
+def connect_pairs(plan: RefitPlan, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Send a byte along every pair of `plan` over NCCL, which connects two ranks when they first talk.
+
+    Collective over `group`; ranks outside it return at once.
+    """
+    if dist.get_rank(group) < 0:
+        return
+    # The first operation of a group builds its communicator and needs all members at once.
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    rank, wire = dist.get_rank(), plan.is_wire
+    byte = torch.zeros(1, dtype=torch.uint8, device=device)
+    targets = sorted(set(plan.destination[wire & (plan.source == rank)].tolist()))
+    origins = sorted(set(plan.source[wire & (plan.destination == rank)].tolist()))
+    operations = [dist.P2POp(dist.irecv, torch.empty_like(byte), origin, group) for origin in origins]
+    operations += [dist.P2POp(dist.isend, byte, target, group) for target in targets]
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    torch.cuda.synchronize(device)
 
 
 class _Lanes:

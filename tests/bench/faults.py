@@ -95,6 +95,7 @@ def _transport(
     class Faulty:
         def __init__(self, name: str) -> None:
             self._real = get_transport(name)
+            self.connect = self._real.connect
 
         def prepare(self, plan: RefitPlan, source: Any, destination: Any, options: TransportOptions) -> Any:
             program = self._real.prepare(change_plan(plan), source, change_destination(destination), options)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from refit.bench.runner import benchmark
 from refit.bench.session import new_session
 from refit.cli import parse
-from refit.report.result import Result, ResultFile
+from refit.report.result import SCHEMA_VERSION, Result, ResultFile
 from tests.bench.faults import fault
 from tests.dist.pool import RankPool
 
@@ -79,7 +79,7 @@ def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
     refit(ranks, *flags, directory=tmp_path)
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
-    assert (content["schema_version"], content["status"], content["exit_code"]) == (1, "ok", 0)
+    assert (content["schema_version"], content["status"], content["exit_code"]) == (SCHEMA_VERSION, "ok", 0)
     assert content["scenario"]["recorded"] == {"seq-length": 128}
     assert content["bytes"]["payload"] == content["bytes"]["wire"] + content["bytes"]["local"]
     assert sum(content["bytes"]["received_by_rank"].values()) == content["bytes"]["wire"]
@@ -95,6 +95,22 @@ def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
 
 
 EP_DOWN = [*sizes(2, 2, 1, 1), *sizes(2, 1, 1, 1, "rl-inference-"), "--refit-method=gloo"]
+
+
+def test_times_are_held_against_a_cluster_that_is_named(ranks: RankPool) -> None:
+    _, result = refit(ranks, *EP_DOWN, "--cluster=h200_nvlink")
+    engine, bound = result.engines["refit"], result.bound
+    assert bound is not None
+    assert bound["cluster"] == "h200_nvlink"
+    assert bound["lower_bound_s"] == pytest.approx(result.bytes["busiest"] / 391e9)
+    assert bound["limited_by"].startswith("rank 4 receives ")
+    assert engine.share_of_lower_bound == pytest.approx(bound["lower_bound_s"] / engine.summary["median_s"])
+
+
+def test_on_cpus_no_cluster_is_guessed(ranks: RankPool) -> None:
+    _, result = refit(ranks, *EP_DOWN)
+    assert result.bound is None
+    assert result.engines["refit"].share_of_lower_bound is None
 
 
 def test_a_byte_flipped_in_flight_is_found(ranks: RankPool) -> None:

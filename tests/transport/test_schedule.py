@@ -88,12 +88,18 @@ def test_pairs_share_the_staging_by_their_bytes() -> None:
     for transfer in CASE.plan.transfers():
         if (transfer.source, transfer.destination) in moved:
             moved[transfer.source, transfer.destination] += transfer.nbytes
-    for end in (0, 1):
-        for rank in {pair[end] for pair in sizes}:
-            assert sum(size for pair, size in sizes.items() if pair[end] == rank) <= (1 << 20) // 2
+    for rank in {rank for pair in sizes for rank in pair}:
+        assert 2 * sum(size for pair, size in sizes.items() if rank in pair) <= 1 << 20
     most, least = max(moved, key=moved.__getitem__), min(moved, key=moved.__getitem__)
     assert sizes[most] >= sizes[least]
     assert set(pair_buckets(CASE.plan, 1 << 30, 2, limit=4096).values()) == {4096}
+
+
+def test_a_rank_that_only_sends_or_only_receives_spends_all_its_staging_on_that() -> None:
+    whole = TensorSpec("w", (1 << 20, 64), "bfloat16")
+    censuses = [Census.from_inventories({rank: Inventory.of([(whole, Box.whole(whole.shape))])}) for rank in (0, 1)]
+    (size,) = pair_buckets(plan_refit(*censuses), 1 << 20, 2, limit=1 << 30).values()
+    assert size == (1 << 20) // 2
 
 
 def test_one_rank_of_kimi_k2_is_scheduled_whole() -> None:
