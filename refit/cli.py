@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refit.clusters import load_cluster
 from refit.config import Engine, Method, Mode, Scenario, Verify
-from refit.dry_run import DryRunOptions, dry_run, load_cluster
+from refit.dry_run import DryRunOptions, dry_run
 from refit.errors import RefitError, UsageError
 from refit.flags import full_parser, recorded_flags
-from refit.launch import check_launch
+from refit.launch import check_launch, rank_variables
 from refit.layout import Layout
 from refit.model.from_flags import check_no_shape, model_shape, wide_experts_note, without_unbuildable_biases
 from refit.model.presets import load_preset
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
     What every rank finds out alike ends in an error code on rank 0 alone, so that a launcher reports one failure.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         code = _run(parse(argv), first)
     except UsageError as error:
@@ -53,6 +54,7 @@ def _run(request: Request, first: bool) -> int:
         if first:
             show(dry_run_text(dry_run(request.scenario, request.dry_run)))
         return 0
+    os.environ.update(rank_variables(os.environ))
     check_launch(request.scenario, os.environ, request.gpus_per_node)
     # Imported here: a dry run needs neither torch nor Megatron.
     from refit.bench.runner import run
@@ -62,35 +64,38 @@ def _run(request: Request, first: bool) -> int:
 
 def parse(argv: Sequence[str]) -> Request:
     """Read a command line. Raises UsageError, in one line, for anything that cannot be honoured."""
+    args = read_flags(argv)
+    if args.num_gpus is not None and not args.dry_run:
+        raise UsageError("--num-gpus needs --dry-run: a run goes by the ranks that torchrun starts")
+    scenario = _scenario(args)
+    options = DryRunOptions(args.num_gpus, args.gpus_per_node, scenario.cluster)
+    return Request(scenario, options if args.dry_run else None, args.gpus_per_node)
+
+
+def read_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of a command line, over those of its preset. Raises UsageError for what no flag takes."""
     parser = full_parser()
     args = parser.parse_flags(argv)
-    if args.model is not None:
-        args = parser.parse_flags(argv, load_preset(args.model))
-    for flag, value in (("--num-gpus", args.num_gpus), ("--cluster", args.cluster)):
-        if value is not None and not args.dry_run:
-            raise UsageError(f"{flag} needs --dry-run: a run goes by the ranks that torchrun starts")
-    cluster = load_cluster(args.cluster) if args.cluster else None
-    options = DryRunOptions(args.num_gpus, args.gpus_per_node, cluster)
-    return Request(_scenario(args), options if args.dry_run else None, args.gpus_per_node)
+    return args if args.model is None else parser.parse_flags(argv, load_preset(args.model))
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
     if args.refit_method is None and not args.dry_run:
         raise UsageError(f"--refit-method missing: choose one of {', '.join(method.value for method in Method)}")
-    mode = Mode(args.refit_mode)
-    source, destination = _layouts(args, mode)
+    source, destination = layouts(args)
     model, notes = _model(args, (source, destination))
     return Scenario(
         model=model,
         source=source,
         destination=destination,
-        mode=mode,
+        mode=Mode(args.refit_mode),
         method=Method(args.refit_method or Method.NCCL),
         engine=Engine(args.refit_engine),
         num_warmup=args.num_benchmark_warmup,
         num_iterations=args.num_benchmark_iterations,
         verify=Verify(args.verify),
         check_forward=args.check_forward,
+        profile=args.profile_refit,
         staging_bytes=args.staging_mib << 20,
         timeout_s=args.timeout,
         transformer_impl=args.transformer_impl or "local",
@@ -101,11 +106,16 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         notes=notes,
         nvshmem_buffers=args.nvshmem_buffers,
         nvshmem_force_put=args.nvshmem_force_put,
+        cluster=load_cluster(args.cluster) if args.cluster else None,
+        run_name=args.run_name,
     )
 
 
-def _layouts(args: argparse.Namespace, mode: Mode) -> tuple[Layout, Layout]:
-    """Source and destination; sizes the destination does not give are the source's, as in Megatron-LM, but ETP."""
+def layouts(args: argparse.Namespace) -> tuple[Layout, Layout]:
+    """Source and destination; sizes the destination does not give are the source's, as in Megatron-LM, but ETP.
+
+    Raises UsageError for ranks that cannot be divided so. Whether the model can be is not looked at.
+    """
     tp = args.tensor_model_parallel_size or 1
     source = _layout(
         "source",
@@ -125,7 +135,7 @@ def _layouts(args: argparse.Namespace, mode: Mode) -> tuple[Layout, Layout]:
         etp=args.rl_inference_expert_tensor_model_parallel_size or tp,
         pp=args.rl_inference_pipeline_model_parallel_size or source.pp,
         world_size=args.destination_world_size,
-        first_rank=0 if mode is Mode.COLLOCATED else source.world_size,
+        first_rank=0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size,
         first_stage_layers=args.rl_inference_decoder_first_pipeline_num_layers,
         last_stage_layers=args.rl_inference_decoder_last_pipeline_num_layers,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from refit.layout import Layout
 from refit.model.shape import ModelShape
+from refit.plan.cost import Cluster
 
 
 class Mode(str, Enum):
@@ -49,6 +50,8 @@ class Scenario:
 
     `model` is None where `model_provider` builds a model of its own.
     `recorded` holds accepted flags that do not change weights (`--seq-length`, ...), for the result file.
+    `run_name` names the result file; None: time and scenario do.
+    `cluster` gives the speeds that the refit's time is held against, None where none was named.
     `notes` are lines the user should read once: choices made on their behalf.
     """
 
@@ -62,6 +65,7 @@ class Scenario:
     num_iterations: int = 5
     verify: Verify = Verify.FULL
     check_forward: bool = False
+    profile: bool = False
     staging_bytes: int = 512 << 20
     timeout_s: float = 300.0
     transformer_impl: str = "local"
@@ -72,6 +76,8 @@ class Scenario:
     notes: tuple[str, ...] = ()
     nvshmem_buffers: str = "ring"
     nvshmem_force_put: bool = False
+    cluster: Cluster | None = None
+    run_name: str | None = None
 
     @property
     def num_ranks(self) -> int:

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refit import yaml_configs
-from refit.config import Scenario
+from refit.config import Mode, Scenario
 from refit.errors import UsageError
 from refit.launch import check_num_ranks
 from refit.model.catalog import predict
 from refit.model.shape import ModelShape
-from refit.plan.cost import Cluster, Cost, cost_of
+from refit.plan.cost import Bound, Cluster, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
+from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
 
 
 @dataclass(frozen=True, slots=True)
 class DryRunOptions:
-    """What a dry run compares the need with. `num_gpus` None stands for as many as the scenario needs."""
+    """What a dry run compares the need with. `num_gpus` None stands for as many as the scenario needs.
+
+    The plan goes by the hosts of `gpus_per_node`, as a run does; traffic and bound by the cluster's NVLink domains.
+    """
 
     num_gpus: int | None = None
     gpus_per_node: int = 8
     cluster: Cluster | None = None
 
+    @property
+    def gpus_per_domain(self) -> int:
+        """GPUs that NVLink joins: the cluster's, or those of a host."""
+        return self.cluster.gpus_per_node if self.cluster else self.gpus_per_node
+
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """A scenario's figures. `source_bytes` and `destination_bytes` are the weights of each rank of that side."""
+    """A scenario's figures. `source_bytes` and `destination_bytes` are the weights of each rank of that side.
+
+    `matrix` has the bytes from each rank (row) to each rank. `bound` is None without a cluster, and where the cluster
+    has no speed for bytes that cross its nodes.
+    """
 
     scenario: Scenario
     model: ModelShape
@@ -37,8 +50,24 @@ class DryRun:
     source_bytes: dict[int, int]
     destination_bytes: dict[int, int]
     cost: Cost
+    matrix: IntArray
+    traffic: Traffic
+    bound: Bound | None
     predict_s: float
     plan_s: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the fullest GPU holds: its weights, of both sides where they share it, and the staging bound."""
+        return max(max(held.values()) for held in self.held_bytes.values()) + self.scenario.staging_bytes
+
+    @property
+    def held_bytes(self) -> dict[str, Mapping[int, int]]:
+        """Weights on each rank, of `source` and `destination` apart, or of `both` together where they share GPUs."""
+        if self.scenario.mode is Mode.NON_COLLOCATED:
+            return {"source": self.source_bytes, "destination": self.destination_bytes}
+        sides = (self.source_bytes, self.destination_bytes)
+        return {"both": {rank: sum(side.get(rank, 0) for side in sides) for rank in range(self.scenario.num_ranks)}}
 
 
 def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
@@ -52,6 +81,7 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     destination = predict(scenario.model, scenario.destination, transformer_impl=scenario.transformer_impl)
     predicted_s = time.perf_counter()
     plan = plan_refit(source, destination, ranks_per_node=options.gpus_per_node)
+    matrix = bytes_matrix(plan)
     planned_s = time.perf_counter()
     return DryRun(
         scenario=scenario,
@@ -63,28 +93,9 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         source_bytes=dict(source.bytes_per_rank),
         destination_bytes=dict(destination.bytes_per_rank),
         cost=cost_of(plan),
+        matrix=matrix,
+        traffic=split_traffic(matrix, options.gpus_per_domain),
+        bound=lower_bound(matrix, options.cluster) if options.cluster else None,
         predict_s=predicted_s - start_s,
         plan_s=planned_s - predicted_s,
     )
-
-
-def load_cluster(name: str) -> Cluster:
-    """A file of `configs/clusters`, or the YAML file at path `name`.
-
-    Keys: `link_gb_per_s` (GB/s of one GPU in one direction), `gpu_memory_gb` (may be left out), `source`.
-    Raises UsageError for an unknown name or key, or a value that is no positive number.
-    """
-    path = yaml_configs.find("clusters", name)
-    values = yaml_configs.read_mapping(path)
-    unknown = sorted(values.keys() - {"link_gb_per_s", "gpu_memory_gb", "source"})
-    if unknown:
-        raise UsageError(f"{path}: unknown key {unknown[0]}: link_gb_per_s, gpu_memory_gb and source are known")
-    for key in ("link_gb_per_s", "gpu_memory_gb"):
-        value = values.get(key)
-        given = value is not None or key == "link_gb_per_s"
-        if given and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise UsageError(f"{path}: {key} must be a positive number, not {value!r}")
-    memory_gb, link_gb_per_s = values.get("gpu_memory_gb"), values["link_gb_per_s"]
-    assert isinstance(link_gb_per_s, int | float)
-    memory_bytes = int(memory_gb * 1e9) if isinstance(memory_gb, int | float) else None
-    return Cluster(path.stem, link_gb_per_s * 1e9, memory_bytes, str(values.get("source", "")))

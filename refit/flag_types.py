@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -73,6 +74,13 @@ def _evaluate(node: ast.expr) -> Any:
         if math.prod(lengths) <= MAX_PATTERN:
             return left * right
     raise ValueError("not a list of layers")
+
+
+def file_stem(text: str) -> str:
+    """A file's name without its suffix: letters, digits, `_`, `-`, `+`, `=` and dots, none of them in front but `_`."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, _ - + = and dots, got {text!r}")
+    return text
 
 
 def provider(text: str) -> str:

@@ -41,21 +41,29 @@ class FlagParser(argparse.ArgumentParser):
 
         Raises UsageError for what is no flag, or a value the flag cannot take.
         """
+        return self.parse_flags(self.words(values))
+
+    def words(self, values: Mapping[str, object]) -> list[str]:
+        """The command line that says what such a mapping says. Raises UsageError for what is no flag, or has no value."""
         argv: list[str] = []
         for key, value in values.items():
-            flag = f"--{key}"
-            if flag not in self._option_string_actions:
-                raise self._unknown(flag)
+            flag, takes_list = f"--{key}", self.takes_list(key)
             if value is None or isinstance(value, dict):
                 raise UsageError(f"{key} needs a value")
-            takes_list = self._option_string_actions[flag].nargs == "*"
             if isinstance(value, bool):
                 argv += [flag] if value else []
             elif isinstance(value, list) and takes_list:
                 argv += [flag, *map(str, value)]
             else:
                 argv.append(f"{flag}={value}")
-        return self.parse_flags(argv)
+        return argv
+
+    def takes_list(self, key: str) -> bool:
+        """Whether the flag `--<key>` takes several values. Raises UsageError for what is no flag."""
+        flag = f"--{key}"
+        if flag not in self._option_string_actions:
+            raise self._unknown(flag)
+        return self._option_string_actions[flag].nargs == "*"
 
     def _unknown(self, flag: str) -> UsageError:
         return UsageError(f"unknown flag {flag}: {self._nearest(flag)}")
@@ -242,6 +250,7 @@ def _add_refit_flags(parser: FlagParser) -> None:
     group.add_argument("--num-benchmark-warmup", type=flag_types.non_negative, default=2, metavar="N", help="default: 2")
     group.add_argument("--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="default: 5")
     group.add_argument("--check-forward", action="store_true", help="compare the logits of both models as well")
+    group.add_argument("--profile-refit", action="store_true", help="record what each GPU does in one more refit")
     group.add_argument(
         "--staging-mib", type=flag_types.positive, default=512, metavar="N", help="staging per rank; default: 512"
     )
@@ -250,7 +259,16 @@ def _add_refit_flags(parser: FlagParser) -> None:
         "--nvshmem-buffers", choices=("ring", "direct"), default="ring", help="through a bounded ring, or in place"
     )
     group.add_argument("--nvshmem-force-put", action="store_true", help="reach peers on this node as those on others are")
+    group.add_argument(
+        "--cluster", metavar="NAME", help="speeds for the lower bound, from configs/clusters; default: by the GPU's name"
+    )
     group.add_argument("--output-dir", type=Path, default=Path("benchmark_results"), help="default: benchmark_results")
+    group.add_argument(
+        "--run-name",
+        type=flag_types.file_stem,
+        metavar="NAME",
+        help="the result is NAME.json; default: named after time and scenario",
+    )
 
 
 def _add_dry_run_flags(parser: FlagParser) -> None:
@@ -260,4 +278,3 @@ def _add_dry_run_flags(parser: FlagParser) -> None:
         "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs there are; default: as many as needed"
     )
     group.add_argument("--gpus-per-node", type=flag_types.positive, default=8, metavar="N", help="default: 8")
-    group.add_argument("--cluster", metavar="NAME", help="link speed for the lower bound, from configs/clusters")

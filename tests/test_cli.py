@@ -418,5 +418,5 @@ def test_a_request_for_a_dry_run() -> None:
     assert request.dry_run is not None
     assert (request.dry_run.num_gpus, request.dry_run.gpus_per_node) == (8, 4)
     assert request.dry_run.cluster is not None
-    assert request.dry_run.cluster.link_bytes_per_s == 50e9
+    assert request.dry_run.cluster.inter_bytes_per_s == 50e9
     assert parse(["--model", "tiny", "--refit-method", "gloo"]).dry_run is None

@@ -17,10 +17,13 @@ FORBIDDEN = {
     "refit/transport": ("megatron", "refit.bench", "refit.megatron", "refit.report"),
     "refit/megatron": ("refit.bench", "refit.report"),
     "refit/report": ("torch", "megatron", "refit.bench", "refit.transport", "refit.megatron"),
-    "refit/bench": ("megatron", "refit.cli"),
+    "refit/bench": ("megatron", "refit.cli", "refit.sweep", "refit.commands"),
+    "refit/sweep": ("torch", "megatron", "refit.transport", "refit.bench", "refit.megatron", "refit.commands"),
+    "refit/commands": ("torch", "megatron", "matplotlib", "refit.transport", "refit.bench", "refit.megatron"),
 }
 
 DRY_RUN_ENTRY = ROOT / "refit/cli.py"
+COMMAND_ENTRY = ROOT / "refit/commands/__init__.py"
 
 
 def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
@@ -33,8 +36,14 @@ def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide which room they reach into"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif not (at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+        elif not (at_load and is_run_later(node)):
             pending.extend(ast.iter_child_nodes(node))
+
+
+def is_run_later(node: ast.AST) -> bool:
+    """Functions run when called, and what is for type checkers never runs."""
+    typing_only = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return typing_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 def within(module: str, room: str) -> bool:
@@ -85,9 +94,9 @@ def loaded_with(entry: Path) -> dict[str, set[str]]:
         for module in loaded[name_of(path)]:
             # `a.b.c` may be module c of package a.b or name c of module a.b.
             for candidate in (module, module.rpartition(".")[0]):
-                file = ROOT / (candidate.replace(".", "/") + ".py")
-                if within(candidate, "refit") and file.exists():
-                    pending.append(file)
+                place = ROOT / candidate.replace(".", "/")
+                if within(candidate, "refit"):
+                    pending += [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.exists()]
     return loaded
 
 
@@ -95,6 +104,13 @@ def test_a_dry_run_loads_neither_torch_nor_megatron() -> None:
     loaded = loaded_with(DRY_RUN_ENTRY)
     assert {"refit/dry_run.py", "refit/model/catalog.py", "refit/plan/planner.py"} <= loaded.keys()
     heavy = ("torch", "megatron", "refit.bench", "refit.transport", "refit.megatron")
+    assert [(file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)] == []
+
+
+def test_the_console_command_loads_on_a_login_node() -> None:
+    loaded = loaded_with(COMMAND_ENTRY)
+    assert {"refit/commands/sweep.py", "refit/sweep/check.py", "refit/report/summary.py"} <= loaded.keys()
+    heavy = ("torch", "megatron", "matplotlib", "refit.bench", "refit.transport", "refit.megatron")
     assert [(file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)] == []
 
 

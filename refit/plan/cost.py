@@ -1,4 +1,4 @@
-"""What a plan costs: bytes per rank and pair, who is busiest, and the least time a link needs for it."""
+"""What a plan costs: bytes per rank and pair, who is busiest, and the least time a cluster needs for it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,52 @@ from typing import Any
 
 import numpy as np
 
+from refit import units
 from refit.plan.plan import ZEROS, IntArray, RefitPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The network a scenario is judged by. `link_bytes_per_s` is one GPU's speed in one direction.
+    """The machines a scenario is judged by; speeds are one GPU's in one direction, in bytes per second.
 
-    `gpu_memory_bytes` is None where it is not known; `source` says where the figures come from.
+    A node is an NVLink domain: the GPUs that reach each other at `intra_bytes_per_s`, `gpus_per_node` of them (8 in an
+    HGX host, 72 in an NVL72 rack). Between nodes it is `inter_bytes_per_s`, None where only one node is described.
+    `copy_bytes_per_s` counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the
+    bound. `gpu_memory_bytes` is None where it is not known. `gpu` is the end of the device's name by which a run finds
+    its cluster, None where it must be named. `source` says where the figures come from.
     """
 
     name: str
-    link_bytes_per_s: float
+    intra_bytes_per_s: float
+    inter_bytes_per_s: float | None
+    gpus_per_node: int
+    copy_bytes_per_s: float | None
     gpu_memory_bytes: int | None
+    gpu: str | None
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Seconds no refit by a plan can beat, and what sets them: `rank 64 receives 65.93 GB between nodes at 50 GB/s`."""
+
+    seconds: float
+    limited_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Wire bytes of every rank, those that stay within its node apart from those between nodes. Each `[num_ranks]`.
+
+    Ranks are counted in order: the first `gpus_per_node` are node 0, the next ones node 1.
+    """
+
+    gpus_per_node: int
+    sent_within: IntArray
+    sent_between: IntArray
+    received_within: IntArray
+    received_between: IntArray
+    local: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +97,6 @@ class Cost:
         """max over ranks of max(sent, received): links carry both directions at once."""
         return max(self.busiest_sender.nbytes, self.busiest_receiver.nbytes)
 
-    def lower_bound_s(self, bytes_per_s: float) -> float:
-        """Seconds no refit by this plan can beat: the busiest rank's busier direction at full link speed."""
-        return self.busiest_bytes / bytes_per_s
-
 
 def cost_of(plan: RefitPlan) -> Cost:
     """Add up a plan's bytes, counted in the destination's dtypes."""
@@ -110,6 +138,42 @@ def bytes_matrix(plan: RefitPlan) -> IntArray:
     moved = plan.source != ZEROS
     np.add.at(matrix, (plan.source[moved], plan.destination[moved]), plan.nbytes[moved])
     return matrix
+
+
+def split_traffic(matrix: IntArray, gpus_per_node: int) -> Traffic:
+    """Sort a `bytes_matrix` by whether its bytes cross from one node of `gpus_per_node` ranks to another."""
+    node = np.arange(len(matrix)) // gpus_per_node
+    between = np.where(node[:, None] != node[None, :], matrix, 0)
+    within = matrix - between
+    local = np.diagonal(matrix).copy()
+    np.fill_diagonal(within, 0)
+    return Traffic(gpus_per_node, within.sum(1), between.sum(1), within.sum(0), between.sum(0), local)
+
+
+def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:
+    """The longest any rank needs for its bytes of one kind and direction at the cluster's full speed for them.
+
+    The two kinds of link, their two directions and copies within a GPU all work at the same time, so the slowest of
+    them bounds the refit. None where bytes cross nodes and the cluster has no speed between them. Where fewer ranks run
+    on a node than it has GPUs, some bytes between nodes are counted as within one: the bound is then low, never high.
+    """
+    traffic = split_traffic(matrix, cluster.gpus_per_node)
+    if cluster.inter_bytes_per_s is None and traffic.sent_between.any():
+        return None
+    candidates = [
+        (traffic.received_between, cluster.inter_bytes_per_s, "receives", "between nodes"),
+        (traffic.sent_between, cluster.inter_bytes_per_s, "sends", "between nodes"),
+        (traffic.received_within, cluster.intra_bytes_per_s, "receives", "within its node"),
+        (traffic.sent_within, cluster.intra_bytes_per_s, "sends", "within its node"),
+        (traffic.local, cluster.copy_bytes_per_s, "copies", "within its GPU"),
+    ]
+    worst = Bound(0.0, "nothing moves")
+    for nbytes, bytes_per_s, verb, where in candidates:
+        rank = int(nbytes.argmax())
+        if bytes_per_s and nbytes[rank] / bytes_per_s > worst.seconds:
+            cause = f"rank {rank} {verb} {units.gb(int(nbytes[rank]))} {where} at {bytes_per_s / 1e9:g} GB/s"
+            worst = Bound(float(nbytes[rank] / bytes_per_s), cause)
+    return worst
 
 
 def _busiest(loads: Mapping[int, int]) -> Load:

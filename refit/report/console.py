@@ -13,3 +13,8 @@ def show(text: str) -> None:
 def show_error(message: str) -> None:
     """Print one error line to standard error."""
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def show_aside(text: str) -> None:
+    """Print to standard error what a person may read while a script reads standard output."""
+    print(text, file=sys.stderr, flush=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from refit import units
-from refit.config import Mode
 from refit.dry_run import DryRun
 from refit.launch import needed_text
+from refit.plan.cost import Load
+from refit.report.bound import bound_text
 from refit.report.rankmap import rank_map
 
 MAX_TABLE_RANKS = 16
@@ -34,8 +36,8 @@ def _figures(run: DryRun) -> list[str]:
         "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
         "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
         "Local": f"{units.gb(cost.local_bytes)} within a GPU",
-        "Busiest sender": f"rank {sender.rank}, {units.gb(sender.nbytes)}, {cost.sender_imbalance:.2f} x mean sender",
-        "Busiest receiver": f"rank {receiver.rank}, {units.gb(receiver.nbytes)}",
+        "Busiest sender": f"{_busiest(run, sender, 'sent')}, {cost.sender_imbalance:.2f} x mean sender",
+        "Busiest receiver": _busiest(run, receiver, "received"),
         "Lower bound": _lower_bound(run),
         "Planned in": f"{units.seconds(run.plan_s)}, inventories predicted in {units.seconds(run.predict_s)}",
     }
@@ -51,20 +53,11 @@ def _nodes(run: DryRun) -> str:
 def _memory(run: DryRun) -> dict[str, str]:
     """Memory of the fullest GPU of each side, or of both sides together where they share GPUs."""
     staging = run.scenario.staging_bytes
-    if run.scenario.mode is Mode.COLLOCATED:
-        sides = {"Memory per GPU": _both(run)}
-    else:
-        sides = {"Memory per source GPU": run.source_bytes, "Memory per destination GPU": run.destination_bytes}
+    labels = {"both": "Memory per GPU", "source": "Memory per source GPU", "destination": "Memory per destination GPU"}
     return {
-        label: f"{units.gib(max(held.values()) + staging)} (weights {units.gib(max(held.values()))}, "
+        labels[side]: f"{units.gib(max(held.values()) + staging)} (weights {units.gib(max(held.values()))}, "
         f"staging up to {units.gib(staging)}){_too_much(run, max(held.values()) + staging)}"
-        for label, held in sides.items()
-    }
-
-
-def _both(run: DryRun) -> Mapping[int, int]:
-    return {
-        rank: run.source_bytes.get(rank, 0) + run.destination_bytes.get(rank, 0) for rank in range(run.scenario.num_ranks)
+        for side, held in run.held_bytes.items()
     }
 
 
@@ -75,12 +68,25 @@ def _too_much(run: DryRun, nbytes: int) -> str:
     return f", MORE THAN the {units.gib(cluster.gpu_memory_bytes)} of {cluster.name}"
 
 
+def _busiest(run: DryRun, load: Load, direction: Literal["sent", "received"]) -> str:
+    """`rank 64, 66.64 GB`, and how much of it crosses nodes where there are several."""
+    traffic = run.traffic
+    text = f"rank {load.rank}, {units.gb(load.nbytes)}"
+    if run.scenario.num_ranks <= traffic.gpus_per_node:
+        return text
+    kinds = {
+        "sent": (traffic.sent_within, traffic.sent_between),
+        "received": (traffic.received_within, traffic.received_between),
+    }
+    within, between = (units.gb(int(nbytes[load.rank])) for nbytes in kinds[direction])
+    return f"{text} ({within} within its node, {between} between nodes)"
+
+
 def _lower_bound(run: DryRun) -> str:
     cluster = run.options.cluster
     if cluster is None:
-        return "give the link speed with --cluster"
-    bound = units.seconds(run.cost.lower_bound_s(cluster.link_bytes_per_s))
-    return f"{bound} at {cluster.link_bytes_per_s / 1e9:g} GB/s per GPU and direction ({cluster.name})"
+        return "give the speeds of a cluster with --cluster"
+    return bound_text(run.bound, cluster)
 
 
 @dataclass(frozen=True, slots=True)

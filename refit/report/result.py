@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(slots=True)
@@ -54,20 +54,26 @@ class WrongWeights:
 class EngineResult:
     """What one engine did. `status`: ok, wrong_data, waived (with `reason`) or failed (with `reason`).
 
-    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit; `summary` is over the measured
-    iterations; bytes and memory are per participating rank.
+    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit; `connect_s` what came before and
+    is done once per process: communicators, connections, libraries and kernels loaded; `summary` is over the measured
+    iterations; bytes and memory are per participating rank. `share_of_lower_bound` is the result's lower bound over the
+    median: 1 where a refit is as fast as the plan allows, None without a bound.
     """
 
     status: str = "running"
     reason: str | None = None
+    connect_s: float | None = None
+    connect_memory_bytes_per_rank: list[int] = field(default_factory=list)
     cold_s: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     summary: dict[str, float] = field(default_factory=dict)
     bottleneck_gb_per_s: float | None = None
+    share_of_lower_bound: float | None = None
     wrong: list[WrongWeights] = field(default_factory=list)
     staging_bytes_per_rank: list[int] = field(default_factory=list)
     extra_memory_bytes_per_rank: list[int | None] = field(default_factory=list)
     forward: dict[str, Any] | None = None
+    profile: list[list[dict[str, Any]]] = field(default_factory=list)
 
     @property
     def num_compared(self) -> int:
@@ -85,7 +91,7 @@ class EngineResult:
 
 @dataclass(slots=True)
 class Result:
-    """One run of one scenario."""
+    """One run of one scenario. `bound` has `cluster`, `lower_bound_s` and `limited_by`, or is None."""
 
     run_id: str
     scenario: dict[str, Any]
@@ -93,6 +99,7 @@ class Result:
     layouts: dict[str, Any] = field(default_factory=dict)
     bytes: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    bound: dict[str, Any] | None = None
     engines: dict[str, EngineResult] = field(default_factory=dict)
     status: str = "running"
     exit_code: int | None = None
@@ -118,17 +125,16 @@ class ResultFile:
 
     @classmethod
     def create(cls, directory: Path, name: str) -> ResultFile:
-        """Reserve `<directory>/<UTC time>_<name>.json`, with a number where that is taken. Raises OSError."""
+        """Reserve `<directory>/<name>.json`, with a number where that is taken. Raises OSError."""
         directory.mkdir(parents=True, exist_ok=True)
-        stem = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}_{name}"
         for attempt in range(1000):
-            path = directory / (f"{stem}.json" if attempt == 0 else f"{stem}-{attempt}.json")
+            path = directory / (f"{name}.json" if attempt == 0 else f"{name}-{attempt}.json")
             try:
                 path.open("x").close()
             except FileExistsError:
                 continue
             return cls(path)
-        raise FileExistsError(f"{directory / stem}*.json: a thousand results of this second exist already")
+        raise FileExistsError(f"{directory / name}*.json: a thousand results of this name exist already")
 
     @property
     def run_id(self) -> str:

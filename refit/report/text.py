@@ -10,14 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from refit import units
+from refit.config import Mode
 from refit.report.result import EngineResult, Result, Sample
 
 ENGINE_TITLES = {"refit": "refit", "megatron": "Megatron-Core"}
 MAX_WRONG_LINES = 12
+TABLE_WIDTH = 120
+"""Columns of a log file; on a terminal its own width counts."""
 
 
-def header(result: Result, notes: Sequence[str]) -> str:
-    """The `#` lines a log opens with: versions, host, scenario, model, bytes."""
+def header(result: Result, notes: Sequence[str], bound: str) -> str:
+    """The `#` lines a log opens with: versions, host, scenario, model, bytes, and what `bound` says of the lower bound."""
     versions = ", ".join(f"{name} {version}" for name, version in result.environment["versions"].items())
     gpus = [gpu["name"] for gpu in result.environment["gpus"]]
     devices = (
@@ -27,18 +30,41 @@ def header(result: Result, notes: Sequence[str]) -> str:
     lines = [
         versions,
         f"{result.environment['host']}: {devices}",
-        f"{scenario['title']}, {scenario['mode']}, {scenario['method']}, verify {scenario['verify']}",
+        f"{_mapping(result)}, {scenario['mode']}, {scenario['method']}, verify {scenario['verify']}",
         f"model {scenario['model_name'] or scenario['model_provider'] or 'from flags'}: "
         f"{scenario['num_parameters']:,} elements in {scenario['num_tensors']} tensors, {' and '.join(scenario['dtypes'])}",
         f"payload {units.gb(moved['payload'])}: wire {units.gb(moved['wire'])}, local {units.gb(moved['local'])}"
         f" in {result.plan['num_transfers']} transfers (plan {result.plan['digest'][:12]})",
+        f"busiest: {_busiest(moved)}; busiest sender {moved['sender_imbalance']:.2f} x the mean",
     ]
+    if bound:
+        lines.append(f"lower bound: {bound}")
     casts = result.plan["casts"]
     if casts:
         key, (before, after) = next(iter(casts.items()))
         lines.append(f"cast: {len(casts)} tensors change dtype, {key} from {before} to {after}")
     lines += [f"note: {note}" for note in notes]
     return "\n".join(f"# {line}" for line in lines)
+
+
+def _mapping(result: Result) -> str:
+    """`TP8 EP8 -> TP8 EP4 (64+32, 0 idle)`; where both sides share GPUs `(128 shared, 0 idle)`."""
+    source, destination = (result.layouts[side]["world_size"] for side in ("source", "destination"))
+    world_size = result.scenario["world_size"]
+    if result.scenario["mode"] == Mode.NON_COLLOCATED.value:
+        ranks, used = f"{source}+{destination}", source + destination
+    else:
+        used = max(source, destination)
+        ranks = f"{used} shared" if source == destination else f"{source} and {destination} on the same {used}"
+    return f"{result.scenario['title']} ({ranks}, {world_size - used} idle)"
+
+
+def _busiest(moved: Mapping[str, Any]) -> str:
+    sender, receiver = (max(loads, key=loads.__getitem__) for loads in (moved["sent_by_rank"], moved["received_by_rank"]))
+    sent, received = moved["sent_by_rank"][sender], moved["received_by_rank"][receiver]
+    if received >= sent:
+        return f"rank {receiver} receives {units.gb(received)}"
+    return f"rank {sender} sends {units.gb(sent)}"
 
 
 def iteration_line(engine: str, sample: Sample, number: int, total: int) -> str:
@@ -52,9 +78,10 @@ def iteration_line(engine: str, sample: Sample, number: int, total: int) -> str:
     )
 
 
-def times(engine: EngineResult) -> str:
+def times(engine: EngineResult, bound: Mapping[str, Any] | None) -> str:
     """The lines summaries are made from, in the wording of the suite's first users."""
-    summary = engine.summary
+    summary, share = engine.summary, engine.share_of_lower_bound
+    reached = [] if bound is None else [f"Lower bound: {1e3 * bound['lower_bound_s']:.2f} ms, reached {_percent(share)} %"]
     return "\n".join(
         [
             f"Mean refit time: {1e3 * summary['mean_s']:.2f} ms",
@@ -62,6 +89,7 @@ def times(engine: EngineResult) -> str:
             f"Max refit time:  {1e3 * summary['max_s']:.2f} ms",
             f"Median refit time: {1e3 * summary['median_s']:.2f} ms, p95 {1e3 * summary['p95_s']:.2f} ms",
             f"Bottleneck bandwidth: {_gb_per_s(engine)} GB/s",
+            *reached,
             "Cold refit: " + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in engine.cold_s.items()),
         ]
     )
@@ -78,6 +106,7 @@ def table(engines: Mapping[str, EngineResult]) -> str:
         ("max", "(ms)"),
         ("first", "(ms)"),
         ("bottleneck", "(GB/s)"),
+        ("of bound", "(%)"),
         ("staging", "(MiB)"),
         ("#wrong", ""),
         ("status", ""),
@@ -90,13 +119,14 @@ def table(engines: Mapping[str, EngineResult]) -> str:
 
 def _cells(engine: EngineResult) -> list[str]:
     if not engine.summary:
-        return ["-"] * 8
+        return ["-"] * 9
     milliseconds = [f"{1e3 * engine.summary[f'{name}_s']:.2f}" for name in ("median", "mean", "min", "max")]
     staging = max(engine.staging_bytes_per_rank, default=0) / 2**20
     return [
         *milliseconds,
         f"{1e3 * sum(engine.cold_s.values()):.2f}",
         _gb_per_s(engine),
+        _percent(engine.share_of_lower_bound),
         f"{staging:.1f}",
         f"{engine.num_wrong:,}" if engine.num_compared else "unchecked",
     ]
@@ -104,6 +134,10 @@ def _cells(engine: EngineResult) -> list[str]:
 
 def _gb_per_s(engine: EngineResult) -> str:
     return "-" if engine.bottleneck_gb_per_s is None else f"{engine.bottleneck_gb_per_s:.3f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g}"
 
 
 def ratio(engines: Mapping[str, EngineResult]) -> str:
@@ -145,19 +179,18 @@ def forward_line(name: str, forward: Mapping[str, Any]) -> str:
     )
 
 
-def warnings(engine: EngineResult) -> list[str]:
-    """What makes these times less than trustworthy, with the remedy."""
-    found = []
-    measured = len(engine.measured_s)
-    if len(engine.samples) == measured:
-        found.append("no warm-up: the first refit's set-up is in the mean; use --num-benchmark-warmup 2")
-    if measured < 5:
-        found.append(f"{measured} measured iterations say little about spread: use --num-benchmark-iterations 5 or more")
-    if engine.summary["cv"] > 0.05:
-        found.append(f"times vary by {100 * engine.summary['cv']:.0f} % (cv): look for other work on these machines")
-    if engine.summary["drift"] > 0.05:
-        found.append(f"refits get slower by {100 * engine.summary['drift']:.0f} % over the run: run more iterations")
-    return [f"warning: {text}" for text in found]
+def profile_table(name: str, engine: EngineResult) -> str:
+    """What the GPU of the slowest rank did in the profiled refit; empty where nothing ran on one."""
+    rank = engine.samples[-1].slowest_rank
+    if not engine.profile or not engine.profile[rank]:
+        return ""
+    grid = Table(box=None, pad_edge=False, header_style="")
+    for title in ("stream", "kind", "launches", "busy (ms)", "from (ms)", "to (ms)"):
+        grid.add_column(title, justify="left" if title == "kind" else "right", no_wrap=True)
+    for each in engine.profile[rank]:
+        times = [f"{1e3 * each[key]:.2f}" for key in ("busy_s", "first_s", "last_s")]
+        grid.add_row(str(each["stream"]), each["kind"], str(each["num_launches"]), *times)
+    return f"Profile of one more {ENGINE_TITLES[name]} refit, rank {rank}\n{_render(grid)}"
 
 
 def verdict(name: str, engine: EngineResult, verify: str) -> str:
@@ -176,7 +209,7 @@ def verdict(name: str, engine: EngineResult, verify: str) -> str:
 
 
 def _render(renderable: Any) -> str:
-    width = 100 if not sys.stdout.isatty() else None
+    width = TABLE_WIDTH if not sys.stdout.isatty() else None
     console = Console(width=width, color_system=None, highlight=False, legacy_windows=False)
     with console.capture() as capture:
         console.print(renderable)

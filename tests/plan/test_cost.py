@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from refit.plan.box import Box
-from refit.plan.cost import bytes_matrix, cost_of, summary
+from refit.plan.cost import Bound, Cluster, bytes_matrix, cost_of, lower_bound, split_traffic, summary
 from refit.plan.inventory import Census, Inventory, TensorSpec
+from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
 
 WEIGHT = TensorSpec("weight", (8, 4), "bfloat16")
 NORM = TensorSpec("norm", (4,), "float32")
+
+
+def cluster(intra: float = 10.0, inter: float | None = 2.0, gpus_per_node: int = 2, copy: float | None = None) -> Cluster:
+    """Bytes per second, not GB/s: small plans then take seconds."""
+    return Cluster("made_up", intra, inter, gpus_per_node, copy, None, None, "")
 
 
 def rows(begin: int, end: int) -> tuple[TensorSpec, Box]:
@@ -36,7 +45,6 @@ def test_disjoint_ranks() -> None:
     assert (cost.busiest_sender.rank, cost.busiest_sender.nbytes) == (0, 32)
     assert (cost.busiest_receiver.rank, cost.busiest_receiver.nbytes) == (2, 48)
     assert cost.sender_imbalance == 1.0
-    assert cost.lower_bound_s(24.0) == 2.0
     assert bytes_matrix(plan).tolist() == [[0, 0, 32, 0], [0, 0, 16, 16], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
@@ -55,7 +63,7 @@ def test_nothing_on_the_wire() -> None:
     plan = plan_refit(census({0: [rows(0, 8)]}), census({0: [rows(0, 8)]}))
     cost = cost_of(plan)
     assert (cost.wire_bytes, cost.local_bytes, cost.sender_imbalance, cost.busiest_bytes) == (0, 64, 1.0, 0)
-    assert cost.lower_bound_s(1e9) == 0.0
+    assert lower_bound(bytes_matrix(plan), cluster()) == Bound(0.0, "nothing moves")
 
 
 def test_padding_is_payload_that_nobody_sends() -> None:
@@ -79,3 +87,83 @@ def test_the_summary_is_plain_json() -> None:
     assert read["sent_by_rank"] == {"0": 0, "1": 32}
     assert read["source_weights_by_rank"] == {"0": 32, "1": 32}
     assert read["sender_imbalance"] == pytest.approx(2.0)
+
+
+FOUR_RANKS = np.array([[7, 40, 0, 6], [0, 0, 5, 0], [0, 0, 0, 30], [0, 8, 0, 0]], np.int64)
+"""Nodes of ranks 0-1 and 2-3: within them 40 and 30 bytes, between them 6, 5 and 8; 7 are local."""
+
+
+def test_traffic_within_nodes_apart_from_traffic_between_them() -> None:
+    traffic = split_traffic(FOUR_RANKS, 2)
+    assert traffic.sent_within.tolist() == [40, 0, 30, 0]
+    assert traffic.sent_between.tolist() == [6, 5, 0, 8]
+    assert traffic.received_within.tolist() == [0, 40, 0, 30]
+    assert traffic.received_between.tolist() == [0, 8, 5, 6]
+    assert traffic.local.tolist() == [7, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("intra", "inter", "copy", "expected"),
+    [
+        (10.0, 1.0, None, Bound(8.0, "rank 1 receives 8 bytes between nodes at 1e-09 GB/s")),
+        (4.0, 2.0, None, Bound(10.0, "rank 1 receives 40 bytes within its node at 4e-09 GB/s")),
+        (40.0, 40.0, 1.0, Bound(7.0, "rank 0 copies 7 bytes within its GPU at 1e-09 GB/s")),
+    ],
+    ids=["the network", "NVLink", "copies"],
+)
+def test_what_limits_a_plan(intra: float, inter: float, copy: float | None, expected: Bound) -> None:
+    assert lower_bound(FOUR_RANKS, cluster(intra, inter, 2, copy)) == expected
+
+
+def test_no_bound_where_bytes_cross_nodes_at_no_known_speed() -> None:
+    assert lower_bound(FOUR_RANKS, cluster(inter=None)) is None
+    assert lower_bound(FOUR_RANKS, cluster(inter=None, gpus_per_node=4)) == Bound(
+        4.8, "rank 1 receives 48 bytes within its node at 1e-08 GB/s"
+    )
+
+
+def matrices() -> st.SearchStrategy[IntArray]:
+    def square(num_ranks: int) -> st.SearchStrategy[IntArray]:
+        row = st.lists(st.integers(0, 10**12), min_size=num_ranks, max_size=num_ranks)
+        return st.lists(row, min_size=num_ranks, max_size=num_ranks).map(lambda rows: np.array(rows, np.int64))
+
+    return st.integers(1, 6).flatmap(square)
+
+
+@given(matrices(), st.floats(1e9, 1e12), st.floats(1e9, 1e12), st.integers(1, 8))
+def test_two_kinds_of_links_lie_between_one_link_of_either_speed(
+    matrix: IntArray, intra: float, inter: float, gpus_per_node: int
+) -> None:
+    """At the slower speed for all bytes it takes as long or longer; over one link as fast as both together, no longer."""
+    wire = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
+    busiest = max(int(wire.sum(0).max()), int(wire.sum(1).max()))
+    bound = lower_bound(matrix, cluster(intra, inter, gpus_per_node))
+    assert bound is not None
+    assert busiest / (intra + inter) * (1 - 1e-9) <= bound.seconds <= busiest / min(intra, inter) * (1 + 1e-9)
+
+
+@given(matrices(), st.floats(1e9, 1e12), st.floats(1e9, 1e12))
+def test_one_node_is_one_kind_of_link(matrix: IntArray, intra: float, inter: float) -> None:
+    wire = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
+    busiest = max(int(wire.sum(0).max()), int(wire.sum(1).max()))
+    together = lower_bound(matrix, cluster(intra, None, len(matrix)))
+    apart = lower_bound(matrix, cluster(intra, inter, 1))
+    assert together is not None
+    assert apart is not None
+    assert together.seconds == pytest.approx(busiest / intra)
+    assert apart.seconds == pytest.approx(busiest / inter)
+
+
+@given(matrices(), st.floats(1e9, 1e12), st.floats(1e9, 1e12), st.integers(1, 8))
+def test_faster_links_and_fewer_bytes_never_raise_the_bound(
+    matrix: IntArray, intra: float, inter: float, gpus_per_node: int
+) -> None:
+    def seconds(matrix: IntArray, *speeds: float) -> float:
+        bound = lower_bound(matrix, cluster(speeds[0], speeds[1], gpus_per_node, speeds[2]))
+        assert bound is not None
+        return bound.seconds
+
+    base = seconds(matrix, intra, inter, intra)
+    assert seconds(matrix, 2 * intra, inter, intra) <= base
+    assert seconds(matrix, intra, 2 * inter, intra) <= base
+    assert seconds(matrix // 2, intra, inter, intra) <= base

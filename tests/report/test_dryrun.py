@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from refit import yaml_configs
 from refit.cli import parse
-from refit.dry_run import dry_run, load_cluster
-from refit.errors import UsageError
+from refit.dry_run import dry_run
 from refit.report.dryrun import dry_run_text
 from refit.report.rankmap import rank_map
 
@@ -59,7 +53,7 @@ def test_figures_of_disjoint_sides() -> None:
     assert figure(text, "Model:").startswith("tiny, 8.987 M parameters (8,986,880 with buffers)")
     assert figure(text, "Local:") == "0 bytes within a GPU"
     assert figure(text, "Payload:").split(" in ")[0] == figure(text, "Wire:").removesuffix(" between GPUs")
-    assert "at 391 GB/s" in figure(text, "Lower bound:")
+    assert figure(text, "Lower bound:").endswith("within its node at 391 GB/s")
     assert "Memory per source GPU:" in text
     table = text.splitlines()[-7:]
     assert table[0].split() == ["rank", "source", "MiB", "dest.", "MiB", "sent", "MB", "received", "MB", "local", "MB"]
@@ -87,7 +81,7 @@ def test_too_small_gpus_and_notes_are_pointed_out() -> None:
     assert "MORE THAN the 74.51 GiB of h100_ib400" in figure(text, "Memory per source GPU:")
     dense = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-experts 32 --disable-bias-linear"
     assert "Note: without --moe-ffn-hidden-size each of 32 experts" in text_of(f"--dry-run {dense}")
-    assert "give the link speed with --cluster" in text_of(f"--dry-run {dense}")
+    assert "give the speeds of a cluster with --cluster" in text_of(f"--dry-run {dense}")
 
 
 def test_kimi_k2_on_96_gpus() -> None:
@@ -95,32 +89,25 @@ def test_kimi_k2_on_96_gpus() -> None:
     assert figure(text, "GPUs needed:") == "64 + 32 = 96 (12 nodes of 8)"
     assert figure(text, "Model:").startswith("kimi_k2, 1.026 T parameters (1,026,408,232,448 with buffers)")
     assert figure(text, "Memory per destination GPU:").startswith("62.56 GiB (weights 62.06 GiB")
-    assert figure(text, "Busiest receiver:") == "rank 64, 66.64 GB"
-    assert figure(text, "Lower bound:").startswith("1.333 s at 50 GB/s")
+    assert figure(text, "Busiest receiver:") == ("rank 64, 66.64 GB (0 bytes within its node, 66.64 GB between nodes)")
+    assert figure(text, "Lower bound:") == "1.333 s on h100_ib400: rank 64 receives 66.64 GB between nodes at 50 GB/s"
     assert [line.split()[0] for line in text.splitlines()[-5:]] == ["source", "dest.", "sent", "received", "local"]
 
 
-def test_clusters_load_and_say_where_their_figures_come_from() -> None:
-    names = yaml_configs.names("clusters")
-    assert {"h200_nvlink", "h100_ib400", "gb200_nvl72"} <= set(names)
-    for name in names:
-        cluster = load_cluster(name)
-        assert cluster.link_bytes_per_s >= 1e9
-        assert cluster.gpu_memory_bytes
-        assert cluster.source
+def test_bytes_between_nodes_are_named_where_there_are_several() -> None:
+    text = text_of(f"{TINY} --refit-mode collocated --rl-inference-tensor-model-parallel-size 4")
+    assert "nodes" not in figure(text, "Busiest sender:")
+    text = text_of(f"{TINY} --gpus-per-node 4")
+    for label, rank in (("Busiest sender:", 0), ("Busiest receiver:", 4)):
+        assert figure(text, label).startswith(f"rank {rank}, ")
+        assert "(0 bytes within its node, " in figure(text, label)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("link_gb_per_s: 0\n", "link_gb_per_s must be a positive number, not 0"),
-        ("gpu_memory_gb: 80\n", "link_gb_per_s must be a positive number, not None"),
-        ("link_gb_per_s: 1\ngpu_memory_gb: much\n", "gpu_memory_gb must be a positive number, not 'much'"),
-        ("link_gbps: 1\n", "unknown key link_gbps"),
-    ],
-)
-def test_a_bad_cluster_file(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(content)
-    with pytest.raises(UsageError, match=message):
-        load_cluster(str(path))
+def test_no_bound_where_a_cluster_knows_one_host_only() -> None:
+    line = f"{KIMI_K2} --rl-inference-expert-model-parallel-size 4 --cluster"
+    assert figure(text_of(f"{line} h200_nvlink"), "Lower bound:") == (
+        "none: h200_nvlink has no speed between nodes (inter_node_gb_per_s) and bytes cross nodes of 8 GPUs"
+    )
+    assert figure(text_of(f"{line} gb200_nvl72"), "Lower bound:").endswith(
+        "rank 72 receives 66.64 GB between nodes at 50 GB/s"
+    )

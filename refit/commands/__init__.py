@@ -1,0 +1,43 @@
+"""The console command `refit`: what to run, what came out, how it compares. One module per sub-command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from refit.commands import bounds, compare, outcome, plot, report, sweep
+from refit.errors import RefitError, UsageError
+from refit.flags import FlagParser
+from refit.report.console import show_error
+
+
+def main_from_shell() -> int:
+    """The entry point of the installed command."""
+    return main(sys.argv[1:])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line and return the exit code. Errors meant for the user are printed once.
+
+    What follows `--` are flags of benchmark_refit.py, `args.flags`, for the commands that take them.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    try:
+        args = _parser().parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
+        if args.flags and not args.takes_flags:
+            raise UsageError(f"flags after -- mean nothing here: {args.flags[0]}")
+        code: int = args.run(args)
+    except RefitError as error:
+        show_error(str(error))
+        return int(error.exit_code)
+    return code
+
+
+def _parser() -> FlagParser:
+    parser = FlagParser(prog="refit", description="Plan, follow and evaluate refit benchmarks.")
+    parser.set_defaults(takes_flags=False)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (sweep, outcome, report, compare, plot, bounds):
+        module.add(subparsers)
+    return parser

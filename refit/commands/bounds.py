@@ -1,0 +1,76 @@
+"""`refit bounds`: the lower bounds of whole scenario files on several clusters, as docs/scenarios.md has them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from refit import yaml_configs
+from refit.cli import parse
+from refit.clusters import load_cluster
+from refit.dry_run import DryRun, DryRunOptions, dry_run
+from refit.errors import UsageError
+from refit.plan.cost import Cluster
+from refit.report.bounds import bounds_table
+from refit.report.console import show
+from refit.sweep.selection import Selection, select_file
+
+BEGIN, END = "<!-- tables:", "<!-- end of tables -->"
+
+
+def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "bounds",
+        help="what scenarios move and the least time that takes",
+        description="Print a Markdown table per scenario file: GPUs, bytes, memory and the lower bound on each cluster.",
+    )
+    parser.add_argument("scenarios", nargs="+", metavar="SCENARIOS", help="a file of configs/scenarios, or a YAML file")
+    parser.add_argument(
+        "--cluster",
+        nargs="+",
+        dest="clusters",
+        metavar="NAME",
+        default=yaml_configs.names("clusters"),
+        help="files of configs/clusters, or YAML files; default: all of configs/clusters",
+    )
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help=f"put the tables into this file, between {BEGIN} ... and {END}"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables or put them into a file. Raises UsageError for a scenario that no number of GPUs can honour."""
+    clusters = [load_cluster(name) for name in args.clusters]
+    tables = "\n\n".join(section(select_file(name, []), clusters) for name in args.scenarios)
+    if args.into is None:
+        show(tables)
+    else:
+        args.into.write_text(inserted(args.into, tables), encoding="utf-8")
+    return 0
+
+
+def inserted(path: Path, tables: str) -> str:
+    """The text of `path` with `tables` between its markers. Raises UsageError where it has none."""
+    try:
+        before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    command, _, tail = rest.partition("-->\n")
+    _, end, after = tail.partition(END)
+    if not end:
+        raise UsageError(f"{path} has no place for tables: a line `{BEGIN} ... -->` and one `{END}`")
+    return f"{before}{begin}{command}-->\n\n{tables}\n\n{end}{after}"
+
+
+def section(selection: Selection, clusters: Sequence[Cluster]) -> str:
+    """A heading and the table of one file's scenarios."""
+    runs = {candidate.name: _plan(candidate.flags) for candidate in selection.candidates}
+    return f"### {selection.title}\n\n{bounds_table(runs, clusters)}"
+
+
+def _plan(flags: Sequence[str]) -> DryRun:
+    return dry_run(parse(flags).scenario, DryRunOptions())

@@ -1,0 +1,56 @@
+"""`refit compare`: two runs side by side, with an exit code for a gate."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from refit.report.compare import compare_runs, compare_text, exit_code
+from refit.report.console import show
+from refit.report.runs import find_run
+
+
+def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="two runs side by side; exit code 5 where the new one is slower",
+        description="Compare the medians of two runs, scenario by scenario. Exit codes: 0 no slower than allowed, 1 wrong "
+        "data in NEW, 2 nothing to compare, 4 a scenario that was ok in OLD has no valid result in NEW, 5 slower.",
+    )
+    for name in ("old", "new"):
+        parser.add_argument(
+            name,
+            type=Path,
+            metavar=name.upper(),
+            help="a folder of results (of several sweeps the one begun last), a *_sweep.json or a result file",
+        )
+    parser.add_argument(
+        "--max-slowdown",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="how much longer a median may be, 5%% or 0.05 alike; default: 5%%",
+    )
+    parser.set_defaults(run=compare)
+
+
+def share(text: str) -> float:
+    """`5%` or `0.05` as 0.05; raises ArgumentTypeError for less than 0 or no number."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a share of at least 0, such as 5% or 0.05, not {text!r}")
+    return value
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Print the comparison and return its exit code. Raises UsageError where nothing can be compared."""
+    old, new = find_run(args.old), find_run(args.new)
+    comparison = compare_runs(old, new)
+    show(compare_text(old, new, comparison, args.max_slowdown))
+    return int(exit_code(new, comparison, args.max_slowdown))

@@ -1,0 +1,36 @@
+"""`refit outcome`: what a single run came to, for the script that started it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from refit import flag_types
+from refit.report.console import show
+from refit.report.runs import find_run
+from refit.report.sweep_table import outcome_line
+from refit.sweep.close import Ending, close
+from refit.sweep.state import Attempt
+
+
+def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "outcome",
+        help="after a run: complete its result, print how it ended in one line",
+        epilog="The exit code is the one in the result: a launcher's own may be 1 for whatever went wrong.",
+    )
+    parser.add_argument("stem", type=Path, metavar="STEM", help="path of the run's .log and .json without suffix")
+    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="of the command that ran it")
+    parser.add_argument("--timed-out", type=flag_types.seconds, metavar="SECONDS", help="it was ended after this long")
+    parser.add_argument("--cancelled", action="store_true", help="it was ended by a signal to the script")
+    parser.set_defaults(run=_outcome)
+
+
+def _outcome(args: argparse.Namespace) -> int:
+    attempt = Attempt(args.stem.absolute())
+    result = close(attempt, Ending(args.exit_code, args.timed_out, args.cancelled))
+    (outcome,) = find_run(attempt.json).outcomes
+    show(outcome_line(outcome.planned, result))
+    return int(result["exit_code"])

@@ -1,0 +1,33 @@
+"""`refit plot`: a run's pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from refit.commands.report import add_run_arguments
+from refit.report.console import show
+from refit.report.plots import draw
+from refit.report.runs import find_run
+
+
+def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "plot",
+        help="a run as pictures",
+        description="Draw, as PNG: times beside lower bounds, refits in order, bytes of each rank and of each pair of "
+        "ranks. Needs matplotlib (exit code 3 without). Pictures of the same name are replaced.",
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: <RUN_ID>_plots beside the results")
+    parser.set_defaults(run=plot)
+
+
+def plot(args: argparse.Namespace) -> int:
+    """Draw the pictures and print their paths. Raises UsageError without a run, UnavailableError without matplotlib."""
+    run = find_run(args.run_dir, args.run_id)
+    for drawn in draw(run, args.output_dir or run.directory / f"{run.sweep.run_id}_plots"):
+        show(str(drawn))
+    return 0

@@ -1,0 +1,55 @@
+"""`refit report`: a run's summary and what follows from it, as text, Markdown or CSV."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from refit.report.analysis import analysis_text
+from refit.report.console import show
+from refit.report.runs import Run, find_run
+from refit.report.summary import summary_text
+from refit.report.tables import csv_text, markdown_text
+
+
+def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "report",
+        help="what a run measured, as text, Markdown or CSV",
+        description="Print a run's summary and what follows from it. Exit code 0 also where scenarios failed.",
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--format", choices=list(FORMATS), default="text", help="default: text")
+    parser.set_defaults(run=report)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that name one run on disk."""
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="a folder of results or one with a logs folder in it, a *_sweep.json or a result file",
+    )
+    parser.add_argument("--run-id", metavar="ID", help="which run of that folder; default: the one begun last")
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print the run. Raises UsageError where there is none."""
+    show(FORMATS[args.format](find_run(args.run_dir, args.run_id)))
+    return 0
+
+
+def _text(run: Run) -> str:
+    analysis = analysis_text(run.outcomes)
+    return "\n\n".join([summary_text(run.sweep, run.outcomes), *([analysis] if analysis else [])])
+
+
+FORMATS: Mapping[str, Callable[[Run], str]] = {
+    "text": _text,
+    "markdown": lambda run: markdown_text(run.sweep, run.outcomes),
+    "csv": lambda run: csv_text(run.outcomes),
+}

@@ -1,0 +1,223 @@
+"""`refit sweep` and `refit place`: what scripts ask before, between and after the runs of a list of scenarios."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from refit import flag_types
+from refit.errors import ExitCode, UsageError
+from refit.report.console import show, show_aside
+from refit.report.summary import load_outcomes, summary_text
+from refit.report.sweep_table import outcome_line, sweep_text
+from refit.sweep import check, run
+from refit.sweep.close import Ending, close
+from refit.sweep.selection import Selection, select_file, select_lines
+from refit.sweep.state import Attempt, Status, Sweep
+
+LINE_FORM = "SRC_TP:SRC_EP:DST_TP:DST_EP:REFIT_MODE:REFIT_METHOD:DESCRIPTION"
+LOGS = "logs"
+GPUS_PER_NODE = 8
+
+
+def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Register both commands."""
+    parser = subparsers.add_parser("sweep", help="several scenarios, one after another")
+    parts = parser.add_subparsers(metavar="STEP", required=True)
+    for add_part in (_add_plan, _add_begin, _add_pending, _add_close, _add_end):
+        add_part(parts)
+    _add_place(subparsers)
+
+
+def _add_plan(parts: argparse._SubParsersAction[Any]) -> None:
+    parser = parts.add_parser(
+        "plan", help="check every scenario and print what it needs", epilog="Exit code 2: one is refused."
+    )
+    _add_selection(parser)
+    _add_allocation(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _add_begin(parts: argparse._SubParsersAction[Any]) -> None:
+    parser = parts.add_parser("begin", help="plan, write the sweep file and print its path")
+    _add_selection(parser)
+    _add_allocation(parser)
+    parser.add_argument(
+        "--nodes", type=flag_types.positive, metavar="N", help="nodes there are; default: GPUs / GPUs per node"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="files go to DIR/logs")
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--run-id", metavar="ID", help="what file names begin with; default: local time and job")
+    names.add_argument("--resume", metavar="RUN_ID", help="go on with an earlier sweep in place of a selection")
+    parser.add_argument("--job", metavar="ID", default=os.environ.get("SLURM_JOB_ID"), help="default: SLURM_JOB_ID")
+    parser.set_defaults(run=_begin)
+
+
+def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
+    parser = parts.add_parser(
+        "pending",
+        help="what is to run now",
+        description="Print one line per scenario to run: NAME, NODES, RANKS_PER_NODE, STEM and FLAGS, separated by tabs. "
+        "The attempt's files are STEM with a suffix; FLAGS are quoted for a shell. By default those without a finished "
+        "result run.",
+    )
+    parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every scenario that is ready, also those with a result")
+    which.add_argument("--only", choices=("failed",), help="those whose last attempt did not succeed, or was never made")
+    parser.add_argument(
+        "--index", type=flag_types.non_negative, metavar="K", help="only the K-th scenario, from 0, if at all"
+    )
+    parser.set_defaults(run=_pending)
+
+
+def _add_close(parts: argparse._SubParsersAction[Any]) -> None:
+    parser = parts.add_parser("close", help="after an attempt: complete its result, print how it ended in one line")
+    parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--stem", type=Path, required=True, help="the STEM that `pending` printed")
+    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="of the command that ran the attempt")
+    parser.add_argument("--timed-out", type=flag_types.seconds, metavar="SECONDS", help="it was ended after this long")
+    parser.add_argument("--cancelled", action="store_true", help="it was ended because the whole sweep was")
+    parser.set_defaults(run=_close)
+
+
+def _add_end(parts: argparse._SubParsersAction[Any]) -> None:
+    parser = parts.add_parser(
+        "end",
+        help="write and print the summary",
+        epilog="Exit code 1: wrong data somewhere; else 4: one failed, was refused or has no result; else 3: all waived.",
+    )
+    parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
+    parser.set_defaults(run=_end)
+
+
+def _add_place(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        "place",
+        help="check one scenario and print, as shell assignments, what to start",
+        usage="refit place [options] -- FLAGS OF benchmark_refit.py",
+    )
+    _add_allocation(parser)
+    parser.add_argument("--cpu-fallback", action="store_true", help="replace a GPU method by its stand-in on CPUs")
+    parser.set_defaults(run=_place)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"{parser.epilog or ''} Flags of benchmark_refit.py for all scenarios may follow after --.".strip()
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--config", action="append", metavar="LINE", help=f"a scenario as {LINE_FORM}; as often as needed")
+    group.add_argument("--scenarios", metavar="NAME", help="a list of configs/scenarios, or a YAML file")
+    parser.add_argument("--title", metavar="TEXT", help="what the summary is of")
+
+
+def _add_allocation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs there are; default: as many as needed"
+    )
+    parser.add_argument("--gpus-per-node", type=flag_types.positive, metavar="N", help="default: 8")
+    parser.add_argument("--cluster", metavar="NAME", help="memory and link speeds, from configs/clusters")
+    parser.set_defaults(takes_flags=True)
+
+
+def _selection(args: argparse.Namespace) -> Selection:
+    if args.config:
+        return select_lines(args.config, args.flags, args.title)
+    if args.scenarios:
+        return select_file(args.scenarios, args.flags, args.title)
+    raise UsageError("no scenarios: give --config LINE, once for each, or --scenarios NAME")
+
+
+def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Allocation:
+    """What is not given stays as it was `before`, where a sweep is resumed."""
+    cluster = args.cluster or (before.cluster if before else None)
+    return run.Allocation(
+        num_gpus=args.num_gpus or (before.num_gpus if before else None),
+        gpus_per_node=args.gpus_per_node or (before.gpus_per_node if before else GPUS_PER_NODE),
+        cluster=str(Path(cluster).absolute()) if cluster and cluster.endswith((".yaml", ".yml")) else cluster,
+        nodes=getattr(args, "nodes", None),
+    )
+
+
+def _plan(args: argparse.Namespace) -> int:
+    sweep = run.plan(_selection(args), _allocation(args))
+    show(sweep_text(sweep))
+    refused = any(planned.status is Status.REFUSED for planned in sweep.scenarios)
+    return int(ExitCode.USAGE if refused else ExitCode.OK)
+
+
+def _begin(args: argparse.Namespace) -> int:
+    directory = (args.output_dir / LOGS).absolute()
+    if args.resume is not None:
+        if args.config or args.scenarios or args.flags or args.title:
+            raise UsageError("--resume goes on with the scenarios and flags of the earlier sweep: leave all others out")
+        sweep = run.find(directory, args.resume)
+        path = run.resume(sweep, directory, _allocation(args, sweep), args.job)
+    else:
+        if args.num_gpus is None:
+            raise UsageError("--num-gpus missing: how many GPUs may the sweep use?")
+        path = run.begin(_selection(args), _allocation(args), directory, args.run_id, args.job)
+    show_aside(sweep_text(Sweep.read(path)))
+    show(str(path))
+    return 0
+
+
+def _pending(args: argparse.Namespace) -> int:
+    sweep, directory = Sweep.read(args.sweep_file), args.sweep_file.absolute().parent
+    chosen = run.pending(sweep, directory, "all" if args.all else args.only or "unfinished")
+    if args.index is not None:
+        if args.index >= len(sweep.scenarios):
+            raise UsageError(f"--index {args.index}: the sweep's scenarios are 0 to {len(sweep.scenarios) - 1}")
+        chosen = [planned for planned in chosen if planned is sweep.scenarios[args.index]]
+    for planned in chosen:
+        task = run.task(sweep, directory, planned)
+        show("\t".join([task.name, str(task.nodes), str(task.ranks_per_node), str(task.stem), shlex.join(task.flags)]))
+    return 0
+
+
+def _close(args: argparse.Namespace) -> int:
+    planned = Sweep.read(args.sweep_file).scenario(args.name)
+    ending = Ending(args.exit_code, args.timed_out, args.cancelled)
+    show(outcome_line(planned, close(Attempt(args.stem.absolute()), ending)))
+    return 0
+
+
+def _end(args: argparse.Namespace) -> int:
+    sweep, directory = Sweep.read(args.sweep_file), args.sweep_file.absolute().parent
+    outcomes = load_outcomes(sweep, directory)
+    text = summary_text(sweep, outcomes)
+    path = directory / f"{sweep.run_id}_summary.txt"
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    show(text.rstrip("\n"))
+    show(f"Summary: {path}")
+    return int(_exit_code([outcome.status for outcome in outcomes]))
+
+
+def _exit_code(statuses: list[str]) -> ExitCode:
+    judged = [status for status in statuses if status != "skipped"]
+    if "wrong_data" in judged:
+        return ExitCode.WRONG_DATA
+    if set(judged) - {"ok", "waived"}:
+        return ExitCode.FAILED
+    return ExitCode.OK if "ok" in judged else ExitCode.WAIVED
+
+
+def _place(args: argparse.Namespace) -> int:
+    flags, note = check.on_cpus(args.flags) if args.cpu_fallback else (args.flags, "")
+    allocation = _allocation(args)
+    scenario, _ = check.checked(flags, allocation.options)
+    if allocation.cluster is not None and scenario.cluster is None:
+        flags = [*flags, f"--cluster={allocation.cluster}"]
+    placement = check.place(scenario.num_ranks, allocation.gpus_per_node)
+    lines = [
+        f"num_ranks={placement.num_ranks}",
+        f"nodes={placement.nodes}",
+        f"ranks_per_node={placement.ranks_per_node}",
+        f"flags=({shlex.join(flags)})",
+        f"note={shlex.quote(note)}",
+    ]
+    show("\n".join(lines))
+    return 0

@@ -1,0 +1,256 @@
+"""The questions a sweep is run to answer, answered from its results in sentences with figures.
+
+EP against TP, what separate GPU sets cost, how time scales with bytes, one-sided against two-sided transport. Where the
+results do not hold what a question needs, the answer says what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refit import units
+from refit.config import Mode
+from refit.report.outcomes import Outcome
+from refit.report.time_fit import Fit, FitError, Load, fit_time
+from refit.sweep.state import Side
+
+RIVALS = (("nvshmem", "nccl"), ("shm", "gloo"))
+"""One-sided and two-sided methods on the same hardware."""
+
+NEARLY_EQUAL = 1.05
+"""Less than this between two rates is no difference to speak of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A scenario that was measured. `model` tells whether two scenarios move the same model."""
+
+    name: str
+    source: Side
+    destination: Side
+    mode: str
+    method: str
+    model: Hashable
+    median_s: float
+    payload: int
+    wire: int
+    busiest: int
+    num_transfers: int | None
+    gb_per_s: float | None
+    share: float | None
+
+    @property
+    def num_gpus(self) -> int:
+        sizes = (self.source.world_size, self.destination.world_size)
+        return max(sizes) if self.mode == Mode.COLLOCATED.value else sum(sizes)
+
+    @property
+    def s_per_gb(self) -> float:
+        """Seconds per GB of payload into one destination GPU, on average."""
+        return self.median_s * self.destination.world_size * 1e9 / self.payload
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A question and what the results say to it."""
+
+    question: str
+    answer: tuple[str, ...]
+
+
+def analysis_text(outcomes: Sequence[Outcome]) -> str:
+    """All questions and answers, without a newline at the end; empty where nothing was measured."""
+    findings = analyse(outcomes)
+    if not findings:
+        return ""
+    blocks = ["\n".join([finding.question, *(f"  {line}" for line in finding.answer)]) for finding in findings]
+    return "\n".join(["Analysis:", "---------", "", "\n\n".join(blocks)])
+
+
+def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
+    """The findings over every scenario with times and right data; none where there is no such scenario."""
+    points = points_of(outcomes)
+    if not points:
+        return []
+    return [
+        Finding("EP against TP: which change of layout is faster?", tuple(ep_against_tp(points))),
+        Finding("Non-collocated overhead: what do separate GPU sets cost?", tuple(separate_sets(points))),
+        Finding("Scaling: is the time proportional to the bytes?", tuple(scaling(points))),
+        Finding("NVSHMEM against NCCL: which is faster for the same layouts?", tuple(one_sided_against_two_sided(points))),
+    ]
+
+
+def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
+    """The scenarios that may be compared: verified or unchecked, not wrong, with times, bytes and layouts."""
+    points = []
+    for outcome in outcomes:
+        planned, figures = outcome.planned, outcome.figures
+        source, destination, moved, median_s = planned.source, planned.destination, figures.moved, figures.median_s
+        if outcome.status != "ok" or not median_s or not source or not destination or not moved or not moved.payload:
+            continue
+        points.append(
+            Point(
+                name=planned.name,
+                source=source,
+                destination=destination,
+                mode=planned.mode,
+                method=planned.method,
+                model=_model(outcome),
+                median_s=median_s,
+                payload=moved.payload,
+                wire=moved.wire,
+                busiest=moved.busiest,
+                num_transfers=figures.num_transfers,
+                gb_per_s=figures.engine.gb_per_s if figures.engine else None,
+                share=figures.share,
+            )
+        )
+    return points
+
+
+def _model(outcome: Outcome) -> str:
+    scenario = (outcome.result or {}).get("scenario") or {}
+    return json.dumps([scenario.get(key) for key in ("model", "model_provider", "transformer_impl")], sort_keys=True)
+
+
+def ep_against_tp(points: Sequence[Point]) -> list[str]:
+    """GB/s and share of the bound where only EP changes beside those where only TP (and ETP with it) changes."""
+    lines = []
+    for (mode, method, _), group in _grouped(points, lambda point: (point.mode, point.method, point.model)):
+        only_ep = [point for point in group if _changes(point) == {"ep"}]
+        only_tp = [point for point in group if _changes(point) in ({"tp"}, {"tp", "etp"})]
+        if not only_ep or not only_tp:
+            continue
+        rates = [_median(point.gb_per_s for point in side) for side in (only_ep, only_tp)]
+        lines += [f"{mode}, {method}: only EP changes: {_averages(only_ep)}", f"  only TP changes: {_averages(only_tp)}"]
+        if rates[0] and rates[1]:
+            faster, ratio = ("EP", rates[0] / rates[1]) if rates[0] >= rates[1] else ("TP", rates[1] / rates[0])
+            close = ratio < NEARLY_EQUAL
+            lines.append(
+                "  Both move their bytes equally fast." if close else f"  {faster} moves its bytes {ratio:.2f} x as fast."
+            )
+    missing = "needs a scenario in which only EP changes and one in which only TP does, same mode, method and model"
+    return lines or [f"Not answered: {missing}."]
+
+
+def _changes(point: Point) -> set[str]:
+    return {axis for axis in ("tp", "ep", "etp", "pp") if getattr(point.source, axis) != getattr(point.destination, axis)}
+
+
+def _averages(points: Sequence[Point]) -> str:
+    """`45.20 ms, 49.2 GB/s, 96 % of the lower bound (median of 2: A, B)`."""
+    rate, share = _median(point.gb_per_s for point in points), _median(point.share for point in points)
+    parts = [units.seconds(statistics.median(point.median_s for point in points))]
+    parts += [f"{rate:.1f} GB/s at the busiest GPU"] if rate else []
+    parts += [f"{100 * share:.0f} % of the speed the lower bound allows"] if share else []
+    names = ", ".join(point.name for point in points)
+    return f"{', '.join(parts)} ({names if len(points) == 1 else f'medians of {len(points)}: {names}'})"
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """None unless every value is there."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return statistics.median(known) if known and len(known) == len(found) else None
+
+
+def separate_sets(points: Sequence[Point]) -> list[str]:
+    """The same layouts and method both ways, pair by pair; where no pair exists, the two modes side by side."""
+    lines = []
+    for _, group in _grouped(points, lambda point: (point.source, point.destination, point.method, point.model)):
+        by_mode = {point.mode: point for point in group}
+        apart, shared = by_mode.get(Mode.NON_COLLOCATED.value), by_mode.get(Mode.COLLOCATED.value)
+        if apart and shared:
+            lines.append(
+                f"{apart.name} on {apart.num_gpus} GPUs takes {apart.median_s / shared.median_s:.2f} x the time of "
+                f"{shared.name} on {shared.num_gpus}: {units.seconds(apart.median_s)} against "
+                f"{units.seconds(shared.median_s)}; {_wire(apart)} of its bytes leave a GPU against {_wire(shared)}."
+            )
+    return lines or _modes_side_by_side(points)
+
+
+def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
+    lines, rates = [], {}
+    for (mode, model), group in _grouped(points, lambda point: (point.mode, point.model)):
+        rates[model, mode] = statistics.median(point.s_per_gb for point in group)
+        wire = sum(point.wire for point in group) / sum(point.payload for point in group)
+        methods = ", ".join(sorted({point.method for point in group}))
+        lines.append(
+            f"{mode} ({methods}; {len(group)} scenario{'s' * (len(group) > 1)}): {units.seconds(rates[model, mode])} "
+            f"per GB into each destination GPU, {100 * wire:.0f} % of the bytes leave a GPU."
+        )
+    apart, shared = (mode.value for mode in (Mode.NON_COLLOCATED, Mode.COLLOCATED))
+    both = [model for model, mode in rates if mode == apart and (model, shared) in rates]
+    if not both:
+        return ["Not answered: needs scenarios of the same model in both modes."]
+    ratios = [f"Separate sets take {rates[model, apart] / rates[model, shared]:.2f} x as long per GB." for model in both]
+    return [*lines, *ratios, "No layouts were run both ways, so layouts and methods differ too: an indication only."]
+
+
+def _wire(point: Point) -> str:
+    return f"{100 * point.wire / point.payload:.0f} %"
+
+
+def scaling(points: Sequence[Point]) -> list[str]:
+    """Per mode and method: what one transfer costs and at which bandwidth the bytes move, or why it cannot be told."""
+    lines = []
+    for (mode, method), group in _grouped(points, lambda point: (point.mode, point.method)):
+        loads = [
+            Load(point.busiest, point.num_transfers / point.destination.world_size, point.median_s)
+            for point in group
+            if point.num_transfers is not None and point.busiest
+        ]
+        try:
+            fit = fit_time(loads)
+        except FitError as error:
+            lines.append(f"{mode}, {method}: no fit: {error}.")
+            continue
+        largest = max(loads, key=lambda load: load.nbytes)
+        by_bytes = fit.bytes_s(largest) / (fit.bytes_s(largest) + fit.operations_s(largest))
+        lines += [
+            f"{mode}, {method}: time = {units.seconds(fit.operation_s)} x transfers per destination GPU + busiest rank's "
+            f"bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({_trust(fit, len(loads))}).",
+            f"  Of the largest, {units.gb(largest.nbytes)} in {largest.operations:,.0f} transfers, {100 * by_bytes:.0f} % "
+            "of the time goes with the bytes.",
+        ]
+    return lines
+
+
+def _trust(fit: Fit, num_scenarios: int) -> str:
+    if num_scenarios == 2:
+        return "2 scenarios, which any two costs fit: run a third size to test it"
+    return f"{num_scenarios} scenarios, off by {100 * fit.worst_error:.0f} % at most"
+
+
+def one_sided_against_two_sided(points: Sequence[Point]) -> list[str]:
+    """Scenarios that differ in the method alone, pair by pair."""
+    lines = []
+    key = lambda point: (point.source, point.destination, point.mode, point.model)  # noqa: E731
+    for (source, destination, mode, _), group in _grouped(points, key):
+        by_method = {point.method: point for point in group}
+        for one, two in RIVALS:
+            if one in by_method and two in by_method:
+                times = by_method[one].median_s, by_method[two].median_s
+                lines.append(
+                    f"{_layouts(source, destination)}, {mode}: {one} {units.seconds(times[0])}, {two} "
+                    f"{units.seconds(times[1])}: {one} is {times[1] / times[0]:.2f} x as fast."
+                )
+    return lines or ["Not answered: no layouts were run with both methods in the same mode."]
+
+
+def _layouts(source: Side, destination: Side) -> str:
+    return " -> ".join(f"TP{side.tp} EP{side.ep}" for side in (source, destination))
+
+
+def _grouped(
+    points: Iterable[Point], key: Callable[[Point], tuple[Hashable, ...]]
+) -> list[tuple[tuple[Any, ...], list[Point]]]:
+    groups = defaultdict(list)
+    for point in points:
+        groups[key(point)].append(point)
+    return list(groups.items())

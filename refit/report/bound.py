@@ -1,0 +1,16 @@
+"""The lower bound of a plan, as a sentence."""
+
+from __future__ import annotations
+
+from refit import units
+from refit.plan.cost import Bound, Cluster
+
+
+def bound_text(bound: Bound | None, cluster: Cluster) -> str:
+    """`37.7 ms on h200_nvlink: rank 4 receives ...`; or why there is none, for a None of `lower_bound`."""
+    if bound is None:
+        return (
+            f"none: {cluster.name} has no speed between nodes (inter_node_gb_per_s) and bytes cross "
+            f"nodes of {cluster.gpus_per_node} GPUs"
+        )
+    return f"{units.seconds(bound.seconds)} on {cluster.name}: {bound.limited_by}"

@@ -1,0 +1,34 @@
+"""Scenarios with what they move and the least time that takes, as a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from refit import units
+from refit.dry_run import DryRun
+from refit.launch import needed_text
+from refit.plan.cost import Cluster, lower_bound
+
+
+def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:
+    """One row per scenario, by name, and one column of lower bounds per cluster; `-` where it has no speed for a link."""
+    titles = ["scenario", "GPUs", "payload", "wire", "busiest rank", "memory per GPU", "busiest / mean sender"]
+    titles += [*(f"bound, {cluster.name}" for cluster in clusters)]
+    rows = [_row(name, run, clusters) for name, run in runs.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows))
+
+
+def _row(name: str, run: DryRun, clusters: Sequence[Cluster]) -> list[str]:
+    cost, sender, receiver = run.cost, run.cost.busiest_sender, run.cost.busiest_receiver
+    verb, busiest = ("receives", receiver) if receiver.nbytes >= sender.nbytes else ("sends", sender)
+    bounds = (lower_bound(run.matrix, cluster) for cluster in clusters)
+    return [
+        name,
+        needed_text(run.scenario),
+        units.gb(cost.payload_bytes),
+        units.gb(cost.wire_bytes),
+        f"{busiest.rank} {verb} {units.gb(busiest.nbytes)}",
+        units.gib(run.memory_bytes),
+        f"{cost.sender_imbalance:.2f}",
+        *("-" if bound is None else units.seconds(bound.seconds) for bound in bounds),
+    ]

@@ -1,0 +1,195 @@
+"""Two runs side by side: what became slower or faster, and whether that is more than their own spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from refit.errors import ExitCode, UsageError
+from refit.report.grid import fixed_width
+from refit.report.outcomes import Outcome
+from refit.report.runs import Run
+from refit.report.summary import STATUS_TEXTS
+from refit.report.tables import wrong_text
+
+MIN_SAMPLES = 3
+"""Fewer say nothing about spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One scenario in both runs."""
+
+    name: str
+    old: Outcome
+    new: Outcome
+
+    @property
+    def change(self) -> float | None:
+        """New median over old median less 1: 0.1 is 10 % slower. None unless both have times."""
+        old_s, new_s = self.old.figures.median_s, self.new.figures.median_s
+        return new_s / old_s - 1 if old_s and new_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two runs matched by scenario. `warnings` say why the times may not be comparable."""
+
+    pairs: tuple[Pair, ...]
+    only_old: tuple[str, ...]
+    only_new: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def compare_runs(old: Run, new: Run) -> Comparison:
+    """Match two runs by the scenarios' names; single results by layouts, mode, method and model, the last of each.
+
+    Two runs of one result each are a pair whatever they ran. Raises UsageError where nothing matches.
+    """
+    warnings: list[str] = []
+    if _lone(old) and _lone(new):
+        pairs = [Pair(new.outcomes[0].planned.name, old.outcomes[0], new.outcomes[0])]
+        warnings += _other_scenario(old.outcomes[0], new.outcomes[0])
+        only_old, only_new = [], []
+    else:
+        by_name = old.is_sweep and new.is_sweep
+        olds, news = _keyed(old, by_name, warnings), _keyed(new, by_name, warnings)
+        pairs = [Pair(name, olds[name], outcome) for name, outcome in news.items() if name in olds]
+        only_old, only_new = ([name for name in one if name not in other] for one, other in ((olds, news), (news, olds)))
+        if not pairs:
+            listed = "; ".join(f"{run.sweep.run_id} has {', '.join(names)}" for run, names in ((old, olds), (new, news)))
+            raise UsageError(f"no scenario is in both runs: {listed}")
+    warnings += dict.fromkeys(warning for pair in pairs for warning in _environment_warnings(pair))
+    return Comparison(tuple(pairs), tuple(only_old), tuple(only_new), tuple(warnings))
+
+
+def _lone(run: Run) -> bool:
+    return not run.is_sweep and len(run.outcomes) == 1
+
+
+def _keyed(run: Run, by_name: bool, warnings: list[str]) -> dict[str, Outcome]:
+    keyed: dict[str, Outcome] = {}
+    for outcome in run.outcomes:
+        key = outcome.planned.name if by_name else _what_ran(outcome)
+        if key in keyed:
+            warnings.append(f"{run.sweep.run_id} has several results of {key}: the last is {outcome.planned.name}")
+        keyed[key] = outcome
+    return keyed
+
+
+def _what_ran(outcome: Outcome) -> str:
+    """`TP2 EP2 -> TP2 EP1, collocated, nccl, kimi_k2`."""
+    scenario = (outcome.result or {}).get("scenario")
+    if not scenario:
+        return outcome.planned.name
+    model = scenario.get("model_name") or scenario.get("model_provider") or f"{scenario['num_parameters']:,} elements"
+    return f"{scenario['title']}, {scenario['mode']}, {scenario['method']}, {model}"
+
+
+def _other_scenario(old: Outcome, new: Outcome) -> list[str]:
+    ran = [_what_ran(outcome) for outcome in (old, new)]
+    return [] if ran[0] == ran[1] else [f"not the same scenario: {ran[0]} / {ran[1]}"]
+
+
+def _environment_warnings(pair: Pair) -> Iterator[str]:
+    """What differs between the machines, versions and sizes of two results, one line each."""
+    ours, theirs = (_conditions(outcome) for outcome in (pair.old, pair.new))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours and theirs and ours.get(name) != theirs.get(name):
+            yield f"{name} differs: {ours.get(name, 'none')} / {theirs.get(name, 'none')}"
+
+
+def _conditions(outcome: Outcome) -> dict[str, str]:
+    result = outcome.result or {}
+    environment, moved = result.get("environment"), result.get("bytes")
+    if not environment:
+        return {}
+    gpus = [gpu["name"] for gpu in environment.get("gpus", ())]
+    found = {
+        "GPU": f"{len(gpus)} x {gpus[0]}" if gpus else "none",
+        "number of ranks": str(outcome.planned.num_ranks),
+        **environment.get("versions", {}),
+        **{name: value for name, value in environment.get("variables", {}).items() if name != "SLURM_JOB_ID"},
+    }
+    if not gpus:
+        found["CPU"] = f"{environment.get('num_cpus')} cores of {environment.get('cpu')}"
+    if moved:
+        found["payload"] = f"{moved['payload']:,} bytes"
+    return found
+
+
+def exceeds_spread(old_s: Sequence[float], new_s: Sequence[float]) -> bool | None:
+    """Whether two medians differ by more than their samples' spread explains; None with too few samples to say.
+
+    They do where the intervals median +- 1.57 x interquartile range / sqrt(n) do not overlap: the notches of McGill,
+    Tukey and Larsen, "Variations of Box Plots" (1978), about a 95 % test, which one outlier does not upset. It knows the
+    spread within each run only, not that from one run to the next.
+    """
+    if min(len(old_s), len(new_s)) < MIN_SAMPLES:
+        return None
+    distance = abs(statistics.median(new_s) - statistics.median(old_s))
+    return distance > _notch(old_s) + _notch(new_s)
+
+
+def _notch(samples_s: Sequence[float]) -> float:
+    lower, _, upper = statistics.quantiles(samples_s, n=4, method="inclusive")
+    return 1.57 * (upper - lower) / math.sqrt(len(samples_s))
+
+
+def exit_code(new: Run, comparison: Comparison, max_slowdown: float) -> ExitCode:
+    """WRONG_DATA where the new run has any, FAILED where it lost a scenario's times, SLOWER where one is slower than
+    `max_slowdown` (0.05: 5 % over the old median) allows."""
+    if any(outcome.status == "wrong_data" for outcome in new.outcomes):
+        return ExitCode.WRONG_DATA
+    if any(pair.old.status == "ok" and pair.new.status != "ok" for pair in comparison.pairs):
+        return ExitCode.FAILED
+    slower = any(pair.change is not None and pair.change > max_slowdown for pair in comparison.pairs)
+    return ExitCode.SLOWER if slower else ExitCode.OK
+
+
+def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float) -> str:
+    """Warnings, the table with a legend, what is in one run alone, and the verdict."""
+    lines = [f"Old: {old.sweep.run_id} ({old.sweep.date})", f"New: {new.sweep.run_id} ({new.sweep.date})"]
+    lines += [f"warning: {warning}" for warning in comparison.warnings]
+    header = ("scenario", "old (ms)", "new (ms)", "change (%)", "beyond spread", "#wrong old", "#wrong new", "status")
+    lines += ["", fixed_width(header, [_row(pair, max_slowdown) for pair in comparison.pairs])]
+    lines += ["", "Medians of the slowest rank. Beyond spread: the medians' notches (1.57 x IQR / sqrt(n)) do not overlap."]
+    lines += [f"Only in old: {name}" for name in comparison.only_old]
+    lines += [f"Only in new: {name}" for name in comparison.only_new]
+    lines += [
+        f"{STATUS_TEXTS[pair.new.status].upper()} in new: {pair.name}: {pair.new.reason}"
+        for pair in comparison.pairs
+        if pair.new.status != "ok"
+    ]
+    return "\n".join([*lines, _verdict(comparison, max_slowdown)])
+
+
+def _row(pair: Pair, max_slowdown: float) -> list[str]:
+    figures = (pair.old.figures, pair.new.figures)
+    samples = [one.engine.samples_s if one.engine else () for one in figures]
+    beyond = exceeds_spread(*samples) if pair.change is not None else None
+    status = STATUS_TEXTS[pair.new.status]
+    if pair.new.status == "ok" and pair.change is not None:
+        status = "SLOWER" if pair.change > max_slowdown else "ok"
+    return [
+        pair.name,
+        *(f"{1e3 * one.median_s:.2f}" if one.median_s else "-" for one in figures),
+        f"{100 * pair.change:+.1f}" if pair.change is not None else "-",
+        {True: "yes", False: "no", None: "-"}[beyond],
+        *(wrong_text(one) or "-" for one in figures),
+        status,
+    ]
+
+
+def _verdict(comparison: Comparison, max_slowdown: float) -> str:
+    timed = [pair for pair in comparison.pairs if pair.change is not None]
+    slower = [pair for pair in timed if pair.change is not None and pair.change > max_slowdown]
+    allowed = f"{100 * max_slowdown:g} %"
+    if not timed:
+        return "No scenario has times in both runs."
+    total = f"{len(timed)} scenario{'' if len(timed) == 1 else 's'}"
+    if not slower:
+        return f"None of {total} is slower by more than {allowed}."
+    return f"{len(slower)} of {total} slower by more than {allowed}: {', '.join(pair.name for pair in slower)}"

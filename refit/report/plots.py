@@ -1,0 +1,264 @@
+"""Pictures of a run, as PNG. Readable in grey: hatches and markers carry what colours carry.
+
+matplotlib is needed here and nowhere else; it is imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refit.errors import UnavailableError
+from refit.plan.plan import IntArray
+from refit.report.outcomes import Figures, Outcome
+from refit.report.pairs import NoPairs, pair_bytes
+from refit.report.runs import Run
+from refit.report.summary import STATUS_TEXTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS, PEERS, BOUND = "#2b6cb0", "#c8c8c8", "black"
+NAME_WIDTH = 40
+"""Characters after which a scenario's name goes on in the next line."""
+
+MAX_NUMBERED_RANKS = 16
+"""Up to this many ranks every one has a label on its axis."""
+
+BYTE_SCALES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def check_available() -> None:
+    """Raise UnavailableError, with the remedy, where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UnavailableError(
+            "pictures need matplotlib: pip install 'refit-benchmark[plots]', or pip install matplotlib"
+        ) from None
+
+
+def draw(run: Run, directory: Path) -> Iterator[Path | str]:
+    """Draw every picture that the run's results allow: the path of each, or a line that says why one is missing.
+
+    Existing files of these names are replaced. Raises UnavailableError without matplotlib.
+    """
+    check_available()
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(outcome.figures.median_s for outcome in run.outcomes):
+        yield _save(times_figure(run.outcomes, run.sweep.title), directory / "times.png")
+        yield _save(iterations_figure(run.outcomes), directory / "iterations.png")
+    else:
+        yield "no times: no scenario of this run has any"
+    for outcome in run.outcomes:
+        yield from _scenario_pictures(outcome, run.sweep.gpus_per_node, directory)
+
+
+def _scenario_pictures(outcome: Outcome, gpus_per_node: int, directory: Path) -> Iterator[Path | str]:
+    name, moved = outcome.planned.name, (outcome.result or {}).get("bytes")
+    if not moved:
+        yield f"{name}: no bytes: {outcome.reason or 'its result has none'}"
+        return
+    yield _save(rank_bytes_figure(name, moved), directory / f"{name}_bytes.png")
+    try:
+        yield _save(pairs_figure(name, pair_bytes(outcome, gpus_per_node), outcome), directory / f"{name}_pairs.png")
+    except NoPairs as reason:
+        yield f"{name}: no bytes between pairs of ranks: {reason}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _new(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def times_figure(outcomes: Sequence[Outcome], title: str) -> Figure:
+    """Median time of each scenario, whiskers from the fastest to the slowest refit, the lower bound as a black line."""
+    figure = _new(10, 1.6 + 0.55 * len(outcomes))
+    axes = figure.add_subplot()
+    longest_s = max(_longest(outcome.figures) for outcome in outcomes)
+    scale, unit = (1.0, "s") if longest_s >= 1 else (1e3, "ms")
+    for row, outcome in enumerate(outcomes):
+        _time_bars(axes, outcome, row, scale)
+    axes.set_yticks(range(len(outcomes)), [_wrapped(outcome.planned.name) for outcome in outcomes], fontsize=9)
+    axes.set_ylim(len(outcomes) - 0.5, -0.5)
+    axes.set_xlim(0, 1.45 * scale * longest_s)  # room for the texts beside the bars
+    axes.set_xlabel(f"refit time ({unit}), median of the slowest rank; whiskers: fastest and slowest refit")
+    axes.grid(axis="x", color="0.85")
+    axes.set_axisbelow(True)
+    figure.suptitle("Refit time and lower bound" + (f", {title}" if title else ""))
+    _legend(figure, "outside lower center")
+    return figure
+
+
+def _wrapped(name: str) -> str:
+    return "\n".join(name[start : start + NAME_WIDTH] for start in range(0, len(name), NAME_WIDTH))
+
+
+def _legend(figure: Figure, place: str) -> None:
+    """One entry for each label of all the figure's axes."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc=place, ncols=4, frameon=False)
+
+
+def _longest(figures: Figures) -> float:
+    """Seconds at which a scenario's bars, whiskers and bound end; 0 without times."""
+    ours, peer = figures.engine, figures.peer
+    ends = (ours and ours.max_s, peer and peer.median_s, figures.median_s and figures.lower_bound_s)
+    return max(end or 0.0 for end in ends)
+
+
+def _time_bars(axes: Axes, outcome: Outcome, row: int, scale: float) -> None:
+    figures = outcome.figures
+    engine, peer = figures.engine, figures.peer
+    if engine is None or engine.median_s is None or engine.min_s is None or engine.max_s is None:
+        _beside(axes, 0, row, STATUS_TEXTS[outcome.status])
+        return
+    beside_peer = peer is not None and peer.median_s is not None
+    height, place = (0.38, row - 0.19) if beside_peer else (0.5, row)
+    whiskers = [[scale * (engine.median_s - engine.min_s)], [scale * (engine.max_s - engine.median_s)]]
+    style: dict[str, Any] = {"height": height, "edgecolor": "black", "linewidth": 0.8}
+    label, hatch = ("refit", None) if outcome.status == "ok" else ("refit, not valid", "xx")
+    axes.barh(place, scale * engine.median_s, color=OURS, hatch=hatch, label=label, xerr=whiskers, capsize=3, **style)
+    share = f", share of bound {100 * figures.share:.1f} %" if figures.share else ""
+    status = "" if outcome.status == "ok" else f", {STATUS_TEXTS[outcome.status]}"
+    _beside(axes, scale * _longest(replace(figures, peer=None)), place, f"{scale * engine.median_s:.4g}{share}{status}")
+    if peer is not None and peer.median_s is not None:
+        axes.barh(row + 0.19, scale * peer.median_s, color=PEERS, hatch="//", label="Megatron-Core", **style)
+        _beside(axes, scale * peer.median_s, row + 0.19, f"{scale * peer.median_s:.4g}")
+    if figures.lower_bound_s:
+        span = (place - 0.62 * height, place + 0.62 * height)
+        bound = [scale * figures.lower_bound_s] * 2
+        axes.plot(bound, span, color="white", linewidth=5, solid_capstyle="butt", zorder=4)
+        axes.plot(bound, span, color=BOUND, linewidth=2.5, solid_capstyle="butt", label="lower bound", zorder=5)
+
+
+def _beside(axes: Axes, end: float, place: float, text: str) -> None:
+    axes.annotate(text, (end, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def iterations_figure(outcomes: Sequence[Outcome]) -> Figure:
+    """Every refit of every scenario in order, warm-up refits hollow, the median dashed; a panel and an axis for each."""
+    measured = [outcome for outcome in outcomes if outcome.figures.engine and outcome.figures.engine.samples_s]
+    columns = min(2, len(measured))
+    rows = math.ceil(len(measured) / columns)
+    figure = _new(5.5 * columns + (columns == 1) * 2, 1.2 + 2.1 * rows)
+    for place, outcome in enumerate(measured, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        _iterations(axes, outcome)
+        axes.set_title(_wrapped(outcome.planned.name), fontsize=9)
+    figure.supxlabel("refit (hollow: warm-up)", fontsize=10)
+    figure.supylabel("slowest rank (ms)", fontsize=10)
+    _legend(figure, "outside upper center")
+    return figure
+
+
+def _iterations(axes: Axes, outcome: Outcome) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    series = ((outcome.figures.engine, "refit", OURS, "o"), (outcome.figures.peer, "Megatron-Core", "0.45", "s"))
+    for engine, name, color, marker in series:
+        if engine is None or not engine.samples_s:
+            continue
+        times_ms = [1e3 * seconds for seconds in (*engine.warmup_s, *engine.samples_s)]
+        warmups = len(engine.warmup_s)
+        numbers = range(1, len(times_ms) + 1)
+        axes.plot(numbers, times_ms, color=color, linewidth=1)
+        axes.plot(numbers[:warmups], times_ms[:warmups], marker, color=color, fillstyle="none", markerfacecolor="white")
+        axes.plot(numbers[warmups:], times_ms[warmups:], marker, color=color, label=name)
+        median_ms = float(np.median(times_ms[warmups:]))
+        axes.axhline(median_ms, color=color, linewidth=0.8, linestyle="--", label=f"median, {name}")
+    axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+
+
+def rank_bytes_figure(name: str, moved: dict[str, Any]) -> Figure:
+    """Wire bytes of each rank: received above the axis, sent below; the mean of each side's ranks dashed."""
+    sides = [{int(rank): nbytes for rank, nbytes in moved[f"{side}_by_rank"].items()} for side in ("received", "sent")]
+    ranks = sorted({rank for side in sides for rank in side})
+    scale, unit = _byte_scale(max((nbytes for side in sides for nbytes in side.values()), default=0))
+    figure = _new(10, 4.2)
+    axes = figure.add_subplot()
+    edge = 0.6 if len(ranks) <= 2 * MAX_NUMBERED_RANKS else 0.0
+    styles = ((1, "received", OURS, None), (-1, "sent", PEERS, "///" if edge else None))
+    for side, (sign, label, color, hatch) in zip(sides, styles, strict=True):
+        heights = [sign * nbytes / scale for nbytes in side.values()]
+        outline = {"edgecolor": "black", "linewidth": edge} if edge else {}
+        axes.bar(list(side), heights, width=0.8, color=color, hatch=hatch, label=label, **outline)
+        mean = sum(heights) / len(heights)
+        axes.axhline(mean, color="black", linestyle="--" if sign > 0 else ":", linewidth=1, label=f"mean {label}")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    axes.set_ylabel(f"bytes over the wire ({unit})\nsent below, received above")
+    axes.set_xlim(ranks[0] - 0.7, ranks[-1] + 0.7)
+    _rank_axis(axes.xaxis, len(ranks))
+    axes.set_xlabel("rank")
+    axes.set_title(f"{_wrapped(name)}\nbytes of each rank", fontsize=11)
+    axes.grid(axis="y", color="0.85")
+    axes.set_axisbelow(True)
+    _legend(figure, "outside lower center")
+    return figure
+
+
+def pairs_figure(name: str, matrix: IntArray, outcome: Outcome) -> Figure:
+    """Heat map of bytes from each source rank (rows) to each destination rank (columns); nothing moved is white."""
+    layouts = (outcome.result or {}).get("layouts") or {}
+    spans = [
+        range(side["first_rank"], side["first_rank"] + side["world_size"])
+        for side in (layouts.get("source"), layouts.get("destination"))
+        if side
+    ]
+    rows, columns = spans if len(spans) == 2 else (range(len(matrix)), range(len(matrix)))
+    shown = matrix[rows.start : rows.stop, columns.start : columns.stop].astype(float)
+    scale, unit = _byte_scale(shown.max(initial=0))
+    figure = _new(8, 6.6)
+    axes = figure.add_subplot()
+    extent = (columns.start - 0.5, columns.stop - 0.5, rows.stop - 0.5, rows.start - 0.5)
+    masked = np.ma.masked_equal(shown / scale, 0)
+    image = axes.imshow(masked, cmap="cividis_r", vmin=0, extent=extent, interpolation="nearest", aspect="auto")
+    figure.colorbar(image, ax=axes, label=f"{unit} from source to destination rank (white: none)")
+    if max(shown.shape) <= MAX_NUMBERED_RANKS:
+        _write_cells(axes, shown / scale, rows.start, columns.start)
+    _rank_axis(axes.xaxis, len(columns))
+    _rank_axis(axes.yaxis, len(rows))
+    axes.set_xlabel("destination rank")
+    axes.set_ylabel("source rank")
+    local = "; same rank: a local copy" if set(rows) & set(columns) else ""
+    axes.set_title(f"{_wrapped(name)}\nbytes of each pair of ranks{local}", fontsize=11)
+    return figure
+
+
+def _write_cells(axes: Axes, values: np.ndarray[Any, np.dtype[np.float64]], first_row: int, first_column: int) -> None:
+    for row, column in np.argwhere(values):
+        value = values[row, column]
+        color = "white" if value > values.max() / 2 else "black"
+        place = (first_column + column, first_row + row)
+        axes.annotate(f"{value:.2f}" if value >= 0.005 else "~0", place, color=color, ha="center", va="center", fontsize=8)
+
+
+def _rank_axis(axis: Any, num_ranks: int) -> None:
+    """Label every rank, or every 4th, 8th or 16th where there are many: hosts begin at multiples of these."""
+    from matplotlib.ticker import MultipleLocator
+
+    step = next((step for step in (1, 4, 8, 16, 32, 64) if num_ranks / step <= MAX_NUMBERED_RANKS), 128)
+    axis.set_major_locator(MultipleLocator(step))
+
+
+def _byte_scale(largest: float) -> tuple[float, str]:
+    return next(((scale, unit) for scale, unit in BYTE_SCALES if largest >= scale), (1.0, "bytes"))

@@ -1,0 +1,138 @@
+"""What is printed of a sweep before it runs, one row per scenario, and of each scenario when it has ended, one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from refit import units
+from refit.config import Mode
+from refit.report.outcomes import judged
+from refit.sweep.state import Planned, Side, Status, Sweep
+
+WIDTH = 160
+
+
+def sweep_text(sweep: Sweep) -> str:
+    """A headline, the table, then notes and the reasons of what is refused or skipped, in full."""
+    lines = [_headline(sweep), "", *_table(sweep), "", *_totals(sweep)]
+    notes: dict[str, list[str]] = {}
+    for planned in sweep.scenarios:
+        for note in planned.notes:
+            notes.setdefault(note, []).append(planned.name)
+    lines += [f"Note ({_names(sweep, names)}): {note}" for note, names in notes.items()]
+    for planned in sweep.scenarios:
+        if planned.status is not Status.READY:
+            lines.append(f"{planned.name} {planned.status.value}: {planned.reason}")
+    return "\n".join(lines)
+
+
+def outcome_line(planned: Planned, result: dict[str, Any]) -> str:
+    """`NAME: 45.23 ms, PASSED`, or in one line what came out instead."""
+    outcome = judged(planned, result)
+    engine = outcome.figures.engine
+    if outcome.status == "waived":
+        return f"{planned.name}: WAIVED: {outcome.reason}"
+    if outcome.status != "ok" or engine is None or engine.mean_s is None:
+        return f"{planned.name}: FAILED: {outcome.reason}"
+    return f"{planned.name}: {1e3 * engine.mean_s:.2f} ms, {'PASSED' if engine.num_compared else 'UNVERIFIED'}"
+
+
+def _headline(sweep: Sweep) -> str:
+    several = sweep.num_gpus > sweep.gpus_per_node
+    gpus = f"{sweep.num_gpus} GPUs" + (f" ({sweep.nodes} nodes of {sweep.gpus_per_node})" if several else "")
+    judged = f"cluster {sweep.cluster}" if sweep.cluster else "no --cluster: neither memory nor time is judged"
+    run_id = f"{sweep.run_id}, " if sweep.run_id else ""
+    return f"{sweep.title}: {run_id}{len(sweep.scenarios)} scenarios, {gpus}, {judged}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Units:
+    """The scale of a table's figures: those of a large model, or of a small one."""
+
+    moved: str
+    num_bytes: float
+    time: str
+    num_seconds: float
+
+
+LARGE, SMALL = _Units("GB", 1e9, "s", 1.0), _Units("MB", 1e6, "ms", 1e-3)
+
+
+def _table(sweep: Sweep) -> list[str]:
+    largest = max((planned.bytes.payload for planned in sweep.scenarios if planned.bytes), default=0)
+    scale = LARGE if largest >= 10e9 else SMALL
+    grid = Table(box=None, pad_edge=False, header_style="", padding=(0, 1))
+    for title, unit in (("scenario", ""), ("source", ""), ("destination", ""), ("mode", ""), ("method", "")):
+        grid.add_column(f"{title}\n{unit}", overflow="fold")
+    for title, unit in (
+        ("GPUs", ""),
+        ("nodes", ""),
+        ("payload", scale.moved),
+        ("memory", "GiB/GPU"),
+        ("busiest", scale.moved),
+        ("rank", ""),
+        ("bound", scale.time),
+    ):
+        grid.add_column(f"{title}\n{f'({unit})' if unit else ''}", justify="right", no_wrap=True)
+    grid.add_column("status\n", no_wrap=True)
+    for planned in sweep.scenarios:
+        grid.add_row(*_cells(planned, scale))
+    console = Console(width=WIDTH, color_system=None, highlight=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(grid)
+    return [line.rstrip() for line in capture.get().rstrip().splitlines()]
+
+
+def _cells(planned: Planned, scale: _Units) -> list[str]:
+    moved = planned.bytes
+    return [
+        planned.name,
+        _layout(planned.source),
+        _layout(planned.destination),
+        planned.mode,
+        planned.method,
+        _gpus(planned),
+        str(planned.nodes or "-"),
+        f"{moved.payload / scale.num_bytes:,.2f}" if moved else "-",
+        f"{planned.memory_bytes / 2**30:.2f}" if planned.memory_bytes is not None else "-",
+        f"{moved.busiest / scale.num_bytes:,.2f}" if moved else "-",
+        f"{moved.busiest_rank} {moved.busiest_direction}" if moved else "-",
+        f"{planned.lower_bound_s / scale.num_seconds:.4g}" if planned.lower_bound_s is not None else "-",
+        planned.status.value,
+    ]
+
+
+def _layout(side: Side | None) -> str:
+    """`TP8 EP8`; ETP and PP where they are not TP and 1."""
+    if side is None:
+        return "-"
+    etp = f" ETP{side.etp}" if side.etp != side.tp else ""
+    return f"TP{side.tp} EP{side.ep}{etp}" + (f" PP{side.pp}" if side.pp > 1 else "")
+
+
+def _gpus(planned: Planned) -> str:
+    """`64 + 32 = 96`, `max(8, 4) = 8`."""
+    if planned.source is None or planned.destination is None:
+        return "-"
+    sizes = (planned.source.world_size, planned.destination.world_size)
+    if planned.mode != Mode.COLLOCATED.value:
+        return f"{sizes[0]} + {sizes[1]} = {planned.num_ranks}"
+    return str(planned.num_ranks) if sizes[0] == sizes[1] else f"max({sizes[0]}, {sizes[1]}) = {planned.num_ranks}"
+
+
+def _totals(sweep: Sweep) -> list[str]:
+    counts = [(status, sum(planned.status is status for planned in sweep.scenarios)) for status in Status]
+    lines = [", ".join(f"{number} {status.value}" for status, number in counts if number or status is Status.READY)]
+    slowest = max((planned for planned in sweep.scenarios), key=lambda planned: planned.lower_bound_s or 0.0)
+    if slowest.limited_by is not None:
+        bound = units.seconds(slowest.lower_bound_s or 0.0)
+        lines.append(f"Longest lower bound: {slowest.name}, {bound}: {slowest.limited_by}")
+    return lines
+
+
+def _names(sweep: Sweep, names: list[str]) -> str:
+    return "all" if len(names) == len(sweep.scenarios) else ", ".join(names)

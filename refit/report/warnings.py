@@ -1,0 +1,141 @@
+"""What makes a run's times less than trustworthy, or its GPUs less than used, each with the remedy."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from refit.config import Mode, Scenario
+from refit.errors import UsageError
+from refit.launch import needed_text
+from refit.layout import Layout
+from refit.report.result import EngineResult, Result
+from refit.report.text import ENGINE_TITLES
+
+MIN_ITERATIONS = 5
+"""Fewer measured refits say little about spread."""
+
+MAX_CV = 0.05
+MAX_DRIFT = 0.05
+CLEARLY_SLOWER = 1.2
+"""How many times slower a refit or a rank has to be than its like before it is worth a line."""
+
+
+def of_engine(name: str, engine: EngineResult, result: Result) -> list[str]:
+    """`warning: ...` lines on an engine that was measured; with several engines each line says whose it is."""
+    whose = f"{ENGINE_TITLES[name]}: " if len(result.engines) > 1 else ""
+    found = (*_warm_up(engine), *_spread(engine), *_straggler(engine, result))
+    return [f"warning: {whose}{text}" for text in found]
+
+
+def _warm_up(engine: EngineResult) -> Iterator[str]:
+    first, *others = engine.measured_s
+    num_warmup = len(engine.samples) - len(engine.measured_s)
+    if not num_warmup:
+        yield "no warm-up: the first refit's set-up is in the mean; use --num-benchmark-warmup 2"
+    elif len(others) >= 2 and first > CLEARLY_SLOWER * statistics.median(others):
+        slower = first / statistics.median(others)
+        yield (
+            f"the first measured refit took {slower:.1f} x the median of the others, so warm-up was too short: "
+            f"use --num-benchmark-warmup {num_warmup + 3}"
+        )
+
+
+def _spread(engine: EngineResult) -> Iterator[str]:
+    num_measured, cv, drift = len(engine.measured_s), engine.summary["cv"], engine.summary["drift"]
+    if num_measured < MIN_ITERATIONS:
+        yield (
+            f"{num_measured} measured refits say little about spread: "
+            f"use --num-benchmark-iterations {MIN_ITERATIONS} or more"
+        )
+    if cv > MAX_CV:
+        yield (
+            f"times vary by {100 * cv:.0f} % (cv): look for other work on these machines and on the network between them, "
+            f"or go by the median of --num-benchmark-iterations {4 * num_measured}"
+        )
+    if drift > MAX_DRIFT:
+        yield (
+            f"refits get slower by {100 * drift:.0f} % over the run: see whether it goes on with "
+            f"--num-benchmark-iterations {4 * num_measured}, and whether clocks fall (nvidia-smi -q -d PERFORMANCE)"
+        )
+    elif drift < -MAX_DRIFT:
+        num_warmup = len(engine.samples) - num_measured
+        yield (
+            f"refits get faster by {-100 * drift:.0f} % over the run: use --num-benchmark-warmup {num_warmup + num_measured}"
+        )
+
+
+def _straggler(engine: EngineResult, result: Result) -> Iterator[str]:
+    """A rank that is slowest in most refits, by more than its share of the bytes explains."""
+    measured = [sample for sample in engine.samples if not sample.warmup]
+    rank, times = Counter(sample.slowest_rank for sample in measured).most_common(1)[0]
+    peers = _side_of(rank, result)
+    if len(measured) < 3 or times <= len(measured) / 2 or len(peers) < 3:
+        return
+    slower = statistics.median(
+        sample.seconds_per_rank[rank] / statistics.median(sample.seconds_per_rank[peer] for peer in peers)
+        for sample in measured
+    )
+    sent, received = result.bytes["sent_by_rank"], result.bytes["received_by_rank"]
+    loads = {peer: max(sent.get(peer, 0), received.get(peer, 0)) for peer in peers}
+    usual = statistics.median(loads.values())
+    heavier = loads[rank] / usual if usual else 1.0
+    if slower > CLEARLY_SLOWER * max(1.0, heavier):
+        yield (
+            f"rank {rank} was slowest in {times} of {len(measured)} refits, {slower:.2f} x the median rank of its side with "
+            f"{heavier:.2f} x its bytes: look for other work on its node and at its GPU (nvidia-smi -q -d PERFORMANCE), "
+            "and run without the node (--exclude of sbatch and salloc) if it stays"
+        )
+
+
+def _side_of(rank: int, result: Result) -> range:
+    """The ranks of the larger side that `rank` is on; empty for an idle one."""
+    sides = [range(side["first_rank"], side["first_rank"] + side["world_size"]) for side in result.layouts.values()]
+    return max((side for side in sides if rank in side), key=len, default=range(0))
+
+
+def idle_ranks(scenario: Scenario, world_size: int) -> str:
+    """A `warning: ...` line on ranks that do nothing and what would use them; empty where all are used."""
+    idle = range(scenario.num_ranks, world_size)
+    if not idle:
+        return ""
+    which = f"rank {idle[0]} does" if len(idle) == 1 else f"ranks {idle[0]}-{idle[-1]} do"
+    uses = next((text for text, layout in _larger(scenario, world_size) if _can_be_built(scenario, layout)), None)
+    remedy = f"start {scenario.num_ranks} ranks" + (f", or use them all with {uses}" if uses else "")
+    return f"warning: {which} nothing, {needed_text(scenario)} of {world_size} are used: {remedy}"
+
+
+def _larger(scenario: Scenario, world_size: int) -> Iterator[tuple[str, Layout]]:
+    """One side with a larger EP or TP, such that no rank is left over: what to give, and that layout.
+
+    Beside a size of the source stands the destination's, which would follow it where it was not given.
+    """
+    source, destination = scenario.source, scenario.destination
+    for layout in (destination, source):
+        other = scenario.num_ranks - layout.world_size if scenario.mode is Mode.NON_COLLOCATED else 0
+        factor, left = divmod(world_size - other, layout.world_size)
+        if left or layout.world_size != layout.tp * layout.ep * layout.pp:
+            continue
+        grown = replace(layout, ep=layout.ep * factor, world_size=layout.world_size * factor)
+        yield _flags("expert", grown.ep, destination.ep, layout is source), grown
+        if layout.etp == layout.tp:  # ETP follows TP where it was not given
+            tp = layout.tp * factor
+            grown = replace(layout, tp=tp, etp=tp, world_size=layout.world_size * factor)
+            yield _flags("tensor", tp, destination.tp, layout is source), grown
+
+
+def _flags(axis: str, size: int, destination_size: int, is_source: bool) -> str:
+    kept = f"--rl-inference-{axis}-model-parallel-size {destination_size if is_source else size}"
+    return f"--{axis}-model-parallel-size {size} {kept}" if is_source else kept
+
+
+def _can_be_built(scenario: Scenario, layout: Layout) -> bool:
+    if scenario.model is None:
+        return False
+    try:
+        scenario.model.check_layout(layout, "")
+    except UsageError:
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""How an attempt ended: what its exit code and its log say where it left no result of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refit.errors import ExitCode
+from refit.report.result import SCHEMA_VERSION, now
+from refit.sweep.state import Attempt, write_json
+
+CANCELLED = "cancelled"
+"""The failure of an attempt that a resumed sweep makes again."""
+
+LOG_TAIL_BYTES = 1 << 20
+TELLING = re.compile(r"(error|FAILED): ")
+RANK_PREFIX = re.compile(r"\s*(\[\S+\]:|\d+:)\s+")
+"""What `torchrun --tee` and `srun --label` put before a rank's lines."""
+
+ROOT_CAUSE = re.compile(
+    r"Root Cause.*?time *: (?P<time>\S+).*?rank *: (?P<rank>\d+).*?exitcode *: (?P<exit_code>-?\d+)", re.DOTALL
+)
+"""The end of what torchrun prints when a rank fails (`torch.distributed.elastic.multiprocessing.errors`); its own exit
+code is 1 whatever the rank's was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the command of an attempt ended. `timed_out_s` is the limit that it ran into."""
+
+    exit_code: int
+    timed_out_s: float | None = None
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """An exit code, negative for a signal as torchrun writes it, and the rank it is known to be of."""
+
+    exit_code: int
+    rank: int | None
+
+
+def close(attempt: Attempt, ending: Ending) -> dict[str, Any]:
+    """The attempt's result, completed where the run could not do it itself: what was measured stays in it.
+
+    A result that says how it ended is left as it is, unless it ended by the signal that a limit or a cancelled job sent.
+    """
+    result = attempt.result()
+    ended_from_outside = ending.cancelled or ending.timed_out_s is not None
+    own_endings = ("running", "failed") if ended_from_outside else ("running",)
+    if result is not None and result.get("status", "running") not in own_endings:
+        return result
+    log = _tail(attempt.log)
+    cause = _root_cause(log, ending.exit_code)
+    waived = cause.exit_code == ExitCode.WAIVED and not ended_from_outside
+    rank = None if cause.exit_code in (ExitCode.WAIVED, ExitCode.USAGE) else cause.rank  # what every rank finds alike
+    completed = {
+        **(result or {"schema_version": SCHEMA_VERSION, "run_id": attempt.stem.name}),
+        "status": "waived" if waived else "failed",
+        "exit_code": int(ExitCode.WAIVED if waived else ExitCode.FAILED),
+        "failure": {"rank": rank, "phase": _phase(result), "message": _message(ending, cause, log, waived)},
+        "finished": now(),
+    }
+    write_json(attempt.json, completed)
+    return completed
+
+
+def _phase(result: dict[str, Any] | None) -> str | None:
+    """Where the run was when it was told to stop, where its result says so."""
+    return ((result or {}).get("failure") or {}).get("phase")
+
+
+def _message(ending: Ending, cause: _Cause, log: Sequence[str], waived: bool) -> str:
+    if ending.cancelled:
+        return CANCELLED
+    if ending.timed_out_s is not None:
+        return f"timed out after {ending.timed_out_s:g} s"
+    line = telling_line(log)
+    if waived:
+        return line or "what it needs is not there (exit code 3)"
+    return f"ended with exit code {_code_text(cause.exit_code)}: {line or 'the log is empty'}"
+
+
+def _code_text(exit_code: int) -> str:
+    """Shells report a signal as 128 + its number, torchrun as its number below zero."""
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    return f"{exit_code} (killed by signal {number})" if number > 0 else str(exit_code)
+
+
+def _root_cause(log: Sequence[str], exit_code: int) -> _Cause:
+    """The rank that failed first on any node, where torchrun says so, otherwise the command's own exit code."""
+    reports = list(ROOT_CAUSE.finditer("\n".join(log))) if exit_code == 1 else []
+    if not reports:
+        return _Cause(exit_code, None)
+    first = min(reports, key=lambda report: report["time"])
+    return _Cause(int(first["exit_code"]), int(first["rank"]))
+
+
+def telling_line(log: Sequence[str]) -> str:
+    """The last line that says `error:` or `FAILED:`, without that word, else the last that is not empty; "" for none."""
+    lines = [stripped for line in log if (stripped := RANK_PREFIX.sub("", line, count=1).strip())]
+    telling = [TELLING.sub("", line, count=1) for line in lines if TELLING.match(line)]
+    return (telling or lines or [""])[-1]
+
+
+def _tail(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []

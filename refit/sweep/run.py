@@ -1,0 +1,154 @@
+"""The course of a sweep: begin or resume it, what is still to run, and how each attempt ended."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from refit.clusters import load_cluster
+from refit.dry_run import DryRunOptions
+from refit.errors import UsageError
+from refit.sweep.check import check, recheck
+from refit.sweep.close import CANCELLED
+from refit.sweep.selection import Selection
+from refit.sweep.state import SWEEP_SUFFIX, Planned, Status, Sweep, check_name, last_result, next_attempt, sweep_file
+
+UNFINISHED = (None, "running")
+DONE = ("ok", "waived")
+"""Outcomes that `--only failed` and a resumed sweep leave as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What a sweep may use. `num_gpus` None: as many as each scenario needs."""
+
+    num_gpus: int | None
+    gpus_per_node: int
+    cluster: str | None
+    nodes: int | None = None
+
+    @property
+    def options(self) -> DryRunOptions:
+        """Raises UsageError for an unknown cluster."""
+        return DryRunOptions(self.num_gpus, self.gpus_per_node, load_cluster(self.cluster) if self.cluster else None)
+
+
+def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: Sequence[str] = ()) -> Sweep:
+    """Check every scenario of a selection. Raises UsageError for an unknown cluster, or where no cell makes sense."""
+    options = allocation.options
+    scenarios = tuple(check(candidate, options) for candidate in selection.candidates)
+    if all(planned.status is Status.SKIPPED for planned in scenarios):
+        raise UsageError(f"all {len(scenarios)} scenarios are skipped, {scenarios[0].name}: {scenarios[0].reason}")
+    num_gpus = allocation.num_gpus or max(planned.num_ranks for planned in scenarios)
+    return Sweep(
+        run_id=run_id,
+        title=selection.title,
+        date=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        jobs=tuple(jobs),
+        nodes=allocation.nodes or math.ceil(num_gpus / allocation.gpus_per_node),
+        num_gpus=num_gpus,
+        gpus_per_node=allocation.gpus_per_node,
+        cluster=allocation.cluster,
+        scenarios=scenarios,
+    )
+
+
+def begin(selection: Selection, allocation: Allocation, directory: Path, run_id: str | None, job: str | None) -> Path:
+    """Plan a sweep and write its file. `run_id` None: the local time and the job.
+
+    Raises UsageError where `run_id` is taken, since results are never overwritten.
+    """
+    jobs = [job] if job else []
+    name = run_id or "_".join([f"{datetime.now():%Y%m%d-%H%M%S}", *jobs])
+    check_name(name, "run id")
+    sweep, number = plan(selection, allocation, name, jobs), 1
+    directory.mkdir(parents=True, exist_ok=True)
+    while not _reserve(path := sweep_file(directory, sweep.run_id)):
+        if run_id:
+            raise UsageError(f"{path} is there already: continue it with --resume {run_id}, or choose another --run-id")
+        number += 1
+        sweep = replace(sweep, run_id=f"{name}-{number}")
+    sweep.write(path)
+    return path
+
+
+def _reserve(path: Path) -> bool:
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def find(directory: Path, run_id: str) -> Sweep:
+    """The earlier sweep `run_id`. Raises UsageError, with the sweeps there are, for an unknown one."""
+    path = sweep_file(directory, run_id)
+    if not path.exists():
+        known = ", ".join(sorted(file.name.removesuffix(SWEEP_SUFFIX) for file in directory.glob(f"*{SWEEP_SUFFIX}")))
+        raise UsageError(f"no sweep {run_id!r} in {directory}: there {f'are {known}' if known else 'is none'}")
+    return Sweep.read(path)
+
+
+def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | None) -> Path:
+    """Check the scenarios against this allocation, all but those that are done, note the job and write the file."""
+    options = allocation.options
+    num_gpus = allocation.num_gpus or sweep.num_gpus
+    path = sweep_file(directory, sweep.run_id)
+    replace(
+        sweep,
+        jobs=(*sweep.jobs, job) if job and job not in sweep.jobs else sweep.jobs,
+        nodes=allocation.nodes or math.ceil(num_gpus / allocation.gpus_per_node),
+        num_gpus=num_gpus,
+        gpus_per_node=allocation.gpus_per_node,
+        cluster=allocation.cluster,
+        scenarios=tuple(
+            planned if _status(directory, sweep.run_id, planned) in DONE else recheck(planned, options)
+            for planned in sweep.scenarios
+        ),
+    ).write(path)
+    return path
+
+
+def pending(sweep: Sweep, directory: Path, which: str = "unfinished") -> list[Planned]:
+    """The scenarios to run now: `unfinished` without a finished result, `failed` without a good one, or `all`.
+
+    Refused and skipped scenarios never are.
+    """
+    found = []
+    for planned in sweep.scenarios:
+        status = _status(directory, sweep.run_id, planned)
+        wanted = {"unfinished": status in UNFINISHED, "failed": status not in DONE, "all": True}[which]
+        if wanted and planned.status is Status.READY:
+            found.append(planned)
+    return found
+
+
+def _status(directory: Path, run_id: str, planned: Planned) -> str | None:
+    """The last attempt's; None without one, or where it was cancelled and not ended by itself."""
+    result = last_result(directory, run_id, planned.name)
+    if result is None or (result.get("failure") or {}).get("message") == CANCELLED:
+        return None
+    return str(result.get("status", "running"))
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One attempt to start: where its files go (`stem`, with a suffix), on what, and its command line."""
+
+    name: str
+    nodes: int
+    ranks_per_node: int
+    stem: Path
+    flags: tuple[str, ...]
+
+
+def task(sweep: Sweep, directory: Path, planned: Planned) -> Task:
+    """The next attempt at a scenario; its stem is absolute and none of its files exist."""
+    stem = next_attempt(Path(os.path.abspath(directory)), sweep.run_id, planned.name).stem
+    cluster = [f"--cluster={sweep.cluster}"] if sweep.cluster else []
+    flags = (*planned.flags, *cluster, f"--output-dir={stem.parent}", f"--run-name={stem.name}")
+    return Task(planned.name, planned.nodes, planned.ranks_per_node, stem, flags)

@@ -1,0 +1,186 @@
+"""Which scenarios a sweep holds: from CONFIGS lines or a YAML file to complete command lines, not yet checked."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from refit import yaml_configs
+from refit.cli import read_flags
+from refit.config import Method, Mode
+from refit.errors import UsageError
+from refit.flags import FlagParser, full_parser
+from refit.sweep.state import check_name
+
+LINE_FIELDS = ("SRC_TP", "SRC_EP", "DST_TP", "DST_EP", "REFIT_MODE", "REFIT_METHOD", "DESCRIPTION")
+SIZE_FLAGS = (
+    "tensor-model-parallel-size",
+    "expert-model-parallel-size",
+    "rl-inference-tensor-model-parallel-size",
+    "rl-inference-expert-model-parallel-size",
+)
+SWEEP_FLAGS = {
+    "output-dir": "results lie beside the sweep file",
+    "run-name": "results are named after the scenarios",
+    "num-gpus": "give it to the sweep",
+    "gpus-per-node": "give it to the sweep",
+    "cluster": "give it to the sweep",
+    "dry-run": "`refit sweep plan` plans without running",
+}
+"""Flags that are the sweep's own business, and why."""
+
+DEFAULT_TITLE = "MoE"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A scenario to be checked. `is_cell` tells one combination of axis values from a scenario written out."""
+
+    name: str
+    flags: tuple[str, ...]
+    is_cell: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The scenarios of a sweep, in order, under a title."""
+
+    title: str
+    candidates: tuple[Candidate, ...]
+
+
+def select_lines(lines: Sequence[str], common: Sequence[str], title: str | None = None) -> Selection:
+    """Scenarios from CONFIGS lines, each with the `common` flags in front of its own.
+
+    Raises UsageError, naming the line and the field, for a malformed line, a name given twice or a flag that none takes.
+    """
+    entries = [_Entry(f"scenario line {number} {line!r}", line) for number, line in enumerate(lines, 1)]
+    return _select(entries, {}, common, title or DEFAULT_TITLE)
+
+
+def select_file(name: str, common: Sequence[str], title: str | None = None) -> Selection:
+    """Scenarios from a file of `configs/scenarios`, or the YAML file at path `name`.
+
+    Keys: `title`, `defaults` (flags without dashes), `scenarios`: CONFIGS lines, or mappings with a `name` and flags, in
+    which a list is an axis unless the flag itself takes several values. Flags of a scenario take the place of defaults.
+    Raises UsageError, naming the file and the scenario.
+    """
+    path = yaml_configs.find("scenarios", name)
+    content = yaml_configs.read_mapping(path)
+    unknown = sorted(content.keys() - {"title", "defaults", "scenarios"})
+    if unknown:
+        raise UsageError(f"{path}: unknown key {unknown[0]}: title, defaults and scenarios are known")
+    defaults, scenarios = content.get("defaults") or {}, content.get("scenarios")
+    if not isinstance(defaults, dict):
+        raise UsageError(f"{path}: defaults must hold `flag: value` lines, not {defaults!r}")
+    if not isinstance(scenarios, list) or not scenarios:
+        raise UsageError(f"{path}: scenarios must be a list of CONFIGS lines or of `name: ...` with flags")
+    entries = [_Entry(f"{path}, scenario {number}", entry) for number, entry in enumerate(scenarios, 1)]
+    return _select(entries, defaults, common, title or str(content.get("title") or path.stem))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A scenario as written, and where, for messages."""
+
+    where: str
+    content: object
+
+
+def _select(entries: Sequence[_Entry], defaults: Mapping[str, object], common: Sequence[str], title: str) -> Selection:
+    parser = full_parser()
+    _check_common(parser, common)
+    seen: dict[str, str] = {}
+    candidates: list[Candidate] = []
+    for entry in entries:
+        try:
+            found = list(_candidates(parser, entry.content, defaults, common))
+        except UsageError as error:
+            raise UsageError(f"{entry.where}: {error}") from None
+        for candidate in found:
+            if candidate.name in seen:
+                where = entry.where if entry.where != seen[candidate.name] else f"{entry.where}, twice"
+                raise UsageError(f"{where}: name {candidate.name!r} is taken by {seen[candidate.name]}: rename one")
+            seen[candidate.name] = entry.where
+        candidates += found
+    return Selection(title, tuple(candidates))
+
+
+def _check_common(parser: FlagParser, common: Sequence[str]) -> None:
+    for word in common:
+        key = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and key in SWEEP_FLAGS:
+            raise UsageError(f"--{key} cannot be given to a sweep's scenarios: {SWEEP_FLAGS[key]}")
+    parser.parse_flags(common)
+
+
+def _candidates(
+    parser: FlagParser, content: object, defaults: Mapping[str, object], common: Sequence[str]
+) -> list[Candidate]:
+    """The scenarios of one entry: one, or as many as its axes have combinations."""
+    name, own = _named_values(content)
+    inherited = {key: value for key, value in defaults.items() if key not in own}
+    axes = {key: axis for key, value in (inherited | own).items() if (axis := _axis(parser, key, value))}
+    found = []
+    for values in itertools.product(*axes.values()):
+        cell = dict(zip(axes, values, strict=True))
+        front, back = ({key: cell.get(key, value) for key, value in flags.items()} for flags in (inherited, own))
+        flags = (*parser.words(front), *common, *parser.words(back))
+        candidate = Candidate("_".join([name, *map(_in_name, values)]), flags, is_cell=bool(axes))
+        _check(candidate)
+        found.append(candidate)
+    return found
+
+
+def _named_values(content: object) -> tuple[str, dict[str, object]]:
+    """The name and the flags of one entry."""
+    if isinstance(content, str):
+        return _line_values(content)
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        raise UsageError(f"must be a CONFIGS line or hold `name: ...` and flags, not {content!r}")
+    return content["name"], {str(key): value for key, value in content.items() if key != "name"}
+
+
+def _in_name(value: object) -> str:
+    """An axis value as part of a scenario's name."""
+    return re.sub(r"[^A-Za-z0-9+=-]+", "-", str(value))
+
+
+def _axis(parser: FlagParser, key: str, value: object) -> list[object]:
+    """The values of an axis; empty for a flag with one value, or one that takes a list itself."""
+    if key in SWEEP_FLAGS:
+        raise UsageError(f"{key} cannot stand in a scenario: {SWEEP_FLAGS[key]}")
+    if parser.takes_list(key) or not isinstance(value, list):
+        return []
+    if not value:
+        raise UsageError(f"{key} is an empty list: an axis needs at least one value")
+    return value
+
+
+def _check(candidate: Candidate) -> None:
+    """Raise UsageError for a name or a flag that no layout, model or number of GPUs could make right."""
+    check_name(candidate.name, "name")
+    broken = next((word for word in candidate.flags if not word.isprintable()), None)
+    if broken is not None:
+        raise UsageError(f"{broken!r} holds a line break or another control character: remove it")
+    read_flags(candidate.flags)
+
+
+def _line_values(line: str) -> tuple[str, dict[str, object]]:
+    """The fields of `SRC_TP:SRC_EP:DST_TP:DST_EP:REFIT_MODE:REFIT_METHOD:DESCRIPTION`, as a name and flags."""
+    fields = [field.strip() for field in line.split(":")]
+    if len(fields) != len(LINE_FIELDS):
+        raise UsageError(f"{len(fields)} fields, {len(LINE_FIELDS)} are needed: {':'.join(LINE_FIELDS)}")
+    for field, text in zip(LINE_FIELDS[:4], fields, strict=False):
+        if not re.fullmatch(r"0*[1-9][0-9]*", text):
+            raise UsageError(f"{field} must be a whole number from 1 up, not {text!r}")
+    mode, method, name = fields[4:]
+    for field, text, kind in (("REFIT_MODE", mode, Mode), ("REFIT_METHOD", method, Method)):
+        allowed = [member.value for member in kind]
+        if text not in allowed:
+            raise UsageError(f"{field} must be {' or '.join(allowed)}, not {text!r}")
+    check_name(name, "DESCRIPTION")
+    sizes = {flag: int(text) for flag, text in zip(SIZE_FLAGS, fields, strict=False)}
+    return name, {**sizes, "refit-mode": mode, "refit-method": method}

@@ -1,0 +1,153 @@
+"""What follows from results, on figures whose truth is known."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from refit.report.analysis import analyse, analysis_text, ep_against_tp, one_sided_against_two_sided, points_of, scaling
+from refit.report.analysis import separate_sets as separate
+from refit.report.outcomes import Outcome, judged
+from refit.report.time_fit import FitError, Load, fit_time
+from refit.sweep.state import Side
+from tests.report.samples import engine, planned, result, side
+
+
+def outcome(
+    name: str,
+    source: Side,
+    destination: Side,
+    median_s: float,
+    mode: str = "non-collocated",
+    method: str = "nvshmem",
+    gb_per_s: float = 40.0,
+    **figures: Any,
+) -> Outcome:
+    entry = planned(name, source, destination, mode, method)
+    content = result(entry, [median_s], **figures)
+    content["engines"]["refit"] = engine([median_s], gb_per_s=gb_per_s)
+    return judged(entry, content)
+
+
+def test_the_fit_finds_the_costs_it_was_made_from() -> None:
+    truth = [(1e9, 1000.0), (8e9, 1000.0), (2e9, 60_000.0), (66e9, 5000.0)]
+    fit = fit_time([Load(nbytes, operations, 3e-6 * operations + nbytes / 45e9) for nbytes, operations in truth])
+    assert fit.operation_s == pytest.approx(3e-6)
+    assert fit.bytes_per_s == pytest.approx(45e9)
+    assert fit.worst_error == pytest.approx(0, abs=1e-9)
+
+
+def test_the_fit_survives_noise_and_says_how_much_there_is() -> None:
+    rng = random.Random(7)
+    truth = [(10.0**power, operations) for power in (7, 8, 9, 10) for operations in (100.0, 1000.0, 10_000.0)]
+    loads = [
+        Load(nbytes, operations, (5e-6 * operations + nbytes / 45e9) * rng.uniform(0.97, 1.03))
+        for nbytes, operations in truth
+    ]
+    fit = fit_time(loads)
+    assert fit.operation_s == pytest.approx(5e-6, rel=0.03)
+    assert fit.bytes_per_s == pytest.approx(45e9, rel=0.03)
+    assert 0.005 < fit.worst_error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("loads", "reason"),
+    [
+        ([], "at least two sizes"),
+        ([Load(1e9, 10, 1)], "at least two sizes, there is 1 scenario"),
+        ([Load(1e9, 10, 1), Load(1.01e9, 500, 2)], "2 scenarios of about one size"),
+        ([Load(1e9, 10, 1), Load(4e9, 40, 4), Load(8e9, 80, 8)], "in step with the bytes"),
+        ([Load(1e9, 10, 1), Load(4e9, 100, 1)], "negative cost"),
+    ],
+)
+def test_the_fit_refuses_what_does_not_determine_it(loads: list[Load], reason: str) -> None:
+    with pytest.raises(FitError, match=reason):
+        fit_time(loads)
+
+
+def test_scaling_reports_the_fit() -> None:
+    sizes = [(1e9, 40_000), (10e9, 4_000), (40e9, 20_000)]
+    outcomes = [
+        outcome(
+            f"size{nbytes:.0f}",
+            side(2, 2),
+            side(2, 2),
+            4e-6 * transfers / 4 + nbytes / 50e9,
+            busiest=int(nbytes),
+            num_transfers=transfers,
+        )
+        for nbytes, transfers in sizes
+    ]
+    text = "\n".join(scaling(points_of(outcomes)))
+    assert "time = 4 us x transfers per destination GPU + busiest rank's bytes / 50.0 GB/s (3 scenarios" in text
+    assert "Of the largest, 40.00 GB in 5,000 transfers, 98 % of the time goes with the bytes." in text
+    assert "run a third size" in "\n".join(scaling(points_of(outcomes[:2])))
+
+
+def test_ep_against_tp() -> None:
+    ep = [
+        outcome(name, side(8, 8), side(8, 4), 1.4, gb_per_s=rate, bound_s=1.26) for name, rate in (("ep1", 44), ("ep2", 46))
+    ]
+    tp = outcome("tp", side(16, 4), side(8, 4), 1.5, gb_per_s=30, bound_s=0.75)
+    both = outcome("both", side(16, 4), side(32, 2), 1.5, gb_per_s=1)
+    lines = ep_against_tp(points_of([*ep, tp, both]))
+    assert "only EP changes: 1.4 s, 45.0 GB/s at the busiest GPU, 90 % of" in lines[0]
+    assert "(medians of 2: ep1, ep2)" in lines[0]
+    assert "only TP changes: 1.5 s, 30.0 GB/s at the busiest GPU, 50 % of" in lines[1]
+    assert lines[2].strip() == "EP moves its bytes 1.50 x as fast."
+    assert ep_against_tp(points_of([*ep, both]))[0].startswith("Not answered: needs a scenario in which only EP changes")
+    other_method = outcome("tp", side(16, 4), side(8, 4), 1.5, method="nccl")
+    assert ep_against_tp(points_of([*ep, other_method]))[0].startswith("Not answered")
+
+
+def test_rates_within_a_few_percent_are_called_equal() -> None:
+    ep = outcome("ep", side(8, 8), side(8, 4), 1.4, gb_per_s=45)
+    tp = outcome("tp", side(16, 4), side(8, 4), 1.5, gb_per_s=44)
+    assert ep_against_tp(points_of([ep, tp]))[2].strip() == "Both move their bytes equally fast."
+
+
+def test_what_separate_sets_cost() -> None:
+    layouts = (side(2, 2), side(2, 1))
+    apart = outcome("apart", *layouts, 0.3, payload=10_000_000_000)
+    shared = outcome("shared", *layouts, 0.1, "collocated", payload=10_000_000_000, local=4_000_000_000)
+    (line,) = separate(points_of([apart, shared]))
+    assert line == (
+        "apart on 6 GPUs takes 3.00 x the time of shared on 4: 300 ms against 100 ms; "
+        "100 % of its bytes leave a GPU against 60 %."
+    )
+    elsewhere = outcome("elsewhere", side(4, 1), side(1, 1), 0.1, "collocated", payload=5_000_000_000)
+    lines = separate(points_of([apart, elsewhere]))
+    assert lines[0].startswith("non-collocated (nvshmem; 1 scenario): 60 ms per GB into each destination GPU, 100 %")
+    assert lines[1].startswith("collocated (nvshmem; 1 scenario): 20 ms per GB")
+    assert "Separate sets take 3.00 x as long per GB." in lines
+    assert separate(points_of([apart]))[0].startswith("Not answered")
+
+
+def test_nvshmem_against_nccl() -> None:
+    layouts = (side(2, 2), side(2, 1))
+    pair = [outcome("one", *layouts, 0.2), outcome("two", *layouts, 0.3, method="nccl")]
+    (line,) = one_sided_against_two_sided(points_of(pair))
+    assert line == "TP2 EP2 -> TP2 EP1, non-collocated: nvshmem 200 ms, nccl 300 ms: nvshmem is 1.50 x as fast."
+    other_mode = outcome("two", *layouts, 0.3, "collocated", "nccl")
+    assert one_sided_against_two_sided(points_of([pair[0], other_mode]))[0].startswith("Not answered")
+    other_model = judged(pair[1].planned, (pair[1].result or {}) | {"scenario": {"model": {"num_layers": 2}}})
+    assert one_sided_against_two_sided(points_of([pair[0], other_model]))[0].startswith("Not answered")
+
+
+def test_what_was_not_measured_right_answers_nothing() -> None:
+    wrong = judged(planned("wrong"), result(planned("wrong"), status="wrong_data"))
+    assert points_of([wrong]) == []
+    assert analyse([wrong]) == []
+    assert analysis_text([wrong]) == ""
+
+
+def test_all_four_questions_are_in_the_text() -> None:
+    text = analysis_text([outcome("ep", side(8, 8), side(8, 4), 1.4)])
+    assert [line.split(":")[0] for line in text.splitlines() if line.endswith("?")] == [
+        "EP against TP",
+        "Non-collocated overhead",
+        "Scaling",
+        "NVSHMEM against NCCL",
+    ]

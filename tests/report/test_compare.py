@@ -1,0 +1,133 @@
+"""Two runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refit.commands import compare
+from refit.errors import UsageError
+from refit.report.compare import Comparison, compare_runs, compare_text, exceeds_spread, exit_code
+from refit.report.runs import Run, find_run
+from tests.report.samples import MANIFEST, engine, planned, result, side, sweep_of, write_run
+
+GOLDEN = Path(__file__).parent / "golden"
+FAST = (0.100, 0.101, 0.102, 0.101, 0.100)
+SLOW = (0.120, 0.121, 0.122, 0.121, 0.120)
+A, B, C = (planned(name) for name in "ABC")
+
+
+def run_of(directory: Path, results: dict[str, dict[str, Any] | None], run_id: str = "run") -> Run:
+    """A sweep of the scenarios named, with these results."""
+    return find_run(write_run(directory, sweep_of([planned(name) for name in results], run_id), results))
+
+
+def compared(directory: Path, old: Sequence[float], new: Sequence[float], **changes: Any) -> tuple[Run, Comparison]:
+    """Scenario A with `old` and with `new` times, and `changes` of the new result."""
+    first = run_of(directory / "old", {"A": result(A, old)}, "first")
+    second = run_of(directory / "new", {"A": result(A, new, **changes)}, "second")
+    return second, compare_runs(first, second)
+
+
+@pytest.mark.parametrize(
+    ("new", "allowed", "code"),
+    [(FAST, 0.0, 0), (SLOW, 0.05, 5), (SLOW, 0.25, 0), ([0.05] * 5, 0.05, 0)],
+)
+def test_slower_than_allowed(new: Sequence[float], allowed: float, code: int, tmp_path: Path) -> None:
+    run, comparison = compared(tmp_path, FAST, new)
+    assert exit_code(run, comparison, allowed) == code
+
+
+def test_wrong_data_weighs_more_than_time(tmp_path: Path) -> None:
+    run, comparison = compared(tmp_path, FAST, SLOW, status="wrong_data", engines={"refit": engine(SLOW, num_wrong=3)})
+    assert exit_code(run, comparison, 0.05) == 1
+
+
+def test_a_scenario_that_no_longer_runs_is_a_failure(tmp_path: Path) -> None:
+    run, comparison = compared(tmp_path, FAST, FAST, status="failed", engines={}, failure={"message": "killed"})
+    assert exit_code(run, comparison, 0.05) == 4
+
+
+def test_what_failed_before_and_still_does_is_no_news(tmp_path: Path) -> None:
+    failed = result(A, status="failed", engines={}, failure={"message": "killed"})
+    old, new = (run_of(tmp_path / name, {"A": failed, "B": result(B, FAST)}, name) for name in ("old", "new"))
+    assert exit_code(new, compare_runs(old, new), 0.05) == 0
+
+
+def test_spread() -> None:
+    assert exceeds_spread(FAST, SLOW) is True
+    assert exceeds_spread(SLOW, FAST) is True
+    assert exceeds_spread(FAST, FAST) is False
+    wide = (0.08, 0.09, 0.1, 0.11, 0.12)
+    assert exceeds_spread(wide, [seconds + 0.005 for seconds in wide]) is False
+    assert exceeds_spread((0.1, 0.1), SLOW) is None
+    many = list(FAST) * 4
+    assert exceeds_spread([*many, 9.0], [*(seconds + 0.01 for seconds in many), 0.001]) is True
+
+
+def test_the_text(tmp_path: Path) -> None:
+    manifest = MANIFEST | {"versions": MANIFEST["versions"] | {"torch": "2.13.0"}, "gpus": [{"name": "NVIDIA H200"}] * 8}
+    old = run_of(tmp_path / "old", {"A": result(A, FAST), "B": result(B, FAST), "C": None}, "first")
+    failure = {"message": "timed out after 600 s"}
+    results = {
+        "A": result(A, SLOW, environment=manifest),
+        "B": result(B, status="failed", engines={}, failure=failure, environment=manifest),
+        "D": None,
+    }
+    new = run_of(tmp_path / "new", results, "second")
+    text = compare_text(old, new, compare_runs(old, new), 0.05)
+    assert text + "\n" == (GOLDEN / "compare.txt").read_text()
+
+
+def test_single_results_are_matched_by_what_they_ran(tmp_path: Path) -> None:
+    small, collocated = planned("small", side(2, 2), side(2, 1)), planned("small", side(2, 2), side(2, 1), "collocated")
+    for folder, names in (("old", "xy"), ("new", "zw")):
+        (tmp_path / folder).mkdir()
+        for name, entry in zip(names, (small, collocated), strict=True):
+            (tmp_path / folder / f"{name}.json").write_text(json.dumps(result(entry, FAST)))
+    comparison = compare_runs(find_run(tmp_path / "old"), find_run(tmp_path / "new"))
+    assert sorted((pair.old.planned.name, pair.new.planned.name) for pair in comparison.pairs) == [("x", "z"), ("y", "w")]
+    assert comparison.warnings == ()
+
+
+def test_two_result_files_are_a_pair_whatever_they_ran(tmp_path: Path) -> None:
+    for name, entry in (("one", A), ("two", planned("A", method="nccl"))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(entry, FAST)))
+    comparison = compare_runs(find_run(tmp_path / "one.json"), find_run(tmp_path / "two.json"))
+    assert comparison.pairs[0].change == 0
+    assert comparison.warnings[0].startswith(
+        "not the same scenario: TP8 EP8 -> TP8 EP4, non-collocated, nvshmem, kimi_k2 / "
+    )
+
+
+def test_nothing_in_common_is_an_error(tmp_path: Path) -> None:
+    old, new = run_of(tmp_path / "old", {"A": result(A)}, "first"), run_of(tmp_path / "new", {"B": result(B)}, "second")
+    with pytest.raises(UsageError, match="no scenario is in both runs: first has A; second has B"):
+        compare_runs(old, new)
+
+
+def test_the_command_ends_with_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compared(tmp_path, FAST, SLOW)
+    parser = argparse.ArgumentParser()
+    compare.add(parser.add_subparsers())
+    folders = [str(tmp_path / name) for name in ("old", "new")]
+    for flags, code in (
+        ([], 5),
+        (["--max-slowdown", "30%"], 0),
+        (["--max-slowdown", "0.3"], 0),
+        (["--max-slowdown", "19%"], 5),
+    ):
+        args = parser.parse_args(["compare", *folders, *flags])
+        assert args.run(args) == code
+    assert "1 of 1 scenario slower by more than 5 %: A" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["-1%", "fast", "nan", "inf", "%"])
+def test_a_slowdown_that_is_no_share(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"such as 5% or 0\.05"):
+        compare.share(text)

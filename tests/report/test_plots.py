@@ -1,0 +1,155 @@
+"""Pictures of a run: which files there are, what they show, and what happens without matplotlib."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refit.cli import parse
+from refit.errors import UnavailableError
+from refit.model.catalog import predict
+from refit.plan import cost
+from refit.plan.planner import plan_refit
+from refit.report import plots
+from refit.report.outcomes import Outcome, judged
+from refit.report.pairs import NoPairs, pair_bytes
+from refit.report.runs import find_run
+from refit.sweep.state import Planned
+from tests.report.samples import engine, planned, result, side, sweep_of, write_run
+
+FLAGS = (
+    "--model tiny --tensor-model-parallel-size 2 --expert-model-parallel-size 2 "
+    "--rl-inference-tensor-model-parallel-size 1 --refit-method gloo --refit-mode"
+)
+
+
+def really_planned(name: str, mode: str, ranks_per_node: int | None = None) -> tuple[Planned, dict[str, Any]]:
+    """A scenario of the tiny model, and the result of a run that planned it for these nodes."""
+    flags = (*FLAGS.split(), mode)
+    scenario = parse(flags).scenario
+    assert scenario.model is not None
+    sides = [predict(scenario.model, layout) for layout in (scenario.source, scenario.destination)]
+    plan = plan_refit(sides[0], sides[1], ranks_per_node=ranks_per_node)
+    entry = planned(name, side(2, 2), side(1, 2), mode, "gloo", flags=flags)
+    content = result(entry, bound_s=0.01, bytes=json.loads(json.dumps(cost.summary(plan))))
+    content["plan"] |= {"digest": plan.digest}
+    return entry, content
+
+
+def of(entry: Planned, content: dict[str, Any]) -> Outcome:
+    return judged(entry, content)
+
+
+@pytest.mark.parametrize("mode", ["collocated", "non-collocated"])
+@pytest.mark.parametrize("ranks_per_node", [None, 2])
+def test_pairs_add_up_to_what_the_run_recorded(mode: str, ranks_per_node: int | None) -> None:
+    entry, content = really_planned("a", mode, ranks_per_node)
+    matrix = pair_bytes(of(entry, content), ranks_per_node or 8)
+    moved = content["bytes"]
+    assert {str(rank): int(matrix[rank, rank]) for rank in map(int, moved["local_by_rank"])} == moved["local_by_rank"]
+    np.fill_diagonal(matrix, 0)
+    assert {str(rank): int(matrix[rank].sum()) for rank in map(int, moved["sent_by_rank"])} == moved["sent_by_rank"]
+    assert matrix.sum() == moved["wire"]
+
+
+def test_a_plan_that_cannot_be_made_again_is_not_drawn() -> None:
+    entry, content = really_planned("a", "collocated")
+    with pytest.raises(NoPairs, match="differs from the plan that ran"):
+        pair_bytes(of(entry, content | {"plan": {"digest": "other"}}), 8)
+    provider = planned("b", flags=("--model-provider", "own:model", "--refit-method", "gloo"))
+    with pytest.raises(NoPairs, match="model-provider"):
+        pair_bytes(of(provider, result(provider)), 8)
+    unknown = planned("c", flags=("--no-such-flag",))
+    with pytest.raises(NoPairs, match="unknown flag"):
+        pair_bytes(of(unknown, result(unknown)), 8)
+
+
+def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    entry, content = really_planned("a", "collocated")
+    run = find_run(write_run(tmp_path, sweep_of([entry]), {"a": content}))
+    with pytest.raises(UnavailableError, match="pip install") as caught:
+        list(plots.draw(run, tmp_path / "pictures"))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_every_picture_of_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    entry, content = really_planned("drawn", "collocated")
+    content["engines"]["megatron"] = engine([0.2, 0.3])
+    failed, other = planned("failed"), planned("other", flags=("--no-such-flag",))
+    results = {
+        "drawn": content,
+        "failed": result(failed, status="failed", engines={}, bytes={}, failure={"message": "killed"}),
+        "other": result(other),
+    }
+    run = find_run(write_run(tmp_path, sweep_of([entry, failed, other]), results))
+    drawn = list(plots.draw(run, tmp_path / "pictures"))
+    paths = [path for path in drawn if isinstance(path, Path)]
+    names = ["times.png", "iterations.png", "drawn_bytes.png", "drawn_pairs.png", "other_bytes.png"]
+    assert [path.name for path in paths] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert [line for line in drawn if isinstance(line, str)] == [
+        "failed: no bytes: killed",
+        "other: no bytes between pairs of ranks: its flags cannot be planned: unknown flag --no-such-flag: "
+        "no known flag is close to it, --help lists them",
+    ]
+
+
+def test_a_run_without_times_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    entry = planned("never")
+    run = find_run(write_run(tmp_path, sweep_of([entry]), {}))
+    assert list(plots.draw(run, tmp_path / "pictures")) == [
+        "no times: no scenario of this run has any",
+        "never: no bytes: it was not started",
+    ]
+
+
+def test_the_times_picture_shows_bars_bounds_and_what_failed() -> None:
+    pytest.importorskip("matplotlib")
+    ok, failed = planned("ok"), planned("bad")
+    outcomes = [
+        of(ok, result(ok, [1.9, 2.0, 2.5], bound_s=1.5, peer=engine([4.0]))),
+        of(failed, result(failed, status="failed", engines={}, failure={"message": "killed"})),
+    ]
+    (axes,) = plots.times_figure(outcomes, "Kimi K2").axes
+    assert sorted(bar.get_width() for bar in axes.patches) == [2.0, 4.0]
+    assert {tuple(line.get_xdata()) for line in axes.lines if line.get_label() == "lower bound"} == {(1.5, 1.5)}
+    assert {text.get_text() for text in axes.texts} == {"2, share of bound 75.0 %", "4", "failed"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ok", "bad"]
+    assert axes.get_xlabel().startswith("refit time (s)")
+
+
+def test_sent_and_received_bytes_are_drawn_apart() -> None:
+    pytest.importorskip("matplotlib")
+    moved = {"received_by_rank": {"2": 3_000_000, "3": 1_000_000}, "sent_by_rank": {"0": 4_000_000, "1": 0}}
+    (axes,) = plots.rank_bytes_figure("name", moved).axes
+    assert {(round(bar.get_x() + 0.4), bar.get_height()) for bar in axes.patches} == {(2, 3), (3, 1), (0, -4), (1, 0)}
+    assert "(MB)" in axes.get_ylabel()
+
+
+def test_the_heat_map_has_source_ranks_in_rows() -> None:
+    pytest.importorskip("matplotlib")
+    entry = planned("name", side(2, 1), side(1, 1))
+    matrix = np.zeros((3, 3), np.int64)
+    matrix[1, 2] = 5_000_000_000
+    axes, bar = plots.pairs_figure("name", matrix, of(entry, result(entry))).axes
+    shown = axes.images[0].get_array()
+    assert shown.shape == (2, 1)
+    assert shown.mask.tolist() == [[True], [False]]
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("5.00", (2, 1))]
+    assert "GB" in bar.get_ylabel()
+
+
+def test_a_long_name_goes_on_in_the_next_line() -> None:
+    pytest.importorskip("matplotlib")
+    entry = planned("x" * 100)
+    (axes,) = plots.times_figure([of(entry, result(entry))], "").axes
+    assert axes.get_yticklabels()[0].get_text().count("\n") == 2

@@ -1,0 +1,197 @@
+"""The summary file and the other forms of a run's report."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from refit.commands import report
+from refit.errors import UsageError
+from refit.report.outcomes import load_outcomes
+from refit.report.runs import find_run
+from refit.report.summary import counts_line, summary_text
+from refit.report.tables import csv_text, markdown_text
+from refit.sweep.state import Status, Sweep
+from tests.report.samples import engine, planned, result, side, sweep_of, write_run
+
+GOLDEN = Path(__file__).parent / "golden"
+
+ONE = planned("TP8_EP8_to_TP8_EP4_64to32", side(8, 8), side(8, 4))
+TWO = planned("TP16_EP8_to_TP8_EP16_128", side(16, 8), side(8, 16), "collocated", "nccl")
+WRONG = planned("wrong_weights", side(2, 2), side(1, 1))
+CRASHED = planned("crashed", side(2, 2, etp=1, pp=2), side(2, 1))
+WAIVED = planned("no_library")
+REFUSED = planned("too_large", status=Status.REFUSED, reason="64 + 128 = 192 GPUs needed > 128 available", bytes=None)
+SKIPPED = replace(
+    planned("odd_cell", status=Status.SKIPPED, reason="16 experts do not divide by EP size 3", bytes=None, num_ranks=0),
+    source=None,
+    destination=None,
+)
+NEVER = planned("never_started")
+CUT_OFF = planned("cut_off")
+
+
+def full_run(directory: Path) -> Sweep:
+    """A sweep in which everything that can happen to a scenario has happened."""
+    sweep = sweep_of([ONE, TWO, WRONG, CRASHED, WAIVED, REFUSED, SKIPPED, NEVER, CUT_OFF])
+    peer = {"status": "waived", "reason": "the installed wheel has no NVSHMEM kernel"}
+    results = {
+        ONE.name: result(ONE, (0.04487, 0.04521, 0.04561), bound_s=0.0434),
+        TWO.name: result(
+            TWO, local=300_000_000_000, bound_s=0.04, peer=engine((0.11, 0.1215, 0.125), num_wrong=42, gb_per_s=None)
+        ),
+        WRONG.name: result(
+            WRONG, status="wrong_data", engines={"refit": engine((0.01, 0.01), num_wrong=7), "megatron": peer}
+        ),
+        CRASHED.name: result(
+            CRASHED,
+            status="failed",
+            engines={},
+            failure={"rank": 3, "phase": "first refit", "message": "CUDA out of memory:\n tried 2 GiB"},
+        ),
+        WAIVED.name: {"run_id": "x", "status": "waived", "failure": {"message": "nvshmem4py is not installed"}},
+        CUT_OFF.name: result(
+            CUT_OFF, status="running", engines={"refit": engine((0.05, 0.05), gb_per_s=None) | {"summary": {}}}
+        ),
+    }
+    write_run(directory, sweep, results)
+    return sweep
+
+
+@pytest.mark.parametrize("form", ["txt", "md", "csv"])
+def test_a_run_reads_as_it_should(form: str, tmp_path: Path) -> None:
+    sweep = full_run(tmp_path)
+    outcomes = load_outcomes(sweep, tmp_path)
+    text = {
+        "txt": lambda: summary_text(sweep, outcomes),
+        "md": lambda: markdown_text(sweep, outcomes),
+        "csv": lambda: csv_text(outcomes),
+    }[form]()
+    assert text + "\n" == (GOLDEN / f"summary.{form}").read_text()
+
+
+def test_the_lines_of_the_first_users_are_kept_word_for_word(tmp_path: Path) -> None:
+    sweep = sweep_of([ONE])
+    write_run(tmp_path, sweep, {ONE.name: result(ONE, (0.04487, 0.04521, 0.04561))})
+    lines = summary_text(sweep, load_outcomes(sweep, tmp_path)).splitlines()
+    assert lines[:10] == [
+        "Kimi K2 Refit Benchmark Summary",
+        "===============================",
+        "Date: 2026-01-26 15:30:00",
+        "Job ID: 9876543",
+        "Nodes: 16",
+        "Total GPUs: 128",
+        "",
+        "Results:",
+        "--------",
+        "",
+    ]
+    assert lines[10:17] == [
+        "Config: TP8_EP8_to_TP8_EP4_64to32",
+        "  Source: TP=8, EP=8 (64 GPUs)",
+        "  Target: TP=8, EP=4 (32 GPUs)",
+        "  Mode: non-collocated, Method: nvshmem",
+        "Mean refit time: 45.23 ms",
+        "Min refit time:  44.87 ms",
+        "Max refit time:  45.61 ms",
+    ]
+
+
+def test_the_last_attempt_counts(tmp_path: Path) -> None:
+    sweep = sweep_of([ONE])
+    write_run(tmp_path, sweep, {ONE.name: result(ONE, status="failed", failure={"message": "timed out after 600 s"})})
+    assert [outcome.status for outcome in load_outcomes(sweep, tmp_path)] == ["failed"]
+    (tmp_path / f"{sweep.run_id}_{ONE.name}.2.json").write_text(json.dumps(result(ONE)))
+    (tmp_path / f"{sweep.run_id}_{ONE.name}.2.log").write_text("")
+    (outcome,) = load_outcomes(sweep, tmp_path)
+    assert (outcome.status, outcome.log) == ("ok", f"{sweep.run_id}_{ONE.name}.2.log")
+
+
+def test_a_result_from_before_a_refusal_stands(tmp_path: Path) -> None:
+    """A sweep taken up again in a smaller allocation keeps what it has measured."""
+    sweep = sweep_of([REFUSED])
+    write_run(tmp_path, sweep, {REFUSED.name: result(REFUSED)})
+    assert [outcome.status for outcome in load_outcomes(sweep, tmp_path)] == ["ok"]
+
+
+def test_an_interrupted_scenario_is_missing(tmp_path: Path) -> None:
+    sweep = sweep_of([ONE, CUT_OFF])
+    write_run(tmp_path, sweep, {ONE.name: None, CUT_OFF.name: result(CUT_OFF, status="running")})
+    (tmp_path / f"{sweep.run_id}_{ONE.name}.json").touch()  # reserved, nothing written yet
+    outcomes = load_outcomes(sweep, tmp_path)
+    assert [outcome.status for outcome in outcomes] == ["missing", "missing"]
+    assert "interrupted" in str(outcomes[0].reason)
+    assert "after 3 measured refits" in str(outcomes[1].reason)
+
+
+def test_counts() -> None:
+    assert counts_line([]) == "0 scenarios: none"
+
+
+def test_every_csv_row_has_every_column(tmp_path: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_text(load_outcomes(full_run(tmp_path), tmp_path)))))
+    assert len(rows) == 9
+    assert all(None not in row and None not in row.values() for row in rows)
+    assert float(rows[0]["median_s"]) == 0.04521
+    assert float(rows[0]["share_of_lower_bound"]) == pytest.approx(0.0434 / 0.04521)
+    assert [rows[1][name] for name in ("megatron_num_wrong", "local_bytes")] == ["168", "300000000000"]
+    assert rows[5]["median_s"] == ""
+
+
+def test_a_run_is_found_by_folder_parent_file_and_id(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    sweeps = [sweep_of([ONE], f"run{number}") for number in (1, 2)]
+    for sweep in sweeps:
+        write_run(logs, sweep, {ONE.name: result(ONE)})
+    assert find_run(logs).sweep == sweeps[1]
+    assert find_run(tmp_path).sweep == sweeps[1]
+    assert find_run(tmp_path, "run1").sweep == sweeps[0]
+    assert find_run(logs / "run1_sweep.json").sweep == sweeps[0]
+    with pytest.raises(UsageError, match="no run 'run3': there are run1, run2"):
+        find_run(logs, "run3")
+    with pytest.raises(UsageError, match="is run run1, not run2"):
+        find_run(logs / "run1_sweep.json", "run2")
+    with pytest.raises(UsageError, match="does not exist"):
+        find_run(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no results"):
+        find_run(tmp_path / "empty")
+
+
+def test_single_results_stand_beside_each_other_oldest_first(tmp_path: Path) -> None:
+    (tmp_path / "later.json").write_text(json.dumps(result(ONE)))
+    (tmp_path / "earlier.json").write_text(json.dumps(result(TWO) | {"started": "2026-01-25T00:00:00+00:00"}))
+    (tmp_path / "reserved.json").touch()
+    run = find_run(tmp_path)
+    assert not run.is_sweep
+    assert [(outcome.planned.name, outcome.status) for outcome in run.outcomes] == [
+        ("reserved", "missing"),
+        ("earlier", "ok"),
+        ("later", "ok"),
+    ]
+    assert run.outcomes[1].planned.source == TWO.source
+    assert (run.sweep.nodes, run.sweep.num_gpus, run.sweep.jobs) == (16, 128, ("9876543",))
+    assert summary_text(run.sweep, run.outcomes).startswith("Refit Benchmark Summary\n====")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(UsageError, match=r"other\.json is no result file"):
+        find_run(tmp_path)
+
+
+def test_the_command_reports_failures_without_failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full_run(tmp_path)
+    parser = argparse.ArgumentParser()
+    report.add(parser.add_subparsers())
+    args = parser.parse_args(["report", str(tmp_path)])
+    assert args.run(args) == 0
+    shown = capsys.readouterr().out
+    assert "9 scenarios: 2 ok, 1 wrong data, 1 failed, 1 waived, 1 refused, 1 skipped, 2 missing" in shown
+    assert "Analysis:" in shown
+    args = parser.parse_args(["report", str(tmp_path), "--format", "csv"])
+    assert args.run(args) == 0
+    assert capsys.readouterr().out.startswith("name,status,reason,source_tp,")

@@ -1,0 +1,157 @@
+"""The check before a run: what a scenario needs, and what is refused before any GPU is spent."""
+
+from __future__ import annotations
+
+import pytest
+
+from refit.clusters import load_cluster
+from refit.dry_run import DryRunOptions
+from refit.errors import UsageError
+from refit.report.sweep_table import sweep_text
+from refit.sweep.check import Placement, check, on_cpus, place
+from refit.sweep.run import Allocation, plan
+from refit.sweep.selection import Candidate, select_file, select_lines
+from refit.sweep.state import Side, Status, Sweep
+
+TINY = ("--model=tiny", "--refit-method=gloo")
+TP2_EP2 = ("--tensor-model-parallel-size=2", "--expert-model-parallel-size=2")
+
+
+def planned_lines(lines: list[str], num_gpus: int, *common: str, cluster: str | None = None) -> Sweep:
+    return plan(select_lines(lines, common), Allocation(num_gpus, 8, cluster))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "gpus_per_node", "expected"),
+    [
+        (6, 8, Placement(6, 1, 6)),
+        (8, 8, Placement(8, 1, 8)),
+        (96, 8, Placement(96, 12, 8)),
+        (12, 8, Placement(12, 2, 8)),
+        (6, 4, Placement(6, 2, 4)),
+        (1, 8, Placement(1, 1, 1)),
+    ],
+)
+def test_ranks_go_to_few_nodes_and_all_gpus_of_several(num_ranks: int, gpus_per_node: int, expected: Placement) -> None:
+    assert place(num_ranks, gpus_per_node) == expected
+
+
+def test_a_scenario_that_is_ready() -> None:
+    flags = (*TINY, *TP2_EP2, "--rl-inference-expert-model-parallel-size=1")
+    planned = check(Candidate("a", flags), DryRunOptions(8, 8, load_cluster("h200_nvlink")))
+    assert (planned.status, planned.reason, planned.flags) == (Status.READY, None, flags)
+    assert (planned.source, planned.destination) == (Side(2, 2, 2, 1, 4), Side(2, 1, 2, 1, 2))
+    assert (planned.mode, planned.method) == ("non-collocated", "gloo")
+    assert (planned.num_ranks, planned.nodes, planned.ranks_per_node) == (6, 1, 6)
+    moved = planned.bytes
+    assert moved is not None
+    assert moved.payload == moved.wire + moved.local
+    assert (moved.busiest_rank, moved.busiest_direction) == (4, "receives")
+    assert planned.lower_bound_s == pytest.approx(moved.busiest / 391e9)
+    assert planned.limited_by is not None
+    assert planned.memory_bytes is not None
+    assert planned.memory_bytes > 512 << 20
+
+
+def test_without_a_cluster_there_is_no_bound() -> None:
+    planned = check(Candidate("a", (*TINY, *TP2_EP2)), DryRunOptions(None, 8, None))
+    assert (planned.status, planned.lower_bound_s, planned.limited_by) == (Status.READY, None, None)
+    assert planned.bytes is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ((*TINY, *TP2_EP2, "--rl-inference-expert-model-parallel-size=8"), "4 + 16 = 20 GPUs needed > 8 available: lower"),
+        ((*TINY, "--tensor-model-parallel-size=3"), "8 attention heads cannot be divided by TP size 3"),
+        (("--model=tiny",), "--refit-method missing"),
+        ((*TINY, "--source-world-size=3", "--tensor-model-parallel-size=2"), "3 ranks cannot be divided"),
+    ],
+)
+def test_a_refused_scenario_keeps_its_reason(flags: tuple[str, ...], reason: str) -> None:
+    refused = check(Candidate("a", flags), DryRunOptions(8, 8, None))
+    assert refused.status is Status.REFUSED
+    assert reason in (refused.reason or "")
+    assert refused.bytes is None
+    skipped = check(Candidate("a", flags, is_cell=True), DryRunOptions(8, 8, None))
+    assert (skipped.status, skipped.reason) == (Status.SKIPPED, refused.reason)
+
+
+def test_a_refused_scenario_is_shown_with_its_layout() -> None:
+    refused = check(Candidate("a", (*TINY, "--tensor-model-parallel-size=3")), DryRunOptions(None, 8, None))
+    assert (refused.source, refused.num_ranks) == (Side(3, 1, 3, 1, 3), 6)
+
+
+def test_a_model_that_does_not_fit_the_gpu_is_refused_and_the_others_are_not() -> None:
+    lines = ["8:8:8:4:non-collocated:nvshmem:fits", "8:1:8:8:collocated:nccl:large"]
+    sweep = planned_lines(lines, 128, "--model=kimi_k2", cluster="h100_ib400")
+    assert [planned.status for planned in sweep.scenarios] == [Status.READY, Status.REFUSED]
+    assert "h100_ib400 has 80.00 GB" in (sweep.scenarios[1].reason or "")
+    assert "raise" in (sweep.scenarios[1].reason or "")
+
+
+def test_a_model_provider_is_ready_without_figures() -> None:
+    flags = ("--model-provider=examples.custom_model:build", "--refit-method=gloo", *TP2_EP2)
+    planned = check(Candidate("a", flags), DryRunOptions(8, 8, None))
+    assert (planned.status, planned.bytes, planned.num_ranks) == (Status.READY, None, 8)
+    too_many = check(Candidate("a", flags), DryRunOptions(4, 8, None))
+    assert "8 GPUs needed > 4 available" in (too_many.reason or "")
+
+
+def test_cells_that_make_no_sense_are_skipped_with_the_rule() -> None:
+    sweep = plan(select_file("8gpu_axes", []), Allocation(8, 8, None))
+    by_name = {planned.name: planned for planned in sweep.scenarios}
+    assert by_name["source_TP_EP_2_2"].status is Status.READY
+    assert "8 attention heads cannot be divided by TP size 3" in (by_name["source_TP_EP_3_1"].reason or "")
+    assert "16 + 2 = 18 GPUs needed > 8 available" in (by_name["source_TP_EP_4_4"].reason or "")
+    assert {planned.status for planned in sweep.scenarios} == {Status.READY, Status.SKIPPED}
+
+
+def test_a_list_without_a_cell_that_makes_sense_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"all 15 scenarios are skipped, source_TP_EP_1_1: 1 \+ 2 = 3 GPUs needed > 1"):
+        plan(select_file("8gpu_axes", []), Allocation(1, 8, None))
+
+
+def test_the_plan_as_text() -> None:
+    lines = ["2:2:2:1:non-collocated:gloo:ready_one", "2:2:2:4:non-collocated:gloo:too_large", "3:1:1:1:collocated:gloo:odd"]
+    text = sweep_text(planned_lines(lines, 8, "--model=tiny", cluster="h200_nvlink"))
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert rows["MoE:"] == "MoE: 3 scenarios, 8 GPUs, cluster h200_nvlink"
+    assert rows["ready_one"].split()[:6] == ["ready_one", "TP2", "EP2", "TP2", "EP1", "non-collocated"]
+    assert "4 + 2 = 6" in rows["ready_one"]
+    assert rows["ready_one"].endswith("ready")
+    assert "1 ready, 2 refused" in text
+    assert rows["too_large"].startswith("too_large refused: 4 + 8 = 12 GPUs needed > 8 available: lower")
+    assert rows["odd"].startswith("odd refused: source: 8 attention heads cannot be divided by TP size 3")
+    table = text.split("\n\n")[1].splitlines()
+    assert table[1].split() == ["(MB)", "(GiB/GPU)", "(MB)", "(ms)"]
+    assert max(map(len, table)) <= 160
+
+
+def test_notes_of_a_model_are_told_before_it_runs() -> None:
+    wide = ["--num-layers=2", "--hidden-size=64", "--num-attention-heads=4", "--num-experts=32", "--disable-bias-linear"]
+    text = sweep_text(planned_lines(["1:1:1:1:collocated:gloo:a", "1:2:1:1:collocated:gloo:b"], 2, *wide))
+    assert text.count("Note (all): without --moe-ffn-hidden-size each of 32 experts") == 1
+
+
+def test_the_largest_list_reads_well_in_160_columns() -> None:
+    text = sweep_text(
+        plan(select_file("kimi_k2", ["--model", "tiny", "--num-attention-heads=32"]), Allocation(128, 8, None))
+    )
+    names = [line.split()[0] for line in text.splitlines() if line.startswith("TP")]
+    assert names[3] == "TP16_EP4_to_TP32_EP2_64to64"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "note"),
+    [
+        (["--refit-method", "nvshmem"], ["--refit-method", "shm"], "--refit-method shm stands in for nvshmem"),
+        (["--refit-method=nccl", "--swiglu"], ["--refit-method=gloo", "--swiglu"], "gloo stands in for nccl"),
+        (["--refit-method", "gloo"], ["--refit-method", "gloo"], ""),
+        (["--app-tag-run-name", "nccl"], ["--app-tag-run-name", "nccl"], ""),
+    ],
+)
+def test_what_stands_in_on_cpus(given: list[str], expected: list[str], note: str) -> None:
+    words, found = on_cpus(given)
+    assert words == expected
+    assert (note in found) if note else (found == "")

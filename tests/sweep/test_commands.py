@@ -1,0 +1,271 @@
+"""`refit sweep` and `refit place` as scripts use them: what goes to which stream, in which form, with which exit code."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from refit.cli import parse
+from refit.commands import main
+from refit.errors import UsageError
+from refit.report.result import ResultFile
+from refit.sweep.state import Status, Sweep
+
+LINES = ["2:2:2:1:non-collocated:gloo:first", "1:1:1:1:collocated:shm:second", "4:2:4:1:non-collocated:gloo:large"]
+CONFIGS = [word for line in LINES for word in ("--config", line)]
+TINY = ["--", "--model", "tiny", "--split", "it's 99,1,0"]
+
+
+def ok(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+    found = main(argv)
+    captured = capsys.readouterr()
+    assert found == code, captured.err
+    return captured.out
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def begin(capsys: pytest.CaptureFixture[str], directory: Path, *options: str) -> Path:
+    options = options or ("--run-id", "run")
+    out = ok(capsys, "sweep", "begin", *CONFIGS, "--num-gpus", "8", "--output-dir", str(directory), *options, *TINY)
+    return Path(out.rstrip("\n"))
+
+
+def write_result(stem: str | Path, status: str, **fields: object) -> None:
+    content = {"schema_version": 2, "status": status, "exit_code": 0, "engines": {}, **fields}
+    Path(f"{stem}.json").write_text(json.dumps(content))
+
+
+def pending(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> list[list[str]]:
+    return [line.split("\t") for line in ok(capsys, "sweep", "pending", str(path), *options).splitlines()]
+
+
+def stems(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> list[str]:
+    return [Path(fields[3]).name for fields in pending(capsys, path, *options)]
+
+
+def test_plan_prints_the_table_and_says_by_its_code_whether_all_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "2 ready, 1 refused" in ok(capsys, "sweep", "plan", *CONFIGS, "--num-gpus", "8", *TINY, code=2)
+    assert "3 ready" in ok(capsys, "sweep", "plan", *CONFIGS, *TINY)
+    assert "7 ready" in ok(capsys, "sweep", "plan", "--scenarios", "tiny", "--num-gpus", "8")
+
+
+def test_begin_leaves_a_file_and_prints_its_path_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sweep", "begin", *CONFIGS, "--title", "Small", "--num-gpus", "8", "--nodes", "2", "--output-dir", str(tmp_path)]
+    assert main([*argv, "--run-id", "run", "--job", "77", *TINY]) == 0
+    captured = capsys.readouterr()
+    path = tmp_path / "logs" / "run_sweep.json"
+    assert captured.out == f"{path}\n"
+    assert "large refused: 8 + 4 = 12 GPUs needed > 8 available" in captured.err
+    sweep = Sweep.read(path)
+    assert (sweep.run_id, sweep.title, sweep.jobs, sweep.nodes, sweep.num_gpus) == ("run", "Small", ("77",), 2, 8)
+    assert [planned.status for planned in sweep.scenarios] == [Status.READY, Status.READY, Status.REFUSED]
+
+
+def test_a_run_id_is_never_used_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begin(capsys, tmp_path)
+    before = path.read_text()
+    argv = ["sweep", "begin", *CONFIGS, "--num-gpus", "8", "--output-dir", str(tmp_path), "--run-id", "run", *TINY]
+    assert "continue it with --resume run, or choose another --run-id" in error(capsys, *argv)
+    assert path.read_text() == before
+    dated = {begin(capsys, tmp_path, "--job", "5").name for _ in range(3)}
+    assert len(dated) == 3
+    assert all("_5" in name for name in dated)
+
+
+def test_pending_lines_are_what_a_shell_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begin(capsys, tmp_path / "with space")
+    lines = pending(capsys, path)
+    assert [fields[:3] for fields in lines] == [["first", "1", "6"], ["second", "1", "1"]]
+    stem = tmp_path / "with space" / "logs" / "run_first"
+    assert lines[0][3] == str(stem)
+    script = 'IFS=$\'\\t\' read -r _ _ _ stem flags; eval "flags=($flags)"; printf "%s\\0" "${flags[@]}"'
+    words = subprocess.run(["bash", "-c", script], input="\t".join(lines[0]), capture_output=True, text=True, check=True)
+    flags = words.stdout.rstrip("\0").split("\0")
+    assert flags == shlex.split(lines[0][4])
+    run = parse(flags).scenario
+    assert (run.title, run.output_dir, run.run_name) == ("TP2 EP2 -> TP2 EP1", stem.parent, "run_first")
+    assert run.recorded == {"split": "it's 99,1,0"}
+
+
+def test_the_cluster_goes_to_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begin(capsys, tmp_path, "--cluster", "h200_nvlink")
+    assert "--cluster=h200_nvlink" in shlex.split(pending(capsys, path)[0][4])
+
+
+def test_what_is_pending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begin(capsys, tmp_path)
+    first, second = path.parent / "run_first", path.parent / "run_second"
+    write_result(first, "failed")
+    write_result(second, "running")
+    assert stems(capsys, path) == ["run_second.2"]
+    assert stems(capsys, path, "--only", "failed") == ["run_first.2", "run_second.2"]
+    write_result(f"{second}.2", "waived")
+    assert stems(capsys, path) == []
+    assert stems(capsys, path, "--only", "failed") == ["run_first.2"]
+    write_result(f"{first}.2", "wrong_data")
+    assert stems(capsys, path, "--only", "failed") == ["run_first.3"]
+    write_result(f"{first}.3", "ok")
+    assert stems(capsys, path, "--only", "failed") == []
+    assert stems(capsys, path, "--all") == ["run_first.4", "run_second.3"]
+
+
+def test_one_task_of_an_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begin(capsys, tmp_path)
+    assert stems(capsys, path, "--index", "1") == ["run_second"]
+    assert stems(capsys, path, "--index", "2") == []  # refused
+    assert "--index 3: the sweep's scenarios are 0 to 2" in error(capsys, "sweep", "pending", str(path), "--index", "3")
+
+
+def test_close_and_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begin(capsys, tmp_path)
+    first, second = path.parent / "run_first", path.parent / "run_second"
+    samples = [{"warmup": False, "seconds_per_rank": [0.04523], "num_compared": 10, "num_wrong": 0}]
+    engine = {"status": "ok", "summary": {"mean_s": 0.04523, "min_s": 0.04, "max_s": 0.05, "median_s": 0.045, "p95_s": 0.05}}
+    write_result(first, "ok", engines={"refit": {**engine, "samples": samples}})
+    closing = ["sweep", "close", str(path)]
+    assert ok(capsys, *closing, "first", "--stem", str(first), "--exit-code", "0") == "first: 45.23 ms, PASSED\n"
+    Path(f"{second}.log").write_text("FAILED: rank 0 failed in phase 'build': no\n")
+    line = ok(capsys, *closing, "second", "--stem", str(second), "--exit-code", "137")
+    assert line == "second: FAILED: ended with exit code 137 (killed by signal 9): rank 0 failed in phase 'build': no\n"
+    text = ok(capsys, "sweep", "end", str(path), code=4)
+    summary = path.parent / "run_summary.txt"
+    assert text.splitlines()[-1] == f"Summary: {summary}"
+    assert text.startswith(summary.read_text())
+    assert "Mean refit time: 45.23 ms" in text
+
+
+def test_close_of_a_timeout_and_of_a_stranger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = begin(capsys, tmp_path)
+    ending = ["--stem", str(path.parent / "run_first"), "--exit-code", "124", "--timed-out", "600"]
+    line = ok(capsys, "sweep", "close", str(path), "first", *ending)
+    assert line == "first: FAILED: timed out after 600 s\n"
+    assert "no scenario 'third': there are first, second, large" in error(
+        capsys, "sweep", "close", str(path), "third", *ending
+    )
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (("ok", "ok"), 0),
+        (("ok", "waived"), 0),
+        (("waived", "waived"), 3),
+        (("ok", "failed"), 4),
+        (("ok", None), 4),
+        (("ok", "running"), 4),
+        (("failed", "wrong_data"), 1),
+    ],
+)
+def test_the_exit_code_of_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], statuses: tuple[str | None, ...], code: int
+) -> None:
+    argv = ["sweep", "begin", *CONFIGS[:4], "--num-gpus", "8", "--output-dir", str(tmp_path), "--run-id", "run", *TINY]
+    path = Path(ok(capsys, *argv).strip())
+    for name, status in zip(("first", "second"), statuses, strict=True):
+        if status is not None:
+            write_result(path.parent / f"run_{name}", status)
+    ok(capsys, "sweep", "end", str(path), code=code)
+
+
+def test_resume_checks_what_is_not_done_against_the_new_allocation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = begin(capsys, tmp_path, "--run-id", "run", "--job", "77", "--cluster", "h200_nvlink")
+    write_result(path.parent / "run_first", "ok")
+    resume = ["sweep", "begin", "--resume", "run", "--output-dir", str(tmp_path), "--job", "78"]
+    assert ok(capsys, *resume, "--num-gpus", "4") == f"{path}\n"
+    sweep = Sweep.read(path)
+    assert (sweep.jobs, sweep.num_gpus, sweep.nodes, sweep.cluster) == (("77", "78"), 4, 1, "h200_nvlink")
+    assert [planned.status for planned in sweep.scenarios] == [Status.READY, Status.READY, Status.REFUSED]
+    assert ok(capsys, *resume, "--num-gpus", "16") == f"{path}\n"
+    assert [planned.status for planned in Sweep.read(path).scenarios] == [Status.READY] * 3
+    assert Sweep.read(path).jobs == ("77", "78")
+    assert stems(capsys, path) == ["run_second", "run_large"]
+
+
+def test_wrong_selections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--output-dir", str(tmp_path)]
+    assert "no scenarios: give --config" in error(capsys, "sweep", "plan")
+    assert "--num-gpus missing" in error(capsys, "sweep", "begin", *CONFIGS, *out, *TINY)
+    assert "not allowed with" in error(capsys, "sweep", "plan", "--scenarios", "tiny", *CONFIGS)
+    assert "run id 'a/b' cannot be part" in error(
+        capsys, "sweep", "begin", *CONFIGS, *out, "--num-gpus", "8", "--run-id", "a/b", *TINY
+    )
+    assert "no sweep 'gone' in" in error(capsys, "sweep", "begin", "--resume", "gone", *out)
+    assert "leave all others out" in error(capsys, "sweep", "begin", "--resume", "gone", *CONFIGS, *out)
+    assert "cannot be read: No such file" in error(capsys, "sweep", "pending", str(tmp_path / "none.json"))
+    assert "flags after -- mean nothing here: --model" in error(capsys, "sweep", "end", "x", *TINY)
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"schema_version": 1, "scenarios": [{}]}')
+    assert "is no complete sweep file" in error(capsys, "sweep", "end", str(broken))
+    broken.write_text('{"schema_version": 9}')
+    assert "is no sweep file of version 1, but of 9" in error(capsys, "sweep", "end", str(broken))
+
+
+def assignments(text: str) -> dict[str, list[str]]:
+    """What a shell has after `eval` of them."""
+    script = f'{text}\nprintf "%s\\0" "$num_ranks" "$nodes" "$ranks_per_node" "$note" "${{flags[@]}}"'
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    num_ranks, nodes, ranks_per_node, note, *flags = done.stdout.rstrip("\0").split("\0")
+    return {"place": [num_ranks, nodes, ranks_per_node], "note": [note], "flags": flags}
+
+
+def test_place_says_what_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "tiny", "--refit-method", "nvshmem", "--tensor-model-parallel-size", "2", "--split", "it's"]
+    sizes = [*flags, "--expert-model-parallel-size", "2", "--rl-inference-expert-model-parallel-size", "1"]
+    found = assignments(ok(capsys, "place", "--num-gpus", "8", "--", *sizes))
+    assert found == {"place": ["6", "1", "6"], "note": [""], "flags": sizes}
+    found = assignments(
+        ok(capsys, "place", "--gpus-per-node", "4", "--cpu-fallback", "--cluster", "h200_nvlink", "--", *sizes)
+    )
+    assert found["place"] == ["6", "2", "4"]
+    assert "shm stands in for nvshmem" in found["note"][0]
+    assert found["flags"] == [word.replace("nvshmem", "shm") for word in sizes] + ["--cluster=h200_nvlink"]
+
+
+def test_place_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "tiny", "--refit-method", "nccl", "--tensor-model-parallel-size", "8"]
+    assert "8 + 8 = 16 GPUs needed > 8 available" in error(capsys, "place", "--num-gpus", "8", "--", *flags)
+    assert "--num-layers, --hidden-size" in error(capsys, "place", "--", "--refit-method", "nccl")
+
+
+def test_a_run_of_a_given_name_is_never_over_another(tmp_path: Path) -> None:
+    paths = [ResultFile.create(tmp_path, "run_a.2").path.name for _ in range(3)]
+    assert paths == ["run_a.2.json", "run_a.2-1.json", "run_a.2-2.json"]
+    with pytest.raises(UsageError, match="--run-name: expected letters"):
+        parse(["--model", "tiny", "--refit-method", "gloo", "--run-name", "../a"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report"],
+        ["compare"],
+        ["plot"],
+        ["bounds"],
+        ["outcome"],
+        [],
+        ["sweep"],
+        ["sweep", "plan"],
+        ["sweep", "begin"],
+        ["sweep", "end"],
+        ["place"],
+    ],
+)
+def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: refit" in capsys.readouterr().out
