@@ -104,11 +104,24 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         output_dir=args.output_dir,
         recorded=recorded_flags(args),
         notes=notes,
+        device=_device(args),
         nvshmem_buffers=args.nvshmem_buffers,
         nvshmem_force_put=args.nvshmem_force_put,
         cluster=load_cluster(args.cluster) if args.cluster else None,
         run_name=args.run_name,
     )
+
+
+def _device(args: argparse.Namespace) -> str | None:
+    """Raises UsageError where the method moves no weights there."""
+    only = {"nccl": "cuda", "nvshmem": "cuda", "shm": "cpu"}.get(args.refit_method)
+    if args.device is not None and only not in (None, args.device):
+        raise UsageError(
+            f"--refit-method {args.refit_method} moves weights on {only} only: leave --device {args.device} out, "
+            "or use --refit-method gloo"
+        )
+    device: str | None = args.device
+    return device
 
 
 def layouts(args: argparse.Namespace) -> tuple[Layout, Layout]:

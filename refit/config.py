@@ -52,6 +52,7 @@ class Scenario:
     `recorded` holds accepted flags that do not change weights (`--seq-length`, ...), for the result file.
     `run_name` names the result file; None: time and scenario do.
     `cluster` gives the speeds that the refit's time is held against, None where none was named.
+    `device` is "cpu" or "cuda" where the user has said it; None goes by the method.
     `notes` are lines the user should read once: choices made on their behalf.
     """
 
@@ -74,6 +75,7 @@ class Scenario:
     output_dir: Path = Path("benchmark_results")
     recorded: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
+    device: str | None = None
     nvshmem_buffers: str = "ring"
     nvshmem_force_put: bool = False
     cluster: Cluster | None = None

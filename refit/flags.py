@@ -256,6 +256,9 @@ def _add_refit_flags(parser: FlagParser) -> None:
     )
     group.add_argument("--timeout", type=flag_types.seconds, default=300.0, metavar="S", help="longest wait; default: 300 s")
     group.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where gloo finds the models, cuda: over pinned host memory; default: cpu"
+    )
+    group.add_argument(
         "--nvshmem-buffers", choices=("ring", "direct"), default="ring", help="through a bounded ring, or in place"
     )
     group.add_argument("--nvshmem-force-put", action="store_true", help="reach peers on this node as those on others are")

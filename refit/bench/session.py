@@ -19,6 +19,8 @@ from refit.errors import UnavailableError, UsageError
 from refit.report.console import show
 from refit.report.result import Result, ResultFile
 
+GPU_METHODS = (Method.NCCL, Method.NVSHMEM)
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -47,23 +49,21 @@ class Session:
             self.file.write(self.result)
 
 
-def device_for(method: Method) -> torch.device:
-    """The device a method moves weights on: a GPU of this rank's own where the method can use it and there is one.
+def device_for(method: Method, asked: str | None = None) -> torch.device:
+    """The device a method moves weights on, `asked` for where there is a choice.
 
-    Raises UnavailableError where it needs a GPU and there is none.
+    Raises UnavailableError where it is to be a GPU and there is none for this rank.
     """
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Slurm can show each of its tasks one GPU, its own (--gpus-per-task); of torchrun's ranks that means too few GPUs.
-    shown_own = num_gpus == 1 and os.environ.get("SLURM_LOCALID") == os.environ.get("LOCAL_RANK")
-    if method is Method.SHM or (method is Method.GLOO and not shown_own and local_size > num_gpus):
+    if method not in GPU_METHODS and asked != "cuda":
         return torch.device("cpu")
-    if shown_own:
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    # Slurm can show each of its tasks one GPU, its own (--gpus-per-task); of torchrun's ranks that means too few GPUs.
+    if num_gpus == 1 and os.environ.get("SLURM_LOCALID") == os.environ.get("LOCAL_RANK"):
         return torch.device("cuda", 0)
     if local_rank >= num_gpus:
         raise UnavailableError(
-            f"--refit-method {method.value} needs one CUDA GPU per rank, this machine has {num_gpus} for "
-            f"{local_size} ranks: start fewer, or use --refit-method gloo or shm"
+            f"--refit-method {method.value} on GPUs needs one per rank, this machine has {num_gpus} for "
+            f"{os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks: start fewer, or use --refit-method gloo or shm on CPUs"
         )
     return torch.device("cuda", local_rank)
 
@@ -74,7 +74,7 @@ def launched(scenario: Scenario) -> Iterator[tuple[Session, Watchdog]]:
 
     Collective: every rank of the job. On leaving, the process group is gone.
     """
-    device = device_for(scenario.method)
+    device = device_for(scenario.method, scenario.device)
     if scenario.profile and device.type != "cuda":
         raise UsageError(
             "--profile-refit records what GPUs do, and this run is on CPUs: leave it out, each refit's line has its phases"

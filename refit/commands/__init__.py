@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,21 +22,27 @@ def main_from_shell() -> int:
 def main(argv: Sequence[str]) -> int:
     """Run a command line and return the exit code. Errors meant for the user are printed once.
 
-    What follows `--` are flags of benchmark_refit.py, `args.flags`, for the commands that take them.
+    What follows `--` are flags of benchmark_refit.py, `args.flags`, for the commands that take them. Where the reader of
+    the output has left (`| head`) the exit code is the one that a shell gives for SIGPIPE.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     try:
-        args = _parser().parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
+        args = command_parser().parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
         if args.flags and not args.takes_flags:
             raise UsageError(f"flags after -- mean nothing here: {args.flags[0]}")
         code: int = args.run(args)
     except RefitError as error:
         show_error(str(error))
         return int(error.exit_code)
+    except BrokenPipeError:
+        # What is still buffered is flushed when the interpreter ends, which would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return code
 
 
-def _parser() -> FlagParser:
+def command_parser() -> FlagParser:
+    """The parser of `refit` with all its sub-commands."""
     parser = FlagParser(prog="refit", description="Plan, follow and evaluate refit benchmarks.")
     parser.set_defaults(takes_flags=False)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

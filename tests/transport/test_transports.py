@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from refit.errors import RefitError, UnavailableError, UsageError
 from refit.layout import Layout
-from refit.transport import shm
+from refit.transport import p2p, shm, wires
 from refit.transport.base import TransportOptions, get_transport
 from tests.dist.pool import RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
@@ -70,6 +73,43 @@ def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, 
     return Outcome(
         wrong, report.wire_bytes_sent, report.wire_bytes_received, report.local_bytes, staging, phases_s / elapsed
     )
+
+
+class _NoStreams:
+    """Stands for CUDA's streams where there is no GPU: everything has been done when the call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pack = self.unpack = self.local = self
+
+    def begin(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def finish(self) -> None: ...
+    def record_event(self) -> _NoStreams:
+        return self
+
+
+def _refit_through_pinned_memory(rank: int, case: Case, staging_bytes: int) -> Outcome:
+    """The wire for GPU weights over Gloo, on a machine that can neither make streams nor pin memory."""
+    pageable, wire = torch.empty, wires.PinnedGlooWire
+
+    def empty(*sizes: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return pageable(*sizes, **options)
+
+    with (
+        mock.patch.object(wires, "_Lanes", _NoStreams),
+        mock.patch.object(torch.cuda, "stream", nullcontext),
+        mock.patch.object(torch, "empty", empty),
+        mock.patch.object(p2p, "GlooWire", partial(wire, device=torch.device("cpu"))),
+    ):
+        return _refit(rank, case, ("gloo", "ring"), staging_bytes)
+
+
+@pytest.mark.parametrize("case", ["tp up, etp down", "collocated"])
+def test_host_copies_of_gpu_weights_carry_every_byte(ranks: RankPool, case: str) -> None:
+    outcomes = ranks.run(_refit_through_pinned_memory, CASES[case], 64 << 10)
+    assert [outcome.wrong for outcome in outcomes] == [[]] * 8
+    assert all(outcome.staging_bytes <= 64 << 10 for outcome in outcomes)
+    assert any(outcome.staging_bytes > 0 for outcome in outcomes)
 
 
 def _rebind(*memories: Any) -> None:
