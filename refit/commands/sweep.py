@@ -68,9 +68,6 @@ def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="every scenario that is ready, also those with a result")
     which.add_argument("--only", choices=("failed",), help="those whose last attempt did not succeed, or was never made")
-    parser.add_argument(
-        "--index", type=flag_types.non_negative, metavar="K", help="only the K-th scenario, from 0, if at all"
-    )
     parser.set_defaults(run=_pending)
 
 
@@ -168,10 +165,6 @@ def _begin(args: argparse.Namespace) -> int:
 def _pending(args: argparse.Namespace) -> int:
     sweep, directory = Sweep.read(args.sweep_file), args.sweep_file.absolute().parent
     chosen = run.pending(sweep, directory, "all" if args.all else args.only or "unfinished")
-    if args.index is not None:
-        if args.index >= len(sweep.scenarios):
-            raise UsageError(f"--index {args.index}: the sweep's scenarios are 0 to {len(sweep.scenarios) - 1}")
-        chosen = [planned for planned in chosen if planned is sweep.scenarios[args.index]]
     for planned in chosen:
         task = run.task(sweep, directory, planned)
         show("\t".join([task.name, str(task.nodes), str(task.ranks_per_node), str(task.stem), shlex.join(task.flags)]))

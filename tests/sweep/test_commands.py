@@ -121,13 +121,6 @@ def test_what_is_pending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert stems(capsys, path, "--all") == ["run_first.4", "run_second.3"]
 
 
-def test_one_task_of_an_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = begin(capsys, tmp_path)
-    assert stems(capsys, path, "--index", "1") == ["run_second"]
-    assert stems(capsys, path, "--index", "2") == []  # refused
-    assert "--index 3: the sweep's scenarios are 0 to 2" in error(capsys, "sweep", "pending", str(path), "--index", "3")
-
-
 def test_close_and_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = begin(capsys, tmp_path)
     first, second = path.parent / "run_first", path.parent / "run_second"

@@ -1,0 +1,202 @@
+# shellcheck shell=bash
+# What the scripts at the top share. They source this with `root` set to the checkout; every function here may be called
+# under `set -euo pipefail`. Whatever can be decided in Python is asked of `python -m refit`.
+
+# Every setting with this prefix, for people and for the check below; docs/slurm.md says what each is for.
+readonly KNOWN_SETTINGS=" ROOT SITE_FILE ACCOUNT PARTITION CONTAINER_IMAGE CONTAINER_MOUNTS MODULES NETWORK_INTERFACE \
+NVSHMEM_LIBRARY PYTHON CLUSTER TASKS SCENARIO_TIMEOUT GPUS_PER_NODE SRUN_ARGS SLURM_TEST "
+
+root=${root:?set by the script that sources this}
+python='' in_container='' step=''
+container=() ranks=()
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+in_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }
+
+# The site file's values, for every variable that the environment does not give.
+load_site() {
+    local file=${REFIT_SITE_FILE:-$root/site.env} entry name
+    if [[ -e $file ]]; then
+        bash -n -- "$file" || die "site file $file is no valid bash: see the line above"
+        while IFS= read -r -d '' entry; do
+            name=${entry%%=*}
+            [[ -n ${!name+set} ]] || export "${entry?}"
+        done < <(
+            set -a +u
+            # shellcheck source=/dev/null
+            source "$file" >&2
+            env -0
+        )
+    elif [[ -n ${REFIT_SITE_FILE:-} ]]; then
+        die "REFIT_SITE_FILE names $file, which is not there"
+    fi
+    for name in "${!REFIT_@}"; do
+        [[ $KNOWN_SETTINGS == *" ${name#REFIT_} "* ]] || die "unknown setting $name: known are REFIT_ and one of$KNOWN_SETTINGS"
+    done
+    [[ ${REFIT_TASKS:-node} =~ ^(node|gpu)$ ]] || die "REFIT_TASKS must be node or gpu, not $REFIT_TASKS"
+    export_network
+    load_modules
+}
+
+export_network() {
+    [[ -n ${REFIT_NETWORK_INTERFACE:-} ]] || return 0
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$REFIT_NETWORK_INTERFACE}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$REFIT_NETWORK_INTERFACE}
+    export NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=${NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME:-$REFIT_NETWORK_INTERFACE}
+}
+
+load_modules() {
+    [[ -n ${REFIT_MODULES:-} ]] || return 0
+    local file modules
+    set +u # module systems do not expect it
+    for file in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh; do
+        # shellcheck source=/dev/null
+        type module &>/dev/null || [[ ! -e $file ]] || source "$file"
+    done
+    type module &>/dev/null || die "REFIT_MODULES=$REFIT_MODULES, but there is no module command here: unset it"
+    read -ra modules <<<"$REFIT_MODULES"
+    module load "${modules[@]}" || die "module load $REFIT_MODULES failed: see the lines above"
+    set -u
+}
+
+# choose_python FOLDER...: the interpreter for `decide`, checked; in a container those folders are mounted too.
+choose_python() {
+    if in_slurm && [[ -n ${REFIT_CONTAINER_IMAGE:-} ]]; then
+        in_container=yes
+        python=${REFIT_PYTHON:-python3}
+        local mounts=${REFIT_CONTAINER_MOUNTS:-} folder
+        for folder in "$root" "$@"; do
+            mounts+=${mounts:+,}$folder:$folder
+        done
+        container=(--container-image="$REFIT_CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$root")
+    else
+        choose_host_python
+    fi
+    # Its output is kept for the case that it fails: a traceback says less than the line below.
+    local problem
+    problem=$(run_python -c 'import numpy, rich, yaml' 2>&1) || die "$python cannot import numpy, rich and yaml (${problem##*$'\n'}):" \
+        "set REFIT_PYTHON to a Python with the suite's packages, or REFIT_CONTAINER_IMAGE"
+}
+
+choose_host_python() {
+    in_container='' python=${REFIT_PYTHON:-$root/.venv/bin/python} container=()
+    if [[ -z ${REFIT_PYTHON:-} && ! -x $python ]]; then
+        python=python3
+    elif [[ -n ${REFIT_CONTAINER_IMAGE:-} ]] && ! type -P "$python" >/dev/null; then
+        python=python3 # REFIT_PYTHON is one of the container
+    fi
+}
+
+run_python() {
+    local command=(env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}" "$python" "$@")
+    if [[ -n $in_container ]]; then
+        command=(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --export=ALL "${container[@]}" "${command[@]}")
+    fi
+    "${command[@]}" </dev/null
+}
+
+decide() { run_python -m refit "$@"; }
+
+# The GPUs of each node of the allocation, of this machine without one; 0 where there are none.
+gpus_per_node() {
+    local count
+    if [[ -n ${REFIT_GPUS_PER_NODE:-} ]]; then
+        count=$REFIT_GPUS_PER_NODE
+    elif in_slurm; then
+        count=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-8}}}
+        count=${count%%(*} # h100:8(S:0-1)
+        count=${count##*:}
+    elif [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+    else
+        count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
+    fi
+    [[ $count =~ ^[0-9]+$ ]] || die "cannot tell how many GPUs a node has from '$count': set REFIT_GPUS_PER_NODE"
+    echo "$count"
+}
+
+num_nodes() { echo "${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}"; }
+
+# One task per GPU where the allocation was made for several tasks per node, otherwise one per node that starts torchrun.
+tasks_form() {
+    if [[ -n ${REFIT_TASKS:-} ]]; then
+        echo "$REFIT_TASKS"
+    elif ((${SLURM_NTASKS_PER_NODE:-1} > 1 || ${SLURM_NTASKS:-1} > $(num_nodes))); then
+        echo gpu
+    else
+        echo node
+    fi
+}
+
+# ranks_command STEM NODES RANKS_PER_NODE FLAGS...: the array `ranks`, which runs benchmark_refit.py on that many ranks.
+ranks_command() {
+    local stem=$1 nodes=$2 per_node=$3
+    shift 3
+    local form=node tasks_per_node=1 hosts
+    # A step of a single task does not tell a rank from a script's own process: torchrun does.
+    if in_slurm && ((nodes * per_node > 1)) && [[ $(tasks_form) == gpu ]]; then
+        form=gpu tasks_per_node=$per_node
+    fi
+    ranks=("$root/scripts/node.sh" "$form" "$python" "$nodes" "$per_node" "${stem}_ranks" "$@")
+    in_slurm || return 0
+    mapfile -t hosts < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?no node list in this allocation}")
+    ((${#hosts[@]} >= nodes)) || die "$nodes nodes needed, the allocation has ${#hosts[@]}"
+    hosts=("${hosts[@]:0:nodes}")
+    export MASTER_ADDR=${hosts[0]}
+    local step_args=(--nodes="$nodes" --ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node")
+    # Rank r has to be on node r / RANKS_PER_NODE, as planned. GPUs are not bound to tasks: a rank picks its own by its number.
+    step_args+=(--nodelist="$(IFS=, && echo "${hosts[*]}")" --distribution=block --kill-on-bad-exit=1 --export=ALL)
+    # Without it a site's default may put torchrun and all its ranks on one core.
+    [[ $form == gpu ]] || step_args+=(--cpu-bind=none)
+    local site_args
+    read -ra site_args <<<"${REFIT_SRUN_ARGS:-}"
+    ranks=(srun "${step_args[@]}" "${container[@]}" "${site_args[@]}" "${ranks[@]}")
+}
+
+# wait_for SECONDS COMMAND...: its output to descriptor 3; returns its exit code, 124 after SECONDS (0: no limit).
+# In the background, since bash handles no signal before a command in front of it has ended.
+wait_for() {
+    local seconds=$1 code=0 started=$SECONDS
+    shift
+    timeout --signal=TERM --kill-after=40 "$seconds" "$@" </dev/null >&3 2>&1 &
+    step=$!
+    wait "$step" || code=$?
+    step=''
+    # 137: it had to be killed after the limit.
+    ((code != 137 || seconds == 0 || SECONDS - started < seconds)) || code=124
+    return "$code"
+}
+
+# Ends the step that wait_for waits for. Slurm gives a cancelled job some 30 s (KillWait), so it is not waited for long.
+stop_step() {
+    [[ -n $step ]] || return 0
+    kill -TERM "$step" 2>/dev/null || true
+    for _ in {1..60}; do
+        kill -0 "$step" 2>/dev/null || break
+        sleep 0.25
+    done
+    kill -KILL "$step" 2>/dev/null || true
+    step=''
+}
+
+# keep_rank_logs STEM EXIT_CODE RANKS_PER_NODE: the ranks' own logs are kept, as node<N>/rank<R>.err, where they help to find
+# out what went wrong.
+keep_rank_logs() {
+    local folder=$1_ranks file node
+    [[ -d $folder ]] || return 0
+    if (($2 == 0)); then
+        rm -rf -- "$folder"
+        return
+    fi
+    for file in "$folder"/node*/*/attempt_0/*/stderr.log; do # torchrun's, by local rank
+        [[ -e $file ]] || continue
+        node=${file#"$folder/node"} node=${node%%/*}
+        file=${file%/stderr.log}
+        mv -- "$file/stderr.log" "$folder/node$node/rank$((node * $3 + ${file##*/})).err"
+    done
+    find "$folder" -depth -empty -delete
+}

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# What a Slurm step starts, and a machine without Slurm: benchmark_refit.py on the ranks of this node.
+#
+#   node.sh node PYTHON NODES RANKS_PER_NODE RANK_LOGS FLAGS...    torchrun with all ranks of this node (one task per node)
+#   node.sh gpu  PYTHON NODES RANKS_PER_NODE RANK_LOGS FLAGS...    one rank, as Slurm numbers it (one task per GPU)
+#
+# Each rank's stderr is kept below RANK_LOGS/node<N>, too.
+set -euo pipefail
+
+form=$1 python=$2 nodes=$3 ranks_per_node=$4 logs=$5/node${SLURM_NODEID:-0}
+shift 5
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+mkdir -p -- "$logs"
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# torchrun fills this in and puts it before a rank's line of stderr.
+# shellcheck disable=SC2016
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank${rank}]:'
+
+command=("$python")
+if [[ -n ${REFIT_NVSHMEM_LIBRARY:-} ]]; then
+    folder=$(dirname -- "$REFIT_NVSHMEM_LIBRARY")
+    command=(env "LD_PRELOAD=$REFIT_NVSHMEM_LIBRARY" "LD_LIBRARY_PATH=$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$python")
+fi
+
+if [[ $form == gpu ]]; then
+    exec "${command[@]}" "$root/benchmark_refit.py" "$@" 2> >(tee -- "$logs/rank$SLURM_PROCID.err" >&2)
+fi
+
+# Ports differ between the steps of a job and between jobs that share nodes, and lie below those that Linux hands out.
+if [[ -n ${SLURM_STEP_ID:-} ]]; then
+    port=$((12000 + (SLURM_JOB_ID * 131 + SLURM_STEP_ID) % 16000))
+    rendezvous=(--nnodes "$nodes" --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$port")
+else
+    rendezvous=(--standalone --local-addr localhost)
+fi
+exec "${command[@]}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$ranks_per_node" \
+    --log-dir "$logs" --tee 2 "$root/benchmark_refit.py" "$@"

@@ -1,0 +1,318 @@
+# shellcheck shell=bash
+# Scenarios one after another, for a script that sets `root`, CONFIGS, TITLE and CLUSTER: as a job, in an allocation, as a
+# job array, or here without Slurm. Python decides (`refit sweep`); this starts steps, waits, and ends them on signals.
+
+# shellcheck source=scripts/common.sh
+source "$root/scripts/common.sh"
+
+script=$(readlink -f -- "$0")
+action=run scenarios='' model='' output_dir='' timeout_s='' resume='' only='' asked_nodes='' array='' throttle=''
+cluster='' sweep_file='' current='' current_stem='' current_ranks_per_node='' on_cpus='' last_code=0
+flags=()
+
+suite() {
+    parse "$@"
+    check_options
+    load_site
+    cluster=${REFIT_CLUSTER:-${CLUSTER:-}}
+    timeout_s=${timeout_s:-${REFIT_SCENARIO_TIMEOUT:-}}
+    check_number --timeout "$timeout_s"
+    output_dir=$(realpath -m -- "${output_dir:-benchmark_results/kimi_k2}")
+    [[ $scenarios != *.y*ml ]] || scenarios=$(realpath -- "$scenarios")
+    [[ $action =~ ^(dry-run|summary|array-task)$ ]] || mkdir -p -- "$output_dir"
+    choose_python "$output_dir"
+    case $action in
+        run | local) run_suite ;;
+        array-task) run_array_task ;;
+        summary) decide sweep end "$sweep_file" ;;
+        dry-run) plan ;;
+        submit) submit ;;
+    esac
+}
+
+usage() {
+    local name=${script##*/}
+    cat <<HELP
+usage: sbatch $name [options] [-- FLAGS]        as a job, with its #SBATCH lines and your site's defaults
+       $name [options] [-- FLAGS]               inside an allocation (salloc)
+       $name --submit [options] [-- FLAGS]      calls sbatch, with the account and partition of site.env
+       $name --dry-run [options] [-- FLAGS]     the plan table and what would be submitted; no Slurm, no GPU
+       $name --local [options] [-- FLAGS]       on this machine alone, with torchrun
+
+  --scenarios NAME    a list of configs/scenarios, or a YAML file, in place of CONFIGS
+  --model NAME        a preset of configs/models; default: kimi_k2 with CONFIGS, what the list says with --scenarios
+  --output-dir DIR    results go to DIR/logs; default: benchmark_results/kimi_k2 here
+  --timeout S         longest time of one scenario, in seconds; default: REFIT_SCENARIO_TIMEOUT, else no limit
+  --resume RUN_ID     go on with an earlier run: only what has no result yet
+  --only failed       with --resume: only what did not succeed
+  --nodes N           with --submit and --dry-run: nodes to ask for; default: those of the #SBATCH line
+  --array             with --submit and --dry-run: a job array, one scenario each, and a job for the summary after all
+  --throttle N        with --array: at most N at once
+  -- FLAGS            flags of benchmark_refit.py for every scenario
+
+SEQ_LENGTH in the environment is passed on as --seq-length. Exit codes: 0 all right, 1 wrong data, 2 usage, 3 nothing could
+run here, 4 a scenario failed or was refused, 143 cancelled. docs/slurm.md has the rest.
+HELP
+}
+
+parse() {
+    while (($#)); do
+        case $1 in
+            --help | -h) usage && exit 0 ;;
+            --dry-run | --submit | --local) action=${1#--} ;;
+            --array) array=yes ;;
+            --scenarios | --model | --output-dir | --timeout | --resume | --only | --nodes | --throttle | --array-task | --summary)
+                (($# > 1)) || die "$1 needs a value"
+                set_option "$1" "$2"
+                shift
+                ;;
+            --) flags=("${@:2}") && return ;;
+            *) die "unknown option $1: --help lists them; flags of benchmark_refit.py follow --" ;;
+        esac
+        shift
+    done
+}
+
+set_option() {
+    case $1 in
+        --scenarios) scenarios=$2 ;;
+        --model) model=$2 ;;
+        --output-dir) output_dir=$2 ;;
+        --timeout) timeout_s=$2 ;;
+        --resume) resume=$2 ;;
+        --only) only=$2 ;;
+        --nodes) asked_nodes=$2 ;;
+        --throttle) throttle=$2 ;;
+        --array-task | --summary) action=${1#--} sweep_file=$2 ;; # how a job array calls this script again
+    esac
+}
+
+check_options() {
+    [[ -z $only || ($only == failed && -n $resume$sweep_file) ]] || die "--only takes failed, and goes with --resume RUN_ID"
+    [[ -z $array$throttle$asked_nodes || $action =~ ^(submit|dry-run)$ ]] || die "--array, --throttle and --nodes go with --submit"
+    [[ -z $throttle || -n $array ]] || die "--throttle goes with --array"
+    check_number --nodes "$asked_nodes"
+    check_number --throttle "$throttle"
+    [[ -z $resume || -z $scenarios$model && ${#flags[@]} -eq 0 ]] ||
+        die "--resume goes on with the scenarios and flags of the earlier run: leave all others out"
+    [[ $action != run ]] || in_slurm || die "there is no Slurm allocation here: sbatch ${script##*/}, or --submit;" \
+        "--dry-run plans without one, --local runs on this machine"
+}
+
+check_number() {
+    [[ $2 =~ ^([1-9][0-9]*)?$ ]] || die "$1 must be a whole number from 1 up, not $2"
+}
+
+# What to run, as `refit sweep` takes it, in the arrays `selection` and `common`.
+select_scenarios() {
+    local line
+    selection=() common=()
+    [[ -z $resume ]] || return 0
+    if [[ -n $scenarios ]]; then
+        selection=(--scenarios "$scenarios")
+    else
+        for line in "${CONFIGS[@]}"; do
+            selection+=(--config "$line")
+        done
+        selection+=(--title "$TITLE")
+        model=${model:-kimi_k2}
+    fi
+    common=(${model:+--model "$model"} ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} "${flags[@]}")
+}
+
+# What there is to run on, as `refit sweep` takes it, in the array `allocation`.
+describe_allocation() {
+    local count nodes
+    if [[ $action == local ]]; then
+        nodes=1 count=$(gpus_per_node)
+        if ((count == 0)); then
+            on_cpus=yes count=8
+            echo "There is no GPU here: up to $count ranks run on the CPUs, gloo stands in for nccl and shm for nvshmem."
+        fi
+    elif [[ $action == run ]]; then
+        nodes=$(num_nodes) count=$(gpus_per_node)
+    else # what a job would get
+        nodes=${asked_nodes:-$(header nodes)} count=${REFIT_GPUS_PER_NODE:-$(header gpus-per-node)}
+    fi
+    allocation=(--num-gpus "$((nodes * count))" --gpus-per-node "$count")
+    [[ -n $on_cpus || -z $cluster ]] || allocation+=(--cluster "$cluster")
+}
+
+# The number in an #SBATCH line of the script.
+header() {
+    local found
+    found=$(sed -n "s/^#SBATCH --$1=\(.*:\)\{0,1\}\([0-9]*\).*/\2/p" "$script")
+    [[ -n $found ]] || die "$script has no line '#SBATCH --$1=N'"
+    echo "$found"
+}
+
+# Checks every scenario, prints the table and sets `sweep_file`.
+begin() {
+    select_scenarios
+    describe_allocation
+    if [[ -n $resume ]]; then
+        sweep_file=$(decide sweep begin "${allocation[@]}" --output-dir "$output_dir" --resume "$resume")
+    else
+        sweep_file=$(decide sweep begin "${selection[@]}" "${allocation[@]}" --output-dir "$output_dir" -- "${common[@]}")
+    fi
+}
+
+# The lines of `refit sweep pending`, in the array `pending`.
+list_pending() {
+    local text
+    text=$(decide sweep pending "$sweep_file" ${only:+--only "$only"})
+    pending=()
+    [[ -z $text ]] || mapfile -t pending <<<"$text"
+}
+
+run_suite() {
+    trap cancel TERM INT
+    begin
+    list_pending
+    run_pending
+    decide sweep end "$sweep_file"
+}
+
+# One job of an array: the scenario whose place in FLAGS, a list of names, is the job's number.
+run_array_task() {
+    trap cancel TERM INT
+    local name=${flags[${SLURM_ARRAY_TASK_ID:?--array-task is for jobs of an array}]} line
+    list_pending
+    for line in "${pending[@]}"; do
+        [[ $line != "$name"$'\t'* ]] || pending=("$line")
+    done
+    [[ ${pending[0]:-} == "$name"$'\t'* ]] || pending=() # done already, as after a requeue
+    run_pending
+    exit "$last_code"
+}
+
+run_pending() {
+    local line name nodes per_node stem words number=0
+    for line in "${pending[@]}"; do
+        IFS=$'\t' read -r name nodes per_node stem words <<<"$line"
+        number=$((number + 1))
+        echo "[$number/${#pending[@]}] $name: $nodes x $per_node ranks, log: $stem.log"
+        eval "run_scenario \"\$name\" \"\$nodes\" \"\$per_node\" \"\$stem\" $words"
+    done
+}
+
+run_scenario() {
+    current=$1 current_stem=$4 current_ranks_per_node=$3
+    local nodes=$2 ranks_per_node=$3 stem=$4 code=0 ending
+    local flags=("${@:5}") note=''
+    if [[ -n $on_cpus ]]; then
+        # shellcheck disable=SC2034 # `place` sets it too
+        local num_ranks
+        eval "$(decide place --cpu-fallback -- "${flags[@]}")"
+        echo "${note:+# note: $note}" >>"$stem.log"
+    fi
+    ranks_command "$stem" "$nodes" "$ranks_per_node" "${flags[@]}"
+    exec 3>>"$stem.log"
+    wait_for "${timeout_s:-0}" "${ranks[@]}" || code=$?
+    exec 3>&-
+    ending=(--stem "$stem" --exit-code "$code")
+    ((code != 124)) || ending+=(--timed-out "$timeout_s")
+    decide sweep close "$sweep_file" "$current" "${ending[@]}"
+    keep_rank_logs "$stem" "$code" "$ranks_per_node"
+    current='' last_code=$code
+}
+
+# On SIGTERM (scancel, the time limit) and SIGINT. A job that is being cancelled can start no more steps: what is left to
+# decide is decided by a Python of this host.
+cancel() {
+    trap '' TERM INT
+    echo "Cancelled${current:+ during $current}" >&2
+    stop_step
+    [[ -z $in_container ]] || choose_host_python
+    if [[ -n $current ]]; then
+        decide sweep close "$sweep_file" "$current" --stem "$current_stem" --exit-code 143 --cancelled || true
+        keep_rank_logs "$current_stem" 143 "$current_ranks_per_node"
+    fi
+    if [[ -n $sweep_file && $action != array-task ]]; then
+        decide sweep end "$sweep_file" || true
+        echo "Go on with --resume $(run_id)" >&2
+    fi
+    exit 143
+}
+
+run_id() { basename -- "$sweep_file" _sweep.json; }
+
+# The sbatch command with these ARGUMENTS, in the array `job`.
+job_command() {
+    job=(sbatch ${REFIT_ACCOUNT:+--account="$REFIT_ACCOUNT"} ${REFIT_PARTITION:+--partition="$REFIT_PARTITION"} "$@")
+}
+
+suite_job() {
+    local name arguments=(--output-dir "$output_dir")
+    for name in scenarios model resume only; do
+        [[ -z ${!name} ]] || arguments+=("--$name" "${!name}")
+    done
+    [[ -z $timeout_s ]] || arguments+=(--timeout "$timeout_s")
+    ((${#flags[@]} == 0)) || arguments+=(-- "${flags[@]}")
+    job_command ${asked_nodes:+--nodes="$asked_nodes"} "$script" "${arguments[@]}"
+}
+
+# The array of what is `pending` in SWEEP_FILE; `most_nodes` is what each of its jobs asks for.
+array_job() {
+    local line name nodes rest names=()
+    most_nodes=0
+    for line in "${pending[@]}"; do
+        IFS=$'\t' read -r name nodes rest <<<"$line"
+        names+=("$name")
+        most_nodes=$((nodes > most_nodes ? nodes : most_nodes))
+    done
+    most_nodes=${asked_nodes:-$most_nodes}
+    job_command --parsable --array="0-$((${#names[@]} - 1))${throttle:+%$throttle}" --nodes="$most_nodes" \
+        --output="%x_%A_%a.out" "$script" --array-task "$1" ${only:+--only "$only"} \
+        ${timeout_s:+--timeout "$timeout_s"} -- "${names[@]}"
+}
+
+summary_job() {
+    job_command --parsable --dependency="afterany:$2" --job-name=refit_summary --nodes=1 --ntasks=1 --time=10 \
+        --output="%x_%j.out" --wrap "exec $(printf '%q ' "$script" --summary "$1")"
+}
+
+submit() {
+    if [[ -z $array ]]; then
+        suite_job
+        "${job[@]}"
+        return
+    fi
+    begin
+    list_pending
+    ((${#pending[@]} > 0)) || die "nothing is left to run in $sweep_file"
+    array_job "$sweep_file"
+    local id
+    id=$("${job[@]}")
+    id=${id%%;*} # on a federation, the cluster's name follows
+    # The sweep file names the job only now: the array had to know the sweep first.
+    decide sweep begin "${allocation[@]}" --output-dir "$output_dir" --resume "$(run_id)" --job "$id" >/dev/null 2>&1
+    summary_job "$sweep_file" "$id"
+    echo "Submitted job array $id: ${#pending[@]} scenarios, $most_nodes nodes each"
+    echo "Submitted summary job $("${job[@]}"), to run after all of them"
+    echo "Sweep: $sweep_file"
+}
+
+# The plan table, and the command that would be submitted.
+plan() {
+    local code=0 table
+    if [[ -n $resume ]]; then
+        sweep_file=$output_dir/logs/${resume}_sweep.json
+        list_pending
+        echo "To run: ${#pending[@]} scenarios"
+        ((${#pending[@]} == 0)) || printf '  %s\n' "${pending[@]%%$'\t'*}"
+    else
+        select_scenarios
+        describe_allocation
+        table=$(decide sweep plan "${selection[@]}" "${allocation[@]}" -- "${common[@]}") || code=$?
+        [[ -n $table ]] || return "$code" # not even a plan: the error has been printed
+        echo "$table"
+    fi
+    if [[ -n $array ]]; then
+        echo "To submit: a job array of the scenarios above that are ready, and a summary job, with --submit --array"
+    else
+        suite_job
+        echo "To submit: ${job[*]@Q}"
+    fi
+    return "$code"
+}

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Does NVSHMEM move and verify weights here? Config 1 on 6 of 8 GPUs (TP2 EP2 -> TP2 EP1), or --minimal: Config 4 on 3.
+set -euo pipefail
+
+usage() {
+    cat <<HELP
+usage: test_nvshmem_refit.sh [--minimal] [FLAGS]    in an allocation with 8 GPUs (3 with --minimal), or on such a machine
+
+FLAGS of benchmark_refit.py are added to the test's own: --refit-method gloo runs the same test without NVSHMEM, on CPUs too.
+The last line is PASS, FAIL or WAIVED with the reason; exit code 0, 1 or 3.
+HELP
+}
+
+# sbatch runs a copy of this script from a spool folder, so the checkout is looked for: beside the script, where the job's
+# script came from, where the job was submitted.
+find_root() {
+    local folder
+    for folder in "${REFIT_ROOT:-}" "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"; do
+        [[ -n $folder && -e $folder/benchmark_refit.py ]] && cd -- "$folder" && pwd -P && return
+    done
+    folder=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's/^ *Command=//p')
+    while [[ $folder == */* ]]; do # the script's path, then its arguments
+        folder=${folder%/*}
+        [[ -e $folder/benchmark_refit.py ]] && cd -- "$folder" && pwd -P && return
+    done
+    [[ -e ${SLURM_SUBMIT_DIR:-}/benchmark_refit.py ]] && cd -- "$SLURM_SUBMIT_DIR" && pwd -P && return
+    echo "error: benchmark_refit.py is not beside this script: set REFIT_ROOT to the checkout" >&2
+    return 2
+}
+
+root=$(find_root)
+# shellcheck source=scripts/common.sh
+source "$root/scripts/common.sh"
+
+layouts=(--tensor-model-parallel-size 2 --expert-model-parallel-size 2
+    --rl-inference-tensor-model-parallel-size 2 --rl-inference-expert-model-parallel-size 1)
+sizes=(--num-layers 4 --hidden-size 1024 --num-attention-heads 8 --seq-length 512 --max-position-embeddings 512
+    --num-experts 16 --moe-shared-expert-intermediate-size 512 --ffn-hidden-size 2688 --num-benchmark-iterations 3)
+minimal_layouts=(--tensor-model-parallel-size 2 --expert-model-parallel-size 1
+    --rl-inference-tensor-model-parallel-size 1 --rl-inference-expert-model-parallel-size 1)
+minimal_sizes=(--num-layers 2 --hidden-size 512 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
+    --num-experts 8 --moe-shared-expert-intermediate-size 256 --ffn-hidden-size 1344 --num-benchmark-iterations 2)
+shared=(--refit-mode non-collocated --refit-method nvshmem --micro-batch-size 1 --moe-router-topk 2 --disable-bias-linear
+    --expert-tensor-parallel-size 1 --rl-inference-expert-tensor-model-parallel-size 1)
+
+name='Config 1' needed=6 remedy=', or --minimal, which needs 3' own=("${layouts[@]}" "${sizes[@]}") extra=()
+for word in "$@"; do
+    case $word in
+        --help | -h) usage && exit 0 ;;
+        --minimal) name='Config 4' needed=3 remedy='' own=("${minimal_layouts[@]}" "${minimal_sizes[@]}") ;;
+        *) extra+=("$word") ;;
+    esac
+done
+
+verdict() {
+    echo "$1: $name, $2"
+    exit "$3"
+}
+
+load_site
+if [[ ! " ${extra[*]} " =~ --refit-method[=\ ](gloo|shm)\  ]]; then
+    count=$(gpus_per_node)
+    in_slurm && count=$((count * $(num_nodes)))
+    ((count >= needed)) || verdict WAIVED "it needs $needed GPUs, $count are here: take a machine or an allocation with $needed$remedy" 3
+fi
+log=$(mktemp)
+trap 'rm -f -- "$log"' EXIT
+code=0
+"$root/benchmark_refit_sbatch.sh" "${own[@]}" "${shared[@]}" "${extra[@]}" 2>&1 | tee -- "$log" || code=$?
+reason=$(tail -n 1 -- "$log")
+case $code in
+    0) verdict PASS "$reason" 0 ;;
+    3) verdict WAIVED "$reason" 3 ;;
+    *) verdict FAIL "$reason (exit code $code)" 1 ;;
+esac

@@ -1,0 +1,108 @@
+"""benchmark_refit_sbatch.sh and test_nvshmem_refit.sh: one scenario, with Slurm and without."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.shell.conftest import ROOT, Shell
+
+SINGLE, SMOKE = "benchmark_refit_sbatch.sh", "test_nvshmem_refit.sh"
+SMALL = ["--model", "tiny", "--num-layers=1", "--moe-layer-freq=1", "--vocab-size=512", "--num-benchmark-iterations=2"]
+ONE_TO_TWO = ["--refit-method", "gloo", "--rl-inference-expert-model-parallel-size", "2"]  # 1 + 2 ranks
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has GPUs")
+def test_without_slurm_and_gpus_ranks_run_on_cpus_and_it_says_so(shell: Shell) -> None:
+    flags = [*SMALL, "--refit-method", "nvshmem", "--refit-mode", "collocated", "--tensor-model-parallel-size", "2"]
+    code, output = shell.run(SINGLE, *flags, "--rl-inference-tensor-model-parallel-size", "1", "--run-name", "mine")
+    assert code == 0, output
+    assert "There is no GPU here" in output.splitlines()[0]
+    assert "World size: 2 (using 2 GPUs)" in output
+    assert (shell.cwd / "benchmark_results" / "mine.log").read_text() in output
+    code, output = shell.run(SINGLE, *flags, "--run-name", "mine")
+    assert (code, "choose another --run-name" in output) == (2, True), "results are never written over"
+
+
+def test_in_an_allocation_with_a_task_per_gpu_slurm_numbers_the_ranks(job: Shell) -> None:
+    del job.environ["STANDIN_NODE"]
+    flags = ["--refit-method=gloo", "--refit-mode=collocated", "--rl-inference-expert-model-parallel-size=2"]
+    code, output = job.run(SINGLE, *SMALL, *flags, SLURM_GPUS_ON_NODE="1", REFIT_TASKS="gpu")
+    assert code == 0, output
+    (call,) = job.calls("srun")
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set(call)
+    assert "World size: 2 (using 2 GPUs)" in output
+    assert output.splitlines()[-1].endswith("PASSED")
+
+
+def test_what_does_not_fit_costs_no_step(job: Shell) -> None:
+    code, output = job.run(SINGLE, *SMALL, *ONE_TO_TWO, "--tensor-model-parallel-size", "4")
+    assert code == 2
+    assert output.startswith("error: 4 + 8 = 12 GPUs needed > 4 available")
+    assert not job.calls("srun")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("good", 0), ("wrong", 1), ("crash", 4)])
+def test_the_exit_code_is_that_of_the_result(job: Shell, name: str, expected: int) -> None:
+    code, output = job.run(SINGLE, *SMALL, *ONE_TO_TWO, "--run-name", name, "--output-dir=the results")
+    assert code == expected, output
+    content = json.loads((job.cwd / "the results" / f"{name}.json").read_text())
+    assert content["exit_code"] == expected
+    assert (job.cwd / "the results" / f"{name}_ranks").exists() == (name == "crash")
+
+
+def test_too_long_and_cancelled_runs_are_recorded(job: Shell) -> None:
+    flags = [*SMALL, *ONE_TO_TWO, "--run-name"]
+    code, output = job.run(SINGLE, *flags, "hang1", REFIT_SCENARIO_TIMEOUT="1")
+    assert (code, output.splitlines()[-1].rpartition(": ")[2]) == (4, "timed out after 1 s")
+    process = job.start(SINGLE, *flags, "hang2")
+    assert process.stdout is not None
+    while "stub" not in process.stdout.readline():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output.splitlines()[-1].rpartition(": ")[2]) == (143, "cancelled")
+
+
+def test_a_dry_run_starts_nothing(job: Shell) -> None:
+    code, output = job.run(SINGLE, *SMALL, *ONE_TO_TWO, "--dry-run")
+    assert code == 0, output
+    assert not job.calls("srun")
+    assert not (job.cwd / "benchmark_results").exists()
+
+
+@pytest.mark.parametrize(("name", "expected", "word"), [("good", 0, "PASS"), ("wrong", 1, "FAIL"), ("crash", 1, "FAIL")])
+def test_the_smoke_test_ends_in_a_line_that_says_it(job: Shell, name: str, expected: int, word: str) -> None:
+    code, output = job.run(SMOKE, "--run-name", name, SLURM_GPUS_ON_NODE="8")
+    assert code == expected, output
+    assert output.splitlines()[-1].startswith(f"{word}: Config 1, {name}: ")
+    (call,) = job.calls("srun")
+    assert call[call.index("--refit-method") + 1] == "nvshmem"
+
+
+@pytest.mark.parametrize(("arguments", "needed"), [((), 6), (("--minimal",), 3)])
+def test_the_smoke_test_is_waived_without_gpus_and_never_runs_on_cpus(
+    job: Shell, arguments: tuple[str, ...], needed: int
+) -> None:
+    code, output = job.run(SMOKE, *arguments, SLURM_GPUS_ON_NODE="1")
+    assert code == 3, output
+    assert output.startswith("WAIVED: ")
+    assert f"needs {needed} GPUs, 2 are here" in output
+    assert not job.calls("srun")
+
+
+def test_a_job_finds_the_checkout_from_its_spool_folder(job: Shell) -> None:
+    spool = job.cwd / "slurm_script"
+    shutil.copy(ROOT / SINGLE, spool)
+    command = f"{ROOT / SINGLE} --output-dir /some where/else"
+    code, output = job.run(spool, "--dry-run", *SMALL, *ONE_TO_TWO, STANDIN_COMMAND=command)
+    assert code == 0, output
+    code, output = job.run(spool, "--dry-run", *SMALL, *ONE_TO_TWO, SLURM_SUBMIT_DIR=str(ROOT))
+    assert code == 0, output
+    code, output = job.run(spool, "--dry-run", *SMALL, *ONE_TO_TWO)
+    assert code == 2
+    assert "set REFIT_ROOT" in output
