@@ -199,8 +199,8 @@ def rank_bytes_figure(name: str, moved: dict[str, Any]) -> Figure:
     styles = ((1, "received", OURS, None), (-1, "sent", PEERS, "///" if edge else None))
     for side, (sign, label, color, hatch) in zip(sides, styles, strict=True):
         heights = [sign * nbytes / scale for nbytes in side.values()]
-        outline = {"edgecolor": "black", "linewidth": edge} if edge else {}
-        axes.bar(list(side), heights, width=0.8, color=color, hatch=hatch, label=label, **outline)
+        outline = "black" if edge else "none"
+        axes.bar(list(side), heights, width=0.8, color=color, hatch=hatch, label=label, edgecolor=outline, linewidth=edge)
         mean = sum(heights) / len(heights)
         axes.axhline(mean, color="black", linestyle="--" if sign > 0 else ":", linewidth=1, label=f"mean {label}")
     axes.axhline(0, color="black", linewidth=0.8)

@@ -81,6 +81,7 @@ def iteration_line(engine: str, sample: Sample, number: int, total: int) -> str:
 def times(engine: EngineResult, bound: Mapping[str, Any] | None) -> str:
     """The lines summaries are made from, in the wording of the suite's first users."""
     summary, share = engine.summary, engine.share_of_lower_bound
+    connected = "" if engine.connect_s is None else f" (connections before it: {1e3 * engine.connect_s:.2f} ms)"
     reached = [] if bound is None else [f"Lower bound: {1e3 * bound['lower_bound_s']:.2f} ms, reached {_percent(share)} %"]
     return "\n".join(
         [
@@ -90,7 +91,9 @@ def times(engine: EngineResult, bound: Mapping[str, Any] | None) -> str:
             f"Median refit time: {1e3 * summary['median_s']:.2f} ms, p95 {1e3 * summary['p95_s']:.2f} ms",
             f"Bottleneck bandwidth: {_gb_per_s(engine)} GB/s",
             *reached,
-            "Cold refit: " + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in engine.cold_s.items()),
+            "Cold refit: "
+            + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in engine.cold_s.items())
+            + connected,
         ]
     )
 

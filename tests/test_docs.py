@@ -1,0 +1,318 @@
+"""The documents are true: their commands work, the messages they quote are printed, their flags and links exist.
+
+Dry runs and plans are made for real. What needs ranks, GPUs or Slurm is taken as far as its command line goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from refit import cli, commands
+from refit.dry_run import DryRunOptions
+from refit.errors import UsageError
+from refit.flags import full_parser
+from refit.launch import check_num_ranks
+from refit.report.outcomes import Outcome
+from refit.report.tables import csv_text
+from refit.sweep.check import check
+from refit.sweep.selection import select_file, select_lines
+from refit.sweep.state import Planned
+from tests import documents, messages
+from tests.documents import ROOT, Command
+
+DOCUMENTS = documents.markdown_files()
+COMMANDS = [command for path in DOCUMENTS for command in documents.commands(path)]
+TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
+
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+OPEN_FILES = ("benchmark_refit_kimi_k2.sh", "test_nvshmem_refit.sh")
+"""Scripts whose options are those that their --help names."""
+
+ALLOCATION_OPTIONS = ("--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--time", "--exclude")
+"""Options of sbatch, salloc and srun that the documents use (their manuals)."""
+
+FOREIGN_FLAGS = {
+    *ALLOCATION_OPTIONS,
+    *("--gpus-per-task", "--nodelist", "--overlap"),  # srun and squeue
+    *("--container-image", "--container-mounts", "--container-workdir"),  # srun with pyxis
+    *("--nproc-per-node", "--nnodes", "--master-port"),  # torchrun
+    *("--shm-size", "--ipc"),  # docker run
+    *("--editable", "--target", "--no-deps"),  # pip install
+}
+KNOWN_TO_PYTORCH = re.compile(r"[A-Z]\w*Error: .+")
+"""What `FAILED:` lines say of an exception that is not ours: its type and its text."""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.place} {' '.join(command.words)[:60]}")
+def test_a_command_works(command: Command) -> None:
+    check_for(command)(list(command.words[1:]))
+
+
+def check_for(command: Command) -> Callable[[list[str]], None]:
+    """What can be checked of a command, given the words after the program."""
+    if command.program.endswith(".sh"):
+        return lambda words: check_script(command.words[0], words)
+    return CHECKS[command.program]
+
+
+def check_python(words: list[str]) -> None:
+    if words[0] == "-m" and words[1] == "refit":
+        check_refit(words[2:])
+    elif words[0] == "-m" and words[1].startswith("benchmarks."):
+        check_benchmark(words[1], words[2:])
+    elif words[0] == "-m":
+        assert words[1] in ("venv", "pip")
+    elif words[0] == "-c":
+        check_imports(ast.parse(words[1]))
+    else:
+        assert words[0] == "benchmark_refit.py"
+        assert "--dry-run" in words, "without it torchrun has to start ranks"
+        assert cli.main(words[1:]) == 0
+
+
+def check_imports(tree: ast.AST) -> None:
+    """That what a line imports from this project is there; to import it would load torch."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            source = ROOT / f"{(node.module or '').replace('.', '/')}.py"
+            defined = {each.name for each in ast.parse(source.read_text()).body if isinstance(each, ast.FunctionDef)}
+            assert {alias.name for alias in node.names} <= defined
+
+
+def check_torchrun(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for option in ("--nproc-per-node", "--nnodes", "--master-port"):
+        parser.add_argument(option, type=int, default=1)
+    script = words.index("benchmark_refit.py")
+    launch = parser.parse_args(words[:script])
+    request = cli.parse(words[script + 1 :])
+    assert request.dry_run is None
+    check_num_ranks(request.scenario, launch.nnodes * launch.nproc_per_node)
+
+
+def check_refit(words: list[str]) -> None:
+    planning = words[0] in ("bounds", "place") or words[:2] == ["sweep", "plan"]
+    if planning and "--into" not in words:
+        assert planned(tuple(words)) == 0
+        return
+    end = words.index("--") if "--" in words else len(words)
+    commands.command_parser().parse_args(words[:end])
+    full_parser().parse_flags(words[end + 1 :])
+
+
+@cache
+def planned(words: tuple[str, ...]) -> int:
+    """The exit code of a planning command, which several documents may show."""
+    return commands.main(words)
+
+
+def check_benchmark(module: str, words: list[str]) -> None:
+    known = benchmark_flags(ROOT / f"{module.replace('.', '/')}.py")
+    end = words.index("--") if "--" in words else len(words)
+    assert {word.split("=")[0] for word in words[:end] if word.startswith("--")} <= known
+    full_parser().parse_flags(words[end + 1 :])
+    if "--list" in known:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words[:end], "--list"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip(), "nothing would run"
+
+
+def benchmark_flags(path: Path) -> set[str]:
+    """The options that a module adds to its parser, read from its source: loading some of them loads torch."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    adding = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument")
+    return {word.value for call in adding for word in call.args if isinstance(word, ast.Constant)}
+
+
+def check_make(words: list[str]) -> None:
+    for word in words:
+        variable, equals, _ = word.partition("=")
+        rule = rf"^(export )?{variable} \?=" if equals else rf"^{word}:"
+        assert re.search(rule, MAKEFILE, re.MULTILINE), f"the Makefile has no {word}"
+
+
+def check_pip(words: list[str]) -> None:
+    extras = {extra for word in words for found in re.findall(r"\[([\w,]+)\]$", word) for extra in found.split(",")}
+    table = PYPROJECT.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
+    assert extras <= set(re.findall(r"^(\w+) =", table, re.MULTILINE))
+
+
+def check_submission(words: list[str]) -> None:
+    """sbatch, salloc and srun: their own options, then perhaps a command."""
+    start = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
+    assert {word.split("=")[0] for word in words[:start]} <= set(ALLOCATION_OPTIONS)
+    if start == len(words):
+        return
+    if words[start] in CHECKS:
+        CHECKS[words[start]](words[start + 1 :])
+    else:
+        check_script(words[start], words[start + 1 :])
+
+
+def check_script(name: str, words: list[str]) -> None:
+    path = ROOT / name
+    assert os.access(path, os.X_OK), f"{name} cannot be executed"
+    end = words.index("--") if "--" in words else len(words)
+    options, flags = words[:end], words[end + 1 :]
+    if path.name not in OPEN_FILES:
+        assert (cli.main(words) if "--dry-run" in words else commands.main(["place", "--", *words])) == 0
+        return
+    own = {word for word in options if word.startswith("--") and word in help_text(path)}
+    rest = [word for word in options if word not in own]
+    if path.name == "test_nvshmem_refit.sh":
+        flags = [*rest, *flags]
+    else:
+        assert not [word for word in rest if word.startswith("-")], f"{name} --help does not name these"
+    full_parser().parse_flags(flags)
+    if "--scenarios" in options:
+        check_scenarios(options[options.index("--scenarios") + 1])
+
+
+def check_scenarios(name: str) -> None:
+    if not name.endswith(".yaml"):  # a list of the reader's own
+        select_file(name, [])
+
+
+@cache
+def help_text(script: Path) -> str:
+    return subprocess.run([script, "--help"], capture_output=True, text=True, check=True, timeout=20).stdout
+
+
+CHECKS: Mapping[str, Callable[[list[str]], None]] = {
+    "python": check_python,
+    "python3": check_python,
+    "torchrun": check_torchrun,
+    "refit": check_refit,
+    "make": check_make,
+    "pip": check_pip,
+    "sbatch": check_submission,
+    "salloc": check_submission,
+    "srun": check_submission,
+}
+
+
+def test_every_kind_of_command_is_found() -> None:
+    kinds = {command.program for command in COMMANDS}
+    assert kinds >= {"python", "torchrun", "make", "pip", "sbatch", "salloc", "test_nvshmem_refit.sh"}
+    assert len(COMMANDS) > 30
+
+
+def test_lines_of_configs_are_scenarios() -> None:
+    found = [
+        line
+        for path in DOCUMENTS
+        for _, block in documents.blocks(path.read_text(encoding="utf-8"))
+        for line in re.findall(r'^\s+"((?:\d+:){4}\S+)"', "\n".join(block), re.MULTILINE)
+    ]
+    assert found
+    assert len(select_lines(found, ["--model", "kimi_k2"], None).candidates) == len(found)
+
+
+def test_every_column_of_a_csv_report_is_described() -> None:
+    described = (ROOT / "docs/output.md").read_text(encoding="utf-8")
+    columns = csv_text([Outcome(planned_example(), "missing", "it was not started", None)]).splitlines()[0].split(",")
+    named = [column.replace("destination_", "source_") for column in columns]
+    assert [column for column in named if f"`{column}`" not in described] == []
+
+
+def planned_example() -> Planned:
+    return check(select_lines(["1:1:1:1:collocated:gloo:one"], ["--model", "tiny"], None).candidates[0], DryRunOptions())
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in documents.links(path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), f"{path.name}: {target}"
+        assert not anchor or anchor in documents.anchors(file), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_exist(path: Path) -> None:
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", path.read_text(encoding="utf-8")))
+    assert mentioned - known_flags() == set()
+
+
+@cache
+def known_flags() -> frozenset[str]:
+    own = set(full_parser()._option_string_actions) | set(flags_of(commands.command_parser()))
+    scripts = "".join(help_text(path) for path in ROOT.glob("*.sh"))
+    modules = (benchmark_flags(path) for path in (ROOT / "benchmarks").glob("*.py"))
+    return frozenset(own.union(*modules, re.findall(r"--[a-z][a-z-]+", scripts), FOREIGN_FLAGS))
+
+
+def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The options of a parser and of all its sub-commands."""
+    yield from parser._option_string_actions
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from flags_of(sub)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_settings_exist(path: Path) -> None:
+    known = re.search(r'KNOWN_SETTINGS="([^"]+)"', (ROOT / "scripts/common.sh").read_text(encoding="utf-8"))
+    assert known is not None
+    names = set(known[1].replace("\\", " ").split())
+    assert set(re.findall(r"\bREFIT_([A-Z][A-Z_]+[A-Z])", path.read_text(encoding="utf-8"))) <= names | {"MODE", "METHOD"}
+
+
+@pytest.mark.parametrize("message", documents.messages(TROUBLESHOOTING), ids=lambda message: message[:60])
+def test_a_quoted_message_is_printed(message: str) -> None:
+    assert is_printed(message), message
+
+
+def is_printed(message: str) -> bool:
+    failure = re.match(r"FAILED: rank \d+ failed in phase '(?P<phase>[^']+)': (?P<text>.+)", message)
+    if failure is None:
+        return says(message) or says(documents.MESSAGE.sub("", message))
+    if not any(pattern.fullmatch(failure["phase"]) for pattern in phases()):
+        return False
+    return says(failure["text"]) or KNOWN_TO_PYTORCH.fullmatch(failure["text"]) is not None
+
+
+def says(text: str) -> bool:
+    return any(pattern.fullmatch(text) for pattern in templates())
+
+
+@cache
+def templates() -> list[re.Pattern[str]]:
+    return messages.templates(ROOT)
+
+
+@cache
+def phases() -> list[re.Pattern[str]]:
+    return messages.phases(ROOT / "refit")
+
+
+def test_the_checks_can_fail(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.md"
+    path.write_text(
+        "# Title\n\n    make fly\n\n```\ntorchrun --nproc-per-node 1 benchmark_refit.py --model tiny \\\n"
+        "    --refit-method gloo\nSEQ=1 ./missing.sh | python -m refit report --loud\n```\n\n[text](gone.md) [t](#no)\n"
+    )
+    found = documents.commands(path)
+    assert [command.place for command in found] == ["wrong.md:3", *["wrong.md:6"] * 3]
+    for command in found:
+        with pytest.raises((AssertionError, UsageError)):
+            check_for(command)(list(command.words[1:]))
+    with pytest.raises(AssertionError):
+        test_links_lead_somewhere(path)
+    assert is_printed("error: source: 8 experts cannot be divided by EP size 3")
+    assert not is_printed("error: source: 8 experts cannot be split by EP size 3")
+    assert not is_printed("FAILED: rank 1 failed in phase 'lunch': took longer than the timeout of 300 s")
