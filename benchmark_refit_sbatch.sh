@@ -74,7 +74,7 @@ place() {
     elif ((count > 0)); then
         options=(--num-gpus "$count" --gpus-per-node "$count")
     else
-        options=(--cpu-fallback --gpus-per-node "${REFIT_GPUS_PER_NODE:-1024}") # ranks of a machine without GPUs
+        options=(--cpu-fallback)
     fi
     [[ -z ${REFIT_CLUSTER:-} || ${options[0]} == --cpu-fallback ]] || options+=(--cluster "$REFIT_CLUSTER")
     assignments=$(decide place "${options[@]}" -- "$@")

@@ -204,7 +204,8 @@ def _place(args: argparse.Namespace) -> int:
     scenario, _ = check.checked(flags, allocation.options)
     if allocation.cluster is not None and scenario.cluster is None:
         flags = [*flags, f"--cluster={allocation.cluster}"]
-    placement = check.place(scenario.num_ranks, allocation.gpus_per_node)
+    # On CPUs an idle rank would only take a core from the others.
+    placement = check.place(scenario.num_ranks, scenario.num_ranks if args.cpu_fallback else allocation.gpus_per_node)
     lines = [
         f"num_ranks={placement.num_ranks}",
         f"nodes={placement.nodes}",

@@ -23,7 +23,7 @@ CPU_METHODS = {Method.NVSHMEM.value: Method.SHM.value, Method.NCCL.value: Method
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Ranks to start: `ranks_per_node` on each of `nodes`. Ranks beyond `num_ranks`, on the last node, stay idle."""
+    """Ranks to start: `ranks_per_node` on each of `nodes`. Those beyond `num_ranks`, on the last node, stay idle."""
 
     num_ranks: int
     nodes: int
@@ -31,9 +31,8 @@ class Placement:
 
 
 def place(num_ranks: int, gpus_per_node: int) -> Placement:
-    """As few nodes as will do. Several nodes have a rank on every GPU, so that ranks 0 to 7 share a node as planned."""
-    nodes = math.ceil(num_ranks / gpus_per_node)
-    return Placement(num_ranks, nodes, gpus_per_node if nodes > 1 else num_ranks)
+    """As few nodes as will do, a rank on every GPU of each, so that the ranks planned for a node share it."""
+    return Placement(num_ranks, math.ceil(num_ranks / gpus_per_node), gpus_per_node)
 
 
 def checked(flags: Sequence[str], options: DryRunOptions) -> tuple[Scenario, DryRun | None]:

@@ -24,15 +24,15 @@ def planned_lines(lines: list[str], num_gpus: int, *common: str, cluster: str | 
 @pytest.mark.parametrize(
     ("num_ranks", "gpus_per_node", "expected"),
     [
-        (6, 8, Placement(6, 1, 6)),
+        (6, 8, Placement(6, 1, 8)),
         (8, 8, Placement(8, 1, 8)),
         (96, 8, Placement(96, 12, 8)),
         (12, 8, Placement(12, 2, 8)),
         (6, 4, Placement(6, 2, 4)),
-        (1, 8, Placement(1, 1, 1)),
+        (1, 8, Placement(1, 1, 8)),
     ],
 )
-def test_ranks_go_to_few_nodes_and_all_gpus_of_several(num_ranks: int, gpus_per_node: int, expected: Placement) -> None:
+def test_ranks_go_to_all_gpus_of_few_nodes(num_ranks: int, gpus_per_node: int, expected: Placement) -> None:
     assert place(num_ranks, gpus_per_node) == expected
 
 
@@ -42,7 +42,7 @@ def test_a_scenario_that_is_ready() -> None:
     assert (planned.status, planned.reason, planned.flags) == (Status.READY, None, flags)
     assert (planned.source, planned.destination) == (Side(2, 2, 2, 1, 4), Side(2, 1, 2, 1, 2))
     assert (planned.mode, planned.method) == ("non-collocated", "gloo")
-    assert (planned.num_ranks, planned.nodes, planned.ranks_per_node) == (6, 1, 6)
+    assert (planned.num_ranks, planned.nodes, planned.ranks_per_node) == (6, 1, 8)
     moved = planned.bytes
     assert moved is not None
     assert moved.payload == moved.wire + moved.local

@@ -87,7 +87,7 @@ def test_a_run_id_is_never_used_twice(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_pending_lines_are_what_a_shell_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = begin(capsys, tmp_path / "with space")
     lines = pending(capsys, path)
-    assert [fields[:3] for fields in lines] == [["first", "1", "6"], ["second", "1", "1"]]
+    assert [fields[:3] for fields in lines] == [["first", "1", "8"], ["second", "1", "8"]]
     stem = tmp_path / "with space" / "logs" / "run_first"
     assert lines[0][3] == str(stem)
     script = 'IFS=$\'\\t\' read -r _ _ _ stem flags; eval "flags=($flags)"; printf "%s\\0" "${flags[@]}"'
@@ -219,11 +219,10 @@ def test_place_says_what_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "tiny", "--refit-method", "nvshmem", "--tensor-model-parallel-size", "2", "--split", "it's"]
     sizes = [*flags, "--expert-model-parallel-size", "2", "--rl-inference-expert-model-parallel-size", "1"]
     found = assignments(ok(capsys, "place", "--num-gpus", "8", "--", *sizes))
-    assert found == {"place": ["6", "1", "6"], "note": [""], "flags": sizes}
-    found = assignments(
-        ok(capsys, "place", "--gpus-per-node", "4", "--cpu-fallback", "--cluster", "h200_nvlink", "--", *sizes)
-    )
-    assert found["place"] == ["6", "2", "4"]
+    assert found == {"place": ["6", "1", "8"], "note": [""], "flags": sizes}
+    assert assignments(ok(capsys, "place", "--gpus-per-node", "4", "--", *sizes))["place"] == ["6", "2", "4"]
+    found = assignments(ok(capsys, "place", "--cpu-fallback", "--cluster", "h200_nvlink", "--", *sizes))
+    assert found["place"] == ["6", "1", "6"]
     assert "shm stands in for nvshmem" in found["note"][0]
     assert found["flags"] == [word.replace("nvshmem", "shm") for word in sizes] + ["--cluster=h200_nvlink"]
 
