@@ -117,7 +117,8 @@ def test_salloc_with_a_task_per_gpu(cluster: dict[str, str], folder: Path) -> No
     slurms_own = {name: value for name, value in cluster.items() if name != "REFIT_GPUS_PER_NODE"}
     code, output = run(slurms_own, folder, *allocation, SINGLE, *flags)
     assert code == 0, output
-    assert "World size: 3 (using 3 GPUs)" in output
+    assert "World size: 8 (using 3 GPUs)" in output
+    assert "Idle ranks: 3-7 (not participating)" in output
     variables = json.loads((folder / "out" / "one.json").read_text())["environment"]["variables"]
     assert variables["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7", "every rank sees all GPUs of its node"
     code, output = run(slurms_own, folder, *allocation, SINGLE, *flags, "--tensor-model-parallel-size=8")
