@@ -39,9 +39,7 @@ def check_available() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UnavailableError(
-            "pictures need matplotlib: pip install 'refit-benchmark[plots]', or pip install matplotlib"
-        ) from None
+        raise UnavailableError("pictures need matplotlib: pip install matplotlib") from None
 
 
 def draw(run: Run, directory: Path) -> Iterator[Path | str]:

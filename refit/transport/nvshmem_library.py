@@ -46,14 +46,13 @@ def check_available() -> None:
         raise UnavailableError("nvshmem needs CUDA GPUs, this machine has none: use --refit-method shm or gloo")
     if find_spec("nvshmem") is None:
         raise UnavailableError(
-            "nvshmem needs nvshmem4py, which is not installed: pip install 'refit-benchmark[nvshmem]', "
-            "or use --refit-method nccl"
+            "nvshmem needs nvshmem4py, which is not installed: pip install nvshmem4py-cu13, or use --refit-method nccl"
         )
     try:
         version = str(load().get_version().libnvshmem_version)
     except (ImportError, OSError, RuntimeError) as error:
         raise UnavailableError(
-            f"nvshmem4py does not load ({_first_line(error)}): reinstall it with pip install 'refit-benchmark[nvshmem]', "
+            f"nvshmem4py does not load ({_first_line(error)}): reinstall it with pip install nvshmem4py-cu13, "
             "or use --refit-method nccl"
         ) from error
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_VERSION:
