@@ -11,24 +11,11 @@ The last line is PASS, FAIL or WAIVED with the reason; exit code 0, 1 or 3.
 HELP
 }
 
-# sbatch runs a copy of this script from a spool folder, so the checkout is looked for: beside the script, where the job's
-# script came from, where the job was submitted.
-find_root() {
-    local folder
-    for folder in "${REFIT_ROOT:-}" "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"; do
-        [[ -n $folder && -e $folder/benchmark_refit.py ]] && cd -- "$folder" && pwd -P && return
-    done
-    folder=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's/^ *Command=//p')
-    while [[ $folder == */* ]]; do # the script's path, then its arguments
-        folder=${folder%/*}
-        [[ -e $folder/benchmark_refit.py ]] && cd -- "$folder" && pwd -P && return
-    done
-    [[ -e ${SLURM_SUBMIT_DIR:-}/benchmark_refit.py ]] && cd -- "$SLURM_SUBMIT_DIR" && pwd -P && return
-    echo "error: benchmark_refit.py is not beside this script: set REFIT_ROOT to the checkout" >&2
-    return 2
+root=${REFIT_ROOT:-$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")}
+[[ -e $root/scripts/common.sh ]] || {
+    echo "error: $root is no checkout: start this in an allocation (salloc), or set REFIT_ROOT for sbatch, which runs a copy" >&2
+    exit 2
 }
-
-root=$(find_root)
 # shellcheck source=scripts/common.sh
 source "$root/scripts/common.sh"
 
