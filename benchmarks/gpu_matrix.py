@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_matrix                    all cells, a few minutes on 8 H200
     python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, te, reference
     python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs, the speed rows halved
-    python -m benchmarks.gpu_matrix --list             what would run
+    python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
 Every cell is one torchrun with its own timeout, so one that fails or hangs does not stop the others. Results lie under
 `--output-dir`, one JSON per cell with its log beside it, and a table at the end. The exit code is 0 if every cell that
@@ -24,6 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from refit.cli import parse
+from refit.clusters import load_cluster
+from refit.dry_run import DryRunOptions, dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("nccl", "nvshmem")
@@ -175,6 +179,12 @@ def _reference(method: str) -> Iterator[Cell]:
         yield cell("reference", source, destination, mode, method, REFERENCE_MODEL)
 
 
+def predicted(one: Cell) -> str:
+    """The lower bound of a cell's plan where links are as measured on 8 H200, and what sets it."""
+    bound = dry_run(parse([*one.flags, "--dry-run"]).scenario, DryRunOptions(cluster=load_cluster("h200_nvlink"))).bound
+    return "-" if bound is None else f"{1e3 * bound.seconds:8.2f} ms: {bound.limited_by}"
+
+
 def run(one: Cell, directory: Path, num_gpus: int) -> dict[str, Any] | None:
     """Run a cell and return its result, or None where it left none. Its log is `<directory>/<name>.log`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -255,7 +265,8 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [one for one in cells(args.num_gpus) if args.match in one.name and (args.only is None or one.part in args.only)]
     if args.list:
-        print("\n".join(one.name for one in chosen))
+        for one in chosen:
+            print(f"{one.name:<{NAME_WIDTH}} {predicted(one)}")
         return 0
     lines, failed = [HEADER], 0
     for number, one in enumerate(chosen):

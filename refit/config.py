@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from refit.layout import Layout
+from refit.layout import Layout, short_text
 from refit.model.shape import ModelShape
 from refit.plan.cost import Cluster
 
@@ -89,13 +89,4 @@ class Scenario:
     @property
     def title(self) -> str:
         """`TP2 EP2 -> TP2 EP1`; PP and ETP where they are not 1 and TP."""
-        return f"{_short(self.source)} -> {_short(self.destination)}"
-
-
-def _short(layout: Layout) -> str:
-    parts = [f"TP{layout.tp}", f"EP{layout.ep}"]
-    if layout.etp != layout.tp:
-        parts.append(f"ETP{layout.etp}")
-    if layout.pp > 1:
-        parts.append(f"PP{layout.pp}")
-    return " ".join(parts)
+        return f"{short_text(self.source)} -> {short_text(self.destination)}"

@@ -8,8 +8,28 @@ same window as [pp, edp, ep, etp].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from refit.errors import UsageError
+
+
+class Sizes(Protocol):
+    """What has the parallel sizes of one side."""
+
+    @property
+    def tp(self) -> int: ...
+    @property
+    def ep(self) -> int: ...
+    @property
+    def etp(self) -> int: ...
+    @property
+    def pp(self) -> int: ...
+
+
+def short_text(sizes: Sizes) -> str:
+    """`TP8 EP8`; ETP and PP where they are not TP and 1."""
+    etp = f" ETP{sizes.etp}" if sizes.etp != sizes.tp else ""
+    return f"TP{sizes.tp} EP{sizes.ep}{etp}" + (f" PP{sizes.pp}" if sizes.pp > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)

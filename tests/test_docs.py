@@ -23,10 +23,10 @@ from refit.errors import UsageError
 from refit.flags import full_parser
 from refit.launch import check_num_ranks
 from refit.report.outcomes import Outcome
+from refit.report.sweep_file import Planned
 from refit.report.tables import csv_text
 from refit.sweep.check import check
 from refit.sweep.selection import select_file, select_lines
-from refit.sweep.state import Planned
 from tests import documents, messages
 from tests.documents import ROOT, Command
 

@@ -9,9 +9,9 @@ from typing import Any
 from refit import flag_types
 from refit.report.console import show
 from refit.report.runs import find_run
+from refit.report.sweep_file import Attempt
 from refit.report.sweep_table import outcome_line
 from refit.sweep.close import Ending, close
-from refit.sweep.state import Attempt
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:

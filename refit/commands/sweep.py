@@ -11,12 +11,13 @@ from typing import Any
 from refit import flag_types
 from refit.errors import ExitCode, UsageError
 from refit.report.console import show, show_aside
-from refit.report.summary import load_outcomes, summary_text
+from refit.report.outcomes import load_outcomes
+from refit.report.summary import summary_text
+from refit.report.sweep_file import Attempt, Status, Sweep
 from refit.report.sweep_table import outcome_line, sweep_text
 from refit.sweep import check, run
 from refit.sweep.close import Ending, close
 from refit.sweep.selection import Selection, select_file, select_lines
-from refit.sweep.state import Attempt, Status, Sweep
 
 LINE_FORM = "SRC_TP:SRC_EP:DST_TP:DST_EP:REFIT_MODE:REFIT_METHOD:DESCRIPTION"
 LOGS = "logs"
@@ -45,9 +46,6 @@ def _add_begin(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser("begin", help="plan, write the sweep file and print its path")
     _add_selection(parser)
     _add_allocation(parser)
-    parser.add_argument(
-        "--nodes", type=flag_types.positive, metavar="N", help="nodes there are; default: GPUs / GPUs per node"
-    )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="files go to DIR/logs")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--run-id", metavar="ID", help="what file names begin with; default: local time and job")
@@ -65,9 +63,7 @@ def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
         "result run.",
     )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--all", action="store_true", help="every scenario that is ready, also those with a result")
-    which.add_argument("--only", choices=("failed",), help="those whose last attempt did not succeed, or was never made")
+    parser.add_argument("--only", choices=("failed",), help="those whose last attempt did not succeed, or was never made")
     parser.set_defaults(run=_pending)
 
 
@@ -135,7 +131,6 @@ def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Al
         num_gpus=args.num_gpus or (before.num_gpus if before else None),
         gpus_per_node=args.gpus_per_node or (before.gpus_per_node if before else GPUS_PER_NODE),
         cluster=str(Path(cluster).absolute()) if cluster and cluster.endswith((".yaml", ".yml")) else cluster,
-        nodes=getattr(args, "nodes", None),
     )
 
 
@@ -164,7 +159,7 @@ def _begin(args: argparse.Namespace) -> int:
 
 def _pending(args: argparse.Namespace) -> int:
     sweep, directory = Sweep.read(args.sweep_file), args.sweep_file.absolute().parent
-    chosen = run.pending(sweep, directory, "all" if args.all else args.only or "unfinished")
+    chosen = run.pending(sweep, directory, args.only or "unfinished")
     for planned in chosen:
         task = run.task(sweep, directory, planned)
         show("\t".join([task.name, str(task.nodes), str(task.ranks_per_node), str(task.stem), shlex.join(task.flags)]))

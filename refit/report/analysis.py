@@ -15,9 +15,10 @@ from typing import Any
 
 from refit import units
 from refit.config import Mode
+from refit.layout import short_text
 from refit.report.outcomes import Outcome
+from refit.report.sweep_file import Side
 from refit.report.time_fit import Fit, FitError, Load, fit_time
-from refit.sweep.state import Side
 
 RIVALS = (("nvshmem", "nccl"), ("shm", "gloo"))
 """One-sided and two-sided methods on the same hardware."""
@@ -244,7 +245,7 @@ def one_sided_against_two_sided(points: Sequence[Point]) -> list[str]:
 
 
 def _layouts(source: Side, destination: Side) -> str:
-    return " -> ".join(f"TP{side.tp} EP{side.ep}" for side in (source, destination))
+    return " -> ".join(short_text(side) for side in (source, destination))
 
 
 def _grouped(

@@ -6,6 +6,9 @@ import csv
 import io
 from collections.abc import Sequence
 
+from rich.console import Console
+from rich.table import Table
+
 
 def fixed_width(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """Columns as wide as their widest cell, the first `num_left` of them aligned left, the others right."""
@@ -17,6 +20,14 @@ def fixed_width(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: 
         ).rstrip()
         for row in (header, *rows)
     )
+
+
+def rendered(grid: Table, width: int | None) -> str:
+    """A rich table as plain text, lines at most `width` wide; None takes the terminal's width."""
+    console = Console(width=width, color_system=None, highlight=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from refit.sweep.state import Planned, Status, Sweep, attempts
+from refit.report.sweep_file import Planned, Status, Sweep, attempts
 
 PEER = "megatron"
 ENDED = ("ok", "wrong_data", "waived", "failed")

@@ -142,7 +142,7 @@ class ResultFile:
 
     def write(self, result: Result) -> None:
         """Replace the file's content in one step: readers see the old or the new result, never half of one."""
-        self._replace(result.to_json())
+        replace_text(self.path, result.to_json())
 
     def mark_failed(self, exit_code: int, failure: dict[str, Any]) -> None:
         """Note a failure in a result that another rank may have written; its measurements stay as they are."""
@@ -151,9 +151,11 @@ class ResultFile:
         except ValueError:  # reserved, but nothing written yet
             content = {"schema_version": SCHEMA_VERSION, "run_id": self.run_id}
         content |= {"status": "failed", "exit_code": exit_code, "failure": failure, "finished": now()}
-        self._replace(json.dumps(content, indent=1))
+        replace_text(self.path, json.dumps(content, indent=1))
 
-    def _replace(self, text: str) -> None:
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(self.path)
+
+def replace_text(path: Path, text: str) -> None:
+    """Give a file `text` and a newline in one step, never leaving half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from refit.errors import UsageError
 from refit.report.outcomes import Outcome, judged, load_outcomes
-from refit.sweep.state import SWEEP_SUFFIX, Planned, Side, Status, Sweep, sweep_file
+from refit.report.sweep_file import SWEEP_SUFFIX, Planned, Side, Status, Sweep, sweep_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from refit import units
-from refit.report.outcomes import EngineFigures, Figures, Outcome, load_outcomes
-from refit.sweep.state import Side, Sweep
-
-__all__ = ["Outcome", "load_outcomes", "summary_text"]
+from refit.report.outcomes import EngineFigures, Figures, Outcome
+from refit.report.sweep_file import Side, Sweep
 
 STATUS_TEXTS = {
     "ok": "ok",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from refit import units
 from refit.config import Mode
+from refit.layout import short_text
+from refit.report.grid import rendered
 from refit.report.outcomes import judged
-from refit.sweep.state import Planned, Side, Status, Sweep
+from refit.report.sweep_file import Planned, Status, Sweep
 
 WIDTH = 160
 
@@ -81,18 +82,15 @@ def _table(sweep: Sweep) -> list[str]:
     grid.add_column("status\n", no_wrap=True)
     for planned in sweep.scenarios:
         grid.add_row(*_cells(planned, scale))
-    console = Console(width=WIDTH, color_system=None, highlight=False, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(grid)
-    return [line.rstrip() for line in capture.get().rstrip().splitlines()]
+    return rendered(grid, WIDTH).splitlines()
 
 
 def _cells(planned: Planned, scale: _Units) -> list[str]:
     moved = planned.bytes
     return [
         planned.name,
-        _layout(planned.source),
-        _layout(planned.destination),
+        short_text(planned.source) if planned.source else "-",
+        short_text(planned.destination) if planned.destination else "-",
         planned.mode,
         planned.method,
         _gpus(planned),
@@ -104,14 +102,6 @@ def _cells(planned: Planned, scale: _Units) -> list[str]:
         f"{planned.lower_bound_s / scale.num_seconds:.4g}" if planned.lower_bound_s is not None else "-",
         planned.status.value,
     ]
-
-
-def _layout(side: Side | None) -> str:
-    """`TP8 EP8`; ETP and PP where they are not TP and 1."""
-    if side is None:
-        return "-"
-    etp = f" ETP{side.etp}" if side.etp != side.tp else ""
-    return f"TP{side.tp} EP{side.ep}{etp}" + (f" PP{side.pp}" if side.pp > 1 else "")
 
 
 def _gpus(planned: Planned) -> str:

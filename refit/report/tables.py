@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from refit.layout import short_text
 from refit.report.grid import comma_separated, markdown
 from refit.report.outcomes import Figures, Outcome
 from refit.report.summary import STATUS_TEXTS, counts_line
-from refit.sweep.state import Side, Sweep
+from refit.report.sweep_file import Side, Sweep
 
 MARKDOWN_HEADER = (
     "scenario",
@@ -81,8 +82,7 @@ def wrong_text(figures: Figures) -> str:
 def _short(side: Side | None) -> str:
     if side is None:
         return ""
-    etp = f" ETP{side.etp}" if side.etp != side.tp else ""
-    return f"TP{side.tp} EP{side.ep}{etp}" + (f" PP{side.pp}" if side.pp > 1 else "") + f" ({side.world_size})"
+    return f"{short_text(side)} ({side.world_size})"
 
 
 def _milliseconds(seconds: float | None) -> str:

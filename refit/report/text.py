@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from refit import units
 from refit.config import Mode
+from refit.report.grid import rendered
 from refit.report.result import EngineResult, Result, Sample
 
 ENGINE_TITLES = {"refit": "refit", "megatron": "Megatron-Core"}
@@ -211,9 +211,5 @@ def verdict(name: str, engine: EngineResult, verify: str) -> str:
     )
 
 
-def _render(renderable: Any) -> str:
-    width = TABLE_WIDTH if not sys.stdout.isatty() else None
-    console = Console(width=width, color_system=None, highlight=False, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+def _render(grid: Table) -> str:
+    return rendered(grid, None if sys.stdout.isatty() else TABLE_WIDTH)

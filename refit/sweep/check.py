@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from refit.capacity import check_memory
 from refit.cli import layouts, parse, read_flags
 from refit.config import Method, Scenario
 from refit.dry_run import DryRun, DryRunOptions, dry_run
 from refit.errors import UsageError
-from refit.fit import check_memory
 from refit.launch import check_num_ranks
 from refit.layout import Layout
 from refit.plan.cost import Cost
+from refit.report.sweep_file import Planned, PlannedBytes, Side, Status
 from refit.sweep.selection import Candidate
-from refit.sweep.state import Planned, PlannedBytes, Side, Status
 
 CPU_METHODS = {Method.NVSHMEM.value: Method.SHM.value, Method.NCCL.value: Method.GLOO.value}
 """What stands in for a GPU method on CPU ranks: the same executor over another substrate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from refit.errors import ExitCode
-from refit.report.result import SCHEMA_VERSION, now
-from refit.sweep.state import Attempt, write_json
+from refit.report.result import SCHEMA_VERSION, now, replace_text
+from refit.report.sweep_file import Attempt
 
 CANCELLED = "cancelled"
 """The failure of an attempt that a resumed sweep makes again."""
@@ -65,7 +66,7 @@ def close(attempt: Attempt, ending: Ending) -> dict[str, Any]:
         "failure": {"rank": rank, "phase": _phase(result), "message": _message(ending, cause, log, waived)},
         "finished": now(),
     }
-    write_json(attempt.json, completed)
+    replace_text(attempt.json, json.dumps(completed, indent=1))
     return completed
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from refit.clusters import load_cluster
 from refit.dry_run import DryRunOptions
 from refit.errors import UsageError
+from refit.report.sweep_file import SWEEP_SUFFIX, Planned, Status, Sweep, check_name, last_result, next_attempt, sweep_file
 from refit.sweep.check import check, recheck
 from refit.sweep.close import CANCELLED
 from refit.sweep.selection import Selection
-from refit.sweep.state import SWEEP_SUFFIX, Planned, Status, Sweep, check_name, last_result, next_attempt, sweep_file
 
 UNFINISHED = (None, "running")
 DONE = ("ok", "waived")
@@ -29,7 +29,6 @@ class Allocation:
     num_gpus: int | None
     gpus_per_node: int
     cluster: str | None
-    nodes: int | None = None
 
     @property
     def options(self) -> DryRunOptions:
@@ -49,7 +48,7 @@ def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: S
         title=selection.title,
         date=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         jobs=tuple(jobs),
-        nodes=allocation.nodes or math.ceil(num_gpus / allocation.gpus_per_node),
+        nodes=math.ceil(num_gpus / allocation.gpus_per_node),
         num_gpus=num_gpus,
         gpus_per_node=allocation.gpus_per_node,
         cluster=allocation.cluster,
@@ -101,7 +100,7 @@ def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | Non
     replace(
         sweep,
         jobs=(*sweep.jobs, job) if job and job not in sweep.jobs else sweep.jobs,
-        nodes=allocation.nodes or math.ceil(num_gpus / allocation.gpus_per_node),
+        nodes=math.ceil(num_gpus / allocation.gpus_per_node),
         num_gpus=num_gpus,
         gpus_per_node=allocation.gpus_per_node,
         cluster=allocation.cluster,
@@ -114,14 +113,14 @@ def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | Non
 
 
 def pending(sweep: Sweep, directory: Path, which: str = "unfinished") -> list[Planned]:
-    """The scenarios to run now: `unfinished` without a finished result, `failed` without a good one, or `all`.
+    """The scenarios to run now: `unfinished` without a finished result, or `failed` without a good one.
 
     Refused and skipped scenarios never are.
     """
     found = []
     for planned in sweep.scenarios:
         status = _status(directory, sweep.run_id, planned)
-        wanted = {"unfinished": status in UNFINISHED, "failed": status not in DONE, "all": True}[which]
+        wanted = {"unfinished": status in UNFINISHED, "failed": status not in DONE}[which]
         if wanted and planned.status is Status.READY:
             found.append(planned)
     return found

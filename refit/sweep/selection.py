@@ -12,7 +12,7 @@ from refit.cli import read_flags
 from refit.config import Method, Mode
 from refit.errors import UsageError
 from refit.flags import FlagParser, full_parser
-from refit.sweep.state import check_name
+from refit.report.sweep_file import check_name
 
 LINE_FIELDS = ("SRC_TP", "SRC_EP", "DST_TP", "DST_EP", "REFIT_MODE", "REFIT_METHOD", "DESCRIPTION")
 SIZE_FLAGS = (

@@ -20,6 +20,7 @@ from refit.transport.copies import CopyBatch
 from refit.transport.landing import Put
 from refit.transport.one_sided import Counter
 from refit.transport.rendezvous import Rendezvous
+from refit.transport.streams import is_over, new_stream
 
 HEAP_BYTES = 512
 """The symmetric heap is a multiple of this."""
@@ -56,8 +57,8 @@ class NvshmemMemory:
         self._seen = [0] * (len(Counter) * len(rendezvous.ranks))
         self._host_counters = torch.empty(self._counters.shape, dtype=torch.uint8, pin_memory=True)
         self._outward, self._inward = _Lanes(self._device, MAX_LANES), _Lanes(self._device, MAX_LANES)
-        self._local = _stream(self._device, 0)
-        self._polling = _stream(self._device, -1)
+        self._local = new_stream(self._device)
+        self._polling = new_stream(self._device, -1)
         self._warm_up()
         self.barrier()
 
@@ -131,7 +132,7 @@ class NvshmemMemory:
         """The one host synchronisation of a run."""
         deadline = time.monotonic() + self._timeout_s
         pending = [(stream.record_event(), peers) for stream, peers in self._lanes()]
-        while pending := [(event, peers) for event, peers in pending if not _is_over(event)]:
+        while pending := [(event, peers) for event, peers in pending if not is_over(event)]:
             if time.monotonic() > deadline:
                 library.abandon()
                 peers = sorted({peer for _, late in pending for peer in late})
@@ -212,7 +213,7 @@ class _Lanes:
             self._peers[peer] = len(self._peers) % self._limit
             if self._peers[peer] == len(self._streams):
                 # Before local copies, which nobody waits for.
-                self._streams.append(_stream(self._device, -1))
+                self._streams.append(new_stream(self._device, -1))
                 self._streams[-1].wait_stream(torch.cuda.current_stream(self._device))
         return self._streams[self._peers[peer]]
 
@@ -222,12 +223,3 @@ class _Lanes:
             (stream, [peer for peer, lane in self._peers.items() if lane == number])
             for number, stream in enumerate(self._streams)
         ]
-
-
-def _stream(device: torch.device, priority: int) -> torch.cuda.Stream:
-    stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
-    return stream
-
-
-def _is_over(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]

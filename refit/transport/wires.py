@@ -17,6 +17,7 @@ import torch.distributed as dist
 from refit.errors import RefitError
 from refit.plan.plan import RefitPlan
 from refit.transport.copies import CopyBatch
+from refit.transport.streams import is_over, new_stream
 
 TAG = 0x5EF1
 """Keeps Gloo's messages apart from whatever else the default process group sends between two ranks."""
@@ -254,7 +255,7 @@ class NcclWire:
         """The one host synchronisation of a run. Raises RefitError, naming the peers of the first unfinished round."""
         deadline = time.monotonic() + self._timeout_s
         for ticket in tickets:
-            while ticket.unpacked is not None and not _is_over(ticket.unpacked):
+            while ticket.unpacked is not None and not is_over(ticket.unpacked):
                 if time.monotonic() > deadline:
                     peers = sorted({bound.peer for bound in (*ticket.sends, *ticket.receives)})
                     raise RefitError(
@@ -291,7 +292,7 @@ class _Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pack, self.wire, self.unpack, self.local = (_stream(device) for _ in range(4))
+        self.pack, self.wire, self.unpack, self.local = (new_stream(device) for _ in range(4))
 
     def begin(self) -> None:
         """Start after all work that the caller's stream holds: it may still be writing the weights."""
@@ -302,15 +303,6 @@ class _Lanes:
         for lane in (self.pack, self.wire, self.unpack, self.local):
             torch.cuda.current_stream(self.device).wait_stream(lane)
         torch.cuda.current_stream(self.device).synchronize()
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return stream
-
-
-def _is_over(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException) -> str:

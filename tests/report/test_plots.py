@@ -19,7 +19,7 @@ from refit.report import plots
 from refit.report.outcomes import Outcome, judged
 from refit.report.pairs import NoPairs, pair_bytes
 from refit.report.runs import find_run
-from refit.sweep.state import Planned
+from refit.report.sweep_file import Planned
 from tests.report.samples import engine, planned, result, side, sweep_of, write_run
 
 FLAGS = (

@@ -7,11 +7,11 @@ import pytest
 from refit.clusters import load_cluster
 from refit.dry_run import DryRunOptions
 from refit.errors import UsageError
+from refit.report.sweep_file import Side, Status, Sweep
 from refit.report.sweep_table import sweep_text
 from refit.sweep.check import Placement, check, on_cpus, place
 from refit.sweep.run import Allocation, plan
 from refit.sweep.selection import Candidate, select_file, select_lines
-from refit.sweep.state import Side, Status, Sweep
 
 TINY = ("--model=tiny", "--refit-method=gloo")
 TP2_EP2 = ("--tensor-model-parallel-size=2", "--expert-model-parallel-size=2")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from refit.report.sweep_file import Attempt, attempts, next_attempt
 from refit.sweep.close import Ending, close, telling_line
-from refit.sweep.state import Attempt, attempts, next_attempt
 
 TORCHRUN = """
 error: nvshmem4py is not installed: pip install nvshmem4py-cu13

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from refit.capacity import check_memory
 from refit.cli import parse
 from refit.dry_run import DryRun, dry_run
 from refit.errors import UsageError
-from refit.fit import check_memory
 
 KIMI_K2 = (
     "--model kimi_k2 --dry-run --tensor-model-parallel-size 8 --expert-model-parallel-size 8 "

@@ -8,7 +8,6 @@ those of later ones. A scenario's outcome is that of its last attempt.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from refit.errors import UsageError
+from refit.report.result import replace_text
 
 SCHEMA_VERSION = 1
 SWEEP_SUFFIX = "_sweep.json"
@@ -108,7 +108,7 @@ class Sweep:
 
     def write(self, path: Path) -> None:
         """Write the sweep file in one step: readers see the old or the new sweep, never half of one."""
-        write_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
+        replace_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1))
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
@@ -195,13 +195,6 @@ def last_result(directory: Path, run_id: str, name: str) -> dict[str, Any] | Non
 def sweep_file(directory: Path, run_id: str) -> Path:
     """`<directory>/<run_id>_sweep.json`."""
     return directory / f"{run_id}{SWEEP_SUFFIX}"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file in one step, never leaving half of one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def check_name(name: str, what: str) -> None:
