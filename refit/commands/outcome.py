@@ -22,15 +22,25 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog="The exit code is the one in the result: a launcher's own may be 1 for whatever went wrong.",
     )
     parser.add_argument("stem", type=Path, metavar="STEM", help="path of the run's .log and .json without suffix")
+    add_ending(parser)
+    parser.set_defaults(run=_outcome)
+
+
+def add_ending(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how a run ended."""
     parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="of the command that ran it")
     parser.add_argument("--timed-out", type=flag_types.seconds, metavar="SECONDS", help="it was ended after this long")
     parser.add_argument("--cancelled", action="store_true", help="it was ended by a signal to the script")
-    parser.set_defaults(run=_outcome)
+
+
+def ending(args: argparse.Namespace) -> Ending:
+    """What those flags say."""
+    return Ending(args.exit_code, args.timed_out, args.cancelled)
 
 
 def _outcome(args: argparse.Namespace) -> int:
     attempt = Attempt(args.stem.absolute())
-    result = close(attempt, Ending(args.exit_code, args.timed_out, args.cancelled))
+    result = close(attempt, ending(args))
     (outcome,) = find_run(attempt.json).outcomes
     show(outcome_line(outcome.planned, result))
     return int(result["exit_code"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refit import flag_types
+from refit.commands.outcome import add_ending, ending
 from refit.errors import ExitCode, UsageError
 from refit.report.console import show, show_aside
 from refit.report.outcomes import load_outcomes
@@ -16,7 +17,7 @@ from refit.report.summary import summary_text
 from refit.report.sweep_file import Attempt, Status, Sweep
 from refit.report.sweep_table import outcome_line, sweep_text
 from refit.sweep import check, run
-from refit.sweep.close import Ending, close
+from refit.sweep.close import close
 from refit.sweep.selection import Selection, select_file, select_lines
 
 LINE_FORM = "SRC_TP:SRC_EP:DST_TP:DST_EP:REFIT_MODE:REFIT_METHOD:DESCRIPTION"
@@ -72,9 +73,7 @@ def _add_close(parts: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--stem", type=Path, required=True, help="the STEM that `pending` printed")
-    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="of the command that ran the attempt")
-    parser.add_argument("--timed-out", type=flag_types.seconds, metavar="SECONDS", help="it was ended after this long")
-    parser.add_argument("--cancelled", action="store_true", help="it was ended because the whole sweep was")
+    add_ending(parser)
     parser.set_defaults(run=_close)
 
 
@@ -168,8 +167,7 @@ def _pending(args: argparse.Namespace) -> int:
 
 def _close(args: argparse.Namespace) -> int:
     planned = Sweep.read(args.sweep_file).scenario(args.name)
-    ending = Ending(args.exit_code, args.timed_out, args.cancelled)
-    show(outcome_line(planned, close(Attempt(args.stem.absolute()), ending)))
+    show(outcome_line(planned, close(Attempt(args.stem.absolute()), ending(args))))
     return 0
 
 
