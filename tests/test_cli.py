@@ -123,12 +123,13 @@ def test_run_flags() -> None:
     run = scenario(
         f"{TWO_HEADS} --refit-engine both --verify sample --check-forward --staging-mib 64 --timeout 12.5 "
         "--num-benchmark-warmup 0 --num-benchmark-iterations=7 --output-dir out --nvshmem-buffers direct "
-        "--nvshmem-force-put "
+        "--nvshmem-force-put --device cuda --profile-refit "
         "--transformer-impl transformer_engine"
     )
     assert (run.engine, run.verify, run.check_forward, run.staging_bytes) == (Engine.BOTH, Verify.SAMPLE, True, 64 << 20)
     assert (run.timeout_s, run.num_warmup, run.num_iterations, run.output_dir) == (12.5, 0, 7, Path("out"))
     assert (run.nvshmem_buffers, run.nvshmem_force_put, run.transformer_impl) == ("direct", True, "transformer_engine")
+    assert (run.device, run.profile) == ("cuda", True)
 
 
 def test_defaults_are_those_of_megatron() -> None:
@@ -268,6 +269,7 @@ BAD_LINES = [
     (f"{TWO_HEADS} --num-experts 0", "--num-experts: must be at least 1, got 0"),
     (f"{TWO_HEADS} --num-benchmark-iterations 0", "--num-benchmark-iterations: must be at least 1, got 0"),
     (f"{TWO_HEADS} --num-benchmark-warmup -1", "--num-benchmark-warmup: must be at least 0, got -1"),
+    (f"{TWO_HEADS} --refit-method shm --device cuda", "--refit-method shm moves weights on cpu only: leave --device cuda"),
     (f"{TWO_HEADS} --timeout 0", "--timeout: must be a positive number of seconds, got 0"),
     (f"{TWO_HEADS} --timeout nan", "--timeout: must be a positive number of seconds, got nan"),
     (f"{TWO_HEADS} --num-layers", "--num-layers: expected one argument"),

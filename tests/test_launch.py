@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from refit.bench.session import device_for
+from refit.bench.session import device_for, launched
+from refit.cli import parse
 from refit.config import Method
 from refit.errors import UnavailableError, UsageError
 from refit.launch import rank_variables
@@ -151,6 +152,21 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("SLURM_LOCALID", raising=False)
     return monkeypatch
+
+
+def test_a_profile_of_cpus_is_refused_before_ranks_meet() -> None:
+    line = "--model tiny --refit-method gloo --profile-refit"
+    with (
+        pytest.raises(UsageError, match="records what GPUs do, and this run is on CPUs"),
+        launched(parse(line.split()).scenario),
+    ):
+        pass
+
+
+def test_gloo_takes_gpus_only_where_it_is_told_to(one_gpu: pytest.MonkeyPatch) -> None:
+    one_gpu.setenv("SLURM_LOCALID", "3")
+    assert device_for(Method.GLOO) == torch.device("cpu")
+    assert device_for(Method.GLOO, "cuda") == torch.device("cuda", 0)
 
 
 def test_a_task_that_sees_one_gpu_takes_it(one_gpu: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,8 @@ def _describe(session: Session, sides: Sides, plan: RefitPlan) -> None:
             name: getattr(scenario, name)
             for name in ("transformer_impl", "model_name", "model_provider", "notes", "recorded")
         },
+        **{name: getattr(scenario, name) for name in ("nvshmem_buffers", "nvshmem_force_put")},
+        "device": session.device.type,
         "title": scenario.title,
         "world_size": dist.get_world_size(),
         "dtypes": sorted({tensor.dtype for tensor in census.tensors.values()}),

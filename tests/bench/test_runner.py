@@ -90,6 +90,9 @@ def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
         total = sum(sample["phases_s"].values()) + sample["unattributed_s"]
         assert total == pytest.approx(max(sample["seconds_per_rank"]))
     assert set(engine["cold_s"]) == {"plan", "prepare", "first"}
+    assert engine["connect_s"] >= 0, "what a process does once is not part of the first refit"
+    assert engine["connect_memory_bytes_per_rank"] == [0] * 8
+    assert content["scenario"]["device"] == "cpu"
     assert all(staged <= 512 << 20 for staged in engine["staging_bytes_per_rank"])
     assert content["environment"]["versions"]["torch"] == torch.__version__
 
