@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from refit.transport.copies import Copy, CopyBatch
+from refit.copies.batch import Copy, CopyBatch
 
 ROUND_S = 0.02
 NUM_ROUNDS = 5
@@ -152,7 +152,7 @@ def compare_programs(pairs: list[Pair]) -> None:
 
 def sweep(pairs: list[Pair]) -> None:
     """The kernel's settings, one changed at a time."""
-    from refit.transport.copy_kernel import TUNING, KernelCopies
+    from refit.copies.kernel import TUNING, KernelCopies
 
     tunings = [TUNING]
     tunings += [

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refit.cli import parse
-from refit.clusters import load_cluster
-from refit.dry_run import DryRunOptions, dry_run
+from refit.cli.parsing import parse
+from refit.config.clusters import load_cluster
+from refit.predict.dry_run import DryRunOptions, dry_run
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("nccl", "nvshmem")

@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from refit.cli import parse
-from refit.model.catalog import predict
+from refit.cli.parsing import parse
 from refit.plan.planner import plan_refit
+from refit.predict.megatron import predict
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = """--model kimi_k2 --refit-method nvshmem --tensor-model-parallel-size 8 --expert-model-parallel-size 8

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from refit.layout import Layout
+from refit.config.layout import Layout
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions, get_transport
 from tests.dist.pool import RankPool

@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from refit.layout import Layout
-from refit.megatron.layers import CoreAttention
+from refit.config.layout import Layout
+from refit.models.megatron.layers import CoreAttention
 
 VALUE_BINS = 48
 

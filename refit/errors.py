@@ -1,6 +1,6 @@
 """Errors a user can act on, each with the exit code the process ends with.
 
-Raise them with a message that holds both numbers and the remedy; `refit.cli` prints it once, without a traceback.
+Raise them with a message that holds both numbers and the remedy; `refit.cli.parsing` prints it once, without a traceback.
 """
 
 from __future__ import annotations

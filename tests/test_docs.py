@@ -17,14 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from refit import cli, commands
-from refit.dry_run import DryRunOptions
+from refit import commands
+from refit.cli import parsing as cli
+from refit.cli.flags import full_parser
+from refit.cli.launch import check_num_ranks
 from refit.errors import UsageError
-from refit.flags import full_parser
-from refit.launch import check_num_ranks
-from refit.report.outcomes import Outcome
-from refit.report.sweep_file import Planned
+from refit.predict.dry_run import DryRunOptions
 from refit.report.tables import csv_text
+from refit.results.outcomes import Outcome
+from refit.results.sweep import Planned
 from refit.sweep.check import check
 from refit.sweep.selection import select_file, select_lines
 from tests import documents, messages

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.gpu_matrix import Cell, cells, row
-from refit.capacity import check_memory
-from refit.cli import parse
-from refit.clusters import load_cluster
-from refit.dry_run import DryRunOptions, dry_run
+from refit.cli.parsing import parse
+from refit.config.clusters import load_cluster
+from refit.predict.dry_run import DryRunOptions, dry_run
+from refit.predict.memory import check_memory
 
 ALL = {one.name: one for num_gpus in (4, 8) for one in cells(num_gpus)}
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from refit.models.weights import LiveShard, WeightMemory
 from refit.plan.box import Box
-from refit.plan.inventory import TensorSpec
-from refit.transport.memory import LiveShard, WeightMemory
+from refit.plan.sharding import TensorSpec
 
 # (integer view, hash bits kept, bits set) per float dtype: sign, mantissa and the low three exponent bits vary.
 _PATTERNS = {

@@ -12,19 +12,19 @@ import torch.distributed as dist
 
 from refit.bench.clock import Stopwatch
 from refit.bench.exchange import gather
-from refit.bench.measure import measure_engine
+from refit.bench.measurements.refit import measure_engine
 from refit.bench.session import Session, launched
 from refit.bench.sides import Sides, build_sides
-from refit.clusters import choose_cluster
-from refit.config import Engine, Method, Scenario
+from refit.config.clusters import choose_cluster
+from refit.config.scenario import Engine, Method, Scenario
 from refit.errors import ExitCode, PlanError
 from refit.plan import cost
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.report import text, warnings
 from refit.report.bound import bound_text
-from refit.report.rankmap import rank_map
-from refit.report.result import Result, now
+from refit.report.rank_map import rank_map
+from refit.results.result import Result, now
 from refit.transport.base import get_transport
 
 

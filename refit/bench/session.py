@@ -14,10 +14,10 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from refit.bench.environment import manifest
 from refit.bench.watchdog import Failure, Watchdog
-from refit.config import Method, Scenario
+from refit.config.scenario import Method, Scenario
 from refit.errors import UnavailableError, UsageError
 from refit.report.console import show
-from refit.report.result import Result, ResultFile
+from refit.results.result import Result, ResultFile
 
 GPU_METHODS = (Method.NCCL, Method.NVSHMEM)
 

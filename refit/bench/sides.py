@@ -8,15 +8,15 @@ from typing import Any
 
 from refit.bench.exchange import gather
 from refit.bench.session import Session
+from refit.config.layout import Layout
 from refit.errors import InventoryError
-from refit.layout import Layout
-from refit.megatron.groups import GroupCache, build_groups
-from refit.megatron.inventory import inventory_of, read_memory
-from refit.megatron.models import BuiltModel, build_model
-from refit.megatron.provider import build_from_provider, load_provider
-from refit.model.catalog import predict
-from refit.plan.inventory import Census, Inventory
-from refit.transport.memory import WeightMemory
+from refit.models.megatron.build import BuiltModel, build_model
+from refit.models.megatron.groups import GroupCache, build_groups
+from refit.models.megatron.provider import build_from_provider, load_provider
+from refit.models.megatron.sharding import inventory_of, read_memory
+from refit.models.weights import WeightMemory
+from refit.plan.sharding import Census, Inventory
+from refit.predict.megatron import predict
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from refit.cli.flags import FlagParser
 from refit.commands import bounds, compare, outcome, plot, report, sweep
 from refit.errors import RefitError, UsageError
-from refit.flags import FlagParser
 from refit.report.console import show_error
 
 

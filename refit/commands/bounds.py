@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refit import yaml_configs
-from refit.cli import parse
-from refit.clusters import load_cluster
-from refit.dry_run import DryRun, DryRunOptions, dry_run
+from refit.cli.parsing import parse
+from refit.config import yaml_files
+from refit.config.clusters import load_cluster
 from refit.errors import UsageError
 from refit.plan.cost import Cluster
+from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.report.bounds import bounds_table
 from refit.report.console import show
 from refit.sweep.selection import Selection, select_file
@@ -33,7 +33,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         nargs="+",
         dest="clusters",
         metavar="NAME",
-        default=yaml_configs.names("clusters"),
+        default=yaml_files.names("clusters"),
         help="files of configs/clusters, or YAML files; default: all of configs/clusters",
     )
     parser.add_argument(

@@ -9,7 +9,7 @@ from typing import Any
 
 from refit.report.compare import compare_runs, compare_text, exit_code
 from refit.report.console import show
-from refit.report.runs import find_run
+from refit.results.runs import find_run
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:

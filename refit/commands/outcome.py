@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from refit import flag_types
+from refit.cli import flag_types
 from refit.report.console import show
-from refit.report.runs import find_run
-from refit.report.sweep_file import Attempt
 from refit.report.sweep_table import outcome_line
+from refit.results.runs import find_run
+from refit.results.sweep import Attempt
 from refit.sweep.close import Ending, close
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from refit.commands.report import add_run_arguments
 from refit.report.console import show
 from refit.report.plots import draw
-from refit.report.runs import find_run
+from refit.results.runs import find_run
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:

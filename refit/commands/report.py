@@ -9,9 +9,9 @@ from typing import Any
 
 from refit.report.analysis import analysis_text
 from refit.report.console import show
-from refit.report.runs import Run, find_run
 from refit.report.summary import summary_text
 from refit.report.tables import csv_text, markdown_text
+from refit.results.runs import Run, find_run
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:

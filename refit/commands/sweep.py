@@ -8,14 +8,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from refit import flag_types
+from refit.cli import flag_types
 from refit.commands.outcome import add_ending, ending
 from refit.errors import ExitCode, UsageError
 from refit.report.console import show, show_aside
-from refit.report.outcomes import load_outcomes
 from refit.report.summary import summary_text
-from refit.report.sweep_file import Attempt, Status, Sweep
 from refit.report.sweep_table import outcome_line, sweep_text
+from refit.results.outcomes import load_outcomes
+from refit.results.sweep import Attempt, Status, Sweep
 from refit.sweep import check, run
 from refit.sweep.close import close
 from refit.sweep.selection import Selection, select_file, select_lines

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from refit.errors import PlanError
 from refit.plan.box import Box
-from refit.plan.inventory import Census, Spread, TensorSpec
+from refit.plan.sharding import Census, Spread, TensorSpec
 
 ZEROS = -1
 """As a source: no rank. The destination writes zeros, where its vocabulary padding is longer than the source's."""

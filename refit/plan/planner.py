@@ -20,8 +20,8 @@ import numpy as np
 
 from refit.errors import PlanError
 from refit.plan.box import Box, coalesce
-from refit.plan.inventory import Census, Holding, Spread, TensorSpec
 from refit.plan.plan import ZEROS, RefitPlan
+from refit.plan.sharding import Census, Holding, Spread, TensorSpec
 
 MIN_SPLIT_BYTES = 1 << 20
 """Replicated pieces are cut no smaller than this for the sake of balance: more operations would cost more than it gains."""

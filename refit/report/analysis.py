@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from refit import units
-from refit.config import Mode
-from refit.layout import short_text
-from refit.report.outcomes import Outcome
-from refit.report.sweep_file import Side
+from refit.config.layout import short_text
+from refit.config.scenario import Mode
 from refit.report.time_fit import Fit, FitError, Load, fit_time
+from refit.results.outcomes import Outcome
+from refit.results.sweep import Side
 
 RIVALS = (("nvshmem", "nccl"), ("shm", "gloo"))
 """One-sided and two-sided methods on the same hardware."""

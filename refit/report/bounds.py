@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from refit import units
-from refit.dry_run import DryRun
-from refit.launch import needed_text
+from refit.cli.launch import needed_text
 from refit.plan.cost import Cluster, lower_bound
+from refit.predict.dry_run import DryRun
 
 
 def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:

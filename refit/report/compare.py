@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from refit.errors import ExitCode, UsageError
 from refit.report.grid import fixed_width
-from refit.report.outcomes import Outcome
-from refit.report.runs import Run
 from refit.report.summary import STATUS_TEXTS
 from refit.report.tables import wrong_text
+from refit.results.outcomes import Outcome
+from refit.results.runs import Run
 
 MIN_SAMPLES = 3
 """Fewer say nothing about spread."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from refit.cli import parse
+from refit.cli.parsing import parse
 from refit.errors import RefitError
-from refit.model.catalog import predict
 from refit.plan.cost import bytes_matrix
 from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
-from refit.report.outcomes import Outcome
+from refit.predict.megatron import predict
+from refit.results.outcomes import Outcome
 
 
 class NoPairs(ValueError):

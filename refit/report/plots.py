@@ -15,10 +15,10 @@ import numpy as np
 
 from refit.errors import UnavailableError
 from refit.plan.plan import IntArray
-from refit.report.outcomes import Figures, Outcome
 from refit.report.pairs import NoPairs, pair_bytes
-from refit.report.runs import Run
 from refit.report.summary import STATUS_TEXTS
+from refit.results.outcomes import Figures, Outcome
+from refit.results.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from refit.report.result import Sample
 from refit.report.text import iteration_line
+from refit.results.result import Sample
 
 MIN_INTERVAL_S = 1.0
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from refit import units
-from refit.report.outcomes import EngineFigures, Figures, Outcome
-from refit.report.sweep_file import Side, Sweep
+from refit.results.outcomes import EngineFigures, Figures, Outcome
+from refit.results.sweep import Side, Sweep
 
 STATUS_TEXTS = {
     "ok": "ok",

@@ -8,11 +8,11 @@ from typing import Any
 from rich.table import Table
 
 from refit import units
-from refit.config import Mode
-from refit.layout import short_text
+from refit.config.layout import short_text
+from refit.config.scenario import Mode
 from refit.report.grid import rendered
-from refit.report.outcomes import judged
-from refit.report.sweep_file import Planned, Status, Sweep
+from refit.results.outcomes import judged
+from refit.results.sweep import Planned, Status, Sweep
 
 WIDTH = 160
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from refit.layout import short_text
+from refit.config.layout import short_text
 from refit.report.grid import comma_separated, markdown
-from refit.report.outcomes import Figures, Outcome
 from refit.report.summary import STATUS_TEXTS, counts_line
-from refit.report.sweep_file import Side, Sweep
+from refit.results.outcomes import Figures, Outcome
+from refit.results.sweep import Side, Sweep
 
 MARKDOWN_HEADER = (
     "scenario",

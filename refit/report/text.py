@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from refit import units
-from refit.config import Mode
+from refit.config.scenario import Mode
 from refit.report.grid import rendered
-from refit.report.result import EngineResult, Result, Sample
+from refit.results.result import EngineResult, Result, Sample
 
 ENGINE_TITLES = {"refit": "refit", "megatron": "Megatron-Core"}
 MAX_WRONG_LINES = 12

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from refit.config import Mode, Scenario
+from refit.cli.launch import needed_text
+from refit.config.layout import Layout
+from refit.config.scenario import Mode, Scenario
 from refit.errors import UsageError
-from refit.launch import needed_text
-from refit.layout import Layout
-from refit.report.result import EngineResult, Result
 from refit.report.text import ENGINE_TITLES
+from refit.results.result import EngineResult, Result
 
 MIN_ITERATIONS = 5
 """Fewer measured refits say little about spread."""

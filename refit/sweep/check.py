@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from refit.capacity import check_memory
-from refit.cli import layouts, parse, read_flags
-from refit.config import Method, Scenario
-from refit.dry_run import DryRun, DryRunOptions, dry_run
+from refit.cli.launch import check_num_ranks
+from refit.cli.parsing import layouts, parse, read_flags
+from refit.config.layout import Layout
+from refit.config.scenario import Method, Scenario
 from refit.errors import UsageError
-from refit.launch import check_num_ranks
-from refit.layout import Layout
 from refit.plan.cost import Cost
-from refit.report.sweep_file import Planned, PlannedBytes, Side, Status
+from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
+from refit.predict.memory import check_memory
+from refit.results.sweep import Planned, PlannedBytes, Side, Status
 from refit.sweep.selection import Candidate
 
 CPU_METHODS = {Method.NVSHMEM.value: Method.SHM.value, Method.NCCL.value: Method.GLOO.value}

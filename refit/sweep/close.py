@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from refit.errors import ExitCode
-from refit.report.result import SCHEMA_VERSION, now, replace_text
-from refit.report.sweep_file import Attempt
+from refit.results.result import SCHEMA_VERSION, now, replace_text
+from refit.results.sweep import Attempt
 
 CANCELLED = "cancelled"
 """The failure of an attempt that a resumed sweep makes again."""

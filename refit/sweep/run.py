@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from refit.clusters import load_cluster
-from refit.dry_run import DryRunOptions
+from refit.config.clusters import load_cluster
 from refit.errors import UsageError
-from refit.report.sweep_file import SWEEP_SUFFIX, Planned, Status, Sweep, check_name, last_result, next_attempt, sweep_file
+from refit.predict.dry_run import DryRunOptions
+from refit.results.sweep import SWEEP_SUFFIX, Planned, Status, Sweep, check_name, last_result, next_attempt, sweep_file
 from refit.sweep.check import check, recheck
 from refit.sweep.close import CANCELLED
 from refit.sweep.selection import Selection

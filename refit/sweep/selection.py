@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from refit import yaml_configs
-from refit.cli import read_flags
-from refit.config import Method, Mode
+from refit.cli.flags import FlagParser, full_parser
+from refit.cli.parsing import read_flags
+from refit.config import yaml_files
+from refit.config.scenario import Method, Mode
 from refit.errors import UsageError
-from refit.flags import FlagParser, full_parser
-from refit.report.sweep_file import check_name
+from refit.results.sweep import check_name
 
 LINE_FIELDS = ("SRC_TP", "SRC_EP", "DST_TP", "DST_EP", "REFIT_MODE", "REFIT_METHOD", "DESCRIPTION")
 SIZE_FLAGS = (
@@ -67,8 +67,8 @@ def select_file(name: str, common: Sequence[str], title: str | None = None) -> S
     which a list is an axis unless the flag itself takes several values. Flags of a scenario take the place of defaults.
     Raises UsageError, naming the file and the scenario.
     """
-    path = yaml_configs.find("scenarios", name)
-    content = yaml_configs.read_mapping(path)
+    path = yaml_files.find("scenarios", name)
+    content = yaml_files.read_mapping(path)
     unknown = sorted(content.keys() - {"title", "defaults", "scenarios"})
     if unknown:
         raise UsageError(f"{path}: unknown key {unknown[0]}: title, defaults and scenarios are known")

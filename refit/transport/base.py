@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from refit.errors import UsageError
+from refit.models.weights import WeightMemory
 from refit.plan.plan import RefitPlan
-from refit.transport.memory import WeightMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,25 +109,25 @@ def get_transport(name: str) -> Transport:
 
 # Imported only when asked for: the executors import this module, and some need libraries that are not everywhere.
 def _gloo() -> Transport:
-    from refit.transport.p2p import TwoSidedTransport
+    from refit.transport.two_sided.executor import TwoSidedTransport
 
     return TwoSidedTransport("gloo")
 
 
 def _nccl() -> Transport:
-    from refit.transport.p2p import TwoSidedTransport
+    from refit.transport.two_sided.executor import TwoSidedTransport
 
     return TwoSidedTransport("nccl")
 
 
 def _shm() -> Transport:
-    from refit.transport.shm import SharedMemoryTransport
+    from refit.transport.one_sided.shm import SharedMemoryTransport
 
     return SharedMemoryTransport()
 
 
 def _nvshmem() -> Transport:
-    from refit.transport.nvshmem import NvshmemTransport
+    from refit.transport.one_sided.nvshmem import NvshmemTransport
 
     return NvshmemTransport()
 

@@ -11,12 +11,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from refit.bench import measure
+from refit.bench.measurements import refit as measure
+from refit.models.weights import LiveShard, WeightMemory
 from refit.plan import plan as plan_module
 from refit.plan.plan import RefitPlan
-from refit.transport import wires
 from refit.transport.base import RunReport, TransportOptions, get_transport
-from refit.transport.memory import LiveShard, WeightMemory
+from refit.transport.two_sided import backends as wires
 
 
 @contextmanager

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from refit.bench import oracle
+from refit.models.weights import LiveShard, WeightMemory
 from refit.plan.box import Box
-from refit.plan.inventory import TensorSpec
-from refit.transport.memory import LiveShard, WeightMemory
+from refit.plan.sharding import TensorSpec
 
 
 def memory_of(spec: TensorSpec, *boxes: Box) -> WeightMemory:

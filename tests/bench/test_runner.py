@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from refit.bench.runner import benchmark
 from refit.bench.session import new_session
-from refit.cli import parse
-from refit.report.result import SCHEMA_VERSION, Result, ResultFile
+from refit.cli.parsing import parse
+from refit.results.result import SCHEMA_VERSION, Result, ResultFile
 from tests.bench.faults import fault
 from tests.dist.pool import RankPool
 

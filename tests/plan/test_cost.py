@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from refit.plan.box import Box
 from refit.plan.cost import Bound, Cluster, bytes_matrix, cost_of, lower_bound, split_traffic, summary
-from refit.plan.inventory import Census, Inventory, TensorSpec
 from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
+from refit.plan.sharding import Census, Inventory, TensorSpec
 
 WEIGHT = TensorSpec("weight", (8, 4), "bfloat16")
 NORM = TensorSpec("norm", (4,), "float32")

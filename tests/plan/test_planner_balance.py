@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refit.cli import parse
-from refit.model.catalog import predict
+from refit.cli.parsing import parse
 from refit.plan.box import Box
-from refit.plan.inventory import Census, Holding, Spread, TensorSpec
 from refit.plan.plan import IntArray, RefitPlan
 from refit.plan.planner import plan_refit
-from tests.plan.worlds import worlds
+from refit.plan.sharding import Census, Holding, Spread, TensorSpec
+from refit.predict.megatron import predict
+from tests.plan.strategies import worlds
 
 RANKS_PER_NODE = 8
 

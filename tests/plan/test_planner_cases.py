@@ -9,10 +9,10 @@ import pytest
 
 from refit.errors import PlanError
 from refit.plan.box import Box
-from refit.plan.inventory import Census, Holding, Spread, TensorSpec
 from refit.plan.plan import ZEROS
 from refit.plan.planner import plan_refit
-from tests.plan.worlds import cut, side
+from refit.plan.sharding import Census, Holding, Spread, TensorSpec
+from tests.plan.strategies import cut, side
 
 
 def table(spec: TensorSpec, source: list[list[Box]], destination: list[list[Box]], first: int | None = None) -> set:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refit.report.sweep_file import Planned, PlannedBytes, Side, Status, Sweep, sweep_file
+from refit.results.sweep import Planned, PlannedBytes, Side, Status, Sweep, sweep_file
 
 MODEL = {"num_layers": 61, "hidden_size": 7168}
 MANIFEST = {

@@ -9,9 +9,9 @@ import pytest
 
 from refit.report.analysis import analyse, analysis_text, ep_against_tp, one_sided_against_two_sided, points_of, scaling
 from refit.report.analysis import separate_sets as separate
-from refit.report.outcomes import Outcome, judged
-from refit.report.sweep_file import Side
 from refit.report.time_fit import FitError, Load, fit_time
+from refit.results.outcomes import Outcome, judged
+from refit.results.sweep import Side
 from tests.report.samples import engine, planned, result, side
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from refit.cli.flags import FlagParser
 from refit.commands import bounds
 from refit.errors import UsageError
-from refit.flags import FlagParser
 from tests.plan.test_cost import cluster
 
 SCENARIOS_DOC = Path(__file__).resolve().parents[2] / "docs/scenarios.md"

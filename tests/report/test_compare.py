@@ -13,7 +13,7 @@ import pytest
 from refit.commands import compare
 from refit.errors import UsageError
 from refit.report.compare import Comparison, compare_runs, compare_text, exceeds_spread, exit_code
-from refit.report.runs import Run, find_run
+from refit.results.runs import Run, find_run
 from tests.report.samples import MANIFEST, engine, planned, result, side, sweep_of, write_run
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refit.cli import parse
+from refit.cli.parsing import parse
 from refit.errors import UnavailableError
-from refit.model.catalog import predict
 from refit.plan import cost
 from refit.plan.planner import plan_refit
+from refit.predict.megatron import predict
 from refit.report import plots
-from refit.report.outcomes import Outcome, judged
 from refit.report.pairs import NoPairs, pair_bytes
-from refit.report.runs import find_run
-from refit.report.sweep_file import Planned
+from refit.results.outcomes import Outcome, judged
+from refit.results.runs import find_run
+from refit.results.sweep import Planned
 from tests.report.samples import engine, planned, result, side, sweep_of, write_run
 
 FLAGS = (

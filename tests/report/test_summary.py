@@ -13,11 +13,11 @@ import pytest
 
 from refit.commands import report
 from refit.errors import UsageError
-from refit.report.outcomes import load_outcomes
-from refit.report.runs import find_run
 from refit.report.summary import counts_line, summary_text
-from refit.report.sweep_file import Status, Sweep
 from refit.report.tables import csv_text, markdown_text
+from refit.results.outcomes import load_outcomes
+from refit.results.runs import find_run
+from refit.results.sweep import Status, Sweep
 from tests.report.samples import engine, planned, result, side, sweep_of, write_run
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from refit.report import text
 from refit.report.progress import Progress
-from tests.report.made_up import engine, result, sample
+from tests.report.factories import engine, result, sample
 
 EVEN = [[0.02] * 4 + [0.04] * 2 + [0.0] * 2] * 5
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from refit.cli import parse
-from refit.report.result import EngineResult
+from refit.cli.parsing import parse
 from refit.report.warnings import idle_ranks, of_engine
-from tests.report.made_up import engine, result
+from refit.results.result import EngineResult
+from tests.report.factories import engine, result
 
 IDLE = [0.0, 0.0]
 

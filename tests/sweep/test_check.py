@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from refit.clusters import load_cluster
-from refit.dry_run import DryRunOptions
+from refit.config.clusters import load_cluster
 from refit.errors import UsageError
-from refit.report.sweep_file import Side, Status, Sweep
+from refit.predict.dry_run import DryRunOptions
 from refit.report.sweep_table import sweep_text
+from refit.results.sweep import Side, Status, Sweep
 from refit.sweep.check import Placement, check, on_cpus, place
 from refit.sweep.run import Allocation, plan
 from refit.sweep.selection import Candidate, select_file, select_lines

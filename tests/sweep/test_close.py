@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refit.report.sweep_file import Attempt, attempts, next_attempt
+from refit.results.sweep import Attempt, attempts, next_attempt
 from refit.sweep.close import Ending, close, telling_line
 
 TORCHRUN = """

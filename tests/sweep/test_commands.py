@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from refit.cli import parse
+from refit.cli.parsing import parse
 from refit.commands import main
 from refit.errors import UsageError
-from refit.report.result import ResultFile
-from refit.report.sweep_file import Status, Sweep
+from refit.results.result import ResultFile
+from refit.results.sweep import Status, Sweep
 
 LINES = ["2:2:2:1:non-collocated:gloo:first", "1:1:1:1:collocated:shm:second", "4:2:4:1:non-collocated:gloo:large"]
 CONFIGS = [word for line in LINES for word in ("--config", line)]

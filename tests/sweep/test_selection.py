@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from refit import yaml_configs
-from refit.cli import parse
-from refit.config import Method, Mode
+from refit.cli.parsing import parse
+from refit.config import yaml_files
+from refit.config.scenario import Method, Mode
 from refit.errors import UsageError
 from refit.sweep.selection import Selection, select_file, select_lines
 
@@ -151,7 +151,7 @@ def test_an_unknown_list_names_those_there_are() -> None:
         select_file("kimi", [])
 
 
-@pytest.mark.parametrize("name", yaml_configs.names("scenarios"))
+@pytest.mark.parametrize("name", yaml_files.names("scenarios"))
 def test_the_lists_that_come_with_the_suite(name: str) -> None:
     selection = select_file(name, [])
     assert selection.candidates

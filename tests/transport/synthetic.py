@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from refit.layout import Layout
+from refit.config.layout import Layout
+from refit.models.weights import LiveShard, WeightMemory
 from refit.plan.box import Box
-from refit.plan.inventory import Census, Inventory, TensorSpec
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
-from refit.transport.memory import LiveShard, WeightMemory
+from refit.plan.sharding import Census, Inventory, TensorSpec
 
 VOCAB = 50
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from refit.errors import ExitCode, RefitError, UnavailableError, UsageError
-from refit.transport import nvshmem_library as library
 from refit.transport.base import get_transport
+from refit.transport.one_sided import nvshmem_library as library
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from refit.config.layout import Layout
+from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
-from refit.layout import Layout
-from refit.transport.copies import CopyBatch
-from refit.transport.landing import DirectLanding, Landing, Put, RingLanding
-from refit.transport.one_sided import Counter, OneSidedProgram
-from refit.transport.schedule import Framing, schedule
+from refit.transport.messages import Framing, schedule
+from refit.transport.one_sided.executor import Counter, OneSidedProgram
+from refit.transport.one_sided.receive_buffers import DirectLanding, Landing, Put, RingLanding
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
 TIMEOUT_S = 20.0

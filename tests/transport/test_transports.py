@@ -13,10 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
+from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
-from refit.layout import Layout
-from refit.transport import p2p, shm, wires
 from refit.transport.base import TransportOptions, get_transport
+from refit.transport.one_sided.executor import shm
+from refit.transport.two_sided import backends as wires
+from refit.transport.two_sided import executor as p2p
 from tests.dist.pool import RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 

@@ -1,0 +1,111 @@
+"""Which rank this process is, and whether enough have been started for a scenario, before anything is built."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from collections.abc import Mapping
+
+from refit.config.layout import Layout
+from refit.config.scenario import Mode, Scenario
+from refit.errors import UsageError
+
+FIRST_PORT, NUM_PORTS = 12000, 16000
+"""Where a rendezvous of Slurm tasks is held: below the ports that Linux hands out by itself, from 32768."""
+
+
+def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a task of `srun`; empty for any other process.
+
+    `srun` sets SLURM_PROCID, SLURM_LOCALID and the SLURM_STEP_* variables (its manual, "OUTPUT ENVIRONMENT VARIABLES"). A
+    batch script's own process has a SLURM_PROCID too, but no step, and is one process whatever SLURM_NTASKS says.
+    Raises UsageError where the first node's name cannot be found out: MASTER_ADDR gives it.
+    """
+    num_tasks = environ.get("SLURM_STEP_NUM_TASKS") or ("SLURM_STEP_ID" in environ and environ.get("SLURM_NTASKS")) or "1"
+    if "RANK" in environ or "SLURM_PROCID" not in environ or int(num_tasks) < 2:
+        return {}
+    tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", num_tasks)
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": num_tasks,
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_of_each_node(tasks_per_node)[int(environ.get("SLURM_NODEID", "0"))]),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(environ)),
+    }
+
+
+def _tasks_of_each_node(text: str) -> list[int]:
+    """`8(x2),4` as [8, 8, 4]."""
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    if "[" not in nodes and nodes:
+        return nodes.split(",")[0]
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        raise UsageError(
+            f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` does not say which node is first: "
+            "export MASTER_ADDR=<first node> before srun"
+        ) from None
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    """The same on every task of a step, another one for the next steps and for neighbouring jobs on the same nodes."""
+    job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
+    return FIRST_PORT + (int(job) * 131 + int(step)) % NUM_PORTS
+
+
+def check_launch(scenario: Scenario, environ: Mapping[str, str], gpus_per_node: int) -> None:
+    """Raise UsageError unless enough ranks have been started, going by the variables that torchrun sets."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return check_num_ranks(scenario, int(environ["WORLD_SIZE"]))
+    needed = scenario.num_ranks
+    nodes = math.ceil(needed / gpus_per_node)
+    per_node = f"--nnodes {nodes} --nproc-per-node {gpus_per_node}" if nodes > 1 else f"--nproc-per-node {needed}"
+    raise UsageError(
+        f"no ranks have been started, {needed} are needed: "
+        f"torchrun {per_node} benchmark_refit.py <the same flags>, or add --dry-run to plan without them"
+    )
+
+
+def check_num_ranks(scenario: Scenario, available: int) -> None:
+    """Raise UsageError, with the sum spelled out and what to lower, where `available` ranks are too few."""
+    needed = scenario.num_ranks
+    if needed <= available:
+        return
+    raise UsageError(
+        f"{needed_text(scenario)} GPUs needed > {available} available: "
+        f"lower {' or '.join(_to_lower(scenario, available))}, or start {needed} ranks"
+    )
+
+
+def needed_text(scenario: Scenario) -> str:
+    """`8 + 4 = 12`, in collocated mode `max(8, 4) = 8`."""
+    source, destination = scenario.source.world_size, scenario.destination.world_size
+    total = f"max({source}, {destination})" if scenario.mode is Mode.COLLOCATED else f"{source} + {destination}"
+    return f"{total} = {scenario.num_ranks}"
+
+
+def _to_lower(scenario: Scenario, available: int) -> list[str]:
+    """The flags of the sides that are too large, those that are above 1."""
+    sides = [
+        (scenario.source, "", "--source-world-size"),
+        (scenario.destination, "rl-inference-", "--destination-world-size"),
+    ]
+    if scenario.mode is Mode.COLLOCATED:
+        sides = [side for side in sides if side[0].world_size > available]
+    return [flag for layout, prefix, world_flag in sides for flag in _flags_of(layout, prefix, world_flag)]
+
+
+def _flags_of(layout: Layout, prefix: str, world_flag: str) -> list[str]:
+    if layout.world_size != layout.tp * layout.ep * layout.pp:
+        return [world_flag]
+    sizes = (("tensor", layout.tp), ("pipeline", layout.pp), ("expert", layout.ep))
+    return [f"--{prefix}{axis}-model-parallel-size" for axis, size in sizes if size > 1]

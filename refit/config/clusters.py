@@ -1,0 +1,85 @@
+"""The clusters of `configs/clusters`: reading them, and finding the one whose GPUs a run is on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from refit.config import yaml_files
+from refit.errors import UsageError
+from refit.plan.cost import Cluster
+
+NUMBERS = ("intra_node_gb_per_s", "inter_node_gb_per_s", "gpus_per_node", "copy_gb_per_s", "gpu_memory_gb")
+REQUIRED = ("intra_node_gb_per_s", "gpus_per_node")
+TEXTS = ("gpu", "source")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The cluster a run is on; where none could be chosen, `remedy` says what to give."""
+
+    cluster: Cluster | None
+    remedy: str = ""
+
+
+def load_cluster(name: str) -> Cluster:
+    """A file of `configs/clusters`, or the YAML file at path `name`.
+
+    `intra_node_gb_per_s` and `gpus_per_node` must be there; `inter_node_gb_per_s`, `copy_gb_per_s`, `gpu_memory_gb`,
+    `gpu` and `source` may be left out. Speeds are GB/s of one GPU in one direction.
+    Raises UsageError for an unknown name or key, or a value that is no positive number.
+    """
+    path = yaml_files.find("clusters", name)
+    values = yaml_files.read_mapping(path)
+    unknown = sorted(values.keys() - {*NUMBERS, *TEXTS})
+    if unknown:
+        raise UsageError(f"{path}: unknown key {unknown[0]}: {', '.join((*NUMBERS, *TEXTS))} are known")
+    numbers = {key: _number(path, key, values.get(key)) for key in NUMBERS}
+    intra, gpus_per_node = numbers["intra_node_gb_per_s"], numbers["gpus_per_node"]
+    assert intra is not None
+    assert gpus_per_node is not None
+    if gpus_per_node != int(gpus_per_node):
+        raise UsageError(f"{path}: gpus_per_node must be a whole number, not {gpus_per_node!r}")
+    return Cluster(
+        name=path.stem,
+        intra_bytes_per_s=intra * 1e9,
+        inter_bytes_per_s=_scaled(numbers["inter_node_gb_per_s"]),
+        gpus_per_node=int(gpus_per_node),
+        copy_bytes_per_s=_scaled(numbers["copy_gb_per_s"]),
+        gpu_memory_bytes=int(numbers["gpu_memory_gb"] * 1e9) if numbers["gpu_memory_gb"] else None,
+        gpu=str(values["gpu"]) if values.get("gpu") else None,
+        source=str(values.get("source", "")),
+    )
+
+
+def clusters_of(device_name: str) -> list[Cluster]:
+    """The clusters of `configs/clusters` whose `gpu` is how `device_name` ends, in whole words.
+
+    `H200` is an `NVIDIA H200`, but neither an `NVIDIA H200 NVL` nor an `NVIDIA GH200`.
+    """
+    known = (load_cluster(name) for name in yaml_files.names("clusters"))
+    return [cluster for cluster in known if cluster.gpu and f" {device_name}".endswith(f" {cluster.gpu}")]
+
+
+def choose_cluster(device_name: str, num_ranks: int, num_hosts: int) -> Choice:
+    """The one cluster that a run on a single host fits, by its GPU. A network between hosts is never guessed."""
+    fitting = [cluster for cluster in clusters_of(device_name) if num_ranks <= cluster.gpus_per_node]
+    if num_hosts == 1 and len(fitting) == 1:
+        return Choice(fitting[0])
+    if num_hosts > 1:
+        return Choice(None, f"give --cluster, the network between {num_hosts} hosts cannot be told from {device_name}")
+    if not fitting:
+        return Choice(None, f"give --cluster FILE.yaml, none of configs/clusters describes {device_name}")
+    return Choice(None, f"give --cluster, {' or '.join(cluster.name for cluster in fitting)} fit this GPU")
+
+
+def _number(path: Path, key: str, value: object) -> float | None:
+    if value is None and key not in REQUIRED:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UsageError(f"{path}: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _scaled(gb_per_s: float | None) -> float | None:
+    return None if gb_per_s is None else gb_per_s * 1e9

@@ -1,0 +1,158 @@
+"""Strided copies as rows of a table: what `copy_kernel` executes. Arithmetic on addresses, no device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from refit.copies.batch import Copy
+
+TILE_BYTES = 128 << 10
+"""Most bytes of a table row. Large copies are cut evenly, so that rows hold at least half: 48 bytes are 0.07 % of it."""
+
+WORD_BYTES = (16, 8, 4, 2, 1)
+SPLIT_BYTES = 128
+"""Runs are cut at multiples of this: one line of a GPU's cache."""
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """`size` steps, of so many bytes at either side."""
+
+    size: int
+    destination: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A copy without its addresses: `width` bytes in one piece at both sides, repeated over all of `dims`."""
+
+    dims: tuple[Dim, ...]
+    width: int
+
+    @property
+    def step_bits(self) -> int:
+        """All byte distances of the copy, or-ed: a power of two divides all of them if it divides this."""
+        bits = self.width
+        for dim in self.dims:
+            bits |= dim.destination | dim.source
+        return bits
+
+
+def runs_of(shape: Sequence[int], destination: Sequence[int], source: Sequence[int], item_bytes: int) -> Runs:
+    """The longest runs that both sides have. `destination` and `source` are strides in elements of `item_bytes`."""
+    dims = [Dim(n, d * item_bytes, s * item_bytes) for n, d, s in zip(shape, destination, source, strict=True) if n != 1]
+    dims.sort(key=lambda dim: dim.destination)
+    width, outer = item_bytes, list[Dim]()
+    for dim in dims:
+        if not outer and dim.destination == dim.source == width:
+            width *= dim.size
+        elif outer and _continues(dim, outer[-1]):
+            outer[-1] = Dim(outer[-1].size * dim.size, outer[-1].destination, outer[-1].source)
+        else:
+            outer.append(dim)
+    return Runs(tuple(outer), width)
+
+
+def tiles_of(runs: Runs, word: int, tile_bytes: int = TILE_BYTES) -> Ints:
+    """[num_tiles, 6]: source, destination (byte offsets); rows, words per row; source stride, destination stride (words).
+
+    The longest dim gives the rows, so that short runs are grouped; the others are written out. `word` bytes divide
+    every distance of `runs`.
+    """
+    longest = max(runs.dims, key=lambda dim: dim.size, default=Dim(1, 0, 0))
+    others = [dim for dim in runs.dims if dim is not longest]
+    cuts, widths = _even_spans(runs.width // word, max(1, tile_bytes // word), max(1, SPLIT_BYTES // word))
+    starts, heights = _even_spans(longest.size, max(1, tile_bytes // (int(widths[0]) * word)), 1)
+    offsets = np.zeros((1, 2), np.int64)
+    for dim in others:
+        offsets = _added(offsets, _steps(np.arange(dim.size), dim.source, dim.destination))
+    offsets = _added(offsets, _steps(starts, longest.source, longest.destination))
+    offsets = _added(offsets, _steps(cuts * word, 1, 1))
+    tiles = np.empty((len(offsets), 6), np.int64)
+    tiles[:, :2] = offsets
+    tiles[:, 2] = np.tile(np.repeat(heights, len(widths)), len(tiles) // (len(heights) * len(widths)))
+    tiles[:, 3] = np.tile(widths, len(tiles) // len(widths))
+    tiles[:, 4:] = longest.source // word, longest.destination // word
+    return tiles
+
+
+def build_tables(copies: Iterable[Copy], tile_bytes: int = TILE_BYTES) -> dict[int, Ints]:
+    """Word size in bytes -> [num_tiles, 6] as in `tiles_of`, with addresses for offsets; only sizes that occur.
+
+    Every copy gets the widest word that its addresses, its strides and its width allow. Copies of one layout share
+    their tiles, so the cost is per layout and per table row.
+    """
+    parts: dict[int, list[_Repeated]] = defaultdict(list)
+    for runs, addresses in _by_runs(copies):
+        bits = addresses[:, 0] | addresses[:, 1] | runs.step_bits | WORD_BYTES[0]
+        words = bits & -bits
+        for word in WORD_BYTES:
+            chosen = addresses[words == word]
+            if len(chosen):
+                parts[word].append(_Repeated(tiles_of(runs, word, tile_bytes), chosen))
+    return {word: _table(repeated) for word, repeated in parts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """The same tiles for every row of `addresses` (source, destination)."""
+
+    tiles: Ints
+    addresses: Ints
+
+
+def _table(parts: Sequence[_Repeated]) -> Ints:
+    table = np.empty((sum(len(part.tiles) * len(part.addresses) for part in parts), 6), np.int64)
+    start = 0
+    for part in parts:
+        rows = table[start : start + len(part.tiles) * len(part.addresses)]
+        places = rows.reshape(len(part.addresses), len(part.tiles), 6)
+        np.add(part.tiles[:, :2], part.addresses[:, None], out=places[:, :, :2])
+        places[:, :, 2:] = part.tiles[:, 2:]
+        start += len(rows)
+    return table
+
+
+def _by_runs(copies: Iterable[Copy]) -> Iterable[tuple[Runs, Ints]]:
+    """For every layout, [num_copies, 2]: source and destination addresses. Empty copies are left out."""
+    found: dict[tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int], list[int]] = defaultdict(list)
+    for copy in copies:
+        source, destination = copy.source, copy.destination
+        layout = (destination.shape, source.shape, destination.stride(), source.stride(), destination.element_size())
+        found[layout] += (source.data_ptr(), destination.data_ptr())
+    for (shape, source_shape, to_strides, from_strides, item_bytes), addresses in found.items():
+        assert shape == source_shape, f"a copy of {source_shape} into {shape}"
+        if 0 not in shape:
+            yield runs_of(shape, to_strides, from_strides, item_bytes), np.array(addresses, np.int64).reshape(-1, 2)
+
+
+def _continues(dim: Dim, inner: Dim) -> bool:
+    return dim.destination == inner.destination * inner.size and dim.source == inner.source * inner.size
+
+
+def _even_spans(total: int, longest: int, multiple: int) -> tuple[Ints, Ints]:
+    """Starts and lengths of the fewest, about equal spans of at most `longest`, but for the last multiples of `multiple`."""
+    num_spans = -(-total // longest)
+    length = min(longest, -(-total // num_spans // multiple) * multiple)
+    starts = np.arange(0, total, length)
+    return starts, np.minimum(length, total - starts)
+
+
+def _steps(counts: Ints, source: int, destination: int) -> Ints:
+    steps: Ints = counts[:, None] * np.array([source, destination])
+    return steps
+
+
+def _added(offsets: Ints, steps: Ints) -> Ints:
+    """Every sum of a row of `offsets` and a row of `steps`, the latter innermost."""
+    return (offsets[:, None] + steps[None]).reshape(-1, 2)

@@ -1,5 +1,0 @@
-"""The only room that imports Megatron-Core. Importing any module in here readies Megatron for import first."""
-
-from refit.megatron.compat import ready_megatron
-
-ready_megatron()

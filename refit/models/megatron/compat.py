@@ -1,0 +1,281 @@
+"""Every workaround for a Megatron-Core version or for the lack of a GPU, each with the version and the reason.
+
+Versions meant: 0.16.1 and 0.19.2. Megatron is imported inside the functions, since `ready_megatron` must run first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from refit.config.shape import ModelShape
+from refit.errors import UnavailableError
+
+
+def ready_megatron() -> None:
+    """Import the parts of Megatron-Core used here, without its warnings about optional libraries.
+
+    0.19.2 imports triton by way of a kernel for CUDA graphs, without declaring it (moe/paged_stash.py): where triton is
+    missing, that one kernel module is replaced, which nothing here calls. Raises UnavailableError without Megatron.
+    """
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        raise UnavailableError("megatron-core is not installed: pip install 'megatron-core>=0.16.1'")
+    if importlib.util.find_spec("triton") is None:
+        kernels = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
+        vars(kernels).update(GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None)
+        sys.modules.setdefault(kernels.__name__, kernels)
+    with quiet():
+        for name in ("models.gpt.gpt_layer_specs", "models.gpt.gpt_model", "resharding.refit"):
+            importlib.import_module(f"megatron.core.{name}")
+    _name_missing_transformer_engine()
+
+
+def megatron_version() -> tuple[int, ...]:
+    """(0, 16, 1). The metadata of a checkout may be missing, its own module is not."""
+    text = str(importlib.import_module("megatron.core").__version__)
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+def has_refit_of_absent_models() -> bool:
+    """Whether `swap_model_weights` takes None for a model that is not on this rank: 0.19.2 does, 0.16.1 does not."""
+    return hasattr(importlib.import_module("megatron.core.resharding.refit"), "prepare_swap_model_weights")
+
+
+def check_latent_query_norm(shape: ModelShape) -> None:
+    """Raise UnavailableError for latent attention with q/k norm but no q_lora_rank: 0.16.1 norms keys and values alone,
+    0.19.2 (mla_qk_norm_config.py) refuses that, and under Transformer Engine adds a query norm: another model."""
+    if shape.mla is None or shape.mla.q_lora_rank is not None or not shape.qk_layernorm:
+        return
+    if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is not None:
+        raise UnavailableError(
+            f"Megatron-Core {'.'.join(map(str, megatron_version()))} cannot build latent attention with --qk-layernorm and "
+            "without --q-lora-rank: give a rank, leave the norm out, or install megatron-core 0.16.1"
+        )
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _name_missing_transformer_engine() -> None:
+    """0.16.1 without Transformer Engine: one name is never defined, one flag says True. 0.19.2 has both right."""
+    if has_transformer_engine():
+        return
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):  # router_gating_linear raises NameError
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    attention.HAVE_TE = False  # type: ignore[attr-defined]  # isinstance() against a mock raises TypeError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Megatron's warnings (missing optional libraries, training advice, deprecations) out of the user's log."""
+    logger = logging.getLogger("megatron")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Run Megatron code for `device`. Both versions allocate on `torch.cuda.current_device()` and copy tied embeddings
+    with `.cuda()` whatever the device; on CPUs these two answer with the CPU for as long as the context lasts."""
+    if device.type == "cuda":
+        yield
+        return
+    originals = torch.cuda.current_device, torch.Tensor.cuda
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor.to(device)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device, torch.Tensor.cuda = originals  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def ready_to_state(groups: Any, device: torch.device) -> Iterator[None]:
+    """Call `sharded_state_dict()` on groups that parallel_state does not know. Both versions look up the replica number
+    of a tied output layer there, whatever the metadata says."""
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    original = parallel_state.get_data_parallel_rank
+    parallel_state.get_data_parallel_rank = lambda **_: groups.dp_cp.rank()  # type: ignore[attr-defined]
+    try:
+        with on_device(device), quiet():
+            yield
+    finally:
+        parallel_state.get_data_parallel_rank = original  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def ready_to_forward(groups: Any, device: torch.device) -> Iterator[None]:
+    """Run a forward pass on groups that parallel_state does not know. Both versions: the dispatcher wants the global
+    memory buffer, and the gathers of latent attention take no group."""
+    parallel_state = importlib.import_module("megatron.core.parallel_state")
+    has_buffer = parallel_state._GLOBAL_MEMORY_BUFFER is not None
+    if not has_buffer:
+        parallel_state._set_global_memory_buffer()
+    attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    names = ("gather_from_tensor_model_parallel_region", "scatter_to_sequence_parallel_region")
+    originals = {name: getattr(attention, name) for name in names}
+    for name, function in originals.items():
+        setattr(attention, name, functools.partial(function, group=groups.tp))
+    try:
+        with on_device(device), quiet():
+            yield
+    finally:
+        for name, function in originals.items():
+            setattr(attention, name, function)
+        if not has_buffer:
+            parallel_state.destroy_global_memory_buffer()
+
+
+def known_fields(config_class: type, values: Mapping[str, object]) -> dict[str, object]:
+    """The `values` that this version's config class has; each version dropped and added some."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def replace_parts(layer_spec: Any, groups: Any, core_attention: type, experts: type | None) -> None:
+    """Change a local layer spec in place, so that it can be built on custom groups, with or without a GPU.
+
+    - Core attention, both versions: DotProductAttention knows no latent attention and needs CUDA's random state.
+    - linear_q_proj, both versions: MLASelfAttention passes it no group, so that without an initialised parallel_state
+      it is built whole on every rank, where with one it is cut. Give it the group.
+    - Grouped experts, both versions: the local spec has none that run on CPUs.
+    """
+    attention = layer_spec.submodules.self_attention.submodules
+    attention.core_attention = core_attention
+    pass_query_group(layer_spec, groups)
+    if experts is None or not is_routed(layer_spec):
+        return
+    mlp = layer_spec.submodules.mlp
+    if isinstance(mlp, functools.partial):  # 0.19.2
+        # Layers share their submodules object, but all of them get the same experts.
+        mlp.keywords["submodules"].experts = experts
+    else:  # 0.16.1
+        from megatron.core.transformer.spec_utils import ModuleSpec
+
+        mlp.submodules.experts = ModuleSpec(module=experts)
+
+
+def pass_query_group(layer_spec: Any, groups: Any) -> None:
+    """See `replace_parts`: linear_q_proj of latent attention without q_lora_rank. Both versions, every layer spec."""
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    attention = layer_spec.submodules.self_attention.submodules
+    linear = getattr(attention, "linear_q_proj", None)
+    if isinstance(linear, type):
+        attention.linear_q_proj = ModuleSpec(module=linear, params={"tp_group": groups.tp})
+
+
+def is_routed(layer_spec: Any) -> bool:
+    """Whether a layer's MLP is a mixture of experts; 0.16.1 has a ModuleSpec there, 0.19.2 a functools.partial."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    mlp = layer_spec.submodules.mlp
+    return (mlp.func if isinstance(mlp, functools.partial) else mlp.module) is MoELayer
+
+
+def mark_grouped_weight(weight: torch.Tensor, config: Any, row_parallel: bool) -> None:
+    """Set the attributes that Transformer Engine and this version of Megatron leave on a grouped expert's weight.
+
+    They are wrong for resharding and kept so on purpose, since Megatron's own refit reads them: TE (2.20) marks dim 0 of
+    fc2 too once Megatron hides its parallel mode (`explicit_expert_comm`), which 0.16.1 leaves; 0.19.2
+    (extensions/transformer_engine.py, `_set_expert_parameter_attributes`) sets the dim right and the stride of a gated
+    fc1 to 1. Nothing else in this project reads them.
+    """
+    tp, etp, ep = (
+        config.tensor_model_parallel_size,
+        config.expert_tensor_parallel_size,
+        config.expert_model_parallel_size,
+    )
+    extension = importlib.import_module("megatron.core.extensions.transformer_engine")
+    if hasattr(extension, "_set_expert_parameter_attributes"):
+        allreduce, dim = not (ep > 1 or etp != tp), 1 if row_parallel else 0
+    else:
+        hidden = etp > 1 or ep > 1
+        allreduce, dim = not ep > 1, 1 if row_parallel and not hidden else 0
+    vars(weight).update(allreduce=allreduce, tensor_model_parallel=True, partition_dim=dim, partition_stride=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FailedPlan:
+    """Sent in place of 0.16.1's plans when planning failed on rank 0: reading it raises there what rank 0 raised."""
+
+    reason: str
+
+    @property
+    def recv_ops(self) -> Any:
+        raise RuntimeError(self.reason)
+
+
+def plan_refit_of_0_16(source: torch.nn.Module, destination: torch.nn.Module, num_experts: int | None) -> None:
+    """Plan as `swap_model_weights` of 0.16.1 does on its first call, and leave the plan where it looks for it.
+
+    0.16.1 plans on rank 0 and broadcasts: an error there leaves every other rank waiting for ever. Catch it, and send
+    the reason in place of the plans, so that all ranks raise. Collective: every rank of the default group.
+    """
+    from megatron.core.resharding import build_centralized_reshard_plan
+
+    try:
+        plan = build_centralized_reshard_plan(source, destination, num_experts=num_experts)
+    except Exception as error:
+        if dist.get_rank() == 0:
+            dist.broadcast_object_list([FailedPlan(str(error))] * dist.get_world_size(), src=0)
+        raise
+    destination._cached_reshard_plan = plan
+
+
+class AbsentModel(torch.nn.Module):
+    """Stands in for a model that is not on this rank, for 0.16.1, which takes no None: no parameters, no groups."""
+
+    def __init__(self, num_experts: int | None) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(num_moe_experts=num_experts)
+        self.pg_collection = types.SimpleNamespace(dp=())
+
+
+@contextlib.contextmanager
+def no_cuda_to_wait_for(device: torch.device) -> Iterator[None]:
+    """0.19.2 calls `torch.cuda.synchronize()` in `execute_reshard_plan`, which fails without CUDA."""
+    if device.type == "cuda":
+        yield
+        return
+    original = torch.cuda.synchronize
+    torch.cuda.synchronize = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize = original
+
+
+def check_nvshmem_kernel() -> None:
+    """Raise UnavailableError where the kernel of Megatron's NVSHMEM refit is missing: no wheel to 0.19.2 carries it."""
+    package = importlib.util.find_spec("megatron.core.resharding.nvshmem_copy_service")
+    folders = list(package.submodule_search_locations or []) if package is not None else []
+    kernels = [Path(folder) / "kernels" / "chunked_kernel.cu" for folder in folders]
+    if not any(kernel.is_file() for kernel in kernels):
+        raise UnavailableError(
+            f"Megatron-Core's NVSHMEM refit has no kernel here ({kernels[0] if kernels else 'no such package'}): its wheels "
+            "leave the file out; copy it from Megatron-LM's repository, or use --refit-method nccl"
+        )

@@ -1,0 +1,117 @@
+"""Modules that Megatron's local layer spec lacks on CPUs: core attention and grouped experts.
+
+The experts hold parameters exactly as Megatron's Transformer Engine modules do; the attention has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_pg_rank, get_pg_size
+
+from refit.models.megatron.compat import mark_grouped_weight
+
+
+class CoreAttention(MegatronModule):  # type: ignore[misc]
+    """Causal scaled dot-product attention without parameters, for grouped-query and latent attention alike."""
+
+    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """query `[sequence, batch, heads, size]`, key and value with as many heads or fewer; `[sequence, batch, hidden]`."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if k.size(1) != q.size(1):
+            repeats = q.size(1) // k.size(1)
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale).permute(2, 0, 1, 3)
+        return output.reshape(output.size(0), output.size(1), -1)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
+class GroupedLinear(torch.nn.Module):
+    """The weights `weight0 .. weight{n-1}` (and biases) of one linear of this rank's experts, as TE's GroupedLinear."""
+
+    def __init__(self, num_experts: int, rows: int, columns: int, config: Any, row_parallel: bool) -> None:
+        super().__init__()
+        self.row_parallel = row_parallel
+        # Megatron allocates on current_device(), and so does this.
+        where = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        for index in range(num_experts):
+            weight = torch.nn.Parameter(torch.empty(rows, columns, **where))
+            mark_grouped_weight(weight, config, row_parallel)
+            self.register_parameter(f"weight{index}", weight)
+            if config.add_bias_linear:
+                self.register_parameter(f"bias{index}", torch.nn.Parameter(torch.empty(rows, **where)))
+
+    def parts(self, index: int) -> dict[str, torch.nn.Parameter]:
+        """`weight` and, where there is one, `bias` of expert `index` of this rank."""
+        names = {name: getattr(self, f"{name}{index}", None) for name in ("weight", "bias")}
+        return {name: part for name, part in names.items() if part is not None}
+
+
+class GroupedExperts(MegatronModule):  # type: ignore[misc]
+    """This rank's routed experts under the names and boxes of Megatron's TEGroupedMLP, computed one by one."""
+
+    def __init__(self, num_local_experts: int, config: Any, *_: Any, pg_collection: Any = None, **__: Any) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.groups = pg_collection
+        ffn = config.moe_ffn_hidden_size // get_pg_size(pg_collection.expt_tp)
+        first = 2 * ffn if config.gated_linear_unit else ffn
+        self.linear_fc1 = GroupedLinear(num_local_experts, first, config.hidden_size, config, row_parallel=False)
+        self.linear_fc2 = GroupedLinear(num_local_experts, config.hidden_size, ffn, config, row_parallel=True)
+
+    def forward(
+        self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """`hidden` `[tokens, hidden]` sorted by expert, `probs` `[tokens]`: weighted outputs of the same shape."""
+        counts = tokens_per_expert.tolist()
+        parts = zip(torch.split(hidden, counts), torch.split(probs, counts), strict=True)
+        return torch.cat([self._expert(index, *part) for index, part in enumerate(parts)]), None
+
+    def _expert(self, index: int, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        first, second = self.linear_fc1.parts(index), self.linear_fc2.parts(index)
+        inner = F.linear(hidden, first["weight"], first.get("bias"))
+        if self.config.gated_linear_unit:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.config.activation_func(gate) * up
+        else:
+            inner = self.config.activation_func(inner)
+        scale = probs.unsqueeze(-1)
+        output = F.linear((inner * scale).to(hidden.dtype), second["weight"])
+        return output + (second["bias"] * scale).to(hidden.dtype) if "bias" in second else output
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """As TEGroupedMLP states it: `experts.linear_fc1.weight` is `[num_experts, ...]`, gate and up apart."""
+        stated: dict[str, Any] = {}
+        offset = get_pg_rank(self.groups.ep) * self.num_local_experts
+        total = get_pg_size(self.groups.ep) * self.num_local_experts
+        for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            cuts = {"weight": 1} if linear.row_parallel else {"weight": 0, "bias": 0}
+            for index in range(self.num_local_experts):
+                place = (*sharded_offsets, (len(sharded_offsets), offset + index, total))
+                shards = make_sharded_tensors_for_checkpoint(
+                    linear.parts(index),
+                    f"{prefix}experts.{name}.",
+                    cuts,
+                    place,
+                    tp_group=self.groups.expt_tp,
+                    dp_cp_group=metadata["dp_cp_group"],
+                )
+                for key, shard in shards.items():
+                    if name == "linear_fc1" and self.config.gated_linear_unit:
+                        shard = apply_swiglu_sharded_factory(shard, place)
+                    shard.replica_id = (*shard.replica_id[:2], get_pg_rank(self.groups.expt_dp))
+                    stated[f"{key}{index}"] = shard
+        return stated

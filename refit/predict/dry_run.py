@@ -1,0 +1,101 @@
+"""A dry run: predict both sides, plan, add up. No GPU, no Megatron, no second process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from refit.cli.launch import check_num_ranks
+from refit.config.scenario import Mode, Scenario
+from refit.config.shape import ModelShape
+from refit.errors import UsageError
+from refit.plan.cost import Bound, Cluster, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
+from refit.plan.plan import IntArray
+from refit.plan.planner import plan_refit
+from refit.predict.megatron import predict
+
+
+@dataclass(frozen=True, slots=True)
+class DryRunOptions:
+    """What a dry run compares the need with. `num_gpus` None stands for as many as the scenario needs.
+
+    The plan goes by the hosts of `gpus_per_node`, as a run does; traffic and bound by the cluster's NVLink domains.
+    """
+
+    num_gpus: int | None = None
+    gpus_per_node: int = 8
+    cluster: Cluster | None = None
+
+    @property
+    def gpus_per_domain(self) -> int:
+        """GPUs that NVLink joins: the cluster's, or those of a host."""
+        return self.cluster.gpus_per_node if self.cluster else self.gpus_per_node
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """A scenario's figures. `source_bytes` and `destination_bytes` are the weights of each rank of that side.
+
+    `matrix` has the bytes from each rank (row) to each rank. `bound` is None without a cluster, and where the cluster
+    has no speed for bytes that cross its nodes.
+    """
+
+    scenario: Scenario
+    model: ModelShape
+    options: DryRunOptions
+    num_gpus: int
+    num_parameters: int
+    num_tensors: int
+    source_bytes: dict[int, int]
+    destination_bytes: dict[int, int]
+    cost: Cost
+    matrix: IntArray
+    traffic: Traffic
+    bound: Bound | None
+    predict_s: float
+    plan_s: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the fullest GPU holds: its weights, of both sides where they share it, and the staging bound."""
+        return max(max(held.values()) for held in self.held_bytes.values()) + self.scenario.staging_bytes
+
+    @property
+    def held_bytes(self) -> dict[str, Mapping[int, int]]:
+        """Weights on each rank, of `source` and `destination` apart, or of `both` together where they share GPUs."""
+        if self.scenario.mode is Mode.NON_COLLOCATED:
+            return {"source": self.source_bytes, "destination": self.destination_bytes}
+        sides = (self.source_bytes, self.destination_bytes)
+        return {"both": {rank: sum(side.get(rank, 0) for side in sides) for rank in range(self.scenario.num_ranks)}}
+
+
+def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
+    """Plan `scenario` on predicted inventories. Raises UsageError where there are too few GPUs."""
+    if scenario.model is None:
+        raise UsageError("--dry-run predicts the models that flags describe: a --model-provider has to be run")
+    num_gpus = options.num_gpus or scenario.num_ranks
+    check_num_ranks(scenario, num_gpus)
+    start_s = time.perf_counter()
+    source = predict(scenario.model, scenario.source, transformer_impl=scenario.transformer_impl)
+    destination = predict(scenario.model, scenario.destination, transformer_impl=scenario.transformer_impl)
+    predicted_s = time.perf_counter()
+    plan = plan_refit(source, destination, ranks_per_node=options.gpus_per_node)
+    matrix = bytes_matrix(plan)
+    planned_s = time.perf_counter()
+    return DryRun(
+        scenario=scenario,
+        model=scenario.model,
+        options=options,
+        num_gpus=num_gpus,
+        num_parameters=source.num_parameters,
+        num_tensors=len(source.tensors),
+        source_bytes=dict(source.bytes_per_rank),
+        destination_bytes=dict(destination.bytes_per_rank),
+        cost=cost_of(plan),
+        matrix=matrix,
+        traffic=split_traffic(matrix, options.gpus_per_domain),
+        bound=lower_bound(matrix, options.cluster) if options.cluster else None,
+        predict_s=predicted_s - start_s,
+        plan_s=planned_s - predicted_s,
+    )

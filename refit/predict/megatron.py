@@ -1,0 +1,226 @@
+"""What every rank of a layout holds, predicted from the flags: no model, no Megatron, no torch.
+
+Read it top down: `layer_tensors` and `end_tensors` list a model's tensors with the way each is cut; `boxes_of` says
+what a way of cutting leaves to one rank; `predict` puts them together, stage by stage. Shapes and cuts are those of
+Megatron-Core's GPTModel as its `sharded_state_dict()` states them (0.16.1 and 0.19.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from refit.config.layout import Coordinates, Layout
+from refit.config.shape import Experts, LatentAttention, ModelShape
+from refit.errors import UsageError
+from refit.plan.box import Box, coalesce
+from refit.plan.sharding import Census, Spread, TensorSpec
+
+
+class Cut(Enum):
+    """How a matrix `[rows, columns]` (or a bias `[rows]`) is cut over the tensor axis; TP ranks each get one part."""
+
+    WHOLE = "every rank holds all of it"
+    COLUMN = "rows in equal parts (a column-parallel linear, weights being [out, in])"
+    GATED = "rows are [gate; up]: an equal part of each half"
+    ROW = "columns in equal parts (a row-parallel linear)"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor: its name below the layer's prefix, its shape and its cut.
+
+    A `routed` one is `[num_experts, ...]`: cut over EP along the experts, and as `cut` says over ETP, not TP, in the
+    dims behind. `dtype` None is the model's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    cut: Cut
+    routed: bool = False
+    padded: bool = False
+    dtype: str | None = None
+
+
+def predict(shape: ModelShape, layout: Layout, *, transformer_impl: str = "local") -> Census:
+    """What every rank of `layout` holds; keys in their canonical spelling (`refit.models.megatron.sharding`).
+
+    Raises UsageError where a tensor cannot be cut evenly.
+    """
+    shape.check_layout(layout, "this layout")
+    stages = [Stage(layout, number) for number in range(layout.pp)]
+    first, last = stages[0], stages[-1]
+    tensors: dict[str, TensorSpec] = {}
+    spreads: dict[str, Spread] = {}
+
+    def add(key: str, entry: Entry, *holders: Stage) -> None:
+        dtype = entry.dtype or shape.dtype.value
+        tensors[key] = TensorSpec(key, entry.shape, dtype, stacked=entry.routed, padded=entry.padded)
+        spreads[key] = holders[0].spread(entry) if len(holders) == 1 else joined(entry, holders)
+
+    for entry in embedding_tensors(shape, layout.tp):
+        copied = shape.tied_embeddings and entry.padded and last is not first
+        add(entry.name, entry, *((first, last) if copied else (first,)))
+    kinds = {routed: layer_tensors(shape, routed, transformer_impl) for routed in (False, True)}
+    for stage, layers in zip(stages, layout.stage_layers(shape.num_layers), strict=True):
+        for layer in layers:
+            for entry in kinds[shape.experts is not None and shape.experts.layers[layer]]:
+                add(f"decoder.layers.{layer}.{entry.name}", entry, stage)
+    for entry in output_tensors(shape, layout.tp):
+        add(entry.name, entry, last)
+    return Census(tuple(layout.ranks), tensors, spreads)
+
+
+# --- The tensors of a model -------------------------------------------------------------------------------------
+
+
+def embedding_tensors(shape: ModelShape, tp: int) -> list[Entry]:
+    """On the first stage. A tied word embedding is also the last stage's output layer."""
+    words = (shape.padded_vocab_size(tp), shape.hidden_size)
+    entries = [Entry("embedding.word_embeddings.weight", words, Cut.COLUMN, padded=True)]
+    if shape.position_embedding_type == "learned_absolute":
+        positions = (shape.max_position_embeddings, shape.hidden_size)
+        entries.append(Entry("embedding.position_embeddings.weight", positions, Cut.WHOLE))
+    return entries
+
+
+def output_tensors(shape: ModelShape, tp: int) -> list[Entry]:
+    """On the last stage."""
+    entries = [*_norm("decoder.final_layernorm", shape.hidden_size, shape)]
+    if not shape.tied_embeddings:
+        words = (shape.padded_vocab_size(tp), shape.hidden_size)
+        entries.append(Entry("output_layer.weight", words, Cut.COLUMN, padded=True))
+    return entries
+
+
+def layer_tensors(shape: ModelShape, routed: bool, transformer_impl: str) -> tuple[Entry, ...]:
+    """One decoder layer, with routed experts or a dense MLP."""
+    entries = [*_norm("input_layernorm", shape.hidden_size, shape), *_norm("pre_mlp_layernorm", shape.hidden_size, shape)]
+    if shape.mla is None:
+        entries += _grouped_query_attention(shape)
+    else:
+        entries += _latent_attention(shape, shape.mla, transformer_impl)
+    if routed and shape.experts is not None:
+        entries += _mixture_of_experts(shape, shape.experts)
+    else:
+        entries += _mlp("mlp", shape.ffn_hidden_size, shape)
+    return tuple(entries)
+
+
+def _norm(name: str, size: int, shape: ModelShape) -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", (size,), Cut.WHOLE)
+    if shape.normalization == "LayerNorm":
+        yield Entry(f"{name}.bias", (size,), Cut.WHOLE)
+
+
+def _linear(name: str, rows: int, columns: int, cut: Cut, bias: bool = False) -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", (rows, columns), cut)
+    if bias:
+        # The bias of a row-parallel linear is added after the sum over ranks: every rank holds all of it.
+        yield Entry(f"{name}.bias", (rows,), Cut.WHOLE if cut is Cut.ROW else cut)
+
+
+def _grouped_query_attention(shape: ModelShape) -> Iterator[Entry]:
+    """Rows of linear_qkv lie group by group, [queries of the group; key; value]: equal parts, whatever TP is."""
+    heads, size, hidden = shape.num_attention_heads, shape.kv_channels, shape.hidden_size
+    rows = (heads + 2 * shape.num_query_groups) * size
+    attention = "self_attention"
+    yield from _linear(f"{attention}.linear_qkv", rows, hidden, Cut.COLUMN, shape.add_bias_linear or shape.add_qkv_bias)
+    yield from _linear(f"{attention}.linear_proj", hidden, heads * size, Cut.ROW, shape.add_bias_linear)
+    if shape.qk_layernorm:
+        yield from _norm(f"{attention}.q_layernorm", size, shape)
+        yield from _norm(f"{attention}.k_layernorm", size, shape)
+
+
+def _latent_attention(shape: ModelShape, mla: LatentAttention, transformer_impl: str) -> Iterator[Entry]:
+    """Down projections are cut by the local layer spec and replicated by Transformer Engine's."""
+    heads, hidden = shape.num_attention_heads, shape.hidden_size
+    down = Cut.WHOLE if transformer_impl == "transformer_engine" else Cut.COLUMN
+    query_rows = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim)
+    attention = "self_attention"
+    if mla.q_lora_rank is None:
+        yield from _linear(f"{attention}.linear_q_proj", query_rows, hidden, Cut.COLUMN)
+    else:
+        yield from _linear(f"{attention}.linear_q_down_proj", mla.q_lora_rank, hidden, down)
+        yield from _linear(f"{attention}.linear_q_up_proj", query_rows, mla.q_lora_rank, Cut.COLUMN)
+        if shape.qk_layernorm:
+            yield from _norm(f"{attention}.q_layernorm", mla.q_lora_rank, shape)
+    latent_rows = mla.kv_lora_rank + mla.qk_pos_emb_head_dim
+    yield from _linear(f"{attention}.linear_kv_down_proj", latent_rows, hidden, down)
+    key_value_rows = heads * (mla.qk_head_dim + mla.v_head_dim)
+    yield from _linear(f"{attention}.linear_kv_up_proj", key_value_rows, mla.kv_lora_rank, Cut.COLUMN)
+    if shape.qk_layernorm:
+        yield from _norm(f"{attention}.kv_layernorm", mla.kv_lora_rank, shape)
+    yield from _linear(f"{attention}.linear_proj", hidden, heads * mla.v_head_dim, Cut.ROW, shape.add_bias_linear)
+
+
+def _mlp(name: str, ffn: int, shape: ModelShape) -> Iterator[Entry]:
+    hidden, bias = shape.hidden_size, shape.add_bias_linear
+    first = (2 * ffn, Cut.GATED) if shape.swiglu else (ffn, Cut.COLUMN)
+    yield from _linear(f"{name}.linear_fc1", first[0], hidden, first[1], bias)
+    yield from _linear(f"{name}.linear_fc2", hidden, ffn, Cut.ROW, bias)
+
+
+def _mixture_of_experts(shape: ModelShape, experts: Experts) -> Iterator[Entry]:
+    count = experts.num_experts
+    yield Entry("mlp.router.weight", (count, shape.hidden_size), Cut.WHOLE)
+    if shape.add_bias_linear:
+        yield Entry("mlp.router.bias", (count,), Cut.WHOLE)
+    if experts.expert_bias:
+        yield Entry("mlp.router.expert_bias", (count,), Cut.WHOLE, dtype="float32")
+    for one in _mlp("mlp.experts.experts", experts.ffn_hidden_size, shape):
+        yield Entry(one.name, (count, *one.shape), one.cut, routed=True)
+    if experts.shared_ffn_hidden_size is not None:
+        yield from _mlp("mlp.shared_experts", experts.shared_ffn_hidden_size, shape)
+
+
+# --- Where they lie ---------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """The ranks of one pipeline stage. Layers of a kind lie alike, so each kind's spread is made once and shared."""
+
+    def __init__(self, layout: Layout, number: int) -> None:
+        size = layout.world_size // layout.pp
+        self.layout = layout
+        self.ranks = layout.ranks[number * size : (number + 1) * size]
+        self._spreads: dict[tuple[tuple[int, ...], Cut, bool], Spread] = {}
+
+    def spread(self, entry: Entry) -> Spread:
+        kind = (entry.shape, entry.cut, entry.routed)
+        if kind not in self._spreads:
+            self._spreads[kind] = joined(entry, (self,))
+        return self._spreads[kind]
+
+
+def joined(entry: Entry, stages: tuple[Stage, ...]) -> Spread:
+    """The spread of a tensor that all `stages` hold."""
+    return Spread.of(
+        (rank, boxes_of(entry, stage.layout, stage.layout.coordinates(rank))) for stage in stages for rank in stage.ranks
+    )
+
+
+def boxes_of(entry: Entry, layout: Layout, at: Coordinates) -> tuple[Box, ...]:
+    """What the rank at these coordinates holds of a tensor: two boxes where gate and up do not touch, else one."""
+    whole, dim, parts, part = Box.whole(entry.shape), 0, layout.tp, at.tp
+    if entry.routed:
+        whole = _part(entry, whole, 0, layout.ep, at.ep)
+        dim, parts, part = 1, layout.etp, at.etp
+    if entry.cut is Cut.WHOLE:
+        return (whole,)
+    if entry.cut is Cut.GATED:
+        gate, up = (_part(entry, whole, dim, 2 * parts, half * parts + part) for half in (0, 1))
+        return coalesce([gate, up])
+    return (_part(entry, whole, dim + (entry.cut is Cut.ROW), parts, part),)
+
+
+def _part(entry: Entry, box: Box, dim: int, parts: int, part: int) -> Box:
+    """Part number `part` of `parts` equal ones along `dim`."""
+    size, rest = divmod(box.extents[dim], parts)
+    if rest:
+        raise UsageError(
+            f"{entry.name} {list(entry.shape)} cannot be cut into {parts} equal parts along dim {dim}: "
+            f"give a size that divides {box.extents[dim]}"
+        )
+    return box.narrow(dim, part * size, (part + 1) * size)

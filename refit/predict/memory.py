@@ -1,0 +1,123 @@
+"""Whether a scenario's models fit its GPUs, and which change of layout would make them fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from refit import units
+from refit.config.layout import Layout
+from refit.errors import UsageError
+from refit.predict.dry_run import DryRun
+from refit.predict.megatron import predict
+
+MAX_EP_FACTOR = 64
+"""How far EP is raised in search of a layout that fits."""
+
+IMPOSSIBLE = 1 << 62
+
+ETP_FLAGS = {
+    "source": "--expert-tensor-parallel-size",
+    "destination": "--rl-inference-expert-tensor-model-parallel-size",
+}
+EP_FLAGS = {"source": "--expert-model-parallel-size", "destination": "--rl-inference-expert-model-parallel-size"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """One way out: the layouts of the sides that are too full, and how to say it."""
+
+    layouts: dict[str, Layout]
+    text: str
+
+
+def check_memory(run: DryRun) -> None:
+    """Raise UsageError, with both figures and what would fit, where a GPU of the cluster has less than a side needs.
+
+    Passes where no cluster is given or its memory is not known.
+    """
+    cluster = run.options.cluster
+    if cluster is None or cluster.gpu_memory_bytes is None:
+        return
+    staging = run.scenario.staging_bytes
+    for side, held in run.held_bytes.items():
+        weights = max(held.values())
+        if weights + staging <= cluster.gpu_memory_bytes:
+            continue
+        subject = f"both sides ({run.scenario.title}) need" if side == "both" else f"the {side} needs"
+        remedies = [
+            *_lower_staging(weights, cluster.gpu_memory_bytes),
+            *_fitting_layouts(run, side, cluster.gpu_memory_bytes),
+        ]
+        raise UsageError(
+            f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of weights, {units.gb(staging)} of "
+            f"staging), {cluster.name} has {units.gb(cluster.gpu_memory_bytes)}: "
+            f"{', or '.join(remedies) or 'raise TP, EP or PP, or use GPUs with more memory'}"
+        )
+
+
+def _lower_staging(weights: int, available: int) -> list[str]:
+    left_mib = (available - weights) >> 20
+    return [f"lower --staging-mib to {left_mib}"] if left_mib > 0 else []
+
+
+def _fitting_layouts(run: DryRun, side: str, available: int) -> list[str]:
+    """The first change of each kind that was planned and fits."""
+    sides = ["source", "destination"] if side == "both" else [side]
+    kinds = (_etp_at_tp(run, sides), _higher_ep(run, sides))
+    first = (next((change for change in kind if _needed(run, change) <= available), None) for kind in kinds)
+    return [change.text for change in first if change]
+
+
+def _needed(run: DryRun, change: _Change) -> int:
+    """Bytes on the fullest GPU of the sides a change is for; more than any GPU has where the model cannot be cut so."""
+    fullest = []
+    for side, layout in change.layouts.items():
+        try:
+            run.model.check_layout(layout, side)
+        except UsageError:
+            return IMPOSSIBLE
+        census = predict(run.model, layout, transformer_impl=run.scenario.transformer_impl)
+        fullest.append(max(census.bytes_per_rank.values()))
+    return sum(fullest) + run.scenario.staging_bytes
+
+
+def _etp_at_tp(run: DryRun, sides: list[str]) -> Iterator[_Change]:
+    """ETP raised to TP on every side where it is lower: experts are then cut TP ways as well, not copied."""
+    layouts = {side: _layout(run, side) for side in sides}
+    raised = {side: _with(layout, etp=layout.tp) for side, layout in layouts.items() if layout.etp < layout.tp}
+    changed = {side: layout for side, layout in raised.items() if layout}
+    if changed and len(changed) == len(raised):
+        flags = " and ".join(f"{ETP_FLAGS[side]} at TP = {layout.tp}" for side, layout in changed.items())
+        yield _Change({**layouts, **changed}, f"leave {flags}")
+
+
+def _higher_ep(run: DryRun, sides: list[str]) -> Iterator[_Change]:
+    """EP raised on every side, on the same ranks where its ETP x EP x PP still divides them, else on more."""
+    for factor in range(2, MAX_EP_FACTOR + 1):
+        changed = {side: grown for side in sides if (grown := _with_ep(_layout(run, side), factor))}
+        if len(changed) == len(sides):
+            texts = [f"{EP_FLAGS[side]} to {layout.ep}{_on(side, layout)}" for side, layout in changed.items()]
+            yield _Change(changed, f"raise {' and '.join(texts)}")
+
+
+def _on(side: str, layout: Layout) -> str:
+    if layout.world_size == layout.tp * layout.ep * layout.pp:
+        return f" ({layout.world_size} GPUs)"
+    return f" with --{side}-world-size {layout.world_size}"
+
+
+def _with_ep(layout: Layout, factor: int) -> Layout | None:
+    ep = layout.ep * factor
+    return _with(layout, ep=ep) or _with(layout, ep=ep, world_size=layout.tp * ep * layout.pp)
+
+
+def _with(layout: Layout, **sizes: int) -> Layout | None:
+    try:
+        return replace(layout, **sizes)
+    except UsageError:
+        return None
+
+
+def _layout(run: DryRun, side: str) -> Layout:
+    return run.scenario.source if side == "source" else run.scenario.destination

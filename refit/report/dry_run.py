@@ -1,0 +1,135 @@
+"""The text of a dry run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from refit import units
+from refit.cli.launch import needed_text
+from refit.plan.cost import Load
+from refit.predict.dry_run import DryRun
+from refit.report.bound import bound_text
+from refit.report.rank_map import rank_map
+
+MAX_TABLE_RANKS = 16
+"""Up to this many ranks each has a row of its own."""
+
+
+def dry_run_text(run: DryRun) -> str:
+    """Rank map, notes, figures and a table, as plain text without a newline at the end."""
+    notes = [f"Note: {note}" for note in run.scenario.notes]
+    table = _rank_table(run) if run.scenario.num_ranks <= MAX_TABLE_RANKS else _summary_table(run)
+    return "\n".join([rank_map(run.scenario, run.num_gpus), *notes, "", *_figures(run), "", *table])
+
+
+def _figures(run: DryRun) -> list[str]:
+    cost = run.cost
+    sender, receiver = cost.busiest_sender, cost.busiest_receiver
+    figures = {
+        "GPUs needed": f"{needed_text(run.scenario)}{_nodes(run)}",
+        "Model": f"{run.scenario.model_name or 'by flags'}, {units.count(run.num_parameters)} parameters "
+        f"({run.num_parameters:,} with buffers) in {run.num_tensors:,} tensors, {run.model.dtype.value}",
+        **_memory(run),
+        "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
+        "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
+        "Local": f"{units.gb(cost.local_bytes)} within a GPU",
+        "Busiest sender": f"{_busiest(run, sender, 'sent')}, {cost.sender_imbalance:.2f} x mean sender",
+        "Busiest receiver": _busiest(run, receiver, "received"),
+        "Lower bound": _lower_bound(run),
+        "Planned in": f"{units.seconds(run.plan_s)}, inventories predicted in {units.seconds(run.predict_s)}",
+    }
+    width = max(map(len, figures)) + 1
+    return [f"{label + ':':<{width}} {text}" for label, text in figures.items()]
+
+
+def _nodes(run: DryRun) -> str:
+    nodes = math.ceil(run.scenario.num_ranks / run.options.gpus_per_node)
+    return f" ({nodes} nodes of {run.options.gpus_per_node})" if nodes > 1 else ""
+
+
+def _memory(run: DryRun) -> dict[str, str]:
+    """Memory of the fullest GPU of each side, or of both sides together where they share GPUs."""
+    staging = run.scenario.staging_bytes
+    labels = {"both": "Memory per GPU", "source": "Memory per source GPU", "destination": "Memory per destination GPU"}
+    return {
+        labels[side]: f"{units.gib(max(held.values()) + staging)} (weights {units.gib(max(held.values()))}, "
+        f"staging up to {units.gib(staging)}){_too_much(run, max(held.values()) + staging)}"
+        for side, held in run.held_bytes.items()
+    }
+
+
+def _too_much(run: DryRun, nbytes: int) -> str:
+    cluster = run.options.cluster
+    if cluster is None or cluster.gpu_memory_bytes is None or nbytes <= cluster.gpu_memory_bytes:
+        return ""
+    return f", MORE THAN the {units.gib(cluster.gpu_memory_bytes)} of {cluster.name}"
+
+
+def _busiest(run: DryRun, load: Load, direction: Literal["sent", "received"]) -> str:
+    """`rank 64, 66.64 GB`, and how much of it crosses nodes where there are several."""
+    traffic = run.traffic
+    text = f"rank {load.rank}, {units.gb(load.nbytes)}"
+    if run.scenario.num_ranks <= traffic.gpus_per_node:
+        return text
+    kinds = {
+        "sent": (traffic.sent_within, traffic.sent_between),
+        "received": (traffic.received_within, traffic.received_between),
+    }
+    within, between = (units.gb(int(nbytes[load.rank])) for nbytes in kinds[direction])
+    return f"{text} ({within} within its node, {between} between nodes)"
+
+
+def _lower_bound(run: DryRun) -> str:
+    cluster = run.options.cluster
+    if cluster is None:
+        return "give the speeds of a cluster with --cluster"
+    return bound_text(run.bound, cluster)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One figure of each rank, in units of `scale` bytes."""
+
+    title: str
+    loads: Mapping[int, int]
+    scale: float
+
+    def cell(self, value: float | None) -> str:
+        return "-" if value is None else f"{value / self.scale:,.3f}"
+
+
+def _columns(run: DryRun) -> list[_Column]:
+    memory, moved = (run.source_bytes, run.destination_bytes), (run.cost.sent, run.cost.received, run.cost.local)
+    large = max(max(loads.values()) for loads in memory) >= 2**30
+    held_unit, held_scale = ("GiB", 2.0**30) if large else ("MiB", 2.0**20)
+    moved_unit, moved_scale = ("GB", 1e9) if large else ("MB", 1e6)
+    return [
+        *(
+            _Column(f"{name} {held_unit}", loads, held_scale)
+            for name, loads in zip(("source", "dest."), memory, strict=True)
+        ),
+        *(
+            _Column(f"{name} {moved_unit}", loads, moved_scale)
+            for name, loads in zip(("sent", "received", "local"), moved, strict=True)
+        ),
+    ]
+
+
+def _rank_table(run: DryRun) -> list[str]:
+    columns = _columns(run)
+    lines = [f"{'rank':>4}" + "".join(f"{column.title:>14}" for column in columns)]
+    for rank in range(run.scenario.num_ranks):
+        lines.append(f"{rank:>4}" + "".join(f"{column.cell(column.loads.get(rank)):>14}" for column in columns))
+    return lines
+
+
+def _summary_table(run: DryRun) -> list[str]:
+    lines = [f"{'per rank':<12}{'min':>12}{'mean':>12}{'max':>12}{'at rank':>9}"]
+    for column in _columns(run):
+        values = column.loads.values()
+        cells = "".join(f"{column.cell(x):>12}" for x in (min(values), sum(values) / len(values), max(values)))
+        lines.append(f"{column.title:<12}{cells}{max(column.loads, key=column.loads.__getitem__):>9}")
+    return lines

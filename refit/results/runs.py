@@ -1,0 +1,124 @@
+"""Finding a run on disk: a sweep by its file or folder, or single results that no sweep made."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refit.errors import UsageError
+from refit.results.outcomes import Outcome, judged, load_outcomes
+from refit.results.sweep import SWEEP_SUFFIX, Planned, Side, Status, Sweep, sweep_file
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A sweep and what became of it. `is_sweep` is False where single results were put together to look like one."""
+
+    directory: Path
+    sweep: Sweep
+    outcomes: tuple[Outcome, ...]
+    is_sweep: bool
+
+
+def find_run(path: Path, run_id: str | None = None) -> Run:
+    """The run at `path`: a sweep or result file, or a folder of either, also the one that holds its `logs` folder.
+
+    Of several sweeps the one begun last, unless `run_id` names one; a folder without sweeps gives all its results,
+    or the one that `run_id` names. Raises UsageError where there is none.
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: give a folder of results, a sweep file or a result file")
+    if path.is_file():
+        run = _sweep_run(path) if path.name.endswith(SWEEP_SUFFIX) else _single_results(path.parent, [path])
+        if run_id not in (None, run.sweep.run_id):
+            raise UsageError(f"{path} is run {run.sweep.run_id}, not {run_id}: give its folder, or leave --run-id out")
+        return run
+    folders = [path, path / "logs"]
+    for folder in folders:
+        if found := sorted(folder.glob(f"*{SWEEP_SUFFIX}")):
+            return _sweep_run(_chosen(folder, found, run_id))
+    for folder in folders:
+        if found := [file for file in sorted(folder.glob("*.json")) if run_id in (None, file.stem)]:
+            return _single_results(folder, found)
+    wanted = f"no result {run_id}.json" if run_id else "no results"
+    raise UsageError(f"{path} holds {wanted}: give the folder that a run's --output-dir named, or its logs folder")
+
+
+def _chosen(folder: Path, found: list[Path], run_id: str | None) -> Path:
+    if run_id is None:
+        return max(found, key=lambda path: (Sweep.read(path).date, path.name))
+    if sweep_file(folder, run_id) in found:
+        return sweep_file(folder, run_id)
+    ids = ", ".join(path.name.removesuffix(SWEEP_SUFFIX) for path in found)
+    raise UsageError(f"{folder} holds no run {run_id!r}: there are {ids}")
+
+
+def _sweep_run(path: Path) -> Run:
+    sweep = Sweep.read(path)
+    return Run(path.parent, sweep, tuple(load_outcomes(sweep, path.parent)), is_sweep=True)
+
+
+def _single_results(folder: Path, paths: list[Path]) -> Run:
+    """Results side by side, oldest first, as a sweep without a title, named after its only result or its folder."""
+    named = {path.stem: _read(path) for path in paths}
+    started = dict(sorted(named.items(), key=lambda item: (item[1].get("started", ""), item[0])))
+    outcomes = tuple(judged(_planned(name, result), result) for name, result in started.items())
+    planned = [outcome.planned for outcome in outcomes]
+    variables = [(result.get("environment") or {}).get("variables", {}) for result in started.values()]
+    jobs = {settings["SLURM_JOB_ID"]: None for settings in variables if "SLURM_JOB_ID" in settings}
+    sweep = Sweep(
+        run_id=paths[0].stem if len(paths) == 1 else folder.resolve().name,
+        title="",
+        date=next(reversed(started.values())).get("started", "unknown"),
+        jobs=tuple(jobs),
+        nodes=max(entry.nodes for entry in planned),
+        num_gpus=max(entry.num_ranks for entry in planned),
+        gpus_per_node=max(entry.ranks_per_node for entry in planned),
+        cluster=None,
+        scenarios=tuple(planned),
+    )
+    return Run(folder, sweep, outcomes, is_sweep=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A result file's content; empty where the run that reserved it has not written yet."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if text.strip() else {"run_id": path.stem}
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no result file: {error}") from None
+    if not isinstance(content, dict) or "run_id" not in content or "scenarios" in content:
+        raise UsageError(f"{path} is no result file of this benchmark: move it away, or give the result files' own folder")
+    return content
+
+
+def _planned(name: str, result: dict[str, Any]) -> Planned:
+    """The scenario that a result says it ran."""
+    scenario, environment = result.get("scenario") or {}, result.get("environment") or {}
+    sides = {key: _side(result.get("layouts") or {}, key) for key in ("source", "destination")}
+    ends = [layout["first_rank"] + layout["world_size"] for layout in (result.get("layouts") or {}).values()]
+    num_ranks = max(ends, default=0)
+    per_node = len(environment.get("gpus", ())) or max(num_ranks, 1)
+    return Planned(
+        name=name,
+        flags=tuple(shlex.split(environment.get("command", ""))[1:]),
+        source=sides["source"],
+        destination=sides["destination"],
+        mode=scenario.get("mode", "unknown"),
+        method=scenario.get("method", "unknown"),
+        num_ranks=num_ranks,
+        nodes=math.ceil(num_ranks / per_node),
+        ranks_per_node=min(per_node, max(num_ranks, 1)),
+        status=Status.READY,
+    )
+
+
+def _side(layouts: dict[str, Any], name: str) -> Side | None:
+    layout = layouts.get(name)
+    return Side(*(layout[size] for size in ("tp", "ep", "etp", "pp", "world_size"))) if layout else None

@@ -1,0 +1,115 @@
+"""NVSHMEM as a substrate of the one-sided executor: sources write GPU memory of destinations."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from refit.copies.batch import load_kernels
+from refit.errors import UsageError
+from refit.models.weights import WeightMemory
+from refit.plan.plan import RefitPlan
+from refit.transport.base import Program, TransportOptions
+from refit.transport.messages import Framing, bucket_bytes, schedule
+from refit.transport.one_sided import nvshmem_library as library
+from refit.transport.one_sided.executor import OneSidedProgram
+from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
+from refit.transport.one_sided.receive_buffers import DirectLanding, Landing, RingLanding
+from refit.transport.rendezvous import Rendezvous
+
+SLOTS_PER_PEER = 2
+"""Unpacking a slot takes a fraction of the time that writing the next one over NVLink takes."""
+
+SLOT_BYTES = 64 << 20
+"""Large, as each message costs the host some tens of microseconds; 64 MiB take 180 us at 365 GB/s."""
+
+SLOT_ALIGNMENT = 512
+DIRECT_BATCH_BYTES = 256 << 20
+
+PUT_PROGRAMS = 512
+"""Programs that write to peers at once: enough to fill NVLink, and half of what fits on an H100, so that programs that
+wait for the link leave room to those that unpack and copy locally."""
+
+MIN_PUT_PROGRAMS = 64
+
+
+class NvshmemTransport:
+    name = "nvshmem"
+
+    def check_available(self) -> None:
+        library.check_available()
+
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+        """Initialise the library. Collective: every rank of the default process group."""
+        rendezvous = _rendezvous(plan, options)
+        rendezvous.agree(library.attempt(self.check_available))
+        library.start(rendezvous, _heap_bound(plan, options))
+        load_kernels(torch.device("cuda", torch.cuda.current_device()))
+
+    def prepare(
+        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+    ) -> Program:
+        """See `Transport.prepare`; but every rank of the default process group must call, and later close, since
+        symmetric memory is allocated by all. Raises UsageError where it does not fit, or direct buffers are not mapped.
+        """
+        self.connect(plan, options)
+        rendezvous = _rendezvous(plan, options)
+        rendezvous.agree(library.attempt(lambda: _check_place(source, destination, options.one_sided_buffers)))
+        memory = NvshmemMemory(rendezvous, options)
+        try:
+            landing, framing = _landing(plan, memory, destination, options)
+        except UsageError:  # on all ranks
+            memory.close()
+            raise
+        framed = schedule(plan, rendezvous.rank, framing)
+        landing.attach(memory, framed)
+        if options.one_sided_buffers == "direct":
+            # What the weights have left is the caching allocator's now; the heap that holds them is not.
+            torch.cuda.empty_cache()
+        return OneSidedProgram(framed, memory, landing, source, destination, options.timeout_s)
+
+
+def _check_place(source: WeightMemory | None, destination: WeightMemory | None, buffers: str) -> None:
+    here = torch.device("cuda", torch.cuda.current_device())
+    for memory in (source, destination):
+        if memory is not None and memory.device != here:
+            raise UsageError(
+                f"nvshmem moves weights on the current CUDA device, {here}, these are on {memory.device}: "
+                "call torch.cuda.set_device first, or use shm or gloo for weights in CPU memory"
+            )
+    if buffers not in ("ring", "direct"):
+        raise UsageError(f"unknown buffers {buffers!r} for one-sided transports: choose ring or direct")
+
+
+def _rendezvous(plan: RefitPlan, options: TransportOptions) -> Rendezvous:
+    return Rendezvous(f"nvshmem/{plan.digest}", range(dist.get_world_size()), options.timeout_s)
+
+
+def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
+    """Symmetric memory that any rank can come to need: allocations are the same size on all."""
+    if options.one_sided_buffers == "ring":
+        return options.staging_bytes
+    return max(plan.destination_census.bytes_per_rank.values())
+
+
+def _landing(
+    plan: RefitPlan, memory: NvshmemMemory, destination: WeightMemory | None, options: TransportOptions
+) -> tuple[Landing, Framing]:
+    """Collective: all ranks frame alike."""
+    targets = sorted(set(plan.destination[plan.is_wire & (plan.source == memory.rank)].tolist()))
+    found = memory.exchange([target for target in targets if not memory.is_mapped(target)])
+    unmapped = {rank: peers for rank, peers in found.items() if peers}
+    programs = max(MIN_PUT_PROGRAMS, PUT_PROGRAMS // max(1, len(targets)))
+    if options.one_sided_buffers == "direct":
+        for rank, peers in unmapped.items():
+            reason = "--nvshmem-force-put is given" if options.one_sided_force_put else "they share no NVLink"
+            raise UsageError(
+                f"direct buffers are written through mapped memory, and rank {rank} does not map that of rank {peers[0]} "
+                f"({reason}): use --nvshmem-buffers ring"
+            )
+        return DirectLanding(destination, programs), Framing(DIRECT_BATCH_BYTES, None)
+    # The slot that messages for an unmapped peer leave from counts as staging too.
+    slots_per_peer = SLOTS_PER_PEER + 1 if unmapped else SLOTS_PER_PEER
+    slot_bytes = bucket_bytes(plan, options.staging_bytes, slots_per_peer, SLOT_BYTES)
+    slot_bytes = slot_bytes // SLOT_ALIGNMENT * SLOT_ALIGNMENT or slot_bytes
+    return RingLanding(destination, SLOTS_PER_PEER, slot_bytes, programs), Framing(slot_bytes, None)

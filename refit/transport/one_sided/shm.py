@@ -1,0 +1,227 @@
+"""POSIX shared memory as a substrate of the one-sided executor: all ranks on one host, weights in CPU memory."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import platform
+import socket
+import threading
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from refit.copies.batch import CopyBatch
+from refit.errors import RefitError, UnavailableError, UsageError
+from refit.models.weights import WeightMemory
+from refit.plan.plan import RefitPlan
+from refit.transport.base import IdleProgram, Program, TransportOptions
+from refit.transport.messages import Framing, bucket_bytes, schedule
+from refit.transport.one_sided.executor import Counter, OneSidedProgram
+from refit.transport.one_sided.receive_buffers import DirectLanding, Landing, Put, RingLanding
+from refit.transport.rendezvous import Rendezvous
+
+DIRECTORY = Path("/dev/shm")
+SLOTS_PER_PEER = 4
+SLOT_BYTES = 512 << 10
+"""Small enough for a ring to stay in cache between the source's write and the destination's read."""
+
+DIRECT_BATCH_BYTES = 8 << 20
+CACHE_LINE = 64
+
+
+class SharedMemoryTransport:
+    name = "shm"
+
+    def check_available(self) -> None:
+        if not (DIRECTORY.is_dir() and os.access(DIRECTORY, os.W_OK)):
+            raise UnavailableError(f"shm needs a writable {DIRECTORY} (Linux): use --refit-method gloo")
+
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+        """Memory that both sides map needs no connection."""
+
+    def prepare(
+        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+    ) -> Program:
+        """See `Transport.prepare`. Raises UnavailableError where ranks are on several hosts or shared memory is short."""
+        for memory in (source, destination):
+            if memory is not None and memory.device.type != "cpu":
+                raise UsageError(f"shm moves weights in CPU memory, these are on {memory.device}: use nccl or gloo")
+        ranks = sorted({*plan.source_census.ranks, *plan.destination_census.ranks})
+        if dist.get_rank() not in ranks:
+            return IdleProgram()
+        landing, framing = _landing(plan, destination, options)
+        rendezvous = Rendezvous(f"shm/{plan.digest}", ranks, options.timeout_s)
+        shared = SharedMemory(rendezvous)
+        framed = schedule(plan, rendezvous.rank, framing)
+        landing.attach(shared, framed)
+        return OneSidedProgram(framed, shared, landing, source, destination, options.timeout_s)
+
+
+def _landing(plan: RefitPlan, destination: WeightMemory | None, options: TransportOptions) -> tuple[Landing, Framing]:
+    if options.one_sided_buffers == "direct":
+        return DirectLanding(destination), Framing(DIRECT_BATCH_BYTES, None)
+    if options.one_sided_buffers == "ring":
+        slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
+        return RingLanding(destination, SLOTS_PER_PEER, slot_bytes), Framing(slot_bytes, None)
+    raise UsageError(f"unknown buffers {options.one_sided_buffers!r} for one-sided transports: choose ring or direct")
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What one rank tells the others before anything is allocated."""
+
+    nbytes: int
+    host: str
+    free_bytes: int
+    token: str
+
+
+class SharedMemory:
+    """The `PeerMemory` of ranks on one host: each rank's segment holds its counters, then its heap."""
+
+    enqueues = False
+    local_batch_bytes = 4 << 20
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self.rank = rendezvous.rank
+        self._rendezvous = rendezvous
+        self._index = {rank: number for number, rank in enumerate(rendezvous.ranks)}
+        cells = len(Counter) * len(self._index) * CACHE_LINE
+        self._counter_bytes = -(-cells // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._heaps: dict[int, torch.Tensor] = {}
+        self._counters: dict[int, memoryview] = {}
+
+    def exchange(self, value: Any, wanted: Sequence[int] | None = None) -> dict[int, Any]:
+        return self._rendezvous.exchange(value, wanted)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        size = self._counter_bytes + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        requests = self.exchange(_Request(size, _host(), _free_bytes(), uuid.uuid4().hex[:16]))
+        _check_requests(requests)
+        paths = {rank: DIRECTORY / f"refit-{request.token}" for rank, request in requests.items()}
+        try:
+            self._rendezvous.agree(_attempt(lambda: _create(paths[self.rank], size)))
+            self._rendezvous.agree(_attempt(lambda: self._map(paths)))
+        finally:
+            # A name is needed only until all have mapped it; a rank that dies later leaves nothing behind.
+            for path in paths.values():
+                with contextlib.suppress(FileNotFoundError, PermissionError):
+                    path.unlink()
+        return self._heaps[self.rank][:nbytes]
+
+    def is_mapped(self, rank: int) -> bool:
+        return True
+
+    def peer(self, rank: int) -> torch.Tensor:
+        return self._heaps[rank]
+
+    def begin(self, bound_anew: bool) -> None:
+        pass
+
+    def send(self, peer: int, put: Put, value: int) -> None:
+        put.batch.run()
+        self.raise_counter(peer, Counter.ARRIVED, value)
+
+    def take(self, peer: int, batch: CopyBatch) -> None:
+        batch.run()
+
+    def copy_local(self, batch: CopyBatch) -> None:
+        batch.run()
+
+    def raise_counter(self, peer: int, counter: Counter, value: int) -> None:
+        # An aligned store of 8 bytes is never torn, and x86-64 keeps the order of stores and that of loads (TSO: Intel
+        # SDM 3A, 8.2.2; libc's non-temporal copies end in a fence), so data written before is seen before.
+        _fence()
+        self._counters[peer][self._cell(counter, self.rank)] = value
+
+    def reached(self, peer: int, counter: Counter, value: int) -> bool:
+        if self._counters[self.rank][self._cell(counter, peer)] < value:
+            return False
+        _fence()
+        return True
+
+    def finish(self) -> None:
+        pass
+
+    def barrier(self) -> None:
+        self.exchange(None)
+
+    def close(self) -> None:
+        self._heaps.clear()
+        self._counters.clear()
+
+    def _cell(self, counter: Counter, about: int) -> int:
+        """Index, in 8-byte units, of the counter kept for rank `about`; each has a cache line to itself."""
+        return (counter * len(self._index) + self._index[about]) * (CACHE_LINE // 8)
+
+    def _map(self, paths: dict[int, Path]) -> None:
+        for rank, path in paths.items():
+            with path.open("r+b") as file:
+                segment = mmap.mmap(file.fileno(), 0)
+            self._counters[rank] = memoryview(segment)[: self._counter_bytes].cast("q")
+            # The tensor keeps the mapping alive, and it ends with the last of them.
+            self._heaps[rank] = torch.frombuffer(segment, dtype=torch.uint8)[self._counter_bytes :]
+
+
+_FENCE = threading.Lock()
+_FENCE.acquire()
+
+
+def _fence() -> None:
+    """Where the processor may reorder (Arm): releasing a lock and acquiring it again orders all before with all after."""
+    if not _KEEPS_ORDER:
+        _FENCE.release()
+        _FENCE.acquire()
+
+
+_KEEPS_ORDER = platform.machine() in ("x86_64", "AMD64")
+
+
+def _attempt(action: Any) -> RefitError | None:
+    """Run `action`; an operating system error becomes one that can be told to the other ranks."""
+    try:
+        action()
+    except OSError as error:
+        return UnavailableError(f"shm on {_host()}: {error}: all ranks must share one {DIRECTORY}; use gloo otherwise")
+    return None
+
+
+def _create(path: Path, nbytes: int) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        # Takes the pages now: a write to a page that cannot be had later would kill the process.
+        os.posix_fallocate(descriptor, 0, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _check_requests(requests: dict[int, _Request]) -> None:
+    """The same verdict on every rank, before anything is written."""
+    hosts = sorted({request.host for request in requests.values()})
+    if len(hosts) > 1:
+        raise UnavailableError(
+            f"shm needs all ranks on one host, these are on {len(hosts)} ({hosts[0]}, {hosts[1]}): use gloo"
+        )
+    needed = sum(request.nbytes for request in requests.values())
+    free = min(request.free_bytes for request in requests.values())
+    if needed > free:
+        raise UnavailableError(
+            f"shm needs {needed / 2**20:.1f} MiB of {DIRECTORY}, {free / 2**20:.1f} MiB are free: enlarge it "
+            f"(mount -o remount,size=..., docker --shm-size), lower --staging-mib, or use --refit-method gloo"
+        )
+
+
+def _free_bytes() -> int:
+    status = os.statvfs(DIRECTORY)
+    return status.f_bavail * status.f_frsize
+
+
+def _host() -> str:
+    return socket.gethostname()

@@ -1,0 +1,180 @@
+"""What a task that Slurm started knows of its place, as torchrun would have told it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from refit.bench.session import device_for, launched
+from refit.cli.launch import rank_variables
+from refit.cli.parsing import parse
+from refit.config.scenario import Method
+from refit.errors import UnavailableError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TASK = {
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "4242",
+    "SLURM_STEP_ID": "3",
+    "SLURM_NTASKS": "12",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_TASKS_PER_NODE": "8,4",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_NODELIST": "gpu[01-08]",
+}
+
+
+def fake_scontrol(directory: Path, monkeypatch: pytest.MonkeyPatch, answer: str = "gpu07\\ngpu08") -> Path:
+    """A `scontrol` on PATH that prints `answer` and leaves its arguments in a file."""
+    directory.mkdir(exist_ok=True)
+    seen, program = directory / "arguments", directory / "scontrol"
+    program.write_text(f"#!/bin/sh\necho \"$@\" > '{seen}'\nprintf '{answer}\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+    return seen
+
+
+def test_a_task_learns_its_rank_and_where_to_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_scontrol(tmp_path, monkeypatch)
+    found = rank_variables(TASK)
+    port = found.pop("MASTER_PORT")
+    assert found == {
+        "RANK": "9",
+        "WORLD_SIZE": "12",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu07",
+    }
+    assert 1024 < int(port) < 32768
+    assert seen.read_text().split() == ["show", "hostnames", "gpu[07-08]"]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {**TASK, "RANK": "0", "WORLD_SIZE": "8"},
+        {**TASK, "SLURM_STEP_NUM_TASKS": "1"},
+        # A batch script's own process: no step, whatever the job's tasks.
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[01-02]"},
+    ],
+)
+def test_other_processes_are_left_as_they_are(environ: dict[str, str]) -> None:
+    assert rank_variables(environ) == {}
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "expected"),
+    [("8(x12)", 11, "8"), ("8(x2),4", 1, "8"), ("8(x2),4", 2, "4"), ("3,5(x2),1", 2, "5"), ("6", 0, "6")],
+)
+def test_tasks_of_each_node(tasks_per_node: str, node: int, expected: str) -> None:
+    environ = {**TASK, "SLURM_STEP_TASKS_PER_NODE": tasks_per_node, "SLURM_NODEID": str(node), "MASTER_ADDR": "gpu07"}
+    assert rank_variables(environ)["LOCAL_WORLD_SIZE"] == expected
+
+
+def test_what_is_set_already_stays() -> None:
+    found = rank_variables({**TASK, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4711"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.7", "4711")
+
+
+def test_one_node_needs_no_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert rank_variables({**TASK, "SLURM_STEP_NODELIST": "gpu07"})["MASTER_ADDR"] == "gpu07"
+    job_only = {key: value for key, value in TASK.items() if key != "SLURM_STEP_NODELIST"}
+    assert rank_variables({**job_only, "SLURM_JOB_NODELIST": "gpu3,gpu9"})["MASTER_ADDR"] == "gpu3"
+
+
+def test_without_scontrol_the_variable_to_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", "")
+        with pytest.raises(UsageError, match=r"MASTER_ADDR is not set and `scontrol show hostnames gpu\[07-08\]`"):
+            rank_variables(TASK)
+    fake_scontrol(tmp_path, monkeypatch, answer="")
+    with pytest.raises(UsageError, match="export MASTER_ADDR"):
+        rank_variables(TASK)
+
+
+def test_ports_of_neighbouring_steps_and_jobs_differ() -> None:
+    ports = {
+        rank_variables({**TASK, "MASTER_ADDR": "a", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"]
+        for job in range(4200, 4230)
+        for step in range(20)
+    }
+    assert len(ports) == 30 * 20
+
+
+def test_tasks_of_a_step_run_a_refit(tmp_path: Path) -> None:
+    """Three processes that know nothing but Slurm's variables."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    layout = ["--tensor-model-parallel-size=2", "--rl-inference-tensor-model-parallel-size=1", "--refit-method=gloo"]
+    model = ["--model=tiny", "--num-layers=2", "--moe-layer-freq=1"]
+    flags = [*model, *layout, "--num-benchmark-warmup=0", "--num-benchmark-iterations=1", "--timeout=60"]
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "benchmark_refit.py", *flags, f"--output-dir={tmp_path}", "--run-name=steps.2"],
+            env={
+                **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+                **TASK,
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_NODEID": "0",
+                "SLURM_STEP_NUM_TASKS": "3",
+                "SLURM_STEP_TASKS_PER_NODE": "3",
+                "SLURM_STEP_NODELIST": "localhost",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0], outputs
+    assert outputs[0].splitlines()[-1] == f"Result: {tmp_path / 'steps.2.json'}"
+    assert "PASSED" in outputs[0]
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    return monkeypatch
+
+
+def test_a_profile_of_cpus_is_refused_before_ranks_meet() -> None:
+    line = "--model tiny --refit-method gloo --profile-refit"
+    with (
+        pytest.raises(UsageError, match="records what GPUs do, and this run is on CPUs"),
+        launched(parse(line.split()).scenario),
+    ):
+        pass
+
+
+def test_gloo_takes_gpus_only_where_it_is_told_to(one_gpu: pytest.MonkeyPatch) -> None:
+    one_gpu.setenv("SLURM_LOCALID", "3")
+    assert device_for(Method.GLOO) == torch.device("cpu")
+    assert device_for(Method.GLOO, "cuda") == torch.device("cuda", 0)
+
+
+def test_a_task_that_sees_one_gpu_takes_it(one_gpu: pytest.MonkeyPatch) -> None:
+    one_gpu.setenv("SLURM_LOCALID", "3")
+    assert device_for(Method.NCCL) == torch.device("cuda", 0)
+
+
+def test_ranks_of_torchrun_do_not_share_one_gpu(one_gpu: pytest.MonkeyPatch) -> None:
+    one_gpu.setenv("SLURM_LOCALID", "0")
+    with pytest.raises(UnavailableError, match="needs one per rank, this machine has 1"):
+        device_for(Method.NCCL)

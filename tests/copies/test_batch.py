@@ -1,0 +1,89 @@
+"""Copies between views, and views that follow the model's memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from refit.copies.batch import Copy, CopyBatch, local_batches, weight_copies, zero_copies
+from refit.models.weights import LiveShard, WeightMemory, generations
+from refit.plan.box import Box
+from refit.plan.plan import Transfer
+from refit.plan.sharding import TensorSpec
+
+SPEC = TensorSpec("w", (8, 6), "float32")
+EXPERTS = TensorSpec("e", (4, 2, 3), "float32", stacked=True)
+
+
+def _whole(spec: TensorSpec, data: torch.Tensor) -> WeightMemory:
+    return WeightMemory([LiveShard(spec, Box.whole(spec.shape), data, data)])
+
+
+def _experts(numbers: range, fill: float) -> WeightMemory:
+    owners = [torch.full((2, 3), fill + number) for number in numbers]
+    return WeightMemory(
+        LiveShard(EXPERTS, Box((number, 0, 0), (1, 2, 3)), owner, owner.view(1, 2, 3))
+        for number, owner in zip(numbers, owners, strict=True)
+    )
+
+
+def test_a_batch_copies_strided_views_and_casts() -> None:
+    source = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
+    target = torch.full((4, 3), -1.0)
+    batch = CopyBatch([Copy(target[:2], source[:2, 3:]), Copy(target[2:], source[2:, ::2])])
+    assert batch.nbytes == 48
+    batch.run()
+    assert target.tolist() == [[3, 4, 5], [9, 10, 11], [12, 14, 16], [18, 20, 22]]
+
+
+def test_an_empty_batch_runs() -> None:
+    CopyBatch(()).run()
+
+
+def test_weight_copies_meet_in_the_views_of_both_sides() -> None:
+    data = torch.arange(48.0).view(8, 6)
+    source = WeightMemory(
+        LiveShard(SPEC, Box((row, 0), (4, 6)), part, part) for row, part in ((0, data[:4].clone()), (4, data[4:].clone()))
+    )
+    left, right = torch.zeros(8, 2), torch.zeros(8, 4)
+    target = WeightMemory(
+        [LiveShard(SPEC, Box((0, 0), (8, 2)), left, left), LiveShard(SPEC, Box((0, 2), (8, 4)), right, right)]
+    )
+    copies = list(weight_copies(SPEC, Box((2, 0), (4, 6)), source, target))
+    assert len(copies) == 4
+    CopyBatch(copies).run()
+    found = torch.cat([left, right], 1)
+    assert torch.equal(found[2:6], data[2:6])
+    assert found[:2].abs().sum() + found[6:].abs().sum() == 0
+
+
+def test_experts_are_found_by_number() -> None:
+    source, target = _experts(range(4), 10.0), _experts(range(1, 3), 0.0)
+    CopyBatch(weight_copies(EXPERTS, Box((1, 0, 0), (2, 2, 3)), source, target)).run()
+    assert [shard.view.unique().tolist() for shard in target] == [[11.0], [12.0]]
+    assert [view.box.offsets[0] for view in source.views("e", Box((0, 0, 0), (4, 2, 3)))] == [0, 1, 2, 3]
+    with pytest.raises(KeyError, match="not held here"):
+        target.views("e", Box((0, 0, 0), (2, 2, 3)))
+
+
+def test_zeros_and_batching() -> None:
+    target = _whole(SPEC, torch.ones(8, 6))
+    rows = [Transfer(SPEC, "float32", Box((row, 0), (1, 6)), -1, 0) for row in (6, 7)]
+    assert len(list(zero_copies(rows[0], target))) == 1
+    batches = local_batches((), rows, None, target, batch_bytes=24)
+    assert len(batches) == 2
+    for batch in batches:
+        batch.run()
+    assert next(iter(target)).view.sum(1).tolist() == [6.0] * 6 + [0.0] * 2
+
+
+def test_generations_tell_every_asker_that_memory_has_moved() -> None:
+    owner = torch.nn.Parameter(torch.arange(12.0).view(4, 3), requires_grad=False)
+    spec = TensorSpec("p", (2, 3), "float32")
+    memory = WeightMemory([LiveShard(spec, Box((0, 0), (2, 3)), owner, owner.detach()[2:])])
+    before = generations(memory, None)
+    assert generations(memory, None) == before
+    owner.data = owner.data.clone() + 1
+    assert memory.refresh()
+    assert generations(memory, None) != before
+    assert memory.views("p", Box((0, 0), (2, 3)))[0].data.data_ptr() == owner[2:].data_ptr()

@@ -1,0 +1,101 @@
+"""Small models for the tests of this room, one process that plays any rank, and contents that name their position."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from refit.config.layout import Layout
+from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
+from refit.models.megatron.build import BuiltModel, build_model
+from refit.models.megatron.groups import GroupCache, build_groups
+from refit.models.weights import LiveShard, WeightMemory
+from refit.plan.box import Box
+
+DENSE = ModelShape(
+    num_layers=4,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    ffn_hidden_size=96,
+    vocab_size=250,
+    make_vocab_size_divisible_by=32,
+    max_position_embeddings=64,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    add_bias_linear=False,
+    add_qkv_bias=False,
+    tied_embeddings=False,
+    qk_layernorm=False,
+    mla=None,
+    experts=None,
+    dtype=Dtype.FP32,
+)
+EXPERTS = Experts(
+    num_experts=8,
+    topk=2,
+    ffn_hidden_size=32,
+    shared_ffn_hidden_size=48,
+    layers=(False, True, True, True),
+    expert_bias=True,
+    grouped_gemm=True,
+)
+MLA = LatentAttention(q_lora_rank=32, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=8)
+MOE = replace(DENSE, experts=EXPERTS)
+SEQUENTIAL = replace(DENSE, experts=replace(EXPERTS, grouped_gemm=False))
+LATENT = replace(MOE, mla=MLA, qk_layernorm=True)
+
+
+def layout(tp: int = 1, ep: int = 1, etp: int = 1, pp: int = 1, world: int | None = None, first: int = 0) -> Layout:
+    return Layout(tp=tp, ep=ep, etp=etp, pp=pp, world_size=world or tp * ep * pp, first_rank=first)
+
+
+@contextlib.contextmanager
+def playing(rank: int, world_size: int) -> Iterator[None]:
+    """Be `rank` of a world that exists on paper only: collectives return at once and move nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def built(shape: ModelShape, where: Layout, cache: GroupCache | None = None) -> BuiltModel | None:
+    return build_model(shape, where, build_groups(where, cache), device="cpu")
+
+
+def content(key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+    """Values of a box of a global tensor: a function of the key and the logical index alone, float32."""
+    index = torch.zeros(box.extents, dtype=torch.int64)
+    for dim, (offset, extent) in enumerate(zip(box.offsets, box.extents, strict=True)):
+        places = torch.arange(offset, offset + extent).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        index = index * shape[dim] + places
+    mixed = (index * 2654435761 + zlib.crc32(key.encode())) % 1000003
+    values = mixed.float() / 1000003 - 0.5
+    return 1.0 + values if key.endswith("norm.weight") else values * 0.3
+
+
+def fill(memory: WeightMemory) -> None:
+    for shard in memory:
+        shard.view.copy_(content(shard.tensor.key, shard.tensor.shape, shard.box))
+
+
+def wrong(memory: WeightMemory) -> dict[str, int]:
+    """Elements that differ from their content, by key."""
+
+    def count(shard: LiveShard) -> int:
+        expected = content(shard.tensor.key, shard.tensor.shape, shard.box).to(shard.view.dtype)
+        return int((shard.view != expected).sum())
+
+    counts: dict[str, int] = {}
+    for shard in memory:
+        counts[shard.tensor.key] = counts.get(shard.tensor.key, 0) + count(shard)
+    return {key: number for key, number in counts.items() if number}

@@ -1,0 +1,107 @@
+"""Equal logical weights give equal logits in every layout: proof that the stated boxes are the ones Megatron means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refit.config.layout import Layout
+from refit.config.shape import LatentAttention, ModelShape
+from refit.errors import RefitError, UnavailableError
+from refit.models.megatron.compat import megatron_version
+from refit.models.megatron.forward import forward_logits
+from refit.models.megatron.groups import GroupCache
+from refit.models.megatron.sharding import read_memory
+from tests.dist.pool import RankPool
+from tests.models.megatron.small import DENSE, LATENT, MOE, SEQUENTIAL, built, fill, layout, playing
+
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250
+
+
+def logits_of(rank: int, shape: ModelShape, layouts: list[Layout]) -> list[torch.Tensor | None]:
+    """This rank's logits in each layout, weights filled by logical position."""
+    cache: GroupCache = {}
+    results: list[torch.Tensor | None] = []
+    for where in layouts:
+        model = built(shape, where, cache)
+        if model is None:
+            results.append(None)
+            continue
+        fill(read_memory(model))
+        results.append(forward_logits(model, TOKENS))
+    return results
+
+
+NO_QUERY_RANK = replace(LATENT, mla=LatentAttention(None, 16, 8, 8, 8), qk_layernorm=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layouts"),
+    [
+        (MOE, [layout(), layout(tp=2, ep=2, etp=2, first=2), layout(tp=2, ep=2, etp=1, pp=2)]),
+        (replace(SEQUENTIAL, qk_layernorm=True), [layout(ep=4), layout(tp=4, ep=2, etp=2), layout(tp=2, ep=2, pp=2)]),
+        (LATENT, [layout(), layout(tp=4, ep=4, etp=1, world=4), layout(tp=2, ep=1, etp=2, pp=2, first=4)]),
+        (NO_QUERY_RANK, [layout(), layout(tp=2, ep=2, etp=2, pp=2)]),
+        (replace(MOE, tied_embeddings=True, swiglu=False), [layout(), layout(tp=2, ep=2, pp=2)]),
+        (
+            replace(DENSE, add_bias_linear=True, normalization="LayerNorm", position_embedding_type="learned_absolute"),
+            [layout(), layout(tp=2, pp=2), Layout(tp=1, ep=1, etp=1, pp=3, world_size=3, first_stage_layers=2)],
+        ),
+    ],
+    ids=["grouped", "sequential", "latent", "latent-no-q-rank", "tied-not-gated", "dense-biases"],
+)
+def test_logits_agree_across_layouts(ranks: RankPool, shape: ModelShape, layouts: list[Layout]) -> None:
+    answers = ranks.run(logits_of, shape, layouts)
+    reference = next(answer[0] for answer in answers if answer[0] is not None)
+    assert reference.shape == (2, 12, 250)
+    assert float(reference.std()) > 1e-2
+    for number, where in enumerate(layouts):
+        held = [answer[number] for answer in answers if answer[number] is not None]
+        assert len(held) == where.world_size // where.pp
+        for logits in held:
+            torch.testing.assert_close(logits, reference, atol=2e-5, rtol=1e-4)
+
+
+def test_both_spellings_of_experts_agree(ranks: RankPool) -> None:
+    grouped = ranks.run(logits_of, MOE, [layout(ep=2)])[0][0]
+    sequential = ranks.run(logits_of, SEQUENTIAL, [layout(ep=2)])[0][0]
+    torch.testing.assert_close(grouped, sequential)
+
+
+def test_one_changed_weight_changes_logits(ranks: RankPool) -> None:
+    """The comparison can fail: one expert's gate and up exchanged."""
+    right, changed = ranks.run(logits_with_swapped_gate)[0]
+    assert float((right - changed).abs().max()) > 1e-4
+
+
+def logits_with_swapped_gate(rank: int) -> list[torch.Tensor | None]:
+    model = built(MOE, layout())
+    if model is None:
+        return []
+    memory = read_memory(model)
+    fill(memory)
+    right = forward_logits(model, TOKENS)
+    weight = model.module.decoder.layers[1].mlp.experts.linear_fc1.weight0
+    with torch.no_grad():
+        weight.copy_(weight.roll(weight.size(0) // 2, dims=0))
+    return [right, forward_logits(model, TOKENS)]
+
+
+@pytest.mark.skipif(megatron_version() >= (0, 19), reason="0.19 runs it")
+def test_more_tensor_ranks_than_query_groups_is_refused() -> None:
+    shape = replace(DENSE, num_query_groups=2)
+    with playing(0, 4):
+        model = built(shape, layout(tp=4))
+        assert model is not None
+        with pytest.raises(UnavailableError, match="2 query groups on TP 4"):
+            forward_logits(model, TOKENS)
+
+
+def test_failure_inside_is_a_refit_error() -> None:
+    with playing(0, 1):
+        model = built(MOE, layout())
+        assert model is not None
+        with pytest.raises(RefitError, match="the forward pass failed"):
+            forward_logits(model, TOKENS.float())

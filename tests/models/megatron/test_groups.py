@@ -1,0 +1,85 @@
+"""Our process groups against the ones Megatron's own parallel_state makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from refit.config.layout import Layout
+from refit.models.megatron.groups import AXES, GroupCache, build_groups, rank_groups
+from tests.dist.pool import RankPool
+from tests.models.megatron.small import layout, playing
+
+THEIRS = {
+    "tp": "get_tensor_model_parallel_group",
+    "dp": "get_data_parallel_group",
+    "pp": "get_pipeline_model_parallel_group",
+    "mp": "get_model_parallel_group",
+    "cp": "get_context_parallel_group",
+    "expt_tp": "get_expert_tensor_parallel_group",
+    "ep": "get_expert_model_parallel_group",
+    "expt_dp": "get_expert_data_parallel_group",
+    "tp_ep": "get_expert_tensor_and_model_parallel_group",
+    "tp_ep_pp": "get_expert_tensor_model_pipeline_parallel_group",
+    "embd": "get_embedding_group",
+}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [layout(tp=2, ep=2, etp=2, pp=2), layout(tp=2, ep=4, etp=1, pp=1, world=8), layout(tp=4, ep=2, etp=2, pp=1, world=8)],
+    ids=["tp2-ep2-etp2-pp2", "tp2-ep4-etp1", "tp4-ep2-etp2"],
+)
+def test_groups_equal_megatrons(where: Layout) -> None:
+    for rank in where.ranks:
+        with playing(rank, where.world_size):
+            ours = build_groups(where)
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=where.tp,
+                pipeline_model_parallel_size=where.pp,
+                expert_model_parallel_size=where.ep,
+                expert_tensor_parallel_size=where.etp,
+                create_gloo_process_groups=False,
+            )
+            for field, getter in THEIRS.items():
+                if field == "embd" and where.coordinates(rank).pp not in (0, where.pp - 1):
+                    continue
+                theirs = dist.get_process_group_ranks(getattr(parallel_state, getter)())
+                assert dist.get_process_group_ranks(getattr(ours, field)) == theirs, (rank, field)
+            parallel_state.destroy_model_parallel()
+
+
+def test_window_in_the_middle_of_the_world() -> None:
+    where = layout(tp=2, ep=2, etp=1, pp=2, first=5)
+    for name, axes in AXES.items():
+        seen = sorted(rank for ranks in rank_groups(where, axes) for rank in ranks)
+        assert seen == list(where.ranks), name
+    assert rank_groups(where, ("pp",)) == [[5, 9], [6, 10], [7, 11], [8, 12]]
+    assert rank_groups(where, ("ep",)) == [[5, 6], [7, 8], [9, 10], [11, 12]]
+
+
+def test_idle_rank_makes_every_group_and_gets_none() -> None:
+    with playing(7, 8):
+        cache: GroupCache = {}
+        assert build_groups(layout(tp=2, ep=2), cache) is None
+        assert (0, 1) in cache
+        made = len(cache)
+        build_groups(layout(tp=2, ep=2), cache)
+        assert len(cache) == made
+
+
+def test_groups_over_real_ranks(ranks: RankPool) -> None:
+    sums = ranks.run(sum_over_window)
+    assert sums == [None, None, None, 3 + 4, 3 + 4, 5 + 6, 5 + 6, None]
+
+
+def sum_over_window(rank: int) -> int | None:
+    """All-reduce rank numbers over TP groups of a window that starts at rank 3."""
+    groups = build_groups(layout(tp=2, ep=2, first=3))
+    if groups is None:
+        return None
+    number = torch.tensor(rank)
+    dist.all_reduce(number, group=groups.tp)
+    return int(number)

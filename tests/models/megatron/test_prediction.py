@@ -1,0 +1,93 @@
+"""The catalog against live models: what is predicted is what Megatron states, on every rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from refit.config.layout import Layout
+from refit.config.shape import Dtype, ModelShape
+from refit.models.megatron.sharding import inventory_of, read_memory
+from refit.predict.megatron import predict
+from tests.models.megatron.small import DENSE, EXPERTS, LATENT, MLA, MOE, SEQUENTIAL, built, layout, playing
+
+UNEVEN = Layout(tp=2, ep=2, etp=1, pp=2, world_size=8, first_stage_layers=3)
+UNEVEN_LAST = Layout(tp=1, ep=1, etp=1, pp=3, world_size=3, last_stage_layers=2)
+BIASED = {"add_bias_linear": True, "add_qkv_bias": True}
+NO_SHARED = replace(EXPERTS, shared_ffn_hidden_size=None)
+
+
+def all_layouts() -> list[Layout]:
+    """TP 1, 2, 4 x EP 1, 2, 4 x ETP 1, 2 x PP 1, 2 on the smallest world that holds both, and on TP x EP x PP ranks."""
+    found = []
+    for tp, ep, etp, pp in [(t, e, x, p) for t in (1, 2, 4) for e in (1, 2, 4) for x in (1, 2) for p in (1, 2)]:
+        worlds = {pp * math.lcm(tp, ep * etp), pp * tp * ep}
+        found += [layout(tp, ep, etp, pp, world) for world in sorted(worlds) if world <= 8 and world % (etp * ep * pp) == 0]
+    return found
+
+
+def differences(shape: ModelShape, where: Layout) -> list[str]:
+    """Over all ranks: where prediction and live inventory disagree, and bytes that do."""
+    predicted, lines = predict(shape, where), []
+    for rank in where.ranks:
+        with playing(rank, where.world_size):
+            model = built(shape, where)
+            assert model is not None
+            memory = read_memory(model)
+        lines += [f"rank {rank}: {line}" for line in predicted.inventory(rank).differences(inventory_of(memory))]
+        if memory.nbytes != predicted.bytes_per_rank[rank]:
+            lines.append(f"rank {rank}: {predicted.bytes_per_rank[rank]} bytes predicted, {memory.nbytes} held")
+    return lines
+
+
+@pytest.mark.parametrize("shape", [SEQUENTIAL, LATENT], ids=["gqa-sequential", "mla-grouped"])
+def test_every_layout(shape: ModelShape) -> None:
+    found = {str(where): lines for where in all_layouts() if (lines := differences(shape, where))}
+    assert not found
+
+
+SHAPES = {
+    "dense": DENSE,
+    "grouped": MOE,
+    "no shared expert": replace(SEQUENTIAL, experts=replace(NO_SHARED, grouped_gemm=False)),
+    "every layer routed": replace(MOE, experts=replace(EXPERTS, layers=(True,) * 4, expert_bias=False, topk=1)),
+    "not gated": replace(SEQUENTIAL, swiglu=False),
+    "not gated, grouped": replace(MOE, swiglu=False),
+    "tied": replace(MOE, tied_embeddings=True),
+    "layer norm": replace(MOE, normalization="LayerNorm", qk_layernorm=True),
+    "learned positions": replace(DENSE, position_embedding_type="learned_absolute"),
+    "qk norm": replace(SEQUENTIAL, qk_layernorm=True),
+    "qkv bias": replace(DENSE, add_qkv_bias=True),
+    "latent without q rank": replace(LATENT, mla=replace(MLA, q_lora_rank=None), qk_layernorm=False),
+    "latent without norms": replace(LATENT, qk_layernorm=False, swiglu=False),
+    "one query group": replace(SEQUENTIAL, num_query_groups=1),
+    "bf16": replace(LATENT, dtype=Dtype.BF16),
+    "fp16": replace(SEQUENTIAL, dtype=Dtype.FP16),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape(name: str) -> None:
+    shape = SHAPES[name]
+    layouts = [layout(tp=2), layout(tp=4), layout(tp=2, pp=2), UNEVEN_LAST]
+    if shape.experts is not None:
+        layouts = [layout(tp=4, ep=2), layout(tp=2, ep=2, etp=2), layout(tp=1, ep=4), UNEVEN, UNEVEN_LAST]
+    found = {str(where): lines for where in layouts if (lines := differences(shape, where))}
+    assert not found
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])
+def test_biases(grouped: bool) -> None:
+    """Megatron has no biases in shared experts, nor in routed ones under ETP."""
+    moe = replace(DENSE, experts=replace(NO_SHARED, grouped_gemm=grouped), **BIASED)
+    latent = replace(moe, mla=MLA)
+    layer_norm = replace(DENSE, normalization="LayerNorm", swiglu=False, **BIASED)
+    for shape, where in [
+        (moe, layout(tp=2, ep=2)),
+        (replace(moe, swiglu=False), layout(ep=4)),
+        (latent, layout(tp=2, ep=2, pp=2)),
+        (layer_norm, layout(tp=4)),
+    ]:
+        assert differences(shape, where) == []

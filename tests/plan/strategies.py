@@ -1,0 +1,92 @@
+"""Small worlds for planner tests: sides as censuses, and a refit of real arrays carried out by following a plan."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refit.plan.box import Box
+from refit.plan.plan import RefitPlan
+from refit.plan.sharding import Census, Inventory, TensorSpec
+
+
+def cut(shape: tuple[int, ...], dim: int, parts: int, part: int) -> Box:
+    """Part number `part` of `shape` cut into `parts` nearly equal parts along `dim`."""
+    size = shape[dim]
+    return Box.whole(shape).narrow(dim, size * part // parts, size * (part + 1) // parts)
+
+
+def side(ranks: range, tensors: dict[TensorSpec, list[list[Box]]]) -> Census:
+    """`tensors` gives, for each tensor, the boxes of each rank of `ranks`, in order."""
+    return Census.from_inventories(
+        {
+            rank: Inventory.of((spec, box) for spec, boxes in tensors.items() for box in boxes[position])
+            for position, rank in enumerate(ranks)
+        }
+    )
+
+
+@st.composite
+def tensor_on_sides(draw: st.DrawFn, key: str, source: int, destination: int) -> tuple[TensorSpec, list, list]:
+    """A tensor, and the boxes each of `source` and `destination` ranks holds of it: cut, replicated, or gated."""
+    dims = draw(st.integers(1, 3))
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=dims, max_size=dims)))
+    spec = TensorSpec(key, shape, draw(st.sampled_from(["bfloat16", "float32"])))
+    return spec, draw(boxes_on(shape, source)), draw(boxes_on(shape, destination))
+
+
+@st.composite
+def boxes_on(draw: st.DrawFn, shape: tuple[int, ...], num_ranks: int) -> list[list[Box]]:
+    dim = draw(st.integers(0, len(shape) - 1))
+    parts = draw(st.integers(1, min(num_ranks, shape[dim])))
+    gated = draw(st.booleans()) and shape[dim] >= 2 * parts
+    held = []
+    for rank in range(num_ranks):
+        part = rank % parts
+        if gated:
+            held.append([cut(shape, dim, 2 * parts, part), cut(shape, dim, 2 * parts, part + parts)])
+        else:
+            held.append([cut(shape, dim, parts, part)])
+    return held
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Census, Census]:
+    """Two sides of one random model, on the same ranks or on disjoint or overlapping windows."""
+    num_source, num_destination = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    first = draw(st.sampled_from([0, num_source, num_source // 2]))
+    tensors = [draw(tensor_on_sides(f"t{index}", num_source, num_destination)) for index in range(draw(st.integers(1, 4)))]
+    return (
+        side(range(num_source), {spec: boxes for spec, boxes, _ in tensors}),
+        side(range(first, first + num_destination), {spec: boxes for spec, _, boxes in tensors}),
+    )
+
+
+def carry_out(plan: RefitPlan) -> dict[tuple[str, int], np.ndarray]:
+    """What each destination rank holds after the plan: global element numbers, -1 where nothing was written."""
+    arrays = {}
+    for key, spec in plan.destination_census.tensors.items():
+        for rank in plan.destination_census.ranks:
+            arrays[key, rank] = np.full(spec.shape, -1)
+    for transfer in plan.transfers():
+        numbers = element_numbers(transfer.tensor)
+        where = transfer.box.slices_within(Box.whole(transfer.tensor.shape))
+        arrays[transfer.tensor.key, transfer.destination][where] = numbers[where]
+    return arrays
+
+
+def element_numbers(spec: TensorSpec) -> np.ndarray:
+    return np.arange(int(np.prod(spec.shape))).reshape(spec.shape)
+
+
+def expected(census: Census) -> dict[tuple[str, int], np.ndarray]:
+    """What `carry_out` must give: element numbers inside the boxes a rank holds, -1 elsewhere."""
+    arrays = {}
+    for key, spec in census.tensors.items():
+        for rank in census.ranks:
+            array = np.full(spec.shape, -1)
+            for box in census.spreads[key].boxes_of(rank):
+                where = box.slices_within(Box.whole(spec.shape))
+                array[where] = element_numbers(spec)[where]
+            arrays[key, rank] = array
+    return arrays

@@ -1,0 +1,104 @@
+"""Laws every plan obeys, on random models and windows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refit.errors import PlanError
+from refit.plan.plan import RefitPlan
+from refit.plan.planner import merge, plan_refit
+from refit.plan.sharding import Census, Holding, Spread
+from tests.plan.strategies import carry_out, expected, worlds
+
+
+@given(worlds())
+def test_every_destination_element_gets_its_source_element(world: tuple[Census, Census]) -> None:
+    done, wanted = carry_out(plan_refit(*world)), expected(world[1])
+    for place, array in wanted.items():
+        np.testing.assert_array_equal(done[place], array, err_msg=str(place))
+
+
+@given(worlds())
+def test_bytes_are_conserved(world: tuple[Census, Census]) -> None:
+    plan = plan_refit(*world)
+    received = dict.fromkeys(world[1].ranks, 0)
+    for transfer in plan.transfers():
+        received[transfer.destination] += transfer.nbytes
+    assert received == world[1].bytes_per_rank
+
+
+@given(worlds())
+def test_identical_layouts_on_the_same_ranks_copy_locally(world: tuple[Census, Census]) -> None:
+    plan = plan_refit(world[0], world[0])
+    assert plan.is_local.all()
+    assert len(plan) == sum(len(h.ranks) for spread in world[0].spreads.values() for h in spread.holdings)
+
+
+@given(worlds())
+def test_a_rank_never_fetches_what_it_holds(world: tuple[Census, Census]) -> None:
+    source = world[0]
+    for transfer in plan_refit(*world).transfers():
+        if transfer.destination in source.ranks:
+            own = source.spreads[transfer.tensor.key].boxes_of(transfer.destination)
+            held = any(box.intersect(transfer.box) for box in own)
+            assert held == (transfer.source == transfer.destination)
+
+
+@given(worlds(), st.randoms())
+def test_renaming_ranks_renames_the_plan(world: tuple[Census, Census], random) -> None:
+    names = list(range(100))
+    random.shuffle(names)
+    plain = plan_refit(*world)
+    renamed = plan_refit(*(_rename(census, names) for census in world))
+    assert {(t.tensor.key, t.box, names[t.source], names[t.destination]) for t in plain.transfers()} == {
+        (t.tensor.key, t.box, t.source, t.destination) for t in renamed.transfers()
+    }
+
+
+def _rename(census: Census, names: list[int]) -> Census:
+    spreads = {
+        key: Spread(tuple(Holding(h.box, tuple(names[rank] for rank in h.ranks)) for h in spread.holdings))
+        for key, spread in census.spreads.items()
+    }
+    return Census(tuple(names[rank] for rank in census.ranks), census.tensors, spreads)
+
+
+@given(worlds())
+def test_planning_twice_gives_the_same_digest(world: tuple[Census, Census]) -> None:
+    assert plan_refit(*world).digest == plan_refit(*world).digest
+
+
+@given(worlds(), st.integers(1, 4))
+def test_merging_changes_no_element(world: tuple[Census, Census], parts: int) -> None:
+    plan = plan_refit(*world)
+    index = {key: number for number, key in enumerate(plan.keys)}
+    rows = [(index[t.tensor.key], t.source, t.destination, t.box) for t in plan.transfers()]
+    fine = [(*row[:3], part) for row in rows for part in row[3].split(parts)]
+    merged = RefitPlan.from_rows(*world, merge(fine))
+    assert len(merged) <= len(plan)
+    done = carry_out(merged)
+    for place, array in expected(world[1]).items():
+        np.testing.assert_array_equal(done[place], array)
+
+
+@given(worlds(), st.data())
+@settings(max_examples=50)
+def test_a_plan_that_is_not_exact_cannot_be_built(world: tuple[Census, Census], data: st.DataObject) -> None:
+    plan = plan_refit(*world)
+    row = data.draw(st.integers(0, len(plan) - 1))
+    columns = (plan.tensor, plan.source, plan.destination, plan.offsets, plan.extents)
+    twice = np.sort(np.append(np.arange(len(plan)), row))
+    for rows in (np.delete(np.arange(len(plan)), row), twice):
+        with pytest.raises(PlanError):
+            RefitPlan(*world, plan.keys, *(column[rows] for column in columns))
+    shifted = plan.offsets.copy()
+    shifted[row, 0] += 100
+    with pytest.raises(PlanError):
+        RefitPlan(*world, plan.keys, *columns[:3], shifted, plan.extents)
+    stranger = plan.source.copy()
+    stranger[row] = 1000
+    with pytest.raises(PlanError):
+        RefitPlan(*world, plan.keys, plan.tensor, stranger, *columns[2:])

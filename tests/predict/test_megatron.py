@@ -1,0 +1,175 @@
+"""What the catalog predicts, checked against numbers written down by hand; no model is built here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from refit.config.layout import Layout
+from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
+from refit.errors import UsageError
+from refit.plan.box import Box
+from refit.plan.sharding import Inventory
+from refit.predict.megatron import predict
+
+SMALL = ModelShape(
+    num_layers=2,
+    hidden_size=8,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=2,
+    ffn_hidden_size=12,
+    vocab_size=30,
+    make_vocab_size_divisible_by=4,
+    max_position_embeddings=16,
+    position_embedding_type="learned_absolute",
+    normalization="RMSNorm",
+    swiglu=True,
+    add_bias_linear=False,
+    add_qkv_bias=True,
+    tied_embeddings=False,
+    qk_layernorm=False,
+    mla=None,
+    experts=Experts(4, 2, 6, None, (False, True), True, True),
+    dtype=Dtype.BF16,
+)
+KIMI_K2 = ModelShape(
+    num_layers=61,
+    hidden_size=7168,
+    num_attention_heads=64,
+    num_query_groups=64,
+    kv_channels=128,
+    ffn_hidden_size=18432,
+    vocab_size=163840,
+    make_vocab_size_divisible_by=128,
+    max_position_embeddings=4096,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    add_bias_linear=False,
+    add_qkv_bias=False,
+    tied_embeddings=False,
+    qk_layernorm=True,
+    mla=LatentAttention(1536, 512, 128, 64, 128),
+    experts=Experts(384, 8, 2048, 2048, (False,) + (True,) * 60, True, True),
+    dtype=Dtype.BF16,
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "boxes"),
+    [
+        # Vocabulary 30 padded to a multiple of 4 * TP 2: 32 rows, halved.
+        ("embedding.word_embeddings.weight", (Box((16, 0), (16, 8)),)),
+        ("embedding.position_embeddings.weight", (Box((0, 0), (16, 8)),)),
+        ("decoder.layers.0.self_attention.linear_qkv.weight", (Box((8, 0), (8, 8)),)),
+        ("decoder.layers.0.self_attention.linear_qkv.bias", (Box((8,), (8,)),)),
+        ("decoder.layers.0.self_attention.linear_proj.weight", (Box((0, 4), (8, 4)),)),
+        # [gate; up], 12 rows each: the second half of either.
+        ("decoder.layers.0.mlp.linear_fc1.weight", (Box((6, 0), (6, 8)), Box((18, 0), (6, 8)))),
+        ("decoder.layers.0.mlp.linear_fc2.weight", (Box((0, 6), (8, 6)),)),
+        # Experts 2 and 3 of 4; gate and up, 6 rows each, halved over ETP 2.
+        ("decoder.layers.1.mlp.experts.experts.linear_fc1.weight", (Box((2, 3, 0), (2, 3, 8)), Box((2, 9, 0), (2, 3, 8)))),
+        ("decoder.layers.1.mlp.experts.experts.linear_fc2.weight", (Box((2, 0, 3), (2, 8, 3)),)),
+        ("decoder.layers.1.mlp.router.expert_bias", (Box((0,), (4,)),)),
+        ("decoder.final_layernorm.weight", (Box((0,), (8,)),)),
+    ],
+)
+def test_boxes_of_the_last_rank(key: str, boxes: tuple[Box, ...]) -> None:
+    layout = Layout(tp=2, ep=2, etp=2, pp=1, world_size=4, first_rank=3)
+    assert predict(SMALL, layout).inventory(6).shards[key].boxes == boxes
+
+
+def test_gate_and_up_are_one_box_without_a_cut() -> None:
+    """As live inventories are coalesced."""
+    census = predict(SMALL, Layout(tp=1, ep=2, etp=1, pp=1, world_size=2))
+    shards = census.inventory(1).shards
+    assert shards["decoder.layers.0.mlp.linear_fc1.weight"].boxes == (Box((0, 0), (24, 8)),)
+    assert shards["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].boxes == (Box((2, 0, 0), (2, 12, 8)),)
+
+
+def test_replicas_stand_in_window_order() -> None:
+    """ETP 1 under TP 2: the experts of EP rank 0 lie on every second rank, dense rows on the tensor ranks."""
+    census = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4, first_rank=10))
+    experts = census.spreads["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"]
+    assert [(holding.box.offsets[0], holding.ranks) for holding in experts.holdings] == [(0, (10, 12)), (2, (11, 13))]
+    dense = census.spreads["decoder.layers.1.self_attention.linear_proj.weight"]
+    assert [(holding.box.offsets[1], holding.ranks) for holding in dense.holdings] == [(0, (10, 12)), (4, (11, 13))]
+    assert census.ranks == (10, 11, 12, 13)
+
+
+def test_stages_hold_their_layers_and_ends() -> None:
+    census = predict(SMALL, Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    first, last = (set(census.inventory(rank).shards) for rank in (0, 1))
+    assert not first & last
+    assert {key.split(".")[0] for key in first} == {"embedding", "decoder"}
+    assert "output_layer.weight" in last
+    assert "decoder.final_layernorm.weight" in last
+    assert all(".layers.0." in key for key in first if ".layers." in key)
+
+
+def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
+    census = predict(replace(SMALL, tied_embeddings=True), Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    assert census.spreads["embedding.word_embeddings.weight"].holdings[0].ranks == (0, 1)
+    assert census.spreads["embedding.position_embeddings.weight"].holdings[0].ranks == (0,)
+    assert "output_layer.weight" not in census.tensors
+
+
+def test_transformer_engine_replicates_latent_down_projections() -> None:
+    layout = Layout(tp=8, ep=8, etp=8, pp=1, world_size=64)
+    key = "decoder.layers.0.self_attention.linear_kv_down_proj.weight"
+    assert predict(KIMI_K2, layout).inventory(1).shards[key].boxes == (Box((72, 0), (72, 7168)),)
+    whole = predict(KIMI_K2, layout, transformer_impl="transformer_engine").inventory(1).shards[key]
+    assert whole.boxes == (Box((0, 0), (576, 7168)),)
+
+
+def test_flags_of_tensors() -> None:
+    tensors = predict(SMALL, Layout(tp=1, ep=1, etp=1, pp=1, world_size=1)).tensors
+    assert tensors["embedding.word_embeddings.weight"].padded
+    assert tensors["output_layer.weight"].padded
+    assert tensors["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].stacked
+    assert tensors["decoder.layers.1.mlp.router.expert_bias"].dtype == "float32"
+    assert {tensor.dtype for key, tensor in tensors.items() if "expert_bias" not in key} == {"bfloat16"}
+
+
+def test_every_element_of_every_tensor_is_held() -> None:
+    census = predict(SMALL, Layout(tp=2, ep=4, etp=1, pp=2, world_size=8))
+    for key, spread in census.spreads.items():
+        assert sum(holding.box.volume for holding in spread.holdings) == Box.whole(census.tensors[key].shape).volume
+
+
+def test_kimi_k2_on_128_ranks() -> None:
+    """Parameters as counted on the meta device (1.0264 T) and 60 layers' expert biases; bytes as there."""
+    census = predict(KIMI_K2, Layout(tp=16, ep=8, etp=16, pp=1, world_size=128))
+    assert census.num_parameters == 1_026_408_209_408 + 60 * 384
+    assert round(max(census.bytes_per_rank.values()) / 1e9, 1) == 17.6
+    # Layers of a kind share one spread: what keeps predicting and planning a matter of milliseconds.
+    assert len({id(spread) for spread in census.spreads.values()}) < 30
+
+
+def test_uneven_cut_names_the_tensor() -> None:
+    odd = replace(KIMI_K2, mla=LatentAttention(1540, 512, 128, 64, 128))
+    with pytest.raises(UsageError, match=r"linear_q_down_proj.weight \[1540, 7168\] cannot be cut into 8 equal parts"):
+        predict(odd, Layout(tp=8, ep=1, etp=1, pp=1, world_size=8))
+
+
+def test_inventory_equals_one_made_of_parts() -> None:
+    """Spreads hold what `Inventory.of` makes of the same boxes, uncoalesced."""
+    census = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4))
+    inventory = census.inventory(2)
+    rows = [
+        (shard.tensor, box.narrow(0, begin, begin + 1))
+        for shard in inventory.shards.values()
+        for box in shard.boxes
+        for begin in range(box.offsets[0], box.ends[0])
+    ]
+    assert Inventory.of(rows).differences(inventory) == []
+
+
+def test_needs_neither_torch_nor_megatron() -> None:
+    code = "import sys, refit.predict.megatron; print({'torch', 'megatron'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "set()\n"

@@ -1,0 +1,79 @@
+"""Models too large for a GPU: both figures, and remedies that hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from refit.cli.parsing import parse
+from refit.errors import UsageError
+from refit.predict.dry_run import DryRun, dry_run
+from refit.predict.memory import check_memory
+
+KIMI_K2 = (
+    "--model kimi_k2 --dry-run --tensor-model-parallel-size 8 --expert-model-parallel-size 8 "
+    "--rl-inference-expert-model-parallel-size 4"
+)
+SOURCE_ETP_1 = "--expert-tensor-parallel-size 1"
+DESTINATION_ETP_1 = "--rl-inference-expert-tensor-model-parallel-size 1"
+
+
+def planned(line: str) -> DryRun:
+    request = parse(line.split())
+    assert request.dry_run is not None
+    return dry_run(request.scenario, request.dry_run)
+
+
+def refusal(line: str) -> str:
+    with pytest.raises(UsageError) as raised:
+        check_memory(planned(line))
+    return str(raised.value)
+
+
+def test_what_fits_passes_and_so_does_what_cannot_be_judged() -> None:
+    check_memory(planned(f"{KIMI_K2} --cluster h100_ib400"))
+    check_memory(planned(f"{KIMI_K2} {SOURCE_ETP_1}"))
+
+
+def test_etp_below_tp_is_named_with_what_fits() -> None:
+    message = refusal(f"{KIMI_K2} {SOURCE_ETP_1} --cluster h100_ib400")
+    assert message == (
+        "the source needs 257.43 GB per GPU (256.89 GB of weights, 536.87 MB of staging), h100_ib400 has 80.00 GB: "
+        "leave --expert-tensor-parallel-size at TP = 8, or "
+        "raise --expert-model-parallel-size to 32 with --source-world-size 64"
+    )
+    assert "the destination needs" in refusal(f"{KIMI_K2} {DESTINATION_ETP_1} --cluster h100_ib400")
+
+
+def test_etp_is_not_named_where_it_is_not_the_cause() -> None:
+    message = refusal(f"{KIMI_K2} --refit-mode collocated --cluster h100_ib400")
+    assert message.startswith("both sides (TP8 EP8 -> TP8 EP4) need 102.11 GB per GPU")
+    assert "expert-tensor" not in message
+    # ETP 1 at the source, but even ETP 8 leaves too much.
+    assert "expert-tensor" not in refusal(f"{KIMI_K2} {SOURCE_ETP_1} --expert-model-parallel-size 2 --cluster h100_ib400")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{KIMI_K2} {SOURCE_ETP_1}",
+        f"{KIMI_K2} {DESTINATION_ETP_1}",
+        f"{KIMI_K2} --refit-mode collocated",
+        f"{KIMI_K2} --staging-mib 30000",
+    ],
+)
+def test_every_remedy_holds(line: str) -> None:
+    remedies = refusal(f"{line} --cluster h100_ib400").split("80.00 GB: ")[1].split(", or ")
+    assert remedies
+    for remedy in remedies:
+        # Of a flag given twice the last one counts.
+        given = re.findall(r"(--[a-z-]+) (?:to|at TP =)? ?(\d+)", remedy)
+        check_memory(planned(" ".join([line, *(f"{flag} {value}" for flag, value in given), "--cluster h100_ib400"])))
+
+
+def test_gpus_too_small_for_any_layout(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("intra_node_gb_per_s: 1\ngpus_per_node: 8\ngpu_memory_gb: 0.001\n")
+    assert refusal(f"--model tiny --dry-run --cluster {path}").endswith("raise TP, EP or PP, or use GPUs with more memory")
