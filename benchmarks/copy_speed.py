@@ -118,7 +118,9 @@ def check(copies: list[Copy], name: str) -> None:
 
 def compare(pair: Pair) -> None:
     print(f"\n# {pair.title}: GB/s")
-    print(f"{'case':<18}{'copies':>8}{'GB':>7}{'build ms':>10}{'table %':>9}{'kernel':>9}{'foreach':>9}{'one copy_':>11}")
+    print(
+        f"{'case':<18}{'copies':>8}{'GB':>7}{'build ms':>10}{'table %':>9}{'kernel':>9}{'foreach':>9}{'one copy_':>11}"
+    )
     for case in CASES:
         copies = case.build(pair)
         synchronize()
@@ -159,7 +161,8 @@ def sweep(pairs: list[Pair]) -> None:
         replace(TUNING, block_words=w, num_warps=n) for w, n in ((512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))
     ]
     tunings += [
-        replace(TUNING, load_hint=a, store_hint=b) for a, b in (("", ""), ("evict_first", ""), (".cg", ".cs"), ("", ".wt"))
+        replace(TUNING, load_hint=a, store_hint=b)
+        for a, b in (("", ""), ("evict_first", ""), (".cg", ".cs"), ("", ".wt"))
     ]
     tunings += [replace(TUNING, tile_bytes=kib << 10) for kib in (32, 64, 256, 512)]
     for pair in pairs:

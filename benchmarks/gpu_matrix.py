@@ -50,7 +50,8 @@ LATENT_MODEL = """--num-layers 3 --hidden-size 2048 --num-attention-heads 16 --m
     --transformer-impl transformer_engine --num-benchmark-warmup 1 --num-benchmark-iterations 3"""
 REFERENCE_MODEL = """--num-layers 4 --hidden-size 1024 --num-attention-heads 8 --seq-length 512
     --max-position-embeddings 512 --micro-batch-size 1 --num-experts 16 --moe-router-topk 2
-    --moe-shared-expert-intermediate-size 512 --ffn-hidden-size 2688 --disable-bias-linear --num-benchmark-iterations 3"""
+    --moe-shared-expert-intermediate-size 512 --ffn-hidden-size 2688 --disable-bias-linear --num-benchmark-iterations
+    3"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,12 @@ def cell(part: str, source: Sizes, destination: Sizes, mode: str, method: str, *
     name = f"{part} TP{source.tp} EP{source.ep} -> TP{destination.tp} EP{destination.ep}"
     if (source.etp, destination.etp) != (1, 1):
         name += f" ETP{source.etp} -> {destination.etp}"
-    flags = [source.flags(""), destination.flags("rl-inference-"), f"--refit-mode {mode} --refit-method {method}", *extra]
+    flags = [
+        source.flags(""),
+        destination.flags("rl-inference-"),
+        f"--refit-mode {mode} --refit-method {method}",
+        *extra,
+    ]
     sizes = (source.tp * source.ep, destination.tp * destination.ep)
     num_gpus = max(sizes) if mode == "collocated" else sum(sizes)
     return Cell(part, f"{name} {mode} {method} {label}".strip(), tuple(shlex.split(" ".join(flags))), num_gpus)
@@ -207,7 +213,8 @@ def run(one: Cell, directory: Path, num_gpus: int) -> dict[str, Any] | None:
 
 
 def row(one: Cell, result: dict[str, Any] | None) -> str:
-    """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, the peer's, wrong elements.
+    """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, the peer's, wrong
+    elements.
 
     `first` is planning, preparing and the first refit; `extra` the most device memory beyond both models.
     """
@@ -263,7 +270,9 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("benchmark_results/gpu_matrix"))
     parser.add_argument("flags", nargs="*", help="flags for every cell, after --")
     args = parser.parse_args()
-    chosen = [one for one in cells(args.num_gpus) if args.match in one.name and (args.only is None or one.part in args.only)]
+    chosen = [
+        one for one in cells(args.num_gpus) if args.match in one.name and (args.only is None or one.part in args.only)
+    ]
     if args.list:
         for one in chosen:
             print(f"{one.name:<{NAME_WIDTH}} {predicted(one)}")
@@ -272,7 +281,9 @@ def main() -> int:
     for number, one in enumerate(chosen):
         wider = dataclasses.replace(one, flags=(*one.flags, *args.flags))
         result = run(
-            wider, args.output_dir / f"{number:02d}_{'_'.join(one.name.replace('->', 'to').lower().split())}", args.num_gpus
+            wider,
+            args.output_dir / f"{number:02d}_{'_'.join(one.name.replace('->', 'to').lower().split())}",
+            args.num_gpus,
         )
         failed += result is None or result["status"] not in ("ok", "waived")
         lines.append(row(one, result))

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 -m benchmarks.nccl_rounds
     NCCL_P2P_NVL_CHUNKSIZE=65536 torchrun --nproc-per-node 4 -m benchmarks.nccl_rounds
 
-GB/s are bytes that the busiest rank sends over the slowest rank's time. Four ranks; without GPUs it runs over Gloo, with
-small messages, to show that it runs.
+GB/s are bytes that the busiest rank sends over the slowest rank's time. Four ranks; without GPUs it runs over Gloo,
+with small messages, to show that it runs.
 """
 
 from __future__ import annotations

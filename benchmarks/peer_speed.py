@@ -45,7 +45,14 @@ WAYS = (
 def measure(way: Way) -> dict[str, Any]:
     """The result of one torchrun. Raises CalledProcessError where it fails."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "6", str(ROOT / "benchmark_refit.py")]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "6",
+            str(ROOT / "benchmark_refit.py"),
+        ]
         command += [*shlex.split(FLAGS), *shlex.split(way.flags), "--output-dir", directory]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (path,) = Path(directory).glob("*.json")

@@ -1,4 +1,5 @@
-"""How close the transports come to the hardware, both sides measured in one run: `python -m benchmarks.transport_speed`.
+"""How close the transports come to the hardware, both sides measured in one run: `python -m
+benchmarks.transport_speed`.
 
 Four source ranks refit two destination ranks, about 250 MB each, 64 experts among it: once "whole" (EP changes, so
 experts travel as they lie and dense weights are recut), once "recut" (ETP changes too: every second projection is a
@@ -78,7 +79,12 @@ def measure(rank: int, mix: str, method: str, buffers: str, num_rounds: int) -> 
     program.close()
     names = {"gloo": ("bare Gloo", 0.8), "shm": ("memcpy", 0.5)}
     return Row(
-        f"{mix} {method} {buffers}".removesuffix(" -"), *names[method], refit_s, yardstick_s, staging_bytes, peak_extra_bytes
+        f"{mix} {method} {buffers}".removesuffix(" -"),
+        *names[method],
+        refit_s,
+        yardstick_s,
+        staging_bytes,
+        peak_extra_bytes,
     )
 
 
@@ -86,8 +92,8 @@ def bare_gloo(plan: RefitPlan, rank: int) -> Callable[[], object]:
     """One contiguous message per pair, all posted at once."""
     wire = plan.is_wire
     sends, receives = {}, {}
-    for destination in plan.destination_census.ranks:
-        for source in plan.source_census.ranks:
+    for destination in plan.destination_sharding.ranks:
+        for source in plan.source_sharding.ranks:
             pair = wire & (plan.source == source) & (plan.destination == destination)
             nbytes = int(plan.nbytes[pair].sum())
             if rank == source:
@@ -136,14 +142,16 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     print(f"# 4 -> 2 ranks, staging at most {STAGING_BYTES >> 20} MiB per rank, median of {rounds}")
     print(
-        f"{'refit':<18}{'ms':>8}{'GB/s':>7}  {'yardstick':<10}{'ms':>8}{'ratio':>7}{'spread':>12}{'needed':>8}"
+        f"{'refit':<18}{'ms':>8}{'GB/s':>7}  {'yardstick':<10}{'ms':>8}{'ratio':>7}{'tensor_sharding':>12}{'needed':>8}"
         f"{'staging':>12}{'peak extra':>12}"
     )
     pool = RankPool(NUM_RANKS)
     try:
         for mix, (method, buffers) in itertools.product(CASES, (("gloo", "-"), ("shm", "ring"), ("shm", "direct"))):
             rows = pool.run(measure, mix, method, buffers, rounds)
-            _print_row(rows[0], CASES[mix].plan, max(r.staging_bytes for r in rows), max(r.peak_extra_bytes for r in rows))
+            _print_row(
+                rows[0], CASES[mix].plan, max(r.staging_bytes for r in rows), max(r.peak_extra_bytes for r in rows)
+            )
     finally:
         pool.stop()
 

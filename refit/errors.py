@@ -1,6 +1,7 @@
 """Errors a user can act on, each with the exit code the process ends with.
 
-Raise them with a message that holds both numbers and the remedy; `refit.cli.parsing` prints it once, without a traceback.
+Raise them with a message that holds both numbers and the remedy; `refit.cli.parsing` prints it once, without a
+traceback.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PlanError(RefitError):
     exit_code = ExitCode.FAILED
 
 
-class InventoryError(RefitError):
+class ShardingError(RefitError):
     """A model's state and its statement of who holds what disagree."""
 
     exit_code = ExitCode.FAILED

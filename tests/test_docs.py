@@ -230,7 +230,9 @@ def test_every_column_of_a_csv_report_is_described() -> None:
 
 
 def planned_example() -> Planned:
-    return check(select_lines(["1:1:1:1:collocated:gloo:one"], ["--model", "tiny"], None).candidates[0], DryRunOptions())
+    return check(
+        select_lines(["1:1:1:1:collocated:gloo:one"], ["--model", "tiny"], None).candidates[0], DryRunOptions()
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -270,7 +272,10 @@ def test_settings_exist(path: Path) -> None:
     known = re.search(r'KNOWN_SETTINGS="([^"]+)"', (ROOT / "scripts/common.sh").read_text(encoding="utf-8"))
     assert known is not None
     names = set(known[1].replace("\\", " ").split())
-    assert set(re.findall(r"\bREFIT_([A-Z][A-Z_]+[A-Z])", path.read_text(encoding="utf-8"))) <= names | {"MODE", "METHOD"}
+    assert set(re.findall(r"\bREFIT_([A-Z][A-Z_]+[A-Z])", path.read_text(encoding="utf-8"))) <= names | {
+        "MODE",
+        "METHOD",
+    }
 
 
 @pytest.mark.parametrize("message", documents.messages(TROUBLESHOOTING), ids=lambda message: message[:60])

@@ -35,7 +35,8 @@ COMMAND_ENTRY = ROOT / "refit/commands/__init__.py"
 
 
 def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
-    """Every module that a file imports, `from a import b` as `a.b`; with `at_load` only those that loading it imports."""
+    """Every module that a file imports, `from a import b` as `a.b`; with `at_load` only those that loading it
+    imports."""
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
@@ -75,7 +76,9 @@ def is_forbidden(module: str, room: str) -> bool:
 
 
 def test_only_its_own_room_imports_megatron() -> None:
-    outside = [path for path in SOURCES if not name_of(path).startswith(("refit/models/megatron/", "refit/bench/engines/"))]
+    outside = [
+        path for path in SOURCES if not name_of(path).startswith(("refit/models/megatron/", "refit/bench/engines/"))
+    ]
     found = [(name_of(path), module) for path in outside for module in imports(path) if within(module, "megatron")]
     assert found == []
 
@@ -112,14 +115,18 @@ def test_a_dry_run_loads_neither_torch_nor_megatron() -> None:
     loaded = loaded_with(DRY_RUN_ENTRY)
     assert {"refit/predict/dry_run.py", "refit/predict/megatron.py", "refit/plan/planner.py"} <= loaded.keys()
     heavy = ("torch", "megatron", "refit.bench", "refit.transport", "refit.models.megatron")
-    assert [(file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)] == []
+    assert [
+        (file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)
+    ] == []
 
 
 def test_the_console_command_loads_on_a_login_node() -> None:
     loaded = loaded_with(COMMAND_ENTRY)
     assert {"refit/commands/sweep.py", "refit/sweep/check.py", "refit/report/summary.py"} <= loaded.keys()
     heavy = ("torch", "megatron", "matplotlib", "refit.bench", "refit.transport", "refit.models.megatron")
-    assert [(file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)] == []
+    assert [
+        (file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)
+    ] == []
 
 
 def test_the_checks_can_fail(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from refit.models.weights import LiveShard, WeightMemory
+from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 
@@ -70,20 +70,20 @@ class _Block:
     data: torch.Tensor
 
 
-def fill(memory: WeightMemory, iteration: int) -> None:
+def fill(memory: LocalWeights, iteration: int) -> None:
     """Give every element of a source its value for `iteration`."""
     for shard in memory:
         for block in _blocks(shard):
             block.data.copy_(_values(shard.tensor, block, iteration))
 
 
-def poison(memory: WeightMemory) -> None:
+def poison(memory: LocalWeights) -> None:
     """Overwrite every element of a destination with all-ones bits (NaN), which no value has."""
     for shard in memory:
         shard.view.view(_BITS[shard.view.element_size()]).fill_(255 if shard.view.element_size() == 1 else -1)
 
 
-def check(memory: WeightMemory, source: Mapping[str, TensorSpec], iteration: int, *, sample: bool = False) -> Verdict:
+def check(memory: LocalWeights, source: Mapping[str, TensorSpec], iteration: int, *, sample: bool = False) -> Verdict:
     """Compare a destination with what the source of `iteration` holds, as bits.
 
     `source` tells each tensor's dtype at the source, whose value is cast to the destination's, and its first dim, past
@@ -106,7 +106,7 @@ def check(memory: WeightMemory, source: Mapping[str, TensorSpec], iteration: int
     return Verdict(compared, tuple(wrong.values()))
 
 
-def _expected(source: TensorSpec, shard: LiveShard, block: _Block, iteration: int) -> torch.Tensor:
+def _expected(source: TensorSpec, shard: LocalShard, block: _Block, iteration: int) -> torch.Tensor:
     values = _values(source, block, iteration).to(block.data.dtype)
     if source.shape[0] < shard.box.ends[0]:
         rows_per_index = _rows_per_leading_index(shard.tensor.shape)
@@ -114,7 +114,7 @@ def _expected(source: TensorSpec, shard: LiveShard, block: _Block, iteration: in
     return values
 
 
-def _first(shard: LiveShard, block: _Block, expected: torch.Tensor, differs: torch.Tensor) -> Mismatch:
+def _first(shard: LocalShard, block: _Block, expected: torch.Tensor, differs: torch.Tensor) -> Mismatch:
     row, column = (int(i) for i in differs.nonzero()[0])
     number, leading = int(block.row_numbers[row]), shard.tensor.shape[:-1]
     index = [block.first_column + column]
@@ -133,7 +133,7 @@ def _rows_per_leading_index(shape: tuple[int, ...]) -> int:
     return rows
 
 
-def _blocks(shard: LiveShard, start: int | None = None) -> Iterator[_Block]:
+def _blocks(shard: LocalShard, start: int | None = None) -> Iterator[_Block]:
     """The shard in blocks that fit the cache of a CPU or fill a GPU; from row `start` in sampled strides, if given."""
     # Hashing makes int32 temporaries of a block: they should stay in a core's cache, or be few launches on a GPU.
     limit = 1 << 18 if shard.view.device.type == "cpu" else 1 << 26
@@ -144,7 +144,9 @@ def _blocks(shard: LiveShard, start: int | None = None) -> Iterator[_Block]:
             numbers, matrix = numbers[first::SAMPLE_STRIDE], matrix[first::SAMPLE_STRIDE]
         rows = max(1, limit // max(1, matrix.shape[1]))
         for begin in range(0, len(matrix), rows):
-            yield _Block(numbers[begin : begin + rows], box.offsets[-1] if box.offsets else 0, matrix[begin : begin + rows])
+            yield _Block(
+                numbers[begin : begin + rows], box.offsets[-1] if box.offsets else 0, matrix[begin : begin + rows]
+            )
 
 
 def _matrices(box: Box, view: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:

@@ -58,7 +58,9 @@ def profiled(run: Callable[[], object]) -> list[Activity]:
 
 def _intervals(events: Iterable[Any]) -> list[Interval]:
     return [
-        Interval(event.device_resource_id(), kind_of(event.name()), event.start_ns(), event.start_ns() + event.duration_ns())
+        Interval(
+            event.device_resource_id(), kind_of(event.name()), event.start_ns(), event.start_ns() + event.duration_ns()
+        )
         for event in events
         if event.device_type() == torch._C._autograd.DeviceType.CUDA and event.duration_ns() > 0
     ]

@@ -54,7 +54,7 @@ def benchmark(session: Session) -> None:
         session.enter("plan")
         stopwatch = Stopwatch()
         with stopwatch.step("plan"):
-            plan = plan_refit(sides.source.census, sides.destination.census, ranks_per_node=_ranks_per_node())
+            plan = plan_refit(sides.source.sharding, sides.destination.sharding, ranks_per_node=_ranks_per_node())
         _check_agreement(session, plan)
         _describe(session, sides, plan)
         bound = _find_bound(session, plan)
@@ -86,15 +86,20 @@ def _check_agreement(session: Session, plan: RefitPlan) -> None:
     """Ranks plan on their own; make sure once that they came to the same plan."""
     for rank, digest in enumerate(gather(session.control, plan.digest)):
         if digest != plan.digest:
-            raise PlanError(f"ranks {session.rank} and {rank} made different plans: {plan.digest[:12]} and {digest[:12]}")
+            raise PlanError(
+                f"ranks {session.rank} and {rank} made different plans: {plan.digest[:12]} and {digest[:12]}"
+            )
 
 
 def _describe(session: Session, sides: Sides, plan: RefitPlan) -> None:
     """Fill in everything a result says before the first refit."""
     scenario, result = session.scenario, session.result
-    census = sides.destination.census
+    sharding = sides.destination.sharding
     result.scenario = {
-        **{name: _plain(getattr(scenario, name)) for name in ("mode", "method", "engine", "num_warmup", "num_iterations")},
+        **{
+            name: _plain(getattr(scenario, name))
+            for name in ("mode", "method", "engine", "num_warmup", "num_iterations")
+        },
         **{name: _plain(getattr(scenario, name)) for name in ("verify", "check_forward", "staging_bytes", "timeout_s")},
         **{
             name: getattr(scenario, name)
@@ -104,9 +109,9 @@ def _describe(session: Session, sides: Sides, plan: RefitPlan) -> None:
         "device": session.device.type,
         "title": scenario.title,
         "world_size": dist.get_world_size(),
-        "dtypes": sorted({tensor.dtype for tensor in census.tensors.values()}),
-        "num_parameters": census.num_parameters,
-        "num_tensors": len(census.tensors),
+        "dtypes": sorted({tensor.dtype for tensor in sharding.tensors.values()}),
+        "num_parameters": sharding.num_parameters,
+        "num_tensors": len(sharding.tensors),
         "model": asdict(scenario.model) if scenario.model else None,
     }
     result.layouts = {name: asdict(getattr(sides, name).layout) for name in ("source", "destination")}
@@ -176,7 +181,8 @@ def _closing_lines(session: Session) -> list[str]:
 
 
 def _exit_code(result: Result, scenario: Scenario) -> ExitCode:
-    """Of the engine under test: ours, or the peer where it runs alone. What the peer gets wrong beside ours is a finding."""
+    """Of the engine under test: ours, or the peer where it runs alone. What the peer gets wrong beside ours is a
+    finding."""
     judged = result.engines[Engine.MEGATRON.value if scenario.engine is Engine.MEGATRON else Engine.REFIT.value]
     if judged.status == "waived":
         return ExitCode.WAIVED

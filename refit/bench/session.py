@@ -77,7 +77,8 @@ def launched(scenario: Scenario) -> Iterator[tuple[Session, Watchdog]]:
     device = device_for(scenario.method, scenario.device)
     if scenario.profile and device.type != "cuda":
         raise UsageError(
-            "--profile-refit records what GPUs do, and this run is on CPUs: leave it out, each refit's line has its phases"
+            "--profile-refit records what GPUs do, and this run is on CPUs: leave it out, each refit's line has its "
+            "phases"
         )
     timeout = timedelta(seconds=scenario.timeout_s)
     if device.type == "cuda":

@@ -9,24 +9,24 @@ from typing import Any
 from refit.bench.exchange import gather
 from refit.bench.session import Session
 from refit.config.layout import Layout
-from refit.errors import InventoryError
+from refit.errors import ShardingError
 from refit.models.megatron.build import BuiltModel, build_model
 from refit.models.megatron.groups import GroupCache, build_groups
 from refit.models.megatron.provider import build_from_provider, load_provider
-from refit.models.megatron.sharding import inventory_of, read_memory
-from refit.models.weights import WeightMemory
-from refit.plan.sharding import Census, Inventory
+from refit.models.megatron.sharding import rank_sharding, read_weights
+from refit.models.weights import LocalWeights
+from refit.plan.sharding import RankSharding, Sharding
 from refit.predict.megatron import predict
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of the refit. `model` and `memory` are None on ranks outside its window; `census` covers all of it."""
+    """One side of the refit. `model` and `memory` are None on ranks outside its window; `sharding` covers all of it."""
 
     layout: Layout
     model: BuiltModel | None
-    memory: WeightMemory | None
-    census: Census
+    memory: LocalWeights | None
+    sharding: Sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +51,15 @@ def build_sides(session: Session) -> Sides:
 def _build_side(session: Session, name: str, layout: Layout, cache: GroupCache) -> Side:
     session.enter(f"build {name} model")
     model = _builder(session)(layout, build_groups(layout, cache))
-    memory = read_memory(model) if model is not None else None
-    session.enter(f"check {name} inventory")
+    memory = read_weights(model) if model is not None else None
+    session.enter(f"check {name} rank sharding")
     shape = session.scenario.model
     if shape is None:
-        return Side(layout, model, memory, _gathered_census(session, layout, memory))
-    census = predict(shape, layout, transformer_impl=session.scenario.transformer_impl)
+        return Side(layout, model, memory, _gathered_sharding(session, layout, memory))
+    sharding = predict(shape, layout, transformer_impl=session.scenario.transformer_impl)
     if memory is not None:
-        _check_prediction(name, session.rank, census.inventory(session.rank), inventory_of(memory))
-    return Side(layout, model, memory, census)
+        _check_prediction(name, session.rank, sharding.inventory(session.rank), rank_sharding(memory))
+    return Side(layout, model, memory, sharding)
 
 
 def _builder(session: Session) -> Callable[[Layout, Any], BuiltModel | None]:
@@ -72,16 +72,16 @@ def _builder(session: Session) -> Callable[[Layout, Any], BuiltModel | None]:
     return lambda layout, groups: build_from_provider(provider, layout, groups, session.device)
 
 
-def _check_prediction(name: str, rank: int, predicted: Inventory, live: Inventory) -> None:
+def _check_prediction(name: str, rank: int, predicted: RankSharding, live: RankSharding) -> None:
     differences = predicted.differences(live)
     if differences:
-        raise InventoryError(
+        raise ShardingError(
             f"rank {rank}: the {name} model holds other than predicted in {len(differences)} tensors "
             f"(predicted != live): " + "; ".join(differences[:3])
         )
 
 
-def _gathered_census(session: Session, layout: Layout, memory: WeightMemory | None) -> Census:
+def _gathered_sharding(session: Session, layout: Layout, memory: LocalWeights | None) -> Sharding:
     """Collective: every rank of the job, those outside the window contribute nothing."""
-    gathered = gather(session.control, inventory_of(memory) if memory is not None else None)
-    return Census.from_inventories({rank: held for rank in layout.ranks if (held := gathered[rank]) is not None})
+    gathered = gather(session.control, rank_sharding(memory) if memory is not None else None)
+    return Sharding.from_ranks({rank: held for rank in layout.ranks if (held := gathered[rank]) is not None})

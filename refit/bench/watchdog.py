@@ -1,4 +1,5 @@
-"""The watchdog: a thread on every rank that ends the run when a peer is gone or time is up, and says whose fault it was.
+"""The watchdog: a thread on every rank that ends the run when a peer is gone or time is up, and says whose fault it
+was.
 
 Each rank keeps a heartbeat and the name of its phase in the store that torch.distributed was started with. A rank that
 fails says so there before it ends; a rank that was killed stops beating. Whoever notices first takes the verdict
@@ -126,7 +127,9 @@ class Watchdog:
         peers = range(self._num_ranks) if self._rank == 0 else (0,)
         return self._silent(peers, seen, SILENCE_S)
 
-    def _silent(self, peers: range | tuple[int, ...], seen: dict[int, tuple[str, float]], limit_s: float) -> Failure | None:
+    def _silent(
+        self, peers: range | tuple[int, ...], seen: dict[int, tuple[str, float]], limit_s: float
+    ) -> Failure | None:
         now = time.monotonic()
         for peer in peers:
             if peer == self._rank:

@@ -44,7 +44,8 @@ class FlagParser(argparse.ArgumentParser):
         return self.parse_flags(self.words(values))
 
     def words(self, values: Mapping[str, object]) -> list[str]:
-        """The command line that says what such a mapping says. Raises UsageError for what is no flag, or has no value."""
+        """The command line that says what such a mapping says. Raises UsageError for what is no flag, or has no
+        value."""
         argv: list[str] = []
         for key, value in values.items():
             flag, takes_list = f"--{key}", self.takes_list(key)
@@ -89,7 +90,8 @@ def full_parser() -> FlagParser:
     parser = FlagParser(
         prog="benchmark_refit.py",
         usage="torchrun --nproc-per-node N benchmark_refit.py <flags>, or python benchmark_refit.py --dry-run <flags>",
-        description="Build a model in two parallel layouts, move its weights from one to the other, verify and time it.",
+        description="Build a model in two parallel layouts, move its weights from one to the other, verify and time "
+        "it.",
         epilog="Megatron-LM's flags that change no weight (--seq-length, ...) are accepted and recorded.",
         parents=[model_parser()],
     )
@@ -247,23 +249,35 @@ def _add_refit_flags(parser: FlagParser) -> None:
         choices: list[str] = [member.value for member in kind]
         shown = f"{text}; default: {default.value}" if default else text
         group.add_argument(f"--{name}", choices=choices, default=default.value if default else None, help=shown)
-    group.add_argument("--num-benchmark-warmup", type=flag_types.non_negative, default=2, metavar="N", help="default: 2")
-    group.add_argument("--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="default: 5")
+    group.add_argument(
+        "--num-benchmark-warmup", type=flag_types.non_negative, default=2, metavar="N", help="default: 2"
+    )
+    group.add_argument(
+        "--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="default: 5"
+    )
     group.add_argument("--check-forward", action="store_true", help="compare the logits of both models as well")
     group.add_argument("--profile-refit", action="store_true", help="record what each GPU does in one more refit")
     group.add_argument(
         "--staging-mib", type=flag_types.positive, default=512, metavar="N", help="staging per rank; default: 512"
     )
-    group.add_argument("--timeout", type=flag_types.seconds, default=300.0, metavar="S", help="longest wait; default: 300 s")
     group.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where gloo finds the models, cuda: over pinned host memory; default: cpu"
+        "--timeout", type=flag_types.seconds, default=300.0, metavar="S", help="longest wait; default: 300 s"
+    )
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where gloo finds the models, cuda: over pinned host memory; default: cpu",
     )
     group.add_argument(
         "--nvshmem-buffers", choices=("ring", "direct"), default="ring", help="through a bounded ring, or in place"
     )
-    group.add_argument("--nvshmem-force-put", action="store_true", help="reach peers on this node as those on others are")
     group.add_argument(
-        "--cluster", metavar="NAME", help="speeds for the lower bound, from configs/clusters; default: by the GPU's name"
+        "--nvshmem-force-put", action="store_true", help="reach peers on this node as those on others are"
+    )
+    group.add_argument(
+        "--cluster",
+        metavar="NAME",
+        help="speeds for the lower bound, from configs/clusters; default: by the GPU's name",
     )
     group.add_argument("--output-dir", type=Path, default=Path("benchmark_results"), help="default: benchmark_results")
     group.add_argument(

@@ -35,8 +35,8 @@ VALUES = _names(
     eval-interval eval-iters eval-micro-batch-size exit-duration-in-mins exit-interval exit-signal exp-avg-dtype
     exp-avg-sq-dtype fault-injector-delay-start-iteration fault-injector-fault-delay fault-injector-fault-probabilities
     fault-injector-fault-types fault-injector-mtti-seconds fault-injector-num-ranks fault-injector-offset-seconds
-    fault-injector-ranks fault-injector-seed fim-eod-token fim-fragment-rate fim-middle-token fim-no-prefix fim-pad-token
-    fim-prefix-token fim-rate fim-split-sample fim-spm-rate fim-suffix-token
+    fault-injector-ranks fault-injector-seed fim-eod-token fim-fragment-rate fim-middle-token fim-no-prefix
+    fim-pad-token fim-prefix-token fim-rate fim-split-sample fim-spm-rate fim-suffix-token
     fine-grained-offloading-max-inflight-offloads flash-attention-version flight-recorder-dump-path
     flight-recorder-trace-buffer-size fp4-format fp4-quantizer-factory fp4-recipe fp8-amax-compute-algo
     fp8-amax-history-len fp8-format fp8-interval fp8-margin fp8-quantizer-factory fp8-recipe ft-num-warmup-iters
@@ -146,16 +146,17 @@ SWITCHES = _names(
     init-method-xavier-uniform init-model-with-meta-device inprocess-empty-cuda-cache inprocess-restart
     keep-fp8-transpose-cache lazy-mpu-init load-main-params-from-ckpt log-batch-size-to-tensorboard
     log-device-memory-used log-energy log-max-attention-logit log-memory-to-tensorboard log-num-zeros-in-grad
-    log-params-norm log-progress log-straggler log-throughput log-timers-to-tensorboard log-validation-ppl-to-tensorboard
-    log-world-size-to-tensorboard manual-gc megatron-fsdp-enable-fine-grained-param-gather
-    megatron-fsdp-max-pool-double-buffer mock-data moe-apply-probs-on-input moe-enable-deepep moe-enable-routing-replay
-    moe-hybridep-pad-uneven-dispatch-inputs moe-layer-recompute moe-ncclep-static-shape moe-ncclep-zero-copy
-    moe-pad-expert-input-to-capacity moe-pad-experts-for-cuda-graph-inference moe-paged-stash moe-per-layer-logging
-    moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-force-load-balancing moe-router-fusion
-    moe-router-padding-for-fp8 moe-router-padding-for-quantization moe-router-pre-softmax moe-shared-expert-overlap
-    multiple-validation-sets muon-nesterov muon-no-split-qkv nccl-all-reduce-for-prefill no-align-grad-reduce
-    no-align-param-gather no-async-tensor-model-parallel-allreduce no-barrier-with-level-1-timing no-bias-dropout-fusion
-    no-bias-gelu-fusion no-bias-swiglu-fusion no-check-for-nan-in-loss-and-grad no-ckpt-fully-parallel-save
+    log-params-norm log-progress log-straggler log-throughput log-timers-to-tensorboard
+    log-validation-ppl-to-tensorboard log-world-size-to-tensorboard manual-gc
+    megatron-fsdp-enable-fine-grained-param-gather megatron-fsdp-max-pool-double-buffer mock-data
+    moe-apply-probs-on-input moe-enable-deepep moe-enable-routing-replay moe-hybridep-pad-uneven-dispatch-inputs
+    moe-layer-recompute moe-ncclep-static-shape moe-ncclep-zero-copy moe-pad-expert-input-to-capacity
+    moe-pad-experts-for-cuda-graph-inference moe-paged-stash moe-per-layer-logging moe-permute-fusion
+    moe-permute-fusion-into-hybridep moe-router-force-load-balancing moe-router-fusion moe-router-padding-for-fp8
+    moe-router-padding-for-quantization moe-router-pre-softmax moe-shared-expert-overlap multiple-validation-sets
+    muon-nesterov muon-no-split-qkv nccl-all-reduce-for-prefill no-align-grad-reduce no-align-param-gather
+    no-async-tensor-model-parallel-allreduce no-barrier-with-level-1-timing no-bias-dropout-fusion no-bias-gelu-fusion
+    no-bias-swiglu-fusion no-check-for-nan-in-loss-and-grad no-ckpt-fully-parallel-save
     no-ckpt-load-validate-sharding-integrity no-clone-scatter-output-in-embedding no-create-attention-mask-in-dataloader
     no-delay-grad-reduce no-flight-recorder-dump-on-timeout no-flight-recorder-extra-dump-on-exec
     no-flight-recorder-include-only-active no-fp8-wgrad no-gradient-accumulation-fusion no-gradient-reduce-div-fusion
@@ -173,32 +174,38 @@ SWITCHES = _names(
     optimizer-cuda-graph overlap-cpu-optimizer-d2h-h2d overlap-dispatch-backward-with-experts-wgrad overlap-grad-reduce
     overlap-moe-expert-parallel-comm overlap-p2p-communication overlap-p2p-communication-warmup-flush
     overlap-param-gather overlap-param-gather-with-optimizer-step override-opt-param-scheduler perform-rl-step profile
-    pytorch-profiler-collect-callstack pytorch-profiler-collect-chakra pytorch-profiler-collect-shapes qk-clip qk-l2-norm
-    recompute-activations record-memory-history record-shapes replication reset-attention-mask reset-position-ids
-    reuse-grad-buf-for-mxfp8-param-ag rl-inference-logprobs-is-correction rl-offload-inference-model-weights-when-idle
-    rl-offload-optimizer-during-inference rl-partial-rollouts rl-persist-cuda-graphs rl-profile rl-skip-bos-token
-    rl-training-cuda-graphs rl-use-sequence-packing rl-verify-model-weights-swap rotary-interleaved
-    run-workload-inspector-server sequence-parallel sft skip-train squared-relu te-rng-tracker test-mode
-    tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-sentencepiece-legacy
-    torch-fsdp2-no-reshard-after-forward tp-comm-overlap tp-comm-overlap-rs-dgrad trust-remote-code use-checkpoint-args
-    use-checkpoint-opt-param-scheduler use-cpu-initialization use-dist-ckpt use-distributed-optimizer use-flash-attn
-    use-fused-weighted-squared-relu use-legacy-models use-legacy-static-engine use-mcore-models
-    use-mp-args-from-checkpoint-args use-mup use-nccl-ub use-persistent-ckpt-worker use-precision-aware-optimizer
-    use-pytorch-profiler use-ring-exchange-p2p use-rope-scaling use-same-sampling-seed-across-dp-ranks use-sharp
-    use-te-activation-func use-torch-optimizer-for-cpu-offload use-transformer-engine-op-fuser verify-integrity
-    yarn-correction-range-round-to-int
+    pytorch-profiler-collect-callstack pytorch-profiler-collect-chakra pytorch-profiler-collect-shapes qk-clip
+    qk-l2-norm recompute-activations record-memory-history record-shapes replication reset-attention-mask
+    reset-position-ids reuse-grad-buf-for-mxfp8-param-ag rl-inference-logprobs-is-correction
+    rl-offload-inference-model-weights-when-idle rl-offload-optimizer-during-inference rl-partial-rollouts
+    rl-persist-cuda-graphs rl-profile rl-skip-bos-token rl-training-cuda-graphs rl-use-sequence-packing
+    rl-verify-model-weights-swap rotary-interleaved run-workload-inspector-server sequence-parallel sft skip-train
+    squared-relu te-rng-tracker test-mode tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast
+    tokenizer-sentencepiece-legacy torch-fsdp2-no-reshard-after-forward tp-comm-overlap tp-comm-overlap-rs-dgrad
+    trust-remote-code use-checkpoint-args use-checkpoint-opt-param-scheduler use-cpu-initialization use-dist-ckpt
+    use-distributed-optimizer use-flash-attn use-fused-weighted-squared-relu use-legacy-models use-legacy-static-engine
+    use-mcore-models use-mp-args-from-checkpoint-args use-mup use-nccl-ub use-persistent-ckpt-worker
+    use-precision-aware-optimizer use-pytorch-profiler use-ring-exchange-p2p use-rope-scaling
+    use-same-sampling-seed-across-dp-ranks use-sharp use-te-activation-func use-torch-optimizer-for-cpu-offload
+    use-transformer-engine-op-fuser verify-integrity yarn-correction-range-round-to-int
     """
 )
 """Flags without a value."""
 
 REFUSED_VALUES = {
-    "context-parallel-size": ("1", "context parallelism does not cut weights: count its ranks with --source-world-size"),
+    "context-parallel-size": (
+        "1",
+        "context parallelism does not cut weights: count its ranks with --source-world-size",
+    ),
     "hierarchical-context-parallel-sizes": ("", "context parallelism does not cut weights"),
     "mtp-num-layers": ("0", "multi-token prediction layers are not built"),
     "mtp-hybrid-override-pattern": ("", "multi-token prediction layers are not built"),
     "num-layers-per-virtual-pipeline-stage": ("", "interleaved pipeline stages are not built"),
     "num-virtual-stages-per-pipeline-rank": ("1", "interleaved pipeline stages are not built"),
-    "pipeline-model-parallel-layout": ("", "give the uneven stages with --decoder-first-pipeline-num-layers and -last-"),
+    "pipeline-model-parallel-layout": (
+        "",
+        "give the uneven stages with --decoder-first-pipeline-num-layers and -last-",
+    ),
     "model-parallel-size": ("", "use --tensor-model-parallel-size"),
     "encoder-num-layers": ("", "use --num-layers"),
     "decoder-num-layers": ("", "use --num-layers"),

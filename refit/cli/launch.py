@@ -18,11 +18,13 @@ FIRST_PORT, NUM_PORTS = 12000, 16000
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would have set, for a task of `srun`; empty for any other process.
 
-    `srun` sets SLURM_PROCID, SLURM_LOCALID and the SLURM_STEP_* variables (its manual, "OUTPUT ENVIRONMENT VARIABLES"). A
-    batch script's own process has a SLURM_PROCID too, but no step, and is one process whatever SLURM_NTASKS says.
+    `srun` sets SLURM_PROCID, SLURM_LOCALID and the SLURM_STEP_* variables (its manual, "OUTPUT ENVIRONMENT VARIABLES").
+    A batch script's own process has a SLURM_PROCID too, but no step, and is one process whatever SLURM_NTASKS says.
     Raises UsageError where the first node's name cannot be found out: MASTER_ADDR gives it.
     """
-    num_tasks = environ.get("SLURM_STEP_NUM_TASKS") or ("SLURM_STEP_ID" in environ and environ.get("SLURM_NTASKS")) or "1"
+    num_tasks = (
+        environ.get("SLURM_STEP_NUM_TASKS") or ("SLURM_STEP_ID" in environ and environ.get("SLURM_NTASKS")) or "1"
+    )
     if "RANK" in environ or "SLURM_PROCID" not in environ or int(num_tasks) < 2:
         return {}
     tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", num_tasks)

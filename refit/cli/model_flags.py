@@ -80,7 +80,11 @@ def _check_contradictions(args: argparse.Namespace) -> None:
     for allowed, flags, remedy in (
         (args.num_experts is not None, EXPERT_FLAGS, "needs --num-experts"),
         (args.multi_latent_attention, LATENT_FLAGS, "needs --multi-latent-attention"),
-        (not args.multi_latent_attention, GROUP_FLAGS, "contradicts --multi-latent-attention, which has no query groups"),
+        (
+            not args.multi_latent_attention,
+            GROUP_FLAGS,
+            "contradicts --multi-latent-attention, which has no query groups",
+        ),
         (args.padded_vocab_size is None, ("vocab_size",), "contradicts --padded-vocab-size: give one of them"),
         (
             args.padded_vocab_size is None,
@@ -140,7 +144,9 @@ def _expert_layers(args: argparse.Namespace) -> tuple[bool, ...]:
     if isinstance(frequency, int):
         return tuple(layer % frequency == 0 for layer in range(args.num_layers))
     if len(frequency) != args.num_layers:
-        raise UsageError(f"--moe-layer-freq lists {len(frequency)} layers, the model has {args.num_layers}: list each once")
+        raise UsageError(
+            f"--moe-layer-freq lists {len(frequency)} layers, the model has {args.num_layers}: list each once"
+        )
     return frequency
 
 

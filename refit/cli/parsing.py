@@ -168,7 +168,9 @@ def _layout(
     last_stage_layers: int | None,
 ) -> Layout:
     if pp == 1 and (first_stage_layers or last_stage_layers):
-        raise UsageError(f"{side}: layers are given for the first or last pipeline stage, but there is one stage: raise PP")
+        raise UsageError(
+            f"{side}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
+        )
     try:
         return Layout(tp, ep, etp, pp, world_size or tp * ep * pp, first_rank, first_stage_layers, last_stage_layers)
     except UsageError as error:

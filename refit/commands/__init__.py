@@ -22,8 +22,8 @@ def main_from_shell() -> int:
 def main(argv: Sequence[str]) -> int:
     """Run a command line and return the exit code. Errors meant for the user are printed once.
 
-    What follows `--` are flags of benchmark_refit.py, `args.flags`, for the commands that take them. Where the reader of
-    the output has left (`| head`) the exit code is the one that a shell gives for SIGPIPE.
+    What follows `--` are flags of benchmark_refit.py, `args.flags`, for the commands that take them. Where the reader
+    of the output has left (`| head`) the exit code is the one that a shell gives for SIGPIPE.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     try:

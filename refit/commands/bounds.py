@@ -25,7 +25,8 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "bounds",
         help="what scenarios move and the least time that takes",
-        description="Print a Markdown table per scenario file: GPUs, bytes, memory and the lower bound on each cluster.",
+        description="Print a Markdown table per scenario file: GPUs, bytes, memory and the lower bound on each "
+        "cluster.",
     )
     parser.add_argument("scenarios", nargs="+", metavar="SCENARIOS", help="a file of configs/scenarios, or a YAML file")
     parser.add_argument(

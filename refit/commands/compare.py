@@ -17,8 +17,9 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="two runs side by side; exit code 5 where the new one is slower",
-        description="Compare the medians of two runs, scenario by scenario. Exit codes: 0 no slower than allowed, 1 wrong "
-        "data in NEW, 2 nothing to compare, 4 a scenario that was ok in OLD has no valid result in NEW, 5 slower.",
+        description="Compare the medians of two runs, scenario by scenario. Exit codes: 0 no slower than allowed, 1 "
+        "wrong data in NEW, 2 nothing to compare, 4 a scenario that was ok in OLD has no valid result in NEW, "
+        "5 slower.",
     )
     for name in ("old", "new"):
         parser.add_argument(

@@ -59,12 +59,14 @@ def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
         "pending",
         help="what is to run now",
-        description="Print one line per scenario to run: NAME, NODES, RANKS_PER_NODE, STEM and FLAGS, separated by tabs. "
-        "The attempt's files are STEM with a suffix; FLAGS are quoted for a shell. By default those without a finished "
-        "result run.",
+        description="Print one line per scenario to run: NAME, NODES, RANKS_PER_NODE, STEM and FLAGS, separated by "
+        "tabs. The attempt's files are STEM with a suffix; FLAGS are quoted for a shell. By default those without "
+        "a finished result run.",
     )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
-    parser.add_argument("--only", choices=("failed",), help="those whose last attempt did not succeed, or was never made")
+    parser.add_argument(
+        "--only", choices=("failed",), help="those whose last attempt did not succeed, or was never made"
+    )
     parser.set_defaults(run=_pending)
 
 
@@ -81,7 +83,8 @@ def _add_end(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
         "end",
         help="write and print the summary",
-        epilog="Exit code 1: wrong data somewhere; else 4: one failed, was refused or has no result; else 3: all waived.",
+        epilog="Exit code 1: wrong data somewhere; else 4: one failed, was refused or has no result; else 3: all "
+        "waived.",
     )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
     parser.set_defaults(run=_end)
@@ -101,7 +104,9 @@ def _add_place(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog or ''} Flags of benchmark_refit.py for all scenarios may follow after --.".strip()
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--config", action="append", metavar="LINE", help=f"a scenario as {LINE_FORM}; as often as needed")
+    group.add_argument(
+        "--config", action="append", metavar="LINE", help=f"a scenario as {LINE_FORM}; as often as needed"
+    )
     group.add_argument("--scenarios", metavar="NAME", help="a list of configs/scenarios, or a YAML file")
     parser.add_argument("--title", metavar="TEXT", help="what the summary is of")
 

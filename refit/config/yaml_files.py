@@ -29,7 +29,9 @@ def find(kind: str, name: str) -> Path:
         return CONFIG_DIR / kind / f"{name}.yaml"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? There are" if near else "there are"
-    raise UsageError(f"unknown {kind.removesuffix('s')} {name!r}: {hint} {', '.join(known)}, or give a path to a .yaml file")
+    raise UsageError(
+        f"unknown {kind.removesuffix('s')} {name!r}: {hint} {', '.join(known)}, or give a path to a .yaml file"
+    )
 
 
 def read_mapping(path: Path) -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refit.models.weights import View, WeightMemory
+from refit.models.weights import LocalWeights, View
 from refit.plan.box import Box
 from refit.plan.plan import Transfer
 from refit.plan.sharding import TensorSpec
@@ -91,17 +91,17 @@ def load_kernels(device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
-def pack_copies(message: Message, memory: WeightMemory, buffer: torch.Tensor) -> list[Copy]:
+def pack_copies(message: Message, memory: LocalWeights, buffer: torch.Tensor) -> list[Copy]:
     """From the weights into `buffer`, uint8 of at least `message.nbytes`."""
     return [Copy(place, view.data) for place, view in _places(message, memory, buffer)]
 
 
-def unpack_copies(message: Message, memory: WeightMemory, buffer: torch.Tensor) -> list[Copy]:
+def unpack_copies(message: Message, memory: LocalWeights, buffer: torch.Tensor) -> list[Copy]:
     """From `buffer`, uint8 of at least `message.nbytes`, into the weights."""
     return [Copy(view.data, place) for place, view in _places(message, memory, buffer)]
 
 
-def weight_copies(tensor: TensorSpec, box: Box, source: WeightMemory, destination: WeightMemory) -> Iterator[Copy]:
+def weight_copies(tensor: TensorSpec, box: Box, source: LocalWeights, destination: LocalWeights) -> Iterator[Copy]:
     """From weights to weights, both addressable here; one copy per pair of views."""
     for part in memory_boxes(tensor, box):
         for target in destination.views(tensor.key, part):
@@ -109,7 +109,7 @@ def weight_copies(tensor: TensorSpec, box: Box, source: WeightMemory, destinatio
                 yield Copy(_within(target.data, target.box, origin.box), origin.data)
 
 
-def zero_copies(transfer: Transfer, destination: WeightMemory) -> Iterator[Copy]:
+def zero_copies(transfer: Transfer, destination: LocalWeights) -> Iterator[Copy]:
     """Zeros over a box that no source holds."""
     for part in memory_boxes(transfer.tensor, transfer.box):
         for view in destination.views(transfer.tensor.key, part):
@@ -119,8 +119,8 @@ def zero_copies(transfer: Transfer, destination: WeightMemory) -> Iterator[Copy]
 def local_batches(
     local: Iterable[Transfer],
     zeros: Iterable[Transfer],
-    source: WeightMemory | None,
-    destination: WeightMemory | None,
+    source: LocalWeights | None,
+    destination: LocalWeights | None,
     batch_bytes: int,
     num_programs: int | None = None,
 ) -> list[CopyBatch]:
@@ -149,7 +149,7 @@ def _batches(copies: Iterable[Copy], batch_bytes: int) -> Iterator[list[Copy]]:
         yield batch
 
 
-def _places(message: Message, memory: WeightMemory, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, View]]:
+def _places(message: Message, memory: LocalWeights, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, View]]:
     for piece in message.pieces:
         dtype: torch.dtype = getattr(torch, piece.tensor.dtype)
         place = buffer[piece.offset : piece.offset + piece.nbytes].view(dtype).view(piece.box.extents)

@@ -94,7 +94,8 @@ def _eviction(hint: str) -> str:
     return "" if hint.startswith(".") else hint
 
 
-# A 16-byte word is four lanes of a block: that, and the hint that addresses are multiples of it, gives 16-byte accesses.
+# A 16-byte word is four lanes of a block: that, and the hint that addresses are multiples of it, gives 16-byte
+# accesses.
 _ITEMS = {16: tl.int32, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
@@ -134,7 +135,9 @@ def _copy_tiles(
             present = (word < num_words)[:, None]
             source_items = ((row * source_stride + column) * LANES)[:, None] + lanes
             destination_items = ((row * destination_stride + column) * LANES)[:, None] + lanes
-            data = tl.load(source + source_items, mask=present, cache_modifier=LOAD_CACHE, eviction_policy=LOAD_EVICTION)
+            data = tl.load(
+                source + source_items, mask=present, cache_modifier=LOAD_CACHE, eviction_policy=LOAD_EVICTION
+            )
             tl.store(
                 destination + destination_items,
                 data,

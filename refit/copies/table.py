@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from refit.copies.batch import Copy
 
 TILE_BYTES = 128 << 10
-"""Most bytes of a table row. Large copies are cut evenly, so that rows hold at least half: 48 bytes are 0.07 % of it."""
+"""Most bytes of a table row. Large copies are cut evenly, so that rows hold at least half: 48 bytes are 0.07 % of
+it."""
 
 WORD_BYTES = (16, 8, 4, 2, 1)
 SPLIT_BYTES = 128
@@ -50,7 +51,9 @@ class Runs:
 
 def runs_of(shape: Sequence[int], destination: Sequence[int], source: Sequence[int], item_bytes: int) -> Runs:
     """The longest runs that both sides have. `destination` and `source` are strides in elements of `item_bytes`."""
-    dims = [Dim(n, d * item_bytes, s * item_bytes) for n, d, s in zip(shape, destination, source, strict=True) if n != 1]
+    dims = [
+        Dim(n, d * item_bytes, s * item_bytes) for n, d, s in zip(shape, destination, source, strict=True) if n != 1
+    ]
     dims.sort(key=lambda dim: dim.destination)
     width, outer = item_bytes, list[Dim]()
     for dim in dims:
@@ -64,7 +67,8 @@ def runs_of(shape: Sequence[int], destination: Sequence[int], source: Sequence[i
 
 
 def tiles_of(runs: Runs, word: int, tile_bytes: int = TILE_BYTES) -> Ints:
-    """[num_tiles, 6]: source, destination (byte offsets); rows, words per row; source stride, destination stride (words).
+    """[num_tiles, 6]: source, destination (byte offsets); rows, words per row; source stride, destination stride
+    (words).
 
     The longest dim gives the rows, so that short runs are grouped; the others are written out. `word` bytes divide
     every distance of `runs`.
@@ -141,7 +145,8 @@ def _continues(dim: Dim, inner: Dim) -> bool:
 
 
 def _even_spans(total: int, longest: int, multiple: int) -> tuple[Ints, Ints]:
-    """Starts and lengths of the fewest, about equal spans of at most `longest`, but for the last multiples of `multiple`."""
+    """Starts and lengths of the fewest, about equal spans of at most `longest`, but for the last multiples of
+    `multiple`."""
     num_spans = -(-total // longest)
     length = min(longest, -(-total // num_spans // multiple) * multiple)
     starts = np.arange(0, total, length)

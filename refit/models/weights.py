@@ -1,4 +1,4 @@
-"""WeightMemory: where a rank's shards lie in live memory, and the views that any box of them has there."""
+"""LocalWeights: where a rank's shards lie in live memory, and the views that any box of them has there."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from refit.plan.sharding import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class LiveShard:
+class LocalShard:
     """One tensor in memory: `box` of the global tensor, `view` of shape `box.extents` onto the model's own storage.
 
     `owner` is the parameter or buffer that `view` looks into. A model may give it new storage between refits, so views
-    are derived from it anew (`WeightMemory.refresh`).
+    are derived from it anew (`LocalWeights.refresh`).
     """
 
     tensor: TensorSpec
@@ -26,18 +26,18 @@ class LiveShard:
     view: torch.Tensor
 
 
-def joined(shards: Iterable[LiveShard]) -> list[LiveShard]:
+def joined(shards: Iterable[LocalShard]) -> list[LocalShard]:
     """Make one shard of those that together are a whole owner: gate and up, stated apart, where nothing cuts them.
 
     What is one run of memory should be seen as one, or it would be moved in parts.
     """
-    groups: dict[tuple[str, int], list[LiveShard]] = defaultdict(list)
+    groups: dict[tuple[str, int], list[LocalShard]] = defaultdict(list)
     for shard in shards:
         groups[shard.tensor.key, id(shard.owner)].append(shard)
     return [shard for group in groups.values() for shard in _joined_group(group)]
 
 
-def _joined_group(group: list[LiveShard]) -> list[LiveShard]:
+def _joined_group(group: list[LocalShard]) -> list[LocalShard]:
     first, boxes = group[0], coalesce(shard.box for shard in group)
     owner = first.owner
     if len(group) == 1 or len(boxes) > 1 or boxes[0].volume != owner.numel() or not owner.is_contiguous():
@@ -48,7 +48,7 @@ def _joined_group(group: list[LiveShard]) -> list[LiveShard]:
         part.data_ptr() == shard.view.data_ptr() and part.is_contiguous() and shard.view.is_contiguous()
         for part, shard in zip(parts, group, strict=True)
     )
-    return [LiveShard(first.tensor, boxes[0], owner, whole)] if same else group
+    return [LocalShard(first.tensor, boxes[0], owner, whole)] if same else group
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,21 @@ class View:
     data: torch.Tensor
 
 
-class WeightMemory:
+class LocalWeights:
     """All live shards of one model on this rank, addressed by tensor key and box."""
 
-    def __init__(self, shards: Iterable[LiveShard]) -> None:
-        self._shards: dict[str, list[LiveShard]] = defaultdict(list)
+    def __init__(self, shards: Iterable[LocalShard]) -> None:
+        self._shards: dict[str, list[LocalShard]] = defaultdict(list)
         for shard in shards:
             self._shards[shard.tensor.key].append(shard)
         self._index = self._index_stacked()
         self._owners = list({id(shard.owner): shard.owner for shard in self}.values())
         self._addresses = self._current_addresses()
         self.generation = 0
-        """How often storage was found moved. Whoever keeps views compares it: `refresh` tells only the first who asks."""
+        """How often storage was found moved. Whoever keeps views compares it: `refresh` tells only the first who
+        asks."""
 
-    def __iter__(self) -> Iterator[LiveShard]:
+    def __iter__(self) -> Iterator[LocalShard]:
         for shards in self._shards.values():
             yield from shards
 
@@ -112,14 +113,14 @@ class WeightMemory:
         self.generation += 1
         return True
 
-    def _candidates(self, key: str, box: Box) -> list[LiveShard]:
+    def _candidates(self, key: str, box: Box) -> list[LocalShard]:
         """Shards that may overlap `box`: a rank holds hundreds of experts under one key, of which a box needs one."""
         if box.offsets and box.extents[0] == 1 and (key, box.offsets[0]) in self._index:
             return self._index[key, box.offsets[0]]
         return self._shards[key]
 
-    def _index_stacked(self) -> dict[tuple[str, int], list[LiveShard]]:
-        index: dict[tuple[str, int], list[LiveShard]] = defaultdict(list)
+    def _index_stacked(self) -> dict[tuple[str, int], list[LocalShard]]:
+        index: dict[tuple[str, int], list[LocalShard]] = defaultdict(list)
         for shard in self:
             if shard.tensor.stacked:
                 for row in range(shard.box.offsets[0], shard.box.ends[0]):
@@ -131,7 +132,7 @@ class WeightMemory:
         return [owner.data_ptr() for owner in self._owners]
 
 
-def generations(*memories: WeightMemory | None) -> tuple[int, ...]:
+def generations(*memories: LocalWeights | None) -> tuple[int, ...]:
     """Refresh all; equal to an earlier answer exactly where no view has moved since."""
     present = [memory for memory in memories if memory is not None]
     for memory in present:
@@ -139,7 +140,7 @@ def generations(*memories: WeightMemory | None) -> tuple[int, ...]:
     return tuple(memory.generation for memory in present)
 
 
-def _rebound(shard: LiveShard, old_address: int) -> LiveShard:
+def _rebound(shard: LocalShard, old_address: int) -> LocalShard:
     """The same view at the same distance from its owner's start, wherever that is now.
 
     Valid as long as the owner keeps its shape and strides, which a model does that only swaps buffers.
@@ -148,4 +149,4 @@ def _rebound(shard: LiveShard, old_address: int) -> LiveShard:
     distance = (view.data_ptr() - old_address) // view.element_size()
     offset = owner.storage_offset() + distance
     data = torch.as_strided(owner.detach(), view.shape, view.stride(), offset)
-    return LiveShard(shard.tensor, shard.box, owner, data)
+    return LocalShard(shard.tensor, shard.box, owner, data)

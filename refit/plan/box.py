@@ -29,7 +29,9 @@ class Box:
         return math.prod(self.extents)
 
     def contains(self, other: Box) -> bool:
-        return all(a <= b and c >= d for a, b, c, d in zip(self.offsets, other.offsets, self.ends, other.ends, strict=True))
+        return all(
+            a <= b and c >= d for a, b, c, d in zip(self.offsets, other.offsets, self.ends, other.ends, strict=True)
+        )
 
     def intersect(self, other: Box) -> Box | None:
         """The common elements, or None where there are none."""

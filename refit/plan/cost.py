@@ -101,15 +101,15 @@ class Cost:
 def cost_of(plan: RefitPlan) -> Cost:
     """Add up a plan's bytes, counted in the destination's dtypes."""
     matrix = bytes_matrix(plan)
-    local = {rank: int(matrix[rank, rank]) for rank in plan.destination_census.ranks}
+    local = {rank: int(matrix[rank, rank]) for rank in plan.destination_sharding.ranks}
     np.fill_diagonal(matrix, 0)
     return Cost(
         payload_bytes=int(plan.nbytes.sum()),
         wire_bytes=int(matrix.sum()),
         local_bytes=sum(local.values()),
         num_transfers=int((plan.source != ZEROS).sum()),
-        sent={rank: int(matrix[rank].sum()) for rank in plan.source_census.ranks},
-        received={rank: int(matrix[:, rank].sum()) for rank in plan.destination_census.ranks},
+        sent={rank: int(matrix[rank].sum()) for rank in plan.source_sharding.ranks},
+        received={rank: int(matrix[:, rank].sum()) for rank in plan.destination_sharding.ranks},
         local=local,
     )
 
@@ -126,14 +126,14 @@ def summary(plan: RefitPlan) -> dict[str, Any]:
         "sent_by_rank": dict(cost.sent),
         "received_by_rank": dict(cost.received),
         "local_by_rank": dict(cost.local),
-        "source_weights_by_rank": dict(plan.source_census.bytes_per_rank),
-        "destination_weights_by_rank": dict(plan.destination_census.bytes_per_rank),
+        "source_weights_by_rank": dict(plan.source_sharding.bytes_per_rank),
+        "destination_weights_by_rank": dict(plan.destination_sharding.bytes_per_rank),
     }
 
 
 def bytes_matrix(plan: RefitPlan) -> IntArray:
     """Bytes from each rank (row) to each rank (column), `[num_ranks, num_ranks]`; local copies on the diagonal."""
-    num_ranks = 1 + max(*plan.source_census.ranks, *plan.destination_census.ranks)
+    num_ranks = 1 + max(*plan.source_sharding.ranks, *plan.destination_sharding.ranks)
     matrix = np.zeros((num_ranks, num_ranks), np.int64)
     moved = plan.source != ZEROS
     np.add.at(matrix, (plan.source[moved], plan.destination[moved]), plan.nbytes[moved])

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from refit.errors import PlanError
 from refit.plan.box import Box
-from refit.plan.sharding import Census, Spread, TensorSpec
+from refit.plan.sharding import Sharding, TensorSharding, TensorSpec
 
 ZEROS = -1
 """As a source: no rank. The destination writes zeros, where its vocabulary padding is longer than the source's."""
@@ -56,8 +56,8 @@ class RefitPlan:
     element is written exactly once and every read lies inside a box that its source holds.
     """
 
-    source_census: Census
-    destination_census: Census
+    source_sharding: Sharding
+    destination_sharding: Sharding
     keys: tuple[str, ...]
     tensor: IntArray
     source: IntArray
@@ -71,14 +71,14 @@ class RefitPlan:
         _check_volumes(self)
 
     @classmethod
-    def from_rows(cls, source: Census, destination: Census, rows: Sequence[tuple[int, int, int, Box]]) -> RefitPlan:
+    def from_rows(cls, source: Sharding, destination: Sharding, rows: Sequence[tuple[int, int, int, Box]]) -> RefitPlan:
         """Rows are (tensor index in `destination.tensors`, source, destination, box); they are sorted here."""
         dims = max((len(row[3].offsets) for row in rows), default=1)
         rows = sorted(rows, key=lambda row: (row[0], row[3].offsets, row[2]))
         blank, unit = (0,) * dims, (1,) * dims
         return cls(
-            source_census=source,
-            destination_census=destination,
+            source_sharding=source,
+            destination_sharding=destination,
             keys=tuple(destination.tensors),
             tensor=np.array([row[0] for row in rows], np.int64),
             source=np.array([row[1] for row in rows], np.int64),
@@ -92,7 +92,7 @@ class RefitPlan:
 
     @cached_property
     def specs(self) -> tuple[TensorSpec, ...]:
-        return tuple(self.destination_census.tensors[key] for key in self.keys)
+        return tuple(self.destination_sharding.tensors[key] for key in self.keys)
 
     @cached_property
     def nbytes(self) -> IntArray:
@@ -116,7 +116,7 @@ class RefitPlan:
             dims = len(spec.shape)
             box = Box(tuple(self.offsets[row, :dims].tolist()), tuple(self.extents[row, :dims].tolist()))
             source = int(self.source[row])
-            source_dtype = spec.dtype if source == ZEROS else self.source_census.tensors[spec.key].dtype
+            source_dtype = spec.dtype if source == ZEROS else self.source_sharding.tensors[spec.key].dtype
             yield Transfer(spec, source_dtype, box, source, int(self.destination[row]))
 
     def for_rank(self, rank: int) -> RankPlan:
@@ -144,10 +144,10 @@ class RefitPlan:
     @cached_property
     def casts(self) -> dict[str, tuple[str, str]]:
         """Tensors whose dtype differs between the sides: key -> (source dtype, destination dtype)."""
-        theirs = self.source_census.tensors
+        theirs = self.source_sharding.tensors
         return {
             key: (theirs[key].dtype, spec.dtype)
-            for key, spec in self.destination_census.tensors.items()
+            for key, spec in self.destination_sharding.tensors.items()
             if theirs[key].dtype != spec.dtype
         }
 
@@ -158,34 +158,36 @@ def _column(rows: list[tuple[int, ...]], dims: int) -> IntArray:
 
 def _check_reads(plan: RefitPlan) -> None:
     """Every read lies inside one box its source holds, every write inside one box its destination holds."""
-    for side, census, column in (
-        ("read", plan.source_census, plan.source),
-        ("written", plan.destination_census, plan.destination),
+    for side, sharding, column in (
+        ("read", plan.source_sharding, plan.source),
+        ("written", plan.destination_sharding, plan.destination),
     ):
         inside = column == ZEROS
-        for spread, rows in _rows_by_spread(plan, census):
-            inside[rows] |= _held_by(spread, column[rows], plan.offsets[rows], plan.extents[rows])
+        for tensor_sharding, rows in _rows_by_spread(plan, sharding):
+            inside[rows] |= _held_by(tensor_sharding, column[rows], plan.offsets[rows], plan.extents[rows])
         if not inside.all():
             row = int(np.flatnonzero(~inside)[0])
             raise PlanError(f"{_row_text(plan, row)} is {side} on rank {column[row]}, which does not hold it")
 
 
-def _rows_by_spread(plan: RefitPlan, census: Census) -> Iterator[tuple[Spread, IntArray]]:
-    """Each distinct spread of `census` with the rows of all tensors that lie so."""
+def _rows_by_spread(plan: RefitPlan, sharding: Sharding) -> Iterator[tuple[TensorSharding, IntArray]]:
+    """Each distinct spread of `sharding` with the rows of all tensors that lie so."""
     number: dict[int, int] = {}
-    spreads = [census.spreads[key] for key in plan.keys]
-    numbers = np.array([number.setdefault(id(spread), len(number)) for spread in spreads], np.int64)
+    by_key = [sharding.by_key[key] for key in plan.keys]
+    numbers = np.array([number.setdefault(id(tensor_sharding), len(number)) for tensor_sharding in by_key], np.int64)
     row_numbers = numbers[plan.tensor]
     order = np.argsort(row_numbers, kind="stable")
     bounds = np.searchsorted(row_numbers[order], np.arange(len(number) + 1))
-    distinct = {id(spread): spread for spread in spreads}
+    distinct = {id(tensor_sharding): tensor_sharding for tensor_sharding in by_key}
     for spread_id, index in number.items():
         yield distinct[spread_id], order[bounds[index] : bounds[index + 1]]
 
 
-def _held_by(spread: Spread, ranks: IntArray, offsets: IntArray, extents: IntArray) -> npt.NDArray[np.bool_]:
+def _held_by(
+    tensor_sharding: TensorSharding, ranks: IntArray, offsets: IntArray, extents: IntArray
+) -> npt.NDArray[np.bool_]:
     """For each row, whether one box that `ranks[row]` holds contains the row's box. Shapes `[rows]`, `[rows, dims]`."""
-    held = sorted((rank, holding.box) for holding in spread.holdings for rank in holding.ranks)
+    held = sorted((rank, shard.box) for shard in tensor_sharding.shards for rank in shard.ranks)
     holders = np.array([rank for rank, _ in held], np.int64)
     dims = len(held[0][1].offsets)
     lows = np.array([box.offsets for _, box in held], np.int64).reshape(-1, dims)
@@ -219,18 +221,18 @@ def _check_disjoint(plan: RefitPlan) -> None:
 
 def _check_volumes(plan: RefitPlan) -> None:
     """Disjoint writes inside what each destination holds cover it when their volumes add up."""
-    index = {rank: column for column, rank in enumerate(plan.destination_census.ranks)}
+    index = {rank: column for column, rank in enumerate(plan.destination_sharding.ranks)}
     written = np.zeros((len(plan.keys), len(index)), np.int64)
     columns = np.array([index[rank] for rank in plan.destination.tolist()], np.int64)
     np.add.at(written, (plan.tensor, columns), plan.extents.prod(axis=1))
     held = np.zeros_like(written)
     for tensor, key in enumerate(plan.keys):
-        for holding in plan.destination_census.spreads[key].holdings:
-            held[tensor, [index[rank] for rank in holding.ranks]] += holding.box.volume
+        for shard in plan.destination_sharding.by_key[key].shards:
+            held[tensor, [index[rank] for rank in shard.ranks]] += shard.box.volume
     if (written != held).any():
         tensor, column = np.argwhere(written != held)[0].tolist()
         raise PlanError(
-            f"{plan.keys[tensor]} on rank {plan.destination_census.ranks[column]}: "
+            f"{plan.keys[tensor]} on rank {plan.destination_sharding.ranks[column]}: "
             f"{written[tensor, column]} of {held[tensor, column]} elements are written"
         )
 

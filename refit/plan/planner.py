@@ -6,7 +6,7 @@
    One that a single rank can send comes from there; of several replicas the least loaded sends it (`choose_senders`).
 4. Pieces of one tensor that the same pair exchanges and that touch become one transfer.
 
-Pure and deterministic: every rank that plans the same two censuses gets the same plan, so nobody has to communicate.
+Pure and deterministic: every rank that plans the same two shardings gets the same plan, so nobody has to communicate.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import numpy as np
 from refit.errors import PlanError
 from refit.plan.box import Box, coalesce
 from refit.plan.plan import ZEROS, RefitPlan
-from refit.plan.sharding import Census, Holding, Spread, TensorSpec
+from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
 
 MIN_SPLIT_BYTES = 1 << 20
-"""Replicated pieces are cut no smaller than this for the sake of balance: more operations would cost more than it gains."""
+"""Replicated pieces are cut no smaller than this for the sake of balance: more operations would cost more than it
+gains."""
 
 IMBALANCE = 0.01
 """Replicated pieces are cut to this share of a mean sender's bytes, which bounds how uneven the senders can end."""
@@ -48,7 +49,7 @@ class Replicated:
     nbytes: int
 
 
-def plan_refit(source: Census, destination: Census, *, ranks_per_node: int | None = None) -> RefitPlan:
+def plan_refit(source: Sharding, destination: Sharding, *, ranks_per_node: int | None = None) -> RefitPlan:
     """Plan how every box of `destination` is filled from `source`.
 
     With `ranks_per_node` a replica on the destination's own node is preferred to a remote one.
@@ -60,10 +61,10 @@ def plan_refit(source: Census, destination: Census, *, ranks_per_node: int | Non
     load = dict.fromkeys(source.ranks, 0)
     covers: dict[tuple[int, int], list[Piece]] = {}  # layers of a kind share their spreads
     for index, (key, tensor) in enumerate(destination.tensors.items()):
-        spreads = (source.spreads[key], destination.spreads[key])
-        memo = (id(spreads[0]), id(spreads[1]))
+        by_key = (source.by_key[key], destination.by_key[key])
+        memo = (id(by_key[0]), id(by_key[1]))
         if memo not in covers:
-            covers[memo] = [nearest(piece, ranks_per_node) for piece in overlaps(*spreads, tensor)]
+            covers[memo] = [nearest(piece, ranks_per_node) for piece in overlaps(*by_key, tensor)]
         for piece in covers[memo]:
             nbytes = piece.box.volume * tensor.itemsize
             if len(piece.holders) > 1:
@@ -77,7 +78,7 @@ def plan_refit(source: Census, destination: Census, *, ranks_per_node: int | Non
     return RefitPlan.from_rows(source, destination, merge(rows))
 
 
-def match_tensors(source: Census, destination: Census) -> None:
+def match_tensors(source: Sharding, destination: Sharding) -> None:
     """Check that every destination tensor has a source of the same shape.
 
     Source tensors without a destination are an error too: weights left behind mean two different models. Where the
@@ -97,7 +98,7 @@ def match_tensors(source: Census, destination: Census) -> None:
             raise PlanError(f"{key}: shape {list(held.shape)} at the source, {list(wanted.shape)} at the destination")
 
 
-def overlaps(source: Spread, destination: Spread, tensor: TensorSpec) -> list[Piece]:
+def overlaps(source: TensorSharding, destination: TensorSharding, tensor: TensorSpec) -> list[Piece]:
     """Cover each destination rank's boxes with source boxes, those the rank holds itself first.
 
     Padding rows that no source holds become pieces without holders; anything else uncovered raises PlanError.
@@ -106,7 +107,7 @@ def overlaps(source: Spread, destination: Spread, tensor: TensorSpec) -> list[Pi
     for wanted, touching in _touching(source, destination):
         for rank in wanted.ranks:
             missing = [wanted.box]
-            for held in sorted(touching, key=lambda holding: rank not in holding.ranks):
+            for held in sorted(touching, key=lambda shard: rank not in shard.ranks):
                 if not missing:
                     break
                 found = [part for hole in missing if (part := hole.intersect(held.box)) is not None]
@@ -119,13 +120,15 @@ def overlaps(source: Spread, destination: Spread, tensor: TensorSpec) -> list[Pi
     return pieces
 
 
-def _touching(source: Spread, destination: Spread) -> Iterator[tuple[Holding, list[Holding]]]:
+def _touching(
+    source: TensorSharding, destination: TensorSharding
+) -> Iterator[tuple[ReplicatedShard, list[ReplicatedShard]]]:
     """Each destination holding with the source holdings that share elements with it, found for all sources at once."""
-    offsets = np.array([held.box.offsets for held in source.holdings])
-    ends = np.array([held.box.ends for held in source.holdings])
-    for wanted in destination.holdings:
+    offsets = np.array([held.box.offsets for held in source.shards])
+    ends = np.array([held.box.ends for held in source.shards])
+    for wanted in destination.shards:
         shared = ((offsets < wanted.box.ends) & (ends > wanted.box.offsets)).all(axis=1)
-        yield wanted, [source.holdings[index] for index in np.flatnonzero(shared).tolist()]
+        yield wanted, [source.shards[index] for index in np.flatnonzero(shared).tolist()]
 
 
 def nearest(piece: Piece, ranks_per_node: int | None) -> Piece:

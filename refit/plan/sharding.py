@@ -1,4 +1,4 @@
-"""Who holds what: the shards of one rank (`Inventory`) and of all ranks of a side (`Census`)."""
+"""Who holds what: the shards of one rank (`RankSharding`) and of all ranks of a side (`Sharding`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from refit.errors import InventoryError
+from refit.errors import ShardingError
 from refit.plan.box import Box, coalesce
 
 ITEMSIZE = {
@@ -62,13 +62,13 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
+class RankSharding:
     """Everything one rank holds, by tensor key."""
 
     shards: Mapping[str, Shard]
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[TensorSpec, Box]]) -> Inventory:
+    def of(cls, parts: Iterable[tuple[TensorSpec, Box]]) -> RankSharding:
         """Collect (tensor, box) parts, several per tensor allowed; touching boxes are merged.
 
         Raises InventoryError where two parts state one tensor differently.
@@ -78,7 +78,7 @@ class Inventory:
         for tensor, box in parts:
             known = specs.setdefault(tensor.key, tensor)
             if known != tensor:
-                raise InventoryError(f"{tensor.key} is stated twice, as {known} and as {tensor}")
+                raise ShardingError(f"{tensor.key} is stated twice, as {known} and as {tensor}")
             boxes[tensor.key].append(box)
         return cls({key: Shard(specs[key], coalesce(boxes[key])) for key in specs})
 
@@ -86,7 +86,7 @@ class Inventory:
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards.values())
 
-    def differences(self, other: Inventory) -> list[str]:
+    def differences(self, other: RankSharding) -> list[str]:
         """One line per tensor on which the two disagree; empty where they are equal."""
         lines = []
         for key in sorted(self.shards.keys() | other.shards.keys()):
@@ -105,7 +105,7 @@ def _describe(shard: Shard | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class ReplicatedShard:
     """Ranks that hold the same box of a tensor: replicas of one another, in rank order of their side."""
 
     box: Box
@@ -113,68 +113,71 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class TensorSharding:
     """How one tensor lies over the ranks of a side. Equal for every layer of a kind, so planners memoise on it."""
 
-    holdings: tuple[Holding, ...]
+    shards: tuple[ReplicatedShard, ...]
 
     @classmethod
-    def of(cls, boxes_by_rank: Iterable[tuple[int, Iterable[Box]]]) -> Spread:
+    def of(cls, boxes_by_rank: Iterable[tuple[int, Iterable[Box]]]) -> TensorSharding:
         ranks: dict[Box, list[int]] = defaultdict(list)
         for rank, boxes in boxes_by_rank:
             for box in boxes:
                 ranks[box].append(rank)
-        return cls(tuple(Holding(box, tuple(held)) for box, held in ranks.items()))
+        return cls(tuple(ReplicatedShard(box, tuple(held)) for box, held in ranks.items()))
 
     def boxes_of(self, rank: int) -> tuple[Box, ...]:
-        return tuple(sorted(h.box for h in self.holdings if rank in h.ranks))
+        return tuple(sorted(h.box for h in self.shards if rank in h.ranks))
 
 
 @dataclass(frozen=True)
-class Census:
+class Sharding:
     """What every rank of one side holds: for each tensor, its spread. `ranks` is the side's window, in order."""
 
     ranks: tuple[int, ...]
     tensors: Mapping[str, TensorSpec]
-    spreads: Mapping[str, Spread]
+    by_key: Mapping[str, TensorSharding]
 
     @classmethod
-    def from_inventories(cls, inventories: Mapping[int, Inventory]) -> Census:
-        """Turn per-rank inventories (as gathered from live models) into a census.
+    def from_ranks(cls, by_rank: Mapping[int, RankSharding]) -> Sharding:
+        """Turn per-rank rank shardings (as gathered from live models) into a sharding.
 
         Raises InventoryError where ranks state one tensor differently.
         """
         tensors: dict[str, TensorSpec] = {}
         boxes: dict[str, list[tuple[int, tuple[Box, ...]]]] = defaultdict(list)
-        for rank, inventory in inventories.items():
+        for rank, inventory in by_rank.items():
             for key, shard in inventory.shards.items():
                 known = tensors.setdefault(key, shard.tensor)
                 if known != shard.tensor:
-                    raise InventoryError(f"rank {rank} states {key} as {shard.tensor}, another rank as {known}")
+                    raise ShardingError(f"rank {rank} states {key} as {shard.tensor}, another rank as {known}")
                 boxes[key].append((rank, shard.boxes))
         # Layers of a kind lie alike: share one Spread object, so that the planner's memo finds it by value cheaply.
-        shared: dict[Spread, Spread] = {}
-        spreads = {key: shared.setdefault(spread, spread) for key, spread in ((k, Spread.of(b)) for k, b in boxes.items())}
-        return cls(tuple(inventories), tensors, spreads)
+        shared: dict[TensorSharding, TensorSharding] = {}
+        by_key = {
+            key: shared.setdefault(tensor_sharding, tensor_sharding)
+            for key, tensor_sharding in ((k, TensorSharding.of(b)) for k, b in boxes.items())
+        }
+        return cls(tuple(by_rank), tensors, by_key)
 
-    def inventory(self, rank: int) -> Inventory:
+    def inventory(self, rank: int) -> RankSharding:
         """What `rank` holds."""
-        boxes_by_spread = {id(spread): spread.boxes_of(rank) for spread in self._distinct_spreads}
-        held = ((key, boxes_by_spread[id(spread)]) for key, spread in self.spreads.items())
-        return Inventory({key: Shard(self.tensors[key], boxes) for key, boxes in held if boxes})
+        boxes_of = {id(tensor_sharding): tensor_sharding.boxes_of(rank) for tensor_sharding in self._distinct}
+        held = ((key, boxes_of[id(tensor_sharding)]) for key, tensor_sharding in self.by_key.items())
+        return RankSharding({key: Shard(self.tensors[key], boxes) for key, boxes in held if boxes})
 
     @cached_property
-    def _distinct_spreads(self) -> tuple[Spread, ...]:
-        return tuple({id(spread): spread for spread in self.spreads.values()}.values())
+    def _distinct(self) -> tuple[TensorSharding, ...]:
+        return tuple({id(tensor_sharding): tensor_sharding for tensor_sharding in self.by_key.values()}.values())
 
     @cached_property
     def bytes_per_rank(self) -> Mapping[int, int]:
         """Weight bytes each rank holds."""
         held = dict.fromkeys(self.ranks, 0)
-        for key, spread in self.spreads.items():
-            for holding in spread.holdings:
-                nbytes = holding.box.volume * self.tensors[key].itemsize
-                for rank in holding.ranks:
+        for key, tensor_sharding in self.by_key.items():
+            for shard in tensor_sharding.shards:
+                nbytes = shard.box.volume * self.tensors[key].itemsize
+                for rank in shard.ranks:
                     held[rank] += nbytes
         return held
 

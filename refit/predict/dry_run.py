@@ -71,7 +71,7 @@ class DryRun:
 
 
 def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
-    """Plan `scenario` on predicted inventories. Raises UsageError where there are too few GPUs."""
+    """Plan `scenario` on predicted rank shardings. Raises UsageError where there are too few GPUs."""
     if scenario.model is None:
         raise UsageError("--dry-run predicts the models that flags describe: a --model-provider has to be run")
     num_gpus = options.num_gpus or scenario.num_ranks

@@ -15,7 +15,7 @@ from refit.config.layout import Coordinates, Layout
 from refit.config.shape import Experts, LatentAttention, ModelShape
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
-from refit.plan.sharding import Census, Spread, TensorSpec
+from refit.plan.sharding import Sharding, TensorSharding, TensorSpec
 
 
 class Cut(Enum):
@@ -43,7 +43,7 @@ class Entry:
     dtype: str | None = None
 
 
-def predict(shape: ModelShape, layout: Layout, *, transformer_impl: str = "local") -> Census:
+def predict(shape: ModelShape, layout: Layout, *, transformer_impl: str = "local") -> Sharding:
     """What every rank of `layout` holds; keys in their canonical spelling (`refit.models.megatron.sharding`).
 
     Raises UsageError where a tensor cannot be cut evenly.
@@ -52,12 +52,12 @@ def predict(shape: ModelShape, layout: Layout, *, transformer_impl: str = "local
     stages = [Stage(layout, number) for number in range(layout.pp)]
     first, last = stages[0], stages[-1]
     tensors: dict[str, TensorSpec] = {}
-    spreads: dict[str, Spread] = {}
+    by_key: dict[str, TensorSharding] = {}
 
     def add(key: str, entry: Entry, *holders: Stage) -> None:
         dtype = entry.dtype or shape.dtype.value
         tensors[key] = TensorSpec(key, entry.shape, dtype, stacked=entry.routed, padded=entry.padded)
-        spreads[key] = holders[0].spread(entry) if len(holders) == 1 else joined(entry, holders)
+        by_key[key] = holders[0].tensor_sharding(entry) if len(holders) == 1 else joined(entry, holders)
 
     for entry in embedding_tensors(shape, layout.tp):
         copied = shape.tied_embeddings and entry.padded and last is not first
@@ -69,7 +69,7 @@ def predict(shape: ModelShape, layout: Layout, *, transformer_impl: str = "local
                 add(f"decoder.layers.{layer}.{entry.name}", entry, stage)
     for entry in output_tensors(shape, layout.tp):
         add(entry.name, entry, last)
-    return Census(tuple(layout.ranks), tensors, spreads)
+    return Sharding(tuple(layout.ranks), tensors, by_key)
 
 
 # --- The tensors of a model -------------------------------------------------------------------------------------
@@ -96,7 +96,10 @@ def output_tensors(shape: ModelShape, tp: int) -> list[Entry]:
 
 def layer_tensors(shape: ModelShape, routed: bool, transformer_impl: str) -> tuple[Entry, ...]:
     """One decoder layer, with routed experts or a dense MLP."""
-    entries = [*_norm("input_layernorm", shape.hidden_size, shape), *_norm("pre_mlp_layernorm", shape.hidden_size, shape)]
+    entries = [
+        *_norm("input_layernorm", shape.hidden_size, shape),
+        *_norm("pre_mlp_layernorm", shape.hidden_size, shape),
+    ]
     if shape.mla is None:
         entries += _grouped_query_attention(shape)
     else:
@@ -185,19 +188,21 @@ class Stage:
         size = layout.world_size // layout.pp
         self.layout = layout
         self.ranks = layout.ranks[number * size : (number + 1) * size]
-        self._spreads: dict[tuple[tuple[int, ...], Cut, bool], Spread] = {}
+        self._spreads: dict[tuple[tuple[int, ...], Cut, bool], TensorSharding] = {}
 
-    def spread(self, entry: Entry) -> Spread:
+    def tensor_sharding(self, entry: Entry) -> TensorSharding:
         kind = (entry.shape, entry.cut, entry.routed)
         if kind not in self._spreads:
             self._spreads[kind] = joined(entry, (self,))
         return self._spreads[kind]
 
 
-def joined(entry: Entry, stages: tuple[Stage, ...]) -> Spread:
+def joined(entry: Entry, stages: tuple[Stage, ...]) -> TensorSharding:
     """The spread of a tensor that all `stages` hold."""
-    return Spread.of(
-        (rank, boxes_of(entry, stage.layout, stage.layout.coordinates(rank))) for stage in stages for rank in stage.ranks
+    return TensorSharding.of(
+        (rank, boxes_of(entry, stage.layout, stage.layout.coordinates(rank)))
+        for stage in stages
+        for rank in stage.ranks
     )
 
 

@@ -77,8 +77,8 @@ def _needed(run: DryRun, change: _Change) -> int:
             run.model.check_layout(layout, side)
         except UsageError:
             return IMPOSSIBLE
-        census = predict(run.model, layout, transformer_impl=run.scenario.transformer_impl)
-        fullest.append(max(census.bytes_per_rank.values()))
+        sharding = predict(run.model, layout, transformer_impl=run.scenario.transformer_impl)
+        fullest.append(max(sharding.bytes_per_rank.values()))
     return sum(fullest) + run.scenario.staging_bytes
 
 

@@ -82,7 +82,9 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
         Finding("EP against TP: which change of layout is faster?", tuple(ep_against_tp(points))),
         Finding("Non-collocated overhead: what do separate GPU sets cost?", tuple(separate_sets(points))),
         Finding("Scaling: is the time proportional to the bytes?", tuple(scaling(points))),
-        Finding("NVSHMEM against NCCL: which is faster for the same layouts?", tuple(one_sided_against_two_sided(points))),
+        Finding(
+            "NVSHMEM against NCCL: which is faster for the same layouts?", tuple(one_sided_against_two_sided(points))
+        ),
     ]
 
 
@@ -128,19 +130,26 @@ def ep_against_tp(points: Sequence[Point]) -> list[str]:
         if not only_ep or not only_tp:
             continue
         rates = [_median(point.gb_per_s for point in side) for side in (only_ep, only_tp)]
-        lines += [f"{mode}, {method}: only EP changes: {_averages(only_ep)}", f"  only TP changes: {_averages(only_tp)}"]
+        lines += [
+            f"{mode}, {method}: only EP changes: {_averages(only_ep)}",
+            f"  only TP changes: {_averages(only_tp)}",
+        ]
         if rates[0] and rates[1]:
             faster, ratio = ("EP", rates[0] / rates[1]) if rates[0] >= rates[1] else ("TP", rates[1] / rates[0])
             close = ratio < NEARLY_EQUAL
             lines.append(
-                "  Both move their bytes equally fast." if close else f"  {faster} moves its bytes {ratio:.2f} x as fast."
+                "  Both move their bytes equally fast."
+                if close
+                else f"  {faster} moves its bytes {ratio:.2f} x as fast."
             )
     missing = "needs a scenario in which only EP changes and one in which only TP does, same mode, method and model"
     return lines or [f"Not answered: {missing}."]
 
 
 def _changes(point: Point) -> set[str]:
-    return {axis for axis in ("tp", "ep", "etp", "pp") if getattr(point.source, axis) != getattr(point.destination, axis)}
+    return {
+        axis for axis in ("tp", "ep", "etp", "pp") if getattr(point.source, axis) != getattr(point.destination, axis)
+    }
 
 
 def _averages(points: Sequence[Point]) -> str:
@@ -189,7 +198,9 @@ def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
     both = [model for model, mode in rates if mode == apart and (model, shared) in rates]
     if not both:
         return ["Not answered: needs scenarios of the same model in both modes."]
-    ratios = [f"Separate sets take {rates[model, apart] / rates[model, shared]:.2f} x as long per GB." for model in both]
+    ratios = [
+        f"Separate sets take {rates[model, apart] / rates[model, shared]:.2f} x as long per GB." for model in both
+    ]
     return [*lines, *ratios, "No layouts were run both ways, so layouts and methods differ too: an indication only."]
 
 
@@ -214,10 +225,10 @@ def scaling(points: Sequence[Point]) -> list[str]:
         largest = max(loads, key=lambda load: load.nbytes)
         by_bytes = fit.bytes_s(largest) / (fit.bytes_s(largest) + fit.operations_s(largest))
         lines += [
-            f"{mode}, {method}: time = {units.seconds(fit.operation_s)} x transfers per destination GPU + busiest rank's "
-            f"bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({_trust(fit, len(loads))}).",
-            f"  Of the largest, {units.gb(largest.nbytes)} in {largest.operations:,.0f} transfers, {100 * by_bytes:.0f} % "
-            "of the time goes with the bytes.",
+            f"{mode}, {method}: time = {units.seconds(fit.operation_s)} x transfers per destination GPU + busiest "
+            f"rank's bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({_trust(fit, len(loads))}).",
+            f"  Of the largest, {units.gb(largest.nbytes)} in {largest.operations:,.0f} transfers, "
+            f"{100 * by_bytes:.0f} % of the time goes with the bytes.",
         ]
     return lines
 

@@ -57,9 +57,13 @@ def compare_runs(old: Run, new: Run) -> Comparison:
         by_name = old.is_sweep and new.is_sweep
         olds, news = _keyed(old, by_name, warnings), _keyed(new, by_name, warnings)
         pairs = [Pair(name, olds[name], outcome) for name, outcome in news.items() if name in olds]
-        only_old, only_new = ([name for name in one if name not in other] for one, other in ((olds, news), (news, olds)))
+        only_old, only_new = (
+            [name for name in one if name not in other] for one, other in ((olds, news), (news, olds))
+        )
         if not pairs:
-            listed = "; ".join(f"{run.sweep.run_id} has {', '.join(names)}" for run, names in ((old, olds), (new, news)))
+            listed = "; ".join(
+                f"{run.sweep.run_id} has {', '.join(names)}" for run, names in ((old, olds), (new, news))
+            )
             raise UsageError(f"no scenario is in both runs: {listed}")
     warnings += dict.fromkeys(warning for pair in pairs for warning in _environment_warnings(pair))
     return Comparison(tuple(pairs), tuple(only_old), tuple(only_new), tuple(warnings))
@@ -124,8 +128,8 @@ def exceeds_spread(old_s: Sequence[float], new_s: Sequence[float]) -> bool | Non
     """Whether two medians differ by more than their samples' spread explains; None with too few samples to say.
 
     They do where the intervals median +- 1.57 x interquartile range / sqrt(n) do not overlap: the notches of McGill,
-    Tukey and Larsen, "Variations of Box Plots" (1978), about a 95 % test, which one outlier does not upset. It knows the
-    spread within each run only, not that from one run to the next.
+    Tukey and Larsen, "Variations of Box Plots" (1978), about a 95 % test, which one outlier does not upset. It knows
+    the spread within each run only, not that from one run to the next.
     """
     if min(len(old_s), len(new_s)) < MIN_SAMPLES:
         return None
@@ -155,7 +159,10 @@ def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     header = ("scenario", "old (ms)", "new (ms)", "change (%)", "beyond spread", "#wrong old", "#wrong new", "status")
     lines += ["", fixed_width(header, [_row(pair, max_slowdown) for pair in comparison.pairs])]
-    lines += ["", "Medians of the slowest rank. Beyond spread: the medians' notches (1.57 x IQR / sqrt(n)) do not overlap."]
+    lines += [
+        "",
+        "Medians of the slowest rank. Beyond spread: the medians' notches (1.57 x IQR / sqrt(n)) do not overlap.",
+    ]
     lines += [f"Only in old: {name}" for name in comparison.only_old]
     lines += [f"Only in new: {name}" for name in comparison.only_new]
     lines += [

@@ -39,7 +39,7 @@ def _figures(run: DryRun) -> list[str]:
         "Busiest sender": f"{_busiest(run, sender, 'sent')}, {cost.sender_imbalance:.2f} x mean sender",
         "Busiest receiver": _busiest(run, receiver, "received"),
         "Lower bound": _lower_bound(run),
-        "Planned in": f"{units.seconds(run.plan_s)}, inventories predicted in {units.seconds(run.predict_s)}",
+        "Planned in": f"{units.seconds(run.plan_s)}, rank shardings predicted in {units.seconds(run.predict_s)}",
     }
     width = max(map(len, figures)) + 1
     return [f"{label + ':':<{width}} {text}" for label, text in figures.items()]

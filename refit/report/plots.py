@@ -150,7 +150,8 @@ def _beside(axes: Axes, end: float, place: float, text: str) -> None:
 
 
 def iterations_figure(outcomes: Sequence[Outcome]) -> Figure:
-    """Every refit of every scenario in order, warm-up refits hollow, the median dashed; a panel and an axis for each."""
+    """Every refit of every scenario in order, warm-up refits hollow, the median dashed; a panel and an axis for
+    each."""
     measured = [outcome for outcome in outcomes if outcome.figures.engine and outcome.figures.engine.samples_s]
     columns = min(2, len(measured))
     rows = math.ceil(len(measured) / columns)
@@ -198,7 +199,9 @@ def rank_bytes_figure(name: str, moved: dict[str, Any]) -> Figure:
     for side, (sign, label, color, hatch) in zip(sides, styles, strict=True):
         heights = [sign * nbytes / scale for nbytes in side.values()]
         outline = "black" if edge else "none"
-        axes.bar(list(side), heights, width=0.8, color=color, hatch=hatch, label=label, edgecolor=outline, linewidth=edge)
+        axes.bar(
+            list(side), heights, width=0.8, color=color, hatch=hatch, label=label, edgecolor=outline, linewidth=edge
+        )
         mean = sum(heights) / len(heights)
         axes.axhline(mean, color="black", linestyle="--" if sign > 0 else ":", linewidth=1, label=f"mean {label}")
     axes.axhline(0, color="black", linewidth=0.8)
@@ -247,7 +250,9 @@ def _write_cells(axes: Axes, values: np.ndarray[Any, np.dtype[np.float64]], firs
         value = values[row, column]
         color = "white" if value > values.max() / 2 else "black"
         place = (first_column + column, first_row + row)
-        axes.annotate(f"{value:.2f}" if value >= 0.005 else "~0", place, color=color, ha="center", va="center", fontsize=8)
+        axes.annotate(
+            f"{value:.2f}" if value >= 0.005 else "~0", place, color=color, ha="center", va="center", fontsize=8
+        )
 
 
 def _rank_axis(axis: Any, num_ranks: int) -> None:

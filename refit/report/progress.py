@@ -20,7 +20,8 @@ class Progress:
         self._last_line: float | None = None
 
     def line(self, sample: Sample, number: int, total: int) -> str:
-        """The line for refit `number` of `total` (of the warm-up or of the measured ones), empty where it is left out."""
+        """The line for refit `number` of `total` (of the warm-up or of the measured ones), empty where it is left
+        out."""
         now = self._clock()
         due = self._last_line is None or now - self._last_line >= MIN_INTERVAL_S
         is_last = not sample.warmup and number == total

@@ -20,7 +20,8 @@ TABLE_WIDTH = 120
 
 
 def header(result: Result, notes: Sequence[str], bound: str) -> str:
-    """The `#` lines a log opens with: versions, host, scenario, model, bytes, and what `bound` says of the lower bound."""
+    """The `#` lines a log opens with: versions, host, scenario, model, bytes, and what `bound` says of the lower
+    bound."""
     versions = ", ".join(f"{name} {version}" for name, version in result.environment["versions"].items())
     gpus = [gpu["name"] for gpu in result.environment["gpus"]]
     devices = (
@@ -32,7 +33,8 @@ def header(result: Result, notes: Sequence[str], bound: str) -> str:
         f"{result.environment['host']}: {devices}",
         f"{_mapping(result)}, {scenario['mode']}, {scenario['method']}, verify {scenario['verify']}",
         f"model {scenario['model_name'] or scenario['model_provider'] or 'from flags'}: "
-        f"{scenario['num_parameters']:,} elements in {scenario['num_tensors']} tensors, {' and '.join(scenario['dtypes'])}",
+        f"{scenario['num_parameters']:,} elements in {scenario['num_tensors']} tensors, "
+        f"{' and '.join(scenario['dtypes'])}",
         f"payload {units.gb(moved['payload'])}: wire {units.gb(moved['wire'])}, local {units.gb(moved['local'])}"
         f" in {result.plan['num_transfers']} transfers (plan {result.plan['digest'][:12]})",
         f"busiest: {_busiest(moved)}; busiest sender {moved['sender_imbalance']:.2f} x the mean",
@@ -60,7 +62,9 @@ def _mapping(result: Result) -> str:
 
 
 def _busiest(moved: Mapping[str, Any]) -> str:
-    sender, receiver = (max(loads, key=loads.__getitem__) for loads in (moved["sent_by_rank"], moved["received_by_rank"]))
+    sender, receiver = (
+        max(loads, key=loads.__getitem__) for loads in (moved["sent_by_rank"], moved["received_by_rank"])
+    )
     sent, received = moved["sent_by_rank"][sender], moved["received_by_rank"][receiver]
     if received >= sent:
         return f"rank {receiver} receives {units.gb(received)}"
@@ -82,7 +86,9 @@ def times(engine: EngineResult, bound: Mapping[str, Any] | None) -> str:
     """The lines summaries are made from, in the wording of the suite's first users."""
     summary, share = engine.summary, engine.share_of_lower_bound
     connected = "" if engine.connect_s is None else f" (connections before it: {1e3 * engine.connect_s:.2f} ms)"
-    reached = [] if bound is None else [f"Lower bound: {1e3 * bound['lower_bound_s']:.2f} ms, reached {_percent(share)} %"]
+    reached = (
+        [] if bound is None else [f"Lower bound: {1e3 * bound['lower_bound_s']:.2f} ms, reached {_percent(share)} %"]
+    )
     return "\n".join(
         [
             f"Mean refit time: {1e3 * summary['mean_s']:.2f} ms",

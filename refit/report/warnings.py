@@ -52,8 +52,8 @@ def _spread(engine: EngineResult) -> Iterator[str]:
         )
     if cv > MAX_CV:
         yield (
-            f"times vary by {100 * cv:.0f} % (cv): look for other work on these machines and on the network between them, "
-            f"or go by the median of --num-benchmark-iterations {4 * num_measured}"
+            f"times vary by {100 * cv:.0f} % (cv): look for other work on these machines and on the network between "
+            f"them, or go by the median of --num-benchmark-iterations {4 * num_measured}"
         )
     if drift > MAX_DRIFT:
         yield (
@@ -63,7 +63,8 @@ def _spread(engine: EngineResult) -> Iterator[str]:
     elif drift < -MAX_DRIFT:
         num_warmup = len(engine.samples) - num_measured
         yield (
-            f"refits get faster by {-100 * drift:.0f} % over the run: use --num-benchmark-warmup {num_warmup + num_measured}"
+            f"refits get faster by {-100 * drift:.0f} % over the run: use --num-benchmark-warmup "
+            f"{num_warmup + num_measured}"
         )
 
 
@@ -84,9 +85,9 @@ def _straggler(engine: EngineResult, result: Result) -> Iterator[str]:
     heavier = loads[rank] / usual if usual else 1.0
     if slower > CLEARLY_SLOWER * max(1.0, heavier):
         yield (
-            f"rank {rank} was slowest in {times} of {len(measured)} refits, {slower:.2f} x the median rank of its side with "
-            f"{heavier:.2f} x its bytes: look for other work on its node and at its GPU (nvidia-smi -q -d PERFORMANCE), "
-            "and run without the node (--exclude of sbatch and salloc) if it stays"
+            f"rank {rank} was slowest in {times} of {len(measured)} refits, {slower:.2f} x the median rank of its "
+            f"side with {heavier:.2f} x its bytes: look for other work on its node and at its GPU (nvidia-smi -q -d "
+            "PERFORMANCE), and run without the node (--exclude of sbatch and salloc) if it stays"
         )
 
 

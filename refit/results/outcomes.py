@@ -18,7 +18,8 @@ class Outcome:
     """A scenario and its last attempt.
 
     `status`: ok, wrong_data, failed, waived, refused, skipped or missing (never started, or interrupted). `reason` is
-    None where it is ok. `result` is the result file's content. `log` is the name of the attempt's log, None without one.
+    None where it is ok. `result` is the result file's content. `log` is the name of the attempt's log, None without
+    one.
     """
 
     planned: Planned
@@ -141,7 +142,9 @@ def _what_is_wrong(engine: Mapping[str, Any]) -> str:
     if wrong:
         return f"{wrong:,} of {compared:,} elements wrong"
     agreement = (engine.get("forward") or {}).get("agreement")
-    return "forward check failed" + (f": logits agree at {100 * agreement:.0f} % of tokens" if agreement is not None else "")
+    return "forward check failed" + (
+        f": logits agree at {100 * agreement:.0f} % of tokens" if agreement is not None else ""
+    )
 
 
 def _under_test(result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -194,7 +197,9 @@ def _moved(planned: Planned, moved: Mapping[str, Any]) -> Moved | None:
         return Moved(**asdict(planned.bytes)) if planned.bytes else None
     received_first = (("received_by_rank", "receives"), ("sent_by_rank", "sends"))
     loads = [
-        (nbytes, int(rank), direction) for key, direction in received_first for rank, nbytes in moved.get(key, {}).items()
+        (nbytes, int(rank), direction)
+        for key, direction in received_first
+        for rank, nbytes in moved.get(key, {}).items()
     ]
     nbytes, rank, direction = max(loads, key=lambda load: load[0], default=(0, None, None))
     known = (rank, direction) if nbytes else (None, None)

@@ -54,10 +54,10 @@ class WrongWeights:
 class EngineResult:
     """What one engine did. `status`: ok, wrong_data, waived (with `reason`) or failed (with `reason`).
 
-    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit; `connect_s` what came before and
-    is done once per process: communicators, connections, libraries and kernels loaded; `summary` is over the measured
-    iterations; bytes and memory are per participating rank. `share_of_lower_bound` is the result's lower bound over the
-    median: 1 where a refit is as fast as the plan allows, None without a bound.
+    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit; `connect_s` what came before
+    and is done once per process: communicators, connections, libraries and kernels loaded; `summary` is over the
+    measured iterations; bytes and memory are per participating rank. `share_of_lower_bound` is the result's lower bound
+    over the median: 1 where a refit is as fast as the plan allows, None without a bound.
     """
 
     status: str = "running"

@@ -94,7 +94,9 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is no result file: {error}") from None
     if not isinstance(content, dict) or "run_id" not in content or "scenarios" in content:
-        raise UsageError(f"{path} is no result file of this benchmark: move it away, or give the result files' own folder")
+        raise UsageError(
+            f"{path} is no result file of this benchmark: move it away, or give the result files' own folder"
+        )
     return content
 
 

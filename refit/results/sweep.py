@@ -1,8 +1,8 @@
 """What a sweep is on disk: the sweep file, and the files that the attempts at each scenario leave beside it.
 
 All files of a sweep lie in one directory and begin with its run id. The sweep file, `<RUN_ID>_sweep.json`, says what is
-to run; `<RUN_ID>_<NAME>.log` and `.json` are what the first attempt at a scenario left, `<RUN_ID>_<NAME>.2.log` and so on
-those of later ones. A scenario's outcome is that of its last attempt.
+to run; `<RUN_ID>_<NAME>.log` and `.json` are what the first attempt at a scenario left, `<RUN_ID>_<NAME>.2.log` and so
+on those of later ones. A scenario's outcome is that of its last attempt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class PlannedBytes:
-    """Bytes of one refit. `busiest` are those of `busiest_rank`, which `busiest_direction` ("sends", "receives") them."""
+    """Bytes of one refit. `busiest` are those of `busiest_rank`, which `busiest_direction` ("sends", "receives")
+    them."""
 
     payload: int
     wire: int
@@ -61,9 +62,9 @@ class PlannedBytes:
 class Planned:
     """One scenario of a sweep, as the check before the run left it.
 
-    `flags` are complete flags of benchmark_refit.py but for the result's place. `source` and `destination` are None where
-    the flags give no valid layout. `bytes`, `lower_bound_s`, `limited_by` and `memory_bytes` (the fullest GPU, staging
-    included) are None where they cannot be predicted. `reason` says why a scenario is refused or skipped.
+    `flags` are complete flags of benchmark_refit.py but for the result's place. `source` and `destination` are None
+    where the flags give no valid layout. `bytes`, `lower_bound_s`, `limited_by` and `memory_bytes` (the fullest GPU,
+    staging included) are None where they cannot be predicted. `reason` says why a scenario is refused or skipped.
     """
 
     name: str
@@ -121,7 +122,9 @@ class Sweep:
             raise UsageError(f"{path} is no sweep file: {error}") from None
         version = content.pop("schema_version", None) if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise UsageError(f"{path} is no sweep file of version {SCHEMA_VERSION}, but of {version}: begin a new sweep")
+            raise UsageError(
+                f"{path} is no sweep file of version {SCHEMA_VERSION}, but of {version}: begin a new sweep"
+            )
         try:
             scenarios = tuple(_planned(entry) for entry in content.pop("scenarios"))
             return cls(**{**content, "jobs": tuple(content["jobs"]), "scenarios": scenarios})
@@ -203,5 +206,6 @@ def check_name(name: str, what: str) -> None:
         raise UsageError(f"{what} {name!r} is taken by a file of the sweep itself: choose another name")
     if not NAME_PATTERN.fullmatch(name):
         raise UsageError(
-            f"{what} {name!r} cannot be part of a file name: use 1 to 150 letters, digits, _ - + or =, the first no sign"
+            f"{what} {name!r} cannot be part of a file name: use 1 to 150 letters, digits, _ - + or =, the first no "
+            "sign"
         )

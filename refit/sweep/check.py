@@ -107,7 +107,8 @@ def _bytes(cost: Cost) -> PlannedBytes:
 
 
 def on_cpus(flags: Sequence[str]) -> tuple[list[str], str]:
-    """`flags` with the GPU method replaced by its stand-in on CPUs, and a sentence that says so; "" where none is needed."""
+    """`flags` with the GPU method replaced by its stand-in on CPUs, and a sentence that says so; "" where none is
+    needed."""
     words = list(flags)
     for index, word in enumerate(words):
         flag, _, value = word.partition("=")

@@ -48,7 +48,8 @@ class _Cause:
 def close(attempt: Attempt, ending: Ending) -> dict[str, Any]:
     """The attempt's result, completed where the run could not do it itself: what was measured stays in it.
 
-    A result that says how it ended is left as it is, unless it ended by the signal that a limit or a cancelled job sent.
+    A result that says how it ended is left as it is, unless it ended by the signal that a limit or a cancelled job
+    sent.
     """
     result = attempt.result()
     ended_from_outside = ending.cancelled or ending.timed_out_s is not None
@@ -102,7 +103,8 @@ def _root_cause(log: Sequence[str], exit_code: int) -> _Cause:
 
 
 def telling_line(log: Sequence[str]) -> str:
-    """The last line that says `error:` or `FAILED:`, without that word, else the last that is not empty; "" for none."""
+    """The last line that says `error:` or `FAILED:`, without that word, else the last that is not empty; "" for
+    none."""
     lines = [stripped for line in log if (stripped := RANK_PREFIX.sub("", line, count=1).strip())]
     telling = [TELLING.sub("", line, count=1) for line in lines if TELLING.match(line)]
     return (telling or lines or [""])[-1]

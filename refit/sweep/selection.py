@@ -54,7 +54,8 @@ class Selection:
 def select_lines(lines: Sequence[str], common: Sequence[str], title: str | None = None) -> Selection:
     """Scenarios from CONFIGS lines, each with the `common` flags in front of its own.
 
-    Raises UsageError, naming the line and the field, for a malformed line, a name given twice or a flag that none takes.
+    Raises UsageError, naming the line and the field, for a malformed line, a name given twice or a flag that none
+    takes.
     """
     entries = [_Entry(f"scenario line {number} {line!r}", line) for number, line in enumerate(lines, 1)]
     return _select(entries, {}, common, title or DEFAULT_TITLE)
@@ -63,9 +64,9 @@ def select_lines(lines: Sequence[str], common: Sequence[str], title: str | None 
 def select_file(name: str, common: Sequence[str], title: str | None = None) -> Selection:
     """Scenarios from a file of `configs/scenarios`, or the YAML file at path `name`.
 
-    Keys: `title`, `defaults` (flags without dashes), `scenarios`: CONFIGS lines, or mappings with a `name` and flags, in
-    which a list is an axis unless the flag itself takes several values. Flags of a scenario take the place of defaults.
-    Raises UsageError, naming the file and the scenario.
+    Keys: `title`, `defaults` (flags without dashes), `scenarios`: CONFIGS lines, or mappings with a `name` and flags,
+    in which a list is an axis unless the flag itself takes several values. Flags of a scenario take the place of
+    defaults. Raises UsageError, naming the file and the scenario.
     """
     path = yaml_files.find("scenarios", name)
     content = yaml_files.read_mapping(path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from refit.errors import UsageError
-from refit.models.weights import WeightMemory
+from refit.models.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 
 
@@ -17,8 +17,8 @@ class TransportOptions:
 
     `staging_bytes` bounds the memory a rank spends on staging, beyond both models. `timeout_s` bounds every wait.
     `one_sided_buffers` says where one-sided transports write: "ring", a bounded ring of buffers at the destination that
-    it unpacks; "direct", the destination's weights, which move into shared memory for that. `one_sided_force_put` treats
-    peers whose memory is mapped like those on other nodes, where the transport tells them apart (nvshmem).
+    it unpacks; "direct", the destination's weights, which move into shared memory for that. `one_sided_force_put`
+    treats peers whose memory is mapped like those on other nodes, where the transport tells them apart (nvshmem).
     """
 
     staging_bytes: int = 512 << 20
@@ -89,13 +89,13 @@ class Transport(Protocol):
         ...
 
     def prepare(
-        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> Program:
         """Bind `plan` to this rank's weights; a side this rank is not part of is None.
 
         Collective: every rank of the plan must call, on the default process group's numbering; for "nccl" and "nvshmem"
-        every rank of the default process group, as they make a group of their own. Idle ranks may always call, with None
-        twice.
+        every rank of the default process group, as they make a group of their own. Idle ranks may always call, with
+        None twice.
         """
         ...
 

@@ -35,18 +35,18 @@ MIN_BUCKET_BYTES = 256
 class Framing:
     """How transfers become messages. Both ends must use equal values.
 
-    Pieces of at least `alone_bytes` travel alone; None puts all into buckets. `pair_bytes` are the buckets of each
-    (source, destination) pair where they differ, none above `bucket_bytes`.
+    Pieces of at least `direct_send_threshold` travel alone; None puts all into buckets. `pair_bytes` are the buckets of
+    each (source, destination) pair where they differ, none above `bucket_bytes`.
     """
 
     bucket_bytes: int
-    alone_bytes: int | None
+    direct_send_threshold: int | None
     pair_bytes: Mapping[tuple[int, int], int] | None = None
 
     def of_pair(self, source: int, destination: int) -> Framing:
         if self.pair_bytes is None:
             return self
-        return Framing(self.pair_bytes[source, destination], self.alone_bytes)
+        return Framing(self.pair_bytes[source, destination], self.direct_send_threshold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,9 @@ class Schedule:
     totals: Totals
 
     def report(self, clock: PhaseClock) -> RunReport:
-        return RunReport(dict(clock.phases_s), self.totals.sent_bytes, self.totals.received_bytes, self.totals.local_bytes)
+        return RunReport(
+            dict(clock.phases_s), self.totals.sent_bytes, self.totals.received_bytes, self.totals.local_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ def bucket_bytes(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
 
 
 def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit: int) -> dict[tuple[int, int], int]:
-    """The bucket size of each (source, destination) pair, its share of `staging_bytes` at either end going by its bytes.
+    """The bucket size of each (source, destination) pair, its share of `staging_bytes` at either end going by its
+    bytes.
 
     A rank that both sends and receives spends half on each. Pairs then end after about as many messages as one another,
     and a rank's rounds stay full to the end. Raises UsageError as `bucket_bytes` does.
@@ -147,7 +150,9 @@ def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
     moved, sent, received = matrix[sources, destinations], matrix.sum(axis=1), matrix.sum(axis=0)
     allowed = staging_bytes // np.where((sent > 0) & (received > 0), 2, 1) // slots_per_peer
     allowed -= num_peers(plan) * MIN_BUCKET_BYTES
-    shares = np.minimum(allowed[sources] * (moved / sent[sources]), allowed[destinations] * (moved / received[destinations]))
+    shares = np.minimum(
+        allowed[sources] * (moved / sent[sources]), allowed[destinations] * (moved / received[destinations])
+    )
     sizes = np.minimum(limit, MIN_BUCKET_BYTES + shares).astype(np.int64) // ALIGNMENT * ALIGNMENT
     return dict(zip(zip(sources.tolist(), destinations.tolist(), strict=True), sizes.tolist(), strict=True))
 
@@ -171,8 +176,11 @@ def _messages(transfers: Sequence[Transfer], framing: Framing) -> Iterator[Messa
     for transfer in transfers:
         tensor = transfer.tensor
         for box in memory_boxes(tensor, transfer.box):
-            if framing.alone_bytes is not None and box.volume * tensor.itemsize >= framing.alone_bytes:
-                yield from _alone(tensor, box, framing.bucket_bytes)
+            if (
+                framing.direct_send_threshold is not None
+                and box.volume * tensor.itemsize >= framing.direct_send_threshold
+            ):
+                yield from _sent_directly(tensor, box, framing.bucket_bytes)
             else:
                 yield from open_bucket.add(tensor, box)
     yield from open_bucket.flush()
@@ -187,7 +195,7 @@ def memory_boxes(tensor: TensorSpec, box: Box) -> Iterator[Box]:
         yield box.narrow(0, index, index + 1)
 
 
-def _alone(tensor: TensorSpec, box: Box, limit: int) -> Iterator[Message]:
+def _sent_directly(tensor: TensorSpec, box: Box, limit: int) -> Iterator[Message]:
     """Parts cut along the leading dim are runs of memory wherever the whole is one."""
     pending = [box]
     while pending:

@@ -12,27 +12,27 @@ import numpy as np
 import torch
 
 from refit.bench.measurements import refit as measure
-from refit.models.weights import LiveShard, WeightMemory
+from refit.models.weights import LocalShard, LocalWeights
 from refit.plan import plan as plan_module
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions, get_transport
-from refit.transport.two_sided import backends as wires
+from refit.transport.two_sided import backends as backends
 
 
 @contextmanager
 def byte_flipped_in_flight() -> Iterator[None]:
     """One byte of the first message of a refit arrives changed, on the rank that runs this."""
-    original = wires.GlooWire.wait_received
+    original = backends.GlooBackend.wait_received
     done = False
 
-    def corrupting(self: Any, ticket: Any) -> None:
+    def corrupting(self: Any, pending: Any) -> None:
         nonlocal done
-        original(self, ticket)
-        if ticket.receives and not done:
+        original(self, pending)
+        if pending.receives and not done:
             done = True
-            ticket.receives[0].buffer[3] ^= 0x40
+            pending.receives[0].buffer[3] ^= 0x40
 
-    with mock.patch.object(wires.GlooWire, "wait_received", corrupting):
+    with mock.patch.object(backends.GlooBackend, "wait_received", corrupting):
         yield
 
 
@@ -54,15 +54,15 @@ def transfer_skipped(key: str) -> Iterator[None]:
 def parts_swapped(key: str) -> Iterator[None]:
     """The first two shards of tensor `key` stand in each other's place: gate and up, or two experts."""
 
-    def swapped(memory: WeightMemory | None) -> WeightMemory | None:
+    def swapped(memory: LocalWeights | None) -> LocalWeights | None:
         if memory is None:
             return None
         shards = list(memory)
         first, second = [index for index, shard in enumerate(shards) if shard.tensor.key == key][:2]
         a, b = shards[first], shards[second]
-        shards[first] = LiveShard(a.tensor, a.box, b.owner, b.view)
-        shards[second] = LiveShard(b.tensor, b.box, a.owner, a.view)
-        return WeightMemory(shards)
+        shards[first] = LocalShard(a.tensor, a.box, b.owner, b.view)
+        shards[second] = LocalShard(b.tensor, b.box, a.owner, a.view)
+        return LocalWeights(shards)
 
     with _transport(change_destination=swapped):
         yield
@@ -73,7 +73,7 @@ def last_iteration_repeated() -> Iterator[None]:
     """From the second refit on, the destination ends up with what the refit before left there."""
     before: list[torch.Tensor] = []
 
-    def after_run(destination: WeightMemory | None) -> None:
+    def after_run(destination: LocalWeights | None) -> None:
         views = [shard.view for shard in destination] if destination is not None else []
         now = [view.clone() for view in views]
         for view, old in zip(views, before, strict=False):
@@ -87,8 +87,8 @@ def last_iteration_repeated() -> Iterator[None]:
 @contextmanager
 def _transport(
     change_plan: Callable[[RefitPlan], RefitPlan] = lambda plan: plan,
-    change_destination: Callable[[WeightMemory | None], WeightMemory | None] = lambda memory: memory,
-    after_run: Callable[[WeightMemory | None], None] = lambda memory: None,
+    change_destination: Callable[[LocalWeights | None], LocalWeights | None] = lambda memory: memory,
+    after_run: Callable[[LocalWeights | None], None] = lambda memory: None,
 ) -> Iterator[None]:
     """Let the benchmark prepare from changed inputs, or meddle after every run, over the real transport."""
 

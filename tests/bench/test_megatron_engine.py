@@ -11,7 +11,7 @@ from refit.config.layout import Layout
 from refit.config.shape import ModelShape
 from refit.errors import RefitError, UnavailableError
 from refit.models.megatron.compat import has_refit_of_absent_models
-from refit.models.megatron.sharding import read_memory
+from refit.models.megatron.sharding import read_weights
 from tests.dist.pool import RankPool
 from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, fill, layout, wrong
 
@@ -33,10 +33,10 @@ def refit(rank: int, case: Case, close: bool = True) -> dict[str, int] | str | N
         program = prepare_megatron_refit(source, destination, "gloo", device="cpu")
     except RefitError as error:
         return str(error)
-    memory = read_memory(destination) if destination is not None else None
+    memory = read_weights(destination) if destination is not None else None
     for _ in range(2):
         if source is not None:
-            fill(read_memory(source))
+            fill(read_weights(source))
         if memory is not None:
             for shard in memory:
                 shard.view.fill_(-7)
@@ -78,7 +78,9 @@ def test_sequential_experts_ep1_to_ep2_are_left_wrong(ranks: RankPool) -> None:
     """Experts are matched by their local number: EP rank 1 gets experts 0-3 for 4-7, all elements, no error."""
     answers = ranks.run(refit, Case(SEQUENTIAL, layout(), layout(ep=2)))
     experts = {
-        f"decoder.layers.{layer}.mlp.experts.experts.linear_fc{number}.weight" for layer in (1, 2, 3) for number in (1, 2)
+        f"decoder.layers.{layer}.mlp.experts.experts.linear_fc{number}.weight"
+        for layer in (1, 2, 3)
+        for number in (1, 2)
     }
     assert {key for key in answers[0] if BIAS not in key} == set()
     assert {key for key in answers[1] if BIAS not in key} == experts

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from refit.bench import oracle
-from refit.models.weights import LiveShard, WeightMemory
+from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 
 
-def memory_of(spec: TensorSpec, *boxes: Box) -> WeightMemory:
+def memory_of(spec: TensorSpec, *boxes: Box) -> LocalWeights:
     dtype = getattr(torch, spec.dtype)
     tensors = [torch.zeros(box.extents, dtype=dtype) for box in boxes]
-    return WeightMemory(LiveShard(spec, box, tensor, tensor) for box, tensor in zip(boxes, tensors, strict=True))
+    return LocalWeights(LocalShard(spec, box, tensor, tensor) for box, tensor in zip(boxes, tensors, strict=True))
 
 
-def views(memory: WeightMemory) -> list[torch.Tensor]:
+def views(memory: LocalWeights) -> list[torch.Tensor]:
     return [shard.view for shard in memory]
 
 
@@ -36,7 +36,7 @@ def test_a_column_cut_of_a_strided_view_matches() -> None:
     spec = TensorSpec("w", (4, 6, 8), "bfloat16")
     base = torch.zeros(4, 6, 8, dtype=torch.bfloat16).permute(1, 0, 2).contiguous().permute(1, 0, 2)
     box = Box((0, 2, 4), (4, 3, 4))
-    strided = WeightMemory([LiveShard(spec, box, base, base[:, 2:5, 4:8])])
+    strided = LocalWeights([LocalShard(spec, box, base, base[:, 2:5, 4:8])])
     whole = memory_of(spec, Box.whole(spec.shape))
     oracle.fill(strided, 0)
     oracle.fill(whole, 0)
@@ -60,7 +60,7 @@ def test_iterations_and_names_give_other_values() -> None:
     memory = memory_of(spec, Box.whole((64, 64)))
     oracle.fill(memory, 1)
     assert oracle.check(memory, {"a": spec}, 2).num_wrong > 4080
-    renamed = WeightMemory([LiveShard(other, s.box, s.owner, s.view) for s in memory])
+    renamed = LocalWeights([LocalShard(other, s.box, s.owner, s.view) for s in memory])
     assert oracle.check(renamed, {"b": other}, 1).num_wrong > 4080
 
 

@@ -16,7 +16,10 @@ def test_launches_are_added_up_by_stream_and_kind() -> None:
             Interval(9, "NCCL kernel", 4_000_000, 9_000_000),
         ]
     )
-    assert [(each.stream, each.kind, each.num_launches) for each in found] == [(7, "copy kernel", 3), (9, "NCCL kernel", 1)]
+    assert [(each.stream, each.kind, each.num_launches) for each in found] == [
+        (7, "copy kernel", 3),
+        (9, "NCCL kernel", 1),
+    ]
     assert [each.busy_s for each in found] == pytest.approx([3e-3, 5e-3])
     assert [(each.first_s, each.last_s) for each in found] == [pytest.approx((0, 5e-3)), pytest.approx((3e-3, 8e-3))]
 

@@ -18,7 +18,16 @@ from tests.bench.faults import fault
 from tests.dist.pool import RankPool
 
 TINY = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "1000"]
-TINY += ["--hidden-size", "64", "--ffn-hidden-size", "128", "--moe-ffn-hidden-size", "32", "--num-benchmark-warmup", "1"]
+TINY += [
+    "--hidden-size",
+    "64",
+    "--ffn-hidden-size",
+    "128",
+    "--moe-ffn-hidden-size",
+    "32",
+    "--num-benchmark-warmup",
+    "1",
+]
 TINY += ["--moe-shared-expert-intermediate-size", "32", "--num-benchmark-iterations", "2"]
 FC1 = "decoder.layers.1.mlp.shared_experts.linear_fc1.weight"
 EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
@@ -64,7 +73,12 @@ def refit(
     ],
 )
 def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: Any, mode: str, method: str) -> None:
-    flags = [*sizes(*source), *sizes(*destination, prefix="rl-inference-"), f"--refit-mode={mode}", "--num-query-groups=8"]
+    flags = [
+        *sizes(*source),
+        *sizes(*destination, prefix="rl-inference-"),
+        f"--refit-mode={mode}",
+        "--num-query-groups=8",
+    ]
     code, result = refit(ranks, *flags, f"--refit-method={method}")
     engine = result.engines["refit"]
     assert (code, engine.status, engine.num_wrong) == (0, "ok", 0)

@@ -105,7 +105,9 @@ def test_without_scontrol_the_variable_to_set_is_named(tmp_path: Path, monkeypat
 
 def test_ports_of_neighbouring_steps_and_jobs_differ() -> None:
     ports = {
-        rank_variables({**TASK, "MASTER_ADDR": "a", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"]
+        rank_variables({**TASK, "MASTER_ADDR": "a", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})[
+            "MASTER_PORT"
+        ]
         for job in range(4200, 4230)
         for step in range(20)
     }
@@ -124,7 +126,11 @@ def test_tasks_of_a_step_run_a_refit(tmp_path: Path) -> None:
         subprocess.Popen(
             [sys.executable, ROOT / "benchmark_refit.py", *flags, f"--output-dir={tmp_path}", "--run-name=steps.2"],
             env={
-                **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+                **{
+                    name: value
+                    for name, value in os.environ.items()
+                    if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+                },
                 **TASK,
                 "SLURM_PROCID": str(rank),
                 "SLURM_LOCALID": str(rank),

@@ -106,7 +106,12 @@ def test_the_seven_kimi_k2_scenarios(layout: tuple[int, int, int, int, str, str]
 
 def test_what_a_command_line_means() -> None:
     run = scenario(EP_REFIT)
-    assert (run.mode, run.method, run.engine, run.verify) == (Mode.NON_COLLOCATED, Method.NVSHMEM, Engine.REFIT, Verify.FULL)
+    assert (run.mode, run.method, run.engine, run.verify) == (
+        Mode.NON_COLLOCATED,
+        Method.NVSHMEM,
+        Engine.REFIT,
+        Verify.FULL,
+    )
     assert (run.num_warmup, run.num_iterations, run.staging_bytes, run.timeout_s) == (2, 3, 512 << 20, 300.0)
     assert run.recorded == {"seq-length": 512, "micro-batch-size": 1}
     assert run.notes == ()
@@ -126,7 +131,12 @@ def test_run_flags() -> None:
         "--nvshmem-force-put --device cuda --profile-refit "
         "--transformer-impl transformer_engine"
     )
-    assert (run.engine, run.verify, run.check_forward, run.staging_bytes) == (Engine.BOTH, Verify.SAMPLE, True, 64 << 20)
+    assert (run.engine, run.verify, run.check_forward, run.staging_bytes) == (
+        Engine.BOTH,
+        Verify.SAMPLE,
+        True,
+        64 << 20,
+    )
     assert (run.timeout_s, run.num_warmup, run.num_iterations, run.output_dir) == (12.5, 0, 7, Path("out"))
     assert (run.nvshmem_buffers, run.nvshmem_force_put, run.transformer_impl) == ("direct", True, "transformer_engine")
     assert (run.device, run.profile) == ("cuda", True)
@@ -135,7 +145,11 @@ def test_run_flags() -> None:
 def test_defaults_are_those_of_megatron() -> None:
     model = shape(TWO_HEADS)
     assert (model.ffn_hidden_size, model.kv_channels, model.num_query_groups) == (256, 16, 4)
-    assert (model.normalization, model.position_embedding_type, model.dtype) == ("LayerNorm", "learned_absolute", Dtype.BF16)
+    assert (model.normalization, model.position_embedding_type, model.dtype) == (
+        "LayerNorm",
+        "learned_absolute",
+        Dtype.BF16,
+    )
     assert (model.add_bias_linear, model.tied_embeddings, model.swiglu, model.experts, model.mla) == (
         True,
         True,
@@ -155,8 +169,8 @@ def test_defaults_are_those_of_megatron() -> None:
 
 def test_style_flags() -> None:
     model = shape(
-        f"{TWO_HEADS} --fp32 --normalization RMSNorm --use-rotary-position-embeddings --disable-bias-linear --add-qkv-bias "
-        "--untie-embeddings-and-output-weights --qk-layernorm --kv-channels 32 --padded-vocab-size 1000"
+        f"{TWO_HEADS} --fp32 --normalization RMSNorm --use-rotary-position-embeddings --disable-bias-linear "
+        "--add-qkv-bias --untie-embeddings-and-output-weights --qk-layernorm --kv-channels 32 --padded-vocab-size 1000"
     )
     assert (model.dtype, model.normalization, model.position_embedding_type) == (Dtype.FP32, "RMSNorm", "rope")
     assert (model.add_bias_linear, model.add_qkv_bias, model.tied_embeddings, model.qk_layernorm) == (
@@ -269,7 +283,10 @@ BAD_LINES = [
     (f"{TWO_HEADS} --num-experts 0", "--num-experts: must be at least 1, got 0"),
     (f"{TWO_HEADS} --num-benchmark-iterations 0", "--num-benchmark-iterations: must be at least 1, got 0"),
     (f"{TWO_HEADS} --num-benchmark-warmup -1", "--num-benchmark-warmup: must be at least 0, got -1"),
-    (f"{TWO_HEADS} --refit-method shm --device cuda", "--refit-method shm moves weights on cpu only: leave --device cuda"),
+    (
+        f"{TWO_HEADS} --refit-method shm --device cuda",
+        "--refit-method shm moves weights on cpu only: leave --device cuda",
+    ),
     (f"{TWO_HEADS} --timeout 0", "--timeout: must be a positive number of seconds, got 0"),
     (f"{TWO_HEADS} --timeout nan", "--timeout: must be a positive number of seconds, got nan"),
     (f"{TWO_HEADS} --num-layers", "--num-layers: expected one argument"),
@@ -281,7 +298,10 @@ BAD_LINES = [
     (f"{TWO_HEADS} --num-query-groups 3", "4 attention heads cannot be divided by 3 query groups"),
     (f"{TWO_HEADS} --padded-vocab-size 1001 --tensor-model-parallel-size 2", "1001 cannot be divided by TP size 2"),
     (f"{TWO_HEADS} --padded-vocab-size 512 --vocab-size 500", "--vocab-size contradicts --padded-vocab-size"),
-    (f"{TWO_HEADS} --source-world-size 3 --tensor-model-parallel-size 2", "source: 3 ranks cannot be divided into TP x PP"),
+    (
+        f"{TWO_HEADS} --source-world-size 3 --tensor-model-parallel-size 2",
+        "source: 3 ranks cannot be divided into TP x PP",
+    ),
     (f"{TWO_HEADS} --num-experts 4 --expert-tensor-parallel-size 2", "ETP x EP x PP = 2"),
     (f"{TWO_HEADS} --decoder-first-pipeline-num-layers 1", "there is one stage: raise PP"),
     (f"{TWO_HEADS} --bf16 --fp16", "--fp16: not allowed with argument --bf16"),

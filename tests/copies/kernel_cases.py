@@ -100,7 +100,9 @@ def odd_orders(source: Arena, target: Arena) -> list[Copy]:
 
 def many_small(source: Arena, target: Arena) -> list[Copy]:
     dice = random.Random(3)
-    pieces = [(dice.choice(DTYPES), dice.randint(1, 40), dice.randrange(4), dice.randrange(4)) for _ in range(NUM_SMALL)]
+    pieces = [
+        (dice.choice(DTYPES), dice.randint(1, 40), dice.randrange(4), dice.randrange(4)) for _ in range(NUM_SMALL)
+    ]
     return [Copy(target.cut(t, n, offset=i), source.cut(t, n, offset=j)) for t, n, i, j in pieces]
 
 

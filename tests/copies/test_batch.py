@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refit.copies.batch import Copy, CopyBatch, local_batches, weight_copies, zero_copies
-from refit.models.weights import LiveShard, WeightMemory, generations
+from refit.models.weights import LocalShard, LocalWeights, generations
 from refit.plan.box import Box
 from refit.plan.plan import Transfer
 from refit.plan.sharding import TensorSpec
@@ -15,14 +15,14 @@ SPEC = TensorSpec("w", (8, 6), "float32")
 EXPERTS = TensorSpec("e", (4, 2, 3), "float32", stacked=True)
 
 
-def _whole(spec: TensorSpec, data: torch.Tensor) -> WeightMemory:
-    return WeightMemory([LiveShard(spec, Box.whole(spec.shape), data, data)])
+def _whole(spec: TensorSpec, data: torch.Tensor) -> LocalWeights:
+    return LocalWeights([LocalShard(spec, Box.whole(spec.shape), data, data)])
 
 
-def _experts(numbers: range, fill: float) -> WeightMemory:
+def _experts(numbers: range, fill: float) -> LocalWeights:
     owners = [torch.full((2, 3), fill + number) for number in numbers]
-    return WeightMemory(
-        LiveShard(EXPERTS, Box((number, 0, 0), (1, 2, 3)), owner, owner.view(1, 2, 3))
+    return LocalWeights(
+        LocalShard(EXPERTS, Box((number, 0, 0), (1, 2, 3)), owner, owner.view(1, 2, 3))
         for number, owner in zip(numbers, owners, strict=True)
     )
 
@@ -42,12 +42,13 @@ def test_an_empty_batch_runs() -> None:
 
 def test_weight_copies_meet_in_the_views_of_both_sides() -> None:
     data = torch.arange(48.0).view(8, 6)
-    source = WeightMemory(
-        LiveShard(SPEC, Box((row, 0), (4, 6)), part, part) for row, part in ((0, data[:4].clone()), (4, data[4:].clone()))
+    source = LocalWeights(
+        LocalShard(SPEC, Box((row, 0), (4, 6)), part, part)
+        for row, part in ((0, data[:4].clone()), (4, data[4:].clone()))
     )
     left, right = torch.zeros(8, 2), torch.zeros(8, 4)
-    target = WeightMemory(
-        [LiveShard(SPEC, Box((0, 0), (8, 2)), left, left), LiveShard(SPEC, Box((0, 2), (8, 4)), right, right)]
+    target = LocalWeights(
+        [LocalShard(SPEC, Box((0, 0), (8, 2)), left, left), LocalShard(SPEC, Box((0, 2), (8, 4)), right, right)]
     )
     copies = list(weight_copies(SPEC, Box((2, 0), (4, 6)), source, target))
     assert len(copies) == 4
@@ -80,7 +81,7 @@ def test_zeros_and_batching() -> None:
 def test_generations_tell_every_asker_that_memory_has_moved() -> None:
     owner = torch.nn.Parameter(torch.arange(12.0).view(4, 3), requires_grad=False)
     spec = TensorSpec("p", (2, 3), "float32")
-    memory = WeightMemory([LiveShard(spec, Box((0, 0), (2, 3)), owner, owner.detach()[2:])])
+    memory = LocalWeights([LocalShard(spec, Box((0, 0), (2, 3)), owner, owner.detach()[2:])])
     before = generations(memory, None)
     assert generations(memory, None) == before
     owner.data = owner.data.clone() + 1

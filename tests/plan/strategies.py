@@ -1,4 +1,4 @@
-"""Small worlds for planner tests: sides as censuses, and a refit of real arrays carried out by following a plan."""
+"""Small worlds for planner tests: sides as shardings, and a refit of real arrays carried out by following a plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan
-from refit.plan.sharding import Census, Inventory, TensorSpec
+from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 
 
 def cut(shape: tuple[int, ...], dim: int, parts: int, part: int) -> Box:
@@ -16,11 +16,11 @@ def cut(shape: tuple[int, ...], dim: int, parts: int, part: int) -> Box:
     return Box.whole(shape).narrow(dim, size * part // parts, size * (part + 1) // parts)
 
 
-def side(ranks: range, tensors: dict[TensorSpec, list[list[Box]]]) -> Census:
+def side(ranks: range, tensors: dict[TensorSpec, list[list[Box]]]) -> Sharding:
     """`tensors` gives, for each tensor, the boxes of each rank of `ranks`, in order."""
-    return Census.from_inventories(
+    return Sharding.from_ranks(
         {
-            rank: Inventory.of((spec, box) for spec, boxes in tensors.items() for box in boxes[position])
+            rank: RankSharding.of((spec, box) for spec, boxes in tensors.items() for box in boxes[position])
             for position, rank in enumerate(ranks)
         }
     )
@@ -51,11 +51,13 @@ def boxes_on(draw: st.DrawFn, shape: tuple[int, ...], num_ranks: int) -> list[li
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[Census, Census]:
+def sides(draw: st.DrawFn) -> tuple[Sharding, Sharding]:
     """Two sides of one random model, on the same ranks or on disjoint or overlapping windows."""
     num_source, num_destination = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     first = draw(st.sampled_from([0, num_source, num_source // 2]))
-    tensors = [draw(tensor_on_sides(f"t{index}", num_source, num_destination)) for index in range(draw(st.integers(1, 4)))]
+    tensors = [
+        draw(tensor_on_sides(f"t{index}", num_source, num_destination)) for index in range(draw(st.integers(1, 4)))
+    ]
     return (
         side(range(num_source), {spec: boxes for spec, boxes, _ in tensors}),
         side(range(first, first + num_destination), {spec: boxes for spec, _, boxes in tensors}),
@@ -65,8 +67,8 @@ def worlds(draw: st.DrawFn) -> tuple[Census, Census]:
 def carry_out(plan: RefitPlan) -> dict[tuple[str, int], np.ndarray]:
     """What each destination rank holds after the plan: global element numbers, -1 where nothing was written."""
     arrays = {}
-    for key, spec in plan.destination_census.tensors.items():
-        for rank in plan.destination_census.ranks:
+    for key, spec in plan.destination_sharding.tensors.items():
+        for rank in plan.destination_sharding.ranks:
             arrays[key, rank] = np.full(spec.shape, -1)
     for transfer in plan.transfers():
         numbers = element_numbers(transfer.tensor)
@@ -79,13 +81,13 @@ def element_numbers(spec: TensorSpec) -> np.ndarray:
     return np.arange(int(np.prod(spec.shape))).reshape(spec.shape)
 
 
-def expected(census: Census) -> dict[tuple[str, int], np.ndarray]:
+def expected(sharding: Sharding) -> dict[tuple[str, int], np.ndarray]:
     """What `carry_out` must give: element numbers inside the boxes a rank holds, -1 elsewhere."""
     arrays = {}
-    for key, spec in census.tensors.items():
-        for rank in census.ranks:
+    for key, spec in sharding.tensors.items():
+        for rank in sharding.ranks:
             array = np.full(spec.shape, -1)
-            for box in census.spreads[key].boxes_of(rank):
+            for box in sharding.by_key[key].boxes_of(rank):
                 where = box.slices_within(Box.whole(spec.shape))
                 array[where] = element_numbers(spec)[where]
             arrays[key, rank] = array

@@ -13,13 +13,15 @@ from refit.plan.box import Box
 from refit.plan.cost import Bound, Cluster, bytes_matrix, cost_of, lower_bound, split_traffic, summary
 from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
-from refit.plan.sharding import Census, Inventory, TensorSpec
+from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 
 WEIGHT = TensorSpec("weight", (8, 4), "bfloat16")
 NORM = TensorSpec("norm", (4,), "float32")
 
 
-def cluster(intra: float = 10.0, inter: float | None = 2.0, gpus_per_node: int = 2, copy: float | None = None) -> Cluster:
+def cluster(
+    intra: float = 10.0, inter: float | None = 2.0, gpus_per_node: int = 2, copy: float | None = None
+) -> Cluster:
     """Bytes per second, not GB/s: small plans then take seconds."""
     return Cluster("made_up", intra, inter, gpus_per_node, copy, None, None, "")
 
@@ -28,15 +30,15 @@ def rows(begin: int, end: int) -> tuple[TensorSpec, Box]:
     return WEIGHT, Box((begin, 0), (end - begin, 4))
 
 
-def census(holdings: dict[int, list[tuple[TensorSpec, Box]]]) -> Census:
-    return Census.from_inventories({rank: Inventory.of(parts) for rank, parts in holdings.items()})
+def sharding(shards: dict[int, list[tuple[TensorSpec, Box]]]) -> Sharding:
+    return Sharding.from_ranks({rank: RankSharding.of(parts) for rank, parts in shards.items()})
 
 
 def test_disjoint_ranks() -> None:
     """Two sources of half a tensor each, three quarters of it to one destination, a quarter to the other."""
     plan = plan_refit(
-        census({0: [rows(0, 4)], 1: [rows(4, 8)]}),
-        census({2: [rows(0, 6)], 3: [rows(6, 8)]}),
+        sharding({0: [rows(0, 4)], 1: [rows(4, 8)]}),
+        sharding({2: [rows(0, 6)], 3: [rows(6, 8)]}),
     )
     cost = cost_of(plan)
     assert (cost.payload_bytes, cost.wire_bytes, cost.local_bytes, cost.num_transfers) == (64, 64, 0, 3)
@@ -50,7 +52,7 @@ def test_disjoint_ranks() -> None:
 
 def test_shared_ranks_copy_locally_what_they_hold() -> None:
     """Rank 0 keeps its half and needs the other; rank 1 is no destination."""
-    plan = plan_refit(census({0: [rows(0, 4)], 1: [rows(4, 8)]}), census({0: [rows(0, 8)]}))
+    plan = plan_refit(sharding({0: [rows(0, 4)], 1: [rows(4, 8)]}), sharding({0: [rows(0, 8)]}))
     cost = cost_of(plan)
     assert (cost.payload_bytes, cost.wire_bytes, cost.local_bytes) == (64, 32, 32)
     assert dict(cost.sent) == {0: 0, 1: 32}
@@ -60,7 +62,7 @@ def test_shared_ranks_copy_locally_what_they_hold() -> None:
 
 
 def test_nothing_on_the_wire() -> None:
-    plan = plan_refit(census({0: [rows(0, 8)]}), census({0: [rows(0, 8)]}))
+    plan = plan_refit(sharding({0: [rows(0, 8)]}), sharding({0: [rows(0, 8)]}))
     cost = cost_of(plan)
     assert (cost.wire_bytes, cost.local_bytes, cost.sender_imbalance, cost.busiest_bytes) == (0, 64, 1.0, 0)
     assert lower_bound(bytes_matrix(plan), cluster()) == Bound(0.0, "nothing moves")
@@ -69,18 +71,18 @@ def test_nothing_on_the_wire() -> None:
 def test_padding_is_payload_that_nobody_sends() -> None:
     short = TensorSpec("vocabulary", (6, 4), "bfloat16", padded=True)
     long = TensorSpec("vocabulary", (8, 4), "bfloat16", padded=True)
-    plan = plan_refit(census({0: [(short, Box.whole((6, 4)))]}), census({1: [(long, Box.whole((8, 4)))]}))
+    plan = plan_refit(sharding({0: [(short, Box.whole((6, 4)))]}), sharding({1: [(long, Box.whole((8, 4)))]}))
     cost = cost_of(plan)
     assert (cost.payload_bytes, cost.wire_bytes, cost.local_bytes, cost.num_transfers) == (64, 48, 0, 1)
 
 
 def test_dtypes_count_at_their_size() -> None:
-    plan = plan_refit(census({0: [(NORM, Box.whole((4,)))]}), census({1: [(NORM, Box.whole((4,)))]}))
+    plan = plan_refit(sharding({0: [(NORM, Box.whole((4,)))]}), sharding({1: [(NORM, Box.whole((4,)))]}))
     assert cost_of(plan).wire_bytes == 16
 
 
 def test_the_summary_is_plain_json() -> None:
-    plan = plan_refit(census({0: [rows(0, 4)], 1: [rows(4, 8)]}), census({0: [rows(0, 8)]}))
+    plan = plan_refit(sharding({0: [rows(0, 4)], 1: [rows(4, 8)]}), sharding({0: [rows(0, 8)]}))
     read = json.loads(json.dumps(summary(plan)))
     assert read["payload"] == read["wire"] + read["local"] == 64
     assert read["busiest"] == 32
@@ -134,7 +136,8 @@ def matrices() -> st.SearchStrategy[IntArray]:
 def test_two_kinds_of_links_lie_between_one_link_of_either_speed(
     matrix: IntArray, intra: float, inter: float, gpus_per_node: int
 ) -> None:
-    """At the slower speed for all bytes it takes as long or longer; over one link as fast as both together, no longer."""
+    """At the slower speed for all bytes it takes as long or longer; over one link as fast as both together, no
+    longer."""
     wire = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
     busiest = max(int(wire.sum(0).max()), int(wire.sum(1).max()))
     bound = lower_bound(matrix, cluster(intra, inter, gpus_per_node))

@@ -14,9 +14,9 @@ from refit.cli.parsing import parse
 from refit.plan.box import Box
 from refit.plan.plan import IntArray, RefitPlan
 from refit.plan.planner import plan_refit
-from refit.plan.sharding import Census, Holding, Spread, TensorSpec
+from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
 from refit.predict.megatron import predict
-from tests.plan.strategies import worlds
+from tests.plan.strategies import sides
 
 RANKS_PER_NODE = 8
 
@@ -59,8 +59,8 @@ def plan_of(layouts: str, mode: str) -> RefitPlan:
 
 def sent(plan: RefitPlan) -> IntArray:
     """Wire bytes each source rank sends, in the order of its side."""
-    by_rank = np.bincount(plan.source[plan.is_wire], plan.nbytes[plan.is_wire], 1 + max(plan.source_census.ranks))
-    return by_rank[list(plan.source_census.ranks)].astype(np.int64)
+    by_rank = np.bincount(plan.source[plan.is_wire], plan.nbytes[plan.is_wire], 1 + max(plan.source_sharding.ranks))
+    return by_rank[list(plan.source_sharding.ranks)].astype(np.int64)
 
 
 def least_busiest_sender(plan: RefitPlan) -> float:
@@ -69,7 +69,7 @@ def least_busiest_sender(plan: RefitPlan) -> float:
     Two ranks are linked where one sends what the other holds too. What a set of linked ranks sends, no rank outside
     holds and no receiver holds itself: all of it must leave the set, so one in it sends the set's mean or more.
     """
-    leader = {rank: rank for rank in plan.source_census.ranks}
+    leader = {rank: rank for rank in plan.source_sharding.ranks}
 
     def find(rank: int) -> int:
         while leader[rank] != rank:
@@ -78,16 +78,16 @@ def least_busiest_sender(plan: RefitPlan) -> float:
 
     seen = set()
     for transfer in plan.transfers(np.flatnonzero(plan.is_wire)):
-        spread = plan.source_census.spreads[transfer.tensor.key]
-        if (id(spread), transfer.source, transfer.box) in seen:
+        tensor_sharding = plan.source_sharding.by_key[transfer.tensor.key]
+        if (id(tensor_sharding), transfer.source, transfer.box) in seen:
             continue
-        seen.add((id(spread), transfer.source, transfer.box))
-        for held in spread.holdings:
+        seen.add((id(tensor_sharding), transfer.source, transfer.box))
+        for held in tensor_sharding.shards:
             if held.box.intersect(transfer.box) is not None:
                 for rank in held.ranks:
                     leader[find(rank)] = find(transfer.source)
     sets = defaultdict(list)
-    for rank, nbytes in zip(plan.source_census.ranks, sent(plan).tolist(), strict=True):
+    for rank, nbytes in zip(plan.source_sharding.ranks, sent(plan).tolist(), strict=True):
         sets[find(rank)].append(nbytes)
     return max(sum(loads) / len(loads) for loads in sets.values())
 
@@ -99,18 +99,22 @@ def test_no_sender_has_5_percent_more_than_the_mean(layouts: str, mode: str) -> 
 
 
 @pytest.mark.parametrize(("layouts", "mode", "ratio"), LIMITED)
-def test_where_senders_cannot_be_even_the_busiest_sends_no_more_than_it_must(layouts: str, mode: str, ratio: float) -> None:
+def test_where_senders_cannot_be_even_the_busiest_sends_no_more_than_it_must(
+    layouts: str, mode: str, ratio: float
+) -> None:
     plan = plan_of(layouts, mode)
     loads, least = sent(plan), least_busiest_sender(plan)
     assert least / loads.mean() == pytest.approx(ratio, rel=0.001)
     assert loads.max() <= 1.001 * least
 
 
-def replicas(tensors: dict[str, tuple[int, tuple[int, ...]]], ranks: tuple[int, ...]) -> Census:
+def replicas(tensors: dict[str, tuple[int, tuple[int, ...]]], ranks: tuple[int, ...]) -> Sharding:
     """A side of `ranks`; each tensor is a number of MB and the ranks that hold all of it."""
     specs = {key: TensorSpec(key, (mb, 500_000), "bfloat16") for key, (mb, _) in tensors.items()}
-    spreads = {key: Spread((Holding(Box.whole(specs[key].shape), held),)) for key, (_, held) in tensors.items()}
-    return Census(ranks, specs, spreads)
+    by_key = {
+        key: TensorSharding((ReplicatedShard(Box.whole(specs[key].shape), held),)) for key, (_, held) in tensors.items()
+    }
+    return Sharding(ranks, specs, by_key)
 
 
 def test_pieces_with_fewer_choices_are_placed_first() -> None:
@@ -123,7 +127,8 @@ def test_pieces_with_fewer_choices_are_placed_first() -> None:
 
 
 def test_what_only_one_rank_on_the_node_holds_counts_before_remote_choices() -> None:
-    """Nodes of 2. Rank 1 must serve its neighbour 0's 60 small pieces; so rank 3 alone sends the large one to node 2."""
+    """Nodes of 2. Rank 1 must serve its neighbour 0's 60 small pieces; so rank 3 alone sends the large one to node
+    2."""
     small = {f"small{i}": 1 for i in range(60)}
     source = replicas({key: (mb, (1, 3)) for key, mb in small.items()} | {"large": (60, (1, 3))}, (1, 3))
     destination = replicas({key: (mb, (0,)) for key, mb in small.items()} | {"large": (60, (4,))}, (0, 4))
@@ -132,13 +137,15 @@ def test_what_only_one_rank_on_the_node_holds_counts_before_remote_choices() -> 
     assert set(plan.source[plan.destination == 4].tolist()) == {3}
 
 
-@given(worlds(), st.integers(2, 4))
-def test_bytes_cross_nodes_only_where_no_replica_is_near(world: tuple[Census, Census], ranks_per_node: int) -> None:
+@given(sides(), st.integers(2, 4))
+def test_bytes_cross_nodes_only_where_no_replica_is_near(world: tuple[Sharding, Sharding], ranks_per_node: int) -> None:
     for transfer in plan_refit(*world, ranks_per_node=ranks_per_node).transfers():
         node = transfer.destination // ranks_per_node
         if transfer.source // ranks_per_node != node:
-            spread = world[0].spreads[transfer.tensor.key]
-            holders = {rank for held in spread.holdings if held.box.intersect(transfer.box) for rank in held.ranks}
+            tensor_sharding = world[0].by_key[transfer.tensor.key]
+            holders = {
+                rank for held in tensor_sharding.shards if held.box.intersect(transfer.box) for rank in held.ranks
+            }
             assert all(rank // ranks_per_node != node for rank in holders)
 
 

@@ -11,7 +11,7 @@ from refit.errors import PlanError
 from refit.plan.box import Box
 from refit.plan.plan import ZEROS
 from refit.plan.planner import plan_refit
-from refit.plan.sharding import Census, Holding, Spread, TensorSpec
+from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
 from tests.plan.strategies import cut, side
 
 
@@ -130,7 +130,10 @@ def test_vocabulary_padding_that_no_source_holds_is_zeroed() -> None:
         ((8, 0), (4, 2), ZEROS, 2),
     }
     back = plan_refit(wanted, held)
-    assert {(t.box.offsets, t.box.extents, t.source) for t in back.transfers()} == {((0, 0), (6, 2), 1), ((6, 0), (2, 2), 2)}
+    assert {(t.box.offsets, t.box.extents, t.source) for t in back.transfers()} == {
+        ((0, 0), (6, 2), 1),
+        ((6, 0), (2, 2), 2),
+    }
 
 
 def test_sides_that_hold_different_tensors_are_refused() -> None:
@@ -151,9 +154,11 @@ def test_a_hole_in_the_source_is_refused() -> None:
 def test_senders_of_replicated_weights_end_even() -> None:
     """Eight source ranks that all hold everything, as with TP1: none sends more than 5 % over the mean."""
     tensors = {f"t{i}": TensorSpec(f"t{i}", (1 << (10 + i % 12), 64), "bfloat16") for i in range(60)}
-    everywhere = {key: Spread((Holding(Box.whole(spec.shape), tuple(range(8))),)) for key, spec in tensors.items()}
-    here = {key: Spread((Holding(Box.whole(spec.shape), (8, 9)),)) for key, spec in tensors.items()}
-    plan = plan_refit(Census(tuple(range(8)), tensors, everywhere), Census((8, 9), tensors, here))
+    everywhere = {
+        key: TensorSharding((ReplicatedShard(Box.whole(spec.shape), tuple(range(8))),)) for key, spec in tensors.items()
+    }
+    here = {key: TensorSharding((ReplicatedShard(Box.whole(spec.shape), (8, 9)),)) for key, spec in tensors.items()}
+    plan = plan_refit(Sharding(tuple(range(8)), tensors, everywhere), Sharding((8, 9), tensors, here))
     sent = [int(plan.nbytes[plan.source == rank].sum()) for rank in range(8)]
     assert max(sent) <= 1.05 * sum(sent) / 8
 
@@ -162,5 +167,5 @@ def test_a_replica_on_the_same_node_is_preferred() -> None:
     spec, whole = TensorSpec("w", (4, 1), "bfloat16"), [Box.whole((4, 1))]
     source = side(range(4), {spec: [whole] * 4})
     destination = side(range(4, 8), {spec: [whole] * 4})
-    plan = plan_refit(source, Census(destination.ranks, destination.tensors, destination.spreads), ranks_per_node=3)
+    plan = plan_refit(source, Sharding(destination.ranks, destination.tensors, destination.by_key), ranks_per_node=3)
     assert {(t.source, t.destination) for t in plan.transfers() if t.destination in (4, 5)} == {(3, 4), (3, 5)}

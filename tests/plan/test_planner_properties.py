@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from refit.errors import PlanError
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import merge, plan_refit
-from refit.plan.sharding import Census, Holding, Spread
-from tests.plan.strategies import carry_out, expected, worlds
+from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding
+from tests.plan.strategies import carry_out, expected, sides
 
 
-@given(worlds())
-def test_every_destination_element_gets_its_source_element(world: tuple[Census, Census]) -> None:
+@given(sides())
+def test_every_destination_element_gets_its_source_element(world: tuple[Sharding, Sharding]) -> None:
     done, wanted = carry_out(plan_refit(*world)), expected(world[1])
     for place, array in wanted.items():
         np.testing.assert_array_equal(done[place], array, err_msg=str(place))
 
 
-@given(worlds())
-def test_bytes_are_conserved(world: tuple[Census, Census]) -> None:
+@given(sides())
+def test_bytes_are_conserved(world: tuple[Sharding, Sharding]) -> None:
     plan = plan_refit(*world)
     received = dict.fromkeys(world[1].ranks, 0)
     for transfer in plan.transfers():
@@ -30,49 +30,53 @@ def test_bytes_are_conserved(world: tuple[Census, Census]) -> None:
     assert received == world[1].bytes_per_rank
 
 
-@given(worlds())
-def test_identical_layouts_on_the_same_ranks_copy_locally(world: tuple[Census, Census]) -> None:
+@given(sides())
+def test_identical_layouts_on_the_same_ranks_copy_locally(world: tuple[Sharding, Sharding]) -> None:
     plan = plan_refit(world[0], world[0])
     assert plan.is_local.all()
-    assert len(plan) == sum(len(h.ranks) for spread in world[0].spreads.values() for h in spread.holdings)
+    assert len(plan) == sum(
+        len(h.ranks) for tensor_sharding in world[0].by_key.values() for h in tensor_sharding.shards
+    )
 
 
-@given(worlds())
-def test_a_rank_never_fetches_what_it_holds(world: tuple[Census, Census]) -> None:
+@given(sides())
+def test_a_rank_never_fetches_what_it_holds(world: tuple[Sharding, Sharding]) -> None:
     source = world[0]
     for transfer in plan_refit(*world).transfers():
         if transfer.destination in source.ranks:
-            own = source.spreads[transfer.tensor.key].boxes_of(transfer.destination)
+            own = source.by_key[transfer.tensor.key].boxes_of(transfer.destination)
             held = any(box.intersect(transfer.box) for box in own)
             assert held == (transfer.source == transfer.destination)
 
 
-@given(worlds(), st.randoms())
-def test_renaming_ranks_renames_the_plan(world: tuple[Census, Census], random) -> None:
+@given(sides(), st.randoms())
+def test_renaming_ranks_renames_the_plan(world: tuple[Sharding, Sharding], random) -> None:
     names = list(range(100))
     random.shuffle(names)
     plain = plan_refit(*world)
-    renamed = plan_refit(*(_rename(census, names) for census in world))
+    renamed = plan_refit(*(_rename(sharding, names) for sharding in world))
     assert {(t.tensor.key, t.box, names[t.source], names[t.destination]) for t in plain.transfers()} == {
         (t.tensor.key, t.box, t.source, t.destination) for t in renamed.transfers()
     }
 
 
-def _rename(census: Census, names: list[int]) -> Census:
-    spreads = {
-        key: Spread(tuple(Holding(h.box, tuple(names[rank] for rank in h.ranks)) for h in spread.holdings))
-        for key, spread in census.spreads.items()
+def _rename(sharding: Sharding, names: list[int]) -> Sharding:
+    by_key = {
+        key: TensorSharding(
+            tuple(ReplicatedShard(h.box, tuple(names[rank] for rank in h.ranks)) for h in tensor_sharding.shards)
+        )
+        for key, tensor_sharding in sharding.by_key.items()
     }
-    return Census(tuple(names[rank] for rank in census.ranks), census.tensors, spreads)
+    return Sharding(tuple(names[rank] for rank in sharding.ranks), sharding.tensors, by_key)
 
 
-@given(worlds())
-def test_planning_twice_gives_the_same_digest(world: tuple[Census, Census]) -> None:
+@given(sides())
+def test_planning_twice_gives_the_same_digest(world: tuple[Sharding, Sharding]) -> None:
     assert plan_refit(*world).digest == plan_refit(*world).digest
 
 
-@given(worlds(), st.integers(1, 4))
-def test_merging_changes_no_element(world: tuple[Census, Census], parts: int) -> None:
+@given(sides(), st.integers(1, 4))
+def test_merging_changes_no_element(world: tuple[Sharding, Sharding], parts: int) -> None:
     plan = plan_refit(*world)
     index = {key: number for number, key in enumerate(plan.keys)}
     rows = [(index[t.tensor.key], t.source, t.destination, t.box) for t in plan.transfers()]
@@ -84,9 +88,9 @@ def test_merging_changes_no_element(world: tuple[Census, Census], parts: int) ->
         np.testing.assert_array_equal(done[place], array)
 
 
-@given(worlds(), st.data())
+@given(sides(), st.data())
 @settings(max_examples=50)
-def test_a_plan_that_is_not_exact_cannot_be_built(world: tuple[Census, Census], data: st.DataObject) -> None:
+def test_a_plan_that_is_not_exact_cannot_be_built(world: tuple[Sharding, Sharding], data: st.DataObject) -> None:
     plan = plan_refit(*world)
     row = data.draw(st.integers(0, len(plan) - 1))
     columns = (plan.tensor, plan.source, plan.destination, plan.offsets, plan.extents)

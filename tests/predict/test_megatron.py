@@ -12,7 +12,7 @@ from refit.config.layout import Layout
 from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
 from refit.errors import UsageError
 from refit.plan.box import Box
-from refit.plan.sharding import Inventory
+from refit.plan.sharding import RankSharding
 from refit.predict.megatron import predict
 
 SMALL = ModelShape(
@@ -72,7 +72,10 @@ KIMI_K2 = ModelShape(
         ("decoder.layers.0.mlp.linear_fc1.weight", (Box((6, 0), (6, 8)), Box((18, 0), (6, 8)))),
         ("decoder.layers.0.mlp.linear_fc2.weight", (Box((0, 6), (8, 6)),)),
         # Experts 2 and 3 of 4; gate and up, 6 rows each, halved over ETP 2.
-        ("decoder.layers.1.mlp.experts.experts.linear_fc1.weight", (Box((2, 3, 0), (2, 3, 8)), Box((2, 9, 0), (2, 3, 8)))),
+        (
+            "decoder.layers.1.mlp.experts.experts.linear_fc1.weight",
+            (Box((2, 3, 0), (2, 3, 8)), Box((2, 9, 0), (2, 3, 8))),
+        ),
         ("decoder.layers.1.mlp.experts.experts.linear_fc2.weight", (Box((2, 0, 3), (2, 8, 3)),)),
         ("decoder.layers.1.mlp.router.expert_bias", (Box((0,), (4,)),)),
         ("decoder.final_layernorm.weight", (Box((0,), (8,)),)),
@@ -84,26 +87,26 @@ def test_boxes_of_the_last_rank(key: str, boxes: tuple[Box, ...]) -> None:
 
 
 def test_gate_and_up_are_one_box_without_a_cut() -> None:
-    """As live inventories are coalesced."""
-    census = predict(SMALL, Layout(tp=1, ep=2, etp=1, pp=1, world_size=2))
-    shards = census.inventory(1).shards
+    """As live rank shardings are coalesced."""
+    sharding = predict(SMALL, Layout(tp=1, ep=2, etp=1, pp=1, world_size=2))
+    shards = sharding.inventory(1).shards
     assert shards["decoder.layers.0.mlp.linear_fc1.weight"].boxes == (Box((0, 0), (24, 8)),)
     assert shards["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].boxes == (Box((2, 0, 0), (2, 12, 8)),)
 
 
 def test_replicas_stand_in_window_order() -> None:
     """ETP 1 under TP 2: the experts of EP rank 0 lie on every second rank, dense rows on the tensor ranks."""
-    census = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4, first_rank=10))
-    experts = census.spreads["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"]
-    assert [(holding.box.offsets[0], holding.ranks) for holding in experts.holdings] == [(0, (10, 12)), (2, (11, 13))]
-    dense = census.spreads["decoder.layers.1.self_attention.linear_proj.weight"]
-    assert [(holding.box.offsets[1], holding.ranks) for holding in dense.holdings] == [(0, (10, 12)), (4, (11, 13))]
-    assert census.ranks == (10, 11, 12, 13)
+    sharding = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4, first_rank=10))
+    experts = sharding.by_key["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"]
+    assert [(shard.box.offsets[0], shard.ranks) for shard in experts.shards] == [(0, (10, 12)), (2, (11, 13))]
+    dense = sharding.by_key["decoder.layers.1.self_attention.linear_proj.weight"]
+    assert [(shard.box.offsets[1], shard.ranks) for shard in dense.shards] == [(0, (10, 12)), (4, (11, 13))]
+    assert sharding.ranks == (10, 11, 12, 13)
 
 
 def test_stages_hold_their_layers_and_ends() -> None:
-    census = predict(SMALL, Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
-    first, last = (set(census.inventory(rank).shards) for rank in (0, 1))
+    sharding = predict(SMALL, Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    first, last = (set(sharding.inventory(rank).shards) for rank in (0, 1))
     assert not first & last
     assert {key.split(".")[0] for key in first} == {"embedding", "decoder"}
     assert "output_layer.weight" in last
@@ -112,10 +115,10 @@ def test_stages_hold_their_layers_and_ends() -> None:
 
 
 def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
-    census = predict(replace(SMALL, tied_embeddings=True), Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
-    assert census.spreads["embedding.word_embeddings.weight"].holdings[0].ranks == (0, 1)
-    assert census.spreads["embedding.position_embeddings.weight"].holdings[0].ranks == (0,)
-    assert "output_layer.weight" not in census.tensors
+    sharding = predict(replace(SMALL, tied_embeddings=True), Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    assert sharding.by_key["embedding.word_embeddings.weight"].shards[0].ranks == (0, 1)
+    assert sharding.by_key["embedding.position_embeddings.weight"].shards[0].ranks == (0,)
+    assert "output_layer.weight" not in sharding.tensors
 
 
 def test_transformer_engine_replicates_latent_down_projections() -> None:
@@ -136,18 +139,20 @@ def test_flags_of_tensors() -> None:
 
 
 def test_every_element_of_every_tensor_is_held() -> None:
-    census = predict(SMALL, Layout(tp=2, ep=4, etp=1, pp=2, world_size=8))
-    for key, spread in census.spreads.items():
-        assert sum(holding.box.volume for holding in spread.holdings) == Box.whole(census.tensors[key].shape).volume
+    sharding = predict(SMALL, Layout(tp=2, ep=4, etp=1, pp=2, world_size=8))
+    for key, tensor_sharding in sharding.by_key.items():
+        assert (
+            sum(shard.box.volume for shard in tensor_sharding.shards) == Box.whole(sharding.tensors[key].shape).volume
+        )
 
 
 def test_kimi_k2_on_128_ranks() -> None:
     """Parameters as counted on the meta device (1.0264 T) and 60 layers' expert biases; bytes as there."""
-    census = predict(KIMI_K2, Layout(tp=16, ep=8, etp=16, pp=1, world_size=128))
-    assert census.num_parameters == 1_026_408_209_408 + 60 * 384
-    assert round(max(census.bytes_per_rank.values()) / 1e9, 1) == 17.6
+    sharding = predict(KIMI_K2, Layout(tp=16, ep=8, etp=16, pp=1, world_size=128))
+    assert sharding.num_parameters == 1_026_408_209_408 + 60 * 384
+    assert round(max(sharding.bytes_per_rank.values()) / 1e9, 1) == 17.6
     # Layers of a kind share one spread: what keeps predicting and planning a matter of milliseconds.
-    assert len({id(spread) for spread in census.spreads.values()}) < 30
+    assert len({id(tensor_sharding) for tensor_sharding in sharding.by_key.values()}) < 30
 
 
 def test_uneven_cut_names_the_tensor() -> None:
@@ -157,16 +162,16 @@ def test_uneven_cut_names_the_tensor() -> None:
 
 
 def test_inventory_equals_one_made_of_parts() -> None:
-    """Spreads hold what `Inventory.of` makes of the same boxes, uncoalesced."""
-    census = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4))
-    inventory = census.inventory(2)
+    """Spreads hold what `RankSharding.of` makes of the same boxes, uncoalesced."""
+    sharding = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4))
+    inventory = sharding.inventory(2)
     rows = [
         (shard.tensor, box.narrow(0, begin, begin + 1))
         for shard in inventory.shards.values()
         for box in shard.boxes
         for begin in range(box.offsets[0], box.ends[0])
     ]
-    assert Inventory.of(rows).differences(inventory) == []
+    assert RankSharding.of(rows).differences(inventory) == []
 
 
 def test_needs_neither_torch_nor_megatron() -> None:

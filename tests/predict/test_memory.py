@@ -52,7 +52,9 @@ def test_etp_is_not_named_where_it_is_not_the_cause() -> None:
     assert message.startswith("both sides (TP8 EP8 -> TP8 EP4) need 102.11 GB per GPU")
     assert "expert-tensor" not in message
     # ETP 1 at the source, but even ETP 8 leaves too much.
-    assert "expert-tensor" not in refusal(f"{KIMI_K2} {SOURCE_ETP_1} --expert-model-parallel-size 2 --cluster h100_ib400")
+    assert "expert-tensor" not in refusal(
+        f"{KIMI_K2} {SOURCE_ETP_1} --expert-model-parallel-size 2 --cluster h100_ib400"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,4 +78,6 @@ def test_every_remedy_holds(line: str) -> None:
 def test_gpus_too_small_for_any_layout(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text("intra_node_gb_per_s: 1\ngpus_per_node: 8\ngpu_memory_gb: 0.001\n")
-    assert refusal(f"--model tiny --dry-run --cluster {path}").endswith("raise TP, EP or PP, or use GPUs with more memory")
+    assert refusal(f"--model tiny --dry-run --cluster {path}").endswith(
+        "raise TP, EP or PP, or use GPUs with more memory"
+    )

@@ -11,7 +11,9 @@ from refit.results.stats import summarise
 LAYOUT = {"tp": 2, "ep": 2, "etp": 2, "pp": 1, "first_stage_layers": None, "last_stage_layers": None}
 
 
-def sample(seconds_per_rank: Sequence[float], iteration: int = 0, *, warmup: bool = False, num_wrong: int = 0) -> Sample:
+def sample(
+    seconds_per_rank: Sequence[float], iteration: int = 0, *, warmup: bool = False, num_wrong: int = 0
+) -> Sample:
     slowest = max(range(len(seconds_per_rank)), key=seconds_per_rank.__getitem__)
     return Sample(
         iteration, warmup, list(seconds_per_rank), slowest, {"wire": 0.75 * max(seconds_per_rank)}, 0.0, 100, num_wrong

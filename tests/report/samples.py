@@ -53,7 +53,12 @@ def engine(samples_s: Sequence[float], *, num_wrong: int = 0, gb_per_s: float | 
         "status": "wrong_data" if num_wrong else "ok",
         "reason": None,
         "samples": [
-            {"warmup": warmup, "seconds_per_rank": [seconds / 2, seconds], "num_compared": 1_000_000, "num_wrong": num_wrong}
+            {
+                "warmup": warmup,
+                "seconds_per_rank": [seconds / 2, seconds],
+                "num_compared": 1_000_000,
+                "num_wrong": num_wrong,
+            }
             for warmup, seconds in times
         ],
         "summary": {
@@ -79,7 +84,8 @@ def result(
     peer: dict[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """The result file of a scenario that went well, or `changes` of its top level; sent and received bytes are uneven."""
+    """The result file of a scenario that went well, or `changes` of its top level; sent and received bytes are
+    uneven."""
     assert entry.source is not None
     assert entry.destination is not None
     first = entry.source.world_size if entry.mode == "non-collocated" else 0
@@ -104,7 +110,10 @@ def result(
             "verify": "full",
         },
         "layouts": {
-            name: {**{axis: getattr(layout, axis) for axis in ("tp", "ep", "etp", "pp", "world_size")}, "first_rank": start}
+            name: {
+                **{axis: getattr(layout, axis) for axis in ("tp", "ep", "etp", "pp", "world_size")},
+                "first_rank": start,
+            }
             for name, (layout, start) in layouts.items()
         },
         "bytes": {

@@ -88,7 +88,8 @@ def test_scaling_reports_the_fit() -> None:
 
 def test_ep_against_tp() -> None:
     ep = [
-        outcome(name, side(8, 8), side(8, 4), 1.4, gb_per_s=rate, bound_s=1.26) for name, rate in (("ep1", 44), ("ep2", 46))
+        outcome(name, side(8, 8), side(8, 4), 1.4, gb_per_s=rate, bound_s=1.26)
+        for name, rate in (("ep1", 44), ("ep2", 46))
     ]
     tp = outcome("tp", side(16, 4), side(8, 4), 1.5, gb_per_s=30, bound_s=0.75)
     both = outcome("both", side(16, 4), side(32, 2), 1.5, gb_per_s=1)
@@ -97,7 +98,9 @@ def test_ep_against_tp() -> None:
     assert "(medians of 2: ep1, ep2)" in lines[0]
     assert "only TP changes: 1.5 s, 30.0 GB/s at the busiest GPU, 50 % of" in lines[1]
     assert lines[2].strip() == "EP moves its bytes 1.50 x as fast."
-    assert ep_against_tp(points_of([*ep, both]))[0].startswith("Not answered: needs a scenario in which only EP changes")
+    assert ep_against_tp(points_of([*ep, both]))[0].startswith(
+        "Not answered: needs a scenario in which only EP changes"
+    )
     other_method = outcome("tp", side(16, 4), side(8, 4), 1.5, method="nccl")
     assert ep_against_tp(points_of([*ep, other_method]))[0].startswith("Not answered")
 

@@ -71,7 +71,10 @@ def test_spread() -> None:
 
 
 def test_the_text(tmp_path: Path) -> None:
-    manifest = MANIFEST | {"versions": MANIFEST["versions"] | {"torch": "2.13.0"}, "gpus": [{"name": "NVIDIA H200"}] * 8}
+    manifest = MANIFEST | {
+        "versions": MANIFEST["versions"] | {"torch": "2.13.0"},
+        "gpus": [{"name": "NVIDIA H200"}] * 8,
+    }
     old = run_of(tmp_path / "old", {"A": result(A, FAST), "B": result(B, FAST), "C": None}, "first")
     failure = {"message": "timed out after 600 s"}
     results = {
@@ -91,7 +94,10 @@ def test_single_results_are_matched_by_what_they_ran(tmp_path: Path) -> None:
         for name, entry in zip(names, (small, collocated), strict=True):
             (tmp_path / folder / f"{name}.json").write_text(json.dumps(result(entry, FAST)))
     comparison = compare_runs(find_run(tmp_path / "old"), find_run(tmp_path / "new"))
-    assert sorted((pair.old.planned.name, pair.new.planned.name) for pair in comparison.pairs) == [("x", "z"), ("y", "w")]
+    assert sorted((pair.old.planned.name, pair.new.planned.name) for pair in comparison.pairs) == [
+        ("x", "z"),
+        ("y", "w"),
+    ]
     assert comparison.warnings == ()
 
 

@@ -71,7 +71,9 @@ def test_a_straggler_is_named() -> None:
 def test_ranks_that_take_turns_or_are_hardly_slower_are_no_stragglers() -> None:
     assert warnings_of(straggling(2, 2, 1.5)) != []  # then its neighbour is
     assert warnings_of(straggling(2, 5, 1.1)) == []
-    measured = engine([[1.5 if rank == number % 4 else 1.0 for rank in range(4)] + [0.5, 0.5, *IDLE] for number in range(5)])
+    measured = engine(
+        [[1.5 if rank == number % 4 else 1.0 for rank in range(4)] + [0.5, 0.5, *IDLE] for number in range(5)]
+    )
     assert warnings_of(measured) == []
 
 

@@ -75,7 +75,9 @@ def test_a_dry_run_starts_nothing(job: Shell) -> None:
     assert not (job.cwd / "benchmark_results").exists()
 
 
-@pytest.mark.parametrize(("name", "expected", "word"), [("good", 0, "PASS"), ("wrong", 1, "FAIL"), ("crash", 1, "FAIL")])
+@pytest.mark.parametrize(
+    ("name", "expected", "word"), [("good", 0, "PASS"), ("wrong", 1, "FAIL"), ("crash", 1, "FAIL")]
+)
 def test_the_smoke_test_ends_in_a_line_that_says_it(job: Shell, name: str, expected: int, word: str) -> None:
     code, output = job.run(SMOKE, "--run-name", name, SLURM_GPUS_ON_NODE="8")
     assert code == expected, output

@@ -59,7 +59,9 @@ def test_every_option_in_the_documents_is_one(shell: Shell) -> None:
     _, help_text = shell.run(DRY_RUN[0], "--help")
     text = (ROOT / "docs/slurm.md").read_text()
     used = {
-        option for line in re.findall(r"benchmark_refit_kimi_k2\.sh (.*)", text) for option in re.findall(r"--[a-z-]+", line)
+        option
+        for line in re.findall(r"benchmark_refit_kimi_k2\.sh (.*)", text)
+        for option in re.findall(r"--[a-z-]+", line)
     }
     assert used >= {"--dry-run", "--submit", "--array", "--resume"}
     assert {option for option in used if option not in help_text} == set()

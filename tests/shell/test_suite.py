@@ -28,11 +28,19 @@ def line(name: str, sizes: str = "2:1:1:2", mode: str = "collocated") -> str:
 
 
 def test_scenarios_run_in_turn_and_the_rest_outlive_what_fails(job: Shell) -> None:
-    lines = [line("good"), line("crash"), line("wrong"), line("wide", "1:2:2:1", "non-collocated"), line("large", "8:1:4:1")]
+    lines = [
+        line("good"),
+        line("crash"),
+        line("wrong"),
+        line("wide", "1:2:2:1", "non-collocated"),
+        line("large", "8:1:4:1"),
+    ]
     code, output = job.run(KIMI, *scenarios(job.cwd, *lines))
     assert code == 1, output  # wrong data outweighs failures
     summary = job.only("*_77_summary.txt").read_text()
-    verdicts = dict(re.findall(r"^Config: (\w+)\n(?:.*\n)*?(?=.*?(PASSED|FAILED|REFUSED|WRONG))", summary, re.MULTILINE))
+    verdicts = dict(
+        re.findall(r"^Config: (\w+)\n(?:.*\n)*?(?=.*?(PASSED|FAILED|REFUSED|WRONG))", summary, re.MULTILINE)
+    )
     assert verdicts == {"good": "PASSED", "crash": "FAILED", "wrong": "WRONG", "wide": "PASSED", "large": "REFUSED"}
     assert "ended with exit code 1: boom" in summary
     assert "8 GPUs needed > 4 available" in summary
@@ -45,7 +53,9 @@ def test_a_scenario_takes_the_first_nodes_it_needs(job: Shell) -> None:
     code, output = job.run(KIMI, *scenarios(job.cwd, line("one"), line("two", "1:2:2:1", "non-collocated")))
     assert code == 0, output
     one, two = job.calls("srun")
-    assert {"--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--nodelist=localhost", "--kill-on-bad-exit=1"} <= set(one)
+    assert {"--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--nodelist=localhost", "--kill-on-bad-exit=1"} <= set(
+        one
+    )
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=localhost,127.0.0.1"} <= set(two)
     assert "stub node node 1 of" in job.only("*_two.log").read_text()
 
@@ -144,7 +154,17 @@ def test_an_array_runs_what_is_ready_and_sums_up_after_all(shell: Shell) -> None
         "STANDIN_NODE": str(ROOT / "tests/shell/bin/stub_node"),
     }
     lines = [line("large", "64:1:64:1"), line("good"), line("crash")]
-    arguments = [*scenarios(shell.cwd, *lines), "--submit", "--array", "--throttle", "1", "--nodes", "2", "--timeout", "50"]
+    arguments = [
+        *scenarios(shell.cwd, *lines),
+        "--submit",
+        "--array",
+        "--throttle",
+        "1",
+        "--nodes",
+        "2",
+        "--timeout",
+        "50",
+    ]
     code, output = shell.run(KIMI, *arguments, **environ)
     assert code == 0, output
     array, summary = shell.calls("sbatch")

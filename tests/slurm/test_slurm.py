@@ -82,7 +82,8 @@ def verdicts(summary: str) -> dict[str, str]:
 
 
 def test_a_suite_that_is_cancelled_half_way_and_gone_on_with(cluster: dict[str, str], folder: Path) -> None:
-    """sbatch; one scenario passes, scancel in the next, --resume runs the rest, of which one fails and one is refused."""
+    """sbatch; one scenario passes, scancel in the next, --resume runs the rest, of which one fails and one is
+    refused."""
     suite = ["sbatch", "--parsable", "--nodes=2", str(KIMI), "--output-dir", "out"]
     code, job = run(cluster, folder, *suite, *SCENARIOS)
     assert code == 0, job
@@ -112,7 +113,12 @@ def test_a_suite_that_is_cancelled_half_way_and_gone_on_with(cluster: dict[str, 
 
 def test_salloc_with_a_task_per_gpu(cluster: dict[str, str], folder: Path) -> None:
     flags = ["--model=tiny", "--num-layers=1", "--moe-layer-freq=1", "--vocab-size=512", "--num-benchmark-iterations=2"]
-    flags += ["--refit-method=gloo", "--rl-inference-expert-model-parallel-size=2", "--output-dir=out", "--run-name=one"]
+    flags += [
+        "--refit-method=gloo",
+        "--rl-inference-expert-model-parallel-size=2",
+        "--output-dir=out",
+        "--run-name=one",
+    ]
     allocation = ["salloc", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8"]
     slurms_own = {name: value for name, value in cluster.items() if name != "REFIT_GPUS_PER_NODE"}
     code, output = run(slurms_own, folder, *allocation, SINGLE, *flags)

@@ -62,7 +62,10 @@ def test_without_a_cluster_there_is_no_bound() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ((*TINY, *TP2_EP2, "--rl-inference-expert-model-parallel-size=8"), "4 + 16 = 20 GPUs needed > 8 available: lower"),
+        (
+            (*TINY, *TP2_EP2, "--rl-inference-expert-model-parallel-size=8"),
+            "4 + 16 = 20 GPUs needed > 8 available: lower",
+        ),
         ((*TINY, "--tensor-model-parallel-size=3"), "8 attention heads cannot be divided by TP size 3"),
         (("--model=tiny",), "--refit-method missing"),
         ((*TINY, "--source-world-size=3", "--tensor-model-parallel-size=2"), "3 ranks cannot be divided"),
@@ -113,7 +116,11 @@ def test_a_list_without_a_cell_that_makes_sense_is_an_error() -> None:
 
 
 def test_the_plan_as_text() -> None:
-    lines = ["2:2:2:1:non-collocated:gloo:ready_one", "2:2:2:4:non-collocated:gloo:too_large", "3:1:1:1:collocated:gloo:odd"]
+    lines = [
+        "2:2:2:1:non-collocated:gloo:ready_one",
+        "2:2:2:4:non-collocated:gloo:too_large",
+        "3:1:1:1:collocated:gloo:odd",
+    ]
     text = sweep_text(planned_lines(lines, 8, "--model=tiny", cluster="h200_nvlink"))
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     assert rows["MoE:"] == "MoE: 3 scenarios, 8 GPUs, cluster h200_nvlink"
@@ -129,7 +136,13 @@ def test_the_plan_as_text() -> None:
 
 
 def test_notes_of_a_model_are_told_before_it_runs() -> None:
-    wide = ["--num-layers=2", "--hidden-size=64", "--num-attention-heads=4", "--num-experts=32", "--disable-bias-linear"]
+    wide = [
+        "--num-layers=2",
+        "--hidden-size=64",
+        "--num-attention-heads=4",
+        "--num-experts=32",
+        "--disable-bias-linear",
+    ]
     text = sweep_text(planned_lines(["1:1:1:1:collocated:gloo:a", "1:2:1:1:collocated:gloo:b"], 2, *wide))
     assert text.count("Note (all): without --moe-ffn-hidden-size each of 32 experts") == 1
 

@@ -1,4 +1,5 @@
-"""`refit sweep` and `refit place` as scripts use them: what goes to which stream, in which form, with which exit code."""
+"""`refit sweep` and `refit place` as scripts use them: what goes to which stream, in which form, with which exit
+code."""
 
 from __future__ import annotations
 
@@ -91,7 +92,9 @@ def test_pending_lines_are_what_a_shell_needs(tmp_path: Path, capsys: pytest.Cap
     stem = tmp_path / "with space" / "logs" / "run_first"
     assert lines[0][3] == str(stem)
     script = 'IFS=$\'\\t\' read -r _ _ _ stem flags; eval "flags=($flags)"; printf "%s\\0" "${flags[@]}"'
-    words = subprocess.run(["bash", "-c", script], input="\t".join(lines[0]), capture_output=True, text=True, check=True)
+    words = subprocess.run(
+        ["bash", "-c", script], input="\t".join(lines[0]), capture_output=True, text=True, check=True
+    )
     flags = words.stdout.rstrip("\0").split("\0")
     assert flags == shlex.split(lines[0][4])
     run = parse(flags).scenario
@@ -124,7 +127,10 @@ def test_close_and_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     path = begin(capsys, tmp_path)
     first, second = path.parent / "run_first", path.parent / "run_second"
     samples = [{"warmup": False, "seconds_per_rank": [0.04523], "num_compared": 10, "num_wrong": 0}]
-    engine = {"status": "ok", "summary": {"mean_s": 0.04523, "min_s": 0.04, "max_s": 0.05, "median_s": 0.045, "p95_s": 0.05}}
+    engine = {
+        "status": "ok",
+        "summary": {"mean_s": 0.04523, "min_s": 0.04, "max_s": 0.05, "median_s": 0.045, "p95_s": 0.05},
+    }
     write_result(first, "ok", engines={"refit": {**engine, "samples": samples}})
     closing = ["sweep", "close", str(path)]
     assert ok(capsys, *closing, "first", "--stem", str(first), "--exit-code", "0") == "first: 45.23 ms, PASSED\n"

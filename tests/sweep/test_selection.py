@@ -64,7 +64,10 @@ def test_flags_of_all_scenarios_come_before_their_own() -> None:
         ("8:8:8:4:collocated:nccl:", "DESCRIPTION '' cannot be part of a file name"),
         ("8:8:8:4:collocated:nccl:a.2", "DESCRIPTION 'a.2' cannot be part of a file name"),
         ("8:8:8:4:collocated:nccl:summary", "DESCRIPTION 'summary' is taken by a file of the sweep itself"),
-        (EP_REFIT, "scenario line 2 '8:8:8:4:non-collocated:nvshmem:ep_refit': name 'ep_refit' is taken by scenario line 1"),
+        (
+            EP_REFIT,
+            "scenario line 2 '8:8:8:4:non-collocated:nvshmem:ep_refit': name 'ep_refit' is taken by scenario line 1",
+        ),
     ],
 )
 def test_a_malformed_line(line: str, message: str) -> None:

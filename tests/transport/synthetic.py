@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from refit.config.layout import Layout
-from refit.models.weights import LiveShard, WeightMemory
+from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
-from refit.plan.sharding import Census, Inventory, TensorSpec
+from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 
 VOCAB = 50
 
@@ -32,13 +32,13 @@ class Case:
 
     @property
     def plan(self) -> RefitPlan:
-        return plan_refit(self._census(self.source, True), self._census(self.destination, False))
+        return plan_refit(self._sharding(self.source, True), self._sharding(self.destination, False))
 
-    def _census(self, layout: Layout, is_source: bool) -> Census:
-        return Census.from_inventories({rank: self._inventory(layout, rank, is_source) for rank in layout.ranks})
+    def _sharding(self, layout: Layout, is_source: bool) -> Sharding:
+        return Sharding.from_ranks({rank: self._rank_sharding(layout, rank, is_source) for rank in layout.ranks})
 
-    def _inventory(self, layout: Layout, rank: int, is_source: bool) -> Inventory:
-        return Inventory.of((spec, box) for group in self.groups(layout, rank, is_source) for spec, box in group)
+    def _rank_sharding(self, layout: Layout, rank: int, is_source: bool) -> RankSharding:
+        return RankSharding.of((spec, box) for group in self.groups(layout, rank, is_source) for spec, box in group)
 
     def groups(self, layout: Layout, rank: int, is_source: bool) -> Iterator[list[tuple[TensorSpec, Box]]]:
         """Parts that lie in one parameter, stacked along dim 0; one group per parameter of `rank`."""
@@ -52,7 +52,11 @@ class Case:
         for key, shape, dim in (("qkv", (3 * hidden, hidden), 0), ("proj", (hidden, ffn), 1)):
             yield [(TensorSpec(key, shape, bf16), _cut(Box.whole(shape), dim, at.tp, layout.tp))]
         yield _gated(TensorSpec("fc1", (2 * ffn, hidden), bf16), Box.whole((2 * ffn, hidden)), 0, at.tp, layout.tp)
-        for key, shape, dtype in (("norm", (hidden,), norm_dtype), ("bias", (experts,), "float32"), ("odd", (3,), "int64")):
+        for key, shape, dtype in (
+            ("norm", (hidden,), norm_dtype),
+            ("bias", (experts,), "float32"),
+            ("odd", (3,), "int64"),
+        ):
             yield [(TensorSpec(key, shape, dtype), Box.whole(shape))]
         per_rank = experts // layout.ep
         for expert in range(at.ep * per_rank, (at.ep + 1) * per_rank):
@@ -61,12 +65,12 @@ class Case:
             yield _gated(fc1, Box.whole(fc1.shape).narrow(0, expert, expert + 1), 1, at.etp, layout.etp)
             yield [(fc2, _cut(Box.whole(fc2.shape).narrow(0, expert, expert + 1), 2, at.etp, layout.etp))]
 
-    def memory(self, side: Layout, rank: int) -> WeightMemory | None:
+    def memory(self, side: Layout, rank: int) -> LocalWeights | None:
         """Poisoned weights of one side on `rank`; None outside its window."""
         if rank not in side.ranks:
             return None
         groups = self.groups(side, rank, side is self.source)
-        return WeightMemory(shard for group in groups for shard in _live(group))
+        return LocalWeights(shard for group in groups for shard in _live(group))
 
 
 def _cut(box: Box, dim: int, index: int, count: int) -> Box:
@@ -80,14 +84,14 @@ def _gated(spec: TensorSpec, box: Box, dim: int, index: int, count: int) -> list
     return [(spec, _cut(part, dim, index, count)) for part in halves]
 
 
-def _live(group: list[tuple[TensorSpec, Box]]) -> Iterator[LiveShard]:
+def _live(group: list[tuple[TensorSpec, Box]]) -> Iterator[LocalShard]:
     spec, first = group[0]
     shape = first.extents[1:] if spec.stacked else first.extents
     rows = shape[0]
     dtype = getattr(torch, spec.dtype)
     owner = torch.nn.Parameter(torch.full((len(group) * rows, *shape[1:]), 77).to(dtype), requires_grad=False)
     for number, (tensor, box) in enumerate(group):
-        yield LiveShard(tensor, box, owner, owner.detach()[number * rows : (number + 1) * rows].view(box.extents))
+        yield LocalShard(tensor, box, owner, owner.detach()[number * rows : (number + 1) * rows].view(box.extents))
 
 
 @functools.lru_cache(maxsize=32)
@@ -97,21 +101,23 @@ def content(key: str, shape: tuple[int, ...], iteration: int) -> torch.Tensor:
     return torch.randint(-(2**7), 2**7, shape, generator=generator, dtype=torch.int16)
 
 
-def fill(memory: WeightMemory, iteration: int) -> None:
+def fill(memory: LocalWeights, iteration: int) -> None:
     for shard in memory:
-        shard.view.copy_(content(shard.tensor.key, shard.tensor.shape, iteration)[shard.box.slices_within(_whole(shard))])
+        shard.view.copy_(
+            content(shard.tensor.key, shard.tensor.shape, iteration)[shard.box.slices_within(_whole(shard))]
+        )
 
 
-def poison(memory: WeightMemory) -> None:
+def poison(memory: LocalWeights) -> None:
     for shard in memory:
         shard.view.fill_(-99)
 
 
-def wrong_tensors(memory: WeightMemory, plan: RefitPlan, iteration: int) -> list[str]:
+def wrong_tensors(memory: LocalWeights, plan: RefitPlan, iteration: int) -> list[str]:
     """Keys of the destination's tensors that are not what the source was filled with, padding as zeros."""
     wrong = []
     for shard in memory:
-        known = content(shard.tensor.key, plan.source_census.tensors[shard.tensor.key].shape, iteration)
+        known = content(shard.tensor.key, plan.source_sharding.tensors[shard.tensor.key].shape, iteration)
         wanted = torch.zeros(shard.tensor.shape, dtype=known.dtype)
         rows = min(known.shape[0], wanted.shape[0])
         wanted[:rows] = known[:rows]
@@ -121,5 +127,5 @@ def wrong_tensors(memory: WeightMemory, plan: RefitPlan, iteration: int) -> list
     return wrong
 
 
-def _whole(shard: LiveShard) -> Box:
+def _whole(shard: LocalShard) -> Box:
     return Box.whole(shard.tensor.shape)

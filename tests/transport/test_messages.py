@@ -8,7 +8,7 @@ from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.planner import plan_refit
-from refit.plan.sharding import Census, Holding, Inventory, Spread, TensorSpec
+from refit.plan.sharding import RankSharding, ReplicatedShard, Sharding, TensorSharding, TensorSpec
 from refit.transport.messages import ALIGNMENT, Framing, Message, bucket_bytes, num_peers, pair_buckets, schedule
 from tests.transport.synthetic import Case
 
@@ -64,8 +64,8 @@ def test_only_large_pieces_travel_alone() -> None:
 
 def test_a_piece_larger_than_a_bucket_is_cut_along_rows() -> None:
     whole = TensorSpec("w", (1000, 64), "bfloat16")
-    censuses = [Census.from_inventories({rank: Inventory.of([(whole, Box.whole(whole.shape))])}) for rank in (0, 1)]
-    channel = schedule(plan_refit(*censuses), 1, Framing(10_000, 5_000)).receives[0]
+    shardings = [Sharding.from_ranks({rank: RankSharding.of([(whole, Box.whole(whole.shape))])}) for rank in (0, 1)]
+    channel = schedule(plan_refit(*shardings), 1, Framing(10_000, 5_000)).receives[0]
     assert [message.pieces[0].box.extents[1] for message in channel.messages] == [64] * 13
 
 
@@ -97,8 +97,8 @@ def test_pairs_share_the_staging_by_their_bytes() -> None:
 
 def test_a_rank_that_only_sends_or_only_receives_spends_all_its_staging_on_that() -> None:
     whole = TensorSpec("w", (1 << 20, 64), "bfloat16")
-    censuses = [Census.from_inventories({rank: Inventory.of([(whole, Box.whole(whole.shape))])}) for rank in (0, 1)]
-    (size,) = pair_buckets(plan_refit(*censuses), 1 << 20, 2, limit=1 << 30).values()
+    shardings = [Sharding.from_ranks({rank: RankSharding.of([(whole, Box.whole(whole.shape))])}) for rank in (0, 1)]
+    (size,) = pair_buckets(plan_refit(*shardings), 1 << 20, 2, limit=1 << 30).values()
     assert size == (1 << 20) // 2
 
 
@@ -110,19 +110,19 @@ def test_one_rank_of_kimi_k2_is_scheduled_whole() -> None:
     assert sum(len(m.pieces) for c in framed.receives for m in c.messages) >= 60 * 96 * 3
 
 
-def _expert_census(ranks: range, num_layers: int) -> Census:
+def _expert_census(ranks: range, num_layers: int) -> Sharding:
     """384 experts spread over `ranks`, one ETP part of each: gate, up ([256, 7168]) and down ([7168, 256])."""
     per_rank = 384 // len(ranks)
 
-    def spread(shape: tuple[int, ...]) -> Spread:
+    def tensor_sharding(shape: tuple[int, ...]) -> TensorSharding:
         boxes = (Box.whole(shape).narrow(0, i * per_rank, (i + 1) * per_rank) for i in range(len(ranks)))
-        return Spread(tuple(Holding(box, (rank,)) for box, rank in zip(boxes, ranks, strict=True)))
+        return TensorSharding(tuple(ReplicatedShard(box, (rank,)) for box, rank in zip(boxes, ranks, strict=True)))
 
     shapes = {"gate": (384, 256, 7168), "up": (384, 256, 7168), "down": (384, 7168, 256)}
     keys = {f"{layer}.{name}": shape for layer in range(num_layers) for name, shape in shapes.items()}
-    spreads = {shape: spread(shape) for shape in shapes.values()}
-    return Census(
+    by_key = {shape: tensor_sharding(shape) for shape in shapes.values()}
+    return Sharding(
         tuple(ranks),
         {key: TensorSpec(key, shape, "bfloat16", stacked=True) for key, shape in keys.items()},
-        {key: spreads[shape] for key, shape in keys.items()},
+        {key: by_key[shape] for key, shape in keys.items()},
     )

@@ -34,7 +34,9 @@ def test_a_library_new_enough_is_available(installed: SimpleNamespace, version: 
 
 def test_an_old_library_is_named_with_the_remedy(installed: SimpleNamespace) -> None:
     installed.version = "3.4.5"
-    with pytest.raises(UnavailableError, match=r"3\.8 or newer, 3\.4\.5 is loaded.*LD_PRELOAD=.*libnvshmem_host") as caught:
+    with pytest.raises(
+        UnavailableError, match=r"3\.8 or newer, 3\.4\.5 is loaded.*LD_PRELOAD=.*libnvshmem_host"
+    ) as caught:
         get_transport("nvshmem").check_available()
     assert caught.value.exit_code == ExitCode.WAIVED
     assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
 from refit.transport.messages import Framing, schedule
 from refit.transport.one_sided.executor import Counter, OneSidedProgram
-from refit.transport.one_sided.receive_buffers import DirectLanding, Landing, Put, RingLanding
+from refit.transport.one_sided.receive_buffers import DirectBuffers, Put, ReceiveBuffers, RingBuffers
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
 TIMEOUT_S = 20.0
@@ -74,10 +74,10 @@ class QueuedMemory:
 
     def send(self, peer: int, put: Put, value: int) -> None:
         self._do(put.batch.run)
-        if put.parcel is not None:
-            parcel = put.parcel
-            place = self._world.heaps[peer][put.offset : put.offset + parcel.numel()]
-            self._do(lambda: place.copy_(parcel))
+        if put.packed is not None:
+            packed = put.packed
+            place = self._world.heaps[peer][put.offset : put.offset + packed.numel()]
+            self._do(lambda: place.copy_(packed))
         self.raise_counter(peer, Counter.ARRIVED, value)
 
     def take(self, peer: int, batch: CopyBatch) -> None:
@@ -121,11 +121,11 @@ class QueuedMemory:
             action()
 
 
-def _landing(case: Case, rank: int, kind: str, window: int, slot_bytes: int) -> tuple[Landing, Any]:
+def _buffers(case: Case, rank: int, kind: str, window: int, slot_bytes: int) -> tuple[ReceiveBuffers, Any]:
     destination = case.memory(case.destination, rank)
     if kind == "direct":
-        return DirectLanding(destination), destination
-    return RingLanding(destination, window, slot_bytes), destination
+        return DirectBuffers(destination), destination
+    return RingBuffers(destination, window, slot_bytes), destination
 
 
 def _rank(case: Case, rank: int, world: World, kind: str, window: int, problems: list[str]) -> None:
@@ -134,10 +134,10 @@ def _rank(case: Case, rank: int, world: World, kind: str, window: int, problems:
     plan, memory = case.plan, QueuedMemory(rank, world, mapped=kind != "put")
     try:
         source = case.memory(case.source, rank)
-        landing, destination = _landing(case, rank, kind, window, slot_bytes)
+        buffers, destination = _buffers(case, rank, kind, window, slot_bytes)
         framed = schedule(plan, rank, Framing(slot_bytes, None))
-        landing.attach(memory, framed)
-        program = OneSidedProgram(framed, memory, landing, source, destination, TIMEOUT_S)
+        buffers.attach(memory, framed)
+        program = OneSidedProgram(framed, memory, buffers, source, destination, TIMEOUT_S)
         for iteration in range(4):
             if source is not None:
                 fill(source, iteration)
@@ -162,7 +162,9 @@ TOGETHER = Case(Layout(2, 2, 2, 1, 4), Layout(4, 4, 1, 1, 4))
 def test_work_enqueued_in_one_queue_per_rank_ends_and_is_right(case: Case, kind: str, window: int) -> None:
     num_ranks = max(case.source.ranks.stop, case.destination.ranks.stop)
     world, problems = World(num_ranks), list[str]()
-    threads = [threading.Thread(target=_rank, args=(case, rank, world, kind, window, problems)) for rank in range(num_ranks)]
+    threads = [
+        threading.Thread(target=_rank, args=(case, rank, world, kind, window, problems)) for rank in range(num_ranks)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -16,8 +16,8 @@ import torch
 from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
 from refit.transport.base import TransportOptions, get_transport
-from refit.transport.one_sided.executor import shm
-from refit.transport.two_sided import backends as wires
+from refit.transport.one_sided import shm
+from refit.transport.two_sided import backends as backends
 from refit.transport.two_sided import executor as p2p
 from tests.dist.pool import RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
@@ -92,16 +92,16 @@ class _NoStreams:
 
 def _refit_through_pinned_memory(rank: int, case: Case, staging_bytes: int) -> Outcome:
     """The wire for GPU weights over Gloo, on a machine that can neither make streams nor pin memory."""
-    pageable, wire = torch.empty, wires.PinnedGlooWire
+    pageable, wire = torch.empty, backends.PinnedGlooBackend
 
     def empty(*sizes: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         return pageable(*sizes, **options)
 
     with (
-        mock.patch.object(wires, "_Lanes", _NoStreams),
+        mock.patch.object(backends, "_Lanes", _NoStreams),
         mock.patch.object(torch.cuda, "stream", nullcontext),
         mock.patch.object(torch, "empty", empty),
-        mock.patch.object(p2p, "GlooWire", partial(wire, device=torch.device("cpu"))),
+        mock.patch.object(p2p, "GlooBackend", partial(wire, device=torch.device("cpu"))),
     ):
         return _refit(rank, case, ("gloo", "ring"), staging_bytes)
 
@@ -223,7 +223,10 @@ def _prepare_with_little_shared_memory(rank: int) -> str:
     before = sorted(os.listdir("/dev/shm"))
     try:
         get_transport("shm").prepare(
-            case.plan, case.memory(case.source, rank), case.memory(case.destination, rank), TransportOptions(timeout_s=5.0)
+            case.plan,
+            case.memory(case.source, rank),
+            case.memory(case.destination, rank),
+            TransportOptions(timeout_s=5.0),
         )
     except UnavailableError as error:
         assert sorted(os.listdir("/dev/shm")) == before

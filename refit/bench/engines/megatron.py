@@ -114,8 +114,8 @@ def prepare_megatron_refit(
 
 
 def clear_caches(*modules: Any) -> None:
-    """Forget Megatron's services and plans. 0.19.2 finds plans by parallel sizes, not by model; 0.16.1 keeps its plan on
-    the destination, whatever the source."""
+    """Forget Megatron's services and plans. 0.19.2 finds plans by parallel sizes, not by model; 0.16.1 keeps its plan
+    on the destination, whatever the source."""
     if hasattr(megatron_refit, "clear_all_caches"):  # 0.19.2
         megatron_refit.clear_all_caches()
     else:

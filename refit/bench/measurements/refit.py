@@ -23,7 +23,7 @@ from refit.report.progress import Progress
 from refit.results.result import EngineResult, Sample, WrongWeights
 from refit.results.stats import summarise
 from refit.transport.base import Program, Transport, TransportOptions, get_transport
-from refit.transport.two_sided.backends import connect_pairs
+from refit.transport.two_sided.backends import connect_nccl_pairs
 
 MAX_WRONG_PER_RANK = 100
 """Wrong tensors a rank reports per iteration; the counts of elements are complete."""
@@ -94,7 +94,7 @@ def _connect(session: Session, transport: Transport, plan: RefitPlan, engine: En
         transport.connect(plan, _options(session.scenario))
     elif session.device.type == "cuda":
         assert dist.group.WORLD is not None
-        connect_pairs(plan, dist.group.WORLD, session.device)
+        connect_nccl_pairs(plan, dist.group.WORLD, session.device)
 
 
 def _prepare(session: Session, sides: Sides, plan: RefitPlan, engine: Engine, transport: Transport) -> Program:
@@ -108,7 +108,9 @@ def _prepare(session: Session, sides: Sides, plan: RefitPlan, engine: Engine, tr
 
 
 def _options(scenario: Scenario) -> TransportOptions:
-    return TransportOptions(scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers, scenario.nvshmem_force_put)
+    return TransportOptions(
+        scenario.staging_bytes, scenario.timeout_s, scenario.nvshmem_buffers, scenario.nvshmem_force_put
+    )
 
 
 def _attempt(engine: Engine, action: Callable[[], None]) -> _Refusal | None:
@@ -160,7 +162,7 @@ def _check(sides: Sides, iteration: int, verify: Verify) -> oracle.Verdict:
     memory = sides.destination.memory
     if memory is None or verify is Verify.OFF:
         return oracle.Verdict(0, ())
-    return oracle.check(memory, sides.source.census.tensors, iteration, sample=verify is Verify.SAMPLE)
+    return oracle.check(memory, sides.source.sharding.tensors, iteration, sample=verify is Verify.SAMPLE)
 
 
 def _record(outcome: EngineResult, ranks: list[_RankSample], iteration: int, warmup: bool) -> Sample:

@@ -76,7 +76,8 @@ def build_model(
         ).eval()
     with torch.no_grad():
         for parameter in module.parameters():
-            # torch's norms are built in float32 on the CPU, whatever the config says. Buffers (expert_bias) stay float32.
+            # torch's norms are built in float32 on the CPU, whatever the config says. Buffers (expert_bias) stay
+            # float32.
             parameter.data = parameter.data.to(device, config.params_dtype)
     return BuiltModel((module,), groups, layout, shape)
 
@@ -88,10 +89,13 @@ def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
     if transformer_impl == "local":
         return
     if device.type != "cuda":
-        raise UnavailableError(f"Transformer Engine layers need CUDA, the device is {device}: use --transformer-impl local")
+        raise UnavailableError(
+            f"Transformer Engine layers need CUDA, the device is {device}: use --transformer-impl local"
+        )
     if not compat.has_transformer_engine():
         raise UnavailableError(
-            "Transformer Engine is not installed: pip install 'transformer-engine[pytorch]', or use --transformer-impl local"
+            "Transformer Engine is not installed: pip install 'transformer-engine[pytorch]', or use "
+            "--transformer-impl local"
         )
 
 

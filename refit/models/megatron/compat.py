@@ -62,8 +62,8 @@ def check_latent_query_norm(shape: ModelShape) -> None:
         return
     if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is not None:
         raise UnavailableError(
-            f"Megatron-Core {'.'.join(map(str, megatron_version()))} cannot build latent attention with --qk-layernorm and "
-            "without --q-lora-rank: give a rank, leave the norm out, or install megatron-core 0.16.1"
+            f"Megatron-Core {'.'.join(map(str, megatron_version()))} cannot build latent attention with "
+            "--qk-layernorm and without --q-lora-rank: give a rank, leave the norm out, or install megatron-core 0.16.1"
         )
 
 
@@ -199,8 +199,8 @@ def is_routed(layer_spec: Any) -> bool:
 def mark_grouped_weight(weight: torch.Tensor, config: Any, row_parallel: bool) -> None:
     """Set the attributes that Transformer Engine and this version of Megatron leave on a grouped expert's weight.
 
-    They are wrong for resharding and kept so on purpose, since Megatron's own refit reads them: TE (2.20) marks dim 0 of
-    fc2 too once Megatron hides its parallel mode (`explicit_expert_comm`), which 0.16.1 leaves; 0.19.2
+    They are wrong for resharding and kept so on purpose, since Megatron's own refit reads them: TE (2.20) marks dim 0
+    of fc2 too once Megatron hides its parallel mode (`explicit_expert_comm`), which 0.16.1 leaves; 0.19.2
     (extensions/transformer_engine.py, `_set_expert_parameter_attributes`) sets the dim right and the stride of a gated
     fc1 to 1. Nothing else in this project reads them.
     """
@@ -276,6 +276,6 @@ def check_nvshmem_kernel() -> None:
     kernels = [Path(folder) / "kernels" / "chunked_kernel.cu" for folder in folders]
     if not any(kernel.is_file() for kernel in kernels):
         raise UnavailableError(
-            f"Megatron-Core's NVSHMEM refit has no kernel here ({kernels[0] if kernels else 'no such package'}): its wheels "
-            "leave the file out; copy it from Megatron-LM's repository, or use --refit-method nccl"
+            f"Megatron-Core's NVSHMEM refit has no kernel here ({kernels[0] if kernels else 'no such package'}): its "
+            "wheels leave the file out; copy it from Megatron-LM's repository, or use --refit-method nccl"
         )

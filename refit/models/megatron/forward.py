@@ -13,9 +13,12 @@ from refit.models.megatron.build import BuiltModel
 
 
 def check_forward_possible(model: BuiltModel) -> None:
-    """Raise UnavailableError, the same on every rank of the layout, where this version cannot run this model forward."""
+    """Raise UnavailableError, the same on every rank of the layout, where this version cannot run this model
+    forward."""
     if len(model.chunks) != 1:
-        raise UnavailableError(f"no forward check with {len(model.chunks)} model chunks per rank: only one is supported")
+        raise UnavailableError(
+            f"no forward check with {len(model.chunks)} model chunks per rank: only one is supported"
+        )
     shape, tp = model.shape, model.layout.tp
     if shape is None or shape.mla is not None or shape.num_query_groups >= tp:
         return

@@ -25,7 +25,8 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         self.softmax_scale = softmax_scale
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """query `[sequence, batch, heads, size]`, key and value with as many heads or fewer; `[sequence, batch, hidden]`."""
+        """query `[sequence, batch, heads, size]`, key and value with as many heads or fewer; `[sequence, batch,
+        hidden]`."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if k.size(1) != q.size(1):
             repeats = q.size(1) // k.size(1)

@@ -16,8 +16,8 @@ from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
 
 Provider: TypeAlias = Callable[[Layout, Any, torch.device], torch.nn.Module | list[torch.nn.Module]]
-"""Called on every rank of a layout with the layout, Megatron's ProcessGroupCollection and the device; returns the rank's
-part of the model, or several chunks of it."""
+"""Called on every rank of a layout with the layout, Megatron's ProcessGroupCollection and the device; returns the
+rank's part of the model, or several chunks of it."""
 
 
 def load_provider(text: str) -> Provider:
@@ -40,7 +40,9 @@ def load_provider(text: str) -> Provider:
     return provider
 
 
-def build_from_provider(provider: Provider, layout: Layout, groups: Any, device: torch.device | str) -> BuiltModel | None:
+def build_from_provider(
+    provider: Provider, layout: Layout, groups: Any, device: torch.device | str
+) -> BuiltModel | None:
     """This rank's part of the user's model in eval mode; None where `groups` is None: outside the window.
 
     Raises RefitError where the provider returns something else than modules.

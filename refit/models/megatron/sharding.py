@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from refit.errors import InventoryError
+from refit.errors import ShardingError
 from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
-from refit.models.weights import LiveShard, WeightMemory, joined
+from refit.models.weights import LocalShard, LocalWeights, joined
 from refit.plan.box import Box
-from refit.plan.sharding import ITEMSIZE, Inventory, TensorSpec
+from refit.plan.sharding import ITEMSIZE, RankSharding, TensorSpec
 
 ALIASES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
@@ -35,7 +35,7 @@ def canonical_key(key: str) -> str:
     return key
 
 
-def read_memory(model: BuiltModel) -> WeightMemory:
+def read_weights(model: BuiltModel) -> LocalWeights:
     """Every tensor the model states, as views onto its own storage.
 
     Raises InventoryError where what it states is not a view of its parameters and buffers, or leaves some of them out.
@@ -55,15 +55,15 @@ def read_memory(model: BuiltModel) -> WeightMemory:
             (1,) * stated.prepend_axis_num + tuple(int(size) for size in stated.local_shape),
         )
         view = stated.data.detach().view(box.extents)
-        shards.append(LiveShard(tensor, box, owners.of(stated.key, view), view))
-    memory = WeightMemory(joined(shards))
+        shards.append(LocalShard(tensor, box, owners.of(stated.key, view), view))
+    memory = LocalWeights(joined(shards))
     check_complete(model.chunks, memory)
     return memory
 
 
-def inventory_of(memory: WeightMemory) -> Inventory:
+def rank_sharding(memory: LocalWeights) -> RankSharding:
     """What this rank holds, without the memory."""
-    return Inventory.of((shard.tensor, shard.box) for shard in memory)
+    return RankSharding.of((shard.tensor, shard.box) for shard in memory)
 
 
 def stated_tensors(model: BuiltModel) -> Iterator[ShardedTensor]:
@@ -91,7 +91,7 @@ def _flatten(stated: Any) -> Iterator[ShardedTensor]:
 def _dtype_name(stated: ShardedTensor) -> str:
     name = str(stated.data.dtype).removeprefix("torch.")
     if name not in ITEMSIZE:
-        raise InventoryError(f"{stated.key} has dtype {name}, which is not supported: use one of {', '.join(ITEMSIZE)}")
+        raise ShardingError(f"{stated.key} has dtype {name}, which is not supported: use one of {', '.join(ITEMSIZE)}")
     return name
 
 
@@ -124,7 +124,7 @@ class Owners:
         """The tensor whose memory `view` looks into. Raises InventoryError where it is none of the model's."""
         index = bisect.bisect_right(self._begins, view.data_ptr()) - 1
         if index < 0 or view.data_ptr() >= self.all[index].end:
-            raise InventoryError(
+            raise ShardingError(
                 f"{key}: its sharded_state_dict() entry is a copy, not a view of a parameter or persistent buffer: "
                 "a refit could not write through it"
             )
@@ -150,7 +150,7 @@ def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def check_complete(chunks: Iterable[torch.nn.Module], memory: WeightMemory) -> None:
+def check_complete(chunks: Iterable[torch.nn.Module], memory: LocalWeights) -> None:
     """Raise InventoryError unless `memory` covers every parameter and persistent buffer once, element for element."""
     views: dict[int, list[torch.Tensor]] = defaultdict(list)
     for shard in memory:
@@ -161,9 +161,9 @@ def check_complete(chunks: Iterable[torch.nn.Module], memory: WeightMemory) -> N
         if (problem := _coverage_problem(owner, views[id(owner.tensor)])) is not None
     ]
     if problems:
-        raise InventoryError(
-            f"{len(problems)} parameters or persistent buffers are not stated by sharded_state_dict() as they should be: "
-            + "; ".join(problems[:5])
+        raise ShardingError(
+            f"{len(problems)} parameters or persistent buffers are not stated by sharded_state_dict() as they should "
+            "be: " + "; ".join(problems[:5])
         )
 
 
@@ -176,7 +176,11 @@ def _coverage_problem(owner: Owner, views: list[torch.Tensor]) -> str | None:
         return f"has {held} elements, {stated} are stated"
     if len(views) == 1 and views[0].is_contiguous() and owner.tensor.is_contiguous():
         return None if views[0].data_ptr() == owner.begin else "is stated beyond its end"
-    return None if _touched(owner, views) else f"is stated {stated} elements long, but some of them twice, others not at all"
+    return (
+        None
+        if _touched(owner, views)
+        else f"is stated {stated} elements long, but some of them twice, others not at all"
+    )
 
 
 def _touched(owner: Owner, views: list[torch.Tensor]) -> bool:

@@ -1,7 +1,7 @@
 """The one-sided executor: sources write into memory of the destinations that both map, and raise signals.
 
 For every pair two counters that only grow, over all runs: `ARRIVED` at the destination counts the messages written,
-`GRANTED` at the source those it may write. Message n waits until GRANTED reaches n; the destination takes it once
+`CREDIT` at the source those it may write. Message n waits until GRANTED reaches n; the destination takes it once
 ARRIVED reaches n. Counters never start again, so a run needs no barrier against the one before: a source that is a run
 ahead finds no grant and waits.
 
@@ -26,10 +26,10 @@ import torch
 
 from refit.copies.batch import CopyBatch, local_batches
 from refit.errors import RefitError
-from refit.models.weights import WeightMemory, generations
+from refit.models.weights import LocalWeights, generations
 from refit.transport.base import RunReport
 from refit.transport.messages import Channel, Schedule
-from refit.transport.one_sided.receive_buffers import Landing, Put
+from refit.transport.one_sided.receive_buffers import Put, ReceiveBuffers
 from refit.transport.phases import PhaseClock
 
 
@@ -37,7 +37,7 @@ class Counter(IntEnum):
     """The counters each rank keeps for each of its peers."""
 
     ARRIVED = 0
-    GRANTED = 1
+    CREDIT = 1
 
 
 class PeerMemory(Protocol):
@@ -137,15 +137,15 @@ class OneSidedProgram:
         self,
         framed: Schedule,
         memory: PeerMemory,
-        landing: Landing,
-        source: WeightMemory | None,
-        destination: WeightMemory | None,
+        buffers: ReceiveBuffers,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
         timeout_s: float,
     ) -> None:
-        """`landing` has been attached. Collective."""
+        """`buffers` has been attached. Collective."""
         self._schedule = framed
         self._memory = memory
-        self._landing = landing
+        self._buffers = buffers
         self._source = source
         self._destination = destination
         self._timeout_s = timeout_s
@@ -158,7 +158,7 @@ class OneSidedProgram:
 
     @property
     def staging_bytes(self) -> int:
-        return self._landing.staging_bytes
+        return self._buffers.staging_bytes
 
     def run(self) -> RunReport:
         clock = PhaseClock()
@@ -178,11 +178,11 @@ class OneSidedProgram:
 
     def close(self) -> None:
         self._sends, self._receives, self._local = [], [], []
-        self._landing.release()
+        self._buffers.release()
         self._memory.close()
 
     def _open_run(self) -> None:
-        window = self._landing.window
+        window = self._buffers.window
         for flow in (*self._sends, *self._receives):
             flow.position = 0
             if window is not None:
@@ -190,15 +190,15 @@ class OneSidedProgram:
                 flow.total = -(-flow.total // window) * window
         for receive in self._receives:
             if window is not None:
-                self._grant(receive)
+                self._give_credit(receive)
             else:
                 # The destination's weights are overwritten from here on, and not before.
-                self._memory.raise_counter(receive.peer, Counter.GRANTED, receive.total + len(receive.takes))
+                self._memory.raise_counter(receive.peer, Counter.CREDIT, receive.total + len(receive.takes))
 
     def _move(self, clock: PhaseClock) -> list[CopyBatch]:
         """All messages of the run, with local copies in between; returns those that are left."""
         local = list(self._local)
-        patience = _Patience(self._timeout_s)
+        backoff = Backoff(self._timeout_s)
         while pending := [flow for flow in (*self._sends, *self._receives) if not flow.is_done]:
             moved = self._progress(clock)
             if local and (self._memory.enqueues or not moved):
@@ -206,9 +206,9 @@ class OneSidedProgram:
                 moved = True
                 clock.lap("local")
             if moved:
-                patience.renew()
+                backoff.renew()
             else:
-                patience.spend(self._memory.rank, pending[0].peer)
+                backoff.wait(self._memory.rank, pending[0].peer)
                 clock.lap("wait")
         return local
 
@@ -219,7 +219,7 @@ class OneSidedProgram:
         """
         moved = False
         for flow in self._sends:
-            if not flow.is_done and self._memory.reached(flow.peer, Counter.GRANTED, flow.total + 1):
+            if not flow.is_done and self._memory.reached(flow.peer, Counter.CREDIT, flow.total + 1):
                 self._memory.send(flow.peer, flow.puts[flow.position], flow.total + 1)
                 flow.advance()
                 clock.lap("put")
@@ -228,19 +228,19 @@ class OneSidedProgram:
             if not receive.is_done and self._memory.reached(receive.peer, Counter.ARRIVED, receive.total + 1):
                 self._memory.take(receive.peer, receive.takes[receive.position])
                 receive.advance()
-                self._grant(receive)
+                self._give_credit(receive)
                 clock.lap("unpack")
                 moved = True
         return moved
 
-    def _grant(self, flow: _Flow) -> None:
+    def _give_credit(self, flow: _Flow) -> None:
         """A message taken out frees its slot for the one a whole window later."""
-        if self._landing.window is not None:
-            self._memory.raise_counter(flow.peer, Counter.GRANTED, flow.total + self._landing.window)
+        if self._buffers.window is not None:
+            self._memory.raise_counter(flow.peer, Counter.CREDIT, flow.total + self._buffers.window)
 
     def _follow_weights(self) -> bool:
         """True where copies were bound that have not run before."""
-        self._landing.follow()
+        self._buffers.follow()
         if self._bound_to != generations(self._source, self._destination):
             self._bind()
             return True
@@ -250,14 +250,14 @@ class OneSidedProgram:
         self._bound_to = generations(self._source, self._destination)
         for flow in self._sends:
             assert self._source is not None
-            flow.puts = self._landing.puts(flow.channel, self._source)
+            flow.puts = self._buffers.puts(flow.channel, self._source)
         for receive in self._receives:
-            receive.takes = self._landing.takes(receive.channel)
+            receive.takes = self._buffers.takes(receive.channel)
         framed, batch_bytes = self._schedule, self._memory.local_batch_bytes
         self._local = local_batches(framed.local, framed.zeros, self._source, self._destination, batch_bytes)
 
 
-class _Patience:
+class Backoff:
     """Waiting without progress: yield first, then sleep, and give up after `timeout_s`."""
 
     # With more ranks than cores a rank that keeps yielding may keep its core all the same (Linux's EEVDF scheduler),
@@ -273,7 +273,7 @@ class _Patience:
         self._turns = 0
         self._since = 0.0
 
-    def spend(self, rank: int, peer: int) -> None:
+    def wait(self, rank: int, peer: int) -> None:
         """Raises RefitError, naming `peer`, when it is used up."""
         self._turns += 1
         if self._turns <= self.NUM_YIELDS:

@@ -7,14 +7,14 @@ import torch.distributed as dist
 
 from refit.copies.batch import load_kernels
 from refit.errors import UsageError
-from refit.models.weights import WeightMemory
+from refit.models.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes, schedule
 from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
-from refit.transport.one_sided.receive_buffers import DirectLanding, Landing, RingLanding
+from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
 from refit.transport.rendezvous import Rendezvous
 
 SLOTS_PER_PEER = 2
@@ -47,7 +47,7 @@ class NvshmemTransport:
         load_kernels(torch.device("cuda", torch.cuda.current_device()))
 
     def prepare(
-        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> Program:
         """See `Transport.prepare`; but every rank of the default process group must call, and later close, since
         symmetric memory is allocated by all. Raises UsageError where it does not fit, or direct buffers are not mapped.
@@ -57,19 +57,19 @@ class NvshmemTransport:
         rendezvous.agree(library.attempt(lambda: _check_place(source, destination, options.one_sided_buffers)))
         memory = NvshmemMemory(rendezvous, options)
         try:
-            landing, framing = _landing(plan, memory, destination, options)
+            buffers, framing = _buffers(plan, memory, destination, options)
         except UsageError:  # on all ranks
             memory.close()
             raise
         framed = schedule(plan, rendezvous.rank, framing)
-        landing.attach(memory, framed)
+        buffers.attach(memory, framed)
         if options.one_sided_buffers == "direct":
             # What the weights have left is the caching allocator's now; the heap that holds them is not.
             torch.cuda.empty_cache()
-        return OneSidedProgram(framed, memory, landing, source, destination, options.timeout_s)
+        return OneSidedProgram(framed, memory, buffers, source, destination, options.timeout_s)
 
 
-def _check_place(source: WeightMemory | None, destination: WeightMemory | None, buffers: str) -> None:
+def _check_place(source: LocalWeights | None, destination: LocalWeights | None, buffers: str) -> None:
     here = torch.device("cuda", torch.cuda.current_device())
     for memory in (source, destination):
         if memory is not None and memory.device != here:
@@ -89,12 +89,12 @@ def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
     """Symmetric memory that any rank can come to need: allocations are the same size on all."""
     if options.one_sided_buffers == "ring":
         return options.staging_bytes
-    return max(plan.destination_census.bytes_per_rank.values())
+    return max(plan.destination_sharding.bytes_per_rank.values())
 
 
-def _landing(
-    plan: RefitPlan, memory: NvshmemMemory, destination: WeightMemory | None, options: TransportOptions
-) -> tuple[Landing, Framing]:
+def _buffers(
+    plan: RefitPlan, memory: NvshmemMemory, destination: LocalWeights | None, options: TransportOptions
+) -> tuple[ReceiveBuffers, Framing]:
     """Collective: all ranks frame alike."""
     targets = sorted(set(plan.destination[plan.is_wire & (plan.source == memory.rank)].tolist()))
     found = memory.exchange([target for target in targets if not memory.is_mapped(target)])
@@ -104,12 +104,12 @@ def _landing(
         for rank, peers in unmapped.items():
             reason = "--nvshmem-force-put is given" if options.one_sided_force_put else "they share no NVLink"
             raise UsageError(
-                f"direct buffers are written through mapped memory, and rank {rank} does not map that of rank {peers[0]} "
-                f"({reason}): use --nvshmem-buffers ring"
+                f"direct buffers are written through mapped memory, and rank {rank} does not map that of rank "
+                f"{peers[0]} ({reason}): use --nvshmem-buffers ring"
             )
-        return DirectLanding(destination, programs), Framing(DIRECT_BATCH_BYTES, None)
+        return DirectBuffers(destination, programs), Framing(DIRECT_BATCH_BYTES, None)
     # The slot that messages for an unmapped peer leave from counts as staging too.
     slots_per_peer = SLOTS_PER_PEER + 1 if unmapped else SLOTS_PER_PEER
     slot_bytes = bucket_bytes(plan, options.staging_bytes, slots_per_peer, SLOT_BYTES)
     slot_bytes = slot_bytes // SLOT_ALIGNMENT * SLOT_ALIGNMENT or slot_bytes
-    return RingLanding(destination, SLOTS_PER_PEER, slot_bytes, programs), Framing(slot_bytes, None)
+    return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes, programs), Framing(slot_bytes, None)

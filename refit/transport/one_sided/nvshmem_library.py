@@ -57,8 +57,8 @@ def check_available() -> None:
         ) from error
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_VERSION:
         raise UnavailableError(
-            f"nvshmem needs NVSHMEM {'.'.join(map(str, OLDEST_VERSION))} or newer, {version} is loaded (PyTorch brings one "
-            f"of its own): set LD_PRELOAD={_packaged_library()}, or use --refit-method nccl"
+            f"nvshmem needs NVSHMEM {'.'.join(map(str, OLDEST_VERSION))} or newer, {version} is loaded (PyTorch "
+            f"brings one of its own): set LD_PRELOAD={_packaged_library()}, or use --refit-method nccl"
         )
 
 
@@ -71,9 +71,9 @@ def load() -> Any:
 def start(rendezvous: Rendezvous, heap_bytes: int) -> None:
     """Initialise NVSHMEM, once per process, with PE numbers equal to ranks and room for `heap_bytes`.
 
-    It stays initialised until the interpreter ends: "After finalization, a subsequent initialization call [...] leads to
-    undefined behavior" (NVSHMEM documentation, execution model). Later callers that need more get it all the same, as
-    the heap grows where it is made of CUDA virtual memory, which is the default.
+    It stays initialised until the interpreter ends: "After finalization, a subsequent initialization call [...] leads
+    to undefined behavior" (NVSHMEM documentation, execution model). Later callers that need more get it all the same,
+    as the heap grows where it is made of CUDA virtual memory, which is the default.
     Collective: every rank of the default process group. Raises UsageError where the user has set too small a heap.
     """
     needed = max(rendezvous.exchange(heap_bytes).values())
@@ -106,7 +106,9 @@ def check_heap_size(given: str | None, needed_bytes: int) -> None:
         return
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)\s*", given, re.IGNORECASE)
     if found is None:
-        raise UsageError(f"{SIZE_VARIABLE}={given!r} is no size: give bytes, or a number with k, m, g or t, or unset it")
+        raise UsageError(
+            f"{SIZE_VARIABLE}={given!r} is no size: give bytes, or a number with k, m, g or t, or unset it"
+        )
     size = float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " ")
     if size < needed_bytes:
         raise UsageError(
@@ -125,8 +127,8 @@ def check_room(needed_bytes: int, rank: int, remedy: str) -> None:
     free = torch.cuda.mem_get_info()[0]
     if free < needed_bytes:
         raise UsageError(
-            f"nvshmem needs {needed_bytes / 2**30:.2f} GiB of symmetric memory, the same on every rank, and rank {rank} has "
-            f"{free / 2**30:.2f} GiB left: {remedy}"
+            f"nvshmem needs {needed_bytes / 2**30:.2f} GiB of symmetric memory, the same on every rank, and rank "
+            f"{rank} has {free / 2**30:.2f} GiB left: {remedy}"
         )
 
 

@@ -1,7 +1,7 @@
 """GPU memory that NVSHMEM makes peers share, and the streams that order what is done with it.
 
-Peers over NVLink are written by copy kernels through their mapped memory. For others, a message is packed into a slot of
-the source's own symmetric memory, as the network requires, and travels by `putmem_signal`.
+Peers over NVLink are written by copy kernels through their mapped memory. For others, a message is packed into a slot
+of the source's own symmetric memory, as the network requires, and travels by `putmem_signal`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class NvshmemMemory:
         stream = self._outward.of(peer)
         with torch.cuda.stream(stream):
             put.batch.run()
-        if put.parcel is None:
+        if put.packed is None:
             # Stores of a kernel are visible to all once it has ended, and the signal follows it on its stream.
             self._signal(peer, Counter.ARRIVED, value, stream)
             return
@@ -98,8 +98,8 @@ class NvshmemMemory:
         # (NVSHMEM documentation, signaling operations).
         self._calls.putmem_signal_on_stream(
             self._heap.data_ptr() + put.offset,
-            put.parcel.data_ptr(),
-            put.parcel.numel(),
+            put.packed.data_ptr(),
+            put.packed.numel(),
             self._cell(Counter.ARRIVED, self.rank),
             value,
             self._set,
@@ -137,8 +137,8 @@ class NvshmemMemory:
                 library.abandon()
                 peers = sorted({peer for _, late in pending for peer in late})
                 raise RefitError(
-                    f"rank {self.rank}: no end of the exchange with ranks {peers} within {self._timeout_s:g} s (--timeout): "
-                    "one of them has failed or is slower than that"
+                    f"rank {self.rank}: no end of the exchange with ranks {peers} within {self._timeout_s:g} s "
+                    "(--timeout): one of them has failed or is slower than that"
                 )
             time.sleep(0)
 
@@ -161,7 +161,9 @@ class NvshmemMemory:
         """Symmetric memory, uint8 `[nbytes]`, zeroed; `nbytes` is equal on all ranks. Collective."""
         made: list[torch.Tensor] = []
         self._rendezvous.agree(
-            library.attempt(lambda: made.append(self._core.bytetensor((nbytes,), dtype=torch.uint8, except_on_del=False)))
+            library.attempt(
+                lambda: made.append(self._core.bytetensor((nbytes,), dtype=torch.uint8, except_on_del=False))
+            )
         )
         return made[0].zero_()
 

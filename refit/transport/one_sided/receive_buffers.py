@@ -11,7 +11,7 @@ import torch
 
 from refit.copies.batch import CopyBatch, pack_copies, unpack_copies, weight_copies
 from refit.errors import RefitError
-from refit.models.weights import LiveShard, WeightMemory
+from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 from refit.transport.messages import Channel, Message, Schedule
@@ -32,16 +32,16 @@ class Heaps(Protocol):
 class Put:
     """One message on its way into a peer's heap.
 
-    `batch` writes it there; where the heap cannot be mapped, it packs `parcel`, uint8 in this rank's heap, which then
+    `batch` writes it there; where the heap cannot be mapped, it packs `packed`, uint8 in this rank's heap, which then
     travels as a whole to byte `offset` of the peer's.
     """
 
     batch: CopyBatch
-    parcel: torch.Tensor | None = None
+    packed: torch.Tensor | None = None
     offset: int = 0
 
 
-class Landing(Protocol):
+class ReceiveBuffers(Protocol):
     """`window`: messages of a pair that may be under way, or None where a run is granted as a whole."""
 
     window: int | None
@@ -52,7 +52,7 @@ class Landing(Protocol):
         """Allocate, and learn where peers want their messages. Collective."""
         ...
 
-    def puts(self, channel: Channel, source: WeightMemory) -> list[Put]:
+    def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
         """For each message, what brings it from this rank's weights into the peer's heap."""
         ...
 
@@ -81,14 +81,14 @@ class _Target:
     outgoing: torch.Tensor | None
 
 
-class RingLanding:
+class RingBuffers:
     """`window` slots of `slot_bytes` for each source; message n of all runs uses slot n mod `window`.
 
     `put_programs` bounds the programs of a copy kernel that writes to a peer, where given.
     """
 
     def __init__(
-        self, destination: WeightMemory | None, window: int, slot_bytes: int, put_programs: int | None = None
+        self, destination: LocalWeights | None, window: int, slot_bytes: int, put_programs: int | None = None
     ) -> None:
         self.window: int | None = window
         self.staging_bytes = 0
@@ -116,14 +116,16 @@ class RingLanding:
             else:
                 self._targets[target] = _Target(start, heaps.peer(target)[start : start + ring_bytes], None)
 
-    def puts(self, channel: Channel, source: WeightMemory) -> list[Put]:
+    def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
         target = self._targets[channel.destination]
         return [self._put(number, message, target, source) for number, message in enumerate(channel.messages)]
 
     def takes(self, channel: Channel) -> list[CopyBatch]:
         assert self._destination is not None
         ring = self._own[channel.source]
-        return [CopyBatch(unpack_copies(m, self._destination, self._slot(ring, n))) for n, m in enumerate(channel.messages)]
+        return [
+            CopyBatch(unpack_copies(m, self._destination, self._slot(ring, n))) for n, m in enumerate(channel.messages)
+        ]
 
     def follow(self) -> None:
         pass
@@ -131,13 +133,13 @@ class RingLanding:
     def release(self) -> None:
         self._own, self._targets = {}, {}
 
-    def _put(self, number: int, message: Message, target: _Target, source: WeightMemory) -> Put:
+    def _put(self, number: int, message: Message, target: _Target, source: LocalWeights) -> Put:
         if target.ring is not None:
             copies = pack_copies(message, source, self._slot(target.ring, number))
             return Put(CopyBatch(copies, num_programs=self._put_programs))
         assert target.outgoing is not None
-        parcel = target.outgoing[: message.nbytes]
-        return Put(CopyBatch(pack_copies(message, source, parcel)), parcel, target.start + self._slot_start(number))
+        packed = target.outgoing[: message.nbytes]
+        return Put(CopyBatch(pack_copies(message, source, packed)), packed, target.start + self._slot_start(number))
 
     def _slot(self, ring: torch.Tensor, number: int) -> torch.Tensor:
         start = self._slot_start(number)
@@ -158,17 +160,18 @@ class _Place:
     strides: tuple[int, ...]
 
 
-class DirectLanding:
+class DirectBuffers:
     """The destination's weights move into its heap, so that the source's write is the last copy.
 
-    While they move, in `attach`, both their old and their new memory are taken; afterwards nothing is beyond the models.
+    While they move, in `attach`, both their old and their new memory are taken; afterwards nothing is beyond the
+    models.
     """
 
     window: int | None = None
     staging_bytes = 0
 
-    def __init__(self, destination: WeightMemory | None, put_programs: int | None = None) -> None:
-        """`put_programs`: see `RingLanding`."""
+    def __init__(self, destination: LocalWeights | None, put_programs: int | None = None) -> None:
+        """`put_programs`: see `RingBuffers`."""
         self._destination = destination
         self._put_programs = put_programs
         self._homes: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -189,12 +192,16 @@ class DirectLanding:
         assert all(heaps.is_mapped(target) for target in targets)
         self._peers = {target: _peer_weights(heaps.peer(target), found[target]) for target in targets}
 
-    def puts(self, channel: Channel, source: WeightMemory) -> list[Put]:
+    def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
         target = self._peers[channel.destination]
         return [
             Put(
                 CopyBatch(
-                    (copy for piece in message.pieces for copy in weight_copies(piece.tensor, piece.box, source, target)),
+                    (
+                        copy
+                        for piece in message.pieces
+                        for copy in weight_copies(piece.tensor, piece.box, source, target)
+                    ),
                     num_programs=self._put_programs,
                 )
             )
@@ -226,7 +233,7 @@ class DirectLanding:
             self._destination.refresh()
 
 
-def _distinct_owners(memory: WeightMemory) -> list[torch.Tensor]:
+def _distinct_owners(memory: LocalWeights) -> list[torch.Tensor]:
     """Raises RefitError where two of them overlap: giving each memory of its own would part what the model shares."""
     owners = list({id(shard.owner): shard.owner for shard in memory}.values())
     ordered = sorted(owners, key=lambda owner: owner.data_ptr())
@@ -250,12 +257,12 @@ def _strided(
     return torch.as_strided(whole, shape, strides, whole.storage_offset())
 
 
-def _place(shard: LiveShard, heap: torch.Tensor) -> _Place:
+def _place(shard: LocalShard, heap: torch.Tensor) -> _Place:
     view = shard.view
     return _Place(shard.tensor, shard.box, view.dtype, view.data_ptr() - heap.data_ptr(), view.stride())
 
 
-def _peer_weights(heap: torch.Tensor, places: Sequence[_Place]) -> WeightMemory:
-    return WeightMemory(
-        LiveShard(p.tensor, p.box, heap, _strided(heap, p.dtype, p.offset, p.box.extents, p.strides)) for p in places
+def _peer_weights(heap: torch.Tensor, places: Sequence[_Place]) -> LocalWeights:
+    return LocalWeights(
+        LocalShard(p.tensor, p.box, heap, _strided(heap, p.dtype, p.offset, p.box.extents, p.strides)) for p in places
     )

@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, UsageError
-from refit.models.weights import WeightMemory
+from refit.models.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes, schedule
 from refit.transport.one_sided.executor import Counter, OneSidedProgram
-from refit.transport.one_sided.receive_buffers import DirectLanding, Landing, Put, RingLanding
+from refit.transport.one_sided.receive_buffers import DirectBuffers, Put, ReceiveBuffers, RingBuffers
 from refit.transport.rendezvous import Rendezvous
 
 DIRECTORY = Path("/dev/shm")
@@ -47,29 +47,32 @@ class SharedMemoryTransport:
         """Memory that both sides map needs no connection."""
 
     def prepare(
-        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> Program:
-        """See `Transport.prepare`. Raises UnavailableError where ranks are on several hosts or shared memory is short."""
+        """See `Transport.prepare`. Raises UnavailableError where ranks are on several hosts or shared memory is
+        short."""
         for memory in (source, destination):
             if memory is not None and memory.device.type != "cpu":
                 raise UsageError(f"shm moves weights in CPU memory, these are on {memory.device}: use nccl or gloo")
-        ranks = sorted({*plan.source_census.ranks, *plan.destination_census.ranks})
+        ranks = sorted({*plan.source_sharding.ranks, *plan.destination_sharding.ranks})
         if dist.get_rank() not in ranks:
             return IdleProgram()
-        landing, framing = _landing(plan, destination, options)
+        buffers, framing = _buffers(plan, destination, options)
         rendezvous = Rendezvous(f"shm/{plan.digest}", ranks, options.timeout_s)
         shared = SharedMemory(rendezvous)
         framed = schedule(plan, rendezvous.rank, framing)
-        landing.attach(shared, framed)
-        return OneSidedProgram(framed, shared, landing, source, destination, options.timeout_s)
+        buffers.attach(shared, framed)
+        return OneSidedProgram(framed, shared, buffers, source, destination, options.timeout_s)
 
 
-def _landing(plan: RefitPlan, destination: WeightMemory | None, options: TransportOptions) -> tuple[Landing, Framing]:
+def _buffers(
+    plan: RefitPlan, destination: LocalWeights | None, options: TransportOptions
+) -> tuple[ReceiveBuffers, Framing]:
     if options.one_sided_buffers == "direct":
-        return DirectLanding(destination), Framing(DIRECT_BATCH_BYTES, None)
+        return DirectBuffers(destination), Framing(DIRECT_BATCH_BYTES, None)
     if options.one_sided_buffers == "ring":
         slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
-        return RingLanding(destination, SLOTS_PER_PEER, slot_bytes), Framing(slot_bytes, None)
+        return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes), Framing(slot_bytes, None)
     raise UsageError(f"unknown buffers {options.one_sided_buffers!r} for one-sided transports: choose ring or direct")
 
 
@@ -175,7 +178,8 @@ _FENCE.acquire()
 
 
 def _fence() -> None:
-    """Where the processor may reorder (Arm): releasing a lock and acquiring it again orders all before with all after."""
+    """Where the processor may reorder (Arm): releasing a lock and acquiring it again orders all before with all
+    after."""
     if not _KEEPS_ORDER:
         _FENCE.release()
         _FENCE.acquire()

@@ -16,20 +16,20 @@ import torch.distributed as dist
 
 from refit.copies.batch import Copy, CopyBatch, load_kernels, local_batches, pack_copies, unpack_copies
 from refit.errors import UnavailableError
-from refit.models.weights import WeightMemory, generations
+from refit.models.weights import LocalWeights, generations
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
 from refit.transport.messages import Channel, Framing, Message, Schedule, pair_buckets, schedule
 from refit.transport.phases import PhaseClock
 from refit.transport.two_sided.backends import (
+    BackendTraits,
     Bound,
-    GlooWire,
-    NcclWire,
-    PinnedGlooWire,
-    Ticket,
-    Wire,
-    WireTraits,
-    connect_pairs,
+    GlooBackend,
+    NcclBackend,
+    P2PBackend,
+    PendingRound,
+    PinnedGlooBackend,
+    connect_nccl_pairs,
 )
 
 LOCAL_BATCH_BYTES = {"cpu": 4 << 20, "cuda": 4 << 30}
@@ -39,12 +39,13 @@ launch costs more than megabytes."""
 LOCAL_PROGRAMS = 132
 """On a GPU: 3.2 of the 3.8 TB/s that all programs together reach, and the wire's kernels find room beside them."""
 
-Copier = Callable[[Message, WeightMemory, torch.Tensor], list[Copy]]
+Copier = Callable[[Message, LocalWeights, torch.Tensor], list[Copy]]
 """`pack_copies` or `unpack_copies`."""
 
 
 class TwoSidedTransport:
-    """Sends and receives of torch.distributed: "gloo" for CPU weights (or CUDA ones, over the host), "nccl" for CUDA."""
+    """Sends and receives of torch.distributed: "gloo" for CPU weights (or CUDA ones, over the host), "nccl" for
+    CUDA."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -65,24 +66,24 @@ class TwoSidedTransport:
         urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         self._group = dist.new_group(_ranks_of(plan), backend="nccl", pg_options=urgent)
         device = torch.device("cuda", torch.cuda.current_device())
-        connect_pairs(plan, self._group, device)
+        connect_nccl_pairs(plan, self._group, device)
         load_kernels(device)
 
     def prepare(
-        self, plan: RefitPlan, source: WeightMemory | None, destination: WeightMemory | None, options: TransportOptions
+        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> TwoSidedProgram:
         """Gloo talks over the default process group and prepares without communication; see `Transport.prepare`."""
         self.connect(plan, options)
-        wire = self._wire(source if source is not None else destination, options)
-        framed = _framed(plan, wire.traits, options)
-        return TwoSidedProgram(framed, wire, wire.traits, source, destination, lambda: self._disconnect(plan))
+        backend = self._backend(source if source is not None else destination, options)
+        framed = _framed(plan, backend.traits, options)
+        return TwoSidedProgram(framed, backend, backend.traits, source, destination, lambda: self._disconnect(plan))
 
-    def _wire(self, memory: WeightMemory | None, options: TransportOptions) -> Wire:
+    def _backend(self, memory: LocalWeights | None, options: TransportOptions) -> P2PBackend:
         if self._group is not None:
-            return NcclWire(options.timeout_s, torch.device("cuda", torch.cuda.current_device()), self._group)
+            return NcclBackend(options.timeout_s, torch.device("cuda", torch.cuda.current_device()), self._group)
         if memory is not None and memory.device.type == "cuda":
-            return PinnedGlooWire(options.timeout_s, memory.device)
-        return GlooWire(options.timeout_s)
+            return PinnedGlooBackend(options.timeout_s, memory.device)
+        return GlooBackend(options.timeout_s)
 
     def _disconnect(self, plan: RefitPlan) -> None:
         if self._group is not None and dist.get_rank() in _ranks_of(plan):
@@ -91,20 +92,20 @@ class TwoSidedTransport:
 
 
 def _ranks_of(plan: RefitPlan) -> list[int]:
-    return sorted({*plan.source_census.ranks, *plan.destination_census.ranks})
+    return sorted({*plan.source_sharding.ranks, *plan.destination_sharding.ranks})
 
 
-def _framed(plan: RefitPlan, traits: WireTraits, options: TransportOptions) -> Schedule:
+def _framed(plan: RefitPlan, traits: BackendTraits, options: TransportOptions) -> Schedule:
     """Staging is divided over slots and, by their bytes, over peers."""
     staging_bytes = options.staging_bytes // traits.copies
     sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, traits.bucket_bytes)
-    return schedule(plan, dist.get_rank(), Framing(traits.bucket_bytes, traits.alone_bytes, sizes))
+    return schedule(plan, dist.get_rank(), Framing(traits.bucket_bytes, traits.direct_send_threshold, sizes))
 
 
 class _Ring:
     """The staging slots of one direction of one channel, taken in turn by the messages that need one."""
 
-    def __init__(self, traits: WireTraits) -> None:
+    def __init__(self, traits: BackendTraits) -> None:
         self._depth = traits.slots_per_peer
         self._pinned = traits.copies > 1
         self._num_programs = traits.num_programs
@@ -114,7 +115,7 @@ class _Ring:
     def nbytes(self) -> int:
         return sum(part.numel() for slot in self._slots.values() for part in slot if part is not None)
 
-    def bind(self, messages: Sequence[Message], peer: int, memory: WeightMemory, copies: Copier) -> Iterator[Bound]:
+    def bind(self, messages: Sequence[Message], peer: int, memory: LocalWeights, copies: Copier) -> Iterator[Bound]:
         """Give each message its bytes: the weights themselves where they are one run of memory, else a slot."""
         # Pinned slots stand between the weights and the wire, so nothing can skip them.
         runs = [None if self._pinned else _run_of_memory(message, memory) for message in messages]
@@ -140,13 +141,17 @@ class _Ring:
         return slot
 
 
-def _run_of_memory(message: Message, memory: WeightMemory) -> torch.Tensor | None:
+def _run_of_memory(message: Message, memory: LocalWeights) -> torch.Tensor | None:
     """A message's bytes where they lie in the weights, in the order and dtype of the wire; None where they do not."""
     if len(message.pieces) != 1:
         return None
     piece = message.pieces[0]
     views = memory.views(piece.tensor.key, piece.box)
-    if len(views) != 1 or not views[0].data.is_contiguous() or views[0].data.dtype != getattr(torch, piece.tensor.dtype):
+    if (
+        len(views) != 1
+        or not views[0].data.is_contiguous()
+        or views[0].data.dtype != getattr(torch, piece.tensor.dtype)
+    ):
         return None
     return views[0].data.view(-1).view(torch.uint8)
 
@@ -157,14 +162,14 @@ class TwoSidedProgram:
     def __init__(
         self,
         framed: Schedule,
-        wire: Wire,
-        traits: WireTraits,
-        source: WeightMemory | None,
-        destination: WeightMemory | None,
+        backend: P2PBackend,
+        traits: BackendTraits,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
         release: Callable[[], None] | None = None,
     ) -> None:
         self._schedule = framed
-        self._wire = wire
+        self._backend = backend
         self._traits = traits
         self._source = source
         self._destination = destination
@@ -185,28 +190,30 @@ class TwoSidedProgram:
         clock = PhaseClock()
         with torch.no_grad():
             self._follow_weights()
-            tickets = [Ticket(sends, receives) for sends, receives in zip(self._sends, self._receives, strict=True)]
-            self._wire.begin()
+            rounds = [
+                PendingRound(sends, receives) for sends, receives in zip(self._sends, self._receives, strict=True)
+            ]
+            self._backend.begin()
             clock.lap("bind")
             ended = sent = 0
             for step, batches in enumerate(_spread(self._local, max(1, self._num_rounds))):
                 if step < self._num_rounds:
                     while ended <= max(self._reuses[step], step - self._traits.window):
-                        self._end(tickets[ended], clock)
+                        self._end(rounds[ended], clock)
                         ended += 1
                     while sent <= self._reuses[step]:
-                        self._wire.wait_sent(tickets[sent])
+                        self._backend.wait_sent(rounds[sent])
                         sent += 1
                     clock.lap("wire")
-                    self._start(tickets, step, clock)
+                    self._start(rounds, step, clock)
                 for batch in batches:
-                    self._wire.copy_local(batch)
+                    self._backend.copy_local(batch)
                 clock.lap("local")
-            for ticket in tickets[ended:]:
-                self._end(ticket, clock)
-            for ticket in tickets[sent:]:
-                self._wire.wait_sent(ticket)
-            self._wire.finish(tickets)
+            for pending in rounds[ended:]:
+                self._end(pending, clock)
+            for pending in rounds[sent:]:
+                self._backend.wait_sent(pending)
+            self._backend.finish(rounds)
             clock.lap("wire")
         return self._schedule.report(clock)
 
@@ -217,17 +224,17 @@ class TwoSidedProgram:
             self._release()
             self._release = None
 
-    def _start(self, tickets: Sequence[Ticket], step: int, clock: PhaseClock) -> None:
+    def _start(self, rounds: Sequence[PendingRound], step: int, clock: PhaseClock) -> None:
         """Put round `step` on the wire; the rounds that had its slots before have been sent, and ended here."""
-        self._wire.pack(tickets[step].sends)
+        self._backend.pack(rounds[step].sends)
         clock.lap("pack")
-        self._wire.post(tickets[step], tickets[self._reuses[step]] if self._reuses[step] >= 0 else None)
+        self._backend.post(rounds[step], rounds[self._reuses[step]] if self._reuses[step] >= 0 else None)
         clock.lap("wire")
 
-    def _end(self, ticket: Ticket, clock: PhaseClock) -> None:
-        self._wire.wait_received(ticket)
+    def _end(self, pending: PendingRound, clock: PhaseClock) -> None:
+        self._backend.wait_received(pending)
         clock.lap("wire")
-        self._wire.unpack(ticket)
+        self._backend.unpack(pending)
         clock.lap("unpack")
 
     def _follow_weights(self) -> None:
@@ -244,9 +251,11 @@ class TwoSidedProgram:
         self._reuses = [max((bound.reuses for bound in (*sends, *receives)), default=-1) for sends, receives in rounds]
         memory = self._destination if self._destination is not None else self._source
         batch_bytes = LOCAL_BATCH_BYTES["cpu" if memory is None else memory.device.type]
-        self._local = local_batches(framed.local, framed.zeros, self._source, self._destination, batch_bytes, LOCAL_PROGRAMS)
+        self._local = local_batches(
+            framed.local, framed.zeros, self._source, self._destination, batch_bytes, LOCAL_PROGRAMS
+        )
 
-    def _rounds(self, channels: Sequence[Channel], memory: WeightMemory | None, copies: Copier) -> list[list[Bound]]:
+    def _rounds(self, channels: Sequence[Channel], memory: LocalWeights | None, copies: Copier) -> list[list[Bound]]:
         rounds: list[list[Bound]] = [[] for _ in range(self._num_rounds)]
         for channel in channels:
             assert memory is not None

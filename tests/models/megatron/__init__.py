@@ -1,3 +1,4 @@
-"""Importing Megatron must wait for `refit.models.megatron`, which readies it; tests import the one or the other first."""
+"""Importing Megatron must wait for `refit.models.megatron`, which readies it; tests import the one or the other
+first."""
 
 import refit.models.megatron  # noqa: F401

@@ -15,7 +15,7 @@ from refit.config.layout import Layout
 from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
 from refit.models.megatron.build import BuiltModel, build_model
 from refit.models.megatron.groups import GroupCache, build_groups
-from refit.models.weights import LiveShard, WeightMemory
+from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 
 DENSE = ModelShape(
@@ -83,15 +83,15 @@ def content(key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
     return 1.0 + values if key.endswith("norm.weight") else values * 0.3
 
 
-def fill(memory: WeightMemory) -> None:
+def fill(memory: LocalWeights) -> None:
     for shard in memory:
         shard.view.copy_(content(shard.tensor.key, shard.tensor.shape, shard.box))
 
 
-def wrong(memory: WeightMemory) -> dict[str, int]:
+def wrong(memory: LocalWeights) -> dict[str, int]:
     """Elements that differ from their content, by key."""
 
-    def count(shard: LiveShard) -> int:
+    def count(shard: LocalShard) -> int:
         expected = content(shard.tensor.key, shard.tensor.shape, shard.box).to(shard.view.dtype)
         return int((shard.view != expected).sum())
 

@@ -28,7 +28,9 @@ with playing(0, 4):
 
 def test_import_and_build_are_silent() -> None:
     """With Python's own warning filter and logging at INFO, as a user's program may have them."""
-    result = subprocess.run([sys.executable, "-c", QUIET_BUILD], capture_output=True, text=True, timeout=100, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", QUIET_BUILD], capture_output=True, text=True, timeout=100, check=True
+    )
     assert result.stdout + result.stderr == ""
 
 

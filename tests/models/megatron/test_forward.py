@@ -13,7 +13,7 @@ from refit.errors import RefitError, UnavailableError
 from refit.models.megatron.compat import megatron_version
 from refit.models.megatron.forward import forward_logits
 from refit.models.megatron.groups import GroupCache
-from refit.models.megatron.sharding import read_memory
+from refit.models.megatron.sharding import read_weights
 from tests.dist.pool import RankPool
 from tests.models.megatron.small import DENSE, LATENT, MOE, SEQUENTIAL, built, fill, layout, playing
 
@@ -29,7 +29,7 @@ def logits_of(rank: int, shape: ModelShape, layouts: list[Layout]) -> list[torch
         if model is None:
             results.append(None)
             continue
-        fill(read_memory(model))
+        fill(read_weights(model))
         results.append(forward_logits(model, TOKENS))
     return results
 
@@ -80,7 +80,7 @@ def logits_with_swapped_gate(rank: int) -> list[torch.Tensor | None]:
     model = built(MOE, layout())
     if model is None:
         return []
-    memory = read_memory(model)
+    memory = read_weights(model)
     fill(memory)
     right = forward_logits(model, TOKENS)
     weight = model.module.decoder.layers[1].mlp.experts.linear_fc1.weight0

@@ -29,7 +29,11 @@ THEIRS = {
 
 @pytest.mark.parametrize(
     "where",
-    [layout(tp=2, ep=2, etp=2, pp=2), layout(tp=2, ep=4, etp=1, pp=1, world=8), layout(tp=4, ep=2, etp=2, pp=1, world=8)],
+    [
+        layout(tp=2, ep=2, etp=2, pp=2),
+        layout(tp=2, ep=4, etp=1, pp=1, world=8),
+        layout(tp=4, ep=2, etp=2, pp=1, world=8),
+    ],
     ids=["tp2-ep2-etp2-pp2", "tp2-ep4-etp1", "tp4-ep2-etp2"],
 )
 def test_groups_equal_megatrons(where: Layout) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
-from refit.models.megatron.sharding import inventory_of, read_memory
+from refit.models.megatron.sharding import rank_sharding, read_weights
 from refit.predict.megatron import predict
 from tests.models.megatron.small import DENSE, EXPERTS, LATENT, MLA, MOE, SEQUENTIAL, built, layout, playing
 
@@ -24,19 +24,21 @@ def all_layouts() -> list[Layout]:
     found = []
     for tp, ep, etp, pp in [(t, e, x, p) for t in (1, 2, 4) for e in (1, 2, 4) for x in (1, 2) for p in (1, 2)]:
         worlds = {pp * math.lcm(tp, ep * etp), pp * tp * ep}
-        found += [layout(tp, ep, etp, pp, world) for world in sorted(worlds) if world <= 8 and world % (etp * ep * pp) == 0]
+        found += [
+            layout(tp, ep, etp, pp, world) for world in sorted(worlds) if world <= 8 and world % (etp * ep * pp) == 0
+        ]
     return found
 
 
 def differences(shape: ModelShape, where: Layout) -> list[str]:
-    """Over all ranks: where prediction and live inventory disagree, and bytes that do."""
+    """Over all ranks: where prediction and live rank sharding disagree, and bytes that do."""
     predicted, lines = predict(shape, where), []
     for rank in where.ranks:
         with playing(rank, where.world_size):
             model = built(shape, where)
             assert model is not None
-            memory = read_memory(model)
-        lines += [f"rank {rank}: {line}" for line in predicted.inventory(rank).differences(inventory_of(memory))]
+            memory = read_weights(model)
+        lines += [f"rank {rank}: {line}" for line in predicted.inventory(rank).differences(rank_sharding(memory))]
         if memory.nbytes != predicted.bytes_per_rank[rank]:
             lines.append(f"rank {rank}: {predicted.bytes_per_rank[rank]} bytes predicted, {memory.nbytes} held")
     return lines

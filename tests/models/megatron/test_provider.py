@@ -11,29 +11,29 @@ from refit.config.layout import Layout
 from refit.errors import RefitError, UsageError
 from refit.models.megatron.groups import build_groups
 from refit.models.megatron.provider import build_from_provider, load_provider
-from refit.models.megatron.sharding import inventory_of, read_memory
+from refit.models.megatron.sharding import rank_sharding, read_weights
 from refit.plan.planner import plan_refit
-from refit.plan.sharding import Census, Inventory
+from refit.plan.sharding import RankSharding, Sharding
 from tests.models.megatron.small import DENSE, built, layout, playing
 
 
-def gathered(where: Layout) -> Census:
+def gathered(where: Layout) -> Sharding:
     """What every rank of the example's model states in this layout."""
     provider = load_provider("examples.custom_model:build")
-    inventories: dict[int, Inventory] = {}
+    by_rank: dict[int, RankSharding] = {}
     for rank in where.ranks:
         with playing(rank, where.ranks.stop):
             model = build_from_provider(provider, where, build_groups(where), "cpu")
             assert model is not None
-            inventories[rank] = inventory_of(read_memory(model))
-    return Census.from_inventories(inventories)
+            by_rank[rank] = rank_sharding(read_weights(model))
+    return Sharding.from_ranks(by_rank)
 
 
 def test_example_is_planned_between_two_layouts() -> None:
     source, destination = gathered(layout(tp=2, pp=2)), gathered(layout(tp=4, first=4))
     assert source.tensors["value_head.weight"].shape == (48, 64)
-    assert len(source.spreads["value_head.weight"].holdings) == 2
-    assert len(destination.spreads["value_head.weight"].holdings) == 4
+    assert len(source.by_key["value_head.weight"].shards) == 2
+    assert len(destination.by_key["value_head.weight"].shards) == 4
     assert source.tensors["value_scale"].dtype == "float32"
     plan = plan_refit(source, destination)  # proves on construction that every element is written once
     assert int(plan.nbytes.sum()) == sum(destination.bytes_per_rank.values())
@@ -44,7 +44,9 @@ def test_example_is_planned_between_two_layouts() -> None:
 def test_rank_outside_the_window_holds_nothing() -> None:
     where = layout(tp=2)
     with playing(3, 4):
-        assert build_from_provider(load_provider("examples.custom_model:build"), where, build_groups(where), "cpu") is None
+        assert (
+            build_from_provider(load_provider("examples.custom_model:build"), where, build_groups(where), "cpu") is None
+        )
 
 
 def test_several_chunks_are_read_together() -> None:
@@ -59,7 +61,7 @@ def test_several_chunks_are_read_together() -> None:
         chunks = [first.module.train(), last.module]
         model = build_from_provider(lambda *_: chunks, halves, last.groups, torch.device("cpu"))
         assert model is not None
-        keys = inventory_of(read_memory(model)).shards
+        keys = rank_sharding(read_weights(model)).shards
     assert not chunks[0].training
     # Both chunks were built for themselves, so the first holds layers 0-1 and the second 2-3.
     assert {key.split(".")[2] for key in keys if ".layers." in key} >= {"2", "3"}

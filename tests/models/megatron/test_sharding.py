@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from refit.config.shape import Dtype, ModelShape
-from refit.errors import InventoryError
+from refit.errors import ShardingError
 from refit.models.megatron.build import BuiltModel
-from refit.models.megatron.sharding import canonical_key, inventory_of, persistent_buffers, read_memory
+from refit.models.megatron.sharding import canonical_key, persistent_buffers, rank_sharding, read_weights
 from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, fill, layout, playing, wrong
 
 
@@ -26,7 +26,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[BuiltModel]:
 
 
 def test_views_lie_in_their_owners(model: BuiltModel) -> None:
-    for shard in read_memory(model):
+    for shard in read_weights(model):
         assert shard.view.shape == shard.box.extents
         storage = shard.owner.untyped_storage()
         assert shard.view.untyped_storage().data_ptr() == storage.data_ptr()
@@ -37,7 +37,7 @@ def test_writing_views_writes_the_model(model: BuiltModel) -> None:
     """Fill through the views, then read the module: gate of expert 5 stands where Megatron computes with it."""
     for parameter in model.module.parameters():
         parameter.data.fill_(torch.nan)
-    memory = read_memory(model)
+    memory = read_weights(model)
     fill(memory)
     assert not any(torch.isnan(parameter).any() for parameter in model.module.parameters())
     assert wrong(memory) == {}
@@ -53,13 +53,13 @@ def test_writing_views_writes_the_model(model: BuiltModel) -> None:
 def test_expert_bias_stays_float32(model: BuiltModel) -> None:
     dtypes = {name: buffer.dtype for name, buffer in persistent_buffers(model.module)}
     assert dtypes == dict.fromkeys((f"decoder.layers.{i}.mlp.router.expert_bias" for i in (1, 2, 3)), torch.float32)
-    shards = inventory_of(read_memory(model)).shards
+    shards = rank_sharding(read_weights(model)).shards
     assert shards["decoder.layers.1.mlp.router.expert_bias"].tensor.dtype == "float32"
     assert shards["decoder.layers.1.input_layernorm.weight"].tensor.dtype == "bfloat16"
 
 
 def test_views_follow_storage_that_moves(model: BuiltModel) -> None:
-    memory = read_memory(model)
+    memory = read_weights(model)
     fill(memory)
     for parameter in model.module.parameters():
         parameter.data = torch.zeros_like(parameter)
@@ -77,8 +77,8 @@ def test_parameter_left_out_is_named(model: BuiltModel) -> None:
         return {key: value for key, value in stated.items() if "final_layernorm" not in key and "forgotten" not in key}
 
     object.__setattr__(model.module, "sharded_state_dict", without_final_norm)
-    with pytest.raises(InventoryError, match=r"2 parameters or persistent buffers") as caught:
-        read_memory(model)
+    with pytest.raises(ShardingError, match=r"2 parameters or persistent buffers") as caught:
+        read_weights(model)
     assert f"decoder.final_layernorm.weight {list(norm.weight.shape)} is missing" in str(caught.value)
     assert "decoder.layers.2.self_attention.forgotten [3, 2] is missing" in str(caught.value)
 
@@ -93,8 +93,8 @@ def test_copy_is_refused(model: BuiltModel) -> None:
         return dict(stated)
 
     object.__setattr__(model.module, "sharded_state_dict", with_copy)
-    with pytest.raises(InventoryError, match=r"output_layer.weight: its sharded_state_dict\(\) entry is a copy"):
-        read_memory(model)
+    with pytest.raises(ShardingError, match=r"output_layer.weight: its sharded_state_dict\(\) entry is a copy"):
+        read_weights(model)
 
 
 def test_part_stated_twice_is_named(model: BuiltModel) -> None:
@@ -110,15 +110,17 @@ def test_part_stated_twice_is_named(model: BuiltModel) -> None:
         return stated
 
     object.__setattr__(model.module, "sharded_state_dict", with_gate_for_up)
-    with pytest.raises(InventoryError, match=r"layers.0.mlp.linear_fc1.weight \[96, 64\] is stated 6144 elements long, but"):
-        read_memory(model)
+    with pytest.raises(
+        ShardingError, match=r"layers.0.mlp.linear_fc1.weight \[96, 64\] is stated 6144 elements long, but"
+    ):
+        read_weights(model)
 
 
 def test_tied_output_layer_is_one_tensor() -> None:
     with playing(0, 1):
         model = built(replace(MOE, tied_embeddings=True), layout())
         assert model is not None
-        memory = read_memory(model)
+        memory = read_weights(model)
     keys = [shard.tensor.key for shard in memory]
     assert keys.count("embedding.word_embeddings.weight") == 1
     assert "output_layer.weight" not in keys
