@@ -37,7 +37,7 @@ slurm-test: $(READY)
 ## bench: the speed and memory claims of docs/performance.md, both sides measured in one run
 bench: $(READY)
 	$(BIN)/python -m benchmarks.transport_speed
-	$(BIN)/python -m benchmarks.peer_speed
+	$(BIN)/python -m benchmarks.baseline_speed
 	$(BIN)/python -m benchmarks.planning
 
 ## bench-gpu: every row of the GPU table, Megatron-Core's own refit beside ours (needs GPUs and their extras installed)

@@ -2,7 +2,7 @@
 
 import sys
 
-from refit.cli.parsing import main
+from refit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

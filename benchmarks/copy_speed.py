@@ -1,8 +1,9 @@
-"""How fast thousands of strided copies go on GPUs: `python -m benchmarks.copy_speed`.
+"""The speed of thousands of strided copies on GPUs: `python -m benchmarks.copy_speed`.
 
-Every case by the copy kernel, by `torch._foreach_copy_`, and, as the yardstick, by one `copy_` of as many contiguous
-bytes: within GPU 0, bytes read and bytes written counted both, and from GPU 0 into GPU 1's memory where there is one,
-bytes counted once. Times are medians of 5 rounds of runs enqueued back to back, so launches overlap with copies.
+Every case runs in the copy kernel, in `torch._foreach_copy_`, and, as the yardstick, as one `copy_` of equally many
+contiguous bytes. Within GPU 0, bytes count twice, as read and as written. From GPU 0 into GPU 1's memory, where there
+is one, they count once. Times are medians of 5 rounds of runs enqueued back to back, so that launches overlap with
+copies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from refit.copies.batch import Copy, CopyBatch
+from refit.copies.batch import CopyBatch
+from refit.copies.copy import Copy
 
 ROUND_S = 0.02
 NUM_ROUNDS = 5
@@ -25,7 +27,7 @@ PROGRAMS = (8, 16, 32, 64, 132, 264, 528, 1056)
 
 @dataclass(frozen=True)
 class Pair:
-    """Where a case reads and where it writes, and how often a byte counts."""
+    """The devices that a case reads and writes, and how many times a copied byte counts."""
 
     title: str
     source: torch.device
@@ -48,7 +50,7 @@ def pieces(num_pieces: int, nbytes: int) -> Callable[[Pair], list[Copy]]:
 
 
 def column_cuts(num_tensors: int, *, back: bool) -> Callable[[Pair], list[Copy]]:
-    """All seven cuts of 2,048 rows x 2 KiB out of each [2048, 7168], or, with `back`, into it."""
+    """All seven cuts of 2,048 rows x 2 KiB out of each [2048, 7168]; with `back`, into it."""
 
     def build(pair: Pair) -> list[Copy]:
         whole = (
@@ -62,7 +64,7 @@ def column_cuts(num_tensors: int, *, back: bool) -> Callable[[Pair], list[Copy]]
 
 
 def mix(pair: Pair) -> list[Copy]:
-    """Large pieces, middling ones, cuts both ways, and vectors: 0.4 GB."""
+    """Large and medium pieces, column cuts in both directions, and vectors: 0.4 GB."""
     parts = (pieces(6, 32 << 20), pieces(1024, 64 << 10), column_cuts(2, back=False), column_cuts(2, back=True))
     vectors = (pieces(512, 14336), pieces(64, 1536))
     return [copy for build in (*parts, *vectors) for copy in build(pair)]
@@ -87,7 +89,7 @@ def empty(device: torch.device, *shape: int) -> torch.Tensor:
 
 
 def median_s(action: Callable[[], object]) -> float:
-    """Seconds of one `action`, which only enqueues."""
+    """Seconds of one `action`, which enqueues work without waiting."""
     for _ in range(2):
         start = time.perf_counter()
         action()
@@ -110,7 +112,7 @@ def synchronize() -> None:
 
 
 def check(copies: list[Copy], name: str) -> None:
-    """Exits 1 where a destination differs from its source, in some 200 of the copies."""
+    """Check about 200 of the copies. Exits with code 1 where a destination differs from its source."""
     for copy in copies[:: max(1, len(copies) // 200)]:
         if not torch.equal(copy.destination.to(copy.source.device), copy.source):
             sys.exit(f"{name}: the kernel left wrong bytes")
@@ -142,8 +144,8 @@ def compare(pair: Pair) -> None:
 
 
 def compare_programs(pairs: list[Pair]) -> None:
-    """How few programs reach the speed of all, for kernels that run beside others."""
-    print(f"\n# 8,192 x 64 KiB by at most so many programs: GB/s\n{'programs':<18}", end="")
+    """The speed by number of programs, for kernels that must leave room for others."""
+    print(f"\n# 8,192 x 64 KiB, by number of programs: GB/s\n{'programs':<18}", end="")
     print("".join(f"{number:>8}" for number in PROGRAMS) + f"{'all':>8}")
     for pair in pairs:
         copies = pieces(8192, 64 << 10)(pair)
@@ -153,7 +155,7 @@ def compare_programs(pairs: list[Pair]) -> None:
 
 
 def sweep(pairs: list[Pair]) -> None:
-    """The kernel's settings, one changed at a time."""
+    """Compare settings of the kernel, one changed at a time."""
     from refit.copies.kernel import TUNING, KernelCopies
 
     tunings = [TUNING]

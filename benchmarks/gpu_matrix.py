@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -23,15 +22,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.predict.dry_run import DryRunOptions, dry_run
+from refit.results.refit import EngineResult
+from refit.results.result import Result, read_result
+from refit.results.status import Status
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("nccl", "nvshmem")
-NVSHMEM_WAYS = (("direct", "--nvshmem-buffers direct"), ("put", "--nvshmem-force-put"))
+NVSHMEM_WAYS = (("direct", "--one-sided-buffers direct"), ("put", "--nvshmem-force-put"))
 
 # The model of the speed rows: Kimi K2's widths, fewer experts and layers, so that both sides fit one host.
 SPEED_MODEL = """--num-layers 4 --hidden-size 7168 --num-attention-heads 64 --ffn-hidden-size 18432 --vocab-size 163840
@@ -142,7 +143,7 @@ def cells(num_gpus: int) -> Iterator[Cell]:
 
 
 def _speed(rows: Rows, method: str) -> Iterator[Cell]:
-    # Grouped experts are one module, which the peer refits right where a sequence of them comes out wrong.
+    # Grouped experts are one module, which the baseline refits right where a sequence of them comes out wrong.
     model = (SPEED_MODEL, "--moe-grouped-gemm")
     for source, destination, mode in rows.speed:
         yield cell("speed", source, destination, mode, method, *model, "--refit-engine both")
@@ -191,7 +192,7 @@ def predicted(one: Cell) -> str:
     return "-" if bound is None else f"{1e3 * bound.seconds:8.2f} ms: {bound.limited_by}"
 
 
-def run(one: Cell, directory: Path, num_gpus: int) -> dict[str, Any] | None:
+def run(one: Cell, directory: Path, num_gpus: int) -> Result | None:
     """Run a cell and return its result, or None where it left none. Its log is `<directory>/<name>.log`."""
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_gpus)]
@@ -208,51 +209,47 @@ def run(one: Cell, directory: Path, num_gpus: int) -> dict[str, Any] | None:
     results = sorted(directory.glob("*.json"))
     if not results or not results[-1].stat().st_size:
         return None
-    content: dict[str, Any] = json.loads(results[-1].read_text())
-    return content
+    return read_result(results[-1])
 
 
-def row(one: Cell, result: dict[str, Any] | None) -> str:
-    """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, the peer's, wrong
+def row(one: Cell, result: Result | None) -> str:
+    """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, the baseline's, wrong
     elements.
 
     `first` is planning, preparing and the first refit; `extra` the most device memory beyond both models.
     """
-    if result is None or not result.get("engines"):
+    measured = result.refit if result else None
+    if result is None or measured is None or not measured.engines:
         return f"{one.name:<{NAME_WIDTH}} {'failed':>8}  no result, see its log"
-    ours, peer = (result["engines"].get(name, {}) for name in ("refit", "megatron"))
-    bound = (result.get("bound") or {}).get("lower_bound_s")
-    medians = [engine.get("summary", {}).get("median_s") for engine in (ours, peer)]
-    extra = [nbytes for nbytes in ours.get("extra_memory_bytes_per_rank", ()) if nbytes is not None]
+    ours, theirs = (measured.engines.get(name, EngineResult()) for name in ("refit", "megatron"))
+    extra = [nbytes for nbytes in ours.extra_memory_bytes_per_rank if nbytes is not None]
     cells = [
-        _text(medians[0], 1e3),
-        _text(bound, 1e3),
-        _text(ours.get("bottleneck_gb_per_s"), 1),
-        _text(sum(ours["cold_s"].values()) if ours.get("cold_s") else None, 1e3),
-        _text(ours.get("connect_s"), 1e3),
+        _text(ours.median_s, 1e3),
+        _text(measured.bound.seconds if measured.bound else None, 1e3),
+        _text(ours.bottleneck_gb_per_s, 1),
+        _text(ours.first_s if ours.cold_s else None, 1e3),
+        _text(ours.connect_s, 1e3),
         _text(max(extra, default=None), 2**-20),
         _wrong(ours),
-        _text(medians[1], 1e3),
-        _text(peer.get("bottleneck_gb_per_s"), 1),
-        _wrong(peer),
-        f"{medians[1] / medians[0]:.2f}" if all(medians) else "-",
+        _text(theirs.median_s, 1e3),
+        _text(theirs.bottleneck_gb_per_s, 1),
+        _wrong(theirs) if "megatron" in measured.engines else "-",
+        f"{theirs.median_s / ours.median_s:.2f}" if theirs.median_s and ours.median_s else "-",
     ]
     padded = " ".join(f"{text:>{width}}" for text, width in zip(cells, WIDTHS, strict=True))
-    return f"{one.name:<{NAME_WIDTH}} {padded}  {result['status']}"
+    return f"{one.name:<{NAME_WIDTH}} {padded}  {result.status.value}"
 
 
 def _text(value: float | None, scale: float) -> str:
     return "-" if value is None else f"{value * scale:.1f}"
 
 
-def _wrong(engine: dict[str, Any]) -> str:
-    if not engine.get("samples"):
-        return str(engine.get("status", "-"))
-    return f"{sum(sample['num_wrong'] for sample in engine['samples']):,}"
+def _wrong(engine: EngineResult) -> str:
+    return f"{engine.num_wrong:,}" if engine.samples else engine.status.value
 
 
 NAME_WIDTH = 72
-TITLES = ("ms", "bound ms", "GB/s", "first ms", "connect", "extra MiB", "#wrong", "peer ms", "GB/s", "#wrong", "ratio")
+TITLES = ("ms", "bound ms", "GB/s", "first ms", "connect", "extra MiB", "#wrong", "base ms", "GB/s", "#wrong", "ratio")
 WIDTHS = (8, 8, 7, 8, 8, 9, 7, 9, 7, 14, 6)
 HEADER = (
     f"{'cell':<{NAME_WIDTH}} "
@@ -285,7 +282,7 @@ def main() -> int:
             args.output_dir / f"{number:02d}_{'_'.join(one.name.replace('->', 'to').lower().split())}",
             args.num_gpus,
         )
-        failed += result is None or result["status"] not in ("ok", "waived")
+        failed += result is None or result.status not in (Status.OK, Status.WAIVED)
         lines.append(row(one, result))
         print(lines[-1], flush=True)
     table = "\n".join(lines)

@@ -1,10 +1,10 @@
-"""What bare NCCL gives the message sizes and patterns that a refit has: one group of sends and receives after another.
+"""The speed of bare NCCL with the message sizes and patterns of a refit: consecutive groups of sends and receives.
 
     torchrun --nproc-per-node 4 -m benchmarks.nccl_rounds
     NCCL_P2P_NVL_CHUNKSIZE=65536 torchrun --nproc-per-node 4 -m benchmarks.nccl_rounds
 
-GB/s are bytes that the busiest rank sends over the slowest rank's time. Four ranks; without GPUs it runs over Gloo,
-with small messages, to show that it runs.
+GB/s are the bytes that the busiest rank sends, over the slowest rank's time. Needs four ranks. Without GPUs it runs
+over Gloo with small messages, as a test of the script.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pattern = dict[int, dict[int, int]]
 """Sender -> receiver -> MiB per round."""
 
 ROUND_MIB = 2560
-"""About so much per measurement, at least ten rounds of it."""
+"""MiB that the busiest rank sends per measurement, in at least ten rounds."""
 
 
 def patterns() -> dict[str, Pattern]:
@@ -37,7 +37,7 @@ def patterns() -> dict[str, Pattern]:
 
 
 def seconds(pattern: Pattern, unit: int, device: torch.device, num_rounds: int) -> float:
-    """Median of five measurements of `num_rounds` rounds, slowest rank."""
+    """Median of five measurements of `num_rounds` rounds, of the slowest rank."""
     rank = dist.get_rank()
     sends = {peer: torch.empty(n * unit, dtype=torch.uint8, device=device) for peer, n in pattern.get(rank, {}).items()}
     origins = {sender: targets[rank] for sender, targets in pattern.items() if rank in targets}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from refit.cli.parsing import parse
 from refit.plan.planner import plan_refit
-from refit.predict.megatron import predict
+from refit.predict.sides import predict_side
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = """--model kimi_k2 --refit-method nvshmem --tensor-model-parallel-size 8 --expert-model-parallel-size 8
@@ -26,7 +26,7 @@ def one_rank() -> float:
     scenario = parse(shlex.split(FLAGS)).scenario
     assert scenario.model is not None
     start = time.perf_counter()
-    source, destination = (predict(scenario.model, layout) for layout in (scenario.source, scenario.destination))
+    source, destination = (predict_side(scenario.model, side) for side in scenario.sides.values())
     plan_refit(source, destination).for_rank(0)
     return time.perf_counter() - start
 

@@ -1,12 +1,11 @@
-"""How close the transports come to the hardware, both sides measured in one run: `python -m
-benchmarks.transport_speed`.
+"""The speed of the CPU transports relative to the hardware: `python -m benchmarks.transport_speed`.
 
-Four source ranks refit two destination ranks, about 250 MB each, 64 experts among it: once "whole" (EP changes, so
-experts travel as they lie and dense weights are recut), once "recut" (ETP changes too: every second projection is a
-column cut, a third of all bytes). Two-sided: against bare Gloo
-sends of the same bytes per pair, one contiguous message each. One-sided: against `memcpy` of the same bytes, shared out
-evenly over the same number of processes. Every time is the slowest rank's after a common barrier; the refit and its
-yardstick take turns, so that a busy machine slows both.
+Four source ranks refit two destination ranks, about 250 MB each, with 64 experts. In the case "whole" EP changes:
+experts are sent as they are in memory, and dense weights are resharded. In the case "recut" ETP changes too: every
+second projection is a column cut, a third of all bytes. Gloo is compared with bare Gloo sends of the same bytes per
+pair, one contiguous message each. Shared memory is compared with `memcpy` of the same bytes, divided evenly over the
+same number of processes. A time is that of the slowest rank from a common barrier on. The refit and its yardstick
+alternate, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ STAGING_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `needed` is the ratio to reach; memory is the worst rank's peak beyond its weights."""
+    """One comparison. `needed` is the ratio to reach. `peak_extra_bytes` is this rank's peak beyond its weights."""
 
     name: str
     yardstick: str
@@ -142,7 +141,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     print(f"# 4 -> 2 ranks, staging at most {STAGING_BYTES >> 20} MiB per rank, median of {rounds}")
     print(
-        f"{'refit':<18}{'ms':>8}{'GB/s':>7}  {'yardstick':<10}{'ms':>8}{'ratio':>7}{'tensor_sharding':>12}{'needed':>8}"
+        f"{'refit':<18}{'ms':>8}{'GB/s':>7}  {'yardstick':<10}{'ms':>8}{'ratio':>7}{'range':>12}{'needed':>8}"
         f"{'staging':>12}{'peak extra':>12}"
     )
     pool = RankPool(NUM_RANKS)
@@ -160,13 +159,13 @@ def _print_row(row: Row, plan: RefitPlan, staging_bytes: int, peak_extra_bytes: 
     refit_s, yardstick_s = statistics.median(row.refit_s), statistics.median(row.yardstick_s)
     print(
         f"{row.name:<18}{refit_s * 1e3:>8.1f}{plan.nbytes.sum() / refit_s / 1e9:>7.2f}  {row.yardstick:<10}"
-        f"{yardstick_s * 1e3:>8.1f}{row.ratio:>7.2f}{_spread(row):>12}{row.needed:>8.2f}"
+        f"{yardstick_s * 1e3:>8.1f}{row.ratio:>7.2f}{_ratio_range(row):>12}{row.needed:>8.2f}"
         f"{staging_bytes / 2**20:>8.1f} MiB{peak_extra_bytes / 2**20:>8.1f} MiB"
     )
 
 
-def _spread(row: Row) -> str:
-    """Smallest and largest ratio of a refit to the yardstick measured just before it."""
+def _ratio_range(row: Row) -> str:
+    """The smallest and the largest ratio of the yardstick's time to that of the refit just after it."""
     ratios = [yard / refit for yard, refit in zip(row.yardstick_s, row.refit_s, strict=True)]
     return f"{min(ratios):.2f}-{max(ratios):.2f}"
 

@@ -46,3 +46,8 @@ class ShardingError(RefitError):
     """A model's state and its statement of who holds what disagree."""
 
     exit_code = ExitCode.FAILED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -28,9 +28,8 @@ if [[ $form == gpu ]]; then
     exec "${command[@]}" "$root/benchmark_refit.py" "$@" 2> >(tee -- "$logs/rank$SLURM_PROCID.err" >&2)
 fi
 
-# Ports differ between the steps of a job and between jobs that share nodes, and lie below those that Linux hands out.
 if [[ -n ${SLURM_STEP_ID:-} ]]; then
-    port=$((12000 + (SLURM_JOB_ID * 131 + SLURM_STEP_ID) % 16000))
+    port=$("$python" -m refit.cli.launch)
     rendezvous=(--nnodes "$nodes" --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$port")
 else
     rendezvous=(--standalone --local-addr localhost)

@@ -20,11 +20,13 @@ import pytest
 from refit import commands
 from refit.cli import parsing as cli
 from refit.cli.flags import full_parser
-from refit.cli.launch import check_num_ranks
+from refit.cli.main import main
+from refit.config.scenario import check_num_ranks
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
 from refit.report.tables import csv_text
 from refit.results.outcomes import Outcome
+from refit.results.status import Status
 from refit.results.sweep import Planned
 from refit.sweep.check import check
 from refit.sweep.selection import select_file, select_lines
@@ -79,7 +81,7 @@ def check_python(words: list[str]) -> None:
     else:
         assert words[0] == "benchmark_refit.py"
         assert "--dry-run" in words, "without it torchrun has to start ranks"
-        assert cli.main(words[1:]) == 0
+        assert main(words[1:]) == 0
 
 
 def check_imports(tree: ast.AST) -> None:
@@ -169,7 +171,7 @@ def check_script(name: str, words: list[str]) -> None:
     end = words.index("--") if "--" in words else len(words)
     options, flags = words[:end], words[end + 1 :]
     if path.name not in OPEN_FILES:
-        assert (cli.main(words) if "--dry-run" in words else commands.main(["place", "--", *words])) == 0
+        assert (main(words) if "--dry-run" in words else commands.main(["place", "--", *words])) == 0
         return
     own = {word for word in options if word.startswith("--") and word in help_text(path)}
     rest = [word for word in options if word not in own]
@@ -224,7 +226,7 @@ def test_lines_of_configs_are_scenarios() -> None:
 
 def test_every_column_of_a_csv_report_is_described() -> None:
     described = (ROOT / "docs/output.md").read_text(encoding="utf-8")
-    columns = csv_text([Outcome(planned_example(), "missing", "it was not started", None)]).splitlines()[0].split(",")
+    columns = csv_text([Outcome(planned_example(), Status.MISSING, "it was not started", None)]).splitlines()[0].split(",")
     named = [column.replace("destination_", "source_") for column in columns]
     assert [column for column in named if f"`{column}`" not in described] == []
 

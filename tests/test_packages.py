@@ -1,9 +1,9 @@
-"""Which room may import which, read from the sources."""
+"""Which package may import which, read from the sources: arrows run down only, and no files import in a circle."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,39 +11,28 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "refit").rglob("*.py"))
 
-FORBIDDEN = {
-    "refit/plan": ("torch", "megatron", "refit.transport", "refit.bench", "refit.models.megatron", "refit.report"),
-    "refit/predict": ("torch", "megatron", "refit.transport", "refit.bench", "refit.models.megatron", "refit.report"),
-    "refit/transport": ("megatron", "refit.bench", "refit.models.megatron", "refit.report"),
-    "refit/models": ("refit.bench", "refit.report"),
-    "refit/report": (
-        "torch",
-        "megatron",
-        "refit.bench",
-        "refit.transport",
-        "refit.models.megatron",
-        "refit.sweep",
-        "refit.commands",
-    ),
-    "refit/bench/measurements": ("megatron", "refit.cli", "refit.sweep", "refit.commands"),
-    "refit/sweep": ("torch", "megatron", "refit.transport", "refit.bench", "refit.models.megatron", "refit.commands"),
-    "refit/commands": ("torch", "megatron", "matplotlib", "refit.transport", "refit.bench", "refit.models.megatron"),
-}
+ORDER = ("errors", "units", "config", "plan", "predict", "models", "copies", "transport", "results", "report", "bench")
+ORDER = (*ORDER, "cli", "sweep", "commands")
+"""The packages of `refit` from the bottom up: each imports only those before it."""
 
-DRY_RUN_ENTRY = ROOT / "refit/cli/parsing.py"
-COMMAND_ENTRY = ROOT / "refit/commands/__init__.py"
+TORCH_FREE = ("config", "plan", "predict", "results", "report", "cli", "sweep", "commands")
+"""Packages that load on a login node without torch. Functions may import matplotlib, and `cli` starts `bench`."""
+
+HEAVY = ("torch", "megatron", "triton", "nvshmem", "refit.models", "refit.copies", "refit.transport", "refit.bench")
+MAY_IMPORT_MEGATRON = ("refit/models/megatron/", "refit/bench/engines/megatron.py")
+LATER = {"refit/cli/main.py": {"refit.bench.runner.run"}}
+"""What a function of a torch-free package imports when it is called."""
 
 
 def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
-    """Every module that a file imports, `from a import b` as `a.b`; with `at_load` only those that loading it
-    imports."""
+    """Every module that a file imports, `from a import b` as `a.b`; with `at_load` only what loading it imports."""
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide which room they reach into"
+            assert node.level == 0, f"{path}: relative imports hide which package they reach into"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif not (at_load and is_run_later(node)):
             pending.extend(ast.iter_child_nodes(node))
@@ -55,32 +44,101 @@ def is_run_later(node: ast.AST) -> bool:
     return typing_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
-def within(module: str, room: str) -> bool:
-    return module == room or module.startswith(room + ".")
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_a_room_imports_only_what_it_may(room: str) -> None:
-    files = [path for path in SOURCES if name_of(path).startswith(room + "/")]
+def package_of(module: str) -> str:
+    """`plan` for `refit.plan.box.Box`."""
+    return module.split(".")[1]
+
+
+def file_of(module: str) -> Path | None:
+    """The project's file behind `a.b.c`, which may be module c of package a.b or name c of module a.b."""
+    for candidate in (module, module.rpartition(".")[0]):
+        place = ROOT / candidate.replace(".", "/")
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if within(candidate, "refit") and file.exists():
+                return file
+    return None
+
+
+def arrows(path: Path) -> set[str]:
+    """The files of the project that a file imports, at any time."""
+    found = (file_of(module) for module in imports(path))
+    return {name_of(file) for file in found if file is not None}
+
+
+def runs_up(importer: str, module: str) -> bool:
+    return ORDER.index(package_of(module)) > ORDER.index(importer)
+
+
+def a_circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Files that import one another in a circle; empty where none do."""
+    finished: set[str] = set()
+
+    def visit(file: str, path: list[str]) -> list[str]:
+        if file in path:
+            return [*path[path.index(file) :], file]
+        if file in finished:
+            return []
+        for other in sorted(graph.get(file, ())):
+            if found := visit(other, [*path, file]):
+                return found
+        finished.add(file)
+        return []
+
+    return next((found for file in sorted(graph) if (found := visit(file, []))), [])
+
+
+def test_the_root_holds_packages_and_two_leaves() -> None:
+    names = {path.relative_to(ROOT / "refit").parts[0] for path in SOURCES}
+    leaves = {"__init__.py", "__main__.py", "errors.py", "units.py"}
+    assert names == leaves | {name for name in ORDER if f"{name}.py" not in leaves}
+
+
+@pytest.mark.parametrize("package", [name for name in ORDER if (ROOT / "refit" / name).is_dir()])
+def test_arrows_run_down_only(package: str) -> None:
+    files = sorted((ROOT / "refit" / package).rglob("*.py"))
     assert files
-    found = [(name_of(path), module) for path in files for module in imports(path) if is_forbidden(module, room)]
-    assert found == []
-
-
-def is_forbidden(module: str, room: str) -> bool:
-    return any(within(module, other) for other in FORBIDDEN[room])
-
-
-def test_only_its_own_room_imports_megatron() -> None:
-    outside = [
-        path for path in SOURCES if not name_of(path).startswith(("refit/models/megatron/", "refit/bench/engines/"))
+    up = [
+        (name_of(path), module)
+        for path in files
+        for module in imports(path)
+        if within(module, "refit") and module != "refit" and file_of(module) and "." in module
+        if module not in ("refit.errors", "refit.units") and runs_up(package, module)
     ]
-    found = [(name_of(path), module) for path in outside for module in imports(path) if within(module, "megatron")]
-    assert found == []
+    assert up == []
+
+
+def test_no_files_import_in_a_circle() -> None:
+    graph = {name_of(path): arrows(path) - {name_of(path)} for path in SOURCES}
+    assert a_circle(graph) == []
+
+
+@pytest.mark.parametrize("package", TORCH_FREE)
+def test_a_login_node_can_load_it(package: str) -> None:
+    heavy = [
+        (name_of(path), module)
+        for path in sorted((ROOT / "refit" / package).rglob("*.py"))
+        for module in set(imports(path)) - LATER.get(name_of(path), set())
+        if any(within(module, other) for other in HEAVY)
+    ]
+    assert heavy == []
+
+
+def test_only_megatrons_own_packages_import_it() -> None:
+    outside = [path for path in SOURCES if not name_of(path).startswith(MAY_IMPORT_MEGATRON)]
+    assert [(name_of(path), m) for path in outside for m in imports(path) if within(m, "megatron")] == []
+
+
+def test_pictures_are_drawn_on_request_only() -> None:
+    at_load = [(name_of(path), m) for path in SOURCES for m in imports(path, at_load=True) if within(m, "matplotlib")]
+    assert at_load == []
 
 
 def test_only_report_prints() -> None:
@@ -93,48 +151,14 @@ def calls_print(path: Path) -> bool:
     return any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
 
 
-def loaded_with(entry: Path) -> dict[str, set[str]]:
-    """File -> modules it imports, for `entry` and every file of the project that loading it loads."""
-    loaded: dict[str, set[str]] = {}
-    pending = [entry]
-    while pending:
-        path = pending.pop()
-        if name_of(path) in loaded:
-            continue
-        loaded[name_of(path)] = set(imports(path, at_load=True))
-        for module in loaded[name_of(path)]:
-            # `a.b.c` may be module c of package a.b or name c of module a.b.
-            for candidate in (module, module.rpartition(".")[0]):
-                place = ROOT / candidate.replace(".", "/")
-                if within(candidate, "refit"):
-                    pending += [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.exists()]
-    return loaded
-
-
-def test_a_dry_run_loads_neither_torch_nor_megatron() -> None:
-    loaded = loaded_with(DRY_RUN_ENTRY)
-    assert {"refit/predict/dry_run.py", "refit/predict/megatron.py", "refit/plan/planner.py"} <= loaded.keys()
-    heavy = ("torch", "megatron", "refit.bench", "refit.transport", "refit.models.megatron")
-    assert [
-        (file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)
-    ] == []
-
-
-def test_the_console_command_loads_on_a_login_node() -> None:
-    loaded = loaded_with(COMMAND_ENTRY)
-    assert {"refit/commands/sweep.py", "refit/sweep/check.py", "refit/report/summary.py"} <= loaded.keys()
-    heavy = ("torch", "megatron", "matplotlib", "refit.bench", "refit.transport", "refit.models.megatron")
-    assert [
-        (file, m) for file, modules in loaded.items() for m in modules if any(within(m, room) for room in heavy)
-    ] == []
-
-
 def test_the_checks_can_fail(tmp_path: Path) -> None:
     offender = tmp_path / "offender.py"
     offender.write_text("from refit import transport\ndef f():\n    import torch.distributed\n    print(1)\n")
     assert set(imports(offender)) == {"refit.transport", "torch.distributed"}
     assert set(imports(offender, at_load=True)) == {"refit.transport"}
-    assert is_forbidden("refit.transport", "refit/plan")
-    assert is_forbidden("torch.distributed", "refit/plan")
-    assert not is_forbidden("torchvision", "refit/plan")
+    assert runs_up("plan", "refit.transport.base.Transport")
+    assert not runs_up("transport", "refit.plan.box.Box")
+    assert a_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
+    assert a_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert not within("torchvision", "torch")
     assert calls_print(offender)

@@ -1,4 +1,4 @@
-"""The clock: a common barrier, one refit, the slowest rank."""
+"""Times one refit on this rank, from a barrier common to all ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Timing:
 
 
 def time_run(program: Program | None, group: dist.ProcessGroup, device: torch.device) -> Timing:
-    """Run `program` once under the clock; idle ranks (None) only keep the barrier.
+    """Run `program` once and time it. Idle ranks pass None and only take part in the barrier.
 
-    Collective over `group`. Work queued before the clock starts is finished first, and the program's own work before
-    it stops, so neither leaks into a neighbour's time.
+    Collective: every rank of `group`. The device is synchronised before the barrier and before the clock stops, so
+    earlier work is not timed and all of the program's work is.
     """
     _synchronize(device)
     dist.barrier(group)
@@ -41,7 +41,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds spent in named steps of set-up, each added to whatever the step has taken before."""
+    """Seconds spent in named set-up steps. Repeated steps add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The manifest: what ran where, recorded with every result."""
+"""The environment manifest: versions, hardware and settings, stored with every result."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from refit.bench.memory import total_memory_bytes
+from refit.results.result import Environment, Gpu
 
 PACKAGES = ("refit-benchmark", "torch", "megatron-core", "numpy", "nvshmem4py-cu13", "transformer-engine", "triton")
 ALLOWED_VARIABLES = re.compile(
     r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
 )
-"""Environment variables that go into a result: those that change performance, never the rest (tokens, paths)."""
+"""Environment variables stored in a result: those that change performance. Others may hold tokens or paths."""
 
 
-def manifest() -> dict[str, Any]:
-    """Versions, devices, host and settings, as JSON values."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **_package_versions()},
-        "commit": _commit(),
-        "host": socket.gethostname(),
-        "cpu": _cpu_model(),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": total_memory_bytes(),
-        "gpus": _gpus(),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if ALLOWED_VARIABLES.match(name)},
-    }
+def manifest() -> Environment:
+    """Versions, devices, host and settings of this process."""
+    return Environment(
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        versions={"python": platform.python_version(), **_package_versions()},
+        commit=_commit(),
+        host=socket.gethostname(),
+        cpu=_cpu_model(),
+        num_cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=total_memory_bytes(),
+        gpus=_gpus(),
+        variables={name: value for name, value in sorted(os.environ.items()) if ALLOWED_VARIABLES.match(name)},
+    )
 
 
 def _package_versions() -> dict[str, str]:
@@ -47,7 +47,7 @@ def _package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     megatron = sys.modules.get("megatron.core")
-    if megatron is not None:  # what was really imported, also from a source tree
+    if megatron is not None:  # the imported version, possibly of a source tree
         versions["megatron-core"] = str(megatron.__version__)
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
@@ -75,8 +75,6 @@ def _cpu_model() -> str:
     return found[1] if found else platform.machine()
 
 
-def _gpus() -> list[dict[str, Any]]:
-    return [
-        {"name": properties.name, "memory_bytes": properties.total_memory}
-        for properties in (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    ]
+def _gpus() -> tuple[Gpu, ...]:
+    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return tuple(Gpu(properties.name, properties.total_memory) for properties in found)

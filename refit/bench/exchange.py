@@ -1,4 +1,4 @@
-"""Small objects between ranks: the suite's own bookkeeping, never weights."""
+"""Exchange of small Python objects between ranks. Weights are not sent this way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def gather(group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    """`mine` of every rank of `group`, in rank order, on every rank. Collective."""
+    """Return `mine` of every rank of `group`, in rank order. Collective: every rank of `group`."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, mine, group=group)
     return gathered

@@ -1,4 +1,4 @@
-"""How much memory refits needed at their worst, beyond what was there before."""
+"""Peak memory of refits, above the level before them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 
 class PeakMemory:
-    """The peak over all watched stretches above the level when this object was made.
+    """Peak bytes within `watch` blocks, above the level when this object was constructed.
 
-    On a GPU the peak of torch's allocator and what was taken from the device past it (NVSHMEM's heap, NCCL's buffers),
-    by whichever process; else the process's resident memory, whose high-water mark is reset through
-    /proc/self/clear_refs (Linux, proc(5)). `extra_bytes` is None where that is not allowed.
+    On a GPU: the peak of torch's allocator, plus the growth of other device memory (NVSHMEM's heap, NCCL's buffers) by
+    any process. On a CPU: the process's resident memory. Its high-water mark is reset through /proc/self/clear_refs
+    (Linux, proc(5)); `extra_bytes` is None where that is not allowed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class PeakMemory:
 
 
 def past_torch(device: torch.device) -> int:
-    """Memory of a GPU in use, but for what torch's allocator holds; 0 on a CPU."""
+    """Bytes in use on a GPU outside torch's allocator; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
@@ -60,7 +60,7 @@ def past_torch(device: torch.device) -> int:
 
 
 def _status_bytes(field: str) -> int:
-    """A size in /proc/self/status; 0 where there is none (not Linux)."""
+    """A size in /proc/self/status, in bytes; 0 where there is none (not Linux)."""
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
@@ -69,5 +69,5 @@ def _status_bytes(field: str) -> int:
 
 
 def total_memory_bytes() -> int:
-    """Physical memory of this host."""
+    """Physical memory of this host, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,10 +1,10 @@
-"""The oracle: weights whose every element names its own position, and a bit-for-bit check of what arrived.
+"""The oracle: fills weights with values that encode their position, and compares what arrived bit for bit.
 
 The value at logical index `[..., row, column]` of a tensor is a hash of the tensor's key, the row's number, the column
 and the iteration, so any shard can be filled or checked without building the whole tensor, on any device. Values are
 finite (2**-7 <= |value| < 2), so that a filled model can also run a forward pass. They carry 11 (bfloat16), 14
 (float16) or 27 bits (float32) of the hash: an element that came from a wrong place or iteration is found with
-probability 1 - 2**-11 or better, so counts of misplaced elements are low by at most 0.05 %. Poison is never a value:
+probability 1 - 2**-11 or better, so counts of misplaced elements are low by at most 0.05 %. Poison is never a value, so
 an element that was not written is always found.
 """
 
@@ -33,7 +33,7 @@ SAMPLE_STRIDE = 16
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """One wrong element: its logical index in the global tensor, what should stand there and what does."""
+    """One wrong element: its logical index in the global tensor, the expected value and the value found."""
 
     index: tuple[int, ...]
     expected: float
@@ -42,7 +42,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class WrongTensor:
-    """The wrong elements of one tensor on one rank, and the first of them."""
+    """The number of wrong elements of one tensor on one rank, and the first of them."""
 
     key: str
     num_wrong: int
@@ -71,7 +71,7 @@ class _Block:
 
 
 def fill(memory: LocalWeights, iteration: int) -> None:
-    """Give every element of a source its value for `iteration`."""
+    """Write the values of `iteration` to every element of a source."""
     for shard in memory:
         for block in _blocks(shard):
             block.data.copy_(_values(shard.tensor, block, iteration))
@@ -84,10 +84,10 @@ def poison(memory: LocalWeights) -> None:
 
 
 def check(memory: LocalWeights, source: Mapping[str, TensorSpec], iteration: int, *, sample: bool = False) -> Verdict:
-    """Compare a destination with what the source of `iteration` holds, as bits.
+    """Compare a destination, as bits, with the source's values of `iteration`.
 
-    `source` tells each tensor's dtype at the source, whose value is cast to the destination's, and its first dim, past
-    which padding must be zero.
+    `source` has each tensor's dtype and first dim at the source. Expected values are cast from that dtype to the
+    destination's. Beyond that first dim is padding, which must be zero. `sample` compares every 16th row only.
     """
     compared = 0
     wrong: dict[str, WrongTensor] = {}
@@ -134,8 +134,9 @@ def _rows_per_leading_index(shape: tuple[int, ...]) -> int:
 
 
 def _blocks(shard: LocalShard, start: int | None = None) -> Iterator[_Block]:
-    """The shard in blocks that fit the cache of a CPU or fill a GPU; from row `start` in sampled strides, if given."""
-    # Hashing makes int32 temporaries of a block: they should stay in a core's cache, or be few launches on a GPU.
+    """Split a shard into blocks that fit a CPU's cache or fill a GPU. With `start`: every 16th row from there."""
+    # Hashing allocates int32 temporaries of a block's size. Small blocks keep them in a core's cache; on a GPU large
+    # blocks need fewer launches.
     limit = 1 << 18 if shard.view.device.type == "cpu" else 1 << 26
     for box, matrix in _matrices(shard.box, shard.view):
         numbers = _row_numbers(shard.tensor.shape, box, matrix.device)
@@ -156,7 +157,7 @@ def _matrices(box: Box, view: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]
         return
     try:
         yield box, view.view(-1, view.shape[-1])
-    except RuntimeError:  # strides that no single matrix has: take the first dim index by index
+    except RuntimeError:  # no single matrix has these strides: take the first dim index by index
         for index in range(view.shape[0]):
             part = box.narrow(0, box.offsets[0] + index, box.offsets[0] + index + 1)
             yield from ((part, matrix) for _, matrix in _matrices(part, view[index]))

@@ -1,6 +1,6 @@
-"""`--profile-refit`: one more refit, in which a GPU's kernels and copies are recorded, to see where the time goes.
+"""`--profile-refit`: record the GPU kernels and copies of one extra refit.
 
-Recording slows the host down, so this refit counts for nothing else.
+Recording slows the host down, so this refit is not part of the measured times.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from refit.results.refit import Activity
+
 KINDS = {
     "_copy_tiles": "copy kernel",
     "ncclDevKernel": "NCCL kernel",
@@ -20,7 +22,7 @@ KINDS = {
     "Memcpy": "memcpy",
     "elementwise": "PyTorch copy",
 }
-"""What a kernel's name contains -> what it is called here."""
+"""Part of a kernel's name -> the kind that is reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +35,8 @@ class Interval:
     end_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Activity:
-    """All launches of one kind on one stream; seconds from the refit's first one on this GPU.
-
-    `busy_s` is the time in which at least one of them ran.
-    """
-
-    stream: int
-    kind: str
-    num_launches: int
-    busy_s: float
-    first_s: float
-    last_s: float
-
-
 def profiled(run: Callable[[], object]) -> list[Activity]:
-    """Run and record; the activities of this process's GPU, in the order in which they began."""
+    """Run once and record. Returns the activities of this process's GPU in the order in which they began."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recording:
         run()
         torch.cuda.synchronize()
@@ -91,7 +78,7 @@ def activities(intervals: Iterable[Interval]) -> list[Activity]:
 
 
 def _union_ns(intervals: Iterable[Interval]) -> int:
-    """Length of the union of intervals in the order of their starts."""
+    """Length of the union of intervals, which are sorted by start."""
     total = end = 0
     for interval in intervals:
         total += max(0, interval.end_ns - max(end, interval.start_ns))

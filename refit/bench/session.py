@@ -14,65 +14,81 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from refit.bench.environment import manifest
 from refit.bench.watchdog import Failure, Watchdog
-from refit.config.scenario import Method, Scenario
+from refit.config.registry import METHODS
+from refit.config.scenario import Scenario
 from refit.errors import UnavailableError, UsageError
 from refit.report.console import show
-from refit.results.result import Result, ResultFile
-
-GPU_METHODS = (Method.NCCL, Method.NVSHMEM)
+from refit.results import result
+from refit.results.result import Environment, MeasurementResult, ResultFile
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a rank needs to take part in a run. `file` is None on all ranks but 0; `control` carries the suite's own
-    messages (barriers, gathered samples) and never weights. `enter` names the phase this rank is in."""
+    """What a rank needs to take part in a run.
+
+    `control` carries the suite's own messages (barriers, gathered samples) and never weights. `enter` sets the name of
+    this rank's phase. `publish` writes a measurement's result so far to the result file.
+    """
 
     scenario: Scenario
     rank: int
+    world_size: int
     device: torch.device
     control: dist.ProcessGroup
-    result: Result
-    file: ResultFile | None
-    enter: Callable[[str], None]
+    environment: Environment
+    enter: Callable[[str], None] = lambda _: None
+    publish: Callable[[MeasurementResult], None] = lambda _: None
 
     @property
     def is_reporter(self) -> bool:
         """Whether this rank prints and writes for all."""
         return self.rank == 0
 
+    @property
+    def ranks_per_node(self) -> int | None:
+        """Ranks on each node, from torchrun; None on a single node, where all replicas are equally near."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        return local if 0 < local < self.world_size else None
+
     def say(self, text: str) -> None:
         if self.is_reporter and text:
             show(text)
 
-    def save(self) -> None:
-        if self.file is not None:
-            self.file.write(self.result)
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A session with its watchdog and its result file. `file` is None on all ranks but 0."""
+
+    session: Session
+    watchdog: Watchdog
+    file: ResultFile | None
 
 
-def device_for(method: Method, asked: str | None = None) -> torch.device:
-    """The device a method moves weights on, `asked` for where there is a choice.
+def device_for(method: str, asked: str | None = None) -> torch.device:
+    """The device on which a method moves weights: `asked`, or the method's default.
 
-    Raises UnavailableError where it is to be a GPU and there is none for this rank.
+    Raises UnavailableError where that is a GPU and this rank has none.
     """
-    if method not in GPU_METHODS and asked != "cuda":
+    if (asked or METHODS[method].device) == "cpu":
         return torch.device("cpu")
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    # Slurm can show each of its tasks one GPU, its own (--gpus-per-task); of torchrun's ranks that means too few GPUs.
+    # With --gpus-per-task, Slurm shows each task its own GPU only. For torchrun's ranks, one GPU means too few.
     if num_gpus == 1 and os.environ.get("SLURM_LOCALID") == os.environ.get("LOCAL_RANK"):
         return torch.device("cuda", 0)
     if local_rank >= num_gpus:
         raise UnavailableError(
-            f"--refit-method {method.value} on GPUs needs one per rank, this machine has {num_gpus} for "
+            f"--refit-method {method} on GPUs needs one per rank, this machine has {num_gpus} for "
             f"{os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks: start fewer, or use --refit-method gloo or shm on CPUs"
         )
     return torch.device("cuda", local_rank)
 
 
 @contextmanager
-def launched(scenario: Scenario) -> Iterator[tuple[Session, Watchdog]]:
+def launched(scenario: Scenario) -> Iterator[Launch]:
     """The session of a process started by torchrun (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set).
 
-    Collective: every rank of the job. On leaving, the process group is gone.
+    Collective: every rank of the job. On exit the process group is destroyed. Raises UsageError for `--profile-refit`
+    on CPUs, and UnavailableError where this rank has no GPU that it needs.
     """
     device = device_for(scenario.method, scenario.device)
     if scenario.profile and device.type != "cuda":
@@ -99,7 +115,7 @@ def launched(scenario: Scenario) -> Iterator[tuple[Session, Watchdog]]:
     watchdog = Watchdog(_own_store(), rank, num_ranks, scenario.timeout_s, lambda failure: _report(path, failure))
     watchdog.start()
     try:
-        yield new_session(scenario, device, control, file, watchdog.phase), watchdog
+        yield Launch(new_session(scenario, device, control, watchdog.phase), watchdog, file)
     finally:
         watchdog.stop()
     dist.destroy_process_group()
@@ -109,24 +125,22 @@ def new_session(
     scenario: Scenario,
     device: torch.device,
     control: dist.ProcessGroup,
-    file: ResultFile | None,
     enter: Callable[[str], None] = lambda _: None,
 ) -> Session:
     """A session on process groups that exist already."""
-    result = Result(file.run_id if file else "", {}, manifest())
-    return Session(scenario, dist.get_rank(), device, control, result, file, enter)
+    return Session(scenario, dist.get_rank(), dist.get_world_size(), device, control, manifest(), enter)
 
 
 def _own_store() -> Store:
-    """A connection of the watchdog's own: the default store's client serves one caller at a time."""
+    """A separate store client for the watchdog: the default store's client serves one caller at a time."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
 
 
 def _report(file: ResultFile, failure: Failure) -> None:
-    """Print a failure once, for all ranks, and mark the result; what was measured stays in it."""
+    """Print a failure once, for all ranks, and record it in the result. Measurements so far stay in the result."""
     show(f"FAILED: {failure}")
-    file.mark_failed(failure.exit_code, {"rank": failure.rank, "phase": failure.phase, "message": failure.message})
+    file.mark_failed(failure.exit_code, result.Failure(failure.message, failure.rank, failure.phase))
     show(f"Result: {file.path}")
 
 
@@ -134,5 +148,5 @@ def _file_name(scenario: Scenario) -> str:
     """`--run-name`, or `<UTC time>_<scenario>`."""
     if scenario.run_name is not None:
         return scenario.run_name
-    words = f"{scenario.title} {scenario.mode.value} {scenario.method.value}".lower().replace("->", "to")
+    words = f"{scenario.title} {scenario.mode.value} {scenario.method}".lower().replace("->", "to")
     return "_".join([f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", *words.split()])

@@ -1,11 +1,10 @@
-"""The watchdog: a thread on every rank that ends the run when a peer is gone or time is up, and says whose fault it
-was.
+"""The watchdog: a thread on every rank that ends the run when a rank is gone or a phase takes too long.
 
-Each rank keeps a heartbeat and the name of its phase in the store that torch.distributed was started with. A rank that
-fails says so there before it ends; a rank that was killed stops beating. Whoever notices first takes the verdict
-(one compare-and-set), prints it and marks the result file; every other rank reads it and ends with the same exit code.
-The thread works while the main thread is stuck in a collective or a device synchronisation, which no signal handler
-or exception could interrupt.
+Each rank writes a heartbeat and the name of its phase to the store that torch.distributed was started with. A rank that
+fails writes its failure there before it ends. The heartbeat of a killed rank stops. The first rank to notice records
+the failure (one compare-and-set), prints which rank failed and marks the result file. Every other rank reads the record
+and ends with the same exit code. The thread runs even while the main thread is blocked in a collective or a device
+synchronisation, which no signal handler or exception can interrupt.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 SILENCE_S = 15.0
-"""A rank that has not beaten for so long counts as gone. Long, because a busy machine may starve a live rank."""
+"""A rank without a heartbeat for this long counts as gone. A busy machine may delay a live rank, so it is long."""
 ROLL_CALL_S = 2.5
-"""Once something is known to be wrong, a rank that misses this many seconds of beats is the one to blame."""
+"""After a first sign of failure, a rank without a heartbeat for this long is taken as the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Which rank failed in which phase, and why. `exit_code` is what every rank ends with."""
+    """Which rank failed in which phase, and why. Every rank ends with `exit_code`."""
 
     rank: int
     phase: str
@@ -49,7 +48,7 @@ class Failure:
 
 
 class Watchdog:
-    """Watches from `start()` to `stop()`. `on_failure` is called on the one rank that takes the verdict."""
+    """Watches from `start()` to `stop()`. `on_failure` is called on the one rank that records the failure."""
 
     def __init__(
         self,
@@ -82,7 +81,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """End of the run: peers that stop beating from now on are finished, not dead."""
+        """Stop watching at the end of the run. Other ranks then see this rank as finished, not as gone."""
         self._phase = "done"
         self._beat()
         self._stopping.set()
@@ -91,12 +90,12 @@ class Watchdog:
         self._thread.join(timeout=2 * BEAT_S)
 
     def phase(self, name: str) -> None:
-        """Enter a phase, which may last `timeout_s`, and let the others know: it may be this rank's last word."""
+        """Enter a phase, which may last `timeout_s`, and write its name to the store."""
         self._phase, self._phase_since = name, time.monotonic()
         self._beat()
 
     def fail(self, error: BaseException) -> int:
-        """Settle who is to blame for `error`, raised on this rank, and return the exit code. Does not return twice."""
+        """Find the cause of `error`, which was raised on this rank, and end this process with the exit code."""
         if not isinstance(error, RefitError):
             log.error("unexpected error on rank %d", self._rank, exc_info=error)
         message = str(error) if isinstance(error, RefitError) else f"{type(error).__name__}: {error}"
@@ -111,19 +110,19 @@ class Watchdog:
                 return
             try:
                 failure = self._terminated() if readable else self._notice(seen)
-            except Exception as error:  # the store is gone, and with it the run
+            except Exception as error:  # the store is gone, so the run is over
                 failure = Failure(self._rank, self._phase, f"lost the rendezvous store: {error}")
             if failure is not None:
                 self._end(failure)
 
     def _notice(self, seen: dict[int, tuple[str, float]]) -> Failure | None:
-        """One beat's look around: a declared failure, an overdue phase, a silent peer."""
+        """Write a heartbeat, then look for a recorded failure, an overdue phase and a silent rank."""
         self._beat()
         if self._store.check(["refit/failure"]):
             return self._declared()
         if time.monotonic() - self._phase_since > self._timeout_s:
             return Failure(self._rank, self._phase, f"took longer than the timeout of {self._timeout_s:g} s")
-        # One rank listens to all, all listen to one: traffic grows with the ranks, not with their square.
+        # Rank 0 checks all ranks, and all others check rank 0: traffic is linear in the number of ranks.
         peers = range(self._num_ranks) if self._rank == 0 else (0,)
         return self._silent(peers, seen, SILENCE_S)
 
@@ -144,12 +143,12 @@ class Watchdog:
         return None
 
     def _terminated(self) -> Failure:
-        """SIGTERM: from a launcher that saw a rank die, or from whoever cancels the job."""
+        """The failure behind a SIGTERM, which comes from a launcher that saw a rank die or from a cancelled job."""
         own = Failure(self._rank, self._phase, "was told to stop (SIGTERM)")
         return self._roll_call() or own
 
     def _settle(self, own: Failure) -> int:
-        """Blame whoever failed first: a declared failure, a rank that no longer beats, or else this one."""
+        """End with the first failure: a recorded one, a rank without a heartbeat, or else this rank's own."""
         try:
             failure = self._declared() if self._store.check(["refit/failure"]) else self._roll_call()
         except Exception as error:
@@ -159,7 +158,7 @@ class Watchdog:
         return own.exit_code
 
     def _roll_call(self) -> Failure | None:
-        """Listen for a moment to all ranks; a declared failure or one that is silent all along is the cause."""
+        """Check all ranks for ROLL_CALL_S. Return a recorded failure, or one of a rank that was silent throughout."""
         seen: dict[int, tuple[str, float]] = {}
         end = time.monotonic() + ROLL_CALL_S + BEAT_S
         while time.monotonic() < end:
@@ -184,24 +183,24 @@ class Watchdog:
         return _verdict(self._store.get("refit/failure"))
 
     def _end(self, failure: Failure) -> None:
-        """Take the verdict if nobody has, then end this process at once: peers may be stuck for good."""
+        """Record the failure unless one is recorded, then end this process at once: other ranks may never return."""
         with self._ending:
             mine = f"{self._rank} {json.dumps(asdict(failure))}".encode()
             try:
                 verdict = self._store.compare_set("refit/failure", "", mine.decode())
-            except Exception:  # without a store every rank speaks for itself
+            except Exception:  # without a store every rank reports its own failure
                 verdict = mine
             if verdict == mine:
                 with contextlib.suppress(Exception):
                     self._on_failure(failure)
             sys.stdout.flush()
             sys.stderr.flush()
-            # Give a launcher no reason to call this rank the first to fail, nor the store's host to leave too early.
+            # Exit late, so that a launcher does not report this rank as the first to fail. Rank 0 hosts the store.
             if self._rank == 0 or verdict != mine:
                 time.sleep(BEAT_S * 2)
             os._exit(_verdict(verdict).exit_code)
 
 
 def _verdict(stored: bytes) -> Failure:
-    """A verdict as stored: the rank that took it, then the failure."""
+    """Decode a stored failure: the rank that recorded it, then the failure as JSON."""
     return Failure(**json.loads(stored.decode().split(" ", 1)[1]))

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from refit.config.registry import ENGINES
+
 MAX_PATTERN = 100_000
 """Longest list of layers that `--moe-layer-freq` may spell out."""
 
@@ -74,6 +76,15 @@ def _evaluate(node: ast.expr) -> Any:
         if math.prod(lengths) <= MAX_PATTERN:
             return left * right
     raise ValueError("not a list of layers")
+
+
+def engines(text: str) -> tuple[str, ...]:
+    """`refit,megatron`, each a name of `ENGINES`; `both` is those two."""
+    names = tuple(dict.fromkeys(["refit", "megatron"] if text == "both" else text.split(",")))
+    unknown = next((name for name in names if name not in ENGINES), None)
+    if unknown is not None:
+        raise argparse.ArgumentTypeError(f"invalid choice: {unknown!r} (choose from {', '.join((*ENGINES, 'both'))})")
+    return names
 
 
 def file_stem(text: str) -> str:

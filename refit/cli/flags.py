@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from refit.cli import flag_types, ignored_flags
-from refit.config.scenario import Engine, Method, Mode, Verify
+from refit.config.flag_names import SIZE_FLAGS
+from refit.config.registry import ENGINES, METHODS
+from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
 from refit.errors import UsageError
 
 DEFAULT_VOCAB_SIZE = 32768
 """Where no vocabulary is given: a power of two, so that both sides hold the same rows at any TP size up to 256."""
+
+TYPO_CUTOFF = 0.9
+"""Similarity (difflib's ratio) from which a flag of a family is taken for a misspelt flag that the parser has."""
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -28,6 +34,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_flags(self, argv: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         """Like `parse_args`; raises UsageError that names the nearest known flag for an unknown one."""
+        for word in argv:
+            self._has(word.partition("=")[0])
         parsed, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), None)
@@ -37,15 +45,14 @@ class FlagParser(argparse.ArgumentParser):
         return parsed
 
     def parse_mapping(self, values: Mapping[str, object]) -> argparse.Namespace:
-        """Flags as a YAML file holds them, without dashes; `true` is a flag without a value, `false` none at all.
+        """Flags as a YAML file holds them, without dashes. `true` is a flag without a value, `false` leaves it out.
 
-        Raises UsageError for what is no flag, or a value the flag cannot take.
+        Raises UsageError for an unknown flag, or a value the flag cannot take.
         """
         return self.parse_flags(self.words(values))
 
     def words(self, values: Mapping[str, object]) -> list[str]:
-        """The command line that says what such a mapping says. Raises UsageError for what is no flag, or has no
-        value."""
+        """The command line of such a mapping. Raises UsageError for an unknown flag, or one without a value."""
         argv: list[str] = []
         for key, value in values.items():
             flag, takes_list = f"--{key}", self.takes_list(key)
@@ -60,11 +67,21 @@ class FlagParser(argparse.ArgumentParser):
         return argv
 
     def takes_list(self, key: str) -> bool:
-        """Whether the flag `--<key>` takes several values. Raises UsageError for what is no flag."""
+        """Whether the flag `--<key>` takes several values. Raises UsageError for an unknown flag."""
         flag = f"--{key}"
-        if flag not in self._option_string_actions:
+        if not self._has(flag):
             raise self._unknown(flag)
         return self._option_string_actions[flag].nargs == "*"
+
+    def _has(self, flag: str) -> bool:
+        """Whether there is such a flag. One of a family is added here, when it is first seen."""
+        if flag in self._option_string_actions:
+            return True
+        name = flag.removeprefix("--")
+        if name == flag or not ignored_flags.in_family(name) or _resembles_known_flag(flag):
+            return False
+        _add_hidden(self, name, nargs="?", const=True)
+        return True
 
     def _unknown(self, flag: str) -> UsageError:
         return UsageError(f"unknown flag {flag}: {self._nearest(flag)}")
@@ -75,13 +92,13 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def model_parser() -> FlagParser:
-    """The flags that describe a model, as presets may hold them, and those that change no weight."""
+    """The flags that describe a model, as presets may hold them, and Megatron-LM's that change no weight."""
     parser = FlagParser(add_help=False)
     _add_size_flags(parser)
     _add_style_flags(parser)
     _add_expert_flags(parser)
     _add_latent_attention_flags(parser)
-    _add_inert_flags(parser)
+    _add_ignored_flags(parser)
     return parser
 
 
@@ -90,9 +107,10 @@ def full_parser() -> FlagParser:
     parser = FlagParser(
         prog="benchmark_refit.py",
         usage="torchrun --nproc-per-node N benchmark_refit.py <flags>, or python benchmark_refit.py --dry-run <flags>",
-        description="Build a model in two parallel layouts, move its weights from one to the other, verify and time "
-        "it.",
-        epilog="Megatron-LM's flags that change no weight (--seq-length, ...) are accepted and recorded.",
+        description="Build a model in two parallel layouts, transfer its weights from one to the other, verify and "
+        "time the transfer.",
+        epilog="Flags without a value are off unless given. Megatron-LM's flags that change no weight "
+        "(--seq-length, --wandb-project, ...) are accepted and recorded.",
         parents=[model_parser()],
     )
     _add_layout_flags(parser)
@@ -101,27 +119,27 @@ def full_parser() -> FlagParser:
     return parser
 
 
+@functools.cache
+def _resembles_known_flag(flag: str) -> bool:
+    """Whether `flag` is, or almost is, a flag of the full command line that is not one of a family."""
+    return bool(difflib.get_close_matches(flag, full_parser()._option_string_actions, n=1, cutoff=TYPO_CUTOFF))
+
+
 def recorded_flags(args: argparse.Namespace) -> dict[str, object]:
     """The flags given that change no weight, by name without dashes in front, with their values as given."""
-    inert = {
-        *ignored_flags.SIZES,
-        *ignored_flags.VALUES,
-        *ignored_flags.LISTS,
-        *ignored_flags.SWITCHES,
-        *ignored_flags.REFUSED_VALUES,
+    named = {*ignored_flags.NAMED, *ignored_flags.REFUSED_VALUES}
+    return {name: value for name, value in vars(args).items() if name in named or ignored_flags.in_family(name)}
+
+
+def _add_ignored_flags(parser: FlagParser) -> None:
+    takes: dict[str, dict[str, Any]] = {
+        "#": {"type": flag_types.positive},
+        "=": {},
+        "*": {"nargs": "*"},
+        "": {"action": "store_true"},
     }
-    return {name: value for name, value in vars(args).items() if name in inert}
-
-
-def _add_inert_flags(parser: FlagParser) -> None:
-    for name in ignored_flags.SIZES:
-        _add_hidden(parser, name, type=flag_types.positive)
-    for name in ignored_flags.VALUES:
-        _add_hidden(parser, name)
-    for name in ignored_flags.LISTS:
-        _add_hidden(parser, name, nargs="*")
-    for name in ignored_flags.SWITCHES:
-        _add_hidden(parser, name, action="store_true")
+    for name, sign in ignored_flags.NAMED.items():
+        _add_hidden(parser, name, **takes[sign])
     for name, (neutral, reason) in ignored_flags.REFUSED_VALUES.items():
         _add_hidden(parser, name, type=flag_types.refusal(neutral, reason))
     for name, reason in ignored_flags.REFUSED_SWITCHES.items():
@@ -136,15 +154,18 @@ def _add_hidden(parser: FlagParser, name: str, **options: Any) -> None:
 def _add_size_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("model sizes")
     for name, text in (
-        ("num-layers", "transformer layers"),
-        ("hidden-size", "width of the residual stream"),
-        ("num-attention-heads", "attention heads"),
-        ("num-query-groups", "groups of heads that share keys and values; default: one per head"),
+        ("num-layers", "transformer layers; required without a preset"),
+        ("hidden-size", "width of the residual stream; required without a preset"),
+        ("num-attention-heads", "attention heads; required without a preset"),
+        (
+            "num-query-groups",
+            "groups of heads that share keys and values; default: one per head, 1 with --group-query-attention",
+        ),
         ("kv-channels", "width of a head; default: hidden size / heads"),
         ("ffn-hidden-size", "width of the dense MLP; default: 4 x hidden, with --swiglu 8/3 x hidden in steps of 64"),
-        ("vocab-size", f"tokens, padded per TP size; default: {DEFAULT_VOCAB_SIZE}"),
-        ("padded-vocab-size", "tokens, built as they are"),
-        ("make-vocab-size-divisible-by", "the vocabulary is padded to a multiple of this x TP; default: 128"),
+        ("vocab-size", f"tokens before padding; default: {DEFAULT_VOCAB_SIZE}"),
+        ("padded-vocab-size", "tokens after padding; default: --vocab-size, padded"),
+        ("make-vocab-size-divisible-by", "pad the vocabulary to a multiple of N x TP; default: 128"),
         ("max-position-embeddings", "positions of learned position embeddings; default: 4096"),
     ):
         group.add_argument(f"--{name}", type=flag_types.positive, metavar="N", help=text)
@@ -153,9 +174,11 @@ def _add_size_flags(parser: FlagParser) -> None:
 
 def _add_style_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("model style")
-    # The tables of rotary variants (yarn, mrope) are not weights, but their builders ask for more settings.
+    # Rotary variants (yarn, mrope) have no weights either, but need settings that this parser only records.
     group.add_argument(
-        "--position-embedding-type", choices=("learned_absolute", "rope", "none"), help="default: learned_absolute"
+        "--position-embedding-type",
+        choices=("learned_absolute", "rope", "none"),
+        help="position embeddings; default: learned_absolute",
     )
     group.add_argument(
         "--use-rotary-position-embeddings",
@@ -164,25 +187,27 @@ def _add_style_flags(parser: FlagParser) -> None:
         dest="position_embedding_type",
         help="the same as --position-embedding-type rope",
     )
-    group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), help="default: LayerNorm")
+    group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), help="norm layers; default: LayerNorm")
     group.add_argument("--swiglu", action="store_true", help="gated MLPs with SiLU")
     group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
-    group.add_argument("--add-qkv-bias", action="store_true", help="a bias in the QKV projection all the same")
-    group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="an output layer of its own")
+    group.add_argument(
+        "--add-qkv-bias", action="store_true", help="a bias in the QKV projection, even with --disable-bias-linear"
+    )
+    group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a separate output layer")
     group.add_argument("--qk-layernorm", action="store_true", help="norms on queries and keys")
     group.add_argument("--transformer-impl", choices=("local", "transformer_engine"), help="layer spec; default: local")
     precision = parser.add_mutually_exclusive_group()
     for flag, dtype in (("--bf16", Dtype.BF16), ("--fp16", Dtype.FP16), ("--fp32", Dtype.FP32)):
         precision.add_argument(
-            flag, action="store_const", const=dtype, dest="dtype", help=f"{dtype.value} parameters; default: bfloat16"
+            flag, action="store_const", const=dtype, dest="dtype", help=f"{dtype.value} parameters; default: --bf16"
         )
 
 
 def _add_expert_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("mixture of experts")
     for name, text in (
-        ("num-experts", "routed experts per MoE layer"),
-        ("moe-router-topk", "experts per token; default: 2"),
+        ("num-experts", "routed experts per MoE layer; default: none, only dense MLPs"),
+        ("moe-router-topk", "experts per token; default: 2, or all where there are fewer"),
         ("moe-ffn-hidden-size", "width of a routed expert; default: --ffn-hidden-size"),
         ("moe-shared-expert-intermediate-size", "width of the shared experts together; default: none"),
     ):
@@ -191,20 +216,24 @@ def _add_expert_flags(parser: FlagParser) -> None:
         "--moe-layer-freq",
         type=flag_types.layer_frequency,
         metavar="FREQ",
-        help="N or a list like ([0]*1+[1]*60); default: 1",
+        help="which layers have experts: every N-th, or a list like ([0]*1+[1]*60); default: 1",
     )
-    group.add_argument("--moe-router-enable-expert-bias", action="store_true", help="the router's float32 expert bias")
-    group.add_argument("--moe-grouped-gemm", action="store_true", help="grouped experts in place of a sequence of MLPs")
+    group.add_argument(
+        "--moe-router-enable-expert-bias", action="store_true", help="an expert bias in the router, in float32"
+    )
+    group.add_argument("--moe-grouped-gemm", action="store_true", help="experts as a grouped GEMM, not one MLP each")
 
 
 def _add_latent_attention_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("multi-latent attention")
-    group.add_argument("--multi-latent-attention", action="store_true", help="attention of DeepSeek-V2 and later")
+    group.add_argument(
+        "--multi-latent-attention", action="store_true", help="multi-latent attention, as in DeepSeek-V2"
+    )
     for name, text in (
         ("q-lora-rank", "rank of the queries; default: one full projection"),
         ("kv-lora-rank", "rank of keys and values; default: 32"),
         ("qk-head-dim", "width of a query or key head; default: 128"),
-        ("qk-pos-emb-head-dim", "width of its rotary part; default: 64"),
+        ("qk-pos-emb-head-dim", "width of the rotary part of a query or key head; default: 64"),
         ("v-head-dim", "width of a value head; default: 128"),
     ):
         group.add_argument(f"--{name}", type=flag_types.positive, metavar="N", help=text)
@@ -212,86 +241,131 @@ def _add_latent_attention_flags(parser: FlagParser) -> None:
 
 def _add_layout_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("layouts")
-    for name, text in (
-        ("tensor-model-parallel-size", "source TP; default: 1"),
-        ("pipeline-model-parallel-size", "source PP; default: 1"),
-        ("expert-model-parallel-size", "source EP; default: 1"),
-        ("expert-tensor-parallel-size", "source ETP; default: its TP"),
-        ("decoder-first-pipeline-num-layers", "layers on the source's first stage, where uneven"),
-        ("decoder-last-pipeline-num-layers", "layers on the source's last stage, where uneven"),
-        ("source-world-size", "ranks of the source; default: TP x EP x PP"),
-        ("rl-inference-tensor-model-parallel-size", "destination TP; default: the source's"),
-        ("rl-inference-pipeline-model-parallel-size", "destination PP; default: the source's"),
-        ("rl-inference-expert-model-parallel-size", "destination EP; default: the source's"),
-        ("rl-inference-expert-tensor-model-parallel-size", "destination ETP; default: its TP"),
-        ("rl-inference-decoder-first-pipeline-num-layers", "layers on the destination's first stage, where uneven"),
-        ("rl-inference-decoder-last-pipeline-num-layers", "layers on the destination's last stage, where uneven"),
-        ("destination-world-size", "ranks of the destination; default: TP x EP x PP"),
-    ):
-        group.add_argument(f"--{name}", type=flag_types.positive, metavar="N", help=text)
+    texts = {
+        "tp": ("TP", "1", "the source's"),
+        "pp": ("PP", "1", "the source's"),
+        "ep": ("EP", "1", "the source's"),
+        "etp": ("ETP", "its TP", "its TP"),
+        "first_stage_layers": ("layers on the first stage", "an even split", "an even split"),
+        "last_stage_layers": ("layers on the last stage", "an even split", "an even split"),
+        "world_size": ("ranks", "TP x EP x PP", "TP x EP x PP"),
+    }
+    for place, side in enumerate(("source", "destination")):
+        for size, flags in SIZE_FLAGS.items():
+            text, *defaults = texts[size]
+            group.add_argument(
+                f"--{flags[place]}",
+                type=flag_types.positive,
+                metavar="N",
+                help=f"{side}: {text}; default: {defaults[place]}",
+            )
 
 
 def _add_refit_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("refit")
-    group.add_argument("--model", metavar="NAME", help="a preset of configs/models, or a YAML file; flags override it")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a preset of configs/models, or a YAML file; other flags override it; default: none",
+    )
     group.add_argument(
         "--model-provider",
         type=flag_types.provider,
         metavar="MODULE:FUNCTION",
-        help="build this Megatron-Core model, in place of the one that model flags describe",
-    )
-    for name, kind, default, text in (
-        ("refit-mode", Mode, Mode.NON_COLLOCATED, "both models on the same ranks, or on disjoint ones"),
-        ("refit-method", Method, None, "what moves the bytes; required but in a dry run"),
-        ("refit-engine", Engine, Engine.REFIT, "this refit, Megatron-Core's own, or one after the other"),
-        ("verify", Verify, Verify.FULL, "destination elements compared after each refit"),
-    ):
-        choices: list[str] = [member.value for member in kind]
-        shown = f"{text}; default: {default.value}" if default else text
-        group.add_argument(f"--{name}", choices=choices, default=default.value if default else None, help=shown)
-    group.add_argument(
-        "--num-benchmark-warmup", type=flag_types.non_negative, default=2, metavar="N", help="default: 2"
+        help="build the Megatron-Core model with this function, not from model flags; default: none",
     )
     group.add_argument(
-        "--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="default: 5"
+        "--refit-mode",
+        choices=[mode.value for mode in Mode],
+        default=Mode.NON_COLLOCATED.value,
+        help="both models on the same ranks, or on disjoint ranks; default: non-collocated",
+    )
+    needs = "; ".join(f"{name} needs {method.needs}" for name, method in METHODS.items())
+    group.add_argument(
+        "--refit-method",
+        choices=list(METHODS),
+        help=f"what moves the bytes; required, except in a dry run. {needs}",
+    )
+    group.add_argument(
+        "--refit-engine",
+        type=flag_types.engines,
+        default=("refit",),
+        metavar="NAME[,NAME]",
+        help=f"engines to run, one after the other: {', '.join(ENGINES)}; both: refit,megatron; default: refit",
+    )
+    group.add_argument(
+        "--verify",
+        choices=[verify.value for verify in Verify],
+        default=Verify.FULL.value,
+        help="which destination elements are compared after each refit; default: full",
+    )
+    group.add_argument(
+        "--num-benchmark-warmup",
+        type=flag_types.non_negative,
+        default=2,
+        metavar="N",
+        help="refits before the timed ones; default: 2",
+    )
+    group.add_argument(
+        "--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="timed refits; default: 5"
     )
     group.add_argument("--check-forward", action="store_true", help="compare the logits of both models as well")
-    group.add_argument("--profile-refit", action="store_true", help="record what each GPU does in one more refit")
+    group.add_argument("--profile-refit", action="store_true", help="record the GPU activity of one more refit")
     group.add_argument(
-        "--staging-mib", type=flag_types.positive, default=512, metavar="N", help="staging per rank; default: 512"
+        "--staging-mib",
+        type=flag_types.positive,
+        default=512,
+        metavar="MIB",
+        help="staging memory per rank, in MiB; default: 512",
     )
     group.add_argument(
-        "--timeout", type=flag_types.seconds, default=300.0, metavar="S", help="longest wait; default: 300 s"
+        "--timeout",
+        type=flag_types.seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="longest time of one phase of a run, in seconds; default: 300",
     )
     group.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="where gloo finds the models, cuda: over pinned host memory; default: cpu",
+        help="where gloo finds the models; cuda copies through pinned host memory; default: cpu",
     )
     group.add_argument(
-        "--nvshmem-buffers", choices=("ring", "direct"), default="ring", help="through a bounded ring, or in place"
+        "--one-sided-buffers",
+        "--nvshmem-buffers",
+        choices=("ring", "direct"),
+        default="ring",
+        help="what nvshmem and shm write into: a ring of bounded size, or the weights themselves; default: ring",
     )
     group.add_argument(
-        "--nvshmem-force-put", action="store_true", help="reach peers on this node as those on others are"
+        "--nvshmem-force-put", action="store_true", help="reach ranks on the same node as ranks on other nodes"
     )
     group.add_argument(
         "--cluster",
         metavar="NAME",
-        help="speeds for the lower bound, from configs/clusters; default: by the GPU's name",
+        help="link speeds for the lower bound: a file of configs/clusters; default: chosen by the GPU's name",
     )
-    group.add_argument("--output-dir", type=Path, default=Path("benchmark_results"), help="default: benchmark_results")
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("benchmark_results"),
+        metavar="DIR",
+        help="folder of the results; default: benchmark_results",
+    )
     group.add_argument(
         "--run-name",
         type=flag_types.file_stem,
         metavar="NAME",
-        help="the result is NAME.json; default: named after time and scenario",
+        help="the result is NAME.json; default: time and scenario",
     )
 
 
 def _add_dry_run_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("dry run")
-    group.add_argument("--dry-run", action="store_true", help="plan and report, on one process and without a GPU")
+    group.add_argument("--dry-run", action="store_true", help="plan and report, in one process and without a GPU")
     group.add_argument(
-        "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs there are; default: as many as needed"
+        "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs available; default: as many as needed"
     )
-    group.add_argument("--gpus-per-node", type=flag_types.positive, default=8, metavar="N", help="default: 8")
+    group.add_argument(
+        "--gpus-per-node", type=flag_types.positive, default=8, metavar="N", help="GPUs per node; default: 8"
+    )

@@ -1,18 +1,21 @@
-"""Which rank this process is, and whether enough have been started for a scenario, before anything is built."""
+"""Which rank this process is, and whether enough have been started for a scenario, before anything is built.
+
+`python -m refit.cli.launch` prints the port of a Slurm step's rendezvous.
+"""
 
 from __future__ import annotations
 
-import math
+import os
 import re
 import subprocess
 from collections.abc import Mapping
 
-from refit.config.layout import Layout
-from refit.config.scenario import Mode, Scenario
+from refit.config.scenario import Scenario, check_num_ranks, num_nodes
 from refit.errors import UsageError
+from refit.report.console import show
 
 FIRST_PORT, NUM_PORTS = 12000, 16000
-"""Where a rendezvous of Slurm tasks is held: below the ports that Linux hands out by itself, from 32768."""
+"""Ports for the rendezvous of a Slurm step: below those that Linux assigns by itself, from 32768."""
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -34,7 +37,7 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_of_each_node(tasks_per_node)[int(environ.get("SLURM_NODEID", "0"))]),
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ),
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(_port(environ)),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(rendezvous_port(environ)),
     }
 
 
@@ -58,8 +61,8 @@ def _first_host(environ: Mapping[str, str]) -> str:
         ) from None
 
 
-def _port(environ: Mapping[str, str]) -> int:
-    """The same on every task of a step, another one for the next steps and for neighbouring jobs on the same nodes."""
+def rendezvous_port(environ: Mapping[str, str]) -> int:
+    """The same on every task of a step. Other steps, and other jobs on the same nodes, get other ports."""
     job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
     return FIRST_PORT + (int(job) * 131 + int(step)) % NUM_PORTS
 
@@ -69,7 +72,7 @@ def check_launch(scenario: Scenario, environ: Mapping[str, str], gpus_per_node: 
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return check_num_ranks(scenario, int(environ["WORLD_SIZE"]))
     needed = scenario.num_ranks
-    nodes = math.ceil(needed / gpus_per_node)
+    nodes = num_nodes(needed, gpus_per_node)
     per_node = f"--nnodes {nodes} --nproc-per-node {gpus_per_node}" if nodes > 1 else f"--nproc-per-node {needed}"
     raise UsageError(
         f"no ranks have been started, {needed} are needed: "
@@ -77,37 +80,5 @@ def check_launch(scenario: Scenario, environ: Mapping[str, str], gpus_per_node: 
     )
 
 
-def check_num_ranks(scenario: Scenario, available: int) -> None:
-    """Raise UsageError, with the sum spelled out and what to lower, where `available` ranks are too few."""
-    needed = scenario.num_ranks
-    if needed <= available:
-        return
-    raise UsageError(
-        f"{needed_text(scenario)} GPUs needed > {available} available: "
-        f"lower {' or '.join(_to_lower(scenario, available))}, or start {needed} ranks"
-    )
-
-
-def needed_text(scenario: Scenario) -> str:
-    """`8 + 4 = 12`, in collocated mode `max(8, 4) = 8`."""
-    source, destination = scenario.source.world_size, scenario.destination.world_size
-    total = f"max({source}, {destination})" if scenario.mode is Mode.COLLOCATED else f"{source} + {destination}"
-    return f"{total} = {scenario.num_ranks}"
-
-
-def _to_lower(scenario: Scenario, available: int) -> list[str]:
-    """The flags of the sides that are too large, those that are above 1."""
-    sides = [
-        (scenario.source, "", "--source-world-size"),
-        (scenario.destination, "rl-inference-", "--destination-world-size"),
-    ]
-    if scenario.mode is Mode.COLLOCATED:
-        sides = [side for side in sides if side[0].world_size > available]
-    return [flag for layout, prefix, world_flag in sides for flag in _flags_of(layout, prefix, world_flag)]
-
-
-def _flags_of(layout: Layout, prefix: str, world_flag: str) -> list[str]:
-    if layout.world_size != layout.tp * layout.ep * layout.pp:
-        return [world_flag]
-    sizes = (("tensor", layout.tp), ("pipeline", layout.pp), ("expert", layout.ep))
-    return [f"--{prefix}{axis}-model-parallel-size" for axis, size in sizes if size > 1]
+if __name__ == "__main__":
+    show(str(rendezvous_port(os.environ)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 
 from refit import units
 from refit.cli.flags import DEFAULT_VOCAB_SIZE, model_parser
 from refit.config import yaml_files
 from refit.config.layout import Layout
-from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
+from refit.config.shape import Experts, LatentAttention, ModelShape
 from refit.errors import UsageError
 
 EXPERT_FLAGS = (
@@ -56,7 +57,6 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         qk_layernorm=args.qk_layernorm,
         mla=_latent_attention(args),
         experts=_experts(args, ffn),
-        dtype=args.dtype or Dtype.BF16,
     )
 
 
@@ -150,7 +150,7 @@ def _expert_layers(args: argparse.Namespace) -> tuple[bool, ...]:
     return frequency
 
 
-def without_unbuildable_biases(shape: ModelShape, layouts: tuple[Layout, Layout]) -> tuple[ModelShape, str | None]:
+def without_unbuildable_biases(shape: ModelShape, layouts: Sequence[Layout]) -> tuple[ModelShape, str | None]:
     """`shape`, without linear biases where Megatron cannot build them, and a note that says so.
 
     Megatron-Core refuses biases in shared experts (`SharedExpertMLP`) and in routed experts with ETP > 1

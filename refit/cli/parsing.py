@@ -1,24 +1,27 @@
-"""From a command line to a run: flags -> validated Scenario -> dry run or benchmark -> exit code."""
+"""From a command line to a validated Scenario."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refit.cli.flags import full_parser, recorded_flags
-from refit.cli.launch import check_launch, rank_variables
 from refit.cli.model_flags import check_no_shape, model_shape, wide_experts_note, without_unbuildable_biases
 from refit.cli.presets import load_preset
 from refit.config.clusters import load_cluster
+from refit.config.flag_names import SIZE_FLAGS, size_flag
 from refit.config.layout import Layout
-from refit.config.scenario import Engine, Method, Mode, Scenario, Verify
-from refit.config.shape import ModelShape
-from refit.errors import RefitError, UsageError
-from refit.predict.dry_run import DryRunOptions, dry_run
-from refit.report.console import show, show_error
-from refit.report.dry_run import dry_run_text
+from refit.config.registry import ENGINES, METHODS
+from refit.config.scenario import Mode, Scenario, Verify
+from refit.config.shape import Dtype, ModelShape
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+from refit.predict.dry_run import DryRunOptions
+from refit.predict.sides import check_side
+
+DRY_RUN_METHOD = "nccl"
+"""What a dry run without `--refit-method` says it would use. No figure of a dry run depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +31,6 @@ class Request:
     scenario: Scenario
     dry_run: DryRunOptions | None
     gpus_per_node: int
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line and return this process's exit code. Errors meant for the user are printed once.
-
-    What every rank finds out alike ends in an error code on rank 0 alone, so that a launcher reports one failure.
-    """
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    try:
-        code = _run(parse(argv), first)
-    except UsageError as error:
-        if first:
-            show_error(str(error))
-        code = int(error.exit_code)
-    except RefitError as error:  # may be this node's alone: say so here, and end the job
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            show_error(str(error))
-        return int(error.exit_code)
-    return code if first else 0
-
-
-def _run(request: Request, first: bool) -> int:
-    if request.dry_run is not None:
-        if first:
-            show(dry_run_text(dry_run(request.scenario, request.dry_run)))
-        return 0
-    os.environ.update(rank_variables(os.environ))
-    check_launch(request.scenario, os.environ, request.gpus_per_node)
-    # Imported here: a dry run needs neither torch nor Megatron.
-    from refit.bench.runner import run
-
-    return run(request.scenario)
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -79,18 +50,56 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     return args if args.model is None else parser.parse_flags(argv, load_preset(args.model))
 
 
+def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
+    """Source and destination. Sizes that the destination does not give are the source's, but for ETP: its own TP.
+
+    Raises UsageError for ranks that cannot be divided so. Whether the model can be sharded so is not checked.
+    """
+    tp = args.tensor_model_parallel_size or 1
+    source = _layout("source", args, {"tp": tp, "ep": 1, "etp": tp, "pp": 1}, first_rank=0)
+    tp = args.rl_inference_tensor_model_parallel_size or source.tp
+    first_rank = 0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size
+    defaults = {"tp": tp, "ep": source.ep, "etp": tp, "pp": source.pp}
+    destination = _layout("destination", args, defaults, first_rank=first_rank)
+    # A model provider chooses the dtype of what it builds.
+    dtype = None if args.model_provider is not None else args.dtype or Dtype.BF16
+    impl = args.transformer_impl or "local"
+    return (
+        SideSpec(source, dtype=dtype, transformer_impl=impl),
+        SideSpec(destination, dtype=dtype, transformer_impl=impl),
+    )
+
+
+def _layout(side: str, args: argparse.Namespace, defaults: dict[str, int], *, first_rank: int) -> Layout:
+    given = {size: getattr(args, names[side == "destination"].replace("-", "_")) for size, names in SIZE_FLAGS.items()}
+    sizes = {size: given[size] or default for size, default in defaults.items()}
+    stages = {size: given[size] for size in ("first_stage_layers", "last_stage_layers")}
+    if sizes["pp"] == 1 and any(stages.values()):
+        raise UsageError(
+            f"{side}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
+        )
+    world_size = given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]
+    try:
+        return Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)
+    except UsageError as error:
+        raise UsageError(f"{side}: {error} ({size_flag(side, 'world_size')})") from None
+
+
 def _scenario(args: argparse.Namespace) -> Scenario:
     if args.refit_method is None and not args.dry_run:
-        raise UsageError(f"--refit-method missing: choose one of {', '.join(method.value for method in Method)}")
-    source, destination = layouts(args)
-    model, notes = _model(args, (source, destination))
+        raise UsageError(f"--refit-method missing: choose one of {', '.join(METHODS)}")
+    source, destination = sides = read_sides(args)
+    model, notes = _model(args, sides)
+    _check_engines(args.refit_engine, sides)
+    if args.check_forward and model is not None:
+        _check_forward_flags(args, model)
     return Scenario(
         model=model,
         source=source,
         destination=destination,
         mode=Mode(args.refit_mode),
-        method=Method(args.refit_method or Method.NCCL),
-        engine=Engine(args.refit_engine),
+        method=args.refit_method or DRY_RUN_METHOD,
+        engines=args.refit_engine,
         num_warmup=args.num_benchmark_warmup,
         num_iterations=args.num_benchmark_iterations,
         verify=Verify(args.verify),
@@ -98,14 +107,13 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         profile=args.profile_refit,
         staging_bytes=args.staging_mib << 20,
         timeout_s=args.timeout,
-        transformer_impl=args.transformer_impl or "local",
         model_name=args.model,
         model_provider=args.model_provider,
         output_dir=args.output_dir,
         recorded=recorded_flags(args),
         notes=notes,
         device=_device(args),
-        nvshmem_buffers=args.nvshmem_buffers,
+        one_sided_buffers=args.one_sided_buffers,
         nvshmem_force_put=args.nvshmem_force_put,
         cluster=load_cluster(args.cluster) if args.cluster else None,
         run_name=args.run_name,
@@ -114,81 +122,52 @@ def _scenario(args: argparse.Namespace) -> Scenario:
 
 def _device(args: argparse.Namespace) -> str | None:
     """Raises UsageError where the method moves no weights there."""
-    only = {"nccl": "cuda", "nvshmem": "cuda", "shm": "cpu"}.get(args.refit_method)
-    if args.device is not None and only not in (None, args.device):
-        raise UsageError(
-            f"--refit-method {args.refit_method} moves weights on {only} only: leave --device {args.device} out, "
-            "or use --refit-method gloo"
-        )
     device: str | None = args.device
-    return device
-
-
-def layouts(args: argparse.Namespace) -> tuple[Layout, Layout]:
-    """Source and destination; sizes the destination does not give are the source's, as in Megatron-LM, but ETP.
-
-    Raises UsageError for ranks that cannot be divided so. Whether the model can be is not looked at.
-    """
-    tp = args.tensor_model_parallel_size or 1
-    source = _layout(
-        "source",
-        tp=tp,
-        ep=args.expert_model_parallel_size or 1,
-        etp=args.expert_tensor_parallel_size or tp,
-        pp=args.pipeline_model_parallel_size or 1,
-        world_size=args.source_world_size,
-        first_stage_layers=args.decoder_first_pipeline_num_layers,
-        last_stage_layers=args.decoder_last_pipeline_num_layers,
+    if device is None or args.refit_method is None or device in METHODS[args.refit_method].devices:
+        return device
+    raise UsageError(
+        f"--refit-method {args.refit_method} moves weights on {METHODS[args.refit_method].device} only: "
+        f"leave --device {device} out, or use --refit-method gloo"
     )
-    tp = args.rl_inference_tensor_model_parallel_size or source.tp
-    destination = _layout(
-        "destination",
-        tp=tp,
-        ep=args.rl_inference_expert_model_parallel_size or source.ep,
-        etp=args.rl_inference_expert_tensor_model_parallel_size or tp,
-        pp=args.rl_inference_pipeline_model_parallel_size or source.pp,
-        world_size=args.destination_world_size,
-        first_rank=0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size,
-        first_stage_layers=args.rl_inference_decoder_first_pipeline_num_layers,
-        last_stage_layers=args.rl_inference_decoder_last_pipeline_num_layers,
-    )
-    return source, destination
 
 
-def _layout(
-    side: str,
-    *,
-    tp: int,
-    ep: int,
-    etp: int,
-    pp: int,
-    world_size: int | None,
-    first_rank: int = 0,
-    first_stage_layers: int | None,
-    last_stage_layers: int | None,
-) -> Layout:
-    if pp == 1 and (first_stage_layers or last_stage_layers):
-        raise UsageError(
-            f"{side}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
-        )
-    try:
-        return Layout(tp, ep, etp, pp, world_size or tp * ep * pp, first_rank, first_stage_layers, last_stage_layers)
-    except UsageError as error:
-        flag = f"--{side}-world-size"
-        raise UsageError(f"{side}: {error} ({flag})") from None
+def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
+    for name in engines:
+        formats = ENGINES[name].formats
+        other = next((side.format for side in sides if formats is not None and side.format not in formats), None)
+        if other is not None:
+            raise UsageError(
+                f"--refit-engine {name} refits {' and '.join(formats or ())} sides only, one side is {other}: "
+                "leave it out"
+            )
 
 
-def _model(args: argparse.Namespace, layouts: tuple[Layout, Layout]) -> tuple[ModelShape | None, tuple[str, ...]]:
-    """The model, checked against both layouts, and what the user should know of it."""
+def _check_forward_flags(args: argparse.Namespace, model: ModelShape) -> None:
+    """Raise UsageError for a flag that a plain refit only records, and that the forward pass would not honour."""
+    biased = model.experts is not None and model.experts.expert_bias
+    runs_with = {
+        "moe-token-dispatcher-type": "allgather",
+        "moe-router-score-function": "sigmoid" if biased else "softmax",
+    }
+    for name, value in runs_with.items():
+        given = getattr(args, name, value)
+        if given != value:
+            raise UsageError(
+                f"--{name} {given} contradicts --check-forward, whose forward pass runs with {value}: leave one out"
+            )
+
+
+def _model(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> tuple[ModelShape | None, tuple[str, ...]]:
+    """The model, checked against both sides, and what the user should know of it."""
     if args.model_provider is not None:
         check_no_shape(args)
         return None, ()
-    shape, bias_note = without_unbuildable_biases(model_shape(args), layouts)
-    for layout, side in zip(layouts, ("source", "destination"), strict=True):
-        shape.check_layout(layout, side)
-        if args.padded_vocab_size and args.padded_vocab_size % layout.tp:
+    shape, bias_note = without_unbuildable_biases(model_shape(args), [side.layout for side in sides])
+    for side, name in zip(sides, ("source", "destination"), strict=True):
+        check_side(shape, side, name)
+        if args.padded_vocab_size and args.padded_vocab_size % side.layout.tp:
             raise UsageError(
-                f"{side}: --padded-vocab-size {args.padded_vocab_size} cannot be divided by TP size {layout.tp}: "
+                f"{name}: --padded-vocab-size {args.padded_vocab_size} cannot be divided by TP size {side.layout.tp}: "
                 "give a multiple of it, or --vocab-size"
             )
     return shape, tuple(note for note in (bias_note, wide_experts_note(args, shape)) if note)

@@ -9,9 +9,8 @@ from typing import Any
 
 from refit.cli.parsing import parse
 from refit.config import yaml_files
-from refit.config.clusters import load_cluster
+from refit.config.clusters import Cluster, load_cluster
 from refit.errors import UsageError
-from refit.plan.cost import Cluster
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.report.bounds import bounds_table
 from refit.report.console import show

@@ -43,4 +43,4 @@ def _outcome(args: argparse.Namespace) -> int:
     result = close(attempt, ending(args))
     (outcome,) = find_run(attempt.json).outcomes
     show(outcome_line(outcome.planned, result))
-    return int(result["exit_code"])
+    return int(result.exit_code or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from refit.commands.report import add_run_arguments
 from refit.report.console import show
 from refit.report.plots import draw
 from refit.results.runs import find_run
+from refit.sweep.pairs import pair_bytes
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -28,6 +30,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 def plot(args: argparse.Namespace) -> int:
     """Draw the pictures and print their paths. Raises UsageError without a run, UnavailableError without matplotlib."""
     run = find_run(args.run_dir, args.run_id)
-    for drawn in draw(run, args.output_dir or run.directory / f"{run.sweep.run_id}_plots"):
+    pairs = partial(pair_bytes, gpus_per_node=run.sweep.gpus_per_node)
+    for drawn in draw(run, args.output_dir or run.directory / f"{run.sweep.run_id}_plots", pairs):
         show(str(drawn))
     return 0

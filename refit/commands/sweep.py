@@ -15,7 +15,8 @@ from refit.report.console import show, show_aside
 from refit.report.summary import summary_text
 from refit.report.sweep_table import outcome_line, sweep_text
 from refit.results.outcomes import load_outcomes
-from refit.results.sweep import Attempt, Status, Sweep
+from refit.results.status import Status
+from refit.results.sweep import Attempt, Sweep
 from refit.sweep import check, run
 from refit.sweep.close import close
 from refit.sweep.selection import Selection, select_file, select_lines
@@ -187,13 +188,13 @@ def _end(args: argparse.Namespace) -> int:
     return int(_exit_code([outcome.status for outcome in outcomes]))
 
 
-def _exit_code(statuses: list[str]) -> ExitCode:
-    judged = [status for status in statuses if status != "skipped"]
-    if "wrong_data" in judged:
+def _exit_code(statuses: list[Status]) -> ExitCode:
+    judged = [status for status in statuses if status is not Status.SKIPPED]
+    if Status.WRONG_DATA in judged:
         return ExitCode.WRONG_DATA
-    if set(judged) - {"ok", "waived"}:
+    if set(judged) - {Status.OK, Status.WAIVED}:
         return ExitCode.FAILED
-    return ExitCode.OK if "ok" in judged else ExitCode.WAIVED
+    return ExitCode.OK if Status.OK in judged else ExitCode.WAIVED
 
 
 def _place(args: argparse.Namespace) -> int:

@@ -7,11 +7,31 @@ from pathlib import Path
 
 from refit.config import yaml_files
 from refit.errors import UsageError
-from refit.plan.cost import Cluster
 
 NUMBERS = ("intra_node_gb_per_s", "inter_node_gb_per_s", "gpus_per_node", "copy_gb_per_s", "gpu_memory_gb")
 REQUIRED = ("intra_node_gb_per_s", "gpus_per_node")
 TEXTS = ("gpu", "source")
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The machines a scenario is judged by; speeds are one GPU's in one direction, in bytes per second.
+
+    A node is an NVLink domain: the GPUs that reach each other at `intra_bytes_per_s`, `gpus_per_node` of them (8 in an
+    HGX host, 72 in an NVL72 rack). Between nodes it is `inter_bytes_per_s`, None where only one node is described.
+    `copy_bytes_per_s` counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the
+    bound. `gpu_memory_bytes` is None where it is not known. `gpu` is the end of the device's name by which a run finds
+    its cluster, None where it must be named. `source` says where the figures come from.
+    """
+
+    name: str
+    intra_bytes_per_s: float
+    inter_bytes_per_s: float | None
+    gpus_per_node: int
+    copy_bytes_per_s: float | None
+    gpu_memory_bytes: int | None
+    gpu: str | None
+    source: str
 
 
 @dataclass(frozen=True, slots=True)

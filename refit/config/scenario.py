@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from refit.config.layout import Layout, short_text
+from refit.config.clusters import Cluster
+from refit.config.flag_names import size_flag
 from refit.config.shape import ModelShape
-from refit.plan.cost import Cluster
+from refit.config.side import SideSpec
+from refit.errors import UsageError
 
 
 class Mode(str, Enum):
-    """Whether both models live on the same ranks or on disjoint windows."""
+    """Whether both models live on the same ranks or on disjoint ones."""
 
     COLLOCATED = "collocated"
     NON_COLLOCATED = "non-collocated"
-
-
-class Method(str, Enum):
-    """What moves the bytes."""
-
-    NVSHMEM = "nvshmem"
-    NCCL = "nccl"
-    GLOO = "gloo"
-    SHM = "shm"
-
-
-class Engine(str, Enum):
-    """Whose refit runs: ours, Megatron-Core's `swap_model_weights`, or one after the other."""
-
-    REFIT = "refit"
-    MEGATRON = "megatron"
-    BOTH = "both"
 
 
 class Verify(str, Enum):
@@ -46,22 +32,23 @@ class Verify(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One refit benchmark: two layouts of one model, how to move it, how often, and what to check.
+    """Two sides of one model, what to measure and how to move the weights.
 
-    `model` is None where `model_provider` builds a model of its own.
-    `recorded` holds accepted flags that do not change weights (`--seq-length`, ...), for the result file.
-    `run_name` names the result file; None: time and scenario do.
-    `cluster` gives the speeds that the refit's time is held against, None where none was named.
-    `device` is "cpu" or "cuda" where the user has said it; None goes by the method.
-    `notes` are lines the user should read once: choices made on their behalf.
+    `model` is None where `model_provider` builds a model of its own. `method`, `engines` and `measurements` are names
+    of the tables in `refit.config.registry`. `recorded` holds accepted flags that this run does not use
+    (`--seq-length`, ...), for the result file. `run_name` names the result file; None: time and scenario do.
+    `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
+    "cuda" where the user has said it; None goes by the method. `notes` are lines the user should read once: choices
+    made on their behalf.
     """
 
     model: ModelShape | None
-    source: Layout
-    destination: Layout
+    source: SideSpec
+    destination: SideSpec
     mode: Mode
-    method: Method
-    engine: Engine = Engine.REFIT
+    method: str
+    engines: tuple[str, ...] = ("refit",)
+    measurements: tuple[str, ...] = ("refit",)
     num_warmup: int = 2
     num_iterations: int = 5
     verify: Verify = Verify.FULL
@@ -69,24 +56,76 @@ class Scenario:
     profile: bool = False
     staging_bytes: int = 512 << 20
     timeout_s: float = 300.0
-    transformer_impl: str = "local"
     model_name: str | None = None
     model_provider: str | None = None
     output_dir: Path = Path("benchmark_results")
-    recorded: Mapping[str, object] | None = None
+    recorded: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     device: str | None = None
-    nvshmem_buffers: str = "ring"
+    one_sided_buffers: str = "ring"
     nvshmem_force_put: bool = False
     cluster: Cluster | None = None
     run_name: str | None = None
 
     @property
+    def sides(self) -> dict[str, SideSpec]:
+        """Both sides by the names that messages use."""
+        return {"source": self.source, "destination": self.destination}
+
+    @property
     def num_ranks(self) -> int:
-        """Ranks that take part: both windows, once where they are shared."""
+        """Ranks that take part: those of both sides, once where they are shared."""
         return max(self.source.ranks.stop, self.destination.ranks.stop)
 
     @property
     def title(self) -> str:
         """`TP2 EP2 -> TP2 EP1`; PP and ETP where they are not 1 and TP."""
-        return f"{short_text(self.source)} -> {short_text(self.destination)}"
+        return f"{self.source.title} -> {self.destination.title}"
+
+    @property
+    def num_ranks_text(self) -> str:
+        """`8 + 4 = 12`, in collocated mode `max(8, 4) = 8`."""
+        return ranks_text(self.mode, self.source, self.destination)
+
+    @property
+    def model_title(self) -> str | None:
+        """The preset or the provider; None where flags describe the model."""
+        return self.model_name or self.model_provider
+
+
+def ranks_text(mode: Mode, source: SideSpec, destination: SideSpec) -> str:
+    """How many ranks the two sides need together, spelled out."""
+    sizes = (source.world_size, destination.world_size)
+    if mode is Mode.COLLOCATED:
+        return f"max({sizes[0]}, {sizes[1]}) = {max(sizes)}"
+    return f"{sizes[0]} + {sizes[1]} = {sum(sizes)}"
+
+
+def check_num_ranks(scenario: Scenario, available: int) -> None:
+    """Raise UsageError, with the sum spelled out and what to lower, where `available` ranks are too few."""
+    needed = scenario.num_ranks
+    if needed <= available:
+        return
+    raise UsageError(
+        f"{scenario.num_ranks_text} GPUs needed > {available} available: "
+        f"lower {' or '.join(_flags_to_lower(scenario, available))}, or start {needed} ranks"
+    )
+
+
+def num_nodes(num_ranks: int, gpus_per_node: int) -> int:
+    """As few nodes as will do."""
+    return math.ceil(num_ranks / gpus_per_node)
+
+
+def _flags_to_lower(scenario: Scenario, available: int) -> list[str]:
+    """The flags above 1 of the sides that are too large."""
+    collocated = scenario.mode is Mode.COLLOCATED
+    sides = {name: side for name, side in scenario.sides.items() if not collocated or side.world_size > available}
+    return [size_flag(name, size) for name, side in sides.items() for size in _sizes_above_one(side)]
+
+
+def _sizes_above_one(side: SideSpec) -> list[str]:
+    layout = side.layout
+    if layout.world_size != layout.tp * layout.ep * layout.pp:
+        return ["world_size"]
+    return [size for size in ("tp", "pp", "ep") if getattr(layout, size) > 1]

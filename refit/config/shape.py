@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from refit.config.layout import Layout
-from refit.errors import UsageError
-
 
 class Dtype(str, Enum):
     """Dtype of the parameters, by the name torch gives it. Buffers such as the router's expert bias stay float32."""
@@ -68,33 +65,8 @@ class ModelShape:
     qk_layernorm: bool
     mla: LatentAttention | None
     experts: Experts | None
-    dtype: Dtype
 
     def padded_vocab_size(self, tp: int) -> int:
         """The vocabulary rounded up to a multiple of `make_vocab_size_divisible_by * tp` (Megatron-LM's rule)."""
         multiple = self.make_vocab_size_divisible_by * tp
         return math.ceil(self.vocab_size / multiple) * multiple
-
-    def check_layout(self, layout: Layout, side: str) -> None:
-        """Raise UsageError where Megatron could not build this model in `layout`; `side` names it in the message."""
-        tp = layout.tp
-        divisible = [
-            (self.num_attention_heads, tp, "attention heads", "TP size"),
-            (self.ffn_hidden_size, tp, "FFN hidden size", "TP size"),
-        ]
-        if self.mla is None and self.num_query_groups > tp:
-            divisible.append((self.num_query_groups, tp, "query groups", "TP size"))
-        if self.mla is None and self.num_query_groups < tp:
-            divisible.append((tp, self.num_query_groups, "TP size", "query groups"))
-        if self.experts is not None:
-            divisible += [
-                (self.experts.num_experts, layout.ep, "experts", "EP size"),
-                (self.experts.ffn_hidden_size, layout.etp, "expert FFN hidden size", "ETP size"),
-                (self.experts.shared_ffn_hidden_size or tp, tp, "shared expert FFN hidden size", "TP size"),
-            ]
-        for number, divisor, what, by in divisible:
-            if number % divisor:
-                raise UsageError(f"{side}: {number} {what} cannot be divided by {by} {divisor}")
-        if self.experts is None and layout.ep > 1:
-            raise UsageError(f"{side}: EP size {layout.ep} needs experts: give --num-experts or set EP to 1")
-        layout.stage_layers(self.num_layers)

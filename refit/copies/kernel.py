@@ -1,27 +1,24 @@
-"""One Triton launch for thousands of strided copies. Importing this module needs Triton."""
+"""The copy kernel: thousands of strided copies in one Triton launch. Importing this module needs Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from refit.copies.copy import Copy
 from refit.copies.table import TILE_BYTES, build_tables
-
-if TYPE_CHECKING:
-    from refit.copies.batch import Copy
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the kernel moves a tile: `block_words` words at a time by one program of `num_warps` warps.
+    """How the kernel copies a tile: one program of `num_warps` warps, `block_words` words at a time.
 
-    Hints are an eviction policy or a cache modifier of Triton's, PTX takes no two: "evict_first" since neither side is
-    read again soon and should not push other data out of the cache; "" is none.
+    A hint is one of Triton's eviction policies or cache modifiers (PTX accepts one of the two), or "" for none.
+    "evict_first" keeps data that is not read again soon from displacing other data in the cache.
     """
 
     tile_bytes: int = TILE_BYTES
@@ -36,7 +33,7 @@ TUNING = Tuning()
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """The copies of one word size; `table` as `copy_table.tiles_of` gives it, on the device."""
+    """The copies of one word size. `table` is one of `build_tables`, on the device."""
 
     word: int
     table: torch.Tensor
@@ -44,9 +41,9 @@ class _Launch:
 
 
 class KernelCopies:
-    """Copies within the memory that `device` can address, peers' mapped memory included; dtypes must be equal per copy.
+    """Copies between memories that `device` can address, mapped memory of peers included. They cannot cast.
 
-    Keeps no tensor alive. The table is on the device when the constructor returns, so any stream may run it.
+    Keeps no tensor alive. The table is on the device when the constructor returns, so that any stream can run it.
     """
 
     def __init__(
@@ -80,7 +77,7 @@ class KernelCopies:
             launch.num_programs,
             WORD=launch.word,
             ITEM=_ITEMS[launch.word],
-            LANES=launch.word * 8 // _ITEMS[launch.word].primitive_bitwidth,
+            ITEMS_PER_WORD=launch.word * 8 // _ITEMS[launch.word].primitive_bitwidth,
             BLOCK=tuning.block_words,
             LOAD_EVICTION=_eviction(tuning.load_hint),
             STORE_EVICTION=_eviction(tuning.store_hint),
@@ -94,13 +91,13 @@ def _eviction(hint: str) -> str:
     return "" if hint.startswith(".") else hint
 
 
-# A 16-byte word is four lanes of a block: that, and the hint that addresses are multiples of it, gives 16-byte
-# accesses.
+# A 16-byte word is four adjacent items of a block. Together with the hint that addresses are multiples of 16, Triton
+# compiles it to 16-byte accesses.
 _ITEMS = {16: tl.int32, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
-# The counts differ from batch to batch: specialised on their values, the kernel would be compiled more than once.
-# `while`, as the interpreter turns no tensor into the bound of a `range`.
+# Counts differ between batches, and Triton would compile the kernel again for each specialised value.
+# The loops are `while` loops because Triton's interpreter does not accept a tensor as the bound of a `range`.
 @triton.jit(do_not_specialize=["num_tiles", "num_programs"])  # type: ignore[untyped-decorator]
 def _copy_tiles(
     table: tl.tensor,
@@ -108,17 +105,17 @@ def _copy_tiles(
     num_programs: tl.tensor,
     WORD: tl.constexpr,
     ITEM: tl.constexpr,
-    LANES: tl.constexpr,
+    ITEMS_PER_WORD: tl.constexpr,
     BLOCK: tl.constexpr,
     LOAD_EVICTION: tl.constexpr,
     STORE_EVICTION: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
 ) -> None:
-    """Program p copies tiles p, p + num_programs, ... of `table`, BLOCK words at a time across row ends."""
+    """Program p copies tiles p, p + num_programs, ... of `table`. A block of BLOCK words may span several rows."""
     tile = tl.program_id(0)
     words = tl.arange(0, BLOCK)
-    lanes = tl.arange(0, LANES)[None, :]
+    items = tl.arange(0, ITEMS_PER_WORD)[None, :]
     while tile < num_tiles:
         entry = table + tile.to(tl.int64) * 6
         source = tl.multiple_of(tl.load(entry).to(tl.pointer_type(ITEM)), WORD)
@@ -133,8 +130,8 @@ def _copy_tiles(
             row = word // width
             column = word - row * width
             present = (word < num_words)[:, None]
-            source_items = ((row * source_stride + column) * LANES)[:, None] + lanes
-            destination_items = ((row * destination_stride + column) * LANES)[:, None] + lanes
+            source_items = ((row * source_stride + column) * ITEMS_PER_WORD)[:, None] + items
+            destination_items = ((row * destination_stride + column) * ITEMS_PER_WORD)[:, None] + items
             data = tl.load(
                 source + source_items, mask=present, cache_modifier=LOAD_CACHE, eviction_policy=LOAD_EVICTION
             )

@@ -1,32 +1,30 @@
-"""Strided copies as rows of a table: what `copy_kernel` executes. Arithmetic on addresses, no device."""
+"""Tables of strided copies for the copy kernel (`refit.copies.kernel`). Arithmetic on addresses, no device work."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from refit.copies.batch import Copy
+from refit.copies.copy import Copy
 
 TILE_BYTES = 128 << 10
-"""Most bytes of a table row. Large copies are cut evenly, so that rows hold at least half: 48 bytes are 0.07 % of
-it."""
+"""The most bytes that a table row copies. Large copies are cut evenly, so that their rows copy at least half of it; a
+row's own 48 bytes are 0.07 % of that."""
 
 WORD_BYTES = (16, 8, 4, 2, 1)
 SPLIT_BYTES = 128
-"""Runs are cut at multiples of this: one line of a GPU's cache."""
+"""Runs are cut at multiples of this: one cache line of a GPU."""
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """`size` steps, of so many bytes at either side."""
+    """`size` steps of `destination` and `source` bytes."""
 
     size: int
     destination: int
@@ -35,14 +33,14 @@ class Dim:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """A copy without its addresses: `width` bytes in one piece at both sides, repeated over all of `dims`."""
+    """A copy without its addresses: a run of `width` bytes, contiguous at both sides, repeated over `dims`."""
 
     dims: tuple[Dim, ...]
     width: int
 
     @property
     def step_bits(self) -> int:
-        """All byte distances of the copy, or-ed: a power of two divides all of them if it divides this."""
+        """All byte distances of the copy, combined by bitwise or. A power of two that divides this divides them all."""
         bits = self.width
         for dim in self.dims:
             bits |= dim.destination | dim.source
@@ -50,7 +48,7 @@ class Runs:
 
 
 def runs_of(shape: Sequence[int], destination: Sequence[int], source: Sequence[int], item_bytes: int) -> Runs:
-    """The longest runs that both sides have. `destination` and `source` are strides in elements of `item_bytes`."""
+    """The longest runs that are contiguous at both sides. `destination` and `source` are strides in elements."""
     dims = [
         Dim(n, d * item_bytes, s * item_bytes) for n, d, s in zip(shape, destination, source, strict=True) if n != 1
     ]
@@ -67,11 +65,11 @@ def runs_of(shape: Sequence[int], destination: Sequence[int], source: Sequence[i
 
 
 def tiles_of(runs: Runs, word: int, tile_bytes: int = TILE_BYTES) -> Ints:
-    """[num_tiles, 6]: source, destination (byte offsets); rows, words per row; source stride, destination stride
-    (words).
+    """The tiles of a copy, `[num_tiles, 6]`.
 
-    The longest dim gives the rows, so that short runs are grouped; the others are written out. `word` bytes divide
-    every distance of `runs`.
+    Columns: source and destination offset in bytes, rows, words per row, source and destination stride in words. The
+    rows of a tile go along the longest dim, so that one tile covers many short runs. Every index of the other dims has
+    tiles of its own. `word`, in bytes, must divide every distance of `runs`.
     """
     longest = max(runs.dims, key=lambda dim: dim.size, default=Dim(1, 0, 0))
     others = [dim for dim in runs.dims if dim is not longest]
@@ -91,10 +89,10 @@ def tiles_of(runs: Runs, word: int, tile_bytes: int = TILE_BYTES) -> Ints:
 
 
 def build_tables(copies: Iterable[Copy], tile_bytes: int = TILE_BYTES) -> dict[int, Ints]:
-    """Word size in bytes -> [num_tiles, 6] as in `tiles_of`, with addresses for offsets; only sizes that occur.
+    """Word size in bytes -> table `[num_tiles, 6]` as of `tiles_of`, with addresses instead of offsets.
 
-    Every copy gets the widest word that its addresses, its strides and its width allow. Copies of one layout share
-    their tiles, so the cost is per layout and per table row.
+    Every copy gets the widest word that its addresses, strides and width allow; only sizes that occur are keys. The
+    tiles of a layout are computed once for all copies that have it.
     """
     parts: dict[int, list[_Repeated]] = defaultdict(list)
     for runs, addresses in _by_runs(copies):
@@ -109,7 +107,7 @@ def build_tables(copies: Iterable[Copy], tile_bytes: int = TILE_BYTES) -> dict[i
 
 @dataclass(frozen=True, slots=True)
 class _Repeated:
-    """The same tiles for every row of `addresses` (source, destination)."""
+    """One set of tiles, placed at every row (source, destination) of `addresses`."""
 
     tiles: Ints
     addresses: Ints
@@ -128,7 +126,7 @@ def _table(parts: Sequence[_Repeated]) -> Ints:
 
 
 def _by_runs(copies: Iterable[Copy]) -> Iterable[tuple[Runs, Ints]]:
-    """For every layout, [num_copies, 2]: source and destination addresses. Empty copies are left out."""
+    """Each layout with the source and destination addresses of its copies, `[num_copies, 2]`. Skips empty copies."""
     found: dict[tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int], list[int]] = defaultdict(list)
     for copy in copies:
         source, destination = copy.source, copy.destination
@@ -145,8 +143,10 @@ def _continues(dim: Dim, inner: Dim) -> bool:
 
 
 def _even_spans(total: int, longest: int, multiple: int) -> tuple[Ints, Ints]:
-    """Starts and lengths of the fewest, about equal spans of at most `longest`, but for the last multiples of
-    `multiple`."""
+    """Starts and lengths of spans that divide `total`: as few as possible, about equal, none above `longest`.
+
+    All lengths but the last are multiples of `multiple` where `longest` is one.
+    """
     num_spans = -(-total // longest)
     length = min(longest, -(-total // num_spans // multiple) * multiple)
     starts = np.arange(0, total, length)
@@ -159,5 +159,5 @@ def _steps(counts: Ints, source: int, destination: int) -> Ints:
 
 
 def _added(offsets: Ints, steps: Ints) -> Ints:
-    """Every sum of a row of `offsets` and a row of `steps`, the latter innermost."""
+    """The sums of every row of `offsets` with every row of `steps`; rows of `steps` vary fastest."""
     return (offsets[:, None] + steps[None]).reshape(-1, 2)

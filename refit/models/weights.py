@@ -1,4 +1,4 @@
-"""LocalWeights: where a rank's shards lie in live memory, and the views that any box of them has there."""
+"""LocalWeights: the live shards of one side on this rank, and the views of any box of them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from refit.plan.box import Box, coalesce
-from refit.plan.sharding import TensorSpec
+from refit.plan.sharding import RankSharding, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
-    """One tensor in memory: `box` of the global tensor, `view` of shape `box.extents` onto the model's own storage.
+    """`box` of a global tensor in this rank's memory: `view`, of shape `box.extents`, onto the model's own storage.
 
-    `owner` is the parameter or buffer that `view` looks into. A model may give it new storage between refits, so views
-    are derived from it anew (`LocalWeights.refresh`).
+    `owner` is the parameter or buffer that `view` is a part of. A model may give it new storage between refits;
+    `LocalWeights.refresh` then derives the view again.
     """
 
     tensor: TensorSpec
@@ -27,9 +27,9 @@ class LocalShard:
 
 
 def joined(shards: Iterable[LocalShard]) -> list[LocalShard]:
-    """Make one shard of those that together are a whole owner: gate and up, stated apart, where nothing cuts them.
+    """Merge shards that together are a whole contiguous owner, such as gate and up of an unsharded gated fc1.
 
-    What is one run of memory should be seen as one, or it would be moved in parts.
+    Contiguous memory in several shards would be transferred in as many parts.
     """
     groups: dict[tuple[str, int], list[LocalShard]] = defaultdict(list)
     for shard in shards:
@@ -53,14 +53,14 @@ def _joined_group(group: list[LocalShard]) -> list[LocalShard]:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The part `box` of a tensor, contiguous or not, in this rank's memory; `data` has shape `box.extents`."""
+    """A box of a tensor in this rank's memory. `data` has shape `box.extents` and any strides."""
 
     box: Box
     data: torch.Tensor
 
 
 class LocalWeights:
-    """All live shards of one model on this rank, addressed by tensor key and box."""
+    """All live shards of one side on this rank, addressed by tensor key and box."""
 
     def __init__(self, shards: Iterable[LocalShard]) -> None:
         self._shards: dict[str, list[LocalShard]] = defaultdict(list)
@@ -70,8 +70,7 @@ class LocalWeights:
         self._owners = list({id(shard.owner): shard.owner for shard in self}.values())
         self._addresses = self._current_addresses()
         self.generation = 0
-        """How often storage was found moved. Whoever keeps views compares it: `refresh` tells only the first who
-        asks."""
+        """How often `refresh` has found new storage. Holders of views compare it to learn that theirs are stale."""
 
     def __iter__(self) -> Iterator[LocalShard]:
         for shards in self._shards.values():
@@ -85,23 +84,27 @@ class LocalWeights:
     def nbytes(self) -> int:
         return sum(shard.view.numel() * shard.view.element_size() for shard in self)
 
-    def views(self, key: str, box: Box) -> list[View]:
-        """The live views that make up `box`, disjoint and complete, in order of their offsets.
+    @property
+    def rank_sharding(self) -> RankSharding:
+        """What this rank holds, without the memory."""
+        return RankSharding.of((shard.tensor, shard.box) for shard in self)
 
-        Raises KeyError where this rank does not hold all of it.
+    def views(self, key: str, box: Box) -> list[View]:
+        """Disjoint views that together are `box`, sorted by their offsets.
+
+        Raises KeyError where this rank does not hold all of `box`.
         """
         found = []
         for shard in self._candidates(key, box):
             part = box.intersect(shard.box)
             if part is not None:
-                data = shard.view.detach()
-                found.append(View(part, data if part == shard.box else data[part.slices_within(shard.box)]))
+                found.append(View(part, part_within(shard.view.detach(), shard.box, part)))
         if sum(view.box.volume for view in found) != box.volume:
             raise KeyError(f"{key}: {box} is not held here as a whole")
         return sorted(found, key=lambda view: view.box.offsets)
 
     def refresh(self) -> bool:
-        """Follow owners whose storage has moved since the last call; True where any has."""
+        """Derive views again from owners with new storage. Returns whether any owner had some since the last call."""
         addresses = self._current_addresses()
         if addresses == self._addresses:
             return False
@@ -114,7 +117,7 @@ class LocalWeights:
         return True
 
     def _candidates(self, key: str, box: Box) -> list[LocalShard]:
-        """Shards that may overlap `box`: a rank holds hundreds of experts under one key, of which a box needs one."""
+        """Shards that may overlap `box`. The index avoids a search through the hundreds of experts of one key."""
         if box.offsets and box.extents[0] == 1 and (key, box.offsets[0]) in self._index:
             return self._index[key, box.offsets[0]]
         return self._shards[key]
@@ -128,12 +131,23 @@ class LocalWeights:
         return index
 
     def _current_addresses(self) -> list[int]:
-        """Part of every refit's time, so nothing but the look at each owner."""
+        """Called in every refit, so it does nothing but read one address per owner."""
         return [owner.data_ptr() for owner in self._owners]
 
 
+def part_within(data: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:
+    """The part `inner` of `data`, which holds `outer` and has shape `outer.extents`."""
+    return data if inner == outer else data[inner.slices_within(outer)]
+
+
+def span_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of `tensor` in memory to the end of its last, gaps of its strides included."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
 def generations(*memories: LocalWeights | None) -> tuple[int, ...]:
-    """Refresh all; equal to an earlier answer exactly where no view has moved since."""
+    """Refresh all and return their generations: equal to an earlier result exactly where no view has changed since."""
     present = [memory for memory in memories if memory is not None]
     for memory in present:
         memory.refresh()
@@ -141,9 +155,9 @@ def generations(*memories: LocalWeights | None) -> tuple[int, ...]:
 
 
 def _rebound(shard: LocalShard, old_address: int) -> LocalShard:
-    """The same view at the same distance from its owner's start, wherever that is now.
+    """The same view at the same distance from the start of its owner's new storage.
 
-    Valid as long as the owner keeps its shape and strides, which a model does that only swaps buffers.
+    Valid as long as the owner keeps its shape and strides. A model that only swaps buffers does.
     """
     owner, view = shard.owner, shard.view
     distance = (view.data_ptr() - old_address) // view.element_size()

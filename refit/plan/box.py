@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Box:
-    """The elements `offsets[d] <= index[d] < offsets[d] + extents[d]` of a global tensor, for every dim `d`."""
+    """The elements of a global tensor with `offsets[d] <= index[d] < offsets[d] + extents[d]` for every dim `d`."""
 
     offsets: tuple[int, ...]
     extents: tuple[int, ...]
@@ -34,13 +34,13 @@ class Box:
         )
 
     def intersect(self, other: Box) -> Box | None:
-        """The common elements, or None where there are none."""
+        """The box of the common elements; None where there are none."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         extents = tuple(min(a, b) - o for a, b, o in zip(self.ends, other.ends, offsets, strict=True))
         return None if any(e <= 0 for e in extents) else Box(offsets, extents)
 
     def subtract(self, other: Box) -> list[Box]:
-        """What is left of this box without `other`, as disjoint boxes (none if `other` covers it)."""
+        """The elements of this box that are not in `other`, as disjoint boxes."""
         common = self.intersect(other)
         if common is None:
             return [self]
@@ -61,7 +61,7 @@ class Box:
         return Box(tuple(offsets), tuple(extents))
 
     def split(self, count: int) -> Iterator[Box]:
-        """At most `count` boxes of nearly equal size that cut this one along its first dim of more than one element."""
+        """Cut this box along its leading dim into at most `count` boxes of nearly equal size."""
         dim = self.leading_dim
         if dim is None or count <= 1:
             yield self
@@ -74,15 +74,15 @@ class Box:
 
     @property
     def leading_dim(self) -> int | None:
-        """The first dim of more than one element, or None for a single element."""
+        """The first dim with more than one element; None for a box of one element."""
         return next((dim for dim, extent in enumerate(self.extents) if extent > 1), None)
 
     def slices_within(self, outer: Box) -> tuple[slice, ...]:
-        """Slices that pick this box from an array holding exactly `outer`, of shape `outer.extents`."""
+        """Slices that select this box in an array of shape `outer.extents` that holds `outer`."""
         return tuple(slice(o - b, o - b + e) for o, b, e in zip(self.offsets, outer.offsets, self.extents, strict=True))
 
     def is_contiguous_within(self, outer: Box) -> bool:
-        """Whether this box is one run of memory in a row-major array that holds exactly `outer`."""
+        """Whether this box is contiguous in a row-major array of shape `outer.extents` that holds `outer`."""
         dim = self.leading_dim
         if dim is None:
             return True
@@ -90,9 +90,9 @@ class Box:
 
 
 def coalesce(boxes: Iterable[Box]) -> tuple[Box, ...]:
-    """Merge disjoint boxes that touch along one dim and agree in all others; sorted, same elements.
+    """Merge disjoint boxes that touch along one dim and agree in all others. The result is sorted.
 
-    Greedy from the last dim to the first, which rejoins whatever cutting along one dim at a time has made.
+    Goes from the last dim to the first. That rejoins boxes that were cut along one dim after another.
     """
     merged = sorted(boxes)
     for dim in reversed(range(len(merged[0].offsets) if merged else 0)):
@@ -101,13 +101,13 @@ def coalesce(boxes: Iterable[Box]) -> tuple[Box, ...]:
 
 
 def _coalesce_along(dim: int, boxes: list[Box]) -> list[Box]:
-    def elsewhere(box: Box) -> tuple[tuple[int, ...], ...]:
+    def other_dims(box: Box) -> tuple[tuple[int, ...], ...]:
         return (box.offsets[:dim] + box.offsets[dim + 1 :], box.extents[:dim] + box.extents[dim + 1 :])
 
     merged: list[Box] = []
-    for box in sorted(boxes, key=lambda b: (elsewhere(b), b.offsets[dim])):
+    for box in sorted(boxes, key=lambda b: (other_dims(b), b.offsets[dim])):
         last = merged[-1] if merged else None
-        if last is not None and elsewhere(last) == elsewhere(box) and last.ends[dim] == box.offsets[dim]:
+        if last is not None and other_dims(last) == other_dims(box) and last.ends[dim] == box.offsets[dim]:
             merged[-1] = last.narrow(dim, last.offsets[dim], box.ends[dim])
         else:
             merged.append(box)

@@ -1,51 +1,35 @@
-"""What a plan costs: bytes per rank and pair, who is busiest, and the least time a cluster needs for it."""
+"""The cost of a plan: bytes per rank and pair of ranks, the busiest ranks, and the lower bound on a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from refit import units
+from refit.config.clusters import Cluster
 from refit.plan.plan import ZEROS, IntArray, RefitPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
-    """The machines a scenario is judged by; speeds are one GPU's in one direction, in bytes per second.
+class Bound:
+    """The lower bound of a plan's refit time on the cluster of that name.
 
-    A node is an NVLink domain: the GPUs that reach each other at `intra_bytes_per_s`, `gpus_per_node` of them (8 in an
-    HGX host, 72 in an NVL72 rack). Between nodes it is `inter_bytes_per_s`, None where only one node is described.
-    `copy_bytes_per_s` counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the
-    bound. `gpu_memory_bytes` is None where it is not known. `gpu` is the end of the device's name by which a run finds
-    its cluster, None where it must be named. `source` says where the figures come from.
+    `limited_by` says what sets it, as in `rank 64 receives 65.93 GB between nodes at 50 GB/s`.
     """
 
-    name: str
-    intra_bytes_per_s: float
-    inter_bytes_per_s: float | None
-    gpus_per_node: int
-    copy_bytes_per_s: float | None
-    gpu_memory_bytes: int | None
-    gpu: str | None
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """Seconds no refit by a plan can beat, and what sets them: `rank 64 receives 65.93 GB between nodes at 50 GB/s`."""
-
+    cluster: str
     seconds: float
     limited_by: str
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Wire bytes of every rank, those that stay within its node apart from those between nodes. Each `[num_ranks]`.
+    """Bytes of every rank, each `[num_ranks]`: wire bytes within and between nodes, and local copies.
 
-    Ranks are counted in order: the first `gpus_per_node` are node 0, the next ones node 1.
+    Ranks fill nodes in order: the first `gpus_per_node` ranks are node 0, the next ones node 1.
     """
 
     gpus_per_node: int
@@ -57,105 +41,112 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """A rank and its bytes."""
+class BusiestRank:
+    """The rank with the most wire bytes in one direction. Of several with equally many, the lowest rank."""
 
     rank: int
     nbytes: int
+    direction: Literal["sends", "receives"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Bytes of one refit. `sent` has every source rank, `received` every destination rank, wire bytes only.
+    """What a plan moves, in plain types.
 
-    payload = wire + local + zeros: all bytes written at the destination.
+    Bytes are counted in the destination's dtypes. `payload_bytes` are all bytes written at the destination: wire bytes,
+    local copies and zeros. `num_transfers` counts wire transfers and local copies. `sent_by_rank` has every source
+    rank, `received_by_rank` and `local_by_rank` every destination rank; sent and received are wire bytes only.
+    `source_weights_by_rank` and `destination_weights_by_rank` are the bytes of weights that ranks hold. `digest` and
+    `casts` are those of the plan.
     """
 
     payload_bytes: int
     wire_bytes: int
     local_bytes: int
     num_transfers: int
-    sent: Mapping[int, int]
-    received: Mapping[int, int]
-    local: Mapping[int, int]
+    sent_by_rank: dict[int, int]
+    received_by_rank: dict[int, int]
+    local_by_rank: dict[int, int]
+    source_weights_by_rank: dict[int, int]
+    destination_weights_by_rank: dict[int, int]
+    digest: str
+    casts: dict[str, tuple[str, str]]
 
     @property
-    def busiest_sender(self) -> Load:
-        return _busiest(self.sent)
+    def busiest_sender(self) -> BusiestRank:
+        return _busiest(self.sent_by_rank, "sends")
 
     @property
-    def busiest_receiver(self) -> Load:
-        return _busiest(self.received)
+    def busiest_receiver(self) -> BusiestRank:
+        return _busiest(self.received_by_rank, "receives")
+
+    @property
+    def busiest(self) -> BusiestRank:
+        """The rank with the most wire bytes in either direction, as links carry both at once.
+
+        The receiver where sender and receiver have equally many.
+        """
+        sender, receiver = self.busiest_sender, self.busiest_receiver
+        return receiver if receiver.nbytes >= sender.nbytes else sender
 
     @property
     def sender_imbalance(self) -> float:
-        """Busiest sender over mean sender of all source ranks; 1 where nothing is sent."""
-        return self.busiest_sender.nbytes * len(self.sent) / self.wire_bytes if self.wire_bytes else 1.0
-
-    @property
-    def busiest_bytes(self) -> int:
-        """max over ranks of max(sent, received): links carry both directions at once."""
-        return max(self.busiest_sender.nbytes, self.busiest_receiver.nbytes)
+        """Bytes of the busiest sender over the mean of all source ranks; 1 where nothing is sent."""
+        return self.busiest_sender.nbytes * len(self.sent_by_rank) / self.wire_bytes if self.wire_bytes else 1.0
 
 
 def cost_of(plan: RefitPlan) -> Cost:
-    """Add up a plan's bytes, counted in the destination's dtypes."""
+    """Add up the bytes of a plan."""
     matrix = bytes_matrix(plan)
+    wire = wire_only(matrix)
     local = {rank: int(matrix[rank, rank]) for rank in plan.destination_sharding.ranks}
-    np.fill_diagonal(matrix, 0)
     return Cost(
         payload_bytes=int(plan.nbytes.sum()),
-        wire_bytes=int(matrix.sum()),
+        wire_bytes=int(wire.sum()),
         local_bytes=sum(local.values()),
         num_transfers=int((plan.source != ZEROS).sum()),
-        sent={rank: int(matrix[rank].sum()) for rank in plan.source_sharding.ranks},
-        received={rank: int(matrix[:, rank].sum()) for rank in plan.destination_sharding.ranks},
-        local=local,
+        sent_by_rank={rank: int(wire[rank].sum()) for rank in plan.source_sharding.ranks},
+        received_by_rank={rank: int(wire[:, rank].sum()) for rank in plan.destination_sharding.ranks},
+        local_by_rank=local,
+        source_weights_by_rank=dict(plan.source_sharding.bytes_per_rank),
+        destination_weights_by_rank=dict(plan.destination_sharding.bytes_per_rank),
+        digest=plan.digest,
+        casts=plan.casts,
     )
 
 
-def summary(plan: RefitPlan) -> dict[str, Any]:
-    """A plan's bytes, in plain types, for a result file."""
-    cost = cost_of(plan)
-    return {
-        "payload": cost.payload_bytes,
-        "wire": cost.wire_bytes,
-        "local": cost.local_bytes,
-        "busiest": cost.busiest_bytes,
-        "sender_imbalance": cost.sender_imbalance,
-        "sent_by_rank": dict(cost.sent),
-        "received_by_rank": dict(cost.received),
-        "local_by_rank": dict(cost.local),
-        "source_weights_by_rank": dict(plan.source_sharding.bytes_per_rank),
-        "destination_weights_by_rank": dict(plan.destination_sharding.bytes_per_rank),
-    }
-
-
 def bytes_matrix(plan: RefitPlan) -> IntArray:
-    """Bytes from each rank (row) to each rank (column), `[num_ranks, num_ranks]`; local copies on the diagonal."""
-    num_ranks = 1 + max(*plan.source_sharding.ranks, *plan.destination_sharding.ranks)
+    """Bytes from each rank (row) to each rank (column), `[num_ranks, num_ranks]`. The diagonal has local copies."""
+    num_ranks = 1 + plan.ranks[-1]
     matrix = np.zeros((num_ranks, num_ranks), np.int64)
     moved = plan.source != ZEROS
     np.add.at(matrix, (plan.source[moved], plan.destination[moved]), plan.nbytes[moved])
     return matrix
 
 
+def wire_only(matrix: IntArray) -> IntArray:
+    """A copy of a `bytes_matrix` without local copies: its diagonal is 0."""
+    wire = matrix.copy()
+    np.fill_diagonal(wire, 0)
+    return wire
+
+
 def split_traffic(matrix: IntArray, gpus_per_node: int) -> Traffic:
-    """Sort a `bytes_matrix` by whether its bytes cross from one node of `gpus_per_node` ranks to another."""
+    """Divide a `bytes_matrix` into traffic within nodes of `gpus_per_node` ranks and traffic between them."""
     node = np.arange(len(matrix)) // gpus_per_node
     between = np.where(node[:, None] != node[None, :], matrix, 0)
-    within = matrix - between
+    within = wire_only(matrix - between)
     local = np.diagonal(matrix).copy()
-    np.fill_diagonal(within, 0)
     return Traffic(gpus_per_node, within.sum(1), between.sum(1), within.sum(0), between.sum(0), local)
 
 
 def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:
-    """The longest any rank needs for its bytes of one kind and direction at the cluster's full speed for them.
+    """The longest time that any rank needs for its bytes of one kind at the cluster's full speed for them.
 
-    The two kinds of link, their two directions and copies within a GPU all work at the same time, so the slowest of
-    them bounds the refit. None where bytes cross nodes and the cluster has no speed between them. Where fewer ranks run
-    on a node than it has GPUs, some bytes between nodes are counted as within one: the bound is then low, never high.
+    The kinds are sends and receives, each within and between nodes, and copies within a GPU. They can all overlap, so
+    the slowest is a lower bound of the refit time. None where bytes cross nodes and the cluster states no speed for
+    that. Where nodes run fewer ranks than they have GPUs, some bytes between nodes count as bytes within a node. The
+    bound is then too low, never too high.
     """
     traffic = split_traffic(matrix, cluster.gpus_per_node)
     if cluster.inter_bytes_per_s is None and traffic.sent_between.any():
@@ -167,16 +158,15 @@ def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:
         (traffic.sent_within, cluster.intra_bytes_per_s, "sends", "within its node"),
         (traffic.local, cluster.copy_bytes_per_s, "copies", "within its GPU"),
     ]
-    worst = Bound(0.0, "nothing moves")
+    worst = Bound(cluster.name, 0.0, "nothing moves")
     for nbytes, bytes_per_s, verb, where in candidates:
         rank = int(nbytes.argmax())
         if bytes_per_s and nbytes[rank] / bytes_per_s > worst.seconds:
             cause = f"rank {rank} {verb} {units.gb(int(nbytes[rank]))} {where} at {bytes_per_s / 1e9:g} GB/s"
-            worst = Bound(float(nbytes[rank] / bytes_per_s), cause)
+            worst = Bound(cluster.name, float(nbytes[rank] / bytes_per_s), cause)
     return worst
 
 
-def _busiest(loads: Mapping[int, int]) -> Load:
-    """The rank with most bytes, the first of several."""
-    rank = max(loads, key=lambda rank: (loads[rank], -rank))
-    return Load(rank, loads[rank])
+def _busiest(nbytes: Mapping[int, int], direction: Literal["sends", "receives"]) -> BusiestRank:
+    rank = max(nbytes, key=lambda rank: (nbytes[rank], -rank))
+    return BusiestRank(rank, nbytes[rank], direction)

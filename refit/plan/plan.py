@@ -1,4 +1,4 @@
-"""RefitPlan: which box of which tensor goes from whom to whom, proved complete when built."""
+"""RefitPlan: which box of which tensor moves from which rank to which. Checked for completeness when built."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from refit.plan.box import Box
 from refit.plan.sharding import Sharding, TensorSharding, TensorSpec
 
 ZEROS = -1
-"""As a source: no rank. The destination writes zeros, where its vocabulary padding is longer than the source's."""
+"""The source of a transfer without one: the destination zeroes vocabulary padding that the source does not have."""
 
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """`box` of a tensor, read on rank `source` and written on rank `destination`; the same rank is a local copy."""
+    """`box` of a tensor, read on rank `source` and written on rank `destination`. On one rank it is a local copy."""
 
     tensor: TensorSpec
     source_dtype: str
@@ -38,7 +38,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """The part of a plan one rank carries out; each list in plan order, which both ends of a pair share."""
+    """The transfers of one rank. Each tuple is in plan order, which is the same at both ends of a pair."""
 
     rank: int
     sends: tuple[Transfer, ...]
@@ -49,11 +49,11 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class RefitPlan:
-    """Transfers in columns: row `i` moves `extents[i]` elements at `offsets[i]` of tensor `keys[tensor[i]]`.
+    """Transfers as columns: row `i` moves `extents[i]` elements at `offsets[i]` of tensor `keys[tensor[i]]`.
 
-    Shapes: tensor, source, destination `[num_transfers]`; offsets, extents `[num_transfers, max_dims]`, trailing dims
-    of tensors with fewer padded with offset 0, extent 1. Building one raises PlanError unless every destination
-    element is written exactly once and every read lies inside a box that its source holds.
+    Shapes: tensor, source, destination `[num_transfers]`; offsets, extents `[num_transfers, max_dims]`. Tensors with
+    fewer dims have trailing offsets 0 and extents 1. The constructor raises PlanError unless every destination element
+    is written exactly once and every read lies inside a box that its source holds.
     """
 
     source_sharding: Sharding
@@ -72,7 +72,7 @@ class RefitPlan:
 
     @classmethod
     def from_rows(cls, source: Sharding, destination: Sharding, rows: Sequence[tuple[int, int, int, Box]]) -> RefitPlan:
-        """Rows are (tensor index in `destination.tensors`, source, destination, box); they are sorted here."""
+        """Build from rows (tensor index in `destination.tensors`, source, destination, box), in any order."""
         dims = max((len(row[3].offsets) for row in rows), default=1)
         rows = sorted(rows, key=lambda row: (row[0], row[3].offsets, row[2]))
         blank, unit = (0,) * dims, (1,) * dims
@@ -95,6 +95,11 @@ class RefitPlan:
         return tuple(self.destination_sharding.tensors[key] for key in self.keys)
 
     @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of both sides, ascending."""
+        return tuple(sorted({*self.source_sharding.ranks, *self.destination_sharding.ranks}))
+
+    @cached_property
     def nbytes(self) -> IntArray:
         """Bytes each transfer writes, `[num_transfers]`."""
         itemsizes = np.array([spec.itemsize for spec in self.specs], np.int64)
@@ -110,7 +115,7 @@ class RefitPlan:
         return np.not_equal(self.source, self.destination) & np.not_equal(self.source, ZEROS)
 
     def transfers(self, rows: IntArray | None = None) -> Iterator[Transfer]:
-        """Rows as objects, all of them or those numbered in `rows`."""
+        """The transfers as objects: all, or those with the indices `rows`."""
         for row in range(len(self)) if rows is None else rows.tolist():
             spec = self.specs[self.tensor[row]]
             dims = len(spec.shape)
@@ -120,7 +125,7 @@ class RefitPlan:
             yield Transfer(spec, source_dtype, box, source, int(self.destination[row]))
 
     def for_rank(self, rank: int) -> RankPlan:
-        """What `rank` sends, receives, copies and zeroes."""
+        """The transfers that `rank` sends, receives, copies locally and zeroes."""
 
         def select(mask: npt.NDArray[np.bool_]) -> tuple[Transfer, ...]:
             return tuple(self.transfers(np.flatnonzero(mask)))
@@ -135,7 +140,7 @@ class RefitPlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the columns and keys: ranks that print the same digest move the same bytes."""
+        """SHA-256 of the columns and keys. Equal digests mean equal transfers."""
         sha = hashlib.sha256("\n".join(self.keys).encode())
         for column in (self.tensor, self.source, self.destination, self.offsets, self.extents):
             sha.update(np.ascontiguousarray(column).tobytes())
@@ -143,7 +148,7 @@ class RefitPlan:
 
     @cached_property
     def casts(self) -> dict[str, tuple[str, str]]:
-        """Tensors whose dtype differs between the sides: key -> (source dtype, destination dtype)."""
+        """Tensors whose dtype the refit changes: key -> (source dtype, destination dtype)."""
         theirs = self.source_sharding.tensors
         return {
             key: (theirs[key].dtype, spec.dtype)
@@ -157,21 +162,21 @@ def _column(rows: list[tuple[int, ...]], dims: int) -> IntArray:
 
 
 def _check_reads(plan: RefitPlan) -> None:
-    """Every read lies inside one box its source holds, every write inside one box its destination holds."""
+    """Raise PlanError unless every read and every write lies inside one box that its rank holds."""
     for side, sharding, column in (
         ("read", plan.source_sharding, plan.source),
         ("written", plan.destination_sharding, plan.destination),
     ):
         inside = column == ZEROS
-        for tensor_sharding, rows in _rows_by_spread(plan, sharding):
+        for tensor_sharding, rows in _rows_by_sharding(plan, sharding):
             inside[rows] |= _held_by(tensor_sharding, column[rows], plan.offsets[rows], plan.extents[rows])
         if not inside.all():
             row = int(np.flatnonzero(~inside)[0])
             raise PlanError(f"{_row_text(plan, row)} is {side} on rank {column[row]}, which does not hold it")
 
 
-def _rows_by_spread(plan: RefitPlan, sharding: Sharding) -> Iterator[tuple[TensorSharding, IntArray]]:
-    """Each distinct spread of `sharding` with the rows of all tensors that lie so."""
+def _rows_by_sharding(plan: RefitPlan, sharding: Sharding) -> Iterator[tuple[TensorSharding, IntArray]]:
+    """Each distinct TensorSharding with the indices of the rows of all tensors that have it."""
     number: dict[int, int] = {}
     by_key = [sharding.by_key[key] for key in plan.keys]
     numbers = np.array([number.setdefault(id(tensor_sharding), len(number)) for tensor_sharding in by_key], np.int64)
@@ -179,14 +184,17 @@ def _rows_by_spread(plan: RefitPlan, sharding: Sharding) -> Iterator[tuple[Tenso
     order = np.argsort(row_numbers, kind="stable")
     bounds = np.searchsorted(row_numbers[order], np.arange(len(number) + 1))
     distinct = {id(tensor_sharding): tensor_sharding for tensor_sharding in by_key}
-    for spread_id, index in number.items():
-        yield distinct[spread_id], order[bounds[index] : bounds[index + 1]]
+    for identity, index in number.items():
+        yield distinct[identity], order[bounds[index] : bounds[index + 1]]
 
 
 def _held_by(
     tensor_sharding: TensorSharding, ranks: IntArray, offsets: IntArray, extents: IntArray
 ) -> npt.NDArray[np.bool_]:
-    """For each row, whether one box that `ranks[row]` holds contains the row's box. Shapes `[rows]`, `[rows, dims]`."""
+    """For each row, whether one box that `ranks[row]` holds contains the row's box.
+
+    Shapes: ranks `[num_rows]`; offsets, extents `[num_rows, max_dims]`.
+    """
     held = sorted((rank, shard.box) for shard in tensor_sharding.shards for rank in shard.ranks)
     holders = np.array([rank for rank, _ in held], np.int64)
     dims = len(held[0][1].offsets)
@@ -195,7 +203,7 @@ def _held_by(
     low, high = offsets[:, :dims], offsets[:, :dims] + extents[:, :dims]
     first = np.searchsorted(holders, ranks)
     inside = np.zeros(len(ranks), np.bool_)
-    # A rank holds few boxes of one tensor (gate and up: two), so step through its k-th box for all rows at once.
+    # A rank holds few boxes of one tensor (two for gate and up): compare the k-th box of all rows at once.
     for k in range(int(np.bincount(holders).max())):
         entry = np.minimum(first + k, len(holders) - 1)
         within = (lows[entry] <= low).all(1) & (high <= highs[entry]).all(1)
@@ -204,11 +212,11 @@ def _held_by(
 
 
 def _check_disjoint(plan: RefitPlan) -> None:
-    """No two writes to one (tensor, destination) overlap."""
+    """Raise PlanError where two writes to the same tensor on the same rank overlap."""
     order = np.lexsort((plan.destination, plan.tensor))
     group = np.stack([plan.tensor[order], plan.destination[order]], 1)
     offsets, ends = plan.offsets[order], (plan.offsets + plan.extents)[order]
-    # Compare every row with its k-th successor, for k up to the size of the largest group.
+    # Compare every row with its k-th successor, until no two rows that far apart share a group.
     for k in range(1, len(order)):
         same = (group[:-k] == group[k:]).all(1)
         if not same.any():
@@ -220,7 +228,10 @@ def _check_disjoint(plan: RefitPlan) -> None:
 
 
 def _check_volumes(plan: RefitPlan) -> None:
-    """Disjoint writes inside what each destination holds cover it when their volumes add up."""
+    """Raise PlanError unless the writes to each tensor on each rank have the volume that the rank holds.
+
+    Writes are disjoint and inside the held boxes (checked before), so equal volumes mean complete coverage.
+    """
     index = {rank: column for column, rank in enumerate(plan.destination_sharding.ranks)}
     written = np.zeros((len(plan.keys), len(index)), np.int64)
     columns = np.array([index[rank] for rank in plan.destination.tolist()], np.int64)

@@ -1,12 +1,12 @@
-"""How a transfer is found.
+"""The planner: from two shardings to a RefitPlan.
 
 1. Match the tensors of both sides by key (`match_tensors`).
-2. For each destination rank, cover every box it holds with boxes the source holds (`overlaps`).
-3. A piece that the rank holds itself is a local copy; else a replica on its own node is preferred (`nearest`).
-   One that a single rank can send comes from there; of several replicas the least loaded sends it (`choose_senders`).
-4. Pieces of one tensor that the same pair exchanges and that touch become one transfer.
+2. Cover every box of every destination rank with boxes that the source holds (`overlaps`).
+3. Choose the sender of each piece. A piece that the destination rank holds itself is a local copy. Otherwise replicas
+   on its node are preferred (`nearest`), and among several replicas the least loaded rank sends (`choose_senders`).
+4. Merge pieces of one tensor that touch and that the same pair exchanges into one transfer (`merge`).
 
-Pure and deterministic: every rank that plans the same two shardings gets the same plan, so nobody has to communicate.
+Pure and deterministic: all ranks compute the same plan from the same shardings, without communication.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from refit.plan.plan import ZEROS, RefitPlan
 from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
 
 MIN_SPLIT_BYTES = 1 << 20
-"""Replicated pieces are cut no smaller than this for the sake of balance: more operations would cost more than it
-gains."""
+"""Replicated pieces are not cut smaller than this: the cost of more operations would exceed the gain in balance."""
 
 IMBALANCE = 0.01
-"""Replicated pieces are cut to this share of a mean sender's bytes, which bounds how uneven the senders can end."""
+"""Replicated pieces are cut to this share of the mean bytes per sender, which bounds the imbalance of the senders."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a destination's box and the source ranks it may come from; none of them: written as zeros."""
+    """A part of a box of rank `destination` and the source ranks that hold it. Without holders it is zeroed."""
 
     box: Box
     holders: tuple[int, ...]
@@ -42,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """A piece of tensor number `tensor` that several ranks may send, `nbytes` long."""
+    """A piece that several ranks hold. `tensor` is the index of its tensor."""
 
     tensor: int
     piece: Piece
@@ -52,14 +51,14 @@ class Replicated:
 def plan_refit(source: Sharding, destination: Sharding, *, ranks_per_node: int | None = None) -> RefitPlan:
     """Plan how every box of `destination` is filled from `source`.
 
-    With `ranks_per_node` a replica on the destination's own node is preferred to a remote one.
-    Raises PlanError where the sides do not hold the same tensors or some element has no source.
+    With `ranks_per_node`, replicas on the destination's node are preferred to remote ones.
+    Raises PlanError where the sides do not hold the same tensors, or an element has no source.
     """
     match_tensors(source, destination)
     rows: list[tuple[int, int, int, Box]] = []
     replicated: list[Replicated] = []
     load = dict.fromkeys(source.ranks, 0)
-    covers: dict[tuple[int, int], list[Piece]] = {}  # layers of a kind share their spreads
+    covers: dict[tuple[int, int], list[Piece]] = {}  # by identity: layers of one kind share their TensorSharding
     for index, (key, tensor) in enumerate(destination.tensors.items()):
         by_key = (source.by_key[key], destination.by_key[key])
         memo = (id(by_key[0]), id(by_key[1]))
@@ -79,10 +78,10 @@ def plan_refit(source: Sharding, destination: Sharding, *, ranks_per_node: int |
 
 
 def match_tensors(source: Sharding, destination: Sharding) -> None:
-    """Check that every destination tensor has a source of the same shape.
+    """Check that both sides hold the same tensors with the same shapes.
 
-    Source tensors without a destination are an error too: weights left behind mean two different models. Where the
-    first dim is padded (vocabulary), only the others must agree.
+    Dim 0 of a padded tensor (vocabulary) may differ. Raises PlanError, also for source tensors without a destination:
+    subset refits are not supported.
     """
     missing = sorted(destination.tensors.keys() - source.tensors.keys())
     surplus = sorted(source.tensors.keys() - destination.tensors.keys())
@@ -99,9 +98,10 @@ def match_tensors(source: Sharding, destination: Sharding) -> None:
 
 
 def overlaps(source: TensorSharding, destination: TensorSharding, tensor: TensorSpec) -> list[Piece]:
-    """Cover each destination rank's boxes with source boxes, those the rank holds itself first.
+    """Cover the boxes of each destination rank with source boxes. Boxes that the rank holds itself come first.
 
-    Padding rows that no source holds become pieces without holders; anything else uncovered raises PlanError.
+    Padding rows that no source holds become pieces without holders. Raises PlanError where other elements lack a
+    source.
     """
     pieces: list[Piece] = []
     for wanted, touching in _touching(source, destination):
@@ -123,7 +123,7 @@ def overlaps(source: TensorSharding, destination: TensorSharding, tensor: Tensor
 def _touching(
     source: TensorSharding, destination: TensorSharding
 ) -> Iterator[tuple[ReplicatedShard, list[ReplicatedShard]]]:
-    """Each destination holding with the source holdings that share elements with it, found for all sources at once."""
+    """Each destination shard with the source shards that share elements with it."""
     offsets = np.array([held.box.offsets for held in source.shards])
     ends = np.array([held.box.ends for held in source.shards])
     for wanted in destination.shards:
@@ -132,12 +132,12 @@ def _touching(
 
 
 def nearest(piece: Piece, ranks_per_node: int | None) -> Piece:
-    """`piece` with only the holders worth asking: the destination itself, else those on its node, else all.
+    """`piece` with only its preferred holders: the destination itself, else those on its node, else all.
 
-    A replica on the destination's node is taken however loaded it is: it has at most `ranks_per_node - 1` neighbours to
-    serve, over links at least that many times as fast as a rank's share of the network on 8-GPU hosts, so it is done
-    no later than they would be with the same bytes from other nodes.
-    A local copy never becomes a transfer: that adds to what two ranks send and receive and takes from none.
+    A replica on the destination's node is preferred whatever its load. It serves at most `ranks_per_node - 1`
+    neighbours. On 8-GPU hosts its links are at least that many times as fast as a rank's share of the network, so it
+    finishes no later than its neighbours would with the same bytes from other nodes.
+    A local copy is never replaced by a transfer: a transfer adds load to two ranks and relieves none.
     """
     if piece.destination in piece.holders:
         return Piece(piece.box, (piece.destination,), piece.destination)
@@ -149,11 +149,12 @@ def nearest(piece: Piece, ranks_per_node: int | None) -> Piece:
 
 
 def choose_senders(replicated: Sequence[Replicated], load: dict[int, int]) -> list[tuple[int, int, int, Box]]:
-    """Give each piece to its least loaded holder; `load`, bytes each rank sends already, is updated.
+    """Assign each piece to its least loaded holder. Updates `load`, the bytes that each rank sends already.
 
-    Pieces with the fewest holders go first, since those with more can still fill what they leave uneven, and largest
-    first among them (LPT, Graham 1969). Ties go to the holder that stands first in its side's rank order, never to the
-    smaller number: renaming ranks renames the plan and changes nothing else.
+    Pieces with the fewest holders are assigned first, because pieces with more holders can still even out the load.
+    Among those with equally many holders the largest is first (LPT, Graham 1969). Ties go to the first holder in the
+    rank order of its side, not to the smallest rank number, so that renumbering the ranks only renumbers the plan.
+    Returns rows (tensor index, source, destination, box).
     """
     total = sum(load.values()) + sum(item.nbytes for item in replicated)
     limit = max(MIN_SPLIT_BYTES, int(IMBALANCE * total / max(1, len(load))))
@@ -172,7 +173,7 @@ def choose_senders(replicated: Sequence[Replicated], load: dict[int, int]) -> li
 
 
 def merge(rows: Sequence[tuple[int, int, int, Box]]) -> list[tuple[int, int, int, Box]]:
-    """Join touching boxes that share tensor, source and destination. Moves the same elements in fewer transfers."""
+    """Merge touching boxes of equal tensor, source and destination: the same elements in fewer transfers."""
     boxes: dict[tuple[int, int, int], list[Box]] = defaultdict(list)
     for tensor, sender, receiver, box in rows:
         boxes[tensor, sender, receiver].append(box)

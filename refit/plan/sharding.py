@@ -1,10 +1,10 @@
-"""Who holds what: the shards of one rank (`RankSharding`) and of all ranks of a side (`Sharding`)."""
+"""Which boxes of which tensors ranks hold: one rank (`RankSharding`), all ranks of a side (`Sharding`)."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,15 +23,15 @@ ITEMSIZE = {
     "uint8": 1,
     "bool": 1,
 }
-"""Bytes of one element, by the name torch gives the dtype."""
+"""Bytes of one element, by torch's name of the dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One global tensor of the model, whichever ranks hold it.
+    """One global tensor of the model, independent of the ranks that hold it.
 
-    `stacked` is True where the first dim numbers separate tensors in memory: routed experts, `[num_experts, ...]`.
-    `padded` is True where the first dim may be longer on one side than on the other (the vocabulary, padded per TP).
+    `stacked`: each index of dim 0 is a tensor of its own in memory, as routed experts `[num_experts, ...]` are.
+    `padded`: dim 0 may differ between the sides, as the vocabulary does, which is padded to suit the TP size.
     """
 
     key: str
@@ -48,10 +48,18 @@ class TensorSpec:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
 
+    def memory_boxes(self, box: Box) -> Iterator[Box]:
+        """`box`, split so that each part lies within one tensor in memory: one part per index of a stacked dim 0."""
+        if not self.stacked or box.extents[0] == 1:
+            yield box
+            return
+        for index in range(box.offsets[0], box.ends[0]):
+            yield box.narrow(0, index, index + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank holds of one tensor: coalesced boxes, sorted. Gated fc1 gives two (gate, up)."""
+    """The part of one tensor that one rank holds: sorted, coalesced boxes. A gated fc1 has two, gate and up."""
 
     tensor: TensorSpec
     boxes: tuple[Box, ...]
@@ -63,15 +71,15 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class RankSharding:
-    """Everything one rank holds, by tensor key."""
+    """All shards of one rank, by tensor key."""
 
     shards: Mapping[str, Shard]
 
     @classmethod
     def of(cls, parts: Iterable[tuple[TensorSpec, Box]]) -> RankSharding:
-        """Collect (tensor, box) parts, several per tensor allowed; touching boxes are merged.
+        """Collect (tensor, box) parts. A tensor may have several; boxes that touch are merged.
 
-        Raises InventoryError where two parts state one tensor differently.
+        Raises ShardingError where two parts disagree about one tensor.
         """
         specs: dict[str, TensorSpec] = {}
         boxes: dict[str, list[Box]] = defaultdict(list)
@@ -87,7 +95,7 @@ class RankSharding:
         return sum(shard.nbytes for shard in self.shards.values())
 
     def differences(self, other: RankSharding) -> list[str]:
-        """One line per tensor on which the two disagree; empty where they are equal."""
+        """One line per tensor that differs; empty where the two are equal."""
         lines = []
         for key in sorted(self.shards.keys() | other.shards.keys()):
             mine, theirs = self.shards.get(key), other.shards.get(key)
@@ -106,7 +114,7 @@ def _describe(shard: Shard | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReplicatedShard:
-    """Ranks that hold the same box of a tensor: replicas of one another, in rank order of their side."""
+    """A box of a tensor and the ranks that hold it, in the rank order of their side."""
 
     box: Box
     ranks: tuple[int, ...]
@@ -114,7 +122,10 @@ class ReplicatedShard:
 
 @dataclass(frozen=True, slots=True)
 class TensorSharding:
-    """How one tensor lies over the ranks of a side. Equal for every layer of a kind, so planners memoise on it."""
+    """How one tensor is sharded over the ranks of a side.
+
+    Layers of one kind have equal ones, so the planner memoises on them.
+    """
 
     shards: tuple[ReplicatedShard, ...]
 
@@ -124,15 +135,15 @@ class TensorSharding:
         for rank, boxes in boxes_by_rank:
             for box in boxes:
                 ranks[box].append(rank)
-        return cls(tuple(ReplicatedShard(box, tuple(held)) for box, held in ranks.items()))
+        return cls(tuple(ReplicatedShard(box, tuple(holders)) for box, holders in ranks.items()))
 
     def boxes_of(self, rank: int) -> tuple[Box, ...]:
-        return tuple(sorted(h.box for h in self.shards if rank in h.ranks))
+        return tuple(sorted(shard.box for shard in self.shards if rank in shard.ranks))
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """What every rank of one side holds: for each tensor, its spread. `ranks` is the side's window, in order."""
+    """The sharding of every tensor of one side. `ranks` are the ranks of the side, in order."""
 
     ranks: tuple[int, ...]
     tensors: Mapping[str, TensorSpec]
@@ -140,19 +151,19 @@ class Sharding:
 
     @classmethod
     def from_ranks(cls, by_rank: Mapping[int, RankSharding]) -> Sharding:
-        """Turn per-rank rank shardings (as gathered from live models) into a sharding.
+        """Combine the shardings of all ranks of a side, as gathered from live models.
 
-        Raises InventoryError where ranks state one tensor differently.
+        Raises ShardingError where two ranks disagree about one tensor.
         """
         tensors: dict[str, TensorSpec] = {}
         boxes: dict[str, list[tuple[int, tuple[Box, ...]]]] = defaultdict(list)
-        for rank, inventory in by_rank.items():
-            for key, shard in inventory.shards.items():
+        for rank, held in by_rank.items():
+            for key, shard in held.shards.items():
                 known = tensors.setdefault(key, shard.tensor)
                 if known != shard.tensor:
                     raise ShardingError(f"rank {rank} states {key} as {shard.tensor}, another rank as {known}")
                 boxes[key].append((rank, shard.boxes))
-        # Layers of a kind lie alike: share one Spread object, so that the planner's memo finds it by value cheaply.
+        # Layers of one kind share one TensorSharding object, so that the planner can memoise by identity.
         shared: dict[TensorSharding, TensorSharding] = {}
         by_key = {
             key: shared.setdefault(tensor_sharding, tensor_sharding)
@@ -160,8 +171,8 @@ class Sharding:
         }
         return cls(tuple(by_rank), tensors, by_key)
 
-    def inventory(self, rank: int) -> RankSharding:
-        """What `rank` holds."""
+    def of_rank(self, rank: int) -> RankSharding:
+        """The shards of `rank`."""
         boxes_of = {id(tensor_sharding): tensor_sharding.boxes_of(rank) for tensor_sharding in self._distinct}
         held = ((key, boxes_of[id(tensor_sharding)]) for key, tensor_sharding in self.by_key.items())
         return RankSharding({key: Shard(self.tensors[key], boxes) for key, boxes in held if boxes})
@@ -172,7 +183,7 @@ class Sharding:
 
     @cached_property
     def bytes_per_rank(self) -> Mapping[int, int]:
-        """Weight bytes each rank holds."""
+        """Rank -> bytes of weights it holds."""
         held = dict.fromkeys(self.ranks, 0)
         for key, tensor_sharding in self.by_key.items():
             for shard in tensor_sharding.shards:

@@ -6,14 +6,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refit.cli.launch import check_num_ranks
-from refit.config.scenario import Mode, Scenario
+from refit.config.clusters import Cluster
+from refit.config.scenario import Mode, Scenario, check_num_ranks
 from refit.config.shape import ModelShape
 from refit.errors import UsageError
-from refit.plan.cost import Bound, Cluster, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
+from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
 from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
-from refit.predict.megatron import predict
+from refit.predict.sides import predict_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     num_gpus = options.num_gpus or scenario.num_ranks
     check_num_ranks(scenario, num_gpus)
     start_s = time.perf_counter()
-    source = predict(scenario.model, scenario.source, transformer_impl=scenario.transformer_impl)
-    destination = predict(scenario.model, scenario.destination, transformer_impl=scenario.transformer_impl)
+    source = predict_side(scenario.model, scenario.source)
+    destination = predict_side(scenario.model, scenario.destination)
     predicted_s = time.perf_counter()
     plan = plan_refit(source, destination, ranks_per_node=options.gpus_per_node)
     matrix = bytes_matrix(plan)

@@ -1,8 +1,8 @@
-"""What every rank of a layout holds, predicted from the flags: no model, no Megatron, no torch.
+"""What every rank of a Megatron side holds, predicted from the flags: no model, no Megatron, no torch.
 
-Read it top down: `layer_tensors` and `end_tensors` list a model's tensors with the way each is cut; `boxes_of` says
-what a way of cutting leaves to one rank; `predict` puts them together, stage by stage. Shapes and cuts are those of
-Megatron-Core's GPTModel as its `sharded_state_dict()` states them (0.16.1 and 0.19.2).
+`embedding_tensors`, `layer_tensors` and `output_tensors` list a model's tensors and how each is split. `boxes_of` gives
+the part of one rank. `predict` combines them, stage by stage. Shapes and splits are those of Megatron-Core's GPTModel
+as its `sharded_state_dict()` states them (0.16.1 and 0.19.2).
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from enum import Enum
 
 from refit.config.layout import Coordinates, Layout
 from refit.config.shape import Experts, LatentAttention, ModelShape
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import Sharding, TensorSharding, TensorSpec
 
 
-class Cut(Enum):
-    """How a matrix `[rows, columns]` (or a bias `[rows]`) is cut over the tensor axis; TP ranks each get one part."""
+class Split(Enum):
+    """How a matrix `[rows, columns]` (or a bias `[rows]`) is split over the tensor axis, one part per TP rank."""
 
-    WHOLE = "every rank holds all of it"
+    REPLICATED = "every rank holds all of it"
     COLUMN = "rows in equal parts (a column-parallel linear, weights being [out, in])"
     GATED = "rows are [gate; up]: an equal part of each half"
     ROW = "columns in equal parts (a row-parallel linear)"
@@ -29,40 +30,68 @@ class Cut(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor: its name below the layer's prefix, its shape and its cut.
+    """One tensor: its name below the layer's prefix, its shape and how it is split.
 
-    A `routed` one is `[num_experts, ...]`: cut over EP along the experts, and as `cut` says over ETP, not TP, in the
-    dims behind. `dtype` None is the model's.
+    A `routed` tensor is `[num_experts, ...]`. EP splits its experts, and ETP the other dims as `split` says. `dtype`
+    None is the side's.
     """
 
     name: str
     shape: tuple[int, ...]
-    cut: Cut
+    split: Split
     routed: bool = False
     padded: bool = False
     dtype: str | None = None
 
 
-def predict(shape: ModelShape, layout: Layout, *, transformer_impl: str = "local") -> Sharding:
-    """What every rank of `layout` holds; keys in their canonical spelling (`refit.models.megatron.sharding`).
+def check(shape: ModelShape, side: SideSpec, name: str) -> None:
+    """Raise UsageError where Megatron cannot build this model in this layout; `name` is the side's in the message."""
+    layout, experts = side.layout, shape.experts
+    tp = layout.tp
+    divisible = [
+        (shape.num_attention_heads, tp, "attention heads", "TP size"),
+        (shape.ffn_hidden_size, tp, "FFN hidden size", "TP size"),
+    ]
+    if shape.mla is None and shape.num_query_groups > tp:
+        divisible.append((shape.num_query_groups, tp, "query groups", "TP size"))
+    if shape.mla is None and shape.num_query_groups < tp:
+        divisible.append((tp, shape.num_query_groups, "TP size", "query groups"))
+    if experts is not None:
+        divisible += [
+            (experts.num_experts, layout.ep, "experts", "EP size"),
+            (experts.ffn_hidden_size, layout.etp, "expert FFN hidden size", "ETP size"),
+            (experts.shared_ffn_hidden_size or tp, tp, "shared expert FFN hidden size", "TP size"),
+        ]
+    for number, divisor, what, by in divisible:
+        if number % divisor:
+            raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
+    if experts is None and layout.ep > 1:
+        raise UsageError(f"{name}: EP size {layout.ep} needs experts: give --num-experts or set EP to 1")
+    layout.stage_layers(shape.num_layers)
 
-    Raises UsageError where a tensor cannot be cut evenly.
+
+def predict(shape: ModelShape, side: SideSpec) -> Sharding:
+    """What every rank of `side` holds, by canonical keys (`refit.models.megatron.sharding`).
+
+    Raises UsageError where a tensor cannot be split evenly.
     """
-    shape.check_layout(layout, "this layout")
+    check(shape, side, "this layout")
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    layout, side_dtype = side.layout, side.dtype.value
     stages = [Stage(layout, number) for number in range(layout.pp)]
     first, last = stages[0], stages[-1]
     tensors: dict[str, TensorSpec] = {}
     by_key: dict[str, TensorSharding] = {}
 
     def add(key: str, entry: Entry, *holders: Stage) -> None:
-        dtype = entry.dtype or shape.dtype.value
+        dtype = entry.dtype or side_dtype
         tensors[key] = TensorSpec(key, entry.shape, dtype, stacked=entry.routed, padded=entry.padded)
         by_key[key] = holders[0].tensor_sharding(entry) if len(holders) == 1 else joined(entry, holders)
 
     for entry in embedding_tensors(shape, layout.tp):
         copied = shape.tied_embeddings and entry.padded and last is not first
         add(entry.name, entry, *((first, last) if copied else (first,)))
-    kinds = {routed: layer_tensors(shape, routed, transformer_impl) for routed in (False, True)}
+    kinds = {routed: layer_tensors(shape, routed, side.transformer_impl) for routed in (False, True)}
     for stage, layers in zip(stages, layout.stage_layers(shape.num_layers), strict=True):
         for layer in layers:
             for entry in kinds[shape.experts is not None and shape.experts.layers[layer]]:
@@ -78,10 +107,10 @@ def predict(shape: ModelShape, layout: Layout, *, transformer_impl: str = "local
 def embedding_tensors(shape: ModelShape, tp: int) -> list[Entry]:
     """On the first stage. A tied word embedding is also the last stage's output layer."""
     words = (shape.padded_vocab_size(tp), shape.hidden_size)
-    entries = [Entry("embedding.word_embeddings.weight", words, Cut.COLUMN, padded=True)]
+    entries = [Entry("embedding.word_embeddings.weight", words, Split.COLUMN, padded=True)]
     if shape.position_embedding_type == "learned_absolute":
         positions = (shape.max_position_embeddings, shape.hidden_size)
-        entries.append(Entry("embedding.position_embeddings.weight", positions, Cut.WHOLE))
+        entries.append(Entry("embedding.position_embeddings.weight", positions, Split.REPLICATED))
     return entries
 
 
@@ -90,7 +119,7 @@ def output_tensors(shape: ModelShape, tp: int) -> list[Entry]:
     entries = [*_norm("decoder.final_layernorm", shape.hidden_size, shape)]
     if not shape.tied_embeddings:
         words = (shape.padded_vocab_size(tp), shape.hidden_size)
-        entries.append(Entry("output_layer.weight", words, Cut.COLUMN, padded=True))
+        entries.append(Entry("output_layer.weight", words, Split.COLUMN, padded=True))
     return entries
 
 
@@ -112,16 +141,16 @@ def layer_tensors(shape: ModelShape, routed: bool, transformer_impl: str) -> tup
 
 
 def _norm(name: str, size: int, shape: ModelShape) -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", (size,), Cut.WHOLE)
+    yield Entry(f"{name}.weight", (size,), Split.REPLICATED)
     if shape.normalization == "LayerNorm":
-        yield Entry(f"{name}.bias", (size,), Cut.WHOLE)
+        yield Entry(f"{name}.bias", (size,), Split.REPLICATED)
 
 
-def _linear(name: str, rows: int, columns: int, cut: Cut, bias: bool = False) -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", (rows, columns), cut)
+def _linear(name: str, rows: int, columns: int, split: Split, bias: bool = False) -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", (rows, columns), split)
     if bias:
         # The bias of a row-parallel linear is added after the sum over ranks: every rank holds all of it.
-        yield Entry(f"{name}.bias", (rows,), Cut.WHOLE if cut is Cut.ROW else cut)
+        yield Entry(f"{name}.bias", (rows,), Split.REPLICATED if split is Split.ROW else split)
 
 
 def _grouped_query_attention(shape: ModelShape) -> Iterator[Entry]:
@@ -129,51 +158,53 @@ def _grouped_query_attention(shape: ModelShape) -> Iterator[Entry]:
     heads, size, hidden = shape.num_attention_heads, shape.kv_channels, shape.hidden_size
     rows = (heads + 2 * shape.num_query_groups) * size
     attention = "self_attention"
-    yield from _linear(f"{attention}.linear_qkv", rows, hidden, Cut.COLUMN, shape.add_bias_linear or shape.add_qkv_bias)
-    yield from _linear(f"{attention}.linear_proj", hidden, heads * size, Cut.ROW, shape.add_bias_linear)
+    yield from _linear(
+        f"{attention}.linear_qkv", rows, hidden, Split.COLUMN, shape.add_bias_linear or shape.add_qkv_bias
+    )
+    yield from _linear(f"{attention}.linear_proj", hidden, heads * size, Split.ROW, shape.add_bias_linear)
     if shape.qk_layernorm:
         yield from _norm(f"{attention}.q_layernorm", size, shape)
         yield from _norm(f"{attention}.k_layernorm", size, shape)
 
 
 def _latent_attention(shape: ModelShape, mla: LatentAttention, transformer_impl: str) -> Iterator[Entry]:
-    """Down projections are cut by the local layer spec and replicated by Transformer Engine's."""
+    """Down projections are split by the local layer spec and replicated by Transformer Engine's."""
     heads, hidden = shape.num_attention_heads, shape.hidden_size
-    down = Cut.WHOLE if transformer_impl == "transformer_engine" else Cut.COLUMN
+    down = Split.REPLICATED if transformer_impl == "transformer_engine" else Split.COLUMN
     query_rows = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim)
     attention = "self_attention"
     if mla.q_lora_rank is None:
-        yield from _linear(f"{attention}.linear_q_proj", query_rows, hidden, Cut.COLUMN)
+        yield from _linear(f"{attention}.linear_q_proj", query_rows, hidden, Split.COLUMN)
     else:
         yield from _linear(f"{attention}.linear_q_down_proj", mla.q_lora_rank, hidden, down)
-        yield from _linear(f"{attention}.linear_q_up_proj", query_rows, mla.q_lora_rank, Cut.COLUMN)
+        yield from _linear(f"{attention}.linear_q_up_proj", query_rows, mla.q_lora_rank, Split.COLUMN)
         if shape.qk_layernorm:
             yield from _norm(f"{attention}.q_layernorm", mla.q_lora_rank, shape)
     latent_rows = mla.kv_lora_rank + mla.qk_pos_emb_head_dim
     yield from _linear(f"{attention}.linear_kv_down_proj", latent_rows, hidden, down)
     key_value_rows = heads * (mla.qk_head_dim + mla.v_head_dim)
-    yield from _linear(f"{attention}.linear_kv_up_proj", key_value_rows, mla.kv_lora_rank, Cut.COLUMN)
+    yield from _linear(f"{attention}.linear_kv_up_proj", key_value_rows, mla.kv_lora_rank, Split.COLUMN)
     if shape.qk_layernorm:
         yield from _norm(f"{attention}.kv_layernorm", mla.kv_lora_rank, shape)
-    yield from _linear(f"{attention}.linear_proj", hidden, heads * mla.v_head_dim, Cut.ROW, shape.add_bias_linear)
+    yield from _linear(f"{attention}.linear_proj", hidden, heads * mla.v_head_dim, Split.ROW, shape.add_bias_linear)
 
 
 def _mlp(name: str, ffn: int, shape: ModelShape) -> Iterator[Entry]:
     hidden, bias = shape.hidden_size, shape.add_bias_linear
-    first = (2 * ffn, Cut.GATED) if shape.swiglu else (ffn, Cut.COLUMN)
+    first = (2 * ffn, Split.GATED) if shape.swiglu else (ffn, Split.COLUMN)
     yield from _linear(f"{name}.linear_fc1", first[0], hidden, first[1], bias)
-    yield from _linear(f"{name}.linear_fc2", hidden, ffn, Cut.ROW, bias)
+    yield from _linear(f"{name}.linear_fc2", hidden, ffn, Split.ROW, bias)
 
 
 def _mixture_of_experts(shape: ModelShape, experts: Experts) -> Iterator[Entry]:
     count = experts.num_experts
-    yield Entry("mlp.router.weight", (count, shape.hidden_size), Cut.WHOLE)
+    yield Entry("mlp.router.weight", (count, shape.hidden_size), Split.REPLICATED)
     if shape.add_bias_linear:
-        yield Entry("mlp.router.bias", (count,), Cut.WHOLE)
+        yield Entry("mlp.router.bias", (count,), Split.REPLICATED)
     if experts.expert_bias:
-        yield Entry("mlp.router.expert_bias", (count,), Cut.WHOLE, dtype="float32")
+        yield Entry("mlp.router.expert_bias", (count,), Split.REPLICATED, dtype="float32")
     for one in _mlp("mlp.experts.experts", experts.ffn_hidden_size, shape):
-        yield Entry(one.name, (count, *one.shape), one.cut, routed=True)
+        yield Entry(one.name, (count, *one.shape), one.split, routed=True)
     if experts.shared_ffn_hidden_size is not None:
         yield from _mlp("mlp.shared_experts", experts.shared_ffn_hidden_size, shape)
 
@@ -188,10 +219,10 @@ class Stage:
         size = layout.world_size // layout.pp
         self.layout = layout
         self.ranks = layout.ranks[number * size : (number + 1) * size]
-        self._spreads: dict[tuple[tuple[int, ...], Cut, bool], TensorSharding] = {}
+        self._spreads: dict[tuple[tuple[int, ...], Split, bool], TensorSharding] = {}
 
     def tensor_sharding(self, entry: Entry) -> TensorSharding:
-        kind = (entry.shape, entry.cut, entry.routed)
+        kind = (entry.shape, entry.split, entry.routed)
         if kind not in self._spreads:
             self._spreads[kind] = joined(entry, (self,))
         return self._spreads[kind]
@@ -212,12 +243,12 @@ def boxes_of(entry: Entry, layout: Layout, at: Coordinates) -> tuple[Box, ...]:
     if entry.routed:
         whole = _part(entry, whole, 0, layout.ep, at.ep)
         dim, parts, part = 1, layout.etp, at.etp
-    if entry.cut is Cut.WHOLE:
+    if entry.split is Split.REPLICATED:
         return (whole,)
-    if entry.cut is Cut.GATED:
+    if entry.split is Split.GATED:
         gate, up = (_part(entry, whole, dim, 2 * parts, half * parts + part) for half in (0, 1))
         return coalesce([gate, up])
-    return (_part(entry, whole, dim + (entry.cut is Cut.ROW), parts, part),)
+    return (_part(entry, whole, dim + (entry.split is Split.ROW), parts, part),)
 
 
 def _part(entry: Entry, box: Box, dim: int, parts: int, part: int) -> Box:
@@ -225,7 +256,7 @@ def _part(entry: Entry, box: Box, dim: int, parts: int, part: int) -> Box:
     size, rest = divmod(box.extents[dim], parts)
     if rest:
         raise UsageError(
-            f"{entry.name} {list(entry.shape)} cannot be cut into {parts} equal parts along dim {dim}: "
+            f"{entry.name} {list(entry.shape)} cannot be split into {parts} equal parts along dim {dim}: "
             f"give a size that divides {box.extents[dim]}"
         )
     return box.narrow(dim, part * size, (part + 1) * size)

@@ -1,4 +1,4 @@
-"""Whether a scenario's models fit its GPUs, and which change of layout would make them fit."""
+"""Whether a scenario's models fit its GPUs, and which layouts would fit."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from refit import units
+from refit.config.flag_names import size_flag
 from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun
-from refit.predict.megatron import predict
+from refit.predict.sides import check_side, predict_side
 
 MAX_EP_FACTOR = 64
 """How far EP is raised in search of a layout that fits."""
 
 IMPOSSIBLE = 1 << 62
 
-ETP_FLAGS = {
-    "source": "--expert-tensor-parallel-size",
-    "destination": "--rl-inference-expert-tensor-model-parallel-size",
-}
-EP_FLAGS = {"source": "--expert-model-parallel-size", "destination": "--rl-inference-expert-model-parallel-size"}
-
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One way out: the layouts of the sides that are too full, and how to say it."""
+    """A remedy: new layouts for the sides that need too much, and its text."""
 
     layouts: dict[str, Layout]
     text: str
@@ -70,25 +65,26 @@ def _fitting_layouts(run: DryRun, side: str, available: int) -> list[str]:
 
 
 def _needed(run: DryRun, change: _Change) -> int:
-    """Bytes on the fullest GPU of the sides a change is for; more than any GPU has where the model cannot be cut so."""
+    """Bytes on the fullest GPU with this change; more than any GPU has where the model cannot be sharded so."""
     fullest = []
-    for side, layout in change.layouts.items():
+    for name, layout in change.layouts.items():
+        side = replace(run.scenario.sides[name], layout=layout)
         try:
-            run.model.check_layout(layout, side)
+            check_side(run.model, side, name)
         except UsageError:
             return IMPOSSIBLE
-        sharding = predict(run.model, layout, transformer_impl=run.scenario.transformer_impl)
+        sharding = predict_side(run.model, side)
         fullest.append(max(sharding.bytes_per_rank.values()))
     return sum(fullest) + run.scenario.staging_bytes
 
 
 def _etp_at_tp(run: DryRun, sides: list[str]) -> Iterator[_Change]:
-    """ETP raised to TP on every side where it is lower: experts are then cut TP ways as well, not copied."""
+    """ETP raised to TP on every side where it is lower: experts are then split over TP as well, not replicated."""
     layouts = {side: _layout(run, side) for side in sides}
     raised = {side: _with(layout, etp=layout.tp) for side, layout in layouts.items() if layout.etp < layout.tp}
     changed = {side: layout for side, layout in raised.items() if layout}
     if changed and len(changed) == len(raised):
-        flags = " and ".join(f"{ETP_FLAGS[side]} at TP = {layout.tp}" for side, layout in changed.items())
+        flags = " and ".join(f"{size_flag(side, 'etp')} at TP = {layout.tp}" for side, layout in changed.items())
         yield _Change({**layouts, **changed}, f"leave {flags}")
 
 
@@ -97,14 +93,14 @@ def _higher_ep(run: DryRun, sides: list[str]) -> Iterator[_Change]:
     for factor in range(2, MAX_EP_FACTOR + 1):
         changed = {side: grown for side in sides if (grown := _with_ep(_layout(run, side), factor))}
         if len(changed) == len(sides):
-            texts = [f"{EP_FLAGS[side]} to {layout.ep}{_on(side, layout)}" for side, layout in changed.items()]
+            texts = [f"{size_flag(side, 'ep')} to {layout.ep}{_on(side, layout)}" for side, layout in changed.items()]
             yield _Change(changed, f"raise {' and '.join(texts)}")
 
 
 def _on(side: str, layout: Layout) -> str:
     if layout.world_size == layout.tp * layout.ep * layout.pp:
         return f" ({layout.world_size} GPUs)"
-    return f" with --{side}-world-size {layout.world_size}"
+    return f" with {size_flag(side, 'world_size')} {layout.world_size}"
 
 
 def _with_ep(layout: Layout, factor: int) -> Layout | None:
@@ -120,4 +116,4 @@ def _with(layout: Layout, **sizes: int) -> Layout | None:
 
 
 def _layout(run: DryRun, side: str) -> Layout:
-    return run.scenario.source if side == "source" else run.scenario.destination
+    return run.scenario.sides[side].layout

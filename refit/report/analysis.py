@@ -6,7 +6,6 @@ results do not hold what a question needs, the answer says what is missing.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -14,14 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from refit import units
-from refit.config.layout import short_text
+from refit.config.registry import METHODS
 from refit.config.scenario import Mode
+from refit.config.side import SideSpec
 from refit.report.time_fit import Fit, FitError, Load, fit_time
 from refit.results.outcomes import Outcome
-from refit.results.sweep import Side
-
-RIVALS = (("nvshmem", "nccl"), ("shm", "gloo"))
-"""One-sided and two-sided methods on the same hardware."""
+from refit.results.status import Status
 
 NEARLY_EQUAL = 1.05
 """Less than this between two rates is no difference to speak of."""
@@ -32,8 +29,8 @@ class Point:
     """A scenario that was measured. `model` tells whether two scenarios move the same model."""
 
     name: str
-    source: Side
-    destination: Side
+    source: SideSpec
+    destination: SideSpec
     mode: str
     method: str
     model: Hashable
@@ -44,6 +41,15 @@ class Point:
     num_transfers: int | None
     gb_per_s: float | None
     share: float | None
+
+    @property
+    def layouts(self) -> Hashable:
+        """Both layouts without the ranks they are on."""
+        return tuple((side.title, side.world_size) for side in (self.source, self.destination))
+
+    @property
+    def title(self) -> str:
+        return f"{self.source.title} -> {self.destination.title}"
 
     @property
     def num_gpus(self) -> int:
@@ -92,10 +98,14 @@ def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
     """The scenarios that may be compared: verified or unchecked, not wrong, with times, bytes and layouts."""
     points = []
     for outcome in outcomes:
-        planned, figures = outcome.planned, outcome.figures
-        source, destination, moved, median_s = planned.source, planned.destination, figures.moved, figures.median_s
-        if outcome.status != "ok" or not median_s or not source or not destination or not moved or not moved.payload:
+        planned, cost, median_s = outcome.planned, outcome.cost, outcome.median_s
+        source, destination = planned.source, planned.destination
+        comparable = outcome.status is Status.OK and median_s and source and destination
+        if not comparable or cost is None or not cost.payload_bytes:
             continue
+        assert source
+        assert destination
+        assert median_s
         points.append(
             Point(
                 name=planned.name,
@@ -105,20 +115,20 @@ def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
                 method=planned.method,
                 model=_model(outcome),
                 median_s=median_s,
-                payload=moved.payload,
-                wire=moved.wire,
-                busiest=moved.busiest,
-                num_transfers=figures.num_transfers,
-                gb_per_s=figures.engine.gb_per_s if figures.engine else None,
-                share=figures.share,
+                payload=cost.payload_bytes,
+                wire=cost.wire_bytes,
+                busiest=cost.busiest.nbytes,
+                num_transfers=outcome.refit.plan.num_transfers if outcome.refit.plan else None,
+                gb_per_s=outcome.tested.bottleneck_gb_per_s if outcome.tested else None,
+                share=outcome.share_of_bound,
             )
         )
     return points
 
 
-def _model(outcome: Outcome) -> str:
-    scenario = (outcome.result or {}).get("scenario") or {}
-    return json.dumps([scenario.get(key) for key in ("model", "model_provider", "transformer_impl")], sort_keys=True)
+def _model(outcome: Outcome) -> Hashable:
+    scenario = outcome.result.scenario if outcome.result else None
+    return (scenario.model, scenario.model_provider, scenario.source.transformer_impl) if scenario else None
 
 
 def ep_against_tp(points: Sequence[Point]) -> list[str]:
@@ -148,7 +158,9 @@ def ep_against_tp(points: Sequence[Point]) -> list[str]:
 
 def _changes(point: Point) -> set[str]:
     return {
-        axis for axis in ("tp", "ep", "etp", "pp") if getattr(point.source, axis) != getattr(point.destination, axis)
+        axis
+        for axis in ("tp", "ep", "etp", "pp")
+        if getattr(point.source.layout, axis) != getattr(point.destination.layout, axis)
     }
 
 
@@ -172,7 +184,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 def separate_sets(points: Sequence[Point]) -> list[str]:
     """The same layouts and method both ways, pair by pair; where no pair exists, the two modes side by side."""
     lines = []
-    for _, group in _grouped(points, lambda point: (point.source, point.destination, point.method, point.model)):
+    for _, group in _grouped(points, lambda point: (point.layouts, point.method, point.model)):
         by_mode = {point.mode: point for point in group}
         apart, shared = by_mode.get(Mode.NON_COLLOCATED.value), by_mode.get(Mode.COLLOCATED.value)
         if apart and shared:
@@ -242,21 +254,26 @@ def _trust(fit: Fit, num_scenarios: int) -> str:
 def one_sided_against_two_sided(points: Sequence[Point]) -> list[str]:
     """Scenarios that differ in the method alone, pair by pair."""
     lines = []
-    key = lambda point: (point.source, point.destination, point.mode, point.model)  # noqa: E731
-    for (source, destination, mode, _), group in _grouped(points, key):
+    for (_, mode, _), group in _grouped(points, lambda point: (point.layouts, point.mode, point.model)):
         by_method = {point.method: point for point in group}
-        for one, two in RIVALS:
+        for one, two in rivals():
             if one in by_method and two in by_method:
                 times = by_method[one].median_s, by_method[two].median_s
                 lines.append(
-                    f"{_layouts(source, destination)}, {mode}: {one} {units.seconds(times[0])}, {two} "
+                    f"{group[0].title}, {mode}: {one} {units.seconds(times[0])}, {two} "
                     f"{units.seconds(times[1])}: {one} is {times[1] / times[0]:.2f} x as fast."
                 )
     return lines or ["Not answered: no layouts were run with both methods in the same mode."]
 
 
-def _layouts(source: Side, destination: Side) -> str:
-    return " -> ".join(short_text(side) for side in (source, destination))
+def rivals() -> list[tuple[str, str]]:
+    """One-sided and two-sided methods that move weights on the same device by default."""
+    return [
+        (one, two)
+        for one, first in METHODS.items()
+        for two, second in METHODS.items()
+        if first.one_sided and not second.one_sided and first.device == second.device
+    ]
 
 
 def _grouped(

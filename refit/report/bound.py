@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from refit import units
-from refit.plan.cost import Bound, Cluster
+from refit.config.clusters import Cluster
+from refit.plan.cost import Bound
 
 
 def bound_text(bound: Bound | None, cluster: Cluster) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from refit import units
-from refit.cli.launch import needed_text
-from refit.plan.cost import Cluster, lower_bound
+from refit.config.clusters import Cluster
+from refit.plan.cost import lower_bound
 from refit.predict.dry_run import DryRun
 
 
@@ -20,15 +20,14 @@ def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str
 
 
 def _row(name: str, run: DryRun, clusters: Sequence[Cluster]) -> list[str]:
-    cost, sender, receiver = run.cost, run.cost.busiest_sender, run.cost.busiest_receiver
-    verb, busiest = ("receives", receiver) if receiver.nbytes >= sender.nbytes else ("sends", sender)
+    cost, busiest = run.cost, run.cost.busiest
     bounds = (lower_bound(run.matrix, cluster) for cluster in clusters)
     return [
         name,
-        needed_text(run.scenario),
+        run.scenario.num_ranks_text,
         units.gb(cost.payload_bytes),
         units.gb(cost.wire_bytes),
-        f"{busiest.rank} {verb} {units.gb(busiest.nbytes)}",
+        f"{busiest.rank} {busiest.direction} {units.gb(busiest.nbytes)}",
         units.gib(run.memory_bytes),
         f"{cost.sender_imbalance:.2f}",
         *("-" if bound is None else units.seconds(bound.seconds) for bound in bounds),

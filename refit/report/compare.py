@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from refit.errors import ExitCode, UsageError
 from refit.report.grid import fixed_width
-from refit.report.summary import STATUS_TEXTS
 from refit.report.tables import wrong_text
 from refit.results.outcomes import Outcome
 from refit.results.runs import Run
+from refit.results.status import Status
 
 MIN_SAMPLES = 3
 """Fewer say nothing about spread."""
@@ -29,7 +29,7 @@ class Pair:
     @property
     def change(self) -> float | None:
         """New median over old median less 1: 0.1 is 10 % slower. None unless both have times."""
-        old_s, new_s = self.old.figures.median_s, self.new.figures.median_s
+        old_s, new_s = self.old.median_s, self.new.median_s
         return new_s / old_s - 1 if old_s and new_s else None
 
 
@@ -85,11 +85,11 @@ def _keyed(run: Run, by_name: bool, warnings: list[str]) -> dict[str, Outcome]:
 
 def _what_ran(outcome: Outcome) -> str:
     """`TP2 EP2 -> TP2 EP1, collocated, nccl, kimi_k2`."""
-    scenario = (outcome.result or {}).get("scenario")
-    if not scenario:
+    scenario, facts = outcome.result.scenario if outcome.result else None, outcome.refit.model
+    if scenario is None:
         return outcome.planned.name
-    model = scenario.get("model_name") or scenario.get("model_provider") or f"{scenario['num_parameters']:,} elements"
-    return f"{scenario['title']}, {scenario['mode']}, {scenario['method']}, {model}"
+    model = scenario.model_title or (f"{facts.num_parameters:,} elements" if facts else "a model by flags")
+    return f"{scenario.title}, {scenario.mode.value}, {scenario.method}, {model}"
 
 
 def _other_scenario(old: Outcome, new: Outcome) -> list[str]:
@@ -106,21 +106,20 @@ def _environment_warnings(pair: Pair) -> Iterator[str]:
 
 
 def _conditions(outcome: Outcome) -> dict[str, str]:
-    result = outcome.result or {}
-    environment, moved = result.get("environment"), result.get("bytes")
-    if not environment:
+    environment = outcome.result.environment if outcome.result else None
+    if environment is None:
         return {}
-    gpus = [gpu["name"] for gpu in environment.get("gpus", ())]
+    gpus = [gpu.name for gpu in environment.gpus]
     found = {
         "GPU": f"{len(gpus)} x {gpus[0]}" if gpus else "none",
         "number of ranks": str(outcome.planned.num_ranks),
-        **environment.get("versions", {}),
-        **{name: value for name, value in environment.get("variables", {}).items() if name != "SLURM_JOB_ID"},
+        **environment.versions,
+        **{name: value for name, value in environment.variables.items() if name != "SLURM_JOB_ID"},
     }
     if not gpus:
-        found["CPU"] = f"{environment.get('num_cpus')} cores of {environment.get('cpu')}"
-    if moved:
-        found["payload"] = f"{moved['payload']:,} bytes"
+        found["CPU"] = f"{environment.num_cpus} cores of {environment.cpu}"
+    if outcome.refit.plan is not None:
+        found["payload"] = f"{outcome.refit.plan.payload_bytes:,} bytes"
     return found
 
 
@@ -145,9 +144,9 @@ def _notch(samples_s: Sequence[float]) -> float:
 def exit_code(new: Run, comparison: Comparison, max_slowdown: float) -> ExitCode:
     """WRONG_DATA where the new run has any, FAILED where it lost a scenario's times, SLOWER where one is slower than
     `max_slowdown` (0.05: 5 % over the old median) allows."""
-    if any(outcome.status == "wrong_data" for outcome in new.outcomes):
+    if any(outcome.status is Status.WRONG_DATA for outcome in new.outcomes):
         return ExitCode.WRONG_DATA
-    if any(pair.old.status == "ok" and pair.new.status != "ok" for pair in comparison.pairs):
+    if any(pair.old.status is Status.OK and pair.new.status is not Status.OK for pair in comparison.pairs):
         return ExitCode.FAILED
     slower = any(pair.change is not None and pair.change > max_slowdown for pair in comparison.pairs)
     return ExitCode.SLOWER if slower else ExitCode.OK
@@ -166,26 +165,26 @@ def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float
     lines += [f"Only in old: {name}" for name in comparison.only_old]
     lines += [f"Only in new: {name}" for name in comparison.only_new]
     lines += [
-        f"{STATUS_TEXTS[pair.new.status].upper()} in new: {pair.name}: {pair.new.reason}"
+        f"{pair.new.status.text.upper()} in new: {pair.name}: {pair.new.reason}"
         for pair in comparison.pairs
-        if pair.new.status != "ok"
+        if pair.new.status is not Status.OK
     ]
     return "\n".join([*lines, _verdict(comparison, max_slowdown)])
 
 
 def _row(pair: Pair, max_slowdown: float) -> list[str]:
-    figures = (pair.old.figures, pair.new.figures)
-    samples = [one.engine.samples_s if one.engine else () for one in figures]
+    both = (pair.old, pair.new)
+    samples = [one.tested.measured_s if one.tested else [] for one in both]
     beyond = exceeds_spread(*samples) if pair.change is not None else None
-    status = STATUS_TEXTS[pair.new.status]
-    if pair.new.status == "ok" and pair.change is not None:
+    status = pair.new.status.text
+    if pair.new.status is Status.OK and pair.change is not None:
         status = "SLOWER" if pair.change > max_slowdown else "ok"
     return [
         pair.name,
-        *(f"{1e3 * one.median_s:.2f}" if one.median_s else "-" for one in figures),
+        *(f"{1e3 * one.median_s:.2f}" if one.median_s else "-" for one in both),
         f"{100 * pair.change:+.1f}" if pair.change is not None else "-",
         {True: "yes", False: "no", None: "-"}[beyond],
-        *(wrong_text(one) or "-" for one in figures),
+        *(wrong_text(one) or "-" for one in both),
         status,
     ]
 

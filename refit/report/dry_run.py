@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refit import units
-from refit.cli.launch import needed_text
-from refit.plan.cost import Load
+from refit.plan.cost import BusiestRank
 from refit.predict.dry_run import DryRun
 from refit.report.bound import bound_text
 from refit.report.rank_map import rank_map
@@ -28,10 +27,11 @@ def dry_run_text(run: DryRun) -> str:
 def _figures(run: DryRun) -> list[str]:
     cost = run.cost
     sender, receiver = cost.busiest_sender, cost.busiest_receiver
+    dtypes = " and ".join(dict.fromkeys(side.dtype.value for side in run.scenario.sides.values() if side.dtype))
     figures = {
-        "GPUs needed": f"{needed_text(run.scenario)}{_nodes(run)}",
+        "GPUs needed": f"{run.scenario.num_ranks_text}{_nodes(run)}",
         "Model": f"{run.scenario.model_name or 'by flags'}, {units.count(run.num_parameters)} parameters "
-        f"({run.num_parameters:,} with buffers) in {run.num_tensors:,} tensors, {run.model.dtype.value}",
+        f"({run.num_parameters:,} with buffers) in {run.num_tensors:,} tensors, {dtypes}",
         **_memory(run),
         "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
         "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
@@ -68,7 +68,7 @@ def _too_much(run: DryRun, nbytes: int) -> str:
     return f", MORE THAN the {units.gib(cluster.gpu_memory_bytes)} of {cluster.name}"
 
 
-def _busiest(run: DryRun, load: Load, direction: Literal["sent", "received"]) -> str:
+def _busiest(run: DryRun, load: BusiestRank, direction: Literal["sent", "received"]) -> str:
     """`rank 64, 66.64 GB`, and how much of it crosses nodes where there are several."""
     traffic = run.traffic
     text = f"rank {load.rank}, {units.gb(load.nbytes)}"
@@ -102,7 +102,10 @@ class _Column:
 
 
 def _columns(run: DryRun) -> list[_Column]:
-    memory, moved = (run.source_bytes, run.destination_bytes), (run.cost.sent, run.cost.received, run.cost.local)
+    memory, moved = (
+        (run.source_bytes, run.destination_bytes),
+        (run.cost.sent_by_rank, run.cost.received_by_rank, run.cost.local_by_rank),
+    )
     large = max(max(loads.values()) for loads in memory) >= 2**30
     held_unit, held_scale = ("GiB", 2.0**30) if large else ("MiB", 2.0**20)
     moved_unit, moved_scale = ("GB", 1e9) if large else ("MB", 1e6)

@@ -6,25 +6,24 @@ matplotlib is needed here and nowhere else; it is imported when a picture is dra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refit.errors import UnavailableError
+from refit.plan.cost import Cost
 from refit.plan.plan import IntArray
-from refit.report.pairs import NoPairs, pair_bytes
-from refit.report.summary import STATUS_TEXTS
-from refit.results.outcomes import Figures, Outcome
+from refit.results.outcomes import Outcome
 from refit.results.runs import Run
+from refit.results.status import Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS, PEERS, BOUND = "#2b6cb0", "#c8c8c8", "black"
+OURS, BASELINE, BOUND = "#2b6cb0", "#c8c8c8", "black"
 NAME_WIDTH = 40
 """Characters after which a scenario's name goes on in the next line."""
 
@@ -42,30 +41,38 @@ def check_available() -> None:
         raise UnavailableError("pictures need matplotlib: pip install matplotlib") from None
 
 
-def draw(run: Run, directory: Path) -> Iterator[Path | str]:
+Pairs = Callable[[Outcome], IntArray]
+"""Gives bytes from each rank (row) to each rank of a scenario, or raises NoPairs."""
+
+
+class NoPairs(ValueError):
+    """The bytes between pairs of ranks cannot be had; the message says why."""
+
+
+def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
     """Draw every picture that the run's results allow: the path of each, or a line that says why one is missing.
 
     Existing files of these names are replaced. Raises UnavailableError without matplotlib.
     """
     check_available()
     directory.mkdir(parents=True, exist_ok=True)
-    if any(outcome.figures.median_s for outcome in run.outcomes):
+    if any(outcome.median_s for outcome in run.outcomes):
         yield _save(times_figure(run.outcomes, run.sweep.title), directory / "times.png")
         yield _save(iterations_figure(run.outcomes), directory / "iterations.png")
     else:
         yield "no times: no scenario of this run has any"
     for outcome in run.outcomes:
-        yield from _scenario_pictures(outcome, run.sweep.gpus_per_node, directory)
+        yield from _scenario_pictures(outcome, pairs, directory)
 
 
-def _scenario_pictures(outcome: Outcome, gpus_per_node: int, directory: Path) -> Iterator[Path | str]:
-    name, moved = outcome.planned.name, (outcome.result or {}).get("bytes")
-    if not moved:
+def _scenario_pictures(outcome: Outcome, pairs: Pairs, directory: Path) -> Iterator[Path | str]:
+    name, plan = outcome.planned.name, outcome.refit.plan
+    if plan is None:
         yield f"{name}: no bytes: {outcome.reason or 'its result has none'}"
         return
-    yield _save(rank_bytes_figure(name, moved), directory / f"{name}_bytes.png")
+    yield _save(rank_bytes_figure(name, plan), directory / f"{name}_bytes.png")
     try:
-        yield _save(pairs_figure(name, pair_bytes(outcome, gpus_per_node), outcome), directory / f"{name}_pairs.png")
+        yield _save(pairs_figure(name, pairs(outcome), outcome), directory / f"{name}_pairs.png")
     except NoPairs as reason:
         yield f"{name}: no bytes between pairs of ranks: {reason}"
 
@@ -85,7 +92,7 @@ def times_figure(outcomes: Sequence[Outcome], title: str) -> Figure:
     """Median time of each scenario, whiskers from the fastest to the slowest refit, the lower bound as a black line."""
     figure = _new(10, 1.6 + 0.55 * len(outcomes))
     axes = figure.add_subplot()
-    longest_s = max(_longest(outcome.figures) for outcome in outcomes)
+    longest_s = max(_longest(outcome) for outcome in outcomes)
     scale, unit = (1.0, "s") if longest_s >= 1 else (1e3, "ms")
     for row, outcome in enumerate(outcomes):
         _time_bars(axes, outcome, row, scale)
@@ -113,34 +120,39 @@ def _legend(figure: Figure, place: str) -> None:
     figure.legend(entries.values(), entries.keys(), loc=place, ncols=4, frameon=False)
 
 
-def _longest(figures: Figures) -> float:
+def _longest(outcome: Outcome) -> float:
     """Seconds at which a scenario's bars, whiskers and bound end; 0 without times."""
-    ours, peer = figures.engine, figures.peer
-    ends = (ours and ours.max_s, peer and peer.median_s, figures.median_s and figures.lower_bound_s)
-    return max(end or 0.0 for end in ends)
+    theirs = outcome.baseline.median_s if outcome.baseline else None
+    return max(_own_end(outcome), theirs or 0.0)
+
+
+def _own_end(outcome: Outcome) -> float:
+    summary = outcome.tested.summary if outcome.tested else None
+    bound_s = outcome.bound.seconds if outcome.bound and summary else 0.0
+    return max(summary.max_s if summary else 0.0, bound_s)
 
 
 def _time_bars(axes: Axes, outcome: Outcome, row: int, scale: float) -> None:
-    figures = outcome.figures
-    engine, peer = figures.engine, figures.peer
-    if engine is None or engine.median_s is None or engine.min_s is None or engine.max_s is None:
-        _beside(axes, 0, row, STATUS_TEXTS[outcome.status])
+    summary = outcome.tested.summary if outcome.tested else None
+    theirs = outcome.baseline.median_s if outcome.baseline else None
+    if summary is None:
+        _beside(axes, 0, row, outcome.status.text)
         return
-    beside_peer = peer is not None and peer.median_s is not None
-    height, place = (0.38, row - 0.19) if beside_peer else (0.5, row)
-    whiskers = [[scale * (engine.median_s - engine.min_s)], [scale * (engine.max_s - engine.median_s)]]
+    height, place = (0.38, row - 0.19) if theirs is not None else (0.5, row)
+    whiskers = [[scale * (summary.median_s - summary.min_s)], [scale * (summary.max_s - summary.median_s)]]
     style: dict[str, Any] = {"height": height, "edgecolor": "black", "linewidth": 0.8}
-    label, hatch = ("refit", None) if outcome.status == "ok" else ("refit, not valid", "xx")
-    axes.barh(place, scale * engine.median_s, color=OURS, hatch=hatch, label=label, xerr=whiskers, capsize=3, **style)
-    share = f", share of bound {100 * figures.share:.1f} %" if figures.share else ""
-    status = "" if outcome.status == "ok" else f", {STATUS_TEXTS[outcome.status]}"
-    _beside(axes, scale * _longest(replace(figures, peer=None)), place, f"{scale * engine.median_s:.4g}{share}{status}")
-    if peer is not None and peer.median_s is not None:
-        axes.barh(row + 0.19, scale * peer.median_s, color=PEERS, hatch="//", label="Megatron-Core", **style)
-        _beside(axes, scale * peer.median_s, row + 0.19, f"{scale * peer.median_s:.4g}")
-    if figures.lower_bound_s:
+    is_valid, median = outcome.status is Status.OK, scale * summary.median_s
+    label, hatch = ("refit", None) if is_valid else ("refit, not valid", "xx")
+    axes.barh(place, median, color=OURS, hatch=hatch, label=label, xerr=whiskers, capsize=3, **style)
+    share = f", share of bound {100 * outcome.share_of_bound:.1f} %" if outcome.share_of_bound else ""
+    status = "" if is_valid else f", {outcome.status.text}"
+    _beside(axes, scale * _own_end(outcome), place, f"{median:.4g}{share}{status}")
+    if theirs is not None:
+        axes.barh(row + 0.19, scale * theirs, color=BASELINE, hatch="//", label="Megatron-Core", **style)
+        _beside(axes, scale * theirs, row + 0.19, f"{scale * theirs:.4g}")
+    if outcome.bound and outcome.bound.seconds:
         span = (place - 0.62 * height, place + 0.62 * height)
-        bound = [scale * figures.lower_bound_s] * 2
+        bound = [scale * outcome.bound.seconds] * 2
         axes.plot(bound, span, color="white", linewidth=5, solid_capstyle="butt", zorder=4)
         axes.plot(bound, span, color=BOUND, linewidth=2.5, solid_capstyle="butt", label="lower bound", zorder=5)
 
@@ -152,7 +164,7 @@ def _beside(axes: Axes, end: float, place: float, text: str) -> None:
 def iterations_figure(outcomes: Sequence[Outcome]) -> Figure:
     """Every refit of every scenario in order, warm-up refits hollow, the median dashed; a panel and an axis for
     each."""
-    measured = [outcome for outcome in outcomes if outcome.figures.engine and outcome.figures.engine.samples_s]
+    measured = [outcome for outcome in outcomes if outcome.tested and outcome.tested.measured_s]
     columns = min(2, len(measured))
     rows = math.ceil(len(measured) / columns)
     figure = _new(5.5 * columns + (columns == 1) * 2, 1.2 + 2.1 * rows)
@@ -169,11 +181,11 @@ def iterations_figure(outcomes: Sequence[Outcome]) -> Figure:
 def _iterations(axes: Axes, outcome: Outcome) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    series = ((outcome.figures.engine, "refit", OURS, "o"), (outcome.figures.peer, "Megatron-Core", "0.45", "s"))
+    series = ((outcome.tested, "refit", OURS, "o"), (outcome.baseline, "Megatron-Core", "0.45", "s"))
     for engine, name, color, marker in series:
-        if engine is None or not engine.samples_s:
+        if engine is None or not engine.measured_s:
             continue
-        times_ms = [1e3 * seconds for seconds in (*engine.warmup_s, *engine.samples_s)]
+        times_ms = [1e3 * seconds for seconds in (*engine.warmup_s, *engine.measured_s)]
         warmups = len(engine.warmup_s)
         numbers = range(1, len(times_ms) + 1)
         axes.plot(numbers, times_ms, color=color, linewidth=1)
@@ -187,15 +199,15 @@ def _iterations(axes: Axes, outcome: Outcome) -> None:
     axes.set_axisbelow(True)
 
 
-def rank_bytes_figure(name: str, moved: dict[str, Any]) -> Figure:
+def rank_bytes_figure(name: str, plan: Cost) -> Figure:
     """Wire bytes of each rank: received above the axis, sent below; the mean of each side's ranks dashed."""
-    sides = [{int(rank): nbytes for rank, nbytes in moved[f"{side}_by_rank"].items()} for side in ("received", "sent")]
+    sides = [plan.received_by_rank, plan.sent_by_rank]
     ranks = sorted({rank for side in sides for rank in side})
     scale, unit = _byte_scale(max((nbytes for side in sides for nbytes in side.values()), default=0))
     figure = _new(10, 4.2)
     axes = figure.add_subplot()
     edge = 0.6 if len(ranks) <= 2 * MAX_NUMBERED_RANKS else 0.0
-    styles = ((1, "received", OURS, None), (-1, "sent", PEERS, "///" if edge else None))
+    styles = ((1, "received", OURS, None), (-1, "sent", BASELINE, "///" if edge else None))
     for side, (sign, label, color, hatch) in zip(sides, styles, strict=True):
         heights = [sign * nbytes / scale for nbytes in side.values()]
         outline = "black" if edge else "none"
@@ -219,13 +231,9 @@ def rank_bytes_figure(name: str, moved: dict[str, Any]) -> Figure:
 
 def pairs_figure(name: str, matrix: IntArray, outcome: Outcome) -> Figure:
     """Heat map of bytes from each source rank (rows) to each destination rank (columns); nothing moved is white."""
-    layouts = (outcome.result or {}).get("layouts") or {}
-    spans = [
-        range(side["first_rank"], side["first_rank"] + side["world_size"])
-        for side in (layouts.get("source"), layouts.get("destination"))
-        if side
-    ]
-    rows, columns = spans if len(spans) == 2 else (range(len(matrix)), range(len(matrix)))
+    scenario = outcome.result.scenario if outcome.result else None
+    everyone = range(len(matrix))
+    rows, columns = (scenario.source.ranks, scenario.destination.ranks) if scenario else (everyone, everyone)
     shown = matrix[rows.start : rows.stop, columns.start : columns.stop].astype(float)
     scale, unit = _byte_scale(shown.max(initial=0))
     figure = _new(8, 6.6)

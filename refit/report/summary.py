@@ -6,19 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from refit import units
-from refit.results.outcomes import EngineFigures, Figures, Outcome
-from refit.results.sweep import Side, Sweep
-
-STATUS_TEXTS = {
-    "ok": "ok",
-    "wrong_data": "wrong data",
-    "failed": "failed",
-    "waived": "waived",
-    "refused": "refused",
-    "skipped": "skipped",
-    "missing": "missing",
-}
-"""Every status of an outcome, in the order they are counted."""
+from refit.config.registry import ENGINES
+from refit.config.scenario import Verify
+from refit.config.side import SideSpec
+from refit.results.outcomes import Outcome
+from refit.results.refit import EngineResult
+from refit.results.stats import Summary
+from refit.results.status import COUNTED, Status
+from refit.results.sweep import Sweep
 
 
 def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
@@ -38,8 +33,8 @@ def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     ]
     for outcome in outcomes:
         lines += [*_scenario(outcome), ""]
-    measured = [outcome.figures for outcome in outcomes if outcome.figures.median_s]
-    if measured and not any(figures.lower_bound_s for figures in measured):
+    measured = [outcome for outcome in outcomes if outcome.median_s]
+    if measured and not any(outcome.bound for outcome in measured):
         lines += ["No lower bounds: no cluster's link speeds were given (--cluster NAME, see configs/clusters)", ""]
     return "\n".join([*lines, counts_line(outcomes)])
 
@@ -47,76 +42,84 @@ def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
 def counts_line(outcomes: Sequence[Outcome]) -> str:
     """`7 scenarios: 5 ok, 1 failed, 1 refused`."""
     counts = Counter(outcome.status for outcome in outcomes)
-    parts = ", ".join(f"{counts[status]} {text}" for status, text in STATUS_TEXTS.items() if counts[status])
+    parts = ", ".join(f"{counts[status]} {status.text}" for status in COUNTED if counts[status])
     return f"{len(outcomes)} scenario{'' if len(outcomes) == 1 else 's'}: {parts or 'none'}"
 
 
-def side_text(side: Side | None) -> str:
+def side_text(side: SideSpec | None) -> str:
     """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP where it is not 1."""
     if side is None:
         return "not a valid layout"
-    parts = [f"TP={side.tp}", f"EP={side.ep}"]
-    parts += [f"ETP={side.etp}"] if side.etp != side.tp else []
-    parts += [f"PP={side.pp}"] if side.pp > 1 else []
+    layout = side.layout
+    parts = [f"TP={layout.tp}", f"EP={layout.ep}"]
+    parts += [f"ETP={layout.etp}"] if layout.etp != layout.tp else []
+    parts += [f"PP={layout.pp}"] if layout.pp > 1 else []
     return f"{', '.join(parts)} ({side.world_size} GPU{'' if side.world_size == 1 else 's'})"
 
 
 def _scenario(outcome: Outcome) -> list[str]:
-    planned, figures = outcome.planned, outcome.figures
+    planned, tested = outcome.planned, outcome.tested
     lines = [
         f"Config: {planned.name}",
         f"  Source: {side_text(planned.source)}",
         f"  Target: {side_text(planned.destination)}",
         f"  Mode: {planned.mode}, Method: {planned.method}",
     ]
-    if outcome.status != "ok":
-        lines.append(f"{STATUS_TEXTS[outcome.status].upper()}: {outcome.reason}")
+    if outcome.status is not Status.OK:
+        lines.append(f"{outcome.status.text.upper()}: {outcome.reason}")
         lines += [f"Log: {outcome.log}"] if outcome.log else []
-    if figures.engine is not None and figures.median_s is not None:
-        lines += [*_times(figures.engine), *_plan(figures), *_verification(figures, figures.engine), *_peer(figures)]
+    if tested is not None and tested.summary is not None:
+        lines += [*_times(tested.summary), *_plan(outcome), *_verification(outcome, tested), *_baselines(outcome)]
     return lines
 
 
-def _times(engine: EngineFigures) -> list[str]:
+def _times(summary: Summary) -> list[str]:
     named = (
-        ("Mean refit time:", engine.mean_s),
-        ("Min refit time: ", engine.min_s),
-        ("Max refit time: ", engine.max_s),
-        ("Median refit time:", engine.median_s),
+        ("Mean refit time:", summary.mean_s),
+        ("Min refit time: ", summary.min_s),
+        ("Max refit time: ", summary.max_s),
+        ("Median refit time:", summary.median_s),
     )
-    return [f"{name} {1e3 * seconds:.2f} ms" for name, seconds in named if seconds is not None]
+    return [f"{name} {1e3 * seconds:.2f} ms" for name, seconds in named]
 
 
-def _plan(figures: Figures) -> list[str]:
-    lines, moved, engine = [], figures.moved, figures.engine
-    if moved is not None:
+def _plan(outcome: Outcome) -> list[str]:
+    lines, cost, tested, bound = [], outcome.cost, outcome.tested, outcome.bound
+    if cost is not None:
         lines.append(
-            f"Payload: {units.gb(moved.payload)} ({units.gb(moved.wire)} between GPUs, {units.gb(moved.local)} within)"
+            f"Payload: {units.gb(cost.payload_bytes)} ({units.gb(cost.wire_bytes)} between GPUs, "
+            f"{units.gb(cost.local_bytes)} within)"
         )
-        if moved.busiest_rank is not None:
-            lines.append(f"Busiest rank: {moved.busiest_rank} {moved.busiest_direction} {units.gb(moved.busiest)}")
-    if engine is not None and engine.gb_per_s is not None:
-        lines.append(f"Bottleneck bandwidth: {engine.gb_per_s:.3f} GB/s")
-    if figures.lower_bound_s is not None and figures.share is not None:
-        cause = f" ({figures.limited_by})" if figures.limited_by else ""
-        lines.append(f"Lower bound: {units.seconds(figures.lower_bound_s)}{cause}")
-        lines.append(f"Share of lower bound: {100 * figures.share:.1f} %")
+        busiest = cost.busiest
+        lines += [f"Busiest rank: {busiest.rank} {busiest.direction} {units.gb(busiest.nbytes)}"] * bool(busiest.nbytes)
+    if tested is not None and tested.bottleneck_gb_per_s is not None:
+        lines.append(f"Bottleneck bandwidth: {tested.bottleneck_gb_per_s:.3f} GB/s")
+    if bound is not None and outcome.share_of_bound is not None:
+        cause = f" ({bound.limited_by})" if bound.limited_by else ""
+        lines.append(f"Lower bound: {units.seconds(bound.seconds)}{cause}")
+        lines.append(f"Share of lower bound: {100 * outcome.share_of_bound:.1f} %")
     return lines
 
 
-def _verification(figures: Figures, engine: EngineFigures) -> list[str]:
+def _verification(outcome: Outcome, engine: EngineResult) -> list[str]:
     if not engine.num_compared:
         return ["Verification: none, no element was compared"]
-    how = " (every 16th row)" if figures.verify == "sample" else ""
+    scenario = outcome.result.scenario if outcome.result else None
+    how = " (every 16th row)" if scenario and scenario.verify is Verify.SAMPLE else ""
     verdict = "FAILED" if engine.num_wrong else "PASSED"
     return [f"Verification: {verdict}, {engine.num_compared:,} elements compared{how}, {engine.num_wrong:,} wrong"]
 
 
-def _peer(figures: Figures) -> list[str]:
-    peer = figures.peer
-    if peer is None:
-        return []
-    if peer.median_s is None or figures.peer_ratio is None:
-        return [f"Megatron-Core: {peer.status}: {peer.reason or 'no reason was recorded'}"]
-    wrong = f", {peer.num_wrong:,} of its elements WRONG" if peer.num_wrong else ""
-    return [f"Megatron-Core: {1e3 * peer.median_s:.2f} ms median, refit is {figures.peer_ratio:.2f} x as fast{wrong}"]
+def _baselines(outcome: Outcome) -> list[str]:
+    lines = []
+    for name, baseline in outcome.refit.baselines.items():
+        title = ENGINES[name].title if name in ENGINES else name
+        if baseline.median_s is None or outcome.median_s is None:
+            lines.append(f"{title}: {baseline.status.value}: {baseline.reason or 'no reason was recorded'}")
+            continue
+        wrong = f", {baseline.num_wrong:,} of its elements WRONG" if baseline.num_wrong else ""
+        lines.append(
+            f"{title}: {1e3 * baseline.median_s:.2f} ms median, refit is "
+            f"{baseline.median_s / outcome.median_s:.2f} x as fast{wrong}"
+        )
+    return lines

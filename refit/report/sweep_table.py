@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
 from refit import units
-from refit.config.layout import short_text
-from refit.config.scenario import Mode
+from refit.config.scenario import Mode, ranks_text
 from refit.report.grid import rendered
 from refit.results.outcomes import judged
-from refit.results.sweep import Planned, Status, Sweep
+from refit.results.result import Result
+from refit.results.status import Status
+from refit.results.sweep import Planned, Sweep
 
 WIDTH = 160
+
+CHECKED = (Status.READY, Status.REFUSED, Status.SKIPPED)
+"""What the check before a run can come to."""
 
 
 def sweep_text(sweep: Sweep) -> str:
@@ -31,15 +34,15 @@ def sweep_text(sweep: Sweep) -> str:
     return "\n".join(lines)
 
 
-def outcome_line(planned: Planned, result: dict[str, Any]) -> str:
+def outcome_line(planned: Planned, result: Result) -> str:
     """`NAME: 45.23 ms, PASSED`, or in one line what came out instead."""
     outcome = judged(planned, result)
-    engine = outcome.figures.engine
-    if outcome.status == "waived":
+    engine = outcome.tested
+    if outcome.status is Status.WAIVED:
         return f"{planned.name}: WAIVED: {outcome.reason}"
-    if outcome.status != "ok" or engine is None or engine.mean_s is None:
+    if outcome.status is not Status.OK or engine is None or engine.summary is None:
         return f"{planned.name}: FAILED: {outcome.reason}"
-    return f"{planned.name}: {1e3 * engine.mean_s:.2f} ms, {'PASSED' if engine.num_compared else 'UNVERIFIED'}"
+    return f"{planned.name}: {1e3 * engine.summary.mean_s:.2f} ms, {'PASSED' if engine.num_compared else 'UNVERIFIED'}"
 
 
 def _headline(sweep: Sweep) -> str:
@@ -64,7 +67,7 @@ LARGE, SMALL = _Units("GB", 1e9, "s", 1.0), _Units("MB", 1e6, "ms", 1e-3)
 
 
 def _table(sweep: Sweep) -> list[str]:
-    largest = max((planned.bytes.payload for planned in sweep.scenarios if planned.bytes), default=0)
+    largest = max((planned.cost.payload_bytes for planned in sweep.scenarios if planned.cost), default=0)
     scale = LARGE if largest >= 10e9 else SMALL
     grid = Table(box=None, pad_edge=False, header_style="", padding=(0, 1))
     for title, unit in (("scenario", ""), ("source", ""), ("destination", ""), ("mode", ""), ("method", "")):
@@ -86,41 +89,42 @@ def _table(sweep: Sweep) -> list[str]:
 
 
 def _cells(planned: Planned, scale: _Units) -> list[str]:
-    moved = planned.bytes
+    cost, bound = planned.cost, planned.bound
     return [
         planned.name,
-        short_text(planned.source) if planned.source else "-",
-        short_text(planned.destination) if planned.destination else "-",
+        planned.source.title if planned.source else "-",
+        planned.destination.title if planned.destination else "-",
         planned.mode,
         planned.method,
         _gpus(planned),
         str(planned.nodes or "-"),
-        f"{moved.payload / scale.num_bytes:,.2f}" if moved else "-",
+        f"{cost.payload_bytes / scale.num_bytes:,.2f}" if cost else "-",
         f"{planned.memory_bytes / 2**30:.2f}" if planned.memory_bytes is not None else "-",
-        f"{moved.busiest / scale.num_bytes:,.2f}" if moved else "-",
-        f"{moved.busiest_rank} {moved.busiest_direction}" if moved else "-",
-        f"{planned.lower_bound_s / scale.num_seconds:.4g}" if planned.lower_bound_s is not None else "-",
+        f"{cost.busiest.nbytes / scale.num_bytes:,.2f}" if cost else "-",
+        f"{cost.busiest.rank} {cost.busiest.direction}" if cost else "-",
+        f"{bound.seconds / scale.num_seconds:.4g}" if bound else "-",
         planned.status.value,
     ]
 
 
 def _gpus(planned: Planned) -> str:
-    """`64 + 32 = 96`, `max(8, 4) = 8`."""
+    """`64 + 32 = 96`, `max(8, 4) = 8`, or one number where both sides are as large and shared."""
     if planned.source is None or planned.destination is None:
         return "-"
-    sizes = (planned.source.world_size, planned.destination.world_size)
-    if planned.mode != Mode.COLLOCATED.value:
-        return f"{sizes[0]} + {sizes[1]} = {planned.num_ranks}"
-    return str(planned.num_ranks) if sizes[0] == sizes[1] else f"max({sizes[0]}, {sizes[1]}) = {planned.num_ranks}"
+    if planned.mode == Mode.COLLOCATED.value and planned.source.world_size == planned.destination.world_size:
+        return str(planned.num_ranks)
+    return ranks_text(Mode(planned.mode), planned.source, planned.destination)
 
 
 def _totals(sweep: Sweep) -> list[str]:
-    counts = [(status, sum(planned.status is status for planned in sweep.scenarios)) for status in Status]
+    counts = [(status, sum(planned.status is status for planned in sweep.scenarios)) for status in CHECKED]
     lines = [", ".join(f"{number} {status.value}" for status, number in counts if number or status is Status.READY)]
-    slowest = max((planned for planned in sweep.scenarios), key=lambda planned: planned.lower_bound_s or 0.0)
-    if slowest.limited_by is not None:
-        bound = units.seconds(slowest.lower_bound_s or 0.0)
-        lines.append(f"Longest lower bound: {slowest.name}, {bound}: {slowest.limited_by}")
+    slowest = max(
+        (planned for planned in sweep.scenarios), key=lambda planned: planned.bound.seconds if planned.bound else 0.0
+    )
+    if slowest.bound is not None:
+        bound = slowest.bound
+        lines.append(f"Longest lower bound: {slowest.name}, {units.seconds(bound.seconds)}: {bound.limited_by}")
     return lines
 
 

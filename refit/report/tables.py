@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from refit.config.layout import short_text
+from refit.config.side import SideSpec
 from refit.report.grid import comma_separated, markdown
-from refit.report.summary import STATUS_TEXTS, counts_line
-from refit.results.outcomes import Figures, Outcome
-from refit.results.sweep import Side, Sweep
+from refit.report.summary import counts_line
+from refit.results.outcomes import Outcome
+from refit.results.status import Status
+from refit.results.sweep import Sweep
 
 MARKDOWN_HEADER = (
     "scenario",
@@ -38,9 +39,9 @@ def markdown_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """A heading, the table, and the reasons of what has no times."""
     where = f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {sweep.date}"
     reasons = [
-        f"- `{outcome.planned.name}` {STATUS_TEXTS[outcome.status]}: {outcome.reason}"
+        f"- `{outcome.planned.name}` {outcome.status.text}: {outcome.reason}"
         for outcome in outcomes
-        if outcome.status != "ok"
+        if outcome.status is not Status.OK
     ]
     table = markdown(MARKDOWN_HEADER, [_markdown_row(outcome) for outcome in outcomes], MARKDOWN_NUM_TEXT)
     title = f"### {f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})"
@@ -49,40 +50,37 @@ def markdown_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
 
 
 def _markdown_row(outcome: Outcome) -> list[str]:
-    planned, figures = outcome.planned, outcome.figures
-    engine, moved = figures.engine, figures.moved
-    spread = f"{1e3 * engine.min_s:.2f}-{1e3 * engine.max_s:.2f}" if engine and engine.min_s and engine.max_s else ""
+    planned, tested, cost, bound = outcome.planned, outcome.tested, outcome.cost, outcome.bound
+    summary = tested.summary if tested else None
     return [
         f"`{planned.name}`",
         _short(planned.source),
         _short(planned.destination),
         planned.mode,
         planned.method,
-        STATUS_TEXTS[outcome.status],
+        outcome.status.text,
         str(planned.num_ranks),
-        _milliseconds(figures.median_s),
-        spread,
-        f"{moved.payload / 1e9:.3f}" if moved else "",
-        f"{engine.gb_per_s:.3f}" if engine and engine.gb_per_s is not None else "",
-        f"{1e3 * figures.lower_bound_s:.4g}" if figures.lower_bound_s is not None else "",
-        f"{100 * figures.share:.1f}" if figures.share is not None else "",
-        wrong_text(figures),
-        _milliseconds(figures.peer.median_s if figures.peer else None),
-        f"{figures.peer_ratio:.2f}" if figures.peer_ratio is not None else "",
+        _milliseconds(outcome.median_s),
+        f"{1e3 * summary.min_s:.2f}-{1e3 * summary.max_s:.2f}" if summary else "",
+        f"{cost.payload_bytes / 1e9:.3f}" if cost else "",
+        f"{tested.bottleneck_gb_per_s:.3f}" if tested and tested.bottleneck_gb_per_s is not None else "",
+        f"{1e3 * bound.seconds:.4g}" if bound else "",
+        f"{100 * outcome.share_of_bound:.1f}" if outcome.share_of_bound is not None else "",
+        wrong_text(outcome),
+        _milliseconds(outcome.baseline.median_s if outcome.baseline else None),
+        f"{outcome.baseline_ratio:.2f}" if outcome.baseline_ratio is not None else "",
     ]
 
 
-def wrong_text(figures: Figures) -> str:
+def wrong_text(outcome: Outcome) -> str:
     """Elements found wrong, `unchecked` where refits ran but nothing was compared, nothing where none ran."""
-    if figures.engine is None or not figures.engine.samples_s:
+    if outcome.tested is None or not outcome.tested.measured_s:
         return ""
-    return f"{figures.engine.num_wrong:,}" if figures.engine.num_compared else "unchecked"
+    return f"{outcome.tested.num_wrong:,}" if outcome.tested.num_compared else "unchecked"
 
 
-def _short(side: Side | None) -> str:
-    if side is None:
-        return ""
-    return f"{short_text(side)} ({side.world_size})"
+def _short(side: SideSpec | None) -> str:
+    return f"{side.title} ({side.world_size})" if side else ""
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -90,38 +88,40 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def csv_text(outcomes: Sequence[Outcome]) -> str:
-    """One row per scenario, figures unrounded in seconds and bytes; an empty cell is a figure there is not."""
+    """One row per scenario, figures unrounded in seconds and bytes. Missing values are blank."""
     rows = [_csv_row(outcome) for outcome in outcomes]
     header = rows[0].keys() if rows else ("name", "status")
     return comma_separated(tuple(header), [tuple(row.values()) for row in rows])
 
 
 def _csv_row(outcome: Outcome) -> dict[str, object]:
-    planned, figures = outcome.planned, outcome.figures
-    engine, peer, moved = figures.engine, figures.peer, figures.moved
+    planned, tested, baseline = outcome.planned, outcome.tested, outcome.baseline
+    cost, bound = outcome.cost, outcome.bound
     sides = (("source", planned.source), ("destination", planned.destination))
+    summary = tested.summary if tested else None
     return {
         "name": planned.name,
-        "status": outcome.status,
+        "status": outcome.status.value,
         "reason": outcome.reason,
-        **{f"{name}_{size}": getattr(side, size, None) for name, side in sides for size in SIZES},
+        **{f"{name}_{size}": getattr(side.layout, size) if side else None for name, side in sides for size in SIZES},
         "mode": planned.mode,
         "method": planned.method,
         "num_ranks": planned.num_ranks,
         "nodes": planned.nodes,
-        **{f"{name}_s": getattr(engine, f"{name}_s", None) for name in ("mean", "min", "max", "median")},
-        "num_iterations": len(engine.samples_s) if engine else 0,
-        **{f"{name}_bytes": getattr(moved, name, None) for name in ("payload", "wire", "local", "busiest")},
-        "busiest_rank": getattr(moved, "busiest_rank", None),
-        "num_transfers": figures.num_transfers,
-        "bottleneck_gb_per_s": getattr(engine, "gb_per_s", None),
-        "lower_bound_s": figures.lower_bound_s,
-        "limited_by": figures.limited_by,
-        "share_of_lower_bound": figures.share,
-        "num_compared": getattr(engine, "num_compared", None),
-        "num_wrong": getattr(engine, "num_wrong", None),
-        "megatron_status": getattr(peer, "status", None),
-        "megatron_median_s": getattr(peer, "median_s", None),
-        "megatron_num_wrong": getattr(peer, "num_wrong", None),
-        "megatron_ratio": figures.peer_ratio,
+        **{f"{name}_s": getattr(summary, f"{name}_s", None) for name in ("mean", "min", "max", "median")},
+        "num_iterations": len(tested.measured_s) if tested else 0,
+        **{f"{name}_bytes": getattr(cost, f"{name}_bytes", None) for name in ("payload", "wire", "local")},
+        "busiest_bytes": cost.busiest.nbytes if cost else None,
+        "busiest_rank": cost.busiest.rank if cost and cost.busiest.nbytes else None,
+        "num_transfers": outcome.refit.plan.num_transfers if outcome.refit.plan else None,
+        "bottleneck_gb_per_s": tested.bottleneck_gb_per_s if tested else None,
+        "lower_bound_s": bound.seconds if bound else None,
+        "limited_by": bound.limited_by if bound else None,
+        "share_of_lower_bound": outcome.share_of_bound,
+        "num_compared": tested.num_compared if tested else None,
+        "num_wrong": tested.num_wrong if tested else None,
+        "megatron_status": baseline.status.value if baseline else None,
+        "megatron_median_s": baseline.median_s if baseline else None,
+        "megatron_num_wrong": baseline.num_wrong if baseline else None,
+        "megatron_ratio": outcome.baseline_ratio,
     }

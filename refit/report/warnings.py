@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from refit.cli.launch import needed_text
-from refit.config.layout import Layout
+from refit.config.flag_names import size_flag
+from refit.config.registry import ENGINES
 from refit.config.scenario import Mode, Scenario
+from refit.config.side import SideSpec
 from refit.errors import UsageError
-from refit.report.text import ENGINE_TITLES
-from refit.results.result import EngineResult, Result
+from refit.predict.sides import check_side
+from refit.results.refit import EngineResult, RefitResult
 
 MIN_ITERATIONS = 5
 """Fewer measured refits say little about spread."""
@@ -23,10 +24,10 @@ CLEARLY_SLOWER = 1.2
 """How many times slower a refit or a rank has to be than its like before it is worth a line."""
 
 
-def of_engine(name: str, engine: EngineResult, result: Result) -> list[str]:
+def of_engine(name: str, engine: EngineResult, scenario: Scenario, result: RefitResult) -> list[str]:
     """`warning: ...` lines on an engine that was measured; with several engines each line says whose it is."""
-    whose = f"{ENGINE_TITLES[name]}: " if len(result.engines) > 1 else ""
-    found = (*_warm_up(engine), *_spread(engine), *_straggler(engine, result))
+    whose = f"{ENGINES[name].title}: " if len(result.engines) > 1 else ""
+    found = (*_warm_up(engine), *_spread(engine), *_straggler(engine, scenario, result))
     return [f"warning: {whose}{text}" for text in found]
 
 
@@ -44,7 +45,8 @@ def _warm_up(engine: EngineResult) -> Iterator[str]:
 
 
 def _spread(engine: EngineResult) -> Iterator[str]:
-    num_measured, cv, drift = len(engine.measured_s), engine.summary["cv"], engine.summary["drift"]
+    assert engine.summary is not None
+    num_measured, cv, drift = len(engine.measured_s), engine.summary.cv, engine.summary.drift
     if num_measured < MIN_ITERATIONS:
         yield (
             f"{num_measured} measured refits say little about spread: "
@@ -68,18 +70,19 @@ def _spread(engine: EngineResult) -> Iterator[str]:
         )
 
 
-def _straggler(engine: EngineResult, result: Result) -> Iterator[str]:
+def _straggler(engine: EngineResult, scenario: Scenario, result: RefitResult) -> Iterator[str]:
     """A rank that is slowest in most refits, by more than its share of the bytes explains."""
     measured = [sample for sample in engine.samples if not sample.warmup]
     rank, times = Counter(sample.slowest_rank for sample in measured).most_common(1)[0]
-    peers = _side_of(rank, result)
+    peers = _side_of(rank, scenario)
     if len(measured) < 3 or times <= len(measured) / 2 or len(peers) < 3:
         return
     slower = statistics.median(
         sample.seconds_per_rank[rank] / statistics.median(sample.seconds_per_rank[peer] for peer in peers)
         for sample in measured
     )
-    sent, received = result.bytes["sent_by_rank"], result.bytes["received_by_rank"]
+    assert result.plan is not None
+    sent, received = result.plan.sent_by_rank, result.plan.received_by_rank
     loads = {peer: max(sent.get(peer, 0), received.get(peer, 0)) for peer in peers}
     usual = statistics.median(loads.values())
     heavier = loads[rank] / usual if usual else 1.0
@@ -91,10 +94,10 @@ def _straggler(engine: EngineResult, result: Result) -> Iterator[str]:
         )
 
 
-def _side_of(rank: int, result: Result) -> range:
+def _side_of(rank: int, scenario: Scenario) -> range:
     """The ranks of the larger side that `rank` is on; empty for an idle one."""
-    sides = [range(side["first_rank"], side["first_rank"] + side["world_size"]) for side in result.layouts.values()]
-    return max((side for side in sides if rank in side), key=len, default=range(0))
+    sides = (side.ranks for side in scenario.sides.values())
+    return max((ranks for ranks in sides if rank in ranks), key=len, default=range(0))
 
 
 def idle_ranks(scenario: Scenario, world_size: int) -> str:
@@ -103,40 +106,42 @@ def idle_ranks(scenario: Scenario, world_size: int) -> str:
     if not idle:
         return ""
     which = f"rank {idle[0]} does" if len(idle) == 1 else f"ranks {idle[0]}-{idle[-1]} do"
-    uses = next((text for text, layout in _larger(scenario, world_size) if _can_be_built(scenario, layout)), None)
+    uses = next((text for text, side in _larger(scenario, world_size) if _can_be_built(scenario, side)), None)
     remedy = f"start {scenario.num_ranks} ranks" + (f", or use them all with {uses}" if uses else "")
-    return f"warning: {which} nothing, {needed_text(scenario)} of {world_size} are used: {remedy}"
+    return f"warning: {which} nothing, {scenario.num_ranks_text} of {world_size} are used: {remedy}"
 
 
-def _larger(scenario: Scenario, world_size: int) -> Iterator[tuple[str, Layout]]:
-    """One side with a larger EP or TP, such that no rank is left over: what to give, and that layout.
+def _larger(scenario: Scenario, world_size: int) -> Iterator[tuple[str, SideSpec]]:
+    """One side with a larger EP or TP, such that no rank is left over: what to give, and that side.
 
-    Beside a size of the source stands the destination's, which would follow it where it was not given.
+    A size of the source comes with the destination's, which follows it where it is not given.
     """
-    source, destination = scenario.source, scenario.destination
-    for layout in (destination, source):
-        other = scenario.num_ranks - layout.world_size if scenario.mode is Mode.NON_COLLOCATED else 0
-        factor, left = divmod(world_size - other, layout.world_size)
-        if left or layout.world_size != layout.tp * layout.ep * layout.pp:
+    for name in ("destination", "source"):
+        side = scenario.sides[name]
+        layout, destination = side.layout, scenario.destination.layout
+        other = scenario.num_ranks - side.world_size if scenario.mode is Mode.NON_COLLOCATED else 0
+        factor, left = divmod(world_size - other, side.world_size)
+        if left or side.world_size != layout.tp * layout.ep * layout.pp:
             continue
-        grown = replace(layout, ep=layout.ep * factor, world_size=layout.world_size * factor)
-        yield _flags("expert", grown.ep, destination.ep, layout is source), grown
+        ranks = side.world_size * factor
+        grown = replace(layout, ep=layout.ep * factor, world_size=ranks)
+        yield _flags(name, "ep", grown.ep, destination.ep), replace(side, layout=grown)
         if layout.etp == layout.tp:  # ETP follows TP where it was not given
             tp = layout.tp * factor
-            grown = replace(layout, tp=tp, etp=tp, world_size=layout.world_size * factor)
-            yield _flags("tensor", tp, destination.tp, layout is source), grown
+            grown = replace(layout, tp=tp, etp=tp, world_size=ranks)
+            yield _flags(name, "tp", tp, destination.tp), replace(side, layout=grown)
 
 
-def _flags(axis: str, size: int, destination_size: int, is_source: bool) -> str:
-    kept = f"--rl-inference-{axis}-model-parallel-size {destination_size if is_source else size}"
-    return f"--{axis}-model-parallel-size {size} {kept}" if is_source else kept
+def _flags(side: str, size: str, number: int, destination_number: int) -> str:
+    kept = f"{size_flag('destination', size)} {destination_number if side == 'source' else number}"
+    return f"{size_flag('source', size)} {number} {kept}" if side == "source" else kept
 
 
-def _can_be_built(scenario: Scenario, layout: Layout) -> bool:
+def _can_be_built(scenario: Scenario, side: SideSpec) -> bool:
     if scenario.model is None:
         return False
     try:
-        scenario.model.check_layout(layout, "")
+        check_side(scenario.model, side, "")
     except UsageError:
         return False
     return True

@@ -1,120 +1,153 @@
-"""The result file: one JSON per run, versioned, written atomically, never over another run's.
+"""Result: what one run of one scenario left, and the file it is in.
 
-The file appears when a run starts and is rewritten after every iteration, so whatever happens to the run, what was
-measured until then is on disk. Field by field it is described in docs/output.md.
+The file appears when a run starts and is rewritten after every iteration. So whatever ends the run, what was measured
+until then is on disk. docs/output.md describes every field.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-SCHEMA_VERSION = 2
+import msgspec
 
+from refit.config.registry import MEASUREMENTS, load
+from refit.config.scenario import Scenario
+from refit.errors import UsageError
+from refit.results.refit import RefitResult
+from refit.results.status import Status
+from refit.results.upgrade import RESULT_VERSION, upgraded_result
 
-@dataclass(slots=True)
-class Sample:
-    """One refit: seconds of every participating rank, in rank order; phases are the slowest rank's.
-
-    `unattributed_s` is that rank's time outside all phases. `warmup` samples count for nothing but the log.
-    """
-
-    iteration: int
-    warmup: bool
-    seconds_per_rank: list[float]
-    slowest_rank: int
-    phases_s: dict[str, float]
-    unattributed_s: float
-    num_compared: int
-    num_wrong: int
-
-    @property
-    def seconds(self) -> float:
-        return max(self.seconds_per_rank)
+T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class WrongWeights:
-    """Elements of one tensor found wrong on one rank in one iteration, and the first of them."""
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Which rank failed in which phase, as far as it is known, and why."""
 
-    iteration: int
-    rank: int
-    key: str
-    num_wrong: int
-    first_index: list[int]
-    expected: float
-    found: float
+    message: str
+    rank: int | None = None
+    phase: str | None = None
+
+    def __str__(self) -> str:
+        """`rank 3, phase 'plan': out of memory`, in one line."""
+        where = [f"rank {self.rank}"] if self.rank is not None else []
+        where += [f"phase {self.phase!r}"] if self.phase else []
+        line = " ".join(self.message.split())
+        return f"{', '.join(where)}: {line}" if where and line else line
 
 
-@dataclass(slots=True)
-class EngineResult:
-    """What one engine did. `status`: ok, wrong_data, waived (with `reason`) or failed (with `reason`).
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    memory_bytes: int | None = None
 
-    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit; `connect_s` what came before
-    and is done once per process: communicators, connections, libraries and kernels loaded; `summary` is over the
-    measured iterations; bytes and memory are per participating rank. `share_of_lower_bound` is the result's lower bound
-    over the median: 1 where a refit is as fast as the plan allows, None without a bound.
-    """
 
-    status: str = "running"
-    reason: str | None = None
-    connect_s: float | None = None
-    connect_memory_bytes_per_rank: list[int] = field(default_factory=list)
-    cold_s: dict[str, float] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
-    summary: dict[str, float] = field(default_factory=dict)
-    bottleneck_gb_per_s: float | None = None
-    share_of_lower_bound: float | None = None
-    wrong: list[WrongWeights] = field(default_factory=list)
-    staging_bytes_per_rank: list[int] = field(default_factory=list)
-    extra_memory_bytes_per_rank: list[int | None] = field(default_factory=list)
-    forward: dict[str, Any] | None = None
-    profile: list[list[dict[str, Any]]] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What ran where. `variables` are the environment variables that change performance."""
+
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    host: str | None = None
+    cpu: str | None = None
+    num_cpus: int | None = None
+    memory_bytes: int | None = None
+    gpus: tuple[Gpu, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+class MeasurementResult(Protocol):
+    """What a measurement returns: a frozen dataclass of plain values, which the result file holds as it is."""
 
     @property
-    def num_compared(self) -> int:
-        """Elements compared over all iterations, warm-up included."""
-        return sum(sample.num_compared for sample in self.samples)
-
-    @property
-    def num_wrong(self) -> int:
-        return sum(sample.num_wrong for sample in self.samples)
-
-    @property
-    def measured_s(self) -> list[float]:
-        return [sample.seconds for sample in self.samples if not sample.warmup]
+    def status(self) -> Status: ...
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Result:
-    """One run of one scenario. `bound` has `cluster`, `lower_bound_s` and `limited_by`, or is None."""
+    """One run of one scenario.
+
+    `world_size` is the number of ranks started, `device` where the models were. `measurements` holds what each
+    measurement returned, by its name in `MEASUREMENTS`. A run that died early leaves the fields it did not reach None.
+    """
 
     run_id: str
-    scenario: dict[str, Any]
-    environment: dict[str, Any]
-    layouts: dict[str, Any] = field(default_factory=dict)
-    bytes: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
-    bound: dict[str, Any] | None = None
-    engines: dict[str, EngineResult] = field(default_factory=dict)
-    status: str = "running"
+    schema_version: int = RESULT_VERSION
+    status: Status = Status.RUNNING
     exit_code: int | None = None
-    failure: dict[str, Any] | None = None
-    started: str = field(default_factory=lambda: now())
+    failure: Failure | None = None
+    started: str | None = None
     finished: str | None = None
-    schema_version: int = SCHEMA_VERSION
+    world_size: int | None = None
+    device: str | None = None
+    scenario: Scenario | None = None
+    environment: Environment | None = None
+    measurements: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, default=str)
+    @property
+    def refit(self) -> RefitResult | None:
+        found = self.measurements.get("refit")
+        return found if isinstance(found, RefitResult) else None
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return self.environment.variables if self.environment else {}
 
 
 def now() -> str:
     """The current time, ISO 8601 in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def encoded(value: object) -> str:
+    """A dataclass as JSON. NaN becomes null."""
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=1).decode()
+
+
+def converted(content: object, kind: type[T]) -> T:
+    """JSON values as a dataclass. Raises msgspec.ValidationError, which names the place, or UsageError."""
+    return msgspec.convert(content, kind, str_keys=True, dec_hook=_typed)
+
+
+def decoded_result(content: object) -> Result:
+    """A result file's content, of this schema version or an older one.
+
+    Raises ValueError (msgspec.ValidationError is one) with the place of what is wrong, or UsageError.
+    """
+    result = converted(upgraded_result(content), Result)
+    return replace(result, measurements={name: _measured(name, raw) for name, raw in result.measurements.items()})
+
+
+def _measured(name: str, raw: object) -> object:
+    """A measurement as its result type; what no row of `MEASUREMENTS` describes stays as it is in the file."""
+    if name not in MEASUREMENTS:
+        return raw
+    try:
+        return converted(raw, load(MEASUREMENTS[name].result))
+    except ValueError as error:
+        raise ValueError(f"measurement {name}: {error}") from None
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file; one with nothing but its name where the run that reserved it has not written yet.
+
+    Raises UsageError where it cannot be read or is no result file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return decoded_result(json.loads(text)) if text.strip() else Result(path.stem)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, UsageError) as error:
+        raise UsageError(
+            f"{path} is no result file of this benchmark ({error}): move it away, or give the result files' own folder"
+        ) from None
 
 
 class ResultFile:
@@ -142,16 +175,15 @@ class ResultFile:
 
     def write(self, result: Result) -> None:
         """Replace the file's content in one step: readers see the old or the new result, never half of one."""
-        replace_text(self.path, result.to_json())
+        replace_text(self.path, encoded(result))
 
-    def mark_failed(self, exit_code: int, failure: dict[str, Any]) -> None:
+    def mark_failed(self, exit_code: int, failure: Failure) -> None:
         """Note a failure in a result that another rank may have written; its measurements stay as they are."""
         try:
-            content = json.loads(self.path.read_text())
-        except ValueError:  # reserved, but nothing written yet
-            content = {"schema_version": SCHEMA_VERSION, "run_id": self.run_id}
-        content |= {"status": "failed", "exit_code": exit_code, "failure": failure, "finished": now()}
-        replace_text(self.path, json.dumps(content, indent=1))
+            result = read_result(self.path)
+        except UsageError:
+            result = Result(self.run_id)
+        self.write(replace(result, status=Status.FAILED, exit_code=exit_code, failure=failure, finished=now()))
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -159,3 +191,15 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"a {type(value).__name__} has no place in a result file")
+
+
+def _typed(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"cannot read a {kind.__name__}")

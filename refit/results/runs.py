@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from refit.errors import UsageError
 from refit.results.outcomes import Outcome, judged, load_outcomes
-from refit.results.sweep import SWEEP_SUFFIX, Planned, Side, Status, Sweep, sweep_file
+from refit.results.result import Environment, Result, read_result
+from refit.results.status import Status
+from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, sweep_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,15 @@ def _sweep_run(path: Path) -> Run:
 
 def _single_results(folder: Path, paths: list[Path]) -> Run:
     """Results side by side, oldest first, as a sweep without a title, named after its only result or its folder."""
-    named = {path.stem: _read(path) for path in paths}
-    started = dict(sorted(named.items(), key=lambda item: (item[1].get("started", ""), item[0])))
+    named = {path.stem: read_result(path) for path in paths}
+    started = dict(sorted(named.items(), key=lambda item: (item[1].started or "", item[0])))
     outcomes = tuple(judged(_planned(name, result), result) for name, result in started.items())
     planned = [outcome.planned for outcome in outcomes]
-    variables = [(result.get("environment") or {}).get("variables", {}) for result in started.values()]
-    jobs = {settings["SLURM_JOB_ID"]: None for settings in variables if "SLURM_JOB_ID" in settings}
+    jobs = dict.fromkeys(job for result in started.values() if (job := result.variables.get("SLURM_JOB_ID")))
     sweep = Sweep(
         run_id=paths[0].stem if len(paths) == 1 else folder.resolve().name,
         title="",
-        date=next(reversed(started.values())).get("started", "unknown"),
+        date=next(reversed(started.values())).started or "unknown",
         jobs=tuple(jobs),
         nodes=max(entry.nodes for entry in planned),
         num_gpus=max(entry.num_ranks for entry in planned),
@@ -84,43 +83,20 @@ def _single_results(folder: Path, paths: list[Path]) -> Run:
     return Run(folder, sweep, outcomes, is_sweep=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A result file's content; empty where the run that reserved it has not written yet."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if text.strip() else {"run_id": path.stem}
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is no result file: {error}") from None
-    if not isinstance(content, dict) or "run_id" not in content or "scenarios" in content:
-        raise UsageError(
-            f"{path} is no result file of this benchmark: move it away, or give the result files' own folder"
-        )
-    return content
-
-
-def _planned(name: str, result: dict[str, Any]) -> Planned:
+def _planned(name: str, result: Result) -> Planned:
     """The scenario that a result says it ran."""
-    scenario, environment = result.get("scenario") or {}, result.get("environment") or {}
-    sides = {key: _side(result.get("layouts") or {}, key) for key in ("source", "destination")}
-    ends = [layout["first_rank"] + layout["world_size"] for layout in (result.get("layouts") or {}).values()]
-    num_ranks = max(ends, default=0)
-    per_node = len(environment.get("gpus", ())) or max(num_ranks, 1)
+    scenario, environment = result.scenario, result.environment or Environment()
+    num_ranks = scenario.num_ranks if scenario else 0
+    per_node = len(environment.gpus) or max(num_ranks, 1)
     return Planned(
         name=name,
-        flags=tuple(shlex.split(environment.get("command", ""))[1:]),
-        source=sides["source"],
-        destination=sides["destination"],
-        mode=scenario.get("mode", "unknown"),
-        method=scenario.get("method", "unknown"),
+        flags=tuple(shlex.split(environment.command)[1:]),
+        source=scenario.source if scenario else None,
+        destination=scenario.destination if scenario else None,
+        mode=scenario.mode.value if scenario else "unknown",
+        method=scenario.method if scenario else "unknown",
         num_ranks=num_ranks,
         nodes=math.ceil(num_ranks / per_node),
         ranks_per_node=min(per_node, max(num_ranks, 1)),
         status=Status.READY,
     )
-
-
-def _side(layouts: dict[str, Any], name: str) -> Side | None:
-    layout = layouts.get(name)
-    return Side(*(layout[size] for size in ("tp", "ep", "etp", "pp", "world_size"))) if layout else None

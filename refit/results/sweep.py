@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from refit.config.side import SideSpec
 from refit.errors import UsageError
-from refit.results.result import replace_text
+from refit.plan.cost import Bound, Cost
+from refit.results.result import Result, converted, encoded, read_result, replace_text
+from refit.results.status import Status
+from refit.results.upgrade import SWEEP_VERSION, upgraded_sweep
 
-SCHEMA_VERSION = 1
 SWEEP_SUFFIX = "_sweep.json"
 RESERVED_NAMES = ("sweep", "summary")
 """Scenario names that would make a sweep's own files ambiguous."""
@@ -26,51 +27,19 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+=-]{0,149}")
 """A name without dots: `<NAME>.2` is a second attempt."""
 
 
-class Status(str, Enum):
-    """What the check before a run found. A skipped scenario is a cell of an axis that makes no sense."""
-
-    READY = "ready"
-    REFUSED = "refused"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Parallel sizes of one side."""
-
-    tp: int
-    ep: int
-    etp: int
-    pp: int
-    world_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedBytes:
-    """Bytes of one refit. `busiest` are those of `busiest_rank`, which `busiest_direction` ("sends", "receives")
-    them."""
-
-    payload: int
-    wire: int
-    local: int
-    busiest: int
-    busiest_rank: int
-    busiest_direction: str
-
-
 @dataclass(frozen=True, slots=True)
 class Planned:
     """One scenario of a sweep, as the check before the run left it.
 
     `flags` are complete flags of benchmark_refit.py but for the result's place. `source` and `destination` are None
-    where the flags give no valid layout. `bytes`, `lower_bound_s`, `limited_by` and `memory_bytes` (the fullest GPU,
-    staging included) are None where they cannot be predicted. `reason` says why a scenario is refused or skipped.
+    where the flags give no valid layout. `cost`, `bound` and `memory_bytes` (the fullest GPU, staging included) are
+    None where they cannot be predicted. `reason` says why a scenario is refused or skipped.
     """
 
     name: str
     flags: tuple[str, ...]
-    source: Side | None
-    destination: Side | None
+    source: SideSpec | None
+    destination: SideSpec | None
     mode: str
     method: str
     num_ranks: int
@@ -78,9 +47,8 @@ class Planned:
     ranks_per_node: int
     status: Status
     reason: str | None = None
-    bytes: PlannedBytes | None = None
-    lower_bound_s: float | None = None
-    limited_by: str | None = None
+    cost: Cost | None = None
+    bound: Bound | None = None
     memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -98,6 +66,7 @@ class Sweep:
     gpus_per_node: int
     cluster: str | None
     scenarios: tuple[Planned, ...]
+    schema_version: int = SWEEP_VERSION
 
     def scenario(self, name: str) -> Planned:
         """Raises UsageError, listing the names there are, for an unknown one."""
@@ -109,34 +78,17 @@ class Sweep:
 
     def write(self, path: Path) -> None:
         """Write the sweep file in one step: readers see the old or the new sweep, never half of one."""
-        replace_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1))
+        replace_text(path, encoded(self))
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
-        """The sweep in a file. Raises UsageError where it cannot be read or is no sweep file of this version."""
+        """The sweep in a file. Raises UsageError where it cannot be read or is no sweep file."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            return converted(upgraded_sweep(json.loads(path.read_text(encoding="utf-8"))), cls)
         except OSError as error:
             raise UsageError(f"sweep file {path} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise UsageError(f"{path} is no sweep file: {error}") from None
-        version = content.pop("schema_version", None) if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION:
-            raise UsageError(
-                f"{path} is no sweep file of version {SCHEMA_VERSION}, but of {version}: begin a new sweep"
-            )
-        try:
-            scenarios = tuple(_planned(entry) for entry in content.pop("scenarios"))
-            return cls(**{**content, "jobs": tuple(content["jobs"]), "scenarios": scenarios})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path} is no complete sweep file ({error}): begin a new sweep") from None
-
-
-def _planned(entry: dict[str, Any]) -> Planned:
-    sides = {name: Side(**entry[name]) if entry[name] else None for name in ("source", "destination")}
-    moved = PlannedBytes(**entry["bytes"]) if entry["bytes"] else None
-    listed = {name: tuple(entry[name]) for name in ("flags", "notes")}
-    return Planned(**{**entry, **sides, **listed, "bytes": moved, "status": Status(entry["status"])})
+        except (ValueError, RecursionError, UsageError) as error:
+            raise UsageError(f"{path} is no sweep file of this benchmark ({error}): begin a new sweep") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +114,17 @@ class Attempt:
     def exists(self) -> bool:
         return any(path.exists() for path in (self.log, self.json, self.ranks))
 
-    def result(self) -> dict[str, Any] | None:
-        """The result file's content; None where there is none, or nothing readable has been written to it yet."""
+    def result(self) -> Result | None:
+        """The result file's content; None where there is none, nothing has been written to it yet, or it is damaged."""
         try:
-            content = json.loads(self.json.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_result(self.json) if self.has_result else None
+        except UsageError:
             return None
-        return content if isinstance(content, dict) else None
+
+    @property
+    def has_result(self) -> bool:
+        """Whether anything was written to the result file, readable or not."""
+        return self.json.exists() and self.json.stat().st_size > 0
 
 
 def attempts(directory: Path, run_id: str, name: str) -> list[Attempt]:
@@ -189,7 +145,7 @@ def _attempt(directory: Path, run_id: str, name: str, number: int) -> Attempt:
     return Attempt(directory / (stem if number == 1 else f"{stem}.{number}"))
 
 
-def last_result(directory: Path, run_id: str, name: str) -> dict[str, Any] | None:
+def last_result(directory: Path, run_id: str, name: str) -> Result | None:
     """The result of the last attempt; None without an attempt or where that left no result."""
     made = attempts(directory, run_id, name)
     return made[-1].result() if made else None

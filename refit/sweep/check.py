@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from refit.cli.launch import check_num_ranks
-from refit.cli.parsing import layouts, parse, read_flags
-from refit.config.layout import Layout
-from refit.config.scenario import Method, Scenario
+from refit.cli.parsing import parse, read_flags, read_sides
+from refit.config.registry import METHODS
+from refit.config.scenario import Scenario, check_num_ranks, num_nodes
+from refit.config.side import SideSpec
 from refit.errors import UsageError
-from refit.plan.cost import Cost
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.predict.memory import check_memory
-from refit.results.sweep import Planned, PlannedBytes, Side, Status
+from refit.results.status import Status
+from refit.results.sweep import Planned
 from refit.sweep.selection import Candidate
-
-CPU_METHODS = {Method.NVSHMEM.value: Method.SHM.value, Method.NCCL.value: Method.GLOO.value}
-"""What stands in for a GPU method on CPU ranks: the same executor over another substrate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +29,7 @@ class Placement:
 
 def place(num_ranks: int, gpus_per_node: int) -> Placement:
     """As few nodes as will do, a rank on every GPU of each, so that the ranks planned for a node share it."""
-    return Placement(num_ranks, math.ceil(num_ranks / gpus_per_node), gpus_per_node)
+    return Placement(num_ranks, num_nodes(num_ranks, gpus_per_node), gpus_per_node)
 
 
 def checked(flags: Sequence[str], options: DryRunOptions) -> tuple[Scenario, DryRun | None]:
@@ -61,9 +58,8 @@ def check(candidate: Candidate, options: DryRunOptions) -> Planned:
         return planned
     return replace(
         planned,
-        bytes=_bytes(run.cost),
-        lower_bound_s=run.bound.seconds if run.bound else None,
-        limited_by=run.bound.limited_by if run.bound else None,
+        cost=run.cost,
+        bound=run.bound,
         memory_bytes=run.memory_bytes,
     )
 
@@ -76,12 +72,11 @@ def recheck(planned: Planned, options: DryRunOptions) -> Planned:
 def _outline(candidate: Candidate, gpus_per_node: int) -> Planned:
     """What the flags say by themselves, so that a refused scenario too is shown with its layout."""
     args = read_flags(candidate.flags)
-    try:
-        source, destination = layouts(args)
+    sides: tuple[SideSpec | None, SideSpec | None] = (None, None)
+    placement = Placement(0, 0, 0)
+    with contextlib.suppress(UsageError):
+        source, destination = sides = read_sides(args)
         placement = place(max(source.ranks.stop, destination.ranks.stop), gpus_per_node)
-        sides: tuple[Side | None, Side | None] = (_side(source), _side(destination))
-    except UsageError:
-        placement, sides = Placement(0, 0, 0), (None, None)
     return Planned(
         name=candidate.name,
         flags=tuple(candidate.flags),
@@ -96,27 +91,12 @@ def _outline(candidate: Candidate, gpus_per_node: int) -> Planned:
     )
 
 
-def _side(layout: Layout) -> Side:
-    return Side(layout.tp, layout.ep, layout.etp, layout.pp, layout.world_size)
-
-
-def _bytes(cost: Cost) -> PlannedBytes:
-    sender, receiver = cost.busiest_sender, cost.busiest_receiver
-    busiest, direction = (receiver, "receives") if receiver.nbytes >= sender.nbytes else (sender, "sends")
-    return PlannedBytes(cost.payload_bytes, cost.wire_bytes, cost.local_bytes, busiest.nbytes, busiest.rank, direction)
-
-
 def on_cpus(flags: Sequence[str]) -> tuple[list[str], str]:
-    """`flags` with the GPU method replaced by its stand-in on CPUs, and a sentence that says so; "" where none is
-    needed."""
-    words = list(flags)
-    for index, word in enumerate(words):
-        flag, _, value = word.partition("=")
-        if flag == "--refit-method" and value in CPU_METHODS:
-            words[index] = f"--refit-method={CPU_METHODS[value]}"
-        elif word in CPU_METHODS and index and words[index - 1] == "--refit-method":
-            words[index] = CPU_METHODS[word]
-    before, after = (read_flags(line).refit_method for line in (flags, words))
-    if before == after:
-        return words, ""
-    return words, f"There is no GPU here: ranks run on CPUs and --refit-method {after} stands in for {before}."
+    """`flags` with the CPU stand-in of a GPU method, and a sentence that says so; "" where none is needed."""
+    method = read_flags(flags).refit_method
+    stand_in = METHODS[method].cpu_stand_in if method else None
+    if stand_in is None:
+        return list(flags), ""
+    # The last of several counts.
+    note = f"There is no GPU here: ranks run on CPUs and --refit-method {stand_in} stands in for {method}."
+    return [*flags, f"--refit-method={stand_in}"], note

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from refit.errors import ExitCode
-from refit.results.result import SCHEMA_VERSION, now, replace_text
+from refit.results.result import Failure, Result, ResultFile, now
+from refit.results.status import Status
 from refit.results.sweep import Attempt
 
 CANCELLED = "cancelled"
@@ -45,35 +44,33 @@ class _Cause:
     rank: int | None
 
 
-def close(attempt: Attempt, ending: Ending) -> dict[str, Any]:
+def close(attempt: Attempt, ending: Ending) -> Result:
     """The attempt's result, completed where the run could not do it itself: what was measured stays in it.
 
-    A result that says how it ended is left as it is, unless it ended by the signal that a limit or a cancelled job
-    sent.
+    A result that says how it ended is left as it is, unless a limit or a cancelled job ended it by a signal.
     """
-    result = attempt.result()
+    result = attempt.result() or Result(attempt.stem.name)
     ended_from_outside = ending.cancelled or ending.timed_out_s is not None
-    own_endings = ("running", "failed") if ended_from_outside else ("running",)
-    if result is not None and result.get("status", "running") not in own_endings:
+    unsettled = (Status.RUNNING, Status.FAILED) if ended_from_outside else (Status.RUNNING,)
+    if result.status not in unsettled:
         return result
     log = _tail(attempt.log)
     cause = _root_cause(log, ending.exit_code)
-    waived = cause.exit_code == ExitCode.WAIVED and not ended_from_outside
-    rank = None if cause.exit_code in (ExitCode.WAIVED, ExitCode.USAGE) else cause.rank  # what every rank finds alike
-    completed = {
-        **(result or {"schema_version": SCHEMA_VERSION, "run_id": attempt.stem.name}),
-        "status": "waived" if waived else "failed",
-        "exit_code": int(ExitCode.WAIVED if waived else ExitCode.FAILED),
-        "failure": {"rank": rank, "phase": _phase(result), "message": _message(ending, cause, log, waived)},
-        "finished": now(),
-    }
-    replace_text(attempt.json, json.dumps(completed, indent=1))
+    status = Status.WAIVED if cause.exit_code == ExitCode.WAIVED and not ended_from_outside else Status.FAILED
+    completed = replace(
+        result,
+        status=status,
+        exit_code=int(status.exit_code),
+        failure=Failure(
+            message=_message(ending, cause, log, status is Status.WAIVED),
+            # What every rank finds alike is no rank's fault.
+            rank=None if cause.exit_code in (ExitCode.WAIVED, ExitCode.USAGE) else cause.rank,
+            phase=result.failure.phase if result.failure else None,
+        ),
+        finished=now(),
+    )
+    ResultFile(attempt.json).write(completed)
     return completed
-
-
-def _phase(result: dict[str, Any] | None) -> str | None:
-    """Where the run was when it was told to stop, where its result says so."""
-    return ((result or {}).get("failure") or {}).get("phase")
 
 
 def _message(ending: Ending, cause: _Cause, log: Sequence[str], waived: bool) -> str:

@@ -12,13 +12,14 @@ from pathlib import Path
 from refit.config.clusters import load_cluster
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
-from refit.results.sweep import SWEEP_SUFFIX, Planned, Status, Sweep, check_name, last_result, next_attempt, sweep_file
+from refit.results.status import Status
+from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, check_name, last_result, next_attempt, sweep_file
 from refit.sweep.check import check, recheck
 from refit.sweep.close import CANCELLED
 from refit.sweep.selection import Selection
 
-UNFINISHED = (None, "running")
-DONE = ("ok", "waived")
+UNFINISHED = (None, Status.RUNNING)
+DONE = (Status.OK, Status.WAIVED)
 """Outcomes that `--only failed` and a resumed sweep leave as they are."""
 
 
@@ -126,12 +127,12 @@ def pending(sweep: Sweep, directory: Path, which: str = "unfinished") -> list[Pl
     return found
 
 
-def _status(directory: Path, run_id: str, planned: Planned) -> str | None:
+def _status(directory: Path, run_id: str, planned: Planned) -> Status | None:
     """The last attempt's; None without one, or where it was cancelled and not ended by itself."""
     result = last_result(directory, run_id, planned.name)
-    if result is None or (result.get("failure") or {}).get("message") == CANCELLED:
+    if result is None or (result.failure and result.failure.message == CANCELLED):
         return None
-    return str(result.get("status", "running"))
+    return result.status
 
 
 @dataclass(frozen=True, slots=True)

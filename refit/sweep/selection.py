@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from refit.cli.flags import FlagParser, full_parser
 from refit.cli.parsing import read_flags
 from refit.config import yaml_files
-from refit.config.scenario import Method, Mode
+from refit.config.flag_names import SIZE_FLAGS
+from refit.config.registry import METHODS
+from refit.config.scenario import Mode
 from refit.errors import UsageError
 from refit.results.sweep import check_name
 
 LINE_FIELDS = ("SRC_TP", "SRC_EP", "DST_TP", "DST_EP", "REFIT_MODE", "REFIT_METHOD", "DESCRIPTION")
-SIZE_FLAGS = (
-    "tensor-model-parallel-size",
-    "expert-model-parallel-size",
-    "rl-inference-tensor-model-parallel-size",
-    "rl-inference-expert-model-parallel-size",
-)
+LINE_SIZES = ("tp", "ep")
+"""What a line gives of each side, in this order."""
+
 SWEEP_FLAGS = {
     "output-dir": "results lie beside the sweep file",
     "run-name": "results are named after the scenarios",
@@ -178,10 +177,11 @@ def _line_values(line: str) -> tuple[str, dict[str, object]]:
         if not re.fullmatch(r"0*[1-9][0-9]*", text):
             raise UsageError(f"{field} must be a whole number from 1 up, not {text!r}")
     mode, method, name = fields[4:]
-    for field, text, kind in (("REFIT_MODE", mode, Mode), ("REFIT_METHOD", method, Method)):
-        allowed = [member.value for member in kind]
+    modes = [mode.value for mode in Mode]
+    for field, text, allowed in (("REFIT_MODE", mode, modes), ("REFIT_METHOD", method, list(METHODS))):
         if text not in allowed:
             raise UsageError(f"{field} must be {' or '.join(allowed)}, not {text!r}")
     check_name(name, "DESCRIPTION")
-    sizes = {flag: int(text) for flag, text in zip(SIZE_FLAGS, fields, strict=False)}
+    names = [SIZE_FLAGS[size][place] for place in (0, 1) for size in LINE_SIZES]
+    sizes = {flag: int(text) for flag, text in zip(names, fields, strict=False)}
     return name, {**sizes, "refit-mode": mode, "refit-method": method}

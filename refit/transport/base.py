@@ -1,24 +1,23 @@
-"""What every transport offers: prepare a plan once, run it as often as there are new weights."""
+"""The interface of transports: prepare a plan once, then run it for every refit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from refit.errors import UsageError
+from refit.config.registry import METHODS, load
 from refit.models.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 
 
 @dataclass(frozen=True, slots=True)
 class TransportOptions:
-    """Bounds and switches of one scenario that transports read.
+    """Settings of one scenario for transports.
 
-    `staging_bytes` bounds the memory a rank spends on staging, beyond both models. `timeout_s` bounds every wait.
-    `one_sided_buffers` says where one-sided transports write: "ring", a bounded ring of buffers at the destination that
-    it unpacks; "direct", the destination's weights, which move into shared memory for that. `one_sided_force_put`
-    treats peers whose memory is mapped like those on other nodes, where the transport tells them apart (nvshmem).
+    `staging_bytes` bounds the memory that a rank uses for staging, beyond both models. `timeout_s` bounds every wait.
+    `one_sided_buffers` says where one-sided transports write: "ring", into a bounded ring of buffers that the
+    destination unpacks; "direct", into the destination's weights, which are moved into shared memory for that.
+    `one_sided_force_put` treats peers with mapped memory like peers on other nodes (nvshmem only).
     """
 
     staging_bytes: int = 512 << 20
@@ -29,9 +28,9 @@ class TransportOptions:
 
 @dataclass(slots=True)
 class RunReport:
-    """What one `Program.run` did on this rank.
+    """What one `Program.run` did on this rank: seconds by phase, and bytes.
 
-    Phase seconds are the main thread's, do not overlap and add up to nearly all of the run.
+    Phases are those of the main thread. They do not overlap, and add up to nearly all of the run.
     """
 
     phases_s: dict[str, float] = field(default_factory=dict)
@@ -41,17 +40,17 @@ class RunReport:
 
 
 class Program(Protocol):
-    """A plan bound to memory and a substrate, ready to run."""
+    """A plan bound to this rank's weights and a transport, ready to run."""
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes this rank allocated beyond the models."""
+        """Bytes that this rank has allocated beyond the models."""
         ...
 
     def run(self) -> RunReport:
-        """Move every byte. On return all of this rank's destination weights are usable.
+        """Transfer all weights. On return, all destination weights of this rank are usable.
 
-        Collective: every participating rank must call. Raises RefitError where a peer fails or time runs out.
+        Collective: every rank of the plan. Raises RefitError where a peer fails or time runs out.
         """
         ...
 
@@ -61,7 +60,7 @@ class Program(Protocol):
 
 
 class IdleProgram:
-    """What a rank that takes no part in a plan runs."""
+    """The program of a rank that is not in the plan."""
 
     staging_bytes = 0
 
@@ -73,63 +72,34 @@ class IdleProgram:
 
 
 class Transport(Protocol):
-    """Prepares programs on one substrate."""
+    """Prepares programs. Constructed without arguments; listed in `refit.config.registry.METHODS`."""
 
     name: str
 
     def check_available(self) -> None:
-        """Raise UnavailableError, saying what is missing and how to get it. Needs no process group."""
+        """Raise UnavailableError that says what is missing and how to get it. Needs no process group."""
         ...
 
     def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
-        """Make ready what a process needs once, whatever it moves: communicators, connections, libraries, kernels.
+        """Set up what a process needs once for all programs: communicators, connections, libraries, kernels.
 
-        Collective, as `prepare`, which does it itself where it has not been done.
+        Collective, over the same ranks as `prepare`, which does this itself where it has not been done.
         """
         ...
 
     def prepare(
         self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> Program:
-        """Bind `plan` to this rank's weights; a side this rank is not part of is None.
+        """Bind `plan` to this rank's weights. `source` or `destination` is None where this rank is not in that side.
 
-        Collective: every rank of the plan must call, on the default process group's numbering; for "nccl" and "nvshmem"
-        every rank of the default process group, as they make a group of their own. Idle ranks may always call, with
-        None twice.
+        Ranks are those of the default process group. Collective: every rank of the plan; for "nccl" and "nvshmem" every
+        rank of the default process group, because they create a group of their own. Idle ranks may always call, with
+        both sides None.
         """
         ...
 
 
 def get_transport(name: str) -> Transport:
-    """Raises UsageError, listing what there is, for an unknown name."""
-    if name not in _FACTORIES:
-        raise UsageError(f"unknown transport {name!r}: choose one of {', '.join(sorted(_FACTORIES))}")
-    return _FACTORIES[name]()
-
-
-# Imported only when asked for: the executors import this module, and some need libraries that are not everywhere.
-def _gloo() -> Transport:
-    from refit.transport.two_sided.executor import TwoSidedTransport
-
-    return TwoSidedTransport("gloo")
-
-
-def _nccl() -> Transport:
-    from refit.transport.two_sided.executor import TwoSidedTransport
-
-    return TwoSidedTransport("nccl")
-
-
-def _shm() -> Transport:
-    from refit.transport.one_sided.shm import SharedMemoryTransport
-
-    return SharedMemoryTransport()
-
-
-def _nvshmem() -> Transport:
-    from refit.transport.one_sided.nvshmem import NvshmemTransport
-
-    return NvshmemTransport()
-
-
-_FACTORIES: dict[str, Callable[[], Transport]] = {"gloo": _gloo, "nccl": _nccl, "shm": _shm, "nvshmem": _nvshmem}
+    """The transport of method `name`. Raises UsageError, listing the known methods, for an unknown one."""
+    transport: Transport = load(METHODS[name].transport)()
+    return transport

@@ -1,12 +1,12 @@
-"""Which messages each pair of ranks exchanges: a pure function of the plan, so that both ends derive the same.
+"""The messages that each pair of ranks exchanges: a pure function of the plan, so that both ends derive the same ones.
 
-1. A pair's transfers, in plan order, are cut into pieces that lie within one tensor in memory at either end
+1. The transfers of a pair, in plan order, are cut into pieces that lie within one tensor in memory at both ends
    (stacked tensors: one piece per index of dim 0).
-2. A large piece travels alone: an end where it is one run of memory sends from or receives into the weights, any other
-   stages it. Which of the two an end does is its own affair, the bytes on the wire are the same.
-3. All others are laid one behind the other into buckets.
+2. A large piece is a message of its own. An end where it is contiguous sends from, or receives into, the weights
+   directly; another end stages it. Each end decides that for itself, since the bytes sent are the same.
+3. The other pieces are packed one after another into buckets; each bucket is a message.
 
-No message is larger than a bucket: larger pieces are cut, along their leading dim.
+No message exceeds the bucket size: larger pieces are cut along their leading dim.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import numpy as np
 
 from refit.errors import UsageError
 from refit.plan.box import Box
-from refit.plan.cost import bytes_matrix
-from refit.plan.plan import IntArray, RankPlan, RefitPlan, Transfer
+from refit.plan.cost import bytes_matrix, wire_only
+from refit.plan.plan import RankPlan, RefitPlan, Transfer
 from refit.plan.sharding import TensorSpec
 from refit.transport.base import RunReport
 from refit.transport.phases import PhaseClock
 
 ALIGNMENT = 16
-"""Pieces start at multiples of this in a bucket: every dtype can be viewed there, and GPUs load 16 bytes at once."""
+"""Pieces start at multiples of this in a bucket: any dtype can be viewed there, and GPUs can load 16 bytes at once."""
 
 MIN_BUCKET_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How transfers become messages. Both ends must use equal values.
+    """How transfers are divided into messages. Both ends must use equal values.
 
-    Pieces of at least `direct_send_threshold` travel alone; None puts all into buckets. `pair_bytes` are the buckets of
-    each (source, destination) pair where they differ, none above `bucket_bytes`.
+    Pieces of at least `direct_send_threshold` bytes are messages of their own; None packs all pieces into buckets.
+    `pair_bytes` are the bucket sizes of (source, destination) pairs where they differ; none exceeds `bucket_bytes`.
     """
 
     bucket_bytes: int
@@ -51,7 +51,7 @@ class Framing:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of one tensor, at byte `offset` of its message, in the destination's dtype."""
+    """A box of one tensor in a message, from byte `offset` on, in the destination's dtype."""
 
     tensor: TensorSpec
     box: Box
@@ -64,7 +64,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Bytes sent at once."""
+    """Pieces that are sent together, as `nbytes` bytes."""
 
     pieces: tuple[Piece, ...]
     nbytes: int
@@ -72,7 +72,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """All messages from `source` to `destination`, in the order they travel."""
+    """All messages from `source` to `destination`, in the order in which they are sent."""
 
     source: int
     destination: int
@@ -81,7 +81,7 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What one rank does; channels in the order of the peers' ranks."""
+    """Everything one rank does in a run. Channels are in the order of the peers' ranks."""
 
     rank: int
     sends: tuple[Channel, ...]
@@ -91,6 +91,7 @@ class Schedule:
     totals: Totals
 
     def report(self, clock: PhaseClock) -> RunReport:
+        """The report of a run that `clock` has timed."""
         return RunReport(
             dict(clock.phases_s), self.totals.sent_bytes, self.totals.received_bytes, self.totals.local_bytes
         )
@@ -98,7 +99,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Bytes of weights that one rank moves in one run, without the gaps that alignment leaves in buckets."""
+    """Bytes of weights that one rank moves in one run, without the alignment gaps in buckets."""
 
     sent_bytes: int
     received_bytes: int
@@ -106,26 +107,20 @@ class Totals:
 
     @classmethod
     def of(cls, part: RankPlan) -> Totals:
-        return cls(*(sum(transfer.nbytes for transfer in some) for some in (part.sends, part.receives, part.local)))
+        return cls(*(sum(transfer.nbytes for transfer in kind) for kind in (part.sends, part.receives, part.local)))
 
 
 def num_peers(plan: RefitPlan) -> int:
     """The largest number of peers that any rank sends to, or receives from; at least 1."""
-    pairs = _wire_matrix(plan) > 0
+    pairs = wire_only(bytes_matrix(plan)) > 0
     return max(1, int(pairs.sum(axis=0).max()), int(pairs.sum(axis=1).max()))
 
 
-def _wire_matrix(plan: RefitPlan) -> IntArray:
-    """Bytes from each rank (row) to each other rank (column)."""
-    matrix = bytes_matrix(plan)
-    np.fill_diagonal(matrix, 0)
-    return matrix
-
-
 def bucket_bytes(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit: int) -> int:
-    """The bucket size at which `slots_per_peer` buckets for each peer of the busiest rank fit into `staging_bytes`.
+    """The bucket size, at most `limit`, at which every rank's buckets fit into `staging_bytes`.
 
-    Raises UsageError where that leaves too little to hold a piece.
+    A rank needs `slots_per_peer` buckets for each of its peers. Raises UsageError where that leaves less than
+    MIN_BUCKET_BYTES for a bucket.
     """
     slots = slots_per_peer * num_peers(plan)
     size = min(limit, staging_bytes // slots) // ALIGNMENT * ALIGNMENT
@@ -138,14 +133,14 @@ def bucket_bytes(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
 
 
 def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit: int) -> dict[tuple[int, int], int]:
-    """The bucket size of each (source, destination) pair, its share of `staging_bytes` at either end going by its
-    bytes.
+    """The bucket size of each (source, destination) pair, at most `limit`.
 
-    A rank that both sends and receives spends half on each. Pairs then end after about as many messages as one another,
-    and a rank's rounds stay full to the end. Raises UsageError as `bucket_bytes` does.
+    At either end, a pair's share of `staging_bytes` is proportional to the bytes it moves, and the smaller share
+    counts. A rank that both sends and receives spends half on each. Pairs then need about equally many messages, so
+    that the rounds of a rank stay full to the end. Raises UsageError as `bucket_bytes` does.
     """
     bucket_bytes(plan, staging_bytes // 2, slots_per_peer, limit)
-    matrix = _wire_matrix(plan)
+    matrix = wire_only(bytes_matrix(plan))
     sources, destinations = np.nonzero(matrix)
     moved, sent, received = matrix[sources, destinations], matrix.sum(axis=1), matrix.sum(axis=0)
     allowed = staging_bytes // np.where((sent > 0) & (received > 0), 2, 1) // slots_per_peer
@@ -157,8 +152,8 @@ def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
     return dict(zip(zip(sources.tolist(), destinations.tolist(), strict=True), sizes.tolist(), strict=True))
 
 
-def schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:
-    """What `rank` sends, receives and copies under `plan`."""
+def make_schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:
+    """The schedule of `rank` under `plan`."""
     part = plan.for_rank(rank)
     sends, receives = _channels(part.sends, framing), _channels(part.receives, framing)
     return Schedule(rank, sends, receives, part.local, part.zeros, Totals.of(part))
@@ -175,7 +170,7 @@ def _messages(transfers: Sequence[Transfer], framing: Framing) -> Iterator[Messa
     open_bucket = _Bucket(framing.bucket_bytes)
     for transfer in transfers:
         tensor = transfer.tensor
-        for box in memory_boxes(tensor, transfer.box):
+        for box in tensor.memory_boxes(transfer.box):
             if (
                 framing.direct_send_threshold is not None
                 and box.volume * tensor.itemsize >= framing.direct_send_threshold
@@ -186,17 +181,11 @@ def _messages(transfers: Sequence[Transfer], framing: Framing) -> Iterator[Messa
     yield from open_bucket.flush()
 
 
-def memory_boxes(tensor: TensorSpec, box: Box) -> Iterator[Box]:
-    """`box`, cut where memory is: one box per index of dim 0 of a stacked tensor."""
-    if not tensor.stacked or box.extents[0] == 1:
-        yield box
-        return
-    for index in range(box.offsets[0], box.ends[0]):
-        yield box.narrow(0, index, index + 1)
-
-
 def _sent_directly(tensor: TensorSpec, box: Box, limit: int) -> Iterator[Message]:
-    """Parts cut along the leading dim are runs of memory wherever the whole is one."""
+    """`box` as messages of at most `limit` bytes.
+
+    It is cut along its leading dim, so that the parts are contiguous wherever the whole is.
+    """
     pending = [box]
     while pending:
         part = pending.pop()
@@ -208,7 +197,7 @@ def _sent_directly(tensor: TensorSpec, box: Box, limit: int) -> Iterator[Message
 
 
 class _Bucket:
-    """Collects pieces and gives a message whenever the next does not fit."""
+    """Collects pieces, and yields a message whenever the next piece does not fit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -239,7 +228,11 @@ class _Bucket:
 
 
 def _cut(box: Box, room: int, limit: int) -> list[Box]:
-    """`box`, of more than `limit` elements, in two: first what fits into `room` elements, if that is worth a piece."""
+    """Cut `box`, which exceeds `limit` elements, in two along its leading dim.
+
+    The first part fits into `room` elements where `room` is at least a quarter of `limit`, else into `limit`, as far
+    as whole rows allow.
+    """
     dim = box.leading_dim
     assert dim is not None
     row = box.volume // box.extents[dim]

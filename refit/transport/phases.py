@@ -1,4 +1,4 @@
-"""PhaseClock: where the main thread's time goes during one run."""
+"""PhaseClock: the main thread's time of one run, by phase."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import defaultdict
 
 
 class PhaseClock:
-    """Adds up seconds by phase name, from its making to the last lap without a gap."""
+    """Adds up seconds by phase name. The phases cover the time from construction to the last lap without gaps."""
 
     def __init__(self) -> None:
         self.phases_s: dict[str, float] = defaultdict(float)
         self._since = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """The time since the lap before was spent on `phase`."""
+        """Count the time since the previous lap as `phase`."""
         now = time.perf_counter()
         self.phases_s[phase] += now - self._since
         self._since = now

@@ -1,4 +1,4 @@
-"""Rendezvous: the ranks of a plan exchange small values while they prepare, without the ranks that take no part."""
+"""Rendezvous: the ranks of a plan exchange small values while they prepare. Idle ranks need not take part."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from refit.errors import RefitError
 
 
 class Rendezvous:
-    """Goes through the default process group's store: collectives of that group would need its idle ranks too."""
+    """Uses the store of the default process group, because that group's collectives would need its idle ranks too."""
 
     def __init__(self, name: str, ranks: Sequence[int], timeout_s: float) -> None:
-        """`name` is equal on all `ranks`; each must construct and use it the same number of times."""
+        """`name` is equal on all `ranks`. Each of them must construct and use it the same number of times."""
         self.rank = dist.get_rank()
         self.ranks = tuple(ranks)
         self._timeout_s = timeout_s
         store = _get_default_store()
-        # Counting each rank's uses of a name keeps the keys of one preparation apart from those of the one before.
+        # The number of a rank's uses of a name keeps the keys of successive preparations apart.
         use = store.add(f"refit/{name}/uses/{self.rank}", 1)
         self._store = PrefixStore(f"refit/{name}/{use}", store)
         self._round = 0
 
     def exchange(self, value: Any, wanted: Iterable[int] | None = None) -> dict[int, Any]:
-        """Publish `value` and fetch what the `wanted` ranks published in the same call (all of them if not given).
+        """Publish `value`; return rank -> value that it published in the same call, of the `wanted` ranks or all.
 
-        Collective: every rank must call. Raises RefitError, naming the rank, where one does not in time.
+        Collective: every rank must call. Raises RefitError, naming the rank, where one does not call in time.
         """
         self._round += 1
         packed = zlib.compress(pickle.dumps(value), 1)
@@ -39,7 +39,10 @@ class Rendezvous:
         return {rank: self._fetch(rank) for rank in (self.ranks if wanted is None else wanted)}
 
     def agree(self, problem: RefitError | None) -> None:
-        """Raise the first rank's problem on every rank, so that none waits for one that has given up."""
+        """Raise the problem of the first rank that has one, on every rank. Collective.
+
+        No rank then waits for one that has given up.
+        """
         problems = [found for found in self.exchange(problem).values() if found is not None]
         if problems:
             raise problems[0]

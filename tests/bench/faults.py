@@ -11,18 +11,18 @@ from unittest import mock
 import numpy as np
 import torch
 
-from refit.bench.measurements import refit as measure
+from refit.bench.engines import refit as planned_engine
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan import plan as plan_module
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions, get_transport
-from refit.transport.two_sided import backends as backends
+from refit.transport.two_sided import gloo
 
 
 @contextmanager
 def byte_flipped_in_flight() -> Iterator[None]:
     """One byte of the first message of a refit arrives changed, on the rank that runs this."""
-    original = backends.GlooBackend.wait_received
+    original = gloo.GlooBackend.wait_received
     done = False
 
     def corrupting(self: Any, pending: Any) -> None:
@@ -32,7 +32,7 @@ def byte_flipped_in_flight() -> Iterator[None]:
             done = True
             pending.receives[0].buffer[3] ^= 0x40
 
-    with mock.patch.object(backends.GlooBackend, "wait_received", corrupting):
+    with mock.patch.object(gloo.GlooBackend, "wait_received", corrupting):
         yield
 
 
@@ -96,6 +96,7 @@ def _transport(
         def __init__(self, name: str) -> None:
             self._real = get_transport(name)
             self.connect = self._real.connect
+            self.check_available = self._real.check_available
 
         def prepare(self, plan: RefitPlan, source: Any, destination: Any, options: TransportOptions) -> Any:
             program = self._real.prepare(change_plan(plan), source, change_destination(destination), options)
@@ -108,7 +109,7 @@ def _transport(
 
             return mock.Mock(wraps=program, run=run, staging_bytes=program.staging_bytes)
 
-    with mock.patch.object(measure, "get_transport", Faulty):
+    with mock.patch.object(planned_engine, "get_transport", Faulty):
         yield
 
 

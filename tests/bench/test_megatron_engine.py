@@ -1,4 +1,4 @@
-"""Megatron-Core's own refit as a peer: right where it is right, seen to be wrong where it is wrong."""
+"""Megatron-Core's own refit as a baseline: right where it is right, seen to be wrong where it is wrong."""
 
 from __future__ import annotations
 

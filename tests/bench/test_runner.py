@@ -13,7 +13,9 @@ import torch.distributed as dist
 from refit.bench.runner import benchmark
 from refit.bench.session import new_session
 from refit.cli.parsing import parse
-from refit.results.result import SCHEMA_VERSION, Result, ResultFile
+from refit.results.refit import RefitResult
+from refit.results.result import ResultFile
+from refit.results.upgrade import RESULT_VERSION
 from tests.bench.faults import fault
 from tests.dist.pool import RankPool
 
@@ -34,15 +36,14 @@ EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
 
 
 def run_scenario(rank: int, argv: list[str], directory: str | None = None, fault_args: tuple[str, ...] = ()) -> Any:
-    """Exit code and, on rank 0, the result as it would stand in the file."""
+    """The result, which is the same on every rank."""
     scenario = parse(argv).scenario
     control = dist.group.WORLD
     assert control is not None
     file = ResultFile.create(Path(directory), "run") if directory and rank == 0 else None
-    session = new_session(scenario, torch.device("cpu"), control, file)
+    session = new_session(scenario, torch.device("cpu"), control)
     with fault(*(fault_args or (None,))):
-        benchmark(session)
-    return session.result.exit_code, session.result
+        return benchmark(session, file)
 
 
 def sizes(tp: int, ep: int, etp: int, pp: int, prefix: str = "") -> list[str]:
@@ -54,10 +55,10 @@ def sizes(tp: int, ep: int, etp: int, pp: int, prefix: str = "") -> list[str]:
 
 def refit(
     ranks: RankPool, *argv: str, fault_args: tuple[str, ...] = (), directory: Path | None = None
-) -> tuple[int, Result]:
+) -> tuple[int, RefitResult]:
     answers = ranks.run(run_scenario, [*TINY, *argv], str(directory) if directory else None, fault_args)
-    assert len({code for code, _ in answers}) == 1
-    return answers[0]
+    assert [answer.exit_code for answer in answers] == [answers[0].exit_code] * 8
+    return answers[0].exit_code, answers[0].measurements["refit"]
 
 
 @pytest.mark.parametrize("method", ["gloo", "shm"])
@@ -82,10 +83,11 @@ def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: An
     code, result = refit(ranks, *flags, f"--refit-method={method}")
     engine = result.engines["refit"]
     assert (code, engine.status, engine.num_wrong) == (0, "ok", 0)
-    layout = result.layouts["destination"]
-    replicas = layout["world_size"] // (layout["tp"] * layout["pp"])
-    assert engine.num_compared >= 3 * result.scenario["num_parameters"]
-    assert engine.num_compared <= 3 * result.scenario["num_parameters"] * replicas * layout["tp"]
+    tp, ep, _, pp = destination
+    world_size = tp * ep * pp
+    assert result.model is not None
+    assert engine.num_compared >= 3 * result.model.num_parameters
+    assert engine.num_compared <= 3 * result.model.num_parameters * world_size // pp
 
 
 def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
@@ -93,11 +95,14 @@ def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
     refit(ranks, *flags, directory=tmp_path)
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
-    assert (content["schema_version"], content["status"], content["exit_code"]) == (SCHEMA_VERSION, "ok", 0)
+    assert (content["schema_version"], content["status"], content["exit_code"]) == (RESULT_VERSION, "ok", 0)
     assert content["scenario"]["recorded"] == {"seq-length": 128}
-    assert content["bytes"]["payload"] == content["bytes"]["wire"] + content["bytes"]["local"]
-    assert sum(content["bytes"]["received_by_rank"].values()) == content["bytes"]["wire"]
-    engine = content["engines"]["refit"]
+    assert (content["device"], content["world_size"]) == ("cpu", 8)
+    assert content["environment"]["versions"]["torch"] == torch.__version__
+    measured = content["measurements"]["refit"]
+    plan, engine = measured["plan"], measured["engines"]["refit"]
+    assert plan["payload_bytes"] == plan["wire_bytes"] + plan["local_bytes"]
+    assert sum(plan["received_by_rank"].values()) == plan["wire_bytes"]
     assert [sample["warmup"] for sample in engine["samples"]] == [True, False, False]
     for sample in engine["samples"]:
         assert len(sample["seconds_per_rank"]) == 8
@@ -106,9 +111,7 @@ def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
     assert set(engine["cold_s"]) == {"plan", "prepare", "first"}
     assert engine["connect_s"] >= 0, "what a process does once is not part of the first refit"
     assert engine["connect_memory_bytes_per_rank"] == [0] * 8
-    assert content["scenario"]["device"] == "cpu"
     assert all(staged <= 512 << 20 for staged in engine["staging_bytes_per_rank"])
-    assert content["environment"]["versions"]["torch"] == torch.__version__
 
 
 EP_DOWN = [*sizes(2, 2, 1, 1), *sizes(2, 1, 1, 1, "rl-inference-"), "--refit-method=gloo"]
@@ -118,10 +121,12 @@ def test_times_are_held_against_a_cluster_that_is_named(ranks: RankPool) -> None
     _, result = refit(ranks, *EP_DOWN, "--cluster=h200_nvlink")
     engine, bound = result.engines["refit"], result.bound
     assert bound is not None
-    assert bound["cluster"] == "h200_nvlink"
-    assert bound["lower_bound_s"] == pytest.approx(result.bytes["busiest"] / 391e9)
-    assert bound["limited_by"].startswith("rank 4 receives ")
-    assert engine.share_of_lower_bound == pytest.approx(bound["lower_bound_s"] / engine.summary["median_s"])
+    assert result.plan is not None
+    assert engine.summary is not None
+    assert bound.cluster == "h200_nvlink"
+    assert bound.seconds == pytest.approx(result.plan.busiest.nbytes / 391e9)
+    assert bound.limited_by.startswith("rank 4 receives ")
+    assert engine.share_of_lower_bound == pytest.approx(bound.seconds / engine.summary.median_s)
 
 
 def test_on_cpus_no_cluster_is_guessed(ranks: RankPool) -> None:
@@ -171,16 +176,16 @@ def test_verify_sample_finds_what_is_widespread(ranks: RankPool) -> None:
     code, result = refit(ranks, *EP_DOWN, "--verify=sample", fault_args=("last_iteration_repeated",))
     engine = result.engines["refit"]
     assert code == 1
-    assert engine.num_compared < 0.1 * 3 * 2 * result.scenario["num_parameters"]
+    assert engine.num_compared < 0.1 * 3 * 2 * result.model.num_parameters
 
 
 def test_forward_check_agrees(ranks: RankPool) -> None:
     _, result = refit(ranks, *EP_DOWN, "--check-forward", "--fp32")
     forward = result.engines["refit"].forward
     assert forward is not None
-    assert forward["skipped"] is None
-    assert forward["passed"]
-    assert forward["max_difference"] < 1e-3 * forward["max_logit"]
+    assert forward.skipped is None
+    assert forward.passed
+    assert forward.max_difference < 1e-3 * forward.max_logit
 
 
 def test_forward_check_can_fail(ranks: RankPool) -> None:
@@ -190,19 +195,19 @@ def test_forward_check_can_fail(ranks: RankPool) -> None:
     forward = result.engines["refit"].forward
     assert code == 1
     assert forward is not None
-    assert not forward["passed"]
+    assert not forward.passed
 
 
-def test_the_peer_is_wrong_where_experts_are_sequential_and_ours_is_right(ranks: RankPool) -> None:
+def test_the_baseline_is_wrong_where_experts_are_sequential_and_ours_is_right(ranks: RankPool) -> None:
     flags = [*sizes(1, 1, 1, 1), *sizes(1, 2, 1, 1, "rl-inference-"), "--refit-method=gloo", "--refit-engine=both"]
     code, result = refit(ranks, *flags)
-    ours, peer = result.engines["refit"], result.engines["megatron"]
+    ours, baseline = result.engines["refit"], result.engines["megatron"]
     assert (code, ours.status, ours.num_wrong) == (0, "ok", 0)
-    assert peer.status == "wrong_data"
-    assert all(".mlp.experts." in each.key for each in peer.wrong)
+    assert baseline.status == "wrong_data"
+    assert all(".mlp.experts." in each.key for each in baseline.wrong)
 
 
-def test_the_peer_alone_is_judged(ranks: RankPool) -> None:
+def test_the_baseline_alone_is_judged(ranks: RankPool) -> None:
     flags = [*sizes(1, 1, 1, 1), *sizes(1, 2, 1, 1, "rl-inference-"), "--refit-method=gloo", "--refit-engine=megatron"]
     code, result = refit(ranks, *flags)
     assert code == 1
@@ -212,8 +217,8 @@ def test_the_peer_alone_is_judged(ranks: RankPool) -> None:
 def test_a_model_of_the_users_own(ranks: RankPool) -> None:
     flags = ["--model-provider=examples.custom_model:build", *EP_DOWN, "--num-benchmark-warmup=1"]
     flags += ["--num-benchmark-iterations=2"]
-    answers = ranks.run(run_scenario, flags)
-    code, result = answers[0]
-    assert (code, result.engines["refit"].num_wrong) == (0, 0)
-    assert result.scenario["model"] is None
-    assert result.engines["refit"].num_compared > 0
+    answer = ranks.run(run_scenario, flags)[0]
+    engine = answer.measurements["refit"].engines["refit"]
+    assert (answer.exit_code, engine.num_wrong) == (0, 0)
+    assert answer.scenario.model is None
+    assert engine.num_compared > 0

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from refit.cli.launch import check_launch, check_num_ranks
-from refit.cli.parsing import Request, main, parse
-from refit.config.scenario import Engine, Method, Mode, Scenario, Verify
+from refit.cli.launch import check_launch
+from refit.cli.main import main
+from refit.cli.parsing import Request, parse
+from refit.config.scenario import Mode, Scenario, Verify, check_num_ranks
 from refit.config.shape import Dtype, LatentAttention, ModelShape
 from refit.errors import UsageError
 
@@ -99,17 +100,18 @@ def test_command_lines_that_must_work_as_they_stand(line: str, title: str, sourc
 def test_the_seven_kimi_k2_scenarios(layout: tuple[int, int, int, int, str, str], num_ranks: int) -> None:
     run = scenario(f"--model kimi_k2 {sizes(*layout)}")
     assert run.num_ranks == num_ranks
-    assert run.source.etp == layout[0]
-    assert run.destination.etp == layout[2]
+    assert run.source.layout.etp == layout[0]
+    assert run.destination.layout.etp == layout[2]
     assert run.notes == ()
 
 
 def test_what_a_command_line_means() -> None:
     run = scenario(EP_REFIT)
-    assert (run.mode, run.method, run.engine, run.verify) == (
+    assert (run.mode, run.method, run.engines, run.measurements, run.verify) == (
         Mode.NON_COLLOCATED,
-        Method.NVSHMEM,
-        Engine.REFIT,
+        "nvshmem",
+        ("refit",),
+        ("refit",),
         Verify.FULL,
     )
     assert (run.num_warmup, run.num_iterations, run.staging_bytes, run.timeout_s) == (2, 3, 512 << 20, 300.0)
@@ -118,7 +120,9 @@ def test_what_a_command_line_means() -> None:
     model = run.model
     assert model is not None
     assert (model.num_layers, model.hidden_size, model.kv_channels, model.num_query_groups) == (4, 1024, 128, 8)
-    assert (model.ffn_hidden_size, model.max_position_embeddings, model.dtype) == (2688, 512, Dtype.BF16)
+    assert (model.ffn_hidden_size, model.max_position_embeddings) == (2688, 512)
+    for side in run.sides.values():
+        assert (side.format, side.dtype, side.transformer_impl) == ("megatron", Dtype.BF16, "local")
     assert model.experts is not None
     assert (model.experts.num_experts, model.experts.topk, model.experts.layers) == (16, 2, (True,) * 4)
     assert (model.experts.ffn_hidden_size, model.experts.shared_ffn_hidden_size) == (2688, 512)
@@ -127,29 +131,26 @@ def test_what_a_command_line_means() -> None:
 def test_run_flags() -> None:
     run = scenario(
         f"{TWO_HEADS} --refit-engine both --verify sample --check-forward --staging-mib 64 --timeout 12.5 "
-        "--num-benchmark-warmup 0 --num-benchmark-iterations=7 --output-dir out --nvshmem-buffers direct "
+        "--num-benchmark-warmup 0 --num-benchmark-iterations=7 --output-dir out --one-sided-buffers direct "
         "--nvshmem-force-put --device cuda --profile-refit "
         "--transformer-impl transformer_engine"
     )
-    assert (run.engine, run.verify, run.check_forward, run.staging_bytes) == (
-        Engine.BOTH,
+    assert (run.engines, run.verify, run.check_forward, run.staging_bytes) == (
+        ("refit", "megatron"),
         Verify.SAMPLE,
         True,
         64 << 20,
     )
     assert (run.timeout_s, run.num_warmup, run.num_iterations, run.output_dir) == (12.5, 0, 7, Path("out"))
-    assert (run.nvshmem_buffers, run.nvshmem_force_put, run.transformer_impl) == ("direct", True, "transformer_engine")
+    assert (run.one_sided_buffers, run.nvshmem_force_put) == ("direct", True)
+    assert {side.transformer_impl for side in run.sides.values()} == {"transformer_engine"}
     assert (run.device, run.profile) == ("cuda", True)
 
 
 def test_defaults_are_those_of_megatron() -> None:
     model = shape(TWO_HEADS)
     assert (model.ffn_hidden_size, model.kv_channels, model.num_query_groups) == (256, 16, 4)
-    assert (model.normalization, model.position_embedding_type, model.dtype) == (
-        "LayerNorm",
-        "learned_absolute",
-        Dtype.BF16,
-    )
+    assert (model.normalization, model.position_embedding_type) == ("LayerNorm", "learned_absolute")
     assert (model.add_bias_linear, model.tied_embeddings, model.swiglu, model.experts, model.mla) == (
         True,
         True,
@@ -168,11 +169,14 @@ def test_defaults_are_those_of_megatron() -> None:
 
 
 def test_style_flags() -> None:
-    model = shape(
+    run = scenario(
         f"{TWO_HEADS} --fp32 --normalization RMSNorm --use-rotary-position-embeddings --disable-bias-linear "
         "--add-qkv-bias --untie-embeddings-and-output-weights --qk-layernorm --kv-channels 32 --padded-vocab-size 1000"
     )
-    assert (model.dtype, model.normalization, model.position_embedding_type) == (Dtype.FP32, "RMSNorm", "rope")
+    model = run.model
+    assert model is not None
+    assert [side.dtype for side in run.sides.values()] == [Dtype.FP32] * 2
+    assert (model.normalization, model.position_embedding_type) == ("RMSNorm", "rope")
     assert (model.add_bias_linear, model.add_qkv_bias, model.tied_embeddings, model.qk_layernorm) == (
         False,
         True,
@@ -201,18 +205,21 @@ def test_moe_layer_frequency(frequency: str, layers: tuple[bool, ...]) -> None:
 
 
 def test_flags_override_the_preset() -> None:
-    model = shape("--model tiny --num-layers 2 --moe-layer-freq 1 --fp32 --num-experts=4")
-    assert (model.num_layers, model.hidden_size, model.dtype) == (2, 256, Dtype.FP32)
+    run = scenario("--refit-method gloo --model tiny --num-layers 2 --moe-layer-freq 1 --fp32 --num-experts=4")
+    model = run.model
+    assert model is not None
+    assert (model.num_layers, model.hidden_size, run.source.dtype) == (2, 256, Dtype.FP32)
     assert model.experts is not None
     assert (model.experts.num_experts, model.experts.layers) == (4, (True, True))
-    assert scenario("--refit-method gloo --model tiny").model_name == "tiny"
+    assert run.model_name == "tiny"
 
 
 def test_a_destination_takes_the_sources_sizes_where_it_has_none_but_etp() -> None:
     run = scenario(f"{TWO_HEADS} --num-experts 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
                    "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1")  # fmt: skip
-    assert (run.destination.tp, run.destination.pp, run.destination.ep, run.destination.etp) == (2, 2, 2, 2)
-    assert (run.source.etp, run.source.world_size, run.num_ranks) == (1, 8, 16)
+    destination = run.destination.layout
+    assert (destination.tp, destination.pp, destination.ep, destination.etp) == (2, 2, 2, 2)
+    assert (run.source.layout.etp, run.source.world_size, run.num_ranks) == (1, 8, 16)
 
 
 def test_experts_folded_over_data_parallel_ranks() -> None:
@@ -220,7 +227,8 @@ def test_experts_folded_over_data_parallel_ranks() -> None:
         f"{TWO_HEADS} --num-experts 8 --source-world-size 4 --expert-model-parallel-size 4 "
         "--destination-world-size 2 --rl-inference-expert-model-parallel-size 1"
     )
-    assert (run.source.dp, run.source.edp, run.destination.dp, run.num_ranks) == (4, 1, 2, 6)
+    source, destination = run.source.layout, run.destination.layout
+    assert (source.dp, source.edp, destination.dp, run.num_ranks) == (4, 1, 2, 6)
 
 
 def test_uneven_stages_of_each_side() -> None:
@@ -228,8 +236,8 @@ def test_uneven_stages_of_each_side() -> None:
         f"{TWO_HEADS} --num-layers 5 --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 2 "
         "--rl-inference-decoder-last-pipeline-num-layers 1"
     )
-    assert run.source.stage_layers(5) == (range(2), range(2, 5))
-    assert run.destination.stage_layers(5) == (range(4), range(4, 5))
+    assert run.source.layout.stage_layers(5) == (range(2), range(2, 5))
+    assert run.destination.layout.stage_layers(5) == (range(4), range(4, 5))
 
 
 def test_biases_that_megatron_cannot_build_are_dropped_with_one_note() -> None:
@@ -367,7 +375,8 @@ def test_only_rank_0_reports_a_usage_error(capsys: pytest.CaptureFixture[str], m
 
 def test_a_model_of_the_users_own_has_no_shape() -> None:
     run = scenario("--model-provider package.module:build --refit-method gloo --tensor-model-parallel-size 2")
-    assert (run.model, run.model_provider, run.source.tp) == (None, "package.module:build", 2)
+    assert (run.model, run.model_provider, run.source.layout.tp) == (None, "package.module:build", 2)
+    assert [side.dtype for side in run.sides.values()] == [None, None]
 
 
 @pytest.mark.parametrize(

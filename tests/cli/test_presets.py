@@ -7,25 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from refit.cli.flags import full_parser
 from refit.cli.model_flags import model_shape
 from refit.cli.presets import load_preset
 from refit.config import yaml_files
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
+from refit.config.side import SideSpec
 from refit.errors import UsageError
-from refit.predict.megatron import predict
+from refit.predict.sides import check_side, predict_side
 
-ONE_RANK = Layout(tp=1, ep=1, etp=1, pp=1, world_size=1)
+ONE_RANK = SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1))
 
 
 def shape_of(name: str) -> ModelShape:
-    from refit.cli.flags import full_parser
-
     return model_shape(full_parser().parse_flags([], load_preset(name)))
 
 
 def num_elements(shape: ModelShape) -> int:
-    return predict(shape, ONE_RANK).num_parameters
+    return predict_side(shape, ONE_RANK).num_parameters
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_presets_have_the_published_number_of_parameters(name: str, num_paramete
 def test_tiny_is_small_and_exercises_what_a_refit_must_get_right() -> None:
     shape = shape_of("tiny")
     assert num_elements(shape) < 20_000_000
-    assert shape.dtype is Dtype.BF16
+    assert load_preset("tiny").dtype is Dtype.BF16
     assert shape.num_query_groups < shape.num_attention_heads
     assert shape.experts is not None
     assert (shape.experts.num_experts, shape.experts.layers) == (8, (False, True, True, True))
     assert shape.experts.shared_ffn_hidden_size
     for size in (1, 2, 4, 8):
-        shape.check_layout(Layout(tp=size, ep=1, etp=size, pp=1, world_size=size), "any side")
-        shape.check_layout(Layout(tp=1, ep=size, etp=1, pp=1, world_size=size), "any side")
+        check_side(shape, SideSpec(Layout(tp=size, ep=1, etp=size, pp=1, world_size=size)), "any side")
+        check_side(shape, SideSpec(Layout(tp=1, ep=size, etp=1, pp=1, world_size=size)), "any side")
 
 
 def test_all_presets_load() -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from refit.copies import batch as copies_module
-from refit.copies.batch import Copy, CopyBatch
+from refit.copies import batch as batch_module
+from refit.copies.batch import CopyBatch
+from refit.copies.copy import Copy
 from refit.copies.kernel import KernelCopies, Tuning
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -176,8 +177,8 @@ def test_a_batch_hands_casts_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None
         return [Copy(target.cut(torch.float32, 100), numbers), *column_cuts(source, target)]
 
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(copies_module, "_shared_out", _shared_out_by_dtype)
-        monkeypatch.setattr(copies_module, "_kernel_copies", lambda copies, n: KernelCopies(copies, DEVICE, n, SMALL))
+        monkeypatch.setattr(batch_module, "_by_executor", _by_dtype)
+        monkeypatch.setattr(batch_module, "_kernel_copies", lambda copies, n: KernelCopies(copies, DEVICE, n, SMALL))
     for kernel in (True, False):
         source, target = Arena(1), Arena(2)
         batch = CopyBatch(mixed(source, target), kernel=kernel, num_programs=7)
@@ -186,7 +187,7 @@ def test_a_batch_hands_casts_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(target.data, expected(mixed))
 
 
-def _shared_out_by_dtype(copies: list[Copy]) -> tuple[list[Copy], list[Copy]]:
+def _by_dtype(copies: list[Copy]) -> tuple[list[Copy], list[Copy]]:
     parts: tuple[list[Copy], list[Copy]] = ([], [])
     for copy in copies:
         parts[copy.destination.dtype != copy.source.dtype].append(copy)

@@ -1,11 +1,12 @@
-"""Copies between views, and views that follow the model's memory."""
+"""Copies between views, and views of weights that get new storage."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from refit.copies.batch import Copy, CopyBatch, local_batches, weight_copies, zero_copies
+from refit.copies.batch import CopyBatch, local_batches, weight_copies, zero_copies
+from refit.copies.copy import Copy
 from refit.models.weights import LocalShard, LocalWeights, generations
 from refit.plan.box import Box
 from refit.plan.plan import Transfer

@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refit.copies.batch import Copy, CopyBatch
+from refit.copies.batch import CopyBatch
+from refit.copies.copy import Copy
 from refit.copies.table import TILE_BYTES, Dim, Ints, Runs, build_tables, runs_of, tiles_of
 
 CASES = Path(__file__).parent / "kernel_cases.py"
@@ -53,7 +54,7 @@ def compiled(capability: int) -> str:
 
     from refit.copies import kernel as copy_kernel
 
-    constants = {"WORD": 16, "ITEM": triton.language.int32, "LANES": 4, "BLOCK": 1024}
+    constants = {"WORD": 16, "ITEM": triton.language.int32, "ITEMS_PER_WORD": 4, "BLOCK": 1024}
     constants |= {"LOAD_EVICTION": "evict_first", "STORE_EVICTION": "", "LOAD_CACHE": "", "STORE_CACHE": ".cs"}
     signature = {"table": "*i64", "num_tiles": "i32", "num_programs": "i32"} | dict.fromkeys(constants, "constexpr")
     source = ASTSource(copy_kernel._copy_tiles, signature, constants, {(0,): [["tt.divisibility", 16]]})

@@ -92,7 +92,7 @@ def test_a_rank_that_is_gone_ends_the_job_and_keeps_what_was_measured(tmp_path: 
     content = result_in(tmp_path)
     assert (content["status"], content["exit_code"]) == ("failed", 4)
     assert content["failure"]["rank"] == 2
-    assert len(content["engines"]["refit"]["samples"]) >= 6
+    assert len(content["measurements"]["refit"]["engines"]["refit"]["samples"]) >= 6
 
 
 def read_until(readline: Callable[[], str], text: str) -> str:

@@ -1,4 +1,4 @@
-"""Small worlds for planner tests: sides as shardings, and a refit of real arrays carried out by following a plan."""
+"""Strategies for planner tests: random sides as shardings, and a plan carried out on real arrays."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def boxes_on(draw: st.DrawFn, shape: tuple[int, ...], num_ranks: int) -> list[li
 
 @st.composite
 def sides(draw: st.DrawFn) -> tuple[Sharding, Sharding]:
-    """Two sides of one random model, on the same ranks or on disjoint or overlapping windows."""
+    """Two sides of one random model, on the same, disjoint or overlapping ranks."""
     num_source, num_destination = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     first = draw(st.sampled_from([0, num_source, num_source // 2]))
     tensors = [
@@ -65,7 +65,7 @@ def sides(draw: st.DrawFn) -> tuple[Sharding, Sharding]:
 
 
 def carry_out(plan: RefitPlan) -> dict[tuple[str, int], np.ndarray]:
-    """What each destination rank holds after the plan: global element numbers, -1 where nothing was written."""
+    """(key, destination rank) -> array after the plan: global element numbers, -1 where nothing was written."""
     arrays = {}
     for key, spec in plan.destination_sharding.tensors.items():
         for rank in plan.destination_sharding.ranks:
@@ -82,7 +82,7 @@ def element_numbers(spec: TensorSpec) -> np.ndarray:
 
 
 def expected(sharding: Sharding) -> dict[tuple[str, int], np.ndarray]:
-    """What `carry_out` must give: element numbers inside the boxes a rank holds, -1 elsewhere."""
+    """The result that `carry_out` must give: element numbers inside the boxes that a rank holds, -1 elsewhere."""
     arrays = {}
     for key, spec in sharding.tensors.items():
         for rank in sharding.ranks:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refit.config.clusters import Cluster
 from refit.plan.box import Box
-from refit.plan.cost import Bound, Cluster, bytes_matrix, cost_of, lower_bound, split_traffic, summary
+from refit.plan.cost import Bound, BusiestRank, Cost, bytes_matrix, cost_of, lower_bound, split_traffic, wire_only
 from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
@@ -23,7 +23,7 @@ def cluster(
     intra: float = 10.0, inter: float | None = 2.0, gpus_per_node: int = 2, copy: float | None = None
 ) -> Cluster:
     """Bytes per second, not GB/s: small plans then take seconds."""
-    return Cluster("made_up", intra, inter, gpus_per_node, copy, None, None, "")
+    return Cluster("example", intra, inter, gpus_per_node, copy, None, None, "")
 
 
 def rows(begin: int, end: int) -> tuple[TensorSpec, Box]:
@@ -35,18 +35,22 @@ def sharding(shards: dict[int, list[tuple[TensorSpec, Box]]]) -> Sharding:
 
 
 def test_disjoint_ranks() -> None:
-    """Two sources of half a tensor each, three quarters of it to one destination, a quarter to the other."""
+    """Two sources hold half a tensor each. One destination gets three quarters of it, the other a quarter."""
     plan = plan_refit(
         sharding({0: [rows(0, 4)], 1: [rows(4, 8)]}),
         sharding({2: [rows(0, 6)], 3: [rows(6, 8)]}),
     )
     cost = cost_of(plan)
     assert (cost.payload_bytes, cost.wire_bytes, cost.local_bytes, cost.num_transfers) == (64, 64, 0, 3)
-    assert dict(cost.sent) == {0: 32, 1: 32}
-    assert dict(cost.received) == {2: 48, 3: 16}
-    assert (cost.busiest_sender.rank, cost.busiest_sender.nbytes) == (0, 32)
-    assert (cost.busiest_receiver.rank, cost.busiest_receiver.nbytes) == (2, 48)
+    assert cost.sent_by_rank == {0: 32, 1: 32}
+    assert cost.received_by_rank == {2: 48, 3: 16}
+    assert cost.source_weights_by_rank == {0: 32, 1: 32}
+    assert cost.destination_weights_by_rank == {2: 48, 3: 16}
+    assert (cost.digest, cost.casts) == (plan.digest, {})
+    assert cost.busiest_sender == BusiestRank(0, 32, "sends")
+    assert cost.busiest == cost.busiest_receiver == BusiestRank(2, 48, "receives")
     assert cost.sender_imbalance == 1.0
+    assert plan.ranks == (0, 1, 2, 3)
     assert bytes_matrix(plan).tolist() == [[0, 0, 32, 0], [0, 0, 16, 16], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
@@ -55,17 +59,25 @@ def test_shared_ranks_copy_locally_what_they_hold() -> None:
     plan = plan_refit(sharding({0: [rows(0, 4)], 1: [rows(4, 8)]}), sharding({0: [rows(0, 8)]}))
     cost = cost_of(plan)
     assert (cost.payload_bytes, cost.wire_bytes, cost.local_bytes) == (64, 32, 32)
-    assert dict(cost.sent) == {0: 0, 1: 32}
-    assert dict(cost.received) == {0: 32}
-    assert dict(cost.local) == {0: 32}
+    assert cost.sent_by_rank == {0: 0, 1: 32}
+    assert cost.received_by_rank == {0: 32}
+    assert cost.local_by_rank == {0: 32}
     assert cost.sender_imbalance == 2.0
+    assert wire_only(bytes_matrix(plan)).tolist() == [[0, 0], [32, 0]]
+
+
+def test_the_busiest_rank_is_the_receiver_where_sender_and_receiver_have_equally_many_bytes() -> None:
+    one_pair = plan_refit(sharding({0: [rows(0, 8)]}), sharding({1: [rows(0, 8)]}))
+    assert cost_of(one_pair).busiest == BusiestRank(1, 64, "receives")
+    gathered = plan_refit(sharding({0: [rows(0, 8)]}), sharding({1: [rows(0, 2)], 2: [rows(2, 4)], 3: [rows(4, 8)]}))
+    assert cost_of(gathered).busiest == BusiestRank(0, 64, "sends")
 
 
 def test_nothing_on_the_wire() -> None:
     plan = plan_refit(sharding({0: [rows(0, 8)]}), sharding({0: [rows(0, 8)]}))
     cost = cost_of(plan)
-    assert (cost.wire_bytes, cost.local_bytes, cost.sender_imbalance, cost.busiest_bytes) == (0, 64, 1.0, 0)
-    assert lower_bound(bytes_matrix(plan), cluster()) == Bound(0.0, "nothing moves")
+    assert (cost.wire_bytes, cost.local_bytes, cost.sender_imbalance, cost.busiest.nbytes) == (0, 64, 1.0, 0)
+    assert lower_bound(bytes_matrix(plan), cluster()) == Bound("example", 0.0, "nothing moves")
 
 
 def test_padding_is_payload_that_nobody_sends() -> None:
@@ -81,14 +93,22 @@ def test_dtypes_count_at_their_size() -> None:
     assert cost_of(plan).wire_bytes == 16
 
 
-def test_the_summary_is_plain_json() -> None:
+def test_a_cost_survives_json() -> None:
     plan = plan_refit(sharding({0: [rows(0, 4)], 1: [rows(4, 8)]}), sharding({0: [rows(0, 8)]}))
-    read = json.loads(json.dumps(summary(plan)))
-    assert read["payload"] == read["wire"] + read["local"] == 64
-    assert read["busiest"] == 32
-    assert read["sent_by_rank"] == {"0": 0, "1": 32}
-    assert read["source_weights_by_rank"] == {"0": 32, "1": 32}
-    assert read["sender_imbalance"] == pytest.approx(2.0)
+    cost = cost_of(plan)
+    read = msgspec.json.decode(msgspec.json.encode(cost), type=Cost)
+    assert read == cost
+    assert read.payload_bytes == read.wire_bytes + read.local_bytes == 64
+    assert read.busiest.nbytes == 32
+    assert read.source_weights_by_rank == {0: 32, 1: 32}
+    assert read.sender_imbalance == pytest.approx(2.0)
+
+
+def test_casts_name_both_dtypes() -> None:
+    wide = TensorSpec("weight", (8, 4), "float32")
+    cost = cost_of(plan_refit(sharding({0: [rows(0, 8)]}), sharding({1: [(wide, Box.whole((8, 4)))]})))
+    assert cost.casts == {"weight": ("bfloat16", "float32")}
+    assert cost.wire_bytes == 128
 
 
 FOUR_RANKS = np.array([[7, 40, 0, 6], [0, 0, 5, 0], [0, 0, 0, 30], [0, 8, 0, 0]], np.int64)
@@ -107,9 +127,9 @@ def test_traffic_within_nodes_apart_from_traffic_between_them() -> None:
 @pytest.mark.parametrize(
     ("intra", "inter", "copy", "expected"),
     [
-        (10.0, 1.0, None, Bound(8.0, "rank 1 receives 8 bytes between nodes at 1e-09 GB/s")),
-        (4.0, 2.0, None, Bound(10.0, "rank 1 receives 40 bytes within its node at 4e-09 GB/s")),
-        (40.0, 40.0, 1.0, Bound(7.0, "rank 0 copies 7 bytes within its GPU at 1e-09 GB/s")),
+        (10.0, 1.0, None, Bound("example", 8.0, "rank 1 receives 8 bytes between nodes at 1e-09 GB/s")),
+        (4.0, 2.0, None, Bound("example", 10.0, "rank 1 receives 40 bytes within its node at 4e-09 GB/s")),
+        (40.0, 40.0, 1.0, Bound("example", 7.0, "rank 0 copies 7 bytes within its GPU at 1e-09 GB/s")),
     ],
     ids=["the network", "NVLink", "copies"],
 )
@@ -120,7 +140,7 @@ def test_what_limits_a_plan(intra: float, inter: float, copy: float | None, expe
 def test_no_bound_where_bytes_cross_nodes_at_no_known_speed() -> None:
     assert lower_bound(FOUR_RANKS, cluster(inter=None)) is None
     assert lower_bound(FOUR_RANKS, cluster(inter=None, gpus_per_node=4)) == Bound(
-        4.8, "rank 1 receives 48 bytes within its node at 1e-08 GB/s"
+        "example", 4.8, "rank 1 receives 48 bytes within its node at 1e-08 GB/s"
     )
 
 

@@ -138,11 +138,11 @@ def test_what_only_one_rank_on_the_node_holds_counts_before_remote_choices() -> 
 
 
 @given(sides(), st.integers(2, 4))
-def test_bytes_cross_nodes_only_where_no_replica_is_near(world: tuple[Sharding, Sharding], ranks_per_node: int) -> None:
-    for transfer in plan_refit(*world, ranks_per_node=ranks_per_node).transfers():
+def test_bytes_cross_nodes_only_where_no_replica_is_near(pair: tuple[Sharding, Sharding], ranks_per_node: int) -> None:
+    for transfer in plan_refit(*pair, ranks_per_node=ranks_per_node).transfers():
         node = transfer.destination // ranks_per_node
         if transfer.source // ranks_per_node != node:
-            tensor_sharding = world[0].by_key[transfer.tensor.key]
+            tensor_sharding = pair[0].by_key[transfer.tensor.key]
             holders = {
                 rank for held in tensor_sharding.shards if held.box.intersect(transfer.box) for rank in held.ranks
             }

@@ -1,4 +1,4 @@
-"""What the catalog predicts, checked against numbers written down by hand; no model is built here."""
+"""What is predicted of a Megatron side, checked against numbers written down by hand. No model is built."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
-from refit.plan.sharding import RankSharding
-from refit.predict.megatron import predict
+from refit.plan.sharding import RankSharding, Sharding
+from refit.predict.megatron import check, predict
 
 SMALL = ModelShape(
     num_layers=2,
@@ -34,7 +35,6 @@ SMALL = ModelShape(
     qk_layernorm=False,
     mla=None,
     experts=Experts(4, 2, 6, None, (False, True), True, True),
-    dtype=Dtype.BF16,
 )
 KIMI_K2 = ModelShape(
     num_layers=61,
@@ -55,7 +55,6 @@ KIMI_K2 = ModelShape(
     qk_layernorm=True,
     mla=LatentAttention(1536, 512, 128, 64, 128),
     experts=Experts(384, 8, 2048, 2048, (False,) + (True,) * 60, True, True),
-    dtype=Dtype.BF16,
 )
 
 
@@ -83,20 +82,20 @@ KIMI_K2 = ModelShape(
 )
 def test_boxes_of_the_last_rank(key: str, boxes: tuple[Box, ...]) -> None:
     layout = Layout(tp=2, ep=2, etp=2, pp=1, world_size=4, first_rank=3)
-    assert predict(SMALL, layout).inventory(6).shards[key].boxes == boxes
+    assert predict(SMALL, SideSpec(layout)).of_rank(6).shards[key].boxes == boxes
 
 
 def test_gate_and_up_are_one_box_without_a_cut() -> None:
     """As live rank shardings are coalesced."""
-    sharding = predict(SMALL, Layout(tp=1, ep=2, etp=1, pp=1, world_size=2))
-    shards = sharding.inventory(1).shards
+    sharding = predict(SMALL, side(tp=1, ep=2, etp=1, pp=1, world_size=2))
+    shards = sharding.of_rank(1).shards
     assert shards["decoder.layers.0.mlp.linear_fc1.weight"].boxes == (Box((0, 0), (24, 8)),)
     assert shards["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].boxes == (Box((2, 0, 0), (2, 12, 8)),)
 
 
 def test_replicas_stand_in_window_order() -> None:
     """ETP 1 under TP 2: the experts of EP rank 0 lie on every second rank, dense rows on the tensor ranks."""
-    sharding = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4, first_rank=10))
+    sharding = predict(SMALL, side(tp=2, ep=2, etp=1, pp=1, world_size=4, first_rank=10))
     experts = sharding.by_key["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"]
     assert [(shard.box.offsets[0], shard.ranks) for shard in experts.shards] == [(0, (10, 12)), (2, (11, 13))]
     dense = sharding.by_key["decoder.layers.1.self_attention.linear_proj.weight"]
@@ -105,8 +104,8 @@ def test_replicas_stand_in_window_order() -> None:
 
 
 def test_stages_hold_their_layers_and_ends() -> None:
-    sharding = predict(SMALL, Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
-    first, last = (set(sharding.inventory(rank).shards) for rank in (0, 1))
+    sharding = predict(SMALL, side(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    first, last = (set(sharding.of_rank(rank).shards) for rank in (0, 1))
     assert not first & last
     assert {key.split(".")[0] for key in first} == {"embedding", "decoder"}
     assert "output_layer.weight" in last
@@ -115,7 +114,7 @@ def test_stages_hold_their_layers_and_ends() -> None:
 
 
 def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
-    sharding = predict(replace(SMALL, tied_embeddings=True), Layout(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    sharding = predict(replace(SMALL, tied_embeddings=True), side(tp=1, ep=1, etp=1, pp=2, world_size=2))
     assert sharding.by_key["embedding.word_embeddings.weight"].shards[0].ranks == (0, 1)
     assert sharding.by_key["embedding.position_embeddings.weight"].shards[0].ranks == (0,)
     assert "output_layer.weight" not in sharding.tensors
@@ -124,13 +123,13 @@ def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
 def test_transformer_engine_replicates_latent_down_projections() -> None:
     layout = Layout(tp=8, ep=8, etp=8, pp=1, world_size=64)
     key = "decoder.layers.0.self_attention.linear_kv_down_proj.weight"
-    assert predict(KIMI_K2, layout).inventory(1).shards[key].boxes == (Box((72, 0), (72, 7168)),)
-    whole = predict(KIMI_K2, layout, transformer_impl="transformer_engine").inventory(1).shards[key]
+    assert predict(KIMI_K2, SideSpec(layout)).of_rank(1).shards[key].boxes == (Box((72, 0), (72, 7168)),)
+    whole = predict(KIMI_K2, SideSpec(layout, transformer_impl="transformer_engine")).of_rank(1).shards[key]
     assert whole.boxes == (Box((0, 0), (576, 7168)),)
 
 
 def test_flags_of_tensors() -> None:
-    tensors = predict(SMALL, Layout(tp=1, ep=1, etp=1, pp=1, world_size=1)).tensors
+    tensors = predict(SMALL, side(tp=1, ep=1, etp=1, pp=1, world_size=1)).tensors
     assert tensors["embedding.word_embeddings.weight"].padded
     assert tensors["output_layer.weight"].padded
     assert tensors["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].stacked
@@ -139,7 +138,7 @@ def test_flags_of_tensors() -> None:
 
 
 def test_every_element_of_every_tensor_is_held() -> None:
-    sharding = predict(SMALL, Layout(tp=2, ep=4, etp=1, pp=2, world_size=8))
+    sharding = predict(SMALL, side(tp=2, ep=4, etp=1, pp=2, world_size=8))
     for key, tensor_sharding in sharding.by_key.items():
         assert (
             sum(shard.box.volume for shard in tensor_sharding.shards) == Box.whole(sharding.tensors[key].shape).volume
@@ -148,7 +147,7 @@ def test_every_element_of_every_tensor_is_held() -> None:
 
 def test_kimi_k2_on_128_ranks() -> None:
     """Parameters as counted on the meta device (1.0264 T) and 60 layers' expert biases; bytes as there."""
-    sharding = predict(KIMI_K2, Layout(tp=16, ep=8, etp=16, pp=1, world_size=128))
+    sharding = predict(KIMI_K2, side(tp=16, ep=8, etp=16, pp=1, world_size=128))
     assert sharding.num_parameters == 1_026_408_209_408 + 60 * 384
     assert round(max(sharding.bytes_per_rank.values()) / 1e9, 1) == 17.6
     # Layers of a kind share one spread: what keeps predicting and planning a matter of milliseconds.
@@ -158,20 +157,20 @@ def test_kimi_k2_on_128_ranks() -> None:
 def test_uneven_cut_names_the_tensor() -> None:
     odd = replace(KIMI_K2, mla=LatentAttention(1540, 512, 128, 64, 128))
     with pytest.raises(UsageError, match=r"linear_q_down_proj.weight \[1540, 7168\] cannot be cut into 8 equal parts"):
-        predict(odd, Layout(tp=8, ep=1, etp=1, pp=1, world_size=8))
+        predict(odd, side(tp=8, ep=1, etp=1, pp=1, world_size=8))
 
 
-def test_inventory_equals_one_made_of_parts() -> None:
-    """Spreads hold what `RankSharding.of` makes of the same boxes, uncoalesced."""
-    sharding = predict(SMALL, Layout(tp=2, ep=2, etp=1, pp=1, world_size=4))
-    inventory = sharding.inventory(2)
+def test_a_rank_sharding_equals_one_made_of_parts() -> None:
+    """A sharding holds what `RankSharding.of` makes of the same boxes, uncoalesced."""
+    sharding = predict(SMALL, side(tp=2, ep=2, etp=1, pp=1, world_size=4))
+    one_rank = sharding.of_rank(2)
     rows = [
         (shard.tensor, box.narrow(0, begin, begin + 1))
-        for shard in inventory.shards.values()
+        for shard in one_rank.shards.values()
         for box in shard.boxes
         for begin in range(box.offsets[0], box.ends[0])
     ]
-    assert RankSharding.of(rows).differences(inventory) == []
+    assert RankSharding.of(rows).differences(one_rank) == []
 
 
 def test_needs_neither_torch_nor_megatron() -> None:

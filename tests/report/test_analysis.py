@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from refit.config.side import SideSpec
 from refit.report.analysis import analyse, analysis_text, ep_against_tp, one_sided_against_two_sided, points_of, scaling
 from refit.report.analysis import separate_sets as separate
 from refit.report.time_fit import FitError, Load, fit_time
 from refit.results.outcomes import Outcome, judged
-from refit.results.sweep import Side
-from tests.report.samples import engine, planned, result, side
+from refit.results.status import Status
+from tests.report.factories import MODEL, planned, result, scenario, side, timed
 
 
 def outcome(
     name: str,
-    source: Side,
-    destination: Side,
+    source: SideSpec,
+    destination: SideSpec,
     median_s: float,
     mode: str = "non-collocated",
     method: str = "nvshmem",
@@ -26,9 +28,7 @@ def outcome(
     **figures: Any,
 ) -> Outcome:
     entry = planned(name, source, destination, mode, method)
-    content = result(entry, [median_s], **figures)
-    content["engines"]["refit"] = engine([median_s], gb_per_s=gb_per_s)
-    return judged(entry, content)
+    return judged(entry, result(entry, engines={"refit": timed([median_s], gb_per_s=gb_per_s)}, **figures))
 
 
 def test_the_fit_finds_the_costs_it_was_made_from() -> None:
@@ -135,12 +135,13 @@ def test_nvshmem_against_nccl() -> None:
     assert line == "TP2 EP2 -> TP2 EP1, non-collocated: nvshmem 200 ms, nccl 300 ms: nvshmem is 1.50 x as fast."
     other_mode = outcome("two", *layouts, 0.3, "collocated", "nccl")
     assert one_sided_against_two_sided(points_of([pair[0], other_mode]))[0].startswith("Not answered")
-    other_model = judged(pair[1].planned, (pair[1].result or {}) | {"scenario": {"model": {"num_layers": 2}}})
+    other = replace(scenario(pair[1].planned), model=replace(MODEL, num_layers=3))
+    other_model = judged(pair[1].planned, result(pair[1].planned, scenario=other))
     assert one_sided_against_two_sided(points_of([pair[0], other_model]))[0].startswith("Not answered")
 
 
 def test_what_was_not_measured_right_answers_nothing() -> None:
-    wrong = judged(planned("wrong"), result(planned("wrong"), status="wrong_data"))
+    wrong = judged(planned("wrong"), result(planned("wrong"), status=Status.WRONG_DATA))
     assert points_of([wrong]) == []
     assert analyse([wrong]) == []
     assert analysis_text([wrong]) == ""

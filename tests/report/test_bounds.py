@@ -40,7 +40,7 @@ def test_a_row_says_what_a_scenario_needs(tmp_path: Path) -> None:
     table = bounds.section(bounds.select_file(str(path), []), [cluster(1e9, 1e8, 2), cluster(1e9, None, 2)])
     title, _, names, line, row = table.splitlines()
     assert title == "### Mine"
-    assert [cell.strip() for cell in names.strip("|").split("|")][-2:] == ["bound, made_up"] * 2
+    assert [cell.strip() for cell in names.strip("|").split("|")][-2:] == ["bound, example"] * 2
     assert line.count("---") == names.count("|") - 1
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:2] == ["small", "max(4, 2) = 4"]

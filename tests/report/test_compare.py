@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import pytest
 from refit.commands import compare
 from refit.errors import UsageError
 from refit.report.compare import Comparison, compare_runs, compare_text, exceeds_spread, exit_code
+from refit.results.result import Failure, Gpu, Result
 from refit.results.runs import Run, find_run
-from tests.report.samples import MANIFEST, engine, planned, result, side, sweep_of, write_run
+from refit.results.status import Status
+from tests.report.factories import ENVIRONMENT, planned, result, side, sweep_of, timed, write_result, write_run
 
 GOLDEN = Path(__file__).parent / "golden"
 FAST = (0.100, 0.101, 0.102, 0.101, 0.100)
@@ -22,7 +24,7 @@ SLOW = (0.120, 0.121, 0.122, 0.121, 0.120)
 A, B, C = (planned(name) for name in "ABC")
 
 
-def run_of(directory: Path, results: dict[str, dict[str, Any] | None], run_id: str = "run") -> Run:
+def run_of(directory: Path, results: dict[str, Result | None], run_id: str = "run") -> Run:
     """A sweep of the scenarios named, with these results."""
     return find_run(write_run(directory, sweep_of([planned(name) for name in results], run_id), results))
 
@@ -44,17 +46,18 @@ def test_slower_than_allowed(new: Sequence[float], allowed: float, code: int, tm
 
 
 def test_wrong_data_weighs_more_than_time(tmp_path: Path) -> None:
-    run, comparison = compared(tmp_path, FAST, SLOW, status="wrong_data", engines={"refit": engine(SLOW, num_wrong=3)})
+    engines = {"refit": timed(SLOW, num_wrong=3)}
+    run, comparison = compared(tmp_path, FAST, SLOW, status=Status.WRONG_DATA, engines=engines)
     assert exit_code(run, comparison, 0.05) == 1
 
 
 def test_a_scenario_that_no_longer_runs_is_a_failure(tmp_path: Path) -> None:
-    run, comparison = compared(tmp_path, FAST, FAST, status="failed", engines={}, failure={"message": "killed"})
+    run, comparison = compared(tmp_path, FAST, FAST, status=Status.FAILED, engines={}, failure=Failure("killed"))
     assert exit_code(run, comparison, 0.05) == 4
 
 
 def test_what_failed_before_and_still_does_is_no_news(tmp_path: Path) -> None:
-    failed = result(A, status="failed", engines={}, failure={"message": "killed"})
+    failed = result(A, status=Status.FAILED, engines={}, failure=Failure("killed"))
     old, new = (run_of(tmp_path / name, {"A": failed, "B": result(B, FAST)}, name) for name in ("old", "new"))
     assert exit_code(new, compare_runs(old, new), 0.05) == 0
 
@@ -71,15 +74,14 @@ def test_spread() -> None:
 
 
 def test_the_text(tmp_path: Path) -> None:
-    manifest = MANIFEST | {
-        "versions": MANIFEST["versions"] | {"torch": "2.13.0"},
-        "gpus": [{"name": "NVIDIA H200"}] * 8,
-    }
+    environment = replace(
+        ENVIRONMENT, versions={**ENVIRONMENT.versions, "torch": "2.13.0"}, gpus=(Gpu("NVIDIA H200"),) * 8
+    )
     old = run_of(tmp_path / "old", {"A": result(A, FAST), "B": result(B, FAST), "C": None}, "first")
-    failure = {"message": "timed out after 600 s"}
+    failure = Failure("timed out after 600 s")
     results = {
-        "A": result(A, SLOW, environment=manifest),
-        "B": result(B, status="failed", engines={}, failure=failure, environment=manifest),
+        "A": result(A, SLOW, environment=environment),
+        "B": result(B, status=Status.FAILED, engines={}, failure=failure, environment=environment),
         "D": None,
     }
     new = run_of(tmp_path / "new", results, "second")
@@ -92,7 +94,7 @@ def test_single_results_are_matched_by_what_they_ran(tmp_path: Path) -> None:
     for folder, names in (("old", "xy"), ("new", "zw")):
         (tmp_path / folder).mkdir()
         for name, entry in zip(names, (small, collocated), strict=True):
-            (tmp_path / folder / f"{name}.json").write_text(json.dumps(result(entry, FAST)))
+            write_result(tmp_path / folder / f"{name}.json", result(entry, FAST))
     comparison = compare_runs(find_run(tmp_path / "old"), find_run(tmp_path / "new"))
     assert sorted((pair.old.planned.name, pair.new.planned.name) for pair in comparison.pairs) == [
         ("x", "z"),
@@ -103,7 +105,7 @@ def test_single_results_are_matched_by_what_they_ran(tmp_path: Path) -> None:
 
 def test_two_result_files_are_a_pair_whatever_they_ran(tmp_path: Path) -> None:
     for name, entry in (("one", A), ("two", planned("A", method="nccl"))):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result(entry, FAST)))
+        write_result(tmp_path / f"{name}.json", result(entry, FAST))
     comparison = compare_runs(find_run(tmp_path / "one.json"), find_run(tmp_path / "two.json"))
     assert comparison.pairs[0].change == 0
     assert comparison.warnings[0].startswith(

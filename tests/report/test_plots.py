@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from refit.cli.parsing import parse
 from refit.errors import UnavailableError
-from refit.plan import cost
+from refit.plan.cost import Cost, cost_of
 from refit.plan.planner import plan_refit
-from refit.predict.megatron import predict
+from refit.predict.sides import predict_side
 from refit.report import plots
-from refit.report.pairs import NoPairs, pair_bytes
+from refit.report.plots import NoPairs
 from refit.results.outcomes import Outcome, judged
+from refit.results.result import Failure, Result
 from refit.results.runs import find_run
+from refit.results.status import Status
 from refit.results.sweep import Planned
-from tests.report.samples import engine, planned, result, side, sweep_of, write_run
+from refit.sweep.pairs import pair_bytes
+from tests.report.factories import cost, planned, result, side, sweep_of, timed, write_run
 
 FLAGS = (
     "--model tiny --tensor-model-parallel-size 2 --expert-model-parallel-size 2 "
@@ -28,39 +31,38 @@ FLAGS = (
 )
 
 
-def really_planned(name: str, mode: str, ranks_per_node: int | None = None) -> tuple[Planned, dict[str, Any]]:
-    """A scenario of the tiny model, and the result of a run that planned it for these nodes."""
+PAIRS = partial(pair_bytes, gpus_per_node=8)
+
+
+def really_planned(name: str, mode: str, ranks_per_node: int | None = None) -> tuple[Planned, Cost]:
+    """A scenario of the tiny model, and the cost of its plan for these nodes."""
     flags = (*FLAGS.split(), mode)
     scenario = parse(flags).scenario
     assert scenario.model is not None
-    sides = [predict(scenario.model, layout) for layout in (scenario.source, scenario.destination)]
-    plan = plan_refit(sides[0], sides[1], ranks_per_node=ranks_per_node)
-    entry = planned(name, side(2, 2), side(1, 2), mode, "gloo", flags=flags)
-    content = result(entry, bound_s=0.01, bytes=json.loads(json.dumps(cost.summary(plan))))
-    content["plan"] |= {"digest": plan.digest}
-    return entry, content
+    source, destination = (predict_side(scenario.model, side) for side in scenario.sides.values())
+    plan = plan_refit(source, destination, ranks_per_node=ranks_per_node)
+    return planned(name, side(2, 2), side(1, 2), mode, "gloo", flags=flags), cost_of(plan)
 
 
-def of(entry: Planned, content: dict[str, Any]) -> Outcome:
+def of(entry: Planned, content: Result) -> Outcome:
     return judged(entry, content)
 
 
 @pytest.mark.parametrize("mode", ["collocated", "non-collocated"])
 @pytest.mark.parametrize("ranks_per_node", [None, 2])
 def test_pairs_add_up_to_what_the_run_recorded(mode: str, ranks_per_node: int | None) -> None:
-    entry, content = really_planned("a", mode, ranks_per_node)
-    matrix = pair_bytes(of(entry, content), ranks_per_node or 8)
-    moved = content["bytes"]
-    assert {str(rank): int(matrix[rank, rank]) for rank in map(int, moved["local_by_rank"])} == moved["local_by_rank"]
+    entry, plan = really_planned("a", mode, ranks_per_node)
+    matrix = pair_bytes(of(entry, result(entry, plan=plan)), ranks_per_node or 8)
+    assert {rank: int(matrix[rank, rank]) for rank in plan.local_by_rank} == plan.local_by_rank
     np.fill_diagonal(matrix, 0)
-    assert {str(rank): int(matrix[rank].sum()) for rank in map(int, moved["sent_by_rank"])} == moved["sent_by_rank"]
-    assert matrix.sum() == moved["wire"]
+    assert {rank: int(matrix[rank].sum()) for rank in plan.sent_by_rank} == plan.sent_by_rank
+    assert matrix.sum() == plan.wire_bytes
 
 
 def test_a_plan_that_cannot_be_made_again_is_not_drawn() -> None:
-    entry, content = really_planned("a", "collocated")
+    entry, plan = really_planned("a", "collocated")
     with pytest.raises(NoPairs, match="differs from the plan that ran"):
-        pair_bytes(of(entry, content | {"plan": {"digest": "other"}}), 8)
+        pair_bytes(of(entry, result(entry, plan=replace(plan, digest="other"))), 8)
     provider = planned("b", flags=("--model-provider", "own:model", "--refit-method", "gloo"))
     with pytest.raises(NoPairs, match="model-provider"):
         pair_bytes(of(provider, result(provider)), 8)
@@ -71,26 +73,25 @@ def test_a_plan_that_cannot_be_made_again_is_not_drawn() -> None:
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    entry, content = really_planned("a", "collocated")
-    run = find_run(write_run(tmp_path, sweep_of([entry]), {"a": content}))
+    entry, plan = really_planned("a", "collocated")
+    run = find_run(write_run(tmp_path, sweep_of([entry]), {"a": result(entry, plan=plan)}))
     with pytest.raises(UnavailableError, match="pip install") as caught:
-        list(plots.draw(run, tmp_path / "pictures"))
+        list(plots.draw(run, tmp_path / "pictures", PAIRS))
     assert caught.value.exit_code == 3
     assert not (tmp_path / "pictures").exists()
 
 
 def test_every_picture_of_a_run(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    entry, content = really_planned("drawn", "collocated")
-    content["engines"]["megatron"] = engine([0.2, 0.3])
+    entry, plan = really_planned("drawn", "collocated")
     failed, other = planned("failed"), planned("other", flags=("--no-such-flag",))
     results = {
-        "drawn": content,
-        "failed": result(failed, status="failed", engines={}, bytes={}, failure={"message": "killed"}),
+        "drawn": result(entry, plan=plan, bound_s=0.01, baseline=timed([0.2, 0.3])),
+        "failed": result(failed, status=Status.FAILED, measurements={}, failure=Failure("killed")),
         "other": result(other),
     }
     run = find_run(write_run(tmp_path, sweep_of([entry, failed, other]), results))
-    drawn = list(plots.draw(run, tmp_path / "pictures"))
+    drawn = list(plots.draw(run, tmp_path / "pictures", PAIRS))
     paths = [path for path in drawn if isinstance(path, Path)]
     names = ["times.png", "iterations.png", "drawn_bytes.png", "drawn_pairs.png", "other_bytes.png"]
     assert [path.name for path in paths] == names
@@ -106,7 +107,7 @@ def test_a_run_without_times_says_so(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     entry = planned("never")
     run = find_run(write_run(tmp_path, sweep_of([entry]), {}))
-    assert list(plots.draw(run, tmp_path / "pictures")) == [
+    assert list(plots.draw(run, tmp_path / "pictures", PAIRS)) == [
         "no times: no scenario of this run has any",
         "never: no bytes: it was not started",
     ]
@@ -116,8 +117,8 @@ def test_the_times_picture_shows_bars_bounds_and_what_failed() -> None:
     pytest.importorskip("matplotlib")
     ok, failed = planned("ok"), planned("bad")
     outcomes = [
-        of(ok, result(ok, [1.9, 2.0, 2.5], bound_s=1.5, peer=engine([4.0]))),
-        of(failed, result(failed, status="failed", engines={}, failure={"message": "killed"})),
+        of(ok, result(ok, [1.9, 2.0, 2.5], bound_s=1.5, baseline=timed([4.0]))),
+        of(failed, result(failed, status=Status.FAILED, engines={}, failure=Failure("killed"))),
     ]
     (axes,) = plots.times_figure(outcomes, "Kimi K2").axes
     assert sorted(bar.get_width() for bar in axes.patches) == [2.0, 4.0]
@@ -129,8 +130,8 @@ def test_the_times_picture_shows_bars_bounds_and_what_failed() -> None:
 
 def test_sent_and_received_bytes_are_drawn_apart() -> None:
     pytest.importorskip("matplotlib")
-    moved = {"received_by_rank": {"2": 3_000_000, "3": 1_000_000}, "sent_by_rank": {"0": 4_000_000, "1": 0}}
-    (axes,) = plots.rank_bytes_figure("name", moved).axes
+    plan = cost(sent={0: 4_000_000, 1: 0}, received={2: 3_000_000, 3: 1_000_000})
+    (axes,) = plots.rank_bytes_figure("name", plan).axes
     assert {(round(bar.get_x() + 0.4), bar.get_height()) for bar in axes.patches} == {(2, 3), (3, 1), (0, -4), (1, 0)}
     assert "(MB)" in axes.get_ylabel()
 

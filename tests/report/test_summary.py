@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,12 @@ from refit.errors import UsageError
 from refit.report.summary import counts_line, summary_text
 from refit.report.tables import csv_text, markdown_text
 from refit.results.outcomes import load_outcomes
+from refit.results.refit import EngineResult
+from refit.results.result import Failure, Result
 from refit.results.runs import find_run
-from refit.results.sweep import Status, Sweep
-from tests.report.samples import engine, planned, result, side, sweep_of, write_run
+from refit.results.status import Status
+from refit.results.sweep import Sweep
+from tests.report.factories import planned, result, side, sweep_of, timed, write_result, write_run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -27,9 +29,9 @@ TWO = planned("TP16_EP8_to_TP8_EP16_128", side(16, 8), side(8, 16), "collocated"
 WRONG = planned("wrong_weights", side(2, 2), side(1, 1))
 CRASHED = planned("crashed", side(2, 2, etp=1, pp=2), side(2, 1))
 WAIVED = planned("no_library")
-REFUSED = planned("too_large", status=Status.REFUSED, reason="64 + 128 = 192 GPUs needed > 128 available", bytes=None)
+REFUSED = planned("too_large", status=Status.REFUSED, reason="64 + 128 = 192 GPUs needed > 128 available", cost=None)
 SKIPPED = replace(
-    planned("odd_cell", status=Status.SKIPPED, reason="16 experts do not divide by EP size 3", bytes=None, num_ranks=0),
+    planned("odd_cell", status=Status.SKIPPED, reason="16 experts do not divide by EP size 3", cost=None, num_ranks=0),
     source=None,
     destination=None,
 )
@@ -40,24 +42,31 @@ CUT_OFF = planned("cut_off")
 def full_run(directory: Path) -> Sweep:
     """A sweep in which everything that can happen to a scenario has happened."""
     sweep = sweep_of([ONE, TWO, WRONG, CRASHED, WAIVED, REFUSED, SKIPPED, NEVER, CUT_OFF])
-    peer = {"status": "waived", "reason": "the installed wheel has no NVSHMEM kernel"}
+    waived = EngineResult(Status.WAIVED, "the installed wheel has no NVSHMEM kernel")
     results = {
         ONE.name: result(ONE, (0.04487, 0.04521, 0.04561), bound_s=0.0434),
         TWO.name: result(
-            TWO, local=300_000_000_000, bound_s=0.04, peer=engine((0.11, 0.1215, 0.125), num_wrong=42, gb_per_s=None)
+            TWO,
+            local=300_000_000_000,
+            bound_s=0.04,
+            baseline=timed((0.11, 0.1215, 0.125), num_wrong=42, gb_per_s=None),
         ),
         WRONG.name: result(
-            WRONG, status="wrong_data", engines={"refit": engine((0.01, 0.01), num_wrong=7), "megatron": peer}
+            WRONG,
+            status=Status.WRONG_DATA,
+            engines={"refit": timed((0.01, 0.01), num_wrong=7), "megatron": waived},
         ),
         CRASHED.name: result(
             CRASHED,
-            status="failed",
+            status=Status.FAILED,
             engines={},
-            failure={"rank": 3, "phase": "first refit", "message": "CUDA out of memory:\n tried 2 GiB"},
+            failure=Failure("CUDA out of memory:\n tried 2 GiB", 3, "first refit"),
         ),
-        WAIVED.name: {"run_id": "x", "status": "waived", "failure": {"message": "nvshmem4py is not installed"}},
+        WAIVED.name: Result("x", status=Status.WAIVED, failure=Failure("nvshmem4py is not installed")),
         CUT_OFF.name: result(
-            CUT_OFF, status="running", engines={"refit": engine((0.05, 0.05), gb_per_s=None) | {"summary": {}}}
+            CUT_OFF,
+            status=Status.RUNNING,
+            engines={"refit": replace(timed((0.05, 0.05), gb_per_s=None), summary=None)},
         ),
     }
     write_run(directory, sweep, results)
@@ -105,29 +114,41 @@ def test_the_lines_of_the_first_users_are_kept_word_for_word(tmp_path: Path) -> 
 
 def test_the_last_attempt_counts(tmp_path: Path) -> None:
     sweep = sweep_of([ONE])
-    write_run(tmp_path, sweep, {ONE.name: result(ONE, status="failed", failure={"message": "timed out after 600 s"})})
-    assert [outcome.status for outcome in load_outcomes(sweep, tmp_path)] == ["failed"]
-    (tmp_path / f"{sweep.run_id}_{ONE.name}.2.json").write_text(json.dumps(result(ONE)))
+    failed = result(ONE, status=Status.FAILED, failure=Failure("timed out after 600 s"))
+    write_run(tmp_path, sweep, {ONE.name: failed})
+    assert [outcome.status for outcome in load_outcomes(sweep, tmp_path)] == [Status.FAILED]
+    write_result(tmp_path / f"{sweep.run_id}_{ONE.name}.2.json", result(ONE))
     (tmp_path / f"{sweep.run_id}_{ONE.name}.2.log").write_text("")
     (outcome,) = load_outcomes(sweep, tmp_path)
-    assert (outcome.status, outcome.log) == ("ok", f"{sweep.run_id}_{ONE.name}.2.log")
+    assert (outcome.status, outcome.log) == (Status.OK, f"{sweep.run_id}_{ONE.name}.2.log")
 
 
 def test_a_result_from_before_a_refusal_stands(tmp_path: Path) -> None:
     """A sweep taken up again in a smaller allocation keeps what it has measured."""
     sweep = sweep_of([REFUSED])
     write_run(tmp_path, sweep, {REFUSED.name: result(REFUSED)})
-    assert [outcome.status for outcome in load_outcomes(sweep, tmp_path)] == ["ok"]
+    assert [outcome.status for outcome in load_outcomes(sweep, tmp_path)] == [Status.OK]
 
 
 def test_an_interrupted_scenario_is_missing(tmp_path: Path) -> None:
     sweep = sweep_of([ONE, CUT_OFF])
-    write_run(tmp_path, sweep, {ONE.name: None, CUT_OFF.name: result(CUT_OFF, status="running")})
+    write_run(tmp_path, sweep, {ONE.name: None, CUT_OFF.name: result(CUT_OFF, status=Status.RUNNING)})
     (tmp_path / f"{sweep.run_id}_{ONE.name}.json").touch()  # reserved, nothing written yet
     outcomes = load_outcomes(sweep, tmp_path)
-    assert [outcome.status for outcome in outcomes] == ["missing", "missing"]
-    assert "interrupted" in str(outcomes[0].reason)
-    assert "after 3 measured refits" in str(outcomes[1].reason)
+    assert [outcome.status for outcome in outcomes] == [Status.MISSING, Status.MISSING]
+    assert outcomes[0].reason == "it was interrupted before anything was written"
+    assert outcomes[1].reason == "it was interrupted after 3 measured refits"
+
+
+def test_a_result_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """It is missing from the figures, and the reason is not that the run was interrupted."""
+    sweep = sweep_of([ONE])
+    write_run(tmp_path, sweep, {ONE.name: None})
+    path = tmp_path / f"{sweep.run_id}_{ONE.name}.json"
+    path.write_text('{"run_id": "x", "schema_version": 99}')
+    (outcome,) = load_outcomes(sweep, tmp_path)
+    assert outcome.status is Status.MISSING
+    assert str(outcome.reason).startswith(f"{path} is no result file of this benchmark (schema version 99 ")
 
 
 def test_counts() -> None:
@@ -165,15 +186,15 @@ def test_a_run_is_found_by_folder_parent_file_and_id(tmp_path: Path) -> None:
 
 
 def test_single_results_stand_beside_each_other_oldest_first(tmp_path: Path) -> None:
-    (tmp_path / "later.json").write_text(json.dumps(result(ONE)))
-    (tmp_path / "earlier.json").write_text(json.dumps(result(TWO) | {"started": "2026-01-25T00:00:00+00:00"}))
+    write_result(tmp_path / "later.json", result(ONE))
+    write_result(tmp_path / "earlier.json", result(TWO, started="2026-01-25T00:00:00+00:00"))
     (tmp_path / "reserved.json").touch()
     run = find_run(tmp_path)
     assert not run.is_sweep
     assert [(outcome.planned.name, outcome.status) for outcome in run.outcomes] == [
-        ("reserved", "missing"),
-        ("earlier", "ok"),
-        ("later", "ok"),
+        ("reserved", Status.MISSING),
+        ("earlier", Status.OK),
+        ("later", Status.OK),
     ]
     assert run.outcomes[1].planned.source == TWO.source
     assert (run.sweep.nodes, run.sweep.num_gpus, run.sweep.jobs) == (16, 128, ("9876543",))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from refit.cli.parsing import parse
 from refit.report.warnings import idle_ranks, of_engine
-from refit.results.result import EngineResult
-from tests.report.factories import engine, result
+from refit.results.refit import EngineResult
+from tests.report.factories import engine, small_run
 
 IDLE = [0.0, 0.0]
 
@@ -19,8 +20,14 @@ def steady(*totals: float) -> list[list[float]]:
     return [[0.1] * 4 + ([t, 0.9 * t] if k % 2 else [0.9 * t, t]) + IDLE for k, t in enumerate(totals)]
 
 
-def warnings_of(measured: EngineResult) -> list[str]:
-    return of_engine("refit", measured, result(refit=measured))
+def warnings_of(measured: EngineResult, name: str = "refit", busier: dict[int, int] | None = None) -> list[str]:
+    """The warnings on one engine of a run of `measured`, in which ranks of `busier` send that many bytes."""
+    run = small_run(**{"refit": measured, name: measured})
+    assert run.scenario is not None
+    assert run.refit is not None
+    assert run.refit.plan is not None
+    plan = replace(run.refit.plan, sent_by_rank={**run.refit.plan.sent_by_rank, **(busier or {})})
+    return of_engine(name, measured, run.scenario, replace(run.refit, plan=plan))
 
 
 def test_steady_times_need_no_warning() -> None:
@@ -48,8 +55,7 @@ def test_times_that_say_less_than_they_seem_to(measured: EngineResult, expected:
 
 
 def test_with_two_engines_a_line_says_whose_it_is() -> None:
-    few = engine(steady(1.0, 1.0))
-    (line,) = of_engine("megatron", few, result(refit=few, megatron=few))
+    (line,) = warnings_of(engine(steady(1.0, 1.0)), "megatron")
     assert line.startswith("warning: Megatron-Core: 2 measured refits")
 
 
@@ -79,9 +85,8 @@ def test_ranks_that_take_turns_or_are_hardly_slower_are_no_stragglers() -> None:
 
 def test_a_rank_with_more_bytes_may_take_longer() -> None:
     measured = straggling(2, 5, 1.5)
-    heavy = result(refit=measured)
-    heavy.bytes["sent_by_rank"][2] *= 1.4
-    assert of_engine("refit", measured, heavy) == []
+    assert warnings_of(measured) != []
+    assert warnings_of(measured, busier={2: 10_500_000_000}) == []
 
 
 TINY = "--model tiny --refit-method gloo --tensor-model-parallel-size 2 --expert-model-parallel-size 2"

@@ -8,10 +8,12 @@ from refit.config.clusters import load_cluster
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
 from refit.report.sweep_table import sweep_text
-from refit.results.sweep import Side, Status, Sweep
+from refit.results.status import Status
+from refit.results.sweep import Sweep
 from refit.sweep.check import Placement, check, on_cpus, place
 from refit.sweep.run import Allocation, plan
 from refit.sweep.selection import Candidate, select_file, select_lines
+from tests.report.factories import on_ranks_from, side
 
 TINY = ("--model=tiny", "--refit-method=gloo")
 TP2_EP2 = ("--tensor-model-parallel-size=2", "--expert-model-parallel-size=2")
@@ -40,23 +42,25 @@ def test_a_scenario_that_is_ready() -> None:
     flags = (*TINY, *TP2_EP2, "--rl-inference-expert-model-parallel-size=1")
     planned = check(Candidate("a", flags), DryRunOptions(8, 8, load_cluster("h200_nvlink")))
     assert (planned.status, planned.reason, planned.flags) == (Status.READY, None, flags)
-    assert (planned.source, planned.destination) == (Side(2, 2, 2, 1, 4), Side(2, 1, 2, 1, 2))
+    assert (planned.source, planned.destination) == (side(2, 2), on_ranks_from(4, side(2, 1)))
     assert (planned.mode, planned.method) == ("non-collocated", "gloo")
     assert (planned.num_ranks, planned.nodes, planned.ranks_per_node) == (6, 1, 8)
-    moved = planned.bytes
-    assert moved is not None
-    assert moved.payload == moved.wire + moved.local
-    assert (moved.busiest_rank, moved.busiest_direction) == (4, "receives")
-    assert planned.lower_bound_s == pytest.approx(moved.busiest / 391e9)
-    assert planned.limited_by is not None
+    cost = planned.cost
+    assert cost is not None
+    assert cost.payload_bytes == cost.wire_bytes + cost.local_bytes
+    assert (cost.busiest.rank, cost.busiest.direction) == (4, "receives")
+    assert planned.bound is not None
+    assert planned.bound.seconds == pytest.approx(cost.busiest.nbytes / 391e9)
+    assert planned.bound.limited_by.startswith("rank 4 receives ")
+    assert planned.bound.cluster == "h200_nvlink"
     assert planned.memory_bytes is not None
     assert planned.memory_bytes > 512 << 20
 
 
 def test_without_a_cluster_there_is_no_bound() -> None:
     planned = check(Candidate("a", (*TINY, *TP2_EP2)), DryRunOptions(None, 8, None))
-    assert (planned.status, planned.lower_bound_s, planned.limited_by) == (Status.READY, None, None)
-    assert planned.bytes is not None
+    assert (planned.status, planned.bound) == (Status.READY, None)
+    assert planned.cost is not None
 
 
 @pytest.mark.parametrize(
@@ -75,14 +79,14 @@ def test_a_refused_scenario_keeps_its_reason(flags: tuple[str, ...], reason: str
     refused = check(Candidate("a", flags), DryRunOptions(8, 8, None))
     assert refused.status is Status.REFUSED
     assert reason in (refused.reason or "")
-    assert refused.bytes is None
+    assert refused.cost is None
     skipped = check(Candidate("a", flags, is_cell=True), DryRunOptions(8, 8, None))
     assert (skipped.status, skipped.reason) == (Status.SKIPPED, refused.reason)
 
 
 def test_a_refused_scenario_is_shown_with_its_layout() -> None:
     refused = check(Candidate("a", (*TINY, "--tensor-model-parallel-size=3")), DryRunOptions(None, 8, None))
-    assert (refused.source, refused.num_ranks) == (Side(3, 1, 3, 1, 3), 6)
+    assert (refused.source, refused.num_ranks) == (side(3, 1), 6)
 
 
 def test_a_model_that_does_not_fit_the_gpu_is_refused_and_the_others_are_not() -> None:
@@ -96,7 +100,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_and_the_others_are_not() -
 def test_a_model_provider_is_ready_without_figures() -> None:
     flags = ("--model-provider=examples.custom_model:build", "--refit-method=gloo", *TP2_EP2)
     planned = check(Candidate("a", flags), DryRunOptions(8, 8, None))
-    assert (planned.status, planned.bytes, planned.num_ranks) == (Status.READY, None, 8)
+    assert (planned.status, planned.cost, planned.num_ranks) == (Status.READY, None, 8)
     too_many = check(Candidate("a", flags), DryRunOptions(4, 8, None))
     assert "8 GPUs needed > 4 available" in (too_many.reason or "")
 

@@ -1,14 +1,17 @@
-"""What an attempt that could not finish its own result is said to have died of."""
+"""How an attempt ended that could not finish its own result."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
+from refit.results.result import Failure, Result, encoded, read_result
+from refit.results.status import Status
 from refit.results.sweep import Attempt, attempts, next_attempt
 from refit.sweep.close import Ending, close, telling_line
+from tests.report.factories import planned
+from tests.report.factories import result as result_of
 
 TORCHRUN = """
 error: nvshmem4py is not installed: pip install nvshmem4py-cu13
@@ -34,53 +37,63 @@ Root Cause (first observed failure):
 """
 
 
-def attempt(tmp_path: Path, log: str | None = None, result: str | None = None) -> Attempt:
+def attempt(tmp_path: Path, log: str | None = None, result: Result | None = None) -> Attempt:
+    """The next attempt at scenario `a`, with these files."""
     found = next_attempt(tmp_path, "run", "a")
     if log is not None:
         found.log.write_text(log)
     if result is not None:
-        found.json.write_text(result)
+        found.json.write_text(encoded(result))
     return found
 
 
-def message(tmp_path: Path, ending: Ending, log: str | None = None, result: str | None = None) -> str:
-    closed = attempt(tmp_path, log, result)
-    content = close(closed, ending)
-    assert content == json.loads(closed.json.read_text())
-    assert (content["status"], content["exit_code"]) == ("failed", 4)
-    return str(content["failure"]["message"])
+def failure(closed: Attempt, ending: Ending) -> Failure:
+    """The failure that `close` notes. The file has the result that `close` returns."""
+    result = close(closed, ending)
+    assert result == read_result(closed.json)
+    assert (result.status, result.exit_code) == (Status.FAILED, 4)
+    assert result.failure is not None
+    return result.failure
+
+
+def message(tmp_path: Path, ending: Ending, log: str | None = None) -> str:
+    return failure(attempt(tmp_path, log), ending).message
 
 
 def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
-    running = {"schema_version": 2, "status": "running", "engines": {"refit": {"samples": [1, 2]}}}
-    closed = attempt(tmp_path, "# header\nslurmstepd: error: Killed\n", json.dumps(running))
-    content = close(closed, Ending(137))
-    assert content["engines"] == running["engines"]
-    assert content["failure"]["message"] == "ended with exit code 137 (killed by signal 9): slurmstepd: error: Killed"
-    assert content["finished"]
+    running = result_of(planned("a"), status=Status.RUNNING, exit_code=None)
+    closed = attempt(tmp_path, "# header\nslurmstepd: error: Killed\n", running)
+    noted = failure(closed, Ending(137))
+    assert noted == Failure("ended with exit code 137 (killed by signal 9): slurmstepd: error: Killed")
+    result = read_result(closed.json)
+    assert result.measurements == running.measurements
+    assert result.finished
 
 
 @pytest.mark.parametrize(
     ("status", "ending"),
     [
-        ("ok", Ending(124, timed_out_s=3)),
-        ("wrong_data", Ending(124, timed_out_s=3)),
-        ("waived", Ending(143, cancelled=True)),
-        ("failed", Ending(1)),
+        (Status.OK, Ending(124, timed_out_s=3)),
+        (Status.WRONG_DATA, Ending(124, timed_out_s=3)),
+        (Status.WAIVED, Ending(143, cancelled=True)),
+        (Status.FAILED, Ending(1)),
     ],
 )
-def test_a_result_that_says_how_it_ended_stays(tmp_path: Path, status: str, ending: Ending) -> None:
-    text = json.dumps({"status": status, "exit_code": 1})
-    closed = attempt(tmp_path, "error: x", text)
-    assert close(closed, ending) == {"status": status, "exit_code": 1}
+def test_a_result_that_says_how_it_ended_stays(tmp_path: Path, status: Status, ending: Ending) -> None:
+    result = Result("run_a", status=status, exit_code=1)
+    closed = attempt(tmp_path, "error: x", result)
+    text = closed.json.read_text()
+    assert close(closed, ending) == result
     assert closed.json.read_text() == text
 
 
 def test_a_run_that_was_told_to_stop_is_said_to_have_ended_from_outside(tmp_path: Path) -> None:
-    failure = {"rank": 1, "phase": "refit iteration 3: wire", "message": "was told to stop (SIGTERM)"}
-    told = attempt(tmp_path, "x", json.dumps({"status": "failed", "exit_code": 4, "failure": failure}))
-    expected = {"rank": None, "phase": "refit iteration 3: wire", "message": "timed out after 3 s"}
-    assert close(told, Ending(124, timed_out_s=3))["failure"] == expected
+    phase = "refit iteration 3: wire"
+    stopped = Result(
+        "run_a", status=Status.FAILED, exit_code=4, failure=Failure("was told to stop (SIGTERM)", 1, phase)
+    )
+    told = attempt(tmp_path, "x", stopped)
+    assert failure(told, Ending(124, timed_out_s=3)) == Failure("timed out after 3 s", None, phase)
 
 
 def test_a_sweep_that_is_cancelled_says_so(tmp_path: Path) -> None:
@@ -112,25 +125,27 @@ def test_telling_lines(lines: list[str], expected: str) -> None:
 
 
 def test_no_log_and_an_empty_result(tmp_path: Path) -> None:
-    assert message(tmp_path, Ending(1), None, "") == "ended with exit code 1: the log is empty"
+    closed = attempt(tmp_path)
+    closed.json.touch()
+    assert failure(closed, Ending(1)).message == "ended with exit code 1: the log is empty"
 
 
 def test_the_rank_that_failed_first_is_named(tmp_path: Path) -> None:
     log = TORCHRUN.format(time="2026-01-26_15:30:09", rank=40, code=1)
     log += TORCHRUN.format(time="2026-01-26_15:30:02", rank=3, code=-9)
-    closed = attempt(tmp_path, log)
-    failure = close(closed, Ending(1))["failure"]
-    assert failure["rank"] == 3
-    assert failure["message"].startswith("ended with exit code -9 (killed by signal 9): nvshmem4py is not installed")
+    noted = failure(attempt(tmp_path, log), Ending(1))
+    assert noted.rank == 3
+    assert noted.message.startswith("ended with exit code -9 (killed by signal 9): nvshmem4py is not installed")
 
 
 def test_a_missing_transport_is_waived_also_behind_torchrun(tmp_path: Path) -> None:
     direct = close(attempt(tmp_path, "error: nvshmem4py is not installed: pip install it\n"), Ending(3))
     behind = close(attempt(tmp_path, TORCHRUN.format(time="2026-01-26_15:30:09", rank=0, code=3)), Ending(1))
-    assert (direct["status"], direct["exit_code"]) == (behind["status"], behind["exit_code"]) == ("waived", 3)
-    assert direct["failure"]["rank"] is behind["failure"]["rank"] is None
-    assert direct["failure"]["message"] == "nvshmem4py is not installed: pip install it"
-    assert close(attempt(tmp_path, "x"), Ending(3, cancelled=True))["status"] == "failed"
+    assert (direct.status, direct.exit_code) == (behind.status, behind.exit_code) == (Status.WAIVED, 3)
+    assert direct.failure == Failure("nvshmem4py is not installed: pip install it")
+    assert behind.failure is not None
+    assert behind.failure.rank is None
+    assert close(attempt(tmp_path, "x"), Ending(3, cancelled=True)).status is Status.FAILED
 
 
 def test_attempts_are_counted_and_never_reused(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ code."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,8 +12,11 @@ import pytest
 from refit.cli.parsing import parse
 from refit.commands import main
 from refit.errors import UsageError
-from refit.results.result import ResultFile
-from refit.results.sweep import Status, Sweep
+from refit.results.refit import EngineResult, RefitResult
+from refit.results.result import Result, ResultFile
+from refit.results.status import Status
+from refit.results.sweep import Sweep
+from tests.report.factories import timed, write_result
 
 LINES = ["2:2:2:1:non-collocated:gloo:first", "1:1:1:1:collocated:shm:second", "4:2:4:1:non-collocated:gloo:large"]
 CONFIGS = [word for line in LINES for word in ("--config", line)]
@@ -43,9 +45,11 @@ def begin(capsys: pytest.CaptureFixture[str], directory: Path, *options: str) ->
     return Path(out.rstrip("\n"))
 
 
-def write_result(stem: str | Path, status: str, **fields: object) -> None:
-    content = {"schema_version": 2, "status": status, "exit_code": 0, "engines": {}, **fields}
-    Path(f"{stem}.json").write_text(json.dumps(content))
+def write_status(stem: str | Path, status: Status, **engines: EngineResult) -> None:
+    """The result of an attempt that ended so."""
+    measurements = {"refit": RefitResult(status=status, engines=engines)}
+    path = Path(f"{stem}.json")
+    write_result(path, Result(path.stem, status=status, exit_code=0, measurements=measurements))
 
 
 def pending(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> list[list[str]]:
@@ -110,28 +114,23 @@ def test_the_cluster_goes_to_every_run(tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_is_pending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = begin(capsys, tmp_path)
     first, second = path.parent / "run_first", path.parent / "run_second"
-    write_result(first, "failed")
-    write_result(second, "running")
+    write_status(first, Status.FAILED)
+    write_status(second, Status.RUNNING)
     assert stems(capsys, path) == ["run_second.2"]
     assert stems(capsys, path, "--only", "failed") == ["run_first.2", "run_second.2"]
-    write_result(f"{second}.2", "waived")
+    write_status(f"{second}.2", Status.WAIVED)
     assert stems(capsys, path) == []
     assert stems(capsys, path, "--only", "failed") == ["run_first.2"]
-    write_result(f"{first}.2", "wrong_data")
+    write_status(f"{first}.2", Status.WRONG_DATA)
     assert stems(capsys, path, "--only", "failed") == ["run_first.3"]
-    write_result(f"{first}.3", "ok")
+    write_status(f"{first}.3", Status.OK)
     assert stems(capsys, path, "--only", "failed") == []
 
 
 def test_close_and_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = begin(capsys, tmp_path)
     first, second = path.parent / "run_first", path.parent / "run_second"
-    samples = [{"warmup": False, "seconds_per_rank": [0.04523], "num_compared": 10, "num_wrong": 0}]
-    engine = {
-        "status": "ok",
-        "summary": {"mean_s": 0.04523, "min_s": 0.04, "max_s": 0.05, "median_s": 0.045, "p95_s": 0.05},
-    }
-    write_result(first, "ok", engines={"refit": {**engine, "samples": samples}})
+    write_status(first, Status.OK, refit=timed([0.04523]))
     closing = ["sweep", "close", str(path)]
     assert ok(capsys, *closing, "first", "--stem", str(first), "--exit-code", "0") == "first: 45.23 ms, PASSED\n"
     Path(f"{second}.log").write_text("FAILED: rank 0 failed in phase 'build': no\n")
@@ -157,23 +156,23 @@ def test_close_of_a_timeout_and_of_a_stranger(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("statuses", "code"),
     [
-        (("ok", "ok"), 0),
-        (("ok", "waived"), 0),
-        (("waived", "waived"), 3),
-        (("ok", "failed"), 4),
-        (("ok", None), 4),
-        (("ok", "running"), 4),
-        (("failed", "wrong_data"), 1),
+        ((Status.OK, Status.OK), 0),
+        ((Status.OK, Status.WAIVED), 0),
+        ((Status.WAIVED, Status.WAIVED), 3),
+        ((Status.OK, Status.FAILED), 4),
+        ((Status.OK, None), 4),
+        ((Status.OK, Status.RUNNING), 4),
+        ((Status.FAILED, Status.WRONG_DATA), 1),
     ],
 )
 def test_the_exit_code_of_a_sweep(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], statuses: tuple[str | None, ...], code: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], statuses: tuple[Status | None, ...], code: int
 ) -> None:
     argv = ["sweep", "begin", *CONFIGS[:4], "--num-gpus", "8", "--output-dir", str(tmp_path), "--run-id", "run", *TINY]
     path = Path(ok(capsys, *argv).strip())
     for name, status in zip(("first", "second"), statuses, strict=True):
         if status is not None:
-            write_result(path.parent / f"run_{name}", status)
+            write_status(path.parent / f"run_{name}", status)
     ok(capsys, "sweep", "end", str(path), code=code)
 
 
@@ -181,7 +180,7 @@ def test_resume_checks_what_is_not_done_against_the_new_allocation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = begin(capsys, tmp_path, "--run-id", "run", "--job", "77", "--cluster", "h200_nvlink")
-    write_result(path.parent / "run_first", "ok")
+    write_status(path.parent / "run_first", Status.OK)
     resume = ["sweep", "begin", "--resume", "run", "--output-dir", str(tmp_path), "--job", "78"]
     assert ok(capsys, *resume, "--num-gpus", "4") == f"{path}\n"
     sweep = Sweep.read(path)
@@ -207,9 +206,13 @@ def test_wrong_selections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "flags after -- mean nothing here: --model" in error(capsys, "sweep", "end", "x", *TINY)
     broken = tmp_path / "broken.json"
     broken.write_text('{"schema_version": 1, "scenarios": [{}]}')
-    assert "is no complete sweep file" in error(capsys, "sweep", "end", str(broken))
-    broken.write_text('{"schema_version": 9}')
-    assert "is no sweep file of version 1, but of 9" in error(capsys, "sweep", "end", str(broken))
+    assert f"{broken} is no sweep file of this benchmark (schema version 1, scenario 1: field" in error(
+        capsys, "sweep", "end", str(broken)
+    )
+    broken.write_text('{"schema_version": 9, "scenarios": []}')
+    assert "is no sweep file of this benchmark (schema version 9 is not one of 1 to 2): begin a new sweep" in error(
+        capsys, "sweep", "end", str(broken)
+    )
 
 
 def assignments(text: str) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ import pytest
 
 from refit.cli.parsing import parse
 from refit.config import yaml_files
-from refit.config.scenario import Method, Mode
+from refit.config.scenario import Mode
 from refit.errors import UsageError
 from refit.sweep.selection import Selection, select_file, select_lines
 
@@ -33,17 +33,17 @@ def test_a_line_is_a_scenario_with_etp_at_tp() -> None:
     assert (first.title, first.mode, first.method, first.model_name) == (
         "TP8 EP8 -> TP8 EP4",
         Mode.NON_COLLOCATED,
-        Method.NVSHMEM,
+        "nvshmem",
         "kimi_k2",
     )
-    assert (second.title, second.mode, second.method) == ("TP16 EP8 -> TP8 EP16", Mode.COLLOCATED, Method.NCCL)
-    assert (first.source.etp, first.destination.etp) == (8, 8)
+    assert (second.title, second.mode, second.method) == ("TP16 EP8 -> TP8 EP16", Mode.COLLOCATED, "nccl")
+    assert (first.source.layout.etp, first.destination.layout.etp) == (8, 8)
 
 
 def test_flags_of_all_scenarios_come_before_their_own() -> None:
     selection = select_lines([EP_REFIT], [*KIMI_K2, "--num-benchmark-iterations", "9", "--refit-method", "gloo"])
     run = parse(selection.candidates[0].flags).scenario
-    assert (run.num_iterations, run.method) == (9, Method.NVSHMEM)
+    assert (run.num_iterations, run.method) == (9, "nvshmem")
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,14 @@ def test_lists_are_axes_unless_the_flag_takes_a_list(tmp_path: Path) -> None:
     assert names(selection) == ["ep_gloo_1", "ep_gloo_2", "ep_shm_1", "ep_shm_2", "one", "line"]
     assert [candidate.is_cell for candidate in selection.candidates] == [True] * 4 + [False] * 2
     runs = [parse(candidate.flags).scenario for candidate in selection.candidates]
-    assert [(run.method.value, run.source.ep) for run in runs[:4]] == [("gloo", 1), ("gloo", 2), ("shm", 1), ("shm", 2)]
+    assert [(run.method, run.source.layout.ep) for run in runs[:4]] == [
+        ("gloo", 1),
+        ("gloo", 2),
+        ("shm", 1),
+        ("shm", 2),
+    ]
     assert runs[0].recorded == {"data-path": ["a", "b"]}
-    assert (runs[4].model_name, runs[5].method, runs[5].verify.value) == ("qwen3_30b_a3b", Method.SHM, "sample")
+    assert (runs[4].model_name, runs[5].method, runs[5].verify.value) == ("qwen3_30b_a3b", "shm", "sample")
     assert "--swiglu" in selection.candidates[0].flags
     assert "--swiglu" not in selection.candidates[4].flags
 
@@ -174,8 +179,8 @@ def test_the_references_lists() -> None:
     ]
     eight = [parse(candidate.flags).scenario for candidate in select_file("8gpu", []).candidates]
     assert [run.num_ranks for run in eight] == [6, 8, 6, 3, 8, 6, 8, 8, 8, 4]
-    assert {(run.source.etp, run.destination.etp) for run in eight} == {(1, 1)}
-    assert [run.method for run in eight] == [Method.NVSHMEM] * 6 + [Method.NCCL] * 4
+    assert {(run.source.layout.etp, run.destination.layout.etp) for run in eight} == {(1, 1)}
+    assert [run.method for run in eight] == ["nvshmem"] * 6 + ["nccl"] * 4
     assert eight[3].model is not None
     assert (eight[3].model.num_layers, eight[3].model.hidden_size, eight[3].num_iterations) == (2, 512, 2)
 
@@ -183,7 +188,7 @@ def test_the_references_lists() -> None:
 def test_both_methods_run_the_same_ten() -> None:
     ten = [parse(candidate.flags).scenario for candidate in select_file("8gpu", []).candidates]
     twenty = [parse(candidate.flags).scenario for candidate in select_file("8gpu_methods", []).candidates]
-    assert [run.method for run in twenty] == [Method.NVSHMEM, Method.NCCL] * 10
+    assert [run.method for run in twenty] == ["nvshmem", "nccl"] * 10
     for number, run in enumerate(twenty):
         same = ten[number // 2]
         assert (run.model, run.source, run.destination, run.mode) == (

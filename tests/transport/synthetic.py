@@ -1,4 +1,4 @@
-"""A model in miniature for transports: every way a real one cuts, stacks and casts its tensors, without Megatron."""
+"""A small model for transport tests. It cuts, stacks and casts tensors in all the ways of a real model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCAB = 50
 
 @dataclass(frozen=True)
 class Case:
-    """Two layouts of the miniature model."""
+    """Two layouts of the small model."""
 
     source: Layout
     destination: Layout
@@ -41,7 +41,7 @@ class Case:
         return RankSharding.of((spec, box) for group in self.groups(layout, rank, is_source) for spec, box in group)
 
     def groups(self, layout: Layout, rank: int, is_source: bool) -> Iterator[list[tuple[TensorSpec, Box]]]:
-        """Parts that lie in one parameter, stacked along dim 0; one group per parameter of `rank`."""
+        """For each parameter of `rank`, the parts that it holds, stacked along dim 0."""
         at = layout.coordinates(rank)
         hidden, ffn, experts = self.hidden, self.ffn, self.experts
         norm_dtype = "bfloat16" if is_source and self.cast else "float32"
@@ -66,7 +66,7 @@ class Case:
             yield [(fc2, _cut(Box.whole(fc2.shape).narrow(0, expert, expert + 1), 2, at.etp, layout.etp))]
 
     def memory(self, side: Layout, rank: int) -> LocalWeights | None:
-        """Poisoned weights of one side on `rank`; None outside its window."""
+        """Poisoned weights of one side on `rank`; None on ranks outside the side."""
         if rank not in side.ranks:
             return None
         groups = self.groups(side, rank, side is self.source)
@@ -96,7 +96,7 @@ def _live(group: list[tuple[TensorSpec, Box]]) -> Iterator[LocalShard]:
 
 @functools.lru_cache(maxsize=32)
 def content(key: str, shape: tuple[int, ...], iteration: int) -> torch.Tensor:
-    """The whole global tensor's values in one iteration, exact in bfloat16 so that a cast to float32 keeps them."""
+    """The values of a global tensor in one iteration. They are exact in bfloat16, so that casts keep them."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{key}/{iteration}".encode()))
     return torch.randint(-(2**7), 2**7, shape, generator=generator, dtype=torch.int16)
 
@@ -114,7 +114,7 @@ def poison(memory: LocalWeights) -> None:
 
 
 def wrong_tensors(memory: LocalWeights, plan: RefitPlan, iteration: int) -> list[str]:
-    """Keys of the destination's tensors that are not what the source was filled with, padding as zeros."""
+    """The destination's tensors that differ from the values of the source, with zeros as padding."""
     wrong = []
     for shard in memory:
         known = content(shard.tensor.key, plan.source_sharding.tensors[shard.tensor.key].shape, iteration)

@@ -1,4 +1,4 @@
-"""Framing is pure, the same at both ends, complete, bounded and cheap."""
+"""Framing is pure, equal at both ends, complete, bounded and cheap."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, ReplicatedShard, Sharding, TensorSharding, TensorSpec
-from refit.transport.messages import ALIGNMENT, Framing, Message, bucket_bytes, num_peers, pair_buckets, schedule
+from refit.transport.messages import ALIGNMENT, Framing, Message, bucket_bytes, make_schedule, num_peers, pair_buckets
 from tests.transport.synthetic import Case
 
 CASE = Case(Layout(4, 4, 1, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4), hidden=96, ffn=192)
 
 
 def _messages(case: Case, rank: int, framing: Framing) -> list[Message]:
-    return [message for channel in schedule(case.plan, rank, framing).receives for message in channel.messages]
+    return [message for channel in make_schedule(case.plan, rank, framing).receives for message in channel.messages]
 
 
 @pytest.mark.parametrize("framing", [Framing(256, None), Framing(4096, 2048), Framing(1 << 20, 1 << 10)])
 def test_both_ends_frame_alike(framing: Framing) -> None:
-    schedules = {rank: schedule(CASE.plan, rank, framing) for rank in range(6)}
+    schedules = {rank: make_schedule(CASE.plan, rank, framing) for rank in range(6)}
     sent = {(c.source, c.destination): c for s in schedules.values() for c in s.sends}
     received = {(c.source, c.destination): c for s in schedules.values() for c in s.receives}
     assert sent == received
@@ -53,11 +53,11 @@ def test_pieces_of_a_bucket_are_aligned_and_apart() -> None:
         assert end == message.nbytes
 
 
-def test_only_large_pieces_travel_alone() -> None:
+def test_only_large_pieces_are_messages_of_their_own() -> None:
     messages = _messages(CASE, 4, Framing(1 << 20, 1024))
-    alone = [message.pieces[0] for message in messages if len(message.pieces) == 1]
+    single = [message.pieces[0] for message in messages if len(message.pieces) == 1]
     together = [piece for message in messages if len(message.pieces) > 1 for piece in message.pieces]
-    assert {piece.tensor.key for piece in alone} >= {"embedding", "qkv", "proj", "fc1", "experts.fc1", "experts.fc2"}
+    assert {piece.tensor.key for piece in single} >= {"embedding", "qkv", "proj", "fc1", "experts.fc1", "experts.fc2"}
     assert together
     assert all(piece.nbytes < 1024 for piece in together)
 
@@ -65,7 +65,7 @@ def test_only_large_pieces_travel_alone() -> None:
 def test_a_piece_larger_than_a_bucket_is_cut_along_rows() -> None:
     whole = TensorSpec("w", (1000, 64), "bfloat16")
     shardings = [Sharding.from_ranks({rank: RankSharding.of([(whole, Box.whole(whole.shape))])}) for rank in (0, 1)]
-    channel = schedule(plan_refit(*shardings), 1, Framing(10_000, 5_000)).receives[0]
+    channel = make_schedule(plan_refit(*shardings), 1, Framing(10_000, 5_000)).receives[0]
     assert [message.pieces[0].box.extents[1] for message in channel.messages] == [64] * 13
 
 
@@ -95,7 +95,7 @@ def test_pairs_share_the_staging_by_their_bytes() -> None:
     assert set(pair_buckets(CASE.plan, 1 << 30, 2, limit=4096).values()) == {4096}
 
 
-def test_a_rank_that_only_sends_or_only_receives_spends_all_its_staging_on_that() -> None:
+def test_a_rank_that_only_sends_or_only_receives_uses_all_its_staging_for_that() -> None:
     whole = TensorSpec("w", (1 << 20, 64), "bfloat16")
     shardings = [Sharding.from_ranks({rank: RankSharding.of([(whole, Box.whole(whole.shape))])}) for rank in (0, 1)]
     (size,) = pair_buckets(plan_refit(*shardings), 1 << 20, 2, limit=1 << 30).values()
@@ -104,14 +104,14 @@ def test_a_rank_that_only_sends_or_only_receives_spends_all_its_staging_on_that(
 
 def test_one_rank_of_kimi_k2_is_scheduled_whole() -> None:
     """60 MoE layers, 384 experts, EP8 -> EP4: 17,280 pieces arrive at a rank."""
-    source, target = _expert_census(range(8), 60), _expert_census(range(8, 12), 60)
+    source, target = _expert_sharding(range(8), 60), _expert_sharding(range(8, 12), 60)
     plan = plan_refit(source, target)
-    framed = schedule(plan, 8, Framing(8 << 20, 32 << 20))
-    assert sum(len(m.pieces) for c in framed.receives for m in c.messages) >= 60 * 96 * 3
+    schedule = make_schedule(plan, 8, Framing(8 << 20, 32 << 20))
+    assert sum(len(m.pieces) for c in schedule.receives for m in c.messages) >= 60 * 96 * 3
 
 
-def _expert_census(ranks: range, num_layers: int) -> Sharding:
-    """384 experts spread over `ranks`, one ETP part of each: gate, up ([256, 7168]) and down ([7168, 256])."""
+def _expert_sharding(ranks: range, num_layers: int) -> Sharding:
+    """384 experts sharded over `ranks`, one ETP part of each: gate, up ([256, 7168]) and down ([7168, 256])."""
     per_rank = 384 // len(ranks)
 
     def tensor_sharding(shape: tuple[int, ...]) -> TensorSharding:

@@ -1,4 +1,4 @@
-"""NVSHMEM without GPUs: what is said where it is missing, too old or too small."""
+"""NVSHMEM without GPUs: the errors where it is missing, too old or too small."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The one-sided executor over a substrate that only enqueues, and executes in the order of enqueueing.
+"""The one-sided executor over a substrate that executes in the order of enqueueing. Ranks are threads.
 
-That is a GPU all of whose streams share one hardware queue: the harshest it can meet. Ranks are threads.
+A GPU whose streams all share one hardware queue behaves so. It is the strictest case that the executor can meet.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from refit.config.layout import Layout
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
-from refit.transport.messages import Framing, schedule
-from refit.transport.one_sided.executor import Counter, OneSidedProgram
-from refit.transport.one_sided.receive_buffers import DirectBuffers, Put, ReceiveBuffers, RingBuffers
+from refit.transport.messages import Framing, make_schedule
+from refit.transport.one_sided.executor import OneSidedProgram
+from refit.transport.one_sided.peer_memory import Counter, Put
+from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
 TIMEOUT_S = 20.0
@@ -28,7 +29,7 @@ TIMEOUT_S = 20.0
 
 @dataclass
 class World:
-    """What all ranks share: heaps, counters `(owner, kind, about) -> value`, and a place to exchange values."""
+    """State that all ranks share: heaps, counters `(owner, kind, about) -> value`, and exchanged values."""
 
     num_ranks: int
     heaps: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class World:
 
 
 class QueuedMemory:
-    """A `PeerMemory` with one queue of steps; a step says False as long as it has to wait."""
+    """A `PeerMemory` with one queue of steps. A step returns False as long as it has to wait."""
 
     local_batch_bytes = 1 << 10
 
@@ -69,8 +70,8 @@ class QueuedMemory:
         assert self._mapped
         return self._world.heaps[rank]
 
-    def begin(self, bound_anew: bool) -> None:
-        self.enqueues = not bound_anew
+    def begin(self, has_new_copies: bool) -> None:
+        self.enqueues = not has_new_copies
 
     def send(self, peer: int, put: Put, value: int) -> None:
         self._do(put.batch.run)
@@ -80,7 +81,7 @@ class QueuedMemory:
             self._do(lambda: place.copy_(packed))
         self.raise_counter(peer, Counter.ARRIVED, value)
 
-    def take(self, peer: int, batch: CopyBatch) -> None:
+    def unpack(self, peer: int, batch: CopyBatch) -> None:
         self._do(batch.run)
 
     def copy_local(self, batch: CopyBatch) -> None:
@@ -129,21 +130,21 @@ def _buffers(case: Case, rank: int, kind: str, window: int, slot_bytes: int) -> 
 
 
 def _rank(case: Case, rank: int, world: World, kind: str, window: int, problems: list[str]) -> None:
-    """Four runs; a rank goes on to the next as soon as it can."""
+    """Four runs. A rank starts the next one as soon as it can."""
     slot_bytes = 1 << 10
     plan, memory = case.plan, QueuedMemory(rank, world, mapped=kind != "put")
     try:
         source = case.memory(case.source, rank)
         buffers, destination = _buffers(case, rank, kind, window, slot_bytes)
-        framed = schedule(plan, rank, Framing(slot_bytes, None))
-        buffers.attach(memory, framed)
-        program = OneSidedProgram(framed, memory, buffers, source, destination, TIMEOUT_S)
+        schedule = make_schedule(plan, rank, Framing(slot_bytes, None))
+        buffers.attach(memory, schedule)
+        program = OneSidedProgram(schedule, memory, buffers, source, destination, TIMEOUT_S)
         for iteration in range(4):
             if source is not None:
                 fill(source, iteration)
             if destination is not None:
                 poison(destination)
-                time.sleep(0.02)  # the sources get a run ahead
+                time.sleep(0.02)  # lets the sources get a run ahead
             program.run()
             if destination is not None:
                 problems += [f"{rank}, run {iteration}: {key}" for key in wrong_tensors(destination, plan, iteration)]

@@ -1,4 +1,4 @@
-"""Both executors over real ranks: every byte arrives, within the bound on staging, in time or with a named peer."""
+"""Both executors over real ranks: every byte arrives within the bound on staging, and errors name the peer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import shm
-from refit.transport.two_sided import backends as backends
-from refit.transport.two_sided import executor as p2p
+from refit.transport.two_sided import gloo
 from tests.dist.pool import RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
@@ -46,7 +45,7 @@ class Outcome:
 
 
 def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, move: bool = False) -> Outcome:
-    """Three refits; with `move` the model rebinds every weight in between."""
+    """Three refits. With `move`, every weight gets new storage in between."""
     plan = case.plan
     source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
     options = TransportOptions(staging_bytes=staging_bytes, timeout_s=20.0, one_sided_buffers=backend[1])
@@ -65,7 +64,7 @@ def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, 
         if destination is not None:
             wrong += wrong_tensors(destination, plan, iteration)
         if move:
-            _rebind(source, destination)
+            _give_new_storage(source, destination)
     staging = program.staging_bytes
     program.close()
     if destination is not None:
@@ -78,7 +77,7 @@ def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, 
 
 
 class _NoStreams:
-    """Stands for CUDA's streams where there is no GPU: everything has been done when the call returns."""
+    """Replaces the CUDA streams where there is no GPU: calls return when their work is done."""
 
     def __init__(self, device: torch.device) -> None:
         self.pack = self.unpack = self.local = self
@@ -91,17 +90,17 @@ class _NoStreams:
 
 
 def _refit_through_pinned_memory(rank: int, case: Case, staging_bytes: int) -> Outcome:
-    """The wire for GPU weights over Gloo, on a machine that can neither make streams nor pin memory."""
-    pageable, wire = torch.empty, backends.PinnedGlooBackend
+    """The backend for GPU weights over Gloo, on a machine that has neither CUDA streams nor pinned memory."""
+    pageable, pinned = torch.empty, gloo.PinnedGlooBackend
 
     def empty(*sizes: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         return pageable(*sizes, **options)
 
     with (
-        mock.patch.object(backends, "_Lanes", _NoStreams),
+        mock.patch.object(gloo, "Streams", _NoStreams),
         mock.patch.object(torch.cuda, "stream", nullcontext),
         mock.patch.object(torch, "empty", empty),
-        mock.patch.object(p2p, "GlooBackend", partial(wire, device=torch.device("cpu"))),
+        mock.patch.object(gloo, "GlooBackend", partial(pinned, device=torch.device("cpu"))),
     ):
         return _refit(rank, case, ("gloo", "ring"), staging_bytes)
 
@@ -114,7 +113,7 @@ def test_host_copies_of_gpu_weights_carry_every_byte(ranks: RankPool, case: str)
     assert any(outcome.staging_bytes > 0 for outcome in outcomes)
 
 
-def _rebind(*memories: Any) -> None:
+def _give_new_storage(*memories: Any) -> None:
     for memory in memories:
         for owner in {id(shard.owner): shard.owner for shard in memory or ()}.values():
             owner.data = owner.data.clone()
@@ -149,23 +148,25 @@ def test_a_tiny_staging_bound_is_kept(ranks: RankPool, backend: tuple[str, str],
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
-def test_large_tensors_travel_without_packing_and_in_parts(ranks: RankPool, backend: tuple[str, str]) -> None:
+def test_large_tensors_are_sent_in_parts_without_packing(ranks: RankPool, backend: tuple[str, str]) -> None:
     case = Case(Layout(2, 2, 2, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4), hidden=384, ffn=768)
     outcomes = ranks.run(_refit, case, backend, 8 << 20)
     _check(outcomes, case)
     assert all(outcome.staging_bytes <= 8 << 20 for outcome in outcomes)
-    # Phases account for the run; a rank that loses its core between run() and this clock seems less covered.
+    # The maximum, because a rank that loses its core between the end of run() and this clock seems less covered.
     assert max(outcome.covered for outcome in outcomes[:6]) > 0.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
 @pytest.mark.parametrize("name", ["experts gathered", "collocated"])
-def test_weights_that_move_between_refits_are_followed(ranks: RankPool, backend: tuple[str, str], name: str) -> None:
+def test_weights_with_new_storage_between_refits_are_rebound(
+    ranks: RankPool, backend: tuple[str, str], name: str
+) -> None:
     _check(ranks.run(_refit, CASES[name], backend, 64 << 20, True), CASES[name])
 
 
 def _refit_without(rank: int, backend: tuple[str, str], absent: int) -> str:
-    """The peers of a rank that never runs."""
+    """The error of a rank whose peer `absent` never runs."""
     case = CASES["experts gathered"]
     options = TransportOptions(staging_bytes=8 << 10, timeout_s=1.0, one_sided_buffers=backend[1])
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
@@ -178,7 +179,7 @@ def _refit_without(rank: int, backend: tuple[str, str], absent: int) -> str:
         except RefitError as error:
             message = str(error)
     assert time.monotonic() - start < 10
-    # Nobody leaves early: a closed connection would be a different failure.
+    # No rank leaves early, because a closed connection would be another failure.
     time.sleep(max(0.0, 4.0 - (time.monotonic() - start)))
     return message
 
@@ -206,7 +207,7 @@ def _die(rank: int) -> None:
     if not any(transfer.source == 1 for transfer in case.plan.for_rank(rank).receives):
         return
     start = time.monotonic()
-    # Found when the receive is posted or when it is waited for, as the connection happens to close.
+    # Detected when the receive is posted or when it is awaited, depending on when the connection closes.
     with pytest.raises(RefitError, match=r"rank 1 (did not send to|cannot be reached)"):
         program.run()
     assert time.monotonic() - start < 10.0
@@ -236,7 +237,7 @@ def _prepare_with_little_shared_memory(rank: int) -> str:
 
 def test_too_little_shared_memory_is_an_error_on_every_rank(ranks: RankPool) -> None:
     messages = ranks.run(_prepare_with_little_shared_memory)
-    ranks.stop()  # they carry the patch
+    ranks.stop()  # they are patched
     assert messages[6] == messages[7] == ""
     assert len(set(messages[:6])) == 1
     assert "MiB are free" in messages[0]

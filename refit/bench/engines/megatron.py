@@ -1,7 +1,7 @@
-"""Megatron-Core's own refit, `swap_model_weights`, as a program that the benchmark can run in place of ours.
+"""The baseline: Megatron-Core's own refit, `swap_model_weights`.
 
-On GPUs with Megatron's copy services, by name; on CPUs, where those do not run, with a CopyService of our own over
-Gloo, which is the extension point Megatron offers. Nothing is added to what it does, and nothing of it is corrected.
+On GPUs it uses Megatron's copy services, chosen by name. They do not run on CPUs, so there it uses `GlooCopies`, our
+implementation of Megatron's CopyService interface. Megatron's results are neither corrected nor changed.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ import torch.distributed as dist
 from megatron.core.resharding import refit as megatron_refit
 from megatron.core.resharding.copy_services.base import CopyService
 
-from refit.errors import RefitError
+from refit.bench.sides import Side
+from refit.config.scenario import Scenario
+from refit.errors import RefitError, UnavailableError
 from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
+from refit.models.megatron.side import MegatronSide
+from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport
+from refit.transport.two_sided.nccl import connect_nccl_pairs
 
 
 class GlooCopies(CopyService):  # type: ignore[misc]
-    """Isend and irecv of every slice in one batch, local copies by task number. For both versions' ways of calling.
+    """A CopyService over Gloo: one batch of isend and irecv, local copies matched by task number.
 
-    Megatron's own Gloo service wants CUDA streams and pinned memory, on CPUs too.
+    It has the methods that 0.16.1 and 0.19.2 call. Megatron's own Gloo service needs CUDA streams and pinned memory,
+    even on CPUs.
     """
 
     requires_process_group_barrier = False
@@ -46,11 +52,11 @@ class GlooCopies(CopyService):  # type: ignore[misc]
             self._operations.append(dist.P2POp(dist.irecv, dest_tensor, src_rank))
 
     def submit_send_with_id(self, task_id: int, src_tensor: torch.Tensor, dest_rank: int) -> None:
-        """What 0.16.1 calls."""
+        """Called by 0.16.1."""
         self.submit_send(src_tensor, dest_rank, task_id)
 
     def submit_recv_with_id(self, task_id: int, dest_tensor: torch.Tensor, src_rank: int) -> None:
-        """What 0.16.1 calls."""
+        """Called by 0.16.1."""
         self.submit_recv(dest_tensor, src_rank, task_id)
 
     def run(self) -> None:
@@ -65,8 +71,41 @@ class GlooCopies(CopyService):  # type: ignore[misc]
         self._local_destinations.clear()
 
 
+class MegatronEngine:
+    """The `RefitEngine` of `swap_model_weights`."""
+
+    uses_plan = False
+
+    def __init__(self, scenario: Scenario, device: torch.device) -> None:
+        self._method = scenario.method
+        self._device = device
+
+    def check_available(self) -> None:
+        """Nothing to check: importing this module already needs Megatron's resharding package."""
+
+    def connect(self, plan: RefitPlan) -> None:
+        """On GPUs, connect our plan's pairs of ranks over NCCL, as for our own refit. Collective: every rank."""
+        if self._device.type == "cuda":
+            assert dist.group.WORLD is not None
+            connect_nccl_pairs(plan, dist.group.WORLD, self._device)
+
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> MegatronProgram:
+        return prepare_megatron_refit(_built(source), _built(destination), self._method, device=self._device)
+
+    def note(self) -> str | None:
+        if self._device.type == "cuda" or self._method == "gloo":
+            return None
+        return "Megatron-Core's own refit runs over Gloo here: on CPUs it has no other way"
+
+
+def _built(side: Side) -> BuiltModel | None:
+    if not isinstance(side.model, MegatronSide):
+        raise UnavailableError(f"Megatron-Core's own refit needs Megatron models, one side is {side.spec.format}")
+    return side.model.built
+
+
 class MegatronProgram:
-    """`swap_model_weights` bound to two models, planned."""
+    """`swap_model_weights` bound to two models, with its plan made."""
 
     def __init__(self, source: Any, destination: Any, service: str | CopyService, device: torch.device) -> None:
         self._models = (source, destination)
@@ -75,11 +114,14 @@ class MegatronProgram:
 
     @property
     def staging_bytes(self) -> int:
-        """Megatron does not bound or tell what it allocates: 0."""
+        """0: Megatron neither limits nor reports what it allocates."""
         return 0
 
     def run(self) -> RunReport:
-        """Collective: every rank of the default group. Raises RefitError with Megatron's message where it fails."""
+        """Run one refit. Collective: every rank of the default group.
+
+        Raises RefitError with Megatron's message where it fails.
+        """
         with compat.no_cuda_to_wait_for(self._device):
             try:
                 megatron_refit.swap_model_weights(*self._models, self._service)
@@ -88,20 +130,19 @@ class MegatronProgram:
         return RunReport()
 
     def close(self) -> None:
-        """Give back Megatron's services and plans. Collective."""
+        """Drop Megatron's cached services and plans. Collective: every rank of the default group."""
         clear_caches(*self._models)
 
 
 def prepare_megatron_refit(
     source: BuiltModel | None, destination: BuiltModel | None, method: str, *, device: torch.device | str
 ) -> MegatronProgram:
-    """Clear Megatron's caches and let it plan, as its first `swap_model_weights` would.
+    """Clear Megatron's caches and let Megatron plan, as its first `swap_model_weights` would.
 
-    `method` is a refit method's name; on CPUs Megatron's runs over Gloo, whatever ours goes by. `device` is where the
-    models are: idle ranks have none to tell.
-    Collective: every rank of the default group must call, a side this rank is not part of being None. Raises
-    UnavailableError where Megatron has no such method here, and RefitError with Megatron's own message, on every rank,
-    where it cannot plan this refit.
+    `source` and `destination` are None on ranks outside that side. `method` is a refit method's name; on CPUs the
+    baseline always runs over Gloo. `device` is the models' device, since idle ranks hold no model.
+    Collective: every rank of the default group. Raises UnavailableError where Megatron cannot run this method here,
+    and RefitError with Megatron's message, on every rank, where it cannot plan this refit.
     """
     device = torch.device(device)
     service = _service(method, device.type == "cuda")
@@ -114,8 +155,11 @@ def prepare_megatron_refit(
 
 
 def clear_caches(*modules: Any) -> None:
-    """Forget Megatron's services and plans. 0.19.2 finds plans by parallel sizes, not by model; 0.16.1 keeps its plan
-    on the destination, whatever the source."""
+    """Clear Megatron's cached services and plans.
+
+    0.19.2's cache keys hold parallel sizes and do not distinguish models. 0.16.1 keeps its plan on the destination,
+    whatever the source.
+    """
     if hasattr(megatron_refit, "clear_all_caches"):  # 0.19.2
         megatron_refit.clear_all_caches()
     else:
@@ -134,7 +178,7 @@ def _service(method: str, cuda: bool) -> str | CopyService:
 
 
 def _with_stand_ins(modules: list[torch.nn.Module | None]) -> list[torch.nn.Module | None]:
-    """0.16.1: a stand-in for each absent model. Collective, since an idle rank does not know the number of experts."""
+    """For 0.16.1: replace absent models by AbsentModel. Collective: idle ranks do not know the number of experts."""
     mine = next((int(m.config.num_moe_experts or 0) for m in modules if m is not None), 0)  # type: ignore[union-attr,arg-type]
     counts: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(counts, mine)

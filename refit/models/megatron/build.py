@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from refit.config.layout import Layout
 from refit.config.shape import Experts, ModelShape
+from refit.config.side import SideSpec
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat
 from refit.models.megatron.layers import CoreAttention, GroupedExperts
@@ -44,16 +45,14 @@ class BuiltModel:
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
-def build_model(
-    shape: ModelShape, layout: Layout, groups: Any, *, device: torch.device | str, transformer_impl: str = "local"
-) -> BuiltModel | None:
+def build_model(shape: ModelShape, side: SideSpec, groups: Any, *, device: torch.device | str) -> BuiltModel | None:
     """Build this rank's part; None where `groups` (of `build_groups`) is None: the rank is outside the window.
 
     Weights hold whatever the memory held. Collective over the layout's ranks where embeddings are tied over stages.
-    Raises UnavailableError where `transformer_impl` cannot be had here.
+    Raises UnavailableError where the side's layers cannot be had here.
     """
-    device = torch.device(device)
-    check_transformer_impl(transformer_impl, device)
+    device, layout = torch.device(device), side.layout
+    check_transformer_impl(side.transformer_impl, device)
     compat.check_latent_query_norm(shape)
     if groups is None:
         return None
@@ -61,10 +60,10 @@ def build_model(
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     stage = layout.coordinates(torch.distributed.get_rank()).pp
     with compat.on_device(device), compat.quiet():
-        config = transformer_config(shape, layout, transformer_impl)
+        config = transformer_config(shape, side)
         module = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(shape, config, groups, stage, transformer_impl),
+            transformer_layer_spec=_block_spec(shape, config, groups, stage, side.transformer_impl),
             vocab_size=shape.padded_vocab_size(layout.tp),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=stage == 0,
@@ -99,9 +98,10 @@ def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
         )
 
 
-def transformer_config(shape: ModelShape, layout: Layout, transformer_impl: str) -> Any:
+def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
     """Megatron's config object for this model in this layout, in inference and without initialisation of weights."""
-    dtype = getattr(torch, shape.dtype.value)
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    layout, dtype = side.layout, getattr(torch, side.dtype.value)
     values: dict[str, object] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -122,7 +122,7 @@ def transformer_config(shape: ModelShape, layout: Layout, transformer_impl: str)
         "fp16": dtype is torch.float16,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        "transformer_impl": transformer_impl,
+        "transformer_impl": side.transformer_impl,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }

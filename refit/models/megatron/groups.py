@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,6 @@ from refit.config.layout import Layout
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
-
-GroupCache: TypeAlias = dict[tuple[int, ...], Any]
-"""Process groups by their ranks, for one world: a source and a destination on the same ranks share many of them."""
 
 AXES: dict[str, tuple[str, ...]] = {
     "tp": ("tp",),
@@ -36,22 +34,70 @@ AXES: dict[str, tuple[str, ...]] = {
 takes the default group instead: so all that building, forward and refit read are here."""
 
 
-def build_groups(layout: Layout, cache: GroupCache | None = None) -> ProcessGroupCollection | None:
+class GroupCache:
+    """Process groups by their ranks, each made once.
+
+    A Gloo group keeps a thread that wakes up about 100 times a second. So both sides of a refit, and all models that
+    one process builds, share their groups. The tuple of all ranks is the default group itself.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+
+    def __len__(self) -> int:
+        """How many groups have been made, those of other ranks included."""
+        return len(self._groups)
+
+    def get(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """The group of these ranks, given in ascending order; None on a rank outside it.
+
+        Collective: every rank of the default group, with the same groups in the same order.
+        """
+        key = tuple(ranks)
+        if len(key) == dist.get_world_size():
+            return dist.group.WORLD
+        if key not in self._groups:
+            made = dist.new_group(list(key))
+            self._groups[key] = made if dist.get_rank() in key else None
+        return self._groups[key]
+
+    def close(self) -> None:
+        """Destroy what `get` has made; the default group stays. What was built on these groups must not be used after.
+
+        Their threads end when nothing refers to the groups any more, models included. Collective, as `get`.
+        """
+        groups, self._groups = self._groups, {}
+        for group in groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+
+
+_CACHES: WeakKeyDictionary[dist.ProcessGroup, GroupCache] = WeakKeyDictionary()
+"""The cache of each default group there has been and still is; one that is destroyed takes its cache along."""
+
+
+def group_cache() -> GroupCache:
+    """The cache that everything built on the present default group shares."""
+    default = dist.group.WORLD
+    assert default is not None, "there is no default process group"
+    return _CACHES.setdefault(default, GroupCache())
+
+
+def build_groups(layout: Layout) -> ProcessGroupCollection | None:
     """This rank's process groups for `layout`, or None on a rank outside its window.
 
-    Collective: every rank of the default group must call, idle ones too, with layouts in the same order; `cache` must
-    hold the same on all of them.
+    Groups come from `group_cache()`. Collective: every rank of the default group must call, idle ones too, with the
+    same layouts in the same order.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    cache = {} if cache is None else cache
     collection = ProcessGroupCollection()
     for name, axes in AXES.items():
-        setattr(collection, name, _mine(rank_groups(layout, axes), cache))
+        setattr(collection, name, _own(rank_groups(layout, axes)))
     # Tied embeddings are summed over the first and last stage, position embeddings stay on the first.
     pipelines = rank_groups(layout, AXES["pp"])
-    collection.embd = _mine([sorted({ranks[0], ranks[-1]}) for ranks in pipelines], cache)
-    collection.pos_embd = _mine([ranks[:1] for ranks in pipelines], cache)
+    collection.embd = _own([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+    collection.pos_embd = _own([ranks[:1] for ranks in pipelines])
     return collection if dist.get_rank() in layout.ranks else None
 
 
@@ -71,13 +117,8 @@ def rank_groups(layout: Layout, axes: Sequence[str]) -> list[list[int]]:
     return [[int(rank) for rank in ranks] for ranks in grid.reshape(-1, int(np.prod([sizes[dim] for dim in spanned])))]
 
 
-def _mine(groups: list[list[int]], cache: GroupCache) -> Any:
-    """Make every group and return this rank's, or None. `new_group` is collective, so nobody may skip one."""
-    mine = None
-    for ranks in groups:
-        key = tuple(ranks)
-        if key not in cache:
-            cache[key] = dist.new_group(ranks)
-        if dist.get_rank() in key:
-            mine = cache[key]
-    return mine
+def _own(groups: list[list[int]]) -> dist.ProcessGroup | None:
+    """Make every group and return this rank's, or None. To make one is collective, so no rank may skip any."""
+    cache, rank = group_cache(), dist.get_rank()
+    found = {tuple(ranks): cache.get(ranks) for ranks in groups}
+    return next((group for ranks, group in found.items() if rank in ranks), None)

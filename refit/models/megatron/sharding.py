@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from refit.errors import ShardingError
 from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
-from refit.models.weights import LocalShard, LocalWeights, joined
+from refit.models.weights import LocalShard, LocalWeights, joined, span_bytes
 from refit.plan.box import Box
-from refit.plan.sharding import ITEMSIZE, RankSharding, TensorSpec
+from refit.plan.sharding import ITEMSIZE, TensorSpec
 
 ALIASES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
@@ -59,11 +59,6 @@ def read_weights(model: BuiltModel) -> LocalWeights:
     memory = LocalWeights(joined(shards))
     check_complete(model.chunks, memory)
     return memory
-
-
-def rank_sharding(memory: LocalWeights) -> RankSharding:
-    """What this rank holds, without the memory."""
-    return RankSharding.of((shard.tensor, shard.box) for shard in memory)
 
 
 def stated_tensors(model: BuiltModel) -> Iterator[ShardedTensor]:
@@ -109,8 +104,7 @@ class Owner:
     @property
     def end(self) -> int:
         """The address behind the last element."""
-        steps = sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.tensor.stride(), strict=True))
-        return self.begin + (steps + 1) * self.tensor.element_size()
+        return self.begin + span_bytes(self.tensor)
 
 
 class Owners:

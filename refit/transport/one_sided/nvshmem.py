@@ -10,7 +10,7 @@ from refit.errors import UsageError
 from refit.models.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import Program, TransportOptions
-from refit.transport.messages import Framing, bucket_bytes, schedule
+from refit.transport.messages import Framing, bucket_bytes, make_schedule
 from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
@@ -18,17 +18,17 @@ from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuff
 from refit.transport.rendezvous import Rendezvous
 
 SLOTS_PER_PEER = 2
-"""Unpacking a slot takes a fraction of the time that writing the next one over NVLink takes."""
+"""Two suffice: unpacking one slot takes a fraction of the time of writing the next one over NVLink."""
 
 SLOT_BYTES = 64 << 20
-"""Large, as each message costs the host some tens of microseconds; 64 MiB take 180 us at 365 GB/s."""
+"""Large, because each message costs the host some tens of microseconds. 64 MiB take 180 us at 365 GB/s."""
 
 SLOT_ALIGNMENT = 512
 DIRECT_BATCH_BYTES = 256 << 20
 
 PUT_PROGRAMS = 512
-"""Programs that write to peers at once: enough to fill NVLink, and half of what fits on an H100, so that programs that
-wait for the link leave room to those that unpack and copy locally."""
+"""Programs that write to peers at the same time: enough to fill NVLink, and half of what fits on an H100. Those that
+wait for the link thus leave room for programs that unpack and copy locally."""
 
 MIN_PUT_PROGRAMS = 64
 
@@ -40,7 +40,7 @@ class NvshmemTransport:
         library.check_available()
 
     def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
-        """Initialise the library. Collective: every rank of the default process group."""
+        """Initialise the library and load the copy kernel. Collective: every rank of the default process group."""
         rendezvous = _rendezvous(plan, options)
         rendezvous.agree(library.attempt(self.check_available))
         library.start(rendezvous, _heap_bound(plan, options))
@@ -49,27 +49,30 @@ class NvshmemTransport:
     def prepare(
         self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> Program:
-        """See `Transport.prepare`; but every rank of the default process group must call, and later close, since
-        symmetric memory is allocated by all. Raises UsageError where it does not fit, or direct buffers are not mapped.
+        """See `Transport.prepare`. Raises UsageError where symmetric memory does not fit, or direct buffers cannot be
+        mapped.
+
+        Collective, as is the program's `close`: every rank of the default process group, because all of them allocate
+        symmetric memory.
         """
         self.connect(plan, options)
         rendezvous = _rendezvous(plan, options)
-        rendezvous.agree(library.attempt(lambda: _check_place(source, destination, options.one_sided_buffers)))
+        rendezvous.agree(library.attempt(lambda: _check_inputs(source, destination, options.one_sided_buffers)))
         memory = NvshmemMemory(rendezvous, options)
         try:
             buffers, framing = _buffers(plan, memory, destination, options)
         except UsageError:  # on all ranks
             memory.close()
             raise
-        framed = schedule(plan, rendezvous.rank, framing)
-        buffers.attach(memory, framed)
+        schedule = make_schedule(plan, rendezvous.rank, framing)
+        buffers.attach(memory, schedule)
         if options.one_sided_buffers == "direct":
-            # What the weights have left is the caching allocator's now; the heap that holds them is not.
+            # The weights' former memory is in PyTorch's caching allocator, which the heap cannot use.
             torch.cuda.empty_cache()
-        return OneSidedProgram(framed, memory, buffers, source, destination, options.timeout_s)
+        return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)
 
 
-def _check_place(source: LocalWeights | None, destination: LocalWeights | None, buffers: str) -> None:
+def _check_inputs(source: LocalWeights | None, destination: LocalWeights | None, buffers: str) -> None:
     here = torch.device("cuda", torch.cuda.current_device())
     for memory in (source, destination):
         if memory is not None and memory.device != here:
@@ -86,7 +89,7 @@ def _rendezvous(plan: RefitPlan, options: TransportOptions) -> Rendezvous:
 
 
 def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
-    """Symmetric memory that any rank can come to need: allocations are the same size on all."""
+    """The most bytes of symmetric memory that any rank can need. Allocations have the same size on all ranks."""
     if options.one_sided_buffers == "ring":
         return options.staging_bytes
     return max(plan.destination_sharding.bytes_per_rank.values())
@@ -95,7 +98,7 @@ def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
 def _buffers(
     plan: RefitPlan, memory: NvshmemMemory, destination: LocalWeights | None, options: TransportOptions
 ) -> tuple[ReceiveBuffers, Framing]:
-    """Collective: all ranks frame alike."""
+    """Collective. All ranks get the same framing."""
     targets = sorted(set(plan.destination[plan.is_wire & (plan.source == memory.rank)].tolist()))
     found = memory.exchange([target for target in targets if not memory.is_mapped(target)])
     unmapped = {rank: peers for rank, peers in found.items() if peers}
@@ -105,10 +108,10 @@ def _buffers(
             reason = "--nvshmem-force-put is given" if options.one_sided_force_put else "they share no NVLink"
             raise UsageError(
                 f"direct buffers are written through mapped memory, and rank {rank} does not map that of rank "
-                f"{peers[0]} ({reason}): use --nvshmem-buffers ring"
+                f"{peers[0]} ({reason}): use --one-sided-buffers ring"
             )
         return DirectBuffers(destination, programs), Framing(DIRECT_BATCH_BYTES, None)
-    # The slot that messages for an unmapped peer leave from counts as staging too.
+    # The slot in which messages for an unmapped peer are packed is staging too.
     slots_per_peer = SLOTS_PER_PEER + 1 if unmapped else SLOTS_PER_PEER
     slot_bytes = bucket_bytes(plan, options.staging_bytes, slots_per_peer, SLOT_BYTES)
     slot_bytes = slot_bytes // SLOT_ALIGNMENT * SLOT_ALIGNMENT or slot_bytes

@@ -1,4 +1,4 @@
-"""NVSHMEM's library in this process: found, checked, initialised by the first who needs it, finalised at the end."""
+"""The NVSHMEM library in this process: finding, checking, initialising and finalising it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from refit.errors import RefitError, UnavailableError, UsageError
+from refit.errors import RefitError, UnavailableError, UsageError, first_line
 from refit.transport.rendezvous import Rendezvous
 
 OLDEST_VERSION = (3, 8)
-"""Of the library: the one that nvshmem4py 0.4 was made with, whose functions it calls. PyTorch 2.11 brings 3.4."""
+"""Of the library: nvshmem4py 0.4 was built with it and calls its functions. PyTorch 2.11 brings 3.4."""
 
 HEAP_SLACK_BYTES = 256 << 20
 SIZE_VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"
@@ -28,7 +28,7 @@ SIZE_VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"
 
 @dataclass(slots=True)
 class _Process:
-    """What NVSHMEM, of which a process has one, is doing in this one."""
+    """The state of NVSHMEM, which a process can initialise only once."""
 
     started: bool = False
     sized_here: bool = False
@@ -41,7 +41,7 @@ _PROCESS = _Process()
 
 
 def check_available() -> None:
-    """Raises UnavailableError with what is missing and how to get it. Needs no process group."""
+    """Raises UnavailableError that says what is missing and how to get it. Needs no process group."""
     if not torch.cuda.is_available():
         raise UnavailableError("nvshmem needs CUDA GPUs, this machine has none: use --refit-method shm or gloo")
     if find_spec("nvshmem") is None:
@@ -52,7 +52,7 @@ def check_available() -> None:
         version = str(load().get_version().libnvshmem_version)
     except (ImportError, OSError, RuntimeError) as error:
         raise UnavailableError(
-            f"nvshmem4py does not load ({_first_line(error)}): reinstall it with pip install nvshmem4py-cu13, "
+            f"nvshmem4py does not load ({first_line(error)}): reinstall it with pip install nvshmem4py-cu13, "
             "or use --refit-method nccl"
         ) from error
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_VERSION:
@@ -63,17 +63,17 @@ def check_available() -> None:
 
 
 def load() -> Any:
-    """The module `nvshmem.core`. Raises what its import raises."""
+    """The module `nvshmem.core`. Raises whatever importing it raises."""
     _alias_cuda_core()
     return importlib.import_module("nvshmem.core")
 
 
 def start(rendezvous: Rendezvous, heap_bytes: int) -> None:
-    """Initialise NVSHMEM, once per process, with PE numbers equal to ranks and room for `heap_bytes`.
+    """Initialise NVSHMEM, once per process, with PE numbers equal to ranks and a heap of at least `heap_bytes`.
 
     It stays initialised until the interpreter ends: "After finalization, a subsequent initialization call [...] leads
-    to undefined behavior" (NVSHMEM documentation, execution model). Later callers that need more get it all the same,
-    as the heap grows where it is made of CUDA virtual memory, which is the default.
+    to undefined behavior" (NVSHMEM documentation, execution model). Later callers may need a larger heap: it grows
+    where it uses CUDA virtual memory, which is the default.
     Collective: every rank of the default process group. Raises UsageError where the user has set too small a heap.
     """
     needed = max(rendezvous.exchange(heap_bytes).values())
@@ -81,7 +81,7 @@ def start(rendezvous: Rendezvous, heap_bytes: int) -> None:
     rendezvous.agree(attempt(lambda: check_heap_size(sized_by_user, needed)))
     if _PROCESS.started:
         return
-    # Read when the unique id is made already.
+    # NVSHMEM reads the size as early as it makes the unique id.
     _PROCESS.sized_here = size_heap(os.environ, needed)
     core = load()
     made: list[Any] = []
@@ -93,7 +93,7 @@ def start(rendezvous: Rendezvous, heap_bytes: int) -> None:
 
 
 def size_heap(environ: MutableMapping[str, str], needed_bytes: int) -> bool:
-    """Ask for a symmetric heap of at least `needed_bytes`, unless the user has; True where this did."""
+    """Set the size of the symmetric heap in `environ`, unless the user has. Returns whether it did."""
     if SIZE_VARIABLE in environ:
         return False
     environ[SIZE_VARIABLE] = str(needed_bytes + HEAP_SLACK_BYTES)
@@ -101,7 +101,7 @@ def size_heap(environ: MutableMapping[str, str], needed_bytes: int) -> bool:
 
 
 def check_heap_size(given: str | None, needed_bytes: int) -> None:
-    """Raises UsageError where `given`, as the user has set it, is too small or no size."""
+    """Raises UsageError where `given`, the value that the user has set, is too small or is no size."""
     if given is None:
         return
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)\s*", given, re.IGNORECASE)
@@ -118,8 +118,8 @@ def check_heap_size(given: str | None, needed_bytes: int) -> None:
 
 
 def check_room(needed_bytes: int, rank: int, remedy: str) -> None:
-    """Raises UsageError with both figures where this GPU has no `needed_bytes` left for the symmetric heap."""
-    # Freed symmetric memory goes back to NVSHMEM, not to CUDA.
+    """Raises UsageError with both figures where this GPU has less than `needed_bytes` left for the symmetric heap."""
+    # Freed symmetric memory returns to NVSHMEM, not to CUDA, and can be allocated again.
     if needed_bytes <= _PROCESS.pooled_bytes and _PROCESS.num_open == 0:
         return
     if torch.cuda.mem_get_info()[0] < needed_bytes:
@@ -133,18 +133,18 @@ def check_room(needed_bytes: int, rank: int, remedy: str) -> None:
 
 
 def opened(symmetric_bytes: int) -> None:
-    """A program has allocated so much."""
+    """A program has allocated `symmetric_bytes`."""
     _PROCESS.num_open += 1
     _PROCESS.pooled_bytes = max(_PROCESS.pooled_bytes, symmetric_bytes)
 
 
 def closed() -> None:
-    """A program has freed what it had allocated."""
+    """A program has freed its symmetric memory."""
     _PROCESS.num_open -= 1
 
 
 def abandon() -> None:
-    """A peer is lost or late and streams wait for it: collective calls, freeing and finalising too, would hang."""
+    """Record that streams wait for a lost or late peer, so that collective calls (freeing, finalising) would hang."""
     _PROCESS.broken = True
 
 
@@ -153,14 +153,14 @@ def is_abandoned() -> bool:
 
 
 def attempt(action: Callable[[], Any]) -> RefitError | None:
-    """Run `action`; what NVSHMEM raises becomes an error that can be told to the other ranks."""
+    """Run `action`. Exceptions of NVSHMEM are returned as a RefitError that can be sent to the other ranks."""
     try:
         action()
     except RefitError as error:
         return error
     except Exception as error:
         return RefitError(
-            f"NVSHMEM: {getattr(error, 'msg', None) or _first_line(error)} (NVSHMEM_DEBUG=INFO tells more): "
+            f"NVSHMEM: {getattr(error, 'msg', None) or first_line(error)} (NVSHMEM_DEBUG=INFO tells more): "
             "or use --refit-method nccl"
         )
     return None
@@ -173,13 +173,13 @@ def _initialise(core: Any, unique_id: Any, rank: int, num_ranks: int) -> None:
 
 
 def _finalise() -> None:
-    """Collective, so only where every program has been closed, which is collective too: others may be gone."""
+    """Finalise NVSHMEM, collectively: only where all programs were closed, else other ranks may have exited."""
     if _PROCESS.num_open == 0 and not _PROCESS.broken:
         load().finalize()
 
 
 def _alias_cuda_core() -> None:
-    """Some nvshmem4py releases import modules by the place they had before cuda-core left its experimental stage."""
+    """Let nvshmem4py releases that import modules of cuda-core by their former, experimental names find them."""
     for name in ("_memory", "_stream"):
         with suppress(ImportError):
             former = f"cuda.core.experimental.{name}"
@@ -188,13 +188,9 @@ def _alias_cuda_core() -> None:
 
 
 def _packaged_library() -> str:
-    """Where the package nvidia-nvshmem has put the library, as far as it is installed."""
+    """The path of the library in the package nvidia-nvshmem; a placeholder where that is not installed."""
     with suppress(ImportError):
         spec = find_spec("nvidia.nvshmem")
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             return str(Path(folder) / "lib" / "libnvshmem_host.so.3")
     return "<libnvshmem_host.so.3 of pip install nvidia-nvshmem-cu13>"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,40 +1,39 @@
-"""GPU memory that NVSHMEM makes peers share, and the streams that order what is done with it.
+"""Symmetric GPU memory of NVSHMEM, and the streams that order its use.
 
-Peers over NVLink are written by copy kernels through their mapped memory. For others, a message is packed into a slot
-of the source's own symmetric memory, as the network requires, and travels by `putmem_signal`.
+Copy kernels write peers over NVLink through mapped memory. For other peers, a message is packed into a slot of the
+source's own symmetric memory, as the network requires, and sent by `putmem_signal`.
 """
 
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from refit.copies.batch import CopyBatch
-from refit.errors import RefitError
 from refit.transport.base import TransportOptions
 from refit.transport.one_sided import nvshmem_library as library
-from refit.transport.one_sided.executor import Counter
-from refit.transport.one_sided.receive_buffers import Put
+from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.rendezvous import Rendezvous
-from refit.transport.streams import is_over, new_stream
+from refit.transport.streams import late_peers_error, new_stream, wait_for_events
 
 HEAP_BYTES = 512
-"""The symmetric heap is a multiple of this."""
+"""The size of the symmetric heap is a multiple of this."""
 
 LOCAL_BATCH_BYTES = 512 << 20
 CELL_BYTES = 64
-MAX_LANES = 8
+MAX_STREAMS = 8
+"""Streams per direction. Peers share them where there are more."""
 
 
 class NvshmemMemory:
-    """The `PeerMemory` of GPUs; ranks are PEs. One symmetric allocation holds the counters, one the heap.
+    """The `PeerMemory` of GPUs. Ranks are PEs. One symmetric allocation holds the counters, another the heap.
 
-    In a run that executes copies for the first time the host polls the counters, and no stream waits: loading a kernel
-    may wait for the whole GPU (CUDA programming guide, lazy loading), and so for a peer that waits for this rank.
+    In a run with copies that have not run before, the host polls the counters instead of making streams wait: loading
+    a kernel may wait for the whole GPU (CUDA programming guide, lazy loading), hence for streams that wait for a peer,
+    which may in turn wait for this rank.
     """
 
     local_batch_bytes = LOCAL_BATCH_BYTES
@@ -48,7 +47,7 @@ class NvshmemMemory:
         self._force_put = options.one_sided_force_put
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._core = library.load()
-        # The functions on streams take addresses: those of nvshmem.core want whole allocations, and these are parts.
+        # The bindings accept addresses. The functions of nvshmem.core need whole allocations; these are parts.
         self._calls = importlib.import_module("nvshmem.bindings")
         self._set = int(self._core.SignalOp.SIGNAL_SET)
         self._at_least = int(self._core.ComparisonType.CMP_GE)
@@ -56,7 +55,7 @@ class NvshmemMemory:
         self._heap: torch.Tensor | None = None
         self._seen = [0] * (len(Counter) * len(rendezvous.ranks))
         self._host_counters = torch.empty(self._counters.shape, dtype=torch.uint8, pin_memory=True)
-        self._outward, self._inward = _Lanes(self._device, MAX_LANES), _Lanes(self._device, MAX_LANES)
+        self._outward, self._inward = PeerStreams(self._device, MAX_STREAMS), PeerStreams(self._device, MAX_STREAMS)
         self._local = new_stream(self._device)
         self._polling = new_stream(self._device, -1)
         self._warm_up()
@@ -70,7 +69,7 @@ class NvshmemMemory:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         needed = -(-max(1, *self.exchange(nbytes).values()) // HEAP_BYTES) * HEAP_BYTES
-        remedy = "lower --staging-mib, or use --nvshmem-buffers ring where it is direct"
+        remedy = "lower --staging-mib, or use --one-sided-buffers ring where it is direct"
         self._rendezvous.agree(library.attempt(lambda: library.check_room(needed, self.rank, remedy)))
         self._heap = self._symmetric(needed)
         library.opened(needed)
@@ -80,9 +79,9 @@ class NvshmemMemory:
         heap: torch.Tensor = self._core.get_peer_tensor(self._heap, rank)
         return heap
 
-    def begin(self, bound_anew: bool) -> None:
-        self.enqueues = not bound_anew
-        for stream in self._streams():
+    def begin(self, has_new_copies: bool) -> None:
+        self.enqueues = not has_new_copies
+        for stream, _ in self._streams():
             stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def send(self, peer: int, put: Put, value: int) -> None:
@@ -90,12 +89,12 @@ class NvshmemMemory:
         with torch.cuda.stream(stream):
             put.batch.run()
         if put.packed is None:
-            # Stores of a kernel are visible to all once it has ended, and the signal follows it on its stream.
+            # A kernel's stores are visible to all once it has ended, and the signal follows it on the stream.
             self._signal(peer, Counter.ARRIVED, value, stream)
             return
         assert self._heap is not None
-        # The signal is set after the data has arrived; the call being blocking, the parcel may be packed anew after it
-        # (NVSHMEM documentation, signaling operations).
+        # The signal is set after the data has arrived. The call is blocking: work after it on the stream may overwrite
+        # `packed` (NVSHMEM documentation, signaling operations).
         self._calls.putmem_signal_on_stream(
             self._heap.data_ptr() + put.offset,
             put.packed.data_ptr(),
@@ -107,7 +106,7 @@ class NvshmemMemory:
             stream.cuda_stream,
         )
 
-    def take(self, peer: int, batch: CopyBatch) -> None:
+    def unpack(self, peer: int, batch: CopyBatch) -> None:
         with torch.cuda.stream(self._inward.of(peer)):
             batch.run()
 
@@ -116,11 +115,11 @@ class NvshmemMemory:
             batch.run()
 
     def raise_counter(self, peer: int, counter: Counter, value: int) -> None:
-        self._signal(peer, counter, value, self._lane(peer, counter, announces=True))
+        self._signal(peer, counter, value, self._stream(peer, counter, announces=True))
 
     def reached(self, peer: int, counter: Counter, value: int) -> bool:
         if self.enqueues:
-            stream = self._lane(peer, counter, announces=False).cuda_stream
+            stream = self._stream(peer, counter, announces=False).cuda_stream
             self._calls.signal_wait_until_on_stream(self._cell(counter, peer), self._at_least, value, stream)
             return True
         number = self._number(counter, peer)
@@ -130,17 +129,12 @@ class NvshmemMemory:
 
     def finish(self) -> None:
         """The one host synchronisation of a run."""
-        deadline = time.monotonic() + self._timeout_s
-        pending = [(stream.record_event(), peers) for stream, peers in self._lanes()]
-        while pending := [(event, peers) for event, peers in pending if not is_over(event)]:
-            if time.monotonic() > deadline:
-                library.abandon()
-                peers = sorted({peer for _, late in pending for peer in late})
-                raise RefitError(
-                    f"rank {self.rank}: no end of the exchange with ranks {peers} within {self._timeout_s:g} s "
-                    "(--timeout): one of them has failed or is slower than that"
-                )
-            time.sleep(0)
+        streams = self._streams()
+        late = wait_for_events([stream.record_event() for stream, _ in streams], self._timeout_s)
+        if late:
+            library.abandon()
+            peers = [peer for index in late for peer in streams[index][1]]
+            raise late_peers_error(self.rank, peers, self._timeout_s)
 
     def barrier(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -178,31 +172,29 @@ class NvshmemMemory:
         self._seen = self._host_counters.view(torch.int64)[:: CELL_BYTES // 8].tolist()
 
     def _warm_up(self) -> None:
-        """Load what only runs with waiting streams use."""
+        """Load the kernel that only runs with waiting streams use."""
         cell, stream = self._cell(Counter.ARRIVED, self.rank), self._polling.cuda_stream
         self._calls.signal_wait_until_on_stream(cell, self._at_least, 0, stream)
 
-    def _lane(self, peer: int, counter: Counter, announces: bool) -> torch.cuda.Stream:
-        """Grants are announced where messages are taken and awaited where they are sent; arrivals the other way."""
+    def _stream(self, peer: int, counter: Counter, announces: bool) -> torch.cuda.Stream:
+        """The stream that announces or awaits `counter`: outward streams announce ARRIVED and await CREDIT."""
         outward = announces == (counter is Counter.ARRIVED)
         return (self._outward if outward else self._inward).of(peer)
 
-    def _lanes(self) -> list[tuple[torch.cuda.Stream, list[int]]]:
+    def _streams(self) -> list[tuple[torch.cuda.Stream, list[int]]]:
+        """All streams of a run, each with its peers."""
         return [*self._outward.streams(), *self._inward.streams(), (self._local, [])]
-
-    def _streams(self) -> list[torch.cuda.Stream]:
-        return [stream for stream, _ in self._lanes()]
 
     def _number(self, counter: Counter, about: int) -> int:
         return counter * len(self._rendezvous.ranks) + about
 
     def _cell(self, counter: Counter, about: int) -> int:
-        """Symmetric address of the counter kept for rank `about`; each has a line of memory to itself."""
+        """Symmetric address of the counter kept for rank `about`. Each has a cache line of its own."""
         return self._counters.data_ptr() + self._number(counter, about) * CELL_BYTES
 
 
-class _Lanes:
-    """A stream for each peer, shared where there are more than `limit`."""
+class PeerStreams:
+    """A stream for each peer. Where there are more than `limit` peers, they share streams."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self._device = device
@@ -214,14 +206,14 @@ class _Lanes:
         if peer not in self._peers:
             self._peers[peer] = len(self._peers) % self._limit
             if self._peers[peer] == len(self._streams):
-                # Before local copies, which nobody waits for.
+                # A higher priority than local copies, for which no peer waits.
                 self._streams.append(new_stream(self._device, -1))
                 self._streams[-1].wait_stream(torch.cuda.current_stream(self._device))
         return self._streams[self._peers[peer]]
 
     def streams(self) -> list[tuple[torch.cuda.Stream, list[int]]]:
-        """Each with the peers it serves."""
+        """Each stream with its peers."""
         return [
-            (stream, [peer for peer, lane in self._peers.items() if lane == number])
+            (stream, [peer for peer, index in self._peers.items() if index == number])
             for number, stream in enumerate(self._streams)
         ]

@@ -1,79 +1,68 @@
-"""Where one-sided writes land: in a bounded ring that the destination unpacks, or in its weights themselves."""
+"""Where sources write: into a bounded ring that the destination unpacks, or into its weights directly."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from refit.copies.batch import CopyBatch, pack_copies, unpack_copies, weight_copies
+from refit.copies.batch import CopyBatch, weight_copies
 from refit.errors import RefitError
-from refit.models.weights import LocalShard, LocalWeights
+from refit.models.weights import LocalShard, LocalWeights, span_bytes
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 from refit.transport.messages import Channel, Message, Schedule
+from refit.transport.one_sided.peer_memory import PeerMemory, Put
+from refit.transport.packing import pack_copies, unpack_copies
 
 HEAP_ALIGNMENT = 64
-
-
-class Heaps(Protocol):
-    """The part of `PeerMemory` that landings need."""
-
-    def exchange(self, value: Any, wanted: Sequence[int] | None = None) -> dict[int, Any]: ...
-    def is_mapped(self, rank: int) -> bool: ...
-    def allocate(self, nbytes: int) -> torch.Tensor: ...
-    def peer(self, rank: int) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """One message on its way into a peer's heap.
-
-    `batch` writes it there; where the heap cannot be mapped, it packs `packed`, uint8 in this rank's heap, which then
-    travels as a whole to byte `offset` of the peer's.
-    """
-
-    batch: CopyBatch
-    packed: torch.Tensor | None = None
-    offset: int = 0
+"""Weights start at multiples of this in a heap."""
 
 
 class ReceiveBuffers(Protocol):
-    """`window`: messages of a pair that may be under way, or None where a run is granted as a whole."""
+    """The part of a destination's heap that sources write, and the copies at both ends.
+
+    `window` is the credit of each source: the number of its messages that may be written and not yet unpacked. None
+    stands for all messages of a run, given when the run begins.
+    """
 
     window: int | None
 
     @property
-    def staging_bytes(self) -> int: ...
-    def attach(self, heaps: Heaps, framed: Schedule) -> None:
-        """Allocate, and learn where peers want their messages. Collective."""
+    def staging_bytes(self) -> int:
+        """Bytes allocated beyond the models."""
+        ...
+
+    def attach(self, memory: PeerMemory, schedule: Schedule) -> None:
+        """Allocate this rank's heap, and learn where in their heaps peers expect messages. Collective."""
         ...
 
     def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
-        """For each message, what brings it from this rank's weights into the peer's heap."""
+        """For each message, the copies from this rank's weights into the peer's heap."""
         ...
 
-    def takes(self, channel: Channel) -> list[CopyBatch]:
+    def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         """For each message, the copies from this rank's heap into its weights."""
         ...
 
-    def follow(self) -> None:
-        """Bring weights whose storage has moved back to where peers write them, if they write them there."""
+    def rebind(self) -> None:
+        """Where peers write weights directly: move weights with new storage back into the heap."""
         ...
 
     def release(self) -> None:
-        """Let go of the heap; weights that live there get memory of their own."""
+        """Drop all references to heaps. Weights in this rank's heap get memory of their own."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where a peer takes messages: its ring begins at byte `start` of its heap.
+    """The ring in a peer's heap for messages of this rank. It begins at byte `start` of that heap.
 
-    `ring` is that ring, mapped; or None, and every message for the peer is packed in `outgoing`, one slot here.
+    `ring` is that ring where it is mapped. Otherwise it is None, and messages are packed in `outgoing`, one slot of
+    this rank's heap.
     """
 
     start: int
@@ -82,9 +71,9 @@ class _Target:
 
 
 class RingBuffers:
-    """`window` slots of `slot_bytes` for each source; message n of all runs uses slot n mod `window`.
+    """A ring of `window` slots of `slot_bytes` for each source. Message n, counted over all runs, uses slot n % window.
 
-    `put_programs` bounds the programs of a copy kernel that writes to a peer, where given.
+    `put_programs` limits the programs of a copy kernel that writes to a peer; None is no limit.
     """
 
     def __init__(
@@ -97,38 +86,38 @@ class RingBuffers:
         self._destination = destination
         self._put_programs = put_programs
 
-    def attach(self, heaps: Heaps, framed: Schedule) -> None:
-        sources = [channel.source for channel in framed.receives]
+    def attach(self, memory: PeerMemory, schedule: Schedule) -> None:
+        sources = [channel.source for channel in schedule.receives]
         ring_bytes = self._num_slots * self._slot_bytes
         starts = {source: ring_bytes * number for number, source in enumerate(sources)}
-        targets = [channel.destination for channel in framed.sends]
-        staged = [target for target in targets if not heaps.is_mapped(target)]
+        targets = [channel.destination for channel in schedule.sends]
+        staged = [target for target in targets if not memory.is_mapped(target)]
         outgoing_start = len(sources) * ring_bytes
         self.staging_bytes = outgoing_start + len(staged) * self._slot_bytes
-        heap = heaps.allocate(self.staging_bytes)
+        heap = memory.allocate(self.staging_bytes)
         self._own = {source: heap[start : start + ring_bytes] for source, start in starts.items()}
         self._targets = {}
-        for target, their_starts in heaps.exchange(starts, targets).items():
-            start = their_starts[framed.rank]
+        for target, their_starts in memory.exchange(starts, targets).items():
+            start = their_starts[schedule.rank]
             if target in staged:
                 place = outgoing_start + staged.index(target) * self._slot_bytes
                 self._targets[target] = _Target(start, None, heap[place : place + self._slot_bytes])
             else:
-                self._targets[target] = _Target(start, heaps.peer(target)[start : start + ring_bytes], None)
+                self._targets[target] = _Target(start, memory.peer(target)[start : start + ring_bytes], None)
 
     def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
         target = self._targets[channel.destination]
         return [self._put(number, message, target, source) for number, message in enumerate(channel.messages)]
 
-    def takes(self, channel: Channel) -> list[CopyBatch]:
+    def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         assert self._destination is not None
         ring = self._own[channel.source]
         return [
             CopyBatch(unpack_copies(m, self._destination, self._slot(ring, n))) for n, m in enumerate(channel.messages)
         ]
 
-    def follow(self) -> None:
-        pass
+    def rebind(self) -> None:
+        """Does nothing: no peer writes weights."""
 
     def release(self) -> None:
         self._own, self._targets = {}, {}
@@ -151,7 +140,7 @@ class RingBuffers:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a shard lies in its rank's heap: first element at byte `offset`, `strides` in elements."""
+    """A shard in its rank's heap: its first element is at byte `offset`; `strides` are in elements."""
 
     tensor: TensorSpec
     box: Box
@@ -161,10 +150,10 @@ class _Place:
 
 
 class DirectBuffers:
-    """The destination's weights move into its heap, so that the source's write is the last copy.
+    """The destination's weights are moved into its heap, and sources write them there without staging.
 
-    While they move, in `attach`, both their old and their new memory are taken; afterwards nothing is beyond the
-    models.
+    During `attach`, the old and the new memory of the weights are both allocated. Afterwards there is no memory beyond
+    the models.
     """
 
     window: int | None = None
@@ -176,21 +165,21 @@ class DirectBuffers:
         self._put_programs = put_programs
         self._homes: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def attach(self, heaps: Heaps, framed: Schedule) -> None:
+    def attach(self, memory: PeerMemory, schedule: Schedule) -> None:
         owners = [] if self._destination is None else _distinct_owners(self._destination)
-        sizes = [-(-_span_bytes(owner) // HEAP_ALIGNMENT) * HEAP_ALIGNMENT for owner in owners]
-        heap = heaps.allocate(sum(sizes))
+        sizes = [-(-span_bytes(owner) // HEAP_ALIGNMENT) * HEAP_ALIGNMENT for owner in owners]
+        heap = memory.allocate(sum(sizes))
         start = 0
         for owner, size in zip(owners, sizes, strict=True):
             self._homes.append((owner, _strided(heap, owner.dtype, start, owner.size(), owner.stride())))
             start += size
-        self._move_home()
+        self._move_into_heap()
         places = [] if self._destination is None else [_place(shard, heap) for shard in self._destination]
-        targets = [channel.destination for channel in framed.sends]
-        found = heaps.exchange(places, targets)
-        # A message is many pieces of many weights: no single put could carry it to a heap that is not mapped.
-        assert all(heaps.is_mapped(target) for target in targets)
-        self._peers = {target: _peer_weights(heaps.peer(target), found[target]) for target in targets}
+        targets = [channel.destination for channel in schedule.sends]
+        found = memory.exchange(places, targets)
+        # The pieces of a message go to many weights, and one put to an unmapped heap cannot write them all.
+        assert all(memory.is_mapped(target) for target in targets)
+        self._peers = {target: _peer_weights(memory.peer(target), found[target]) for target in targets}
 
     def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
         target = self._peers[channel.destination]
@@ -208,11 +197,11 @@ class DirectBuffers:
             for message in channel.messages
         ]
 
-    def takes(self, channel: Channel) -> list[CopyBatch]:
+    def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         return [CopyBatch(()) for _ in channel.messages]
 
-    def follow(self) -> None:
-        self._move_home()
+    def rebind(self) -> None:
+        self._move_into_heap()
 
     def release(self) -> None:
         self._peers = {}
@@ -223,8 +212,8 @@ class DirectBuffers:
         if self._destination is not None:
             self._destination.refresh()
 
-    def _move_home(self) -> None:
-        """Bring every weight that lies elsewhere into the heap, contents and all."""
+    def _move_into_heap(self) -> None:
+        """Copy every weight with storage outside the heap to its place there, and point it there."""
         moved = [(owner, home) for owner, home in self._homes if owner.data_ptr() != home.data_ptr()]
         for owner, home in moved:
             home.copy_(owner.detach())
@@ -234,19 +223,13 @@ class DirectBuffers:
 
 
 def _distinct_owners(memory: LocalWeights) -> list[torch.Tensor]:
-    """Raises RefitError where two of them overlap: giving each memory of its own would part what the model shares."""
+    """Raises RefitError where two owners overlap, because separate memory would end that sharing."""
     owners = list({id(shard.owner): shard.owner for shard in memory}.values())
     ordered = sorted(owners, key=lambda owner: owner.data_ptr())
     for before, after in itertools.pairwise(ordered):
-        if before.data_ptr() + _span_bytes(before) > after.data_ptr():
-            raise RefitError("two weights share memory, which direct buffers would part: use --nvshmem-buffers ring")
+        if before.data_ptr() + span_bytes(before) > after.data_ptr():
+            raise RefitError("two weights share memory, which direct buffers would part: use --one-sided-buffers ring")
     return owners
-
-
-def _span_bytes(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to its last, gaps included."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _strided(

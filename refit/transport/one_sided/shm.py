@@ -1,4 +1,4 @@
-"""POSIX shared memory as a substrate of the one-sided executor: all ranks on one host, weights in CPU memory."""
+"""POSIX shared memory as a substrate of the one-sided executor: weights in CPU memory, all ranks on one host."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from refit.errors import RefitError, UnavailableError, UsageError
 from refit.models.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
-from refit.transport.messages import Framing, bucket_bytes, schedule
-from refit.transport.one_sided.executor import Counter, OneSidedProgram
-from refit.transport.one_sided.receive_buffers import DirectBuffers, Put, ReceiveBuffers, RingBuffers
+from refit.transport.messages import Framing, bucket_bytes, make_schedule
+from refit.transport.one_sided.executor import OneSidedProgram
+from refit.transport.one_sided.peer_memory import Counter, Put
+from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
 from refit.transport.rendezvous import Rendezvous
 
 DIRECTORY = Path("/dev/shm")
 SLOTS_PER_PEER = 4
 SLOT_BYTES = 512 << 10
-"""Small enough for a ring to stay in cache between the source's write and the destination's read."""
+"""Small, so that a ring stays in cache between the source's write and the destination's read."""
 
 DIRECT_BATCH_BYTES = 8 << 20
 CACHE_LINE = 64
@@ -44,25 +45,26 @@ class SharedMemoryTransport:
             raise UnavailableError(f"shm needs a writable {DIRECTORY} (Linux): use --refit-method gloo")
 
     def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
-        """Memory that both sides map needs no connection."""
+        """Does nothing: shared memory needs no connection."""
 
     def prepare(
         self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> Program:
-        """See `Transport.prepare`. Raises UnavailableError where ranks are on several hosts or shared memory is
-        short."""
+        """See `Transport.prepare`. Collective: every rank of the plan.
+
+        Raises UnavailableError where the ranks are on several hosts, or shared memory is too small.
+        """
         for memory in (source, destination):
             if memory is not None and memory.device.type != "cpu":
                 raise UsageError(f"shm moves weights in CPU memory, these are on {memory.device}: use nccl or gloo")
-        ranks = sorted({*plan.source_sharding.ranks, *plan.destination_sharding.ranks})
-        if dist.get_rank() not in ranks:
+        if dist.get_rank() not in plan.ranks:
             return IdleProgram()
         buffers, framing = _buffers(plan, destination, options)
-        rendezvous = Rendezvous(f"shm/{plan.digest}", ranks, options.timeout_s)
+        rendezvous = Rendezvous(f"shm/{plan.digest}", plan.ranks, options.timeout_s)
         shared = SharedMemory(rendezvous)
-        framed = schedule(plan, rendezvous.rank, framing)
-        buffers.attach(shared, framed)
-        return OneSidedProgram(framed, shared, buffers, source, destination, options.timeout_s)
+        schedule = make_schedule(plan, rendezvous.rank, framing)
+        buffers.attach(shared, schedule)
+        return OneSidedProgram(schedule, shared, buffers, source, destination, options.timeout_s)
 
 
 def _buffers(
@@ -78,7 +80,7 @@ def _buffers(
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What one rank tells the others before anything is allocated."""
+    """What a rank needs, exchanged before anything is allocated."""
 
     nbytes: int
     host: str
@@ -87,7 +89,7 @@ class _Request:
 
 
 class SharedMemory:
-    """The `PeerMemory` of ranks on one host: each rank's segment holds its counters, then its heap."""
+    """The `PeerMemory` of ranks on one host. Each rank has a segment that holds its counters, then its heap."""
 
     enqueues = False
     local_batch_bytes = 4 << 20
@@ -113,7 +115,8 @@ class SharedMemory:
             self._rendezvous.agree(_attempt(lambda: _create(paths[self.rank], size)))
             self._rendezvous.agree(_attempt(lambda: self._map(paths)))
         finally:
-            # A name is needed only until all have mapped it; a rank that dies later leaves nothing behind.
+            # Names are needed only until all ranks have mapped the segments. Without them, the segments of ranks that
+            # die later are freed.
             for path in paths.values():
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     path.unlink()
@@ -125,22 +128,22 @@ class SharedMemory:
     def peer(self, rank: int) -> torch.Tensor:
         return self._heaps[rank]
 
-    def begin(self, bound_anew: bool) -> None:
+    def begin(self, has_new_copies: bool) -> None:
         pass
 
     def send(self, peer: int, put: Put, value: int) -> None:
         put.batch.run()
         self.raise_counter(peer, Counter.ARRIVED, value)
 
-    def take(self, peer: int, batch: CopyBatch) -> None:
+    def unpack(self, peer: int, batch: CopyBatch) -> None:
         batch.run()
 
     def copy_local(self, batch: CopyBatch) -> None:
         batch.run()
 
     def raise_counter(self, peer: int, counter: Counter, value: int) -> None:
-        # An aligned store of 8 bytes is never torn, and x86-64 keeps the order of stores and that of loads (TSO: Intel
-        # SDM 3A, 8.2.2; libc's non-temporal copies end in a fence), so data written before is seen before.
+        # An aligned store of 8 bytes is atomic. x86-64 keeps the order of stores and the order of loads (TSO: Intel SDM
+        # 3A, 8.2.2; libc's non-temporal copies end in a fence), so data written earlier is visible earlier.
         _fence()
         self._counters[peer][self._cell(counter, self.rank)] = value
 
@@ -161,7 +164,7 @@ class SharedMemory:
         self._counters.clear()
 
     def _cell(self, counter: Counter, about: int) -> int:
-        """Index, in 8-byte units, of the counter kept for rank `about`; each has a cache line to itself."""
+        """Index, in 8-byte units, of the counter kept for rank `about`. Each has a cache line of its own."""
         return (counter * len(self._index) + self._index[about]) * (CACHE_LINE // 8)
 
     def _map(self, paths: dict[int, Path]) -> None:
@@ -169,7 +172,7 @@ class SharedMemory:
             with path.open("r+b") as file:
                 segment = mmap.mmap(file.fileno(), 0)
             self._counters[rank] = memoryview(segment)[: self._counter_bytes].cast("q")
-            # The tensor keeps the mapping alive, and it ends with the last of them.
+            # The tensor keeps the mapping alive; the mapping ends with the last tensor.
             self._heaps[rank] = torch.frombuffer(segment, dtype=torch.uint8)[self._counter_bytes :]
 
 
@@ -178,8 +181,10 @@ _FENCE.acquire()
 
 
 def _fence() -> None:
-    """Where the processor may reorder (Arm): releasing a lock and acquiring it again orders all before with all
-    after."""
+    """Keep memory accesses before the call in order with those after it, on processors that may reorder (Arm).
+
+    Releasing a lock and acquiring it again does that.
+    """
     if not _KEEPS_ORDER:
         _FENCE.release()
         _FENCE.acquire()
@@ -189,7 +194,7 @@ _KEEPS_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 
 def _attempt(action: Any) -> RefitError | None:
-    """Run `action`; an operating system error becomes one that can be told to the other ranks."""
+    """Run `action`. Operating system errors are returned as a RefitError that can be sent to the other ranks."""
     try:
         action()
     except OSError as error:
@@ -200,14 +205,14 @@ def _attempt(action: Any) -> RefitError | None:
 def _create(path: Path, nbytes: int) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        # Takes the pages now: a write to a page that cannot be had later would kill the process.
+        # Allocate the pages now: a later write to a page that cannot be allocated would kill the process.
         os.posix_fallocate(descriptor, 0, nbytes)
     finally:
         os.close(descriptor)
 
 
 def _check_requests(requests: dict[int, _Request]) -> None:
-    """The same verdict on every rank, before anything is written."""
+    """Raises UnavailableError where the segments are impossible: the same on every rank."""
     hosts = sorted({request.host for request in requests.values()})
     if len(hosts) > 1:
         raise UnavailableError(

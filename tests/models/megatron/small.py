@@ -13,8 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
+from refit.config.side import SideSpec
 from refit.models.megatron.build import BuiltModel, build_model
-from refit.models.megatron.groups import GroupCache, build_groups
+from refit.models.megatron.groups import build_groups
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 
@@ -37,7 +38,6 @@ DENSE = ModelShape(
     qk_layernorm=False,
     mla=None,
     experts=None,
-    dtype=Dtype.FP32,
 )
 EXPERTS = Experts(
     num_experts=8,
@@ -68,8 +68,12 @@ def playing(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def built(shape: ModelShape, where: Layout, cache: GroupCache | None = None) -> BuiltModel | None:
-    return build_model(shape, where, build_groups(where, cache), device="cpu")
+def built(shape: ModelShape, where: Layout, dtype: Dtype = Dtype.FP32) -> BuiltModel | None:
+    return build_model(shape, spec(where, dtype), build_groups(where), device="cpu")
+
+
+def spec(where: Layout, dtype: Dtype = Dtype.FP32) -> SideSpec:
+    return SideSpec(where, dtype=dtype)
 
 
 def content(key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:

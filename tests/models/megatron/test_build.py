@@ -13,16 +13,16 @@ from refit.config.shape import Dtype, LatentAttention
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat
 from refit.models.megatron.build import build_model, check_transformer_impl
-from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, layout, playing
+from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, layout, playing, spec
 
 QUIET_BUILD = """
 import logging
 logging.basicConfig(level=logging.INFO)
-from tests.models.megatron.small import LATENT, built, layout, playing
-from refit.models.megatron.sharding import read_memory
+from tests.models.megatron.small import LATENT, built, layout, playing, spec
+from refit.models.megatron.sharding import read_weights
 import refit.bench.engines.megatron
 with playing(0, 4):
-    read_memory(built(LATENT, layout(tp=2, ep=2)))
+    read_weights(built(LATENT, layout(tp=2, ep=2)))
 """
 
 
@@ -44,7 +44,7 @@ def test_torch_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("dtype", list(Dtype))
 def test_parameters_have_the_dtype_asked_for(dtype: Dtype) -> None:
     with playing(0, 1):
-        model = built(replace(SEQUENTIAL, dtype=dtype), layout())
+        model = built(SEQUENTIAL, layout(), dtype=dtype)
     assert model is not None
     assert {parameter.dtype for parameter in model.module.parameters()} == {getattr(torch, dtype.value)}
     assert not model.module.training
@@ -57,7 +57,7 @@ def test_rank_outside_the_window_builds_nothing() -> None:
 
 def test_transformer_engine_needs_cuda() -> None:
     with pytest.raises(UnavailableError, match="need CUDA, the device is cpu"):
-        build_model(MOE, layout(), None, device="cpu", transformer_impl="transformer_engine")
+        build_model(MOE, replace(spec(layout()), transformer_impl="transformer_engine"), None, device="cpu")
     with pytest.raises(UsageError, match="'te': choose local or transformer_engine"):
         check_transformer_impl("te", torch.device("cuda"))
 

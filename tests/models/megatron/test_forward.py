@@ -12,7 +12,6 @@ from refit.config.shape import LatentAttention, ModelShape
 from refit.errors import RefitError, UnavailableError
 from refit.models.megatron.compat import megatron_version
 from refit.models.megatron.forward import forward_logits
-from refit.models.megatron.groups import GroupCache
 from refit.models.megatron.sharding import read_weights
 from tests.dist.pool import RankPool
 from tests.models.megatron.small import DENSE, LATENT, MOE, SEQUENTIAL, built, fill, layout, playing
@@ -22,10 +21,9 @@ TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250
 
 def logits_of(rank: int, shape: ModelShape, layouts: list[Layout]) -> list[torch.Tensor | None]:
     """This rank's logits in each layout, weights filled by logical position."""
-    cache: GroupCache = {}
     results: list[torch.Tensor | None] = []
     for where in layouts:
-        model = built(shape, where, cache)
+        model = built(shape, where)
         if model is None:
             results.append(None)
             continue

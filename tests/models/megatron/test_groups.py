@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from refit.config.layout import Layout
-from refit.models.megatron.groups import AXES, GroupCache, build_groups, rank_groups
+from refit.models.megatron.groups import AXES, build_groups, group_cache, rank_groups
 from tests.dist.pool import RankPool
 from tests.models.megatron.small import layout, playing
 
@@ -66,12 +66,45 @@ def test_window_in_the_middle_of_the_world() -> None:
 
 def test_idle_rank_makes_every_group_and_gets_none() -> None:
     with playing(7, 8):
-        cache: GroupCache = {}
-        assert build_groups(layout(tp=2, ep=2), cache) is None
-        assert (0, 1) in cache
-        made = len(cache)
-        build_groups(layout(tp=2, ep=2), cache)
-        assert len(cache) == made
+        assert build_groups(layout(tp=2, ep=2)) is None
+        made = len(group_cache())
+        assert made == len({(0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3), (0,), (1,), (2,), (3,)})
+        build_groups(layout(tp=2, ep=2))
+        assert len(group_cache()) == made
+
+
+def test_all_that_is_built_shares_its_groups() -> None:
+    with playing(0, 4):
+        one = build_groups(layout(tp=2, ep=2))
+        other = build_groups(layout(tp=2, ep=1, world=4))
+        assert one is not None
+        assert other is not None
+        assert one.tp is other.tp
+        assert one.tp is one.tp_cp
+        assert one.tp_dp_cp is dist.group.WORLD
+
+
+def test_groups_end_with_their_default_group() -> None:
+    with playing(0, 4):
+        before = build_groups(layout(tp=2, ep=2))
+    with playing(0, 4):
+        after = build_groups(layout(tp=2, ep=2))
+        assert before is not None
+        assert after is not None
+        assert after.tp is not before.tp
+        assert dist.get_process_group_ranks(after.tp) == [0, 1]
+
+
+def test_a_closed_cache_makes_its_groups_again() -> None:
+    with playing(0, 4):
+        before = build_groups(layout(tp=2, ep=2))
+        group_cache().close()
+        assert len(group_cache()) == 0
+        after = build_groups(layout(tp=2, ep=2))
+        assert before is not None
+        assert after is not None
+        assert after.tp is not before.tp
+        assert after.tp_dp_cp is dist.group.WORLD
 
 
 def test_groups_over_real_ranks(ranks: RankPool) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
-from refit.models.megatron.sharding import rank_sharding, read_weights
+from refit.models.megatron.sharding import read_weights
 from refit.predict.megatron import predict
-from tests.models.megatron.small import DENSE, EXPERTS, LATENT, MLA, MOE, SEQUENTIAL, built, layout, playing
+from tests.models.megatron.small import DENSE, EXPERTS, LATENT, MLA, MOE, SEQUENTIAL, built, layout, playing, spec
 
 UNEVEN = Layout(tp=2, ep=2, etp=1, pp=2, world_size=8, first_stage_layers=3)
 UNEVEN_LAST = Layout(tp=1, ep=1, etp=1, pp=3, world_size=3, last_stage_layers=2)
@@ -30,15 +30,15 @@ def all_layouts() -> list[Layout]:
     return found
 
 
-def differences(shape: ModelShape, where: Layout) -> list[str]:
+def differences(shape: ModelShape, where: Layout, dtype: Dtype = Dtype.FP32) -> list[str]:
     """Over all ranks: where prediction and live rank sharding disagree, and bytes that do."""
-    predicted, lines = predict(shape, where), []
+    predicted, lines = predict(shape, spec(where, dtype)), []
     for rank in where.ranks:
         with playing(rank, where.world_size):
-            model = built(shape, where)
+            model = built(shape, where, dtype=dtype)
             assert model is not None
             memory = read_weights(model)
-        lines += [f"rank {rank}: {line}" for line in predicted.inventory(rank).differences(rank_sharding(memory))]
+        lines += [f"rank {rank}: {line}" for line in predicted.of_rank(rank).differences(memory.rank_sharding)]
         if memory.nbytes != predicted.bytes_per_rank[rank]:
             lines.append(f"rank {rank}: {predicted.bytes_per_rank[rank]} bytes predicted, {memory.nbytes} held")
     return lines
@@ -65,8 +65,6 @@ SHAPES = {
     "latent without q rank": replace(LATENT, mla=replace(MLA, q_lora_rank=None), qk_layernorm=False),
     "latent without norms": replace(LATENT, qk_layernorm=False, swiglu=False),
     "one query group": replace(SEQUENTIAL, num_query_groups=1),
-    "bf16": replace(LATENT, dtype=Dtype.BF16),
-    "fp16": replace(SEQUENTIAL, dtype=Dtype.FP16),
 }
 
 
@@ -78,6 +76,12 @@ def test_every_shape(name: str) -> None:
         layouts = [layout(tp=4, ep=2), layout(tp=2, ep=2, etp=2), layout(tp=1, ep=4), UNEVEN, UNEVEN_LAST]
     found = {str(where): lines for where in layouts if (lines := differences(shape, where))}
     assert not found
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [(LATENT, Dtype.BF16), (SEQUENTIAL, Dtype.FP16)], ids=["bf16", "fp16"])
+def test_every_dtype(shape: ModelShape, dtype: Dtype) -> None:
+    for where in (layout(tp=4, ep=2), layout(tp=2, ep=2, etp=2), layout(tp=1, ep=4)):
+        assert differences(shape, where, dtype) == []
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])

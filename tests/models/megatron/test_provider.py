@@ -11,7 +11,7 @@ from refit.config.layout import Layout
 from refit.errors import RefitError, UsageError
 from refit.models.megatron.groups import build_groups
 from refit.models.megatron.provider import build_from_provider, load_provider
-from refit.models.megatron.sharding import rank_sharding, read_weights
+from refit.models.megatron.sharding import read_weights
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, Sharding
 from tests.models.megatron.small import DENSE, built, layout, playing
@@ -25,7 +25,7 @@ def gathered(where: Layout) -> Sharding:
         with playing(rank, where.ranks.stop):
             model = build_from_provider(provider, where, build_groups(where), "cpu")
             assert model is not None
-            by_rank[rank] = rank_sharding(read_weights(model))
+            by_rank[rank] = read_weights(model).rank_sharding
     return Sharding.from_ranks(by_rank)
 
 
@@ -61,7 +61,7 @@ def test_several_chunks_are_read_together() -> None:
         chunks = [first.module.train(), last.module]
         model = build_from_provider(lambda *_: chunks, halves, last.groups, torch.device("cpu"))
         assert model is not None
-        keys = rank_sharding(read_weights(model)).shards
+        keys = read_weights(model).rank_sharding.shards
     assert not chunks[0].training
     # Both chunks were built for themselves, so the first holds layers 0-1 and the second 2-3.
     assert {key.split(".")[2] for key in keys if ".layers." in key} >= {"2", "3"}

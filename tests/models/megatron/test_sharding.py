@@ -11,7 +11,7 @@ import torch
 from refit.config.shape import Dtype, ModelShape
 from refit.errors import ShardingError
 from refit.models.megatron.build import BuiltModel
-from refit.models.megatron.sharding import canonical_key, persistent_buffers, rank_sharding, read_weights
+from refit.models.megatron.sharding import canonical_key, persistent_buffers, read_weights
 from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, fill, layout, playing, wrong
 
 
@@ -20,7 +20,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[BuiltModel]:
     """Rank 3 of TP2 EP2 ETP2."""
     shape: ModelShape = request.param
     with playing(3, 4):
-        made = built(replace(shape, dtype=Dtype.BF16), layout(tp=2, ep=2, etp=2, world=4))
+        made = built(shape, layout(tp=2, ep=2, etp=2, world=4), dtype=Dtype.BF16)
         assert made is not None
         yield made
 
@@ -53,7 +53,7 @@ def test_writing_views_writes_the_model(model: BuiltModel) -> None:
 def test_expert_bias_stays_float32(model: BuiltModel) -> None:
     dtypes = {name: buffer.dtype for name, buffer in persistent_buffers(model.module)}
     assert dtypes == dict.fromkeys((f"decoder.layers.{i}.mlp.router.expert_bias" for i in (1, 2, 3)), torch.float32)
-    shards = rank_sharding(read_weights(model)).shards
+    shards = read_weights(model).rank_sharding.shards
     assert shards["decoder.layers.1.mlp.router.expert_bias"].tensor.dtype == "float32"
     assert shards["decoder.layers.1.input_layernorm.weight"].tensor.dtype == "bfloat16"
 

@@ -7,12 +7,9 @@ from refit.errors import RefitError
 from refit.plan.cost import bytes_matrix
 from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
-from refit.predict.megatron import predict
+from refit.predict.sides import predict_side
+from refit.report.plots import NoPairs
 from refit.results.outcomes import Outcome
-
-
-class NoPairs(ValueError):
-    """The pairs of a scenario cannot be had; the message says why."""
 
 
 def pair_bytes(outcome: Outcome, gpus_per_node: int) -> IntArray:
@@ -20,18 +17,17 @@ def pair_bytes(outcome: Outcome, gpus_per_node: int) -> IntArray:
 
     Raises NoPairs where flags cannot be planned here, or the plan is not the one that ran (another version's).
     """
-    planned, digest = outcome.planned, ((outcome.result or {}).get("plan") or {}).get("digest")
+    planned, digest = outcome.planned, outcome.refit.plan.digest if outcome.refit.plan else ""
     try:
         scenario = parse([*planned.flags, "--dry-run"]).scenario
         if scenario.model is None:
             raise NoPairs("a --model-provider's model cannot be predicted")
-        sides = [predict(scenario.model, side, transformer_impl=scenario.transformer_impl)
-                 for side in (scenario.source, scenario.destination)]  # fmt: skip
+        source, destination = (predict_side(scenario.model, side) for side in scenario.sides.values())
         # A run on one node plans without nodes, and a cluster's NVLink domain may be larger than a host.
         domain = scenario.cluster.gpus_per_node if scenario.cluster else gpus_per_node
         for ranks_per_node in dict.fromkeys((domain, planned.ranks_per_node, None)):
-            plan = plan_refit(sides[0], sides[1], ranks_per_node=ranks_per_node)
-            if digest in (None, plan.digest):
+            plan = plan_refit(source, destination, ranks_per_node=ranks_per_node)
+            if digest in ("", plan.digest):
                 return bytes_matrix(plan)
     except RefitError as error:
         raise NoPairs(f"its flags cannot be planned: {error}") from None

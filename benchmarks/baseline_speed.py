@@ -1,0 +1,81 @@
+"""Our refit against the baseline, Megatron-Core's own, on CPUs: the same two models in one run, both verified bitwise.
+
+    python -m benchmarks.baseline_speed
+
+4 -> 2 ranks, about 240 MB of weights per destination rank. The baseline uses Gloo, the only transport it has on CPUs;
+ours uses Gloo and shared memory. The ratios are those of steady refits (medians) and of the first refit, with planning
+and set-up.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from refit.results.result import Result, read_result
+
+ROOT = Path(__file__).resolve().parent.parent
+# Grouped experts and an unchanged ETP, which both versions of Megatron-Core refit correctly.
+FLAGS = """--model tiny --num-layers 4 --hidden-size 1024 --ffn-hidden-size 2048 --num-experts 16
+    --moe-ffn-hidden-size 1024 --moe-shared-expert-intermediate-size 1024 --moe-layer-freq 1 --vocab-size 8192
+    --moe-grouped-gemm --tensor-model-parallel-size 2 --expert-model-parallel-size 2
+    --rl-inference-tensor-model-parallel-size 2 --rl-inference-expert-model-parallel-size 1
+    --num-benchmark-iterations 9 --refit-engine both"""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A transport of our refit, with its flags."""
+
+    name: str
+    flags: str
+
+
+VARIANTS = (
+    Variant("gloo", "--refit-method gloo"),
+    Variant("shm ring", "--refit-method shm --one-sided-buffers ring"),
+    Variant("shm direct", "--refit-method shm --one-sided-buffers direct"),
+)
+
+
+def measure(variant: Variant) -> Result:
+    """The result of one torchrun. Raises CalledProcessError where it fails."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "6"]
+        command += [str(ROOT / "benchmark_refit.py"), *shlex.split(FLAGS), *shlex.split(variant.flags)]
+        subprocess.run([*command, "--output-dir", directory], check=True, stdout=subprocess.DEVNULL)
+        (path,) = Path(directory).glob("*.json")
+        return read_result(path)
+
+
+def row(variant: Variant, result: Result) -> str:
+    assert result.refit is not None
+    ours, baseline = result.refit.engines["refit"], result.refit.engines["megatron"]
+    if ours.median_s is None or baseline.median_s is None:
+        return f"{variant.name:<12} the baseline did not run: {baseline.reason}"
+    steady, first = (ours.median_s, baseline.median_s), (ours.first_s, baseline.first_s)
+    return (
+        f"{variant.name:<12}{1e3 * steady[0]:>9.1f}{1e3 * steady[1]:>9.1f}{steady[1] / steady[0]:>7.2f}"
+        f"{1e3 * first[0]:>11.1f}{1e3 * first[1]:>9.1f}{first[1] / first[0]:>7.2f}"
+        f"{ours.num_wrong:>9,}{baseline.num_wrong:>12,}"
+    )
+
+
+def main() -> int:
+    times = f"{'baseline':>9}{'ratio':>7}"
+    print(f"{'':<12}{'steady (ms)':>18}{'':>7}{'first (ms)':>20}{'':>7}{'#wrong':>21}")
+    print(f"{'transport':<12}{'ours':>9}{times}{'ours':>11}{times}{'ours':>9}{'baseline':>12}")
+    for variant in VARIANTS:
+        result = measure(variant)
+        print(row(variant, result), flush=True)
+    assert result.environment is not None
+    print(f"# Megatron-Core {result.environment.versions['megatron-core']}, {result.environment.cpu}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""RefitEngine: the protocol of a refit implementation that can be measured."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from refit.bench.sides import Side
+from refit.config.scenario import Scenario
+from refit.plan.plan import RefitPlan
+from refit.transport.base import Program
+
+
+class RefitEngine(Protocol):
+    """One refit implementation, constructed once per run. A row of `ENGINES` names the class.
+
+    `connect` and `prepare` raise UnavailableError where the engine cannot run on this machine. The engine is then
+    waived with that message as the reason.
+    """
+
+    uses_plan: bool
+    """Whether this engine uses our plan, so that planning counts as part of its first refit."""
+
+    def __init__(self, scenario: Scenario, device: torch.device) -> None: ...
+
+    def check_available(self) -> None:
+        """Raise UnavailableError that names what is missing and how to get it. Needs no process group."""
+        ...
+
+    def connect(self, plan: RefitPlan) -> None:
+        """Do the set-up that a process does once. It counts towards no refit. Collective: every rank of the job."""
+        ...
+
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
+        """Bind the refit to both models. Collective: every rank of the job."""
+        ...
+
+    def note(self) -> str | None:
+        """A note for the log on how this engine runs here; None for none."""
+        ...

@@ -1,0 +1,37 @@
+"""This suite's own refit: the scenario's transport executes the plan."""
+
+from __future__ import annotations
+
+import torch
+
+from refit.bench.sides import Side
+from refit.config.scenario import Scenario
+from refit.plan.plan import RefitPlan
+from refit.transport.base import Program, TransportOptions, get_transport
+
+
+class PlannedEngine:
+    """The `RefitEngine` that uses a transport of `METHODS`."""
+
+    uses_plan = True
+
+    def __init__(self, scenario: Scenario, device: torch.device) -> None:
+        self._transport = get_transport(scenario.method)
+        self._options = TransportOptions(
+            staging_bytes=scenario.staging_bytes,
+            timeout_s=scenario.timeout_s,
+            one_sided_buffers=scenario.one_sided_buffers,
+            one_sided_force_put=scenario.nvshmem_force_put,
+        )
+
+    def check_available(self) -> None:
+        self._transport.check_available()
+
+    def connect(self, plan: RefitPlan) -> None:
+        self._transport.connect(plan, self._options)
+
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
+        return self._transport.prepare(plan, source.weights, destination.weights, self._options)
+
+    def note(self) -> str | None:
+        return None

@@ -1,0 +1,242 @@
+"""Measures one engine: connect and prepare once, then per iteration fill, poison, time one refit and check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from refit.bench import oracle
+from refit.bench.clock import Stopwatch, Timing, time_run
+from refit.bench.engines.base import RefitEngine
+from refit.bench.exchange import gather
+from refit.bench.forward_check import compare_forward
+from refit.bench.memory import PeakMemory, past_torch
+from refit.bench.profile import profiled
+from refit.bench.session import Session
+from refit.bench.sides import Side
+from refit.config.registry import ENGINES
+from refit.config.scenario import Verify
+from refit.errors import RefitError, UnavailableError
+from refit.plan.cost import Bound, Cost
+from refit.plan.plan import RefitPlan
+from refit.report import refit_lines
+from refit.report.progress import Progress
+from refit.results.refit import EngineResult, Sample, WrongWeights
+from refit.results.stats import summarise
+from refit.results.status import Status
+from refit.transport.base import Program
+
+MAX_WRONG_PER_RANK = 100
+"""Most wrong tensors that a rank reports per iteration. Counts of wrong elements are always complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RankSample:
+    """One rank's part of one refit, as gathered."""
+
+    rank: int
+    timing: Timing
+    verdict: oracle.Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why an engine was not measured."""
+
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRefit:
+    """Two sides and the plan between them. `plan_s` is the time that planning took on this rank."""
+
+    source: Side
+    destination: Side
+    plan: RefitPlan
+    cost: Cost
+    bound: Bound | None
+    plan_s: float
+
+
+class EngineRun:
+    """Measures one engine on one plan. `keep` is called with every update of the EngineResult."""
+
+    def __init__(
+        self,
+        session: Session,
+        planned: PlannedRefit,
+        name: str,
+        engine: RefitEngine,
+        keep: Callable[[EngineResult], None],
+    ) -> None:
+        self._session = session
+        self._scenario = session.scenario
+        self._planned = planned
+        self._name = name
+        self._engine = engine
+        self._keep = keep
+        self._result = EngineResult()
+        self._stopwatch = Stopwatch()
+        if engine.uses_plan:
+            self._stopwatch.seconds["plan"] = planned.plan_s
+
+    def measure(self) -> None:
+        """Connect, prepare, iterate and summarise. An engine that cannot run here is waived; nothing is raised.
+
+        Collective: every rank of the job.
+        """
+        memory = self._connected()
+        if memory is None:
+            return
+        program = self._prepared(memory)
+        if program is None:
+            return
+        self._iterate(program, memory)
+        gathered = self._gathered
+        self._update(
+            extra_memory_bytes_per_rank=gathered(memory.extra_bytes),
+            staging_bytes_per_rank=gathered(program.staging_bytes),
+        )
+        self._summarise()
+        self._check_forward()
+        self._profile(program)
+        self._session.enter(f"close {self._name}")
+        program.close()
+
+    def _connected(self) -> PeakMemory | None:
+        """Connect. Return a memory watch that starts after connecting; None where the engine cannot run."""
+        session = self._session
+        session.enter(f"connect {self._name}")
+        before = past_torch(session.device)
+        with self._stopwatch.step("connect"):
+            refusal = self._attempt(lambda: self._engine.connect(self._planned.plan))
+        if self._is_refused(refusal):
+            return None
+        self._update(connect_memory_bytes_per_rank=self._gathered(past_torch(session.device) - before))
+        return PeakMemory(session.device)
+
+    def _prepared(self, memory: PeakMemory) -> Program | None:
+        """Prepare and return the program; None where the engine cannot run."""
+        self._session.enter(f"prepare {self._name}")
+        made: list[Program] = []
+        planned = self._planned
+
+        def prepare() -> None:
+            made.append(self._engine.prepare(planned.plan, planned.source, planned.destination))
+
+        with self._stopwatch.step("prepare"), memory.watch():
+            refusal = self._attempt(prepare)
+        return None if self._is_refused(refusal) else made[0]
+
+    def _attempt(self, action: Callable[[], None]) -> _Refusal | None:
+        """Run `action`. Return why the engine cannot run: something is missing, or a baseline raised an error."""
+        try:
+            action()
+        except UnavailableError as error:
+            return _Refusal(Status.WAIVED, str(error))
+        except RefitError as error:
+            if not ENGINES[self._name].is_baseline:
+                raise
+            return _Refusal(Status.FAILED, str(error))
+        return None
+
+    def _is_refused(self, refusal: _Refusal | None) -> bool:
+        """Whether any rank has a refusal, which is then recorded. Collective: every rank of the job."""
+        refused = next((each for each in gather(self._session.control, refusal) if each is not None), None)
+        if refused is not None:
+            self._update(status=refused.status, reason=refused.reason)
+        return refused is not None
+
+    def _iterate(self, program: Program, memory: PeakMemory) -> None:
+        scenario, session = self._scenario, self._session
+        progress = Progress(self._name, scenario.num_warmup, scenario.num_iterations)
+        for iteration in range(scenario.num_warmup + scenario.num_iterations):
+            session.enter(f"{self._name} iteration {iteration + 1}: fill")
+            if self._planned.source.weights is not None:
+                oracle.fill(self._planned.source.weights, iteration)
+            if self._planned.destination.weights is not None:
+                oracle.poison(self._planned.destination.weights)
+            session.enter(f"{self._name} iteration {iteration + 1}: move")
+            with memory.watch():
+                timing = time_run(program, session.control, session.device)
+            session.enter(f"{self._name} iteration {iteration + 1}: check")
+            mine = _RankSample(session.rank, timing, self._check(iteration))
+            ranks: list[_RankSample] = gather(session.control, mine)
+            sample = _sample(ranks, iteration, iteration < scenario.num_warmup)
+            self._update(
+                samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *_wrong(ranks, iteration))
+            )
+            session.say(progress.line(sample))
+
+    def _check(self, iteration: int) -> oracle.Verdict:
+        weights, verify = self._planned.destination.weights, self._scenario.verify
+        if weights is None or verify is Verify.OFF:
+            return oracle.Verdict(0, ())
+        return oracle.check(weights, self._planned.source.sharding.tensors, iteration, sample=verify is Verify.SAMPLE)
+
+    def _summarise(self) -> None:
+        result = self._result
+        slowest = {name: max(self._gathered(seconds)) for name, seconds in self._stopwatch.seconds.items()}
+        summary = summarise(result.measured_s)
+        busiest, bound = self._planned.cost.busiest.nbytes, self._planned.bound
+        self._update(
+            status=Status.WRONG_DATA if result.num_wrong else Status.OK,
+            connect_s=slowest.pop("connect"),
+            cold_s={**slowest, "first": result.samples[0].seconds},
+            summary=summary,
+            bottleneck_gb_per_s=busiest / summary.median_s / 1e9 if busiest else None,
+            share_of_lower_bound=bound.seconds / summary.median_s if bound else None,
+        )
+
+    def _check_forward(self) -> None:
+        if not self._scenario.check_forward:
+            return
+        self._session.enter(f"forward after {self._name}")
+        forward = compare_forward(self._session, self._planned.source, self._planned.destination)
+        self._update(forward=forward)
+        self._session.say(refit_lines.forward_line(self._name, forward))
+
+    def _profile(self, program: Program) -> None:
+        if not self._scenario.profile:
+            return
+        self._session.enter(f"profile {self._name}")
+        self._update(profile=self._gathered(tuple(profiled(program.run))))
+        self._session.say(refit_lines.profile_table(self._name, self._result))
+
+    def _update(self, **changes: Any) -> None:
+        self._result = replace(self._result, **changes)
+        self._keep(self._result)
+
+    def _gathered(self, mine: Any) -> tuple[Any, ...]:
+        return tuple(gather(self._session.control, mine))
+
+
+def _sample(ranks: list[_RankSample], iteration: int, warmup: bool) -> Sample:
+    slowest = max(ranks, key=lambda each: each.timing.seconds)
+    phases = slowest.timing.report.phases_s
+    return Sample(
+        iteration=iteration,
+        warmup=warmup,
+        seconds_per_rank=tuple(each.timing.seconds for each in ranks),
+        slowest_rank=slowest.rank,
+        phases_s=dict(phases),
+        unattributed_s=slowest.timing.seconds - sum(phases.values()),
+        num_compared=sum(each.verdict.num_compared for each in ranks),
+        num_wrong=sum(each.verdict.num_wrong for each in ranks),
+    )
+
+
+def _wrong(ranks: list[_RankSample], iteration: int) -> list[WrongWeights]:
+    found = []
+    for each in ranks:
+        for wrong in each.verdict.wrong[:MAX_WRONG_PER_RANK]:
+            expected, actual = (
+                None if math.isnan(value) else value for value in (wrong.first.expected, wrong.first.found)
+            )
+            found.append(
+                WrongWeights(iteration, each.rank, wrong.key, wrong.num_wrong, wrong.first.index, expected, actual)
+            )
+    return found

@@ -1,0 +1,45 @@
+"""The entry point of benchmark_refit.py: a command line -> dry run or benchmark -> exit code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from refit.cli.launch import check_launch, rank_variables
+from refit.cli.parsing import Request, parse
+from refit.errors import RefitError, UsageError
+from refit.predict.dry_run import dry_run
+from refit.report.console import show, show_error
+from refit.report.dry_run import dry_run_text
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line and return this process's exit code. Errors meant for the user are printed once.
+
+    Errors common to all ranks exit non-zero on rank 0 only, so that a launcher reports one failure.
+    """
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        code = _run(parse(argv), first)
+    except UsageError as error:
+        if first:
+            show_error(str(error))
+        code = int(error.exit_code)
+    except RefitError as error:  # may be this node's alone: say so here, and end the job
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            show_error(str(error))
+        return int(error.exit_code)
+    return code if first else 0
+
+
+def _run(request: Request, first: bool) -> int:
+    if request.dry_run is not None:
+        if first:
+            show(dry_run_text(dry_run(request.scenario, request.dry_run)))
+        return 0
+    os.environ.update(rank_variables(os.environ))
+    check_launch(request.scenario, os.environ, request.gpus_per_node)
+    # Imported here: a dry run needs neither torch nor Megatron.
+    from refit.bench.runner import run
+
+    return run(request.scenario)

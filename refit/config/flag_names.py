@@ -1,0 +1,22 @@
+"""The command line's names for the sizes of each side: flags, messages and remedies all take them from here."""
+
+from __future__ import annotations
+
+SIZE_FLAGS = {
+    "tp": ("tensor-model-parallel-size", "rl-inference-tensor-model-parallel-size"),
+    "pp": ("pipeline-model-parallel-size", "rl-inference-pipeline-model-parallel-size"),
+    "ep": ("expert-model-parallel-size", "rl-inference-expert-model-parallel-size"),
+    "etp": ("expert-tensor-parallel-size", "rl-inference-expert-tensor-model-parallel-size"),
+    "first_stage_layers": ("decoder-first-pipeline-num-layers", "rl-inference-decoder-first-pipeline-num-layers"),
+    "last_stage_layers": ("decoder-last-pipeline-num-layers", "rl-inference-decoder-last-pipeline-num-layers"),
+    "world_size": ("source-world-size", "destination-world-size"),
+}
+"""Field of `Layout` -> the source's flag and the destination's, without dashes.
+
+Names are Megatron-LM's where it has one.
+"""
+
+
+def size_flag(side: str, size: str) -> str:
+    """`--expert-model-parallel-size` for ("source", "ep")."""
+    return f"--{SIZE_FLAGS[size][side == 'destination']}"

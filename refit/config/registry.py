@@ -1,0 +1,188 @@
+"""What the suite can do, as four tables: the formats of a side, the methods, the engines and the measurements.
+
+Flags, dry runs, sweeps, runs and reports all read these tables, and nothing else lists the names. A row names its code
+as `module:name` and imports it on request, so reading a table needs neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from refit.errors import UsageError
+
+Row = TypeVar("Row")
+
+
+class Registry(Generic[Row]):
+    """Rows by name, in the order in which users see them."""
+
+    def __init__(self, kind: str, rows: dict[str, Row]) -> None:
+        """`kind` is what a row is called in messages."""
+        self._kind = kind
+        self._rows = dict(rows)
+
+    def __getitem__(self, name: str) -> Row:
+        """Raises UsageError, listing the names there are, for an unknown one."""
+        if name not in self._rows:
+            raise UsageError(f"unknown {self._kind} {name!r}: choose one of {', '.join(sorted(self._rows))}")
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def items(self) -> Iterator[tuple[str, Row]]:
+        return iter(self._rows.items())
+
+    def add(self, name: str, row: Row) -> None:
+        """Raises ValueError where `name` is taken."""
+        if name in self._rows:
+            raise ValueError(f"{self._kind} {name!r} is registered already")
+        self._rows[name] = row
+
+    @contextmanager
+    def added(self, name: str, row: Row) -> Iterator[None]:
+        """Hold `row` for as long as the context lasts."""
+        self.add(name, row)
+        try:
+            yield
+        finally:
+            del self._rows[name]
+
+
+def load(reference: str) -> Any:
+    """The object that `module:name` names, its module imported."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How one framework holds a model.
+
+    `predict(model, side) -> Sharding` states what every rank holds without building anything; it raises UsageError
+    where the model cannot be sharded so. `check(model, side, name)` raises the same at lower cost.
+    `build(scenario, name, side, device) -> ShardedModel` builds this rank's part; see `refit.models.sharded_model`.
+    """
+
+    predict: str
+    check: str
+    build: str
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What moves the bytes. `transport` is the class; see `refit.transport.base`.
+
+    `devices` are where it finds weights, the default first. `one_sided` methods write into memory of the destination;
+    two-sided ones send and receive. `single_host` ones need all ranks on one host. `cpu_stand_in` runs the same
+    executor where there is no GPU. `needs` is for help texts.
+    """
+
+    transport: str
+    devices: tuple[str, ...]
+    needs: str
+    one_sided: bool = False
+    single_host: bool = False
+    cpu_stand_in: str | None = None
+
+    @property
+    def device(self) -> str:
+        return self.devices[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Whose refit runs. `engine` is the class; see `refit.bench.engines.base`. `title` is how reports call it.
+
+    A baseline is measured beside the engine under test; only where it runs alone does it decide the exit code.
+    `formats` are the sides it can refit; None stands for all.
+    """
+
+    engine: str
+    title: str
+    is_baseline: bool = False
+    formats: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurementKind:
+    """What is measured. `measurement` is the class (`refit.bench.measurements.base`), `result` the type it returns
+    and result files hold, and `closing_lines(result, run)` gives the lines a log ends with."""
+
+    measurement: str
+    result: str
+    closing_lines: str
+
+
+FORMATS = Registry(
+    "side format",
+    {
+        "megatron": Format(
+            predict="refit.predict.megatron:predict",
+            check="refit.predict.megatron:check",
+            build="refit.models.megatron.side:build_side",
+        ),
+    },
+)
+
+METHODS = Registry(
+    "refit method",
+    {
+        "nvshmem": Method(
+            transport="refit.transport.one_sided.nvshmem:NvshmemTransport",
+            devices=("cuda",),
+            needs="CUDA GPUs and nvshmem4py",
+            one_sided=True,
+            cpu_stand_in="shm",
+        ),
+        "nccl": Method(
+            transport="refit.transport.two_sided.nccl:NcclTransport",
+            devices=("cuda",),
+            needs="CUDA GPUs",
+            cpu_stand_in="gloo",
+        ),
+        "gloo": Method(
+            transport="refit.transport.two_sided.gloo:GlooTransport",
+            devices=("cpu", "cuda"),
+            needs="nothing beyond torch",
+        ),
+        "shm": Method(
+            transport="refit.transport.one_sided.shm:SharedMemoryTransport",
+            devices=("cpu",),
+            needs="/dev/shm, all ranks on one host",
+            one_sided=True,
+            single_host=True,
+        ),
+    },
+)
+
+ENGINES = Registry(
+    "refit engine",
+    {
+        "refit": Engine(engine="refit.bench.engines.refit:PlannedEngine", title="refit"),
+        "megatron": Engine(
+            engine="refit.bench.engines.megatron:MegatronEngine",
+            title="Megatron-Core",
+            is_baseline=True,
+            formats=("megatron",),
+        ),
+    },
+)
+
+MEASUREMENTS = Registry(
+    "measurement",
+    {
+        "refit": MeasurementKind(
+            measurement="refit.bench.measurements.refit:RefitMeasurement",
+            result="refit.results.refit:RefitResult",
+            closing_lines="refit.report.refit_lines:closing_lines",
+        ),
+    },
+)

@@ -1,0 +1,35 @@
+"""ShardedModel: one side of a refit, live on this rank, whichever framework built it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from refit.models.weights import LocalWeights
+
+
+class ShardedModel(Protocol):
+    """What the benchmark needs of a side. A row of `FORMATS` names the function that builds one.
+
+    The builder is collective: every rank of the job calls it, also those outside the side. It states what this rank
+    holds through `weights`; the benchmark compares that with the format's prediction, or gathers it where a model
+    provider leaves nothing to predict.
+    """
+
+    @property
+    def weights(self) -> LocalWeights | None:
+        """Views of this rank's parameters and persistent buffers; None on ranks outside the side."""
+        ...
+
+    def check_forward(self) -> None:
+        """Raise UnavailableError, the same on every rank of the side, where no forward pass can run."""
+        ...
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Logits `[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`.
+
+        None on ranks that do not get them, those outside the side among them. Vocabulary padding is removed.
+        Collective: every rank of the side. Raises RefitError where the pass fails.
+        """
+        ...

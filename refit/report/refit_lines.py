@@ -1,0 +1,241 @@
+"""What the log of a refit says: header, one line per iteration, the times, the table and the verdict."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from refit import units
+from refit.config.registry import ENGINES
+from refit.config.scenario import Mode, Scenario
+from refit.plan.cost import Bound, Cost
+from refit.report import warnings
+from refit.report.grid import rendered
+from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample
+from refit.results.result import Environment, Result
+from refit.results.status import Status
+
+MAX_WRONG_LINES = 12
+TABLE_WIDTH = 120
+"""Columns of a log file; on a terminal its own width counts."""
+
+
+def header(
+    scenario: Scenario,
+    environment: Environment,
+    world_size: int,
+    result: RefitResult,
+    notes: Sequence[str],
+    bound: str,
+) -> str:
+    """The `#` lines a log opens with: versions, host, scenario, model, bytes and lower bound. `bound` is its text."""
+    facts, plan = result.model, result.plan
+    assert facts is not None
+    assert plan is not None
+    gpus = [gpu.name for gpu in environment.gpus]
+    lines = [
+        ", ".join(f"{name} {version}" for name, version in environment.versions.items()),
+        f"{environment.host}: "
+        + (f"{len(gpus)} x {gpus[0]}" if gpus else f"{environment.num_cpus} cores of {environment.cpu}"),
+        f"{_mapping(scenario, world_size)}, {scenario.mode.value}, {scenario.method}, verify {scenario.verify.value}",
+        f"model {scenario.model_title or 'from flags'}: {facts.num_parameters:,} elements in {facts.num_tensors} "
+        f"tensors, {' and '.join(facts.dtypes)}",
+        f"payload {units.gb(plan.payload_bytes)}: wire {units.gb(plan.wire_bytes)}, local {units.gb(plan.local_bytes)}"
+        f" in {plan.num_transfers} transfers (plan {plan.digest[:12]})",
+        f"busiest: {busiest_text(plan)}; busiest sender {plan.sender_imbalance:.2f} x the mean",
+    ]
+    lines += [f"lower bound: {bound}"] if bound else []
+    if plan.casts:
+        key, (before, after) = next(iter(plan.casts.items()))
+        lines.append(f"cast: {len(plan.casts)} tensors change dtype, {key} from {before} to {after}")
+    lines += [f"note: {note}" for note in notes]
+    return "\n".join(f"# {line}" for line in lines)
+
+
+def _mapping(scenario: Scenario, world_size: int) -> str:
+    """`TP8 EP8 -> TP8 EP4 (64+32, 0 idle)`; where both sides share GPUs `(128 shared, 0 idle)`."""
+    source, destination = scenario.source.world_size, scenario.destination.world_size
+    if scenario.mode is Mode.NON_COLLOCATED:
+        ranks = f"{source}+{destination}"
+    else:
+        used = scenario.num_ranks
+        ranks = f"{used} shared" if source == destination else f"{source} and {destination} on the same {used}"
+    return f"{scenario.title} ({ranks}, {world_size - scenario.num_ranks} idle)"
+
+
+def busiest_text(plan: Cost) -> str:
+    """`rank 64 receives 66.64 GB`."""
+    return f"rank {plan.busiest.rank} {plan.busiest.direction} {units.gb(plan.busiest.nbytes)}"
+
+
+def closing_lines(result: RefitResult, run: Result) -> list[str]:
+    """What a log ends with: times, warnings, wrong weights, the table and the verdicts."""
+    engines, scenario = result.engines, run.scenario
+    assert scenario is not None
+    lines = []
+    for name, engine in engines.items():
+        if engine.summary:
+            lines += [times(engine, result.bound)] if len(engines) == 1 else []
+            lines += warnings.of_engine(name, engine, scenario, result)
+        lines.append(wrong_weights(name, engine))
+    lines += [table(engines), ratio(result)]
+    return [*lines, *(verdict(name, engine, scenario.verify.value) for name, engine in engines.items())]
+
+
+def iteration_line(engine: str, sample: Sample, number: int, total: int) -> str:
+    """`refit 3/5: 12.34 ms (slowest rank 4: pack 1.20, wire 10.00, rest 1.14)`."""
+    label = f"warm-up {number}/{total}" if sample.warmup else f"{number}/{total}"
+    phases = "".join(f"{name} {1e3 * seconds:.2f}, " for name, seconds in sample.phases_s.items())
+    wrong = f"  {sample.num_wrong:,} WRONG" if sample.num_wrong else ""
+    return (
+        f"{ENGINES[engine].title} {label}: {1e3 * sample.seconds:.2f} ms "
+        f"(slowest rank {sample.slowest_rank}: {phases}rest {1e3 * sample.unattributed_s:.2f}){wrong}"
+    )
+
+
+def times(engine: EngineResult, bound: Bound | None) -> str:
+    """The lines summaries are made from, in the wording of the suite's first users."""
+    summary, share = engine.summary, engine.share_of_lower_bound
+    assert summary is not None
+    connected = "" if engine.connect_s is None else f" (connections before it: {1e3 * engine.connect_s:.2f} ms)"
+    reached = [] if bound is None else [f"Lower bound: {1e3 * bound.seconds:.2f} ms, reached {_percent(share)} %"]
+    return "\n".join(
+        [
+            f"Mean refit time: {1e3 * summary.mean_s:.2f} ms",
+            f"Min refit time:  {1e3 * summary.min_s:.2f} ms",
+            f"Max refit time:  {1e3 * summary.max_s:.2f} ms",
+            f"Median refit time: {1e3 * summary.median_s:.2f} ms, p95 {1e3 * summary.p95_s:.2f} ms",
+            f"Bottleneck bandwidth: {_gb_per_s(engine)} GB/s",
+            *reached,
+            "Cold refit: "
+            + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in engine.cold_s.items())
+            + connected,
+        ]
+    )
+
+
+def table(engines: Mapping[str, EngineResult]) -> str:
+    """One row per engine, fixed width, with a units row."""
+    grid = Table(box=None, pad_edge=False, header_style="")
+    for name, unit in (
+        ("engine", ""),
+        ("median", "(ms)"),
+        ("mean", "(ms)"),
+        ("min", "(ms)"),
+        ("max", "(ms)"),
+        ("first", "(ms)"),
+        ("bottleneck", "(GB/s)"),
+        ("of bound", "(%)"),
+        ("staging", "(MiB)"),
+        ("#wrong", ""),
+        ("status", ""),
+    ):
+        grid.add_column(f"{name}\n{unit}", justify="left" if name in ("engine", "status") else "right", no_wrap=True)
+    for name, engine in engines.items():
+        grid.add_row(ENGINES[name].title, *_cells(engine), engine.status.value)
+    return _render(grid)
+
+
+def _cells(engine: EngineResult) -> list[str]:
+    if not engine.summary:
+        return ["-"] * 9
+    summary = engine.summary
+    milliseconds = [f"{1e3 * s:.2f}" for s in (summary.median_s, summary.mean_s, summary.min_s, summary.max_s)]
+    staging = max(engine.staging_bytes_per_rank, default=0) / 2**20
+    return [
+        *milliseconds,
+        f"{1e3 * engine.first_s:.2f}",
+        _gb_per_s(engine),
+        _percent(engine.share_of_lower_bound),
+        f"{staging:.1f}",
+        f"{engine.num_wrong:,}" if engine.num_compared else "unchecked",
+    ]
+
+
+def _gb_per_s(engine: EngineResult) -> str:
+    return "-" if engine.bottleneck_gb_per_s is None else f"{engine.bottleneck_gb_per_s:.3f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g}"
+
+
+def ratio(result: RefitResult) -> str:
+    """How the engine under test compares with each baseline of the same run; empty unless both have times."""
+    tested = result.tested
+    if tested is None or tested.median_s is None:
+        return ""
+    return "\n".join(
+        f"Ratio: refit is {theirs.median_s / tested.median_s:.2f} x as fast as {ENGINES[name].title}'s own (median), "
+        f"{theirs.first_s / tested.first_s:.2f} x on the first refit"
+        for name, theirs in result.baselines.items()
+        if theirs.median_s is not None
+    )
+
+
+def wrong_weights(name: str, engine: EngineResult) -> str:
+    """Which tensors hold how many wrong elements on which rank; the last iteration's, as every one is checked."""
+    if not engine.wrong:
+        return ""
+    last = max(wrong.iteration for wrong in engine.wrong)
+    rows = sorted((w for w in engine.wrong if w.iteration == last), key=lambda w: (-w.num_wrong, w.key, w.rank))
+    lines = [f"{ENGINES[name].title}: wrong elements after refit {last}"]
+    for wrong in rows[:MAX_WRONG_LINES]:
+        lines.append(
+            f"  rank {wrong.rank}  {wrong.key}: {wrong.num_wrong:,} wrong, first at {wrong.first_index}: "
+            f"expected {_number(wrong.expected)}, found {_number(wrong.found)}"
+        )
+    if len(rows) > MAX_WRONG_LINES:
+        lines.append(f"  and {len(rows) - MAX_WRONG_LINES} more (rank, tensor) pairs, all in the result file")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:g}"
+
+
+def forward_line(name: str, forward: ForwardCheck) -> str:
+    """What `--check-forward` found."""
+    title = ENGINES[name].title
+    if forward.skipped is not None:
+        return f"Forward check ({title}) waived: {forward.skipped}"
+    return (
+        f"Forward check ({title}) {'passed' if forward.passed else 'FAILED'}: logits agree at "
+        f"{100 * (forward.agreement or 0):.0f} % of tokens, largest difference {forward.max_difference:.3g} "
+        f"beside logits up to {forward.max_logit:.3g}"
+    )
+
+
+def profile_table(name: str, engine: EngineResult) -> str:
+    """What the GPU of the slowest rank did in the profiled refit; empty where nothing ran on one."""
+    rank = engine.samples[-1].slowest_rank
+    if not engine.profile or not engine.profile[rank]:
+        return ""
+    grid = Table(box=None, pad_edge=False, header_style="")
+    for title in ("stream", "kind", "launches", "busy (ms)", "from (ms)", "to (ms)"):
+        grid.add_column(title, justify="left" if title == "kind" else "right", no_wrap=True)
+    for each in engine.profile[rank]:
+        times = [f"{1e3 * seconds:.2f}" for seconds in (each.busy_s, each.first_s, each.last_s)]
+        grid.add_row(str(each.stream), each.kind, str(each.num_launches), *times)
+    return f"Profile of one more {ENGINES[name].title} refit, rank {rank}\n{_render(grid)}"
+
+
+def verdict(name: str, engine: EngineResult, verify: str) -> str:
+    """One line: what was compared and what was wrong, or why nothing was."""
+    title = ENGINES[name].title
+    if engine.status in (Status.WAIVED, Status.FAILED):
+        return f"{engine.status.value.upper()} ({title}): {engine.reason}"
+    if verify == "off":
+        return f"UNVERIFIED ({title}): --verify off, nothing was compared"
+    how = "" if verify == "full" else f" (--verify {verify}: every 16th row)"
+    outcome = "PASSED" if engine.num_wrong == 0 else "FAILED"
+    return (
+        f"{outcome} ({title}): {engine.num_compared:,} elements compared{how} over {len(engine.samples)} refits, "
+        f"{engine.num_wrong:,} wrong"
+    )
+
+
+def _render(grid: Table) -> str:
+    return rendered(grid, None if sys.stdout.isatty() else TABLE_WIDTH)

@@ -1,0 +1,163 @@
+"""What measuring a refit returns, as result files hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from refit.config.registry import ENGINES
+from refit.plan.cost import Bound, Cost
+from refit.results.stats import Summary
+from refit.results.status import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One refit: seconds of every rank of the job, in rank order. Phases are those of the slowest rank.
+
+    `unattributed_s` is that rank's time outside all phases. Only the log shows `warmup` samples.
+    """
+
+    iteration: int
+    warmup: bool
+    seconds_per_rank: tuple[float, ...]
+    slowest_rank: int
+    phases_s: dict[str, float]
+    unattributed_s: float
+    num_compared: int
+    num_wrong: int
+
+    @property
+    def seconds(self) -> float:
+        return max(self.seconds_per_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class WrongWeights:
+    """Elements of one tensor found wrong on one rank in one iteration, and the first of them.
+
+    JSON has no NaN: `expected` and `found` are None in its place.
+    """
+
+    iteration: int
+    rank: int
+    key: str
+    num_wrong: int
+    first_index: tuple[int, ...]
+    expected: float | None
+    found: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCheck:
+    """`agreement` is the share of tokens with equal logits. Where no forward pass could run, `skipped` says why."""
+
+    passed: bool
+    skipped: str | None = None
+    agreement: float | None = None
+    max_difference: float | None = None
+    max_logit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What one stream of a GPU spent on one kind of work in a profiled refit.
+
+    `busy_s` is the union of its launches; `first_s` and `last_s` are the start of the first and the end of the last,
+    from the first activity of all streams on.
+    """
+
+    stream: int
+    kind: str
+    num_launches: int
+    busy_s: float
+    first_s: float
+    last_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    """What one engine did. `reason` says why it is waived or failed.
+
+    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is what a process
+    does once before that: communicators, connections, libraries and kernels. `summary` is over the measured
+    iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1 where a
+    refit is as fast as the plan allows, None without a bound.
+    """
+
+    status: Status = Status.RUNNING
+    reason: str | None = None
+    connect_s: float | None = None
+    connect_memory_bytes_per_rank: tuple[int, ...] = ()
+    cold_s: dict[str, float] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    summary: Summary | None = None
+    bottleneck_gb_per_s: float | None = None
+    share_of_lower_bound: float | None = None
+    wrong: tuple[WrongWeights, ...] = ()
+    staging_bytes_per_rank: tuple[int, ...] = ()
+    extra_memory_bytes_per_rank: tuple[int | None, ...] = ()
+    forward: ForwardCheck | None = None
+    profile: tuple[tuple[Activity, ...], ...] = ()
+
+    @property
+    def num_compared(self) -> int:
+        """Elements compared over all iterations, warm-up included."""
+        return sum(sample.num_compared for sample in self.samples)
+
+    @property
+    def num_wrong(self) -> int:
+        return sum(sample.num_wrong for sample in self.samples)
+
+    @property
+    def measured_s(self) -> list[float]:
+        return [sample.seconds for sample in self.samples if not sample.warmup]
+
+    @property
+    def warmup_s(self) -> list[float]:
+        return [sample.seconds for sample in self.samples if sample.warmup]
+
+    @property
+    def median_s(self) -> float | None:
+        return self.summary.median_s if self.summary else None
+
+    @property
+    def first_s(self) -> float:
+        """Planning, preparing and the first refit."""
+        return sum(self.cold_s.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the destination holds: elements of all global tensors (buffers included), tensors, and their dtypes."""
+
+    num_parameters: int
+    num_tensors: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefitResult:
+    """One plan, carried out by one engine after the other. `bound` is None without a cluster's speeds."""
+
+    status: Status = Status.RUNNING
+    model: ModelFacts | None = None
+    plan: Cost | None = None
+    bound: Bound | None = None
+    engines: dict[str, EngineResult] = field(default_factory=dict)
+
+    @property
+    def tested(self) -> EngineResult | None:
+        """The engine that is judged: ours, or a baseline that runs alone."""
+        return self.engines.get(name) if (name := tested_engine(tuple(self.engines))) else None
+
+    @property
+    def baselines(self) -> dict[str, EngineResult]:
+        """The engines beside it."""
+        tested = tested_engine(tuple(self.engines))
+        return {name: engine for name, engine in self.engines.items() if name != tested}
+
+
+def tested_engine(names: tuple[str, ...]) -> str | None:
+    """Which of these engines decides the exit code: the first that is no baseline, else the first."""
+    ours = (name for name in names if name not in ENGINES or not ENGINES[name].is_baseline)
+    return next(ours, names[0] if names else None)

@@ -1,0 +1,65 @@
+"""Status: how a scenario, an engine or a measurement stands. The only list of these names."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from refit.errors import ExitCode
+
+
+class Status(str, Enum):
+    """Before a run: READY, REFUSED (the check said no) or SKIPPED (a cell of an axis that makes no sense).
+
+    During a run: RUNNING. After it: OK, WRONG_DATA, FAILED or WAIVED (something it needs is not on this machine).
+    MISSING: not started, or interrupted.
+    """
+
+    READY = "ready"
+    RUNNING = "running"
+    OK = "ok"
+    WRONG_DATA = "wrong_data"
+    FAILED = "failed"
+    WAIVED = "waived"
+    REFUSED = "refused"
+    SKIPPED = "skipped"
+    MISSING = "missing"
+
+    @property
+    def text(self) -> str:
+        """As reports print it."""
+        return self.value.replace("_", " ")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a run came to an end of its own."""
+        return self in EXIT_CODES
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """That of a process whose result has this status."""
+        return EXIT_CODES.get(self, ExitCode.FAILED)
+
+
+EXIT_CODES = {
+    Status.OK: ExitCode.OK,
+    Status.WRONG_DATA: ExitCode.WRONG_DATA,
+    Status.WAIVED: ExitCode.WAIVED,
+    Status.FAILED: ExitCode.FAILED,
+}
+
+COUNTED = (
+    Status.OK,
+    Status.WRONG_DATA,
+    Status.FAILED,
+    Status.WAIVED,
+    Status.REFUSED,
+    Status.SKIPPED,
+    Status.MISSING,
+)
+"""Every status of a scenario's outcome, in the order in which summaries count them."""
+
+
+def worst(statuses: list[Status]) -> Status:
+    """The status of a whole whose parts have these: wrong data before failure before waiver before success."""
+    order = (Status.WRONG_DATA, Status.FAILED, Status.RUNNING, Status.WAIVED)
+    return next((status for status in order if status in statuses), Status.OK)

@@ -1,0 +1,155 @@
+"""Result and sweep files of older schema versions, brought into the form of today's. Plain JSON values in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+RESULT_VERSION = 3
+SWEEP_VERSION = 2
+
+
+def upgraded_result(content: object) -> dict[str, Any]:
+    """Raises ValueError for what is no result file, or one of a version that is not known here."""
+    if not isinstance(content, dict) or "run_id" not in content or "scenarios" in content:
+        raise ValueError("it holds no result")
+    version = content.get("schema_version", RESULT_VERSION)
+    if version == RESULT_VERSION:
+        return content
+    if version not in (1, 2):
+        raise ValueError(f"schema version {version!r} is not one of 1 to {RESULT_VERSION}")
+    with _reading(f"schema version {version}"):
+        return _result(content)
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Turn what is missing or of another type in a file of an older version into a ValueError that says so."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{place}: field {error} is missing") from None
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _result(content: dict[str, Any]) -> dict[str, Any]:
+    common = ("run_id", "status", "exit_code", "failure", "started", "finished", "environment")
+    kept = {name: content[name] for name in common if content.get(name) is not None}
+    if "failure" in kept:
+        kept["failure"] = {**kept["failure"], "message": kept["failure"].get("message") or ""}
+    if not content.get("scenario"):
+        return {**kept, "schema_version": RESULT_VERSION}
+    old = content["scenario"]
+    return {
+        **kept,
+        "schema_version": RESULT_VERSION,
+        "world_size": old.get("world_size"),
+        "device": old.get("device"),
+        "scenario": _scenario(old, content.get("layouts") or {}),
+        "measurements": {"refit": _refit(content, old)},
+    }
+
+
+def _scenario(old: dict[str, Any], layouts: dict[str, Any]) -> dict[str, Any] | None:
+    """Versions 1 and 2 kept the layouts beside the scenario, and the dtype in the model."""
+    if not {"source", "destination"} <= layouts.keys():
+        return None
+    model = dict(old["model"]) if isinstance(old.get("model"), dict) else None
+    dtype = (model or {}).pop("dtype", None)
+    same = {"mode", "method", "num_warmup", "num_iterations", "verify", "check_forward", "staging_bytes", "timeout_s"}
+    same |= {"model_name", "model_provider", "notes", "recorded", "nvshmem_force_put"}
+    engine = old.get("engine", "refit")
+    sides = {
+        name: {
+            "layout": layouts[name],
+            "format": "megatron",
+            "dtype": dtype,
+            "transformer_impl": old.get("transformer_impl", "local"),
+        }
+        for name in ("source", "destination")
+    }
+    return {
+        **{name: value for name, value in old.items() if name in same and value is not None},
+        **sides,
+        "model": model,
+        "engines": ["refit", "megatron"] if engine == "both" else [engine],
+        "one_sided_buffers": old.get("nvshmem_buffers", "ring"),
+    }
+
+
+def _refit(content: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    bound = content.get("bound")
+    facts = {name: old[name] for name in ("num_parameters", "num_tensors", "dtypes") if name in old}
+    return {
+        "status": content.get("status", "running"),
+        "model": facts if len(facts) == 3 else None,
+        "plan": _plan(content.get("bytes") or {}, content.get("plan") or {}),
+        "bound": {"cluster": bound["cluster"], "seconds": bound["lower_bound_s"], "limited_by": bound["limited_by"]}
+        if bound
+        else None,
+        "engines": {name: _engine(engine) for name, engine in (content.get("engines") or {}).items()},
+    }
+
+
+def _plan(moved: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any] | None:
+    if not moved:
+        return None
+    by_rank = ("local_by_rank", "source_weights_by_rank", "destination_weights_by_rank")
+    return {
+        **{f"{name}_bytes": moved[name] for name in ("payload", "wire", "local")},
+        **{name: moved[name] for name in ("sent_by_rank", "received_by_rank")},
+        **{name: moved.get(name, {}) for name in by_rank},
+        "num_transfers": plan.get("num_transfers", 0),
+        "digest": plan.get("digest") or "",
+        "casts": plan.get("casts", {}),
+    }
+
+
+def _engine(engine: dict[str, Any]) -> dict[str, Any]:
+    """Empty mappings stood for what had not been measured."""
+    return {**engine, "summary": engine.get("summary") or None}
+
+
+def upgraded_sweep(content: object) -> dict[str, Any]:
+    """Raises ValueError for what is no sweep file, or one of a version that is not known here."""
+    if not isinstance(content, dict) or "scenarios" not in content:
+        raise ValueError("it holds no scenarios")
+    version = content.get("schema_version")
+    if version == SWEEP_VERSION:
+        return content
+    if version != 1:
+        raise ValueError(f"schema version {version!r} is not one of 1 to {SWEEP_VERSION}")
+    scenarios = []
+    with _reading("schema version 1"):
+        for number, entry in enumerate(content["scenarios"], 1):
+            with _reading(f"schema version 1, scenario {number}"):
+                scenarios.append(_planned(entry, content.get("cluster")))
+    return {**content, "schema_version": SWEEP_VERSION, "scenarios": scenarios}
+
+
+def _planned(entry: dict[str, Any], cluster: str | None) -> dict[str, Any]:
+    """Version 1 kept the sizes of each side alone, and of the bytes per rank those of the busiest."""
+    same = ("name", "flags", "mode", "method", "num_ranks", "nodes", "ranks_per_node", "status", "reason")
+    planned = {name: entry[name] for name in (*same, "memory_bytes", "notes") if name in entry}
+    planned |= {"source": None, "destination": None}
+    apart = entry["mode"] == "non-collocated"
+    for name in ("source", "destination"):
+        if entry.get(name):
+            first = entry["source"]["world_size"] if apart and name == "destination" else 0
+            planned[name] = {"layout": {**entry[name], "first_rank": first}, "dtype": None}
+    moved = entry.get("bytes")
+    if moved:
+        busiest = {str(moved["busiest_rank"]): moved["busiest"]}
+        sends = moved["busiest_direction"] == "sends"
+        none = dict.fromkeys(busiest, 0)
+        loads = {"sent_by_rank": busiest if sends else none, "received_by_rank": none if sends else busiest}
+        planned["cost"] = _plan({**moved, **loads}, {})
+    if entry.get("lower_bound_s") is not None:
+        planned["bound"] = {
+            "cluster": cluster or "",
+            "seconds": entry["lower_bound_s"],
+            "limited_by": entry.get("limited_by") or "",
+        }
+    return planned

@@ -1,0 +1,123 @@
+"""The protocol between the two-sided executor and the libraries that send and receive its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from refit.copies.batch import CopyBatch
+from refit.transport.streams import new_stream
+
+
+@dataclass(frozen=True, slots=True)
+class BackendTraits:
+    """How a backend wants its messages.
+
+    Pieces of at least `direct_send_threshold` bytes are messages of their own; no message exceeds `bucket_bytes`.
+    At most `slots_per_peer` staged messages of a pair and `window` rounds are in flight; a message that needs no
+    staging takes no slot. `copies` is the number of buffers per slot. `num_programs` limits the share of a GPU that
+    packing and unpacking take from the backend's own kernels; None is no limit.
+    """
+
+    direct_send_threshold: int | None
+    bucket_bytes: int
+    slots_per_peer: int
+    window: int
+    copies: int = 1
+    num_programs: int | None = None
+
+
+@dataclass(slots=True)
+class BoundMessage:
+    """One message bound to this rank's memory.
+
+    `buffer` (uint8, contiguous, on the weights' device) is sent or received into: the weights themselves, or a slot
+    that `batch` packs or unpacks. `host` is the slot's copy in pinned memory where the backend cannot read the device.
+    `reuses` is the round that used the slot before, -1 for none.
+    """
+
+    peer: int
+    buffer: torch.Tensor
+    batch: CopyBatch | None
+    host: torch.Tensor | None = None
+    reuses: int = -1
+
+
+@dataclass(slots=True)
+class PendingRound:
+    """The messages of one round, and what to wait for until they are done."""
+
+    sends: Sequence[BoundMessage]
+    receives: Sequence[BoundMessage]
+    send_works: list[dist.Work] = field(default_factory=list)
+    receive_works: list[dist.Work] = field(default_factory=list)
+    unpacked: torch.cuda.Event | None = None
+
+    @property
+    def peers(self) -> set[int]:
+        return {bound.peer for bound in (*self.sends, *self.receives)}
+
+
+class P2PBackend(Protocol):
+    """The steps of one round, in the order in which the executor calls them. `begin` and `finish` enclose a run.
+
+    A backend on CUDA streams only enqueues: `wait_sent` and `wait_received` then order streams, and `finish` waits for
+    the device. All steps raise RefitError, naming the peer, where a peer fails or time runs out.
+    """
+
+    traits: BackendTraits
+
+    def begin(self) -> None:
+        """Open a run."""
+        ...
+
+    def wait_sent(self, pending: PendingRound) -> None:
+        """Wait until the send buffers of a round may be written again."""
+        ...
+
+    def pack(self, sends: Sequence[BoundMessage]) -> None:
+        """Copy staged messages from the weights into their slots."""
+        ...
+
+    def post(self, pending: PendingRound, reused: PendingRound | None) -> None:
+        """Start the receives and sends of a round. `reused` is the last round that used one of its slots."""
+        ...
+
+    def wait_received(self, pending: PendingRound) -> None:
+        """Wait until the messages of a round have arrived."""
+        ...
+
+    def unpack(self, pending: PendingRound) -> None:
+        """Copy staged messages of a round from their slots into the weights."""
+        ...
+
+    def copy_local(self, batch: CopyBatch) -> None:
+        """Run copies that stay on this rank."""
+        ...
+
+    def finish(self, rounds: Sequence[PendingRound]) -> None:
+        """Wait until the copies and messages of all rounds have ended."""
+        ...
+
+
+class Streams:
+    """The CUDA streams of a backend: one each for packing, transfers, unpacking and local copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pack, self.transfer, self.unpack, self.local = (new_stream(device) for _ in range(4))
+
+    def begin(self) -> None:
+        """Order all streams after the work of the caller's stream, which may still be writing the weights."""
+        for stream in (self.pack, self.transfer, self.unpack, self.local):
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def finish(self) -> None:
+        """Wait on the host until the work of all streams has ended."""
+        for stream in (self.pack, self.transfer, self.unpack, self.local):
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).synchronize()

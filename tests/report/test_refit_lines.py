@@ -1,0 +1,159 @@
+"""The log's header, times, table, ratio, forward and progress lines, word for word."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from refit.config.scenario import Mode
+from refit.report import refit_lines
+from refit.report.progress import Progress
+from refit.results.refit import ForwardCheck, WrongWeights
+from refit.results.result import Environment, Result
+from tests.report.factories import engine, on_ranks_from, sample, side, small_run, timed
+
+EVEN = [[0.02] * 4 + [0.04] * 2 + [0.0] * 2] * 5
+
+
+def header(run: Result, notes: tuple[str, ...] = (), bound: str = "") -> str:
+    assert run.scenario is not None
+    assert run.refit is not None
+    environment = run.environment or Environment()
+    return refit_lines.header(run.scenario, environment, run.world_size or 0, run.refit, notes, bound)
+
+
+def shared(run: Result, destination_tp: int) -> Result:
+    """The same run with TP`destination_tp` EP1 on the source's ranks."""
+    assert run.scenario is not None
+    destination = on_ranks_from(0, side(destination_tp, 1))
+    return replace(run, scenario=replace(run.scenario, mode=Mode.COLLOCATED, destination=destination))
+
+
+def test_the_header_says_what_moves_where_and_how_fast_it_could_be() -> None:
+    bound = "38.4 ms on h200_nvlink: rank 4 receives 15.00 GB within its node at 391 GB/s"
+    assert header(small_run(), ("a choice",), bound).splitlines() == [
+        "# torch 2.11.0",
+        "# node1: 8 x NVIDIA H200",
+        "# TP2 EP2 -> TP2 EP1 (4+2, 2 idle), non-collocated, nvshmem, verify full",
+        "# model kimi_k2: 1,000 elements in 10 tensors, bfloat16",
+        "# payload 30.00 GB: wire 30.00 GB, local 0 bytes in 12 transfers (plan 0123456789ab)",
+        "# busiest: rank 4 receives 15.00 GB; busiest sender 1.00 x the mean",
+        "# lower bound: 38.4 ms on h200_nvlink: rank 4 receives 15.00 GB within its node at 391 GB/s",
+        "# note: a choice",
+    ]
+
+
+def test_the_header_of_shared_ranks_and_of_a_run_without_a_bound() -> None:
+    lines = header(shared(small_run(), 2))
+    assert "# TP2 EP2 -> TP2 EP1 (4 and 2 on the same 4, 4 idle), collocated" in lines
+    assert "lower bound" not in lines
+    assert "(4 shared, 4 idle)" in header(shared(small_run(), 4))
+
+
+def test_times_and_table_hold_the_share_of_the_bound() -> None:
+    measured, run = replace(engine(EVEN), share_of_lower_bound=0.96), small_run()
+    assert run.refit is not None
+    assert refit_lines.times(measured, run.refit.bound).splitlines() == [
+        "Mean refit time: 40.00 ms",
+        "Min refit time:  40.00 ms",
+        "Max refit time:  40.00 ms",
+        "Median refit time: 40.00 ms, p95 40.00 ms",
+        "Bottleneck bandwidth: 355.800 GB/s",
+        "Lower bound: 38.40 ms, reached 96 %",
+        "Cold refit: plan 125.00 ms, prepare 250.00 ms, first 500.00 ms",
+    ]
+    assert "Lower bound" not in refit_lines.times(measured, None)
+    rows = refit_lines.table({"refit": measured, "megatron": engine(EVEN)}).splitlines()
+    assert rows[0].split() == [
+        "engine", "median", "mean", "min", "max", "first", "bottleneck", "of", "bound", "staging", "#wrong", "status",
+    ]  # fmt: skip
+    assert rows[1].split() == ["(ms)"] * 5 + ["(GB/s)", "(%)", "(MiB)"]
+    assert rows[2].split() == ["refit", *["40.00"] * 4, "875.00", "355.800", "96", "512.0", "0", "ok"]
+    assert rows[3].split()[7:9] == ["-", "512.0"]
+    assert all(len(row) <= 100 for row in rows)
+
+
+def test_the_ratio_needs_a_baseline_with_times() -> None:
+    slow = replace(engine([[0.08]] * 5), cold_s={"prepare": 1.0, "first": 0.75})
+    run = small_run(refit=engine(EVEN), megatron=slow)
+    assert run.refit is not None
+    assert refit_lines.ratio(run.refit) == (
+        "Ratio: refit is 2.00 x as fast as Megatron-Core's own (median), 2.00 x on the first refit"
+    )
+    for engines in (
+        {"refit": engine(EVEN)},
+        {"megatron": slow},
+        {"refit": replace(slow, summary=None), "megatron": slow},
+    ):
+        alone = small_run(**engines).refit
+        assert alone is not None
+        assert refit_lines.ratio(alone) == ""
+
+
+def test_a_log_ends_with_times_warnings_table_and_verdict() -> None:
+    run = small_run(refit=engine(EVEN[:4]))
+    assert run.refit is not None
+    text = "\n".join(refit_lines.closing_lines(run.refit, run))
+    lines = [line for line in text.splitlines() if line]
+    assert lines[0] == "Mean refit time: 40.00 ms"
+    assert [line for line in lines if line.startswith("warning: ")] == [
+        "warning: 4 measured refits say little about spread: use --num-benchmark-iterations 5 or more"
+    ]
+    assert lines[-1] == "PASSED (refit): 600 elements compared over 6 refits, 0 wrong"
+
+
+def test_wrong_elements_are_those_of_the_last_refit() -> None:
+    found = tuple(WrongWeights(refit, 4, "a.weight", 7, (1, 0), 0.5, None) for refit in (0, 1))
+    measured = replace(timed([0.1], num_wrong=7), wrong=found)
+    assert refit_lines.wrong_weights("refit", measured).splitlines() == [
+        "refit: wrong elements after refit 1",
+        "  rank 4  a.weight: 7 wrong, first at (1, 0): expected 0.5, found nan",
+    ]
+    assert refit_lines.wrong_weights("refit", timed([0.1])) == ""
+
+
+def test_the_forward_line() -> None:
+    passed = ForwardCheck(True, None, 1.0, 0.0, 25.5)
+    assert refit_lines.forward_line("refit", passed) == (
+        "Forward check (refit) passed: logits agree at 100 % of tokens, largest difference 0 beside logits up to 25.5"
+    )
+    assert "FAILED: logits agree at 25 %" in refit_lines.forward_line(
+        "megatron", replace(passed, passed=False, agreement=0.25)
+    )
+    skipped = refit_lines.forward_line("megatron", ForwardCheck(True, "no vocabulary"))
+    assert skipped == "Forward check (Megatron-Core) waived: no vocabulary"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def printed(clock: Clock, step_s: float, total: int, wrong: tuple[int, ...] = ()) -> list[int]:
+    """Which of `total` measured refits get a line when one ends every `step_s`."""
+    progress, found = Progress("refit", 0, total, clock), []
+    for number in range(1, total + 1):
+        found += [number] if progress.line(sample([0.1], number - 1, num_wrong=int(number in wrong))) else []
+        clock.now += step_s
+    return found
+
+
+def test_progress_is_no_more_than_a_line_a_second_but_the_first_and_the_last() -> None:
+    assert printed(Clock(), 0.25, 11) == [1, 5, 9, 11]
+    assert printed(Clock(), 2.0, 3) == [1, 2, 3]
+
+
+def test_the_last_warm_up_is_no_last_line() -> None:
+    progress = Progress("refit", 2, 1, Clock())
+    assert progress.line(sample([0.1], 0, warmup=True)) == (
+        "refit warm-up 1/2: 100.00 ms (slowest rank 0: wire 75.00, rest 0.00)"
+    )
+    assert not progress.line(sample([0.1], 1, warmup=True))
+    assert progress.line(sample([0.1], 2)) == "refit 1/1: 100.00 ms (slowest rank 0: wire 75.00, rest 0.00)"
+
+
+def test_a_refit_with_wrong_elements_always_has_its_line() -> None:
+    assert printed(Clock(), 0.01, 9, wrong=(4, 5)) == [1, 4, 5, 9]
+    assert "1 WRONG" in Progress("refit", 0, 2, Clock()).line(sample([0.1], num_wrong=1))

@@ -1,0 +1,211 @@
+"""One small part for each seam: a transport over a queue, a side of plain tensors, an engine, a measurement.
+
+Each is what a developer would write in one file. The tests register them and run scenarios with them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from refit.bench.exchange import gather
+from refit.bench.session import Session
+from refit.bench.sides import Side
+from refit.config.registry import Engine, Format, MeasurementKind, Method
+from refit.config.scenario import Scenario
+from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
+from refit.copies.batch import local_batches
+from refit.errors import UsageError
+from refit.models.weights import LocalShard, LocalWeights
+from refit.plan.box import Box
+from refit.plan.plan import RankPlan, RefitPlan, Transfer
+from refit.plan.sharding import Sharding
+from refit.predict import megatron
+from refit.results.result import Result
+from refit.results.status import Status
+from refit.transport.base import Program, RunReport, TransportOptions
+
+HERE = "tests.seams.small_parts"
+
+# --- A transport: every transfer is an entry of a queue in the job's store -----------------------------------------
+
+
+class QueueTransport:
+    name = "queue"
+
+    def check_available(self) -> None:
+        """Every process group has a store."""
+
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+        """The store is connected already."""
+
+    def prepare(
+        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
+    ) -> Program:
+        return QueueProgram(plan.for_rank(dist.get_rank()), source, destination)
+
+
+class QueueProgram:
+    staging_bytes = 0
+
+    def __init__(self, part: RankPlan, source: LocalWeights | None, destination: LocalWeights | None) -> None:
+        self._part = part
+        self._source = source
+        self._destination = destination
+        self._store = _get_default_store()
+        self._sent: dict[int, int] = {}
+        self._taken: dict[int, int] = {}
+
+    def run(self) -> RunReport:
+        for batch in local_batches(self._part.local, self._part.zeros, self._source, self._destination, 1 << 20):
+            batch.run()
+        for transfer in self._part.sends:
+            assert self._source is not None
+            views = self._source.views(transfer.tensor.key, transfer.box)
+            data = [(view.box, view.data.float().numpy()) for view in views]
+            self._store.set(self._key(self._sent, transfer.source, transfer.destination), pickle.dumps(data))
+        for transfer in self._part.receives:
+            self._take(transfer)
+        return RunReport(wire_bytes_received=sum(transfer.nbytes for transfer in self._part.receives))
+
+    def close(self) -> None:
+        pass
+
+    def _take(self, transfer: Transfer) -> None:
+        assert self._destination is not None
+        key = self._key(self._taken, transfer.destination, transfer.source, backwards=True)
+        self._store.wait([key])
+        for box, values in pickle.loads(self._store.get(key)):
+            for view in self._destination.views(transfer.tensor.key, box):
+                view.data.copy_(torch.from_numpy(values)[view.box.slices_within(box)])
+        self._store.delete_key(key)
+
+    def _key(self, counts: dict[int, int], mine: int, peer: int, backwards: bool = False) -> str:
+        counts[peer] = counts.get(peer, 0) + 1
+        pair = (peer, mine) if backwards else (mine, peer)
+        return f"queue/{pair[0]}/{pair[1]}/{counts[peer]}"
+
+
+QUEUE = Method(transport=f"{HERE}:QueueTransport", devices=("cpu",), needs="a process group")
+
+# --- A format: the tensors of a Megatron model as plain tensors, whole on every rank -------------------------------
+
+
+def predict_plain(model: ModelShape, side: SideSpec) -> Sharding:
+    """Every rank holds everything."""
+    alone = SideSpec(type(side.layout)(1, 1, 1, 1, 1), dtype=side.dtype)
+    whole = megatron.predict(model, alone)
+    return Sharding.from_ranks(dict.fromkeys(side.ranks, whole.of_rank(0)))
+
+
+def check_plain(model: ModelShape, side: SideSpec, name: str) -> None:
+    if side.layout.tp > 1:
+        raise UsageError(f"{name}: plain tensors are not split, TP is {side.layout.tp}: use 1")
+
+
+class PlainSide:
+    def __init__(self, weights: LocalWeights | None) -> None:
+        self.weights = weights
+
+    def check_forward(self) -> None:
+        from refit.errors import UnavailableError
+
+        raise UnavailableError("plain tensors have no forward pass")
+
+    def forward(self, tokens: torch.Tensor) -> None:
+        return None
+
+
+def build_plain(scenario: Scenario, name: str, side: SideSpec, device: torch.device) -> PlainSide:
+    assert scenario.model is not None
+    rank = dist.get_rank()
+    if rank not in side.ranks:
+        return PlainSide(None)
+    held = predict_plain(scenario.model, side).of_rank(rank)
+    shards = []
+    for shard in held.shards.values():
+        data = torch.empty(shard.tensor.shape, dtype=getattr(torch, shard.tensor.dtype), device=device)
+        shards.append(LocalShard(shard.tensor, Box.whole(shard.tensor.shape), data, data))
+    return PlainSide(LocalWeights(shards))
+
+
+PLAIN = Format(predict=f"{HERE}:predict_plain", check=f"{HERE}:check_plain", build=f"{HERE}:build_plain")
+
+# --- An engine: gathers the whole model on every rank, as naive refits do -------------------------------------------
+
+
+class GatheringEngine:
+    uses_plan = False
+
+    def __init__(self, scenario: Scenario, device: torch.device) -> None: ...
+
+    def check_available(self) -> None:
+        """Gathering needs a process group only."""
+
+    def connect(self, plan: RefitPlan) -> None: ...
+
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
+        return GatheringProgram(source, destination)
+
+    def note(self) -> str | None:
+        return "the gathering engine is slow"
+
+
+class GatheringProgram:
+    staging_bytes = 0
+
+    def __init__(self, source: Side, destination: Side) -> None:
+        self._sides = source, destination
+
+    def run(self) -> RunReport:
+        source, destination = (side.weights for side in self._sides)
+        assert dist.group.WORLD is not None
+        mine = [(shard.tensor.key, shard.box, shard.view.clone()) for shard in source] if source is not None else []
+        heard = [shard for rank in gather(dist.group.WORLD, mine) for shard in rank]
+        for shard in destination or ():
+            for key, box, data in heard:
+                common = box.intersect(shard.box) if key == shard.tensor.key else None
+                if common is not None:
+                    shard.view[common.slices_within(shard.box)] = data[common.slices_within(box)]
+        return RunReport()
+
+    def close(self) -> None: ...
+
+
+GATHERING = Engine(engine=f"{HERE}:GatheringEngine", title="gathering", is_baseline=True)
+
+# --- A measurement: counts parameters on every rank -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CountResult:
+    """Elements of weights that each rank holds of both sides."""
+
+    status: Status
+    elements_per_rank: tuple[int, ...]
+
+
+class CountMeasurement:
+    def run(self, session: Session, source: Side, destination: Side) -> CountResult:
+        session.enter("count")
+        held = [side.weights for side in (source, destination) if side.weights is not None]
+        mine = sum(shard.view.numel() for weights in held for shard in weights)
+        session.publish(CountResult(Status.RUNNING, ()))
+        return CountResult(Status.OK, tuple(gather(session.control, mine)))
+
+
+def count_lines(result: CountResult, run: Result) -> Sequence[str]:
+    return [f"COUNTED {sum(result.elements_per_rank):,} elements on {run.world_size} ranks"]
+
+
+COUNT = MeasurementKind(
+    measurement=f"{HERE}:CountMeasurement", result=f"{HERE}:CountResult", closing_lines=f"{HERE}:count_lines"
+)
+PARTS: dict[str, Any] = {"queue": QUEUE, "plain": PLAIN, "gathering": GATHERING, "count": COUNT}
