@@ -9,7 +9,7 @@ SHELL_SCRIPTS := $(wildcard *.sh scripts/*.sh tests/slurm/*.sh) tests/shell/bin/
 # torchrun would set and announce the same default.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench bench-gpu slurm-test clean
+.PHONY: demo test test-all check bench bench-gpu slurm-test clean
 
 ## demo: a real refit on eight CPU ranks, verified bit for bit (TP2 EP2 -> TP2 EP1, two ranks idle)
 demo: $(READY)
@@ -19,9 +19,16 @@ demo: $(READY)
 	    --rl-inference-expert-tensor-model-parallel-size 1 \
 	    --refit-mode non-collocated --refit-method gloo
 
-## test: style, types and the whole test suite
+# Each worker process runs whole groups of tests; all that need ranks are one group (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+## test: style, types and the quick tests, in under four minutes on two cores
 test: check
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+## test-all: style, types and all tests, which is what CI runs
+test-all: check
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -7,8 +7,8 @@
 #SBATCH --output=%x_%j.out
 #SBATCH --signal=B:TERM@60
 #
-# The Kimi K2 suite: each scenario below in turn, each checked before it runs, with a log, a result and a summary.
-# Account, partition and the rest of a site: site.env (site.env.example). `--help` says more, docs/slurm.md all.
+# The Kimi K2 suite: checks and runs each scenario below in turn, and writes a log and a result of each, and a summary.
+# Account, partition and other site settings are in site.env (see site.env.example). See `--help` and docs/slurm.md.
 set -euo pipefail
 
 CONFIGS=(
@@ -23,12 +23,12 @@ CONFIGS=(
     # Add more configs...
 )
 TITLE="Kimi K2"
-# Of configs/clusters, where the site names no other (REFIT_CLUSTER): whose memory scenarios must fit, and whose links they
-# are measured by.
+# The cluster of configs/clusters whose memory the scenarios must fit and whose links give the lower bounds. REFIT_CLUSTER
+# overrides it.
 CLUSTER=h100_ib400
 
-# sbatch runs a copy of this script from a spool folder, so the checkout is looked for: beside the script, where the job's
-# script came from, where the job was submitted.
+# sbatch runs a copy of this script from a spool folder. So the checkout is searched for beside the script, where the job's
+# script came from, and where the job was submitted.
 find_root() {
     local folder
     for folder in "${REFIT_ROOT:-}" "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"; do

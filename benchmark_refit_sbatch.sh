@@ -7,7 +7,7 @@
 #SBATCH --output=%x_%j.out
 #SBATCH --signal=B:TERM@60
 #
-# One scenario with the given flags: inside an allocation (salloc), as a job (sbatch), or on this machine without Slurm.
+# Runs one scenario with the given flags: in an allocation (salloc), as a job (sbatch), or on this machine without Slurm.
 set -euo pipefail
 
 usage() {
@@ -15,17 +15,17 @@ usage() {
 usage: benchmark_refit_sbatch.sh FLAGS          inside an allocation (salloc), or on this machine where there is no Slurm job
        sbatch benchmark_refit_sbatch.sh FLAGS   as a job, with the #SBATCH lines above and your site's defaults
 
-FLAGS are those of benchmark_refit.py; --dry-run among them only plans. The layouts say how many ranks are started. The log
-and the result go to <--output-dir>/<--run-name>.log and .json; default: benchmark_results/<time>_<job>.
-Without Slurm and without a GPU, ranks run on CPUs: gloo stands in for nccl and shm for nvshmem, which is printed.
-REFIT_SCENARIO_TIMEOUT ends the run after so many seconds.
+FLAGS are those of benchmark_refit.py; with --dry-run it only plans. The layouts determine the number of ranks. The log and
+the result go to <--output-dir>/<--run-name>.log and .json; default: benchmark_results/<time>_<job>.
+Without Slurm and without a GPU, ranks run on CPUs: gloo replaces nccl and shm replaces nvshmem, and a note says so.
+REFIT_SCENARIO_TIMEOUT ends the run after that many seconds.
 
-Exit codes: 0 right, 1 wrong data, 2 usage, 3 something is not on this machine, 4 failed or timed out, 143 cancelled.
+Exit codes: 0 ok, 1 wrong data, 2 usage, 3 something is missing on this machine, 4 failed or timed out, 143 cancelled.
 HELP
 }
 
-# sbatch runs a copy of this script from a spool folder, so the checkout is looked for: beside the script, where the job's
-# script came from, where the job was submitted.
+# sbatch runs a copy of this script from a spool folder. So the checkout is searched for beside the script, where the job's
+# script came from, and where the job was submitted.
 find_root() {
     local folder
     for folder in "${REFIT_ROOT:-}" "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"; do
@@ -49,7 +49,7 @@ root=$(find_root)
 # shellcheck source=scripts/common.sh
 source "$root/scripts/common.sh"
 
-# The value of flag $1 among the others, the last one given.
+# Prints the value of flag $1 in the remaining arguments; of several, the last.
 flag_value() {
     local wanted=$1 found=''
     shift
@@ -82,7 +82,7 @@ place() {
     [[ -z $note ]] || echo "# note: $note"
 }
 
-# Ends with the exit code in the result: torchrun's own is 1 for whatever goes wrong.
+# Ends with the exit code in the result. torchrun's own is 1 for any failure.
 finish() {
     exec 3>&-
     wait "$tee" 2>/dev/null || true

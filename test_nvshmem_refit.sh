@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Does NVSHMEM move and verify weights here? Config 1 on 6 of 8 GPUs (TP2 EP2 -> TP2 EP1), or --minimal: Config 4 on 3.
+# Tests that NVSHMEM refits and verifies on this machine: Config 1 on 6 of 8 GPUs (TP2 EP2 -> TP2 EP1), or with --minimal
+# Config 4 on 3 GPUs.
 set -euo pipefail
 
 usage() {
     cat <<HELP
 usage: test_nvshmem_refit.sh [--minimal] [FLAGS]    in an allocation with 8 GPUs (3 with --minimal), or on such a machine
 
-FLAGS of benchmark_refit.py are added to the test's own: --refit-method gloo runs the same test without NVSHMEM, on CPUs too.
+FLAGS of benchmark_refit.py are added to the test's own. --refit-method gloo tests without NVSHMEM, also on CPUs.
 The last line is PASS, FAIL or WAIVED with the reason; exit code 0, 1 or 3.
 HELP
 }

@@ -1,13 +1,12 @@
-"""The speed rows and the reference's 8-GPU configurations, each a scenario of its own, on the GPUs of this machine.
+"""Runs the speed rows and the reference's 8-GPU configurations on the GPUs of this machine, one scenario each.
 
     python -m benchmarks.gpu_matrix                    all cells, a few minutes on 8 H200
     python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, te, reference
     python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs, the speed rows halved
     python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
-Every cell is one torchrun with its own timeout, so one that fails or hangs does not stop the others. Results lie under
-`--output-dir`, one JSON per cell with its log beside it, and a table at the end. The exit code is 0 if every cell that
-could run was right.
+Every cell is one torchrun with its own timeout, so a cell that fails or hangs does not stop the others. `--output-dir`
+gets one JSON and one log per cell, and a table of all cells. The exit code is 0 if every cell that could run was right.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ REFERENCE_MODEL = """--num-layers 4 --hidden-size 1024 --num-attention-heads 8 -
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One scenario of the matrix: a part it belongs to, a name, and the flags of `benchmark_refit.py`."""
+    """One scenario of the matrix: its part, its name, and its flags of `benchmark_refit.py`."""
 
     part: str
     name: str
@@ -130,7 +129,7 @@ def cell(part: str, source: Sizes, destination: Sizes, mode: str, method: str, *
 
 
 def cells(num_gpus: int) -> Iterator[Cell]:
-    """Those that fit `num_gpus`; with fewer than 8 the speed rows' sizes are halved."""
+    """The cells that fit `num_gpus`. With fewer than 8 GPUs the speed rows' sizes are halved."""
     rows = WHOLE if num_gpus >= 8 else HALVED
     for method in METHODS:
         for part_cells in (
@@ -143,7 +142,7 @@ def cells(num_gpus: int) -> Iterator[Cell]:
 
 
 def _speed(rows: Rows, method: str) -> Iterator[Cell]:
-    # Grouped experts are one module, which the baseline refits right where a sequence of them comes out wrong.
+    # The baseline refits grouped experts, which are one module, correctly, and sequential experts wrongly.
     model = (SPEED_MODEL, "--moe-grouped-gemm")
     for source, destination, mode in rows.speed:
         yield cell("speed", source, destination, mode, method, *model, "--refit-engine both")
@@ -187,19 +186,19 @@ def _reference(method: str) -> Iterator[Cell]:
 
 
 def predicted(one: Cell) -> str:
-    """The lower bound of a cell's plan where links are as measured on 8 H200, and what sets it."""
+    """The lower bound of a cell's plan, with link speeds as measured on 8 H200, and what limits it."""
     bound = dry_run(parse([*one.flags, "--dry-run"]).scenario, DryRunOptions(cluster=load_cluster("h200_nvlink"))).bound
     return "-" if bound is None else f"{1e3 * bound.seconds:8.2f} ms: {bound.limited_by}"
 
 
 def run(one: Cell, directory: Path, num_gpus: int) -> Result | None:
-    """Run a cell and return its result, or None where it left none. Its log is `<directory>/<name>.log`."""
+    """Run a cell and return its result, or None where it wrote none. Its log is `<directory>/log`."""
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_gpus)]
     command += [str(ROOT / "benchmark_refit.py"), *one.flags, "--output-dir", str(directory)]
     command += ["--timeout", str(one.timeout_s // 2)]
     with (directory / "log").open("w") as log:
-        # A process group of its own, so that a cell past its time takes its ranks along.
+        # Its own process group, so that a timeout ends the ranks as well.
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             process.wait(one.timeout_s)

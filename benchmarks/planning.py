@@ -1,4 +1,4 @@
-"""How long planning takes: one rank's part, and the whole dry run, for Kimi K2.
+"""Times planning for Kimi K2: one rank's part, and the whole dry run.
 
 python -m benchmarks.planning
 """

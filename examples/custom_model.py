@@ -1,9 +1,9 @@
-"""A model that the benchmark does not know: a dense GPTModel with a value head, as reinforcement learning uses it.
+"""A model for `--model-provider`: a dense GPTModel with a value head, as reinforcement learning uses it.
 
     torchrun --nproc-per-node 8 benchmark_refit.py --model-provider examples.custom_model:build ...
 
-`build` is called on every rank of each side. Everything else follows from what the modules state themselves in
-`sharded_state_dict()`: the extra layers need no registration.
+`build` is called on every rank of each side. The benchmark reads the sharding from the model's `sharded_state_dict()`,
+so the extra layers need no registration.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class PlanError(RefitError):
 
 
 class ShardingError(RefitError):
-    """A model's state and its statement of who holds what disagree."""
+    """A model does not hold what its sharding states or predicts."""
 
     exit_code = ExitCode.FAILED
 

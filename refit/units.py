@@ -1,4 +1,4 @@
-"""Numbers as people read them. GB = 1e9 bytes; GiB only for memory."""
+"""Formats numbers for people. GB = 1e9 bytes; GiB only for memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the scripts at the top share. They source this with `root` set to the checkout; every function here may be called
-# under `set -euo pipefail`. Whatever can be decided in Python is asked of `python -m refit`.
+# Functions that the scripts at the top of the checkout share. They source this file with `root` set to the checkout. Every
+# function works under `set -euo pipefail`. Decisions are made in Python, by `python -m refit`.
 
-# Every setting with this prefix, for people and for the check below; docs/slurm.md says what each is for.
+# Every setting with the prefix REFIT_, for the check below. docs/slurm.md describes them.
 readonly KNOWN_SETTINGS=" ROOT SITE_FILE ACCOUNT PARTITION CONTAINER_IMAGE CONTAINER_MOUNTS MODULES NETWORK_INTERFACE \
 NVSHMEM_LIBRARY PYTHON CLUSTER TASKS SCENARIO_TIMEOUT GPUS_PER_NODE SRUN_ARGS SLURM_TEST "
 
@@ -17,7 +17,7 @@ die() {
 
 in_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }
 
-# The site file's values, for every variable that the environment does not give.
+# Takes the site file's values for every variable that the environment does not set.
 load_site() {
     local file=${REFIT_SITE_FILE:-$root/site.env} entry name
     if [[ -e $file ]]; then
@@ -76,7 +76,7 @@ choose_python() {
     else
         choose_host_python
     fi
-    # Its output is kept for the case that it fails: a traceback says less than the line below.
+    # Keep its output for the error below, which is clearer than a traceback.
     local problem
     problem=$(run_python -c 'import numpy, rich, yaml' 2>&1) || die "$python cannot import numpy, rich and yaml (${problem##*$'\n'}):" \
         "set REFIT_PYTHON to a Python with the suite's packages, or REFIT_CONTAINER_IMAGE"
@@ -87,7 +87,7 @@ choose_host_python() {
     if [[ -z ${REFIT_PYTHON:-} && ! -x $python ]]; then
         python=python3
     elif [[ -n ${REFIT_CONTAINER_IMAGE:-} ]] && ! type -P "$python" >/dev/null; then
-        python=python3 # REFIT_PYTHON is one of the container
+        python=python3 # REFIT_PYTHON is a path in the container
     fi
 }
 
@@ -101,7 +101,7 @@ run_python() {
 
 decide() { run_python -m refit "$@"; }
 
-# The GPUs of each node of the allocation, of this machine without one; 0 where there are none.
+# Prints the GPUs of each node of the allocation, or of this machine without one; 0 where there are none.
 gpus_per_node() {
     local count
     if [[ -n ${REFIT_GPUS_PER_NODE:-} ]]; then
@@ -137,7 +137,7 @@ ranks_command() {
     local stem=$1 nodes=$2 per_node=$3
     shift 3
     local form=node tasks_per_node=1 hosts
-    # A step of a single task does not tell a rank from a script's own process: torchrun does.
+    # A rank cannot tell a step of a single task from a script's own process, so torchrun starts it.
     if in_slurm && ((nodes * per_node > 1)) && [[ $(tasks_form) == gpu ]]; then
         form=gpu tasks_per_node=$per_node
     fi
@@ -150,15 +150,15 @@ ranks_command() {
     local step_args=(--nodes="$nodes" --ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node")
     # Rank r has to be on node r / RANKS_PER_NODE, as planned. GPUs are not bound to tasks: a rank picks its own by its number.
     step_args+=(--nodelist="$(IFS=, && echo "${hosts[*]}")" --distribution=block --kill-on-bad-exit=1 --export=ALL)
-    # Without it a site's default may put torchrun and all its ranks on one core.
+    # Without this, a site's default may put torchrun and all its ranks on one core.
     [[ $form == gpu ]] || step_args+=(--cpu-bind=none)
     local site_args
     read -ra site_args <<<"${REFIT_SRUN_ARGS:-}"
     ranks=(srun "${step_args[@]}" "${container[@]}" "${site_args[@]}" "${ranks[@]}")
 }
 
-# wait_for SECONDS COMMAND...: its output to descriptor 3; returns its exit code, 124 after SECONDS (0: no limit).
-# In the background, since bash handles no signal before a command in front of it has ended.
+# wait_for SECONDS COMMAND...: runs the command with its output to descriptor 3. Returns its exit code, or 124 after SECONDS
+# (0: no limit). The command runs in the background, since bash handles a signal only after a foreground command has ended.
 wait_for() {
     local seconds=$1 code=0 started=$SECONDS
     shift
@@ -171,7 +171,7 @@ wait_for() {
     return "$code"
 }
 
-# Ends the step that wait_for waits for. Slurm gives a cancelled job some 30 s (KillWait), so it is not waited for long.
+# Ends the step that wait_for waits for. Slurm gives a cancelled job some 30 s (KillWait), so the wait is short.
 stop_step() {
     [[ -n $step ]] || return 0
     kill -TERM "$step" 2>/dev/null || true
@@ -183,8 +183,8 @@ stop_step() {
     step=''
 }
 
-# keep_rank_logs STEM EXIT_CODE RANKS_PER_NODE: the ranks' own logs are kept, as node<N>/rank<R>.err, where they help to find
-# out what went wrong.
+# keep_rank_logs STEM EXIT_CODE RANKS_PER_NODE: keeps the ranks' own logs after a failure, as node<N>/rank<R>.err, and
+# removes them after a success.
 keep_rank_logs() {
     local folder=$1_ranks file node
     [[ -d $folder ]] || return 0

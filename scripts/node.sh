@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What a Slurm step starts, and a machine without Slurm: benchmark_refit.py on the ranks of this node.
+# Starts benchmark_refit.py on the ranks of this node, in a Slurm step or without Slurm.
 #
 #   node.sh node PYTHON NODES RANKS_PER_NODE RANK_LOGS FLAGS...    torchrun with all ranks of this node (one task per node)
 #   node.sh gpu  PYTHON NODES RANKS_PER_NODE RANK_LOGS FLAGS...    one rank, as Slurm numbers it (one task per GPU)
 #
-# Each rank's stderr is kept below RANK_LOGS/node<N>, too.
+# Each rank's stderr is also written below RANK_LOGS/node<N>.
 set -euo pipefail
 
 form=$1 python=$2 nodes=$3 ranks_per_node=$4 logs=$5/node${SLURM_NODEID:-0}
@@ -14,7 +14,7 @@ mkdir -p -- "$logs"
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-# torchrun fills this in and puts it before a rank's line of stderr.
+# torchrun puts this before each line of a rank's stderr.
 # shellcheck disable=SC2016
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank${rank}]:'
 

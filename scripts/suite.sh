@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Scenarios one after another, for a script that sets `root`, CONFIGS, TITLE and CLUSTER: as a job, in an allocation, as a
-# job array, or here without Slurm. Python decides (`refit sweep`); this starts steps, waits, and ends them on signals.
+# Runs scenarios one after another, for a script that sets `root`, CONFIGS, TITLE and CLUSTER: as a job, in an allocation, as
+# a job array, or on this machine without Slurm. `refit sweep` decides what to run. This file starts the steps, waits for
+# them, and stops them on signals.
 
 # shellcheck source=scripts/common.sh
 source "$root/scripts/common.sh"
@@ -40,18 +41,18 @@ usage: sbatch $name [options] [-- FLAGS]        as a job, with its #SBATCH lines
        $name --local [options] [-- FLAGS]       on this machine alone, with torchrun
 
   --scenarios NAME    a list of configs/scenarios, or a YAML file, in place of CONFIGS
-  --model NAME        a preset of configs/models; default: kimi_k2 with CONFIGS, what the list says with --scenarios
+  --model NAME        a preset of configs/models; default: kimi_k2 with CONFIGS, the list's own with --scenarios
   --output-dir DIR    results go to DIR/logs; default: benchmark_results/kimi_k2 here
   --timeout S         longest time of one scenario, in seconds; default: REFIT_SCENARIO_TIMEOUT, else no limit
-  --resume RUN_ID     go on with an earlier run: only what has no result yet
-  --only failed       with --resume: only what did not succeed
+  --resume RUN_ID     continue an earlier run: only scenarios without a result
+  --only failed       with --resume: only scenarios that did not succeed
   --nodes N           with --submit and --dry-run: nodes to ask for; default: those of the #SBATCH line
-  --array             with --submit and --dry-run: a job array, one scenario each, and a job for the summary after all
+  --array             with --submit and --dry-run: a job array, one scenario per job, then a summary job
   --throttle N        with --array: at most N at once
   -- FLAGS            flags of benchmark_refit.py for every scenario
 
-SEQ_LENGTH in the environment is passed on as --seq-length. Exit codes: 0 all right, 1 wrong data, 2 usage, 3 nothing could
-run here, 4 a scenario failed or was refused, 143 cancelled. docs/slurm.md has the rest.
+SEQ_LENGTH in the environment is passed on as --seq-length. Exit codes: 0 all ok, 1 wrong data, 2 usage, 3 nothing could
+run here, 4 a scenario failed or was refused, 143 cancelled. See docs/slurm.md.
 HELP
 }
 
@@ -103,7 +104,7 @@ check_number() {
     [[ $2 =~ ^([1-9][0-9]*)?$ ]] || die "$1 must be a whole number from 1 up, not $2"
 }
 
-# What to run, as `refit sweep` takes it, in the arrays `selection` and `common`.
+# Sets the arrays `selection` and `common`: the scenarios, as arguments of `refit sweep`.
 select_scenarios() {
     local line
     selection=() common=()
@@ -120,7 +121,7 @@ select_scenarios() {
     common=(${model:+--model "$model"} ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} "${flags[@]}")
 }
 
-# What there is to run on, as `refit sweep` takes it, in the array `allocation`.
+# Sets the array `allocation`: the GPUs and the cluster, as arguments of `refit sweep`.
 describe_allocation() {
     local count nodes
     if [[ $action == local ]]; then
@@ -138,7 +139,7 @@ describe_allocation() {
     [[ -n $on_cpus || -z $cluster ]] || allocation+=(--cluster "$cluster")
 }
 
-# The number in an #SBATCH line of the script.
+# Prints the number in an #SBATCH line of the script.
 header() {
     local found
     found=$(sed -n "s/^#SBATCH --$1=\(.*:\)\{0,1\}\([0-9]*\).*/\2/p" "$script")
@@ -157,7 +158,7 @@ begin() {
     fi
 }
 
-# The lines of `refit sweep pending`, in the array `pending`.
+# Sets the array `pending` to the lines of `refit sweep pending`.
 list_pending() {
     local text
     text=$(decide sweep pending "$sweep_file" ${only:+--only "$only"})
@@ -173,7 +174,7 @@ run_suite() {
     decide sweep end "$sweep_file"
 }
 
-# One job of an array: the scenario whose place in FLAGS, a list of names, is the job's number.
+# One job of an array. FLAGS is a list of scenario names; the job's number is an index into it.
 run_array_task() {
     trap cancel TERM INT
     local name=${flags[${SLURM_ARRAY_TASK_ID:?--array-task is for jobs of an array}]} line
@@ -181,7 +182,7 @@ run_array_task() {
     for line in "${pending[@]}"; do
         [[ $line != "$name"$'\t'* ]] || pending=("$line")
     done
-    [[ ${pending[0]:-} == "$name"$'\t'* ]] || pending=() # done already, as after a requeue
+    [[ ${pending[0]:-} == "$name"$'\t'* ]] || pending=() # already done, for example after a requeue
     run_pending
     exit "$last_code"
 }
@@ -217,8 +218,8 @@ run_scenario() {
     current='' last_code=$code
 }
 
-# On SIGTERM (scancel, the time limit) and SIGINT. A job that is being cancelled can start no more steps: what is left to
-# decide is decided by a Python of this host.
+# On SIGTERM (scancel, the time limit) and SIGINT. A job that is being cancelled cannot start more steps, so the
+# remaining calls use a Python of this host.
 cancel() {
     trap '' TERM INT
     echo "Cancelled${current:+ during $current}" >&2
@@ -237,7 +238,7 @@ cancel() {
 
 run_id() { basename -- "$sweep_file" _sweep.json; }
 
-# The sbatch command with these ARGUMENTS, in the array `job`.
+# Sets the array `job` to the sbatch command with these ARGUMENTS.
 job_command() {
     job=(sbatch ${REFIT_ACCOUNT:+--account="$REFIT_ACCOUNT"} ${REFIT_PARTITION:+--partition="$REFIT_PARTITION"} "$@")
 }
@@ -252,7 +253,7 @@ suite_job() {
     job_command ${asked_nodes:+--nodes="$asked_nodes"} "$script" "${arguments[@]}"
 }
 
-# The array of what is `pending` in SWEEP_FILE; `most_nodes` is what each of its jobs asks for.
+# Sets `job` to a job array of the `pending` scenarios of SWEEP_FILE. Each of its jobs asks for `most_nodes` nodes.
 array_job() {
     local line name nodes rest names=()
     most_nodes=0
@@ -285,7 +286,7 @@ submit() {
     local id
     id=$("${job[@]}")
     id=${id%%;*} # on a federation, the cluster's name follows
-    # The sweep file names the job only now: the array had to know the sweep first.
+    # The array needs the sweep file, so the job is added to that file only now.
     decide sweep begin "${allocation[@]}" --output-dir "$output_dir" --resume "$(run_id)" --job "$id" >/dev/null 2>&1
     summary_job "$sweep_file" "$id"
     echo "Submitted job array $id: ${#pending[@]} scenarios, $most_nodes nodes each"
@@ -293,7 +294,7 @@ submit() {
     echo "Sweep: $sweep_file"
 }
 
-# The plan table, and the command that would be submitted.
+# Prints the plan table and the command that would be submitted.
 plan() {
     local code=0 table
     if [[ -n $resume ]]; then

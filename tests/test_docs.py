@@ -35,6 +35,7 @@ from tests.documents import ROOT, Command
 
 DOCUMENTS = documents.markdown_files()
 COMMANDS = [command for path in DOCUMENTS for command in documents.commands(path)]
+SWEEP_PLANS = sorted({c.words[c.words.index("sweep") :] for c in COMMANDS if {"sweep", "plan"} <= {*c.words}})
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -60,6 +61,12 @@ KNOWN_TO_PYTORCH = re.compile(r"[A-Z]\w*Error: .+")
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.place} {' '.join(command.words)[:60]}")
 def test_a_command_works(command: Command) -> None:
     check_for(command)(list(command.words[1:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", SWEEP_PLANS, ids=" ".join)
+def test_a_sweep_can_be_planned(words: tuple[str, ...]) -> None:
+    assert commands.main(list(words)) == 0
 
 
 def check_for(command: Command) -> Callable[[list[str]], None]:
@@ -105,19 +112,12 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_refit(words: list[str]) -> None:
-    planning = words[0] in ("bounds", "place") or words[:2] == ["sweep", "plan"]
-    if planning and "--into" not in words:
-        assert planned(tuple(words)) == 0
+    if words[0] in ("bounds", "place") and "--into" not in words:
+        assert commands.main(words) == 0
         return
     end = words.index("--") if "--" in words else len(words)
     commands.command_parser().parse_args(words[:end])
     full_parser().parse_flags(words[end + 1 :])
-
-
-@cache
-def planned(words: tuple[str, ...]) -> int:
-    """The exit code of a planning command, which several documents may show."""
-    return commands.main(words)
 
 
 def check_benchmark(module: str, words: list[str]) -> None:
@@ -226,7 +226,8 @@ def test_lines_of_configs_are_scenarios() -> None:
 
 def test_every_column_of_a_csv_report_is_described() -> None:
     described = (ROOT / "docs/output.md").read_text(encoding="utf-8")
-    columns = csv_text([Outcome(planned_example(), Status.MISSING, "it was not started", None)]).splitlines()[0].split(",")
+    outcome = Outcome(planned_example(), Status.MISSING, "it was not started", None)
+    columns = csv_text([outcome]).splitlines()[0].split(",")
     named = [column.replace("destination_", "source_") for column in columns]
     assert [column for column in named if f"`{column}`" not in described] == []
 

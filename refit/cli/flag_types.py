@@ -1,9 +1,10 @@
-"""How the text behind a flag becomes a value. Each raises argparse.ArgumentTypeError with what was expected."""
+"""How the text after a flag becomes a value. Each raises argparse.ArgumentTypeError with what was expected."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 from refit.config.registry import ENGINES
 
 MAX_PATTERN = 100_000
-"""Longest list of layers that `--moe-layer-freq` may spell out."""
+"""Most entries of a list of layers in `--moe-layer-freq`."""
 
 
 def positive(text: str) -> int:
@@ -79,8 +80,9 @@ def _evaluate(node: ast.expr) -> Any:
 
 
 def engines(text: str) -> tuple[str, ...]:
-    """`refit,megatron`, each a name of `ENGINES`; `both` is those two."""
-    names = tuple(dict.fromkeys(["refit", "megatron"] if text == "both" else text.split(",")))
+    """`refit,megatron`: names of `ENGINES`, each kept once. `both` stands for those two."""
+    words = (("refit", "megatron") if word == "both" else (word,) for word in text.split(","))
+    names = tuple(dict.fromkeys(itertools.chain.from_iterable(words)))
     unknown = next((name for name in names if name not in ENGINES), None)
     if unknown is not None:
         raise argparse.ArgumentTypeError(f"invalid choice: {unknown!r} (choose from {', '.join((*ENGINES, 'both'))})")
@@ -88,7 +90,7 @@ def engines(text: str) -> tuple[str, ...]:
 
 
 def file_stem(text: str) -> str:
-    """A file's name without its suffix: letters, digits, `_`, `-`, `+`, `=` and dots, none of them in front but `_`."""
+    """A file's name without its suffix: letters, digits and `_`, then also `-`, `+`, `=` and dots."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
         raise argparse.ArgumentTypeError(f"expected letters, digits, _ - + = and dots, got {text!r}")
     return text
@@ -103,7 +105,7 @@ def provider(text: str) -> str:
 
 
 def refusal(neutral: str, reason: str) -> Callable[[str], str]:
-    """A type that takes `neutral` only ("" for nothing at all) and says why of anything else."""
+    """A type that takes only `neutral` ("" for no value at all). Its error for other values gives `reason`."""
 
     def check(text: str) -> str:
         if neutral and text == neutral:
@@ -114,7 +116,7 @@ def refusal(neutral: str, reason: str) -> Callable[[str], str]:
 
 
 class RefusedSwitch(argparse.Action):
-    """A flag without a value that cannot be honoured; its `const` says why."""
+    """A flag without a value that cannot be honoured. Its `const` gives the reason."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
         parser.error(f"{self.option_strings[0]} is not supported: {self.const}")

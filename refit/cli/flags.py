@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from refit.cli import flag_types, ignored_flags
+from refit.cli.flag_parser import FlagParser
 from refit.config.flag_names import SIZE_FLAGS
 from refit.config.registry import ENGINES, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
-from refit.errors import UsageError
 
 DEFAULT_VOCAB_SIZE = 32768
 """Where no vocabulary is given: a power of two, so that both sides hold the same rows at any TP size up to 256."""
@@ -23,59 +22,12 @@ TYPO_CUTOFF = 0.9
 """Similarity (difflib's ratio) from which a flag of a family is taken for a misspelt flag that the parser has."""
 
 
-class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations and raises UsageError in one line."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(" ".join(message.removeprefix("argument ").split()))
-
-    def parse_flags(self, argv: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        """Like `parse_args`; raises UsageError that names the nearest known flag for an unknown one."""
-        for word in argv:
-            self._has(word.partition("=")[0])
-        parsed, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            flag = next((word for word in unknown if word.startswith("-")), None)
-            if flag is None:
-                raise UsageError(f"unexpected argument {unknown[0]!r}: every value follows a flag")
-            raise self._unknown(flag.split("=")[0])
-        return parsed
-
-    def parse_mapping(self, values: Mapping[str, object]) -> argparse.Namespace:
-        """Flags as a YAML file holds them, without dashes. `true` is a flag without a value, `false` leaves it out.
-
-        Raises UsageError for an unknown flag, or a value the flag cannot take.
-        """
-        return self.parse_flags(self.words(values))
-
-    def words(self, values: Mapping[str, object]) -> list[str]:
-        """The command line of such a mapping. Raises UsageError for an unknown flag, or one without a value."""
-        argv: list[str] = []
-        for key, value in values.items():
-            flag, takes_list = f"--{key}", self.takes_list(key)
-            if value is None or isinstance(value, dict):
-                raise UsageError(f"{key} needs a value")
-            if isinstance(value, bool):
-                argv += [flag] if value else []
-            elif isinstance(value, list) and takes_list:
-                argv += [flag, *map(str, value)]
-            else:
-                argv.append(f"{flag}={value}")
-        return argv
-
-    def takes_list(self, key: str) -> bool:
-        """Whether the flag `--<key>` takes several values. Raises UsageError for an unknown flag."""
-        flag = f"--{key}"
-        if not self._has(flag):
-            raise self._unknown(flag)
-        return self._option_string_actions[flag].nargs == "*"
+class BenchmarkParser(FlagParser):
+    """The parser of benchmark_refit.py, which also knows the families of Megatron-LM's flags."""
 
     def _has(self, flag: str) -> bool:
-        """Whether there is such a flag. One of a family is added here, when it is first seen."""
-        if flag in self._option_string_actions:
+        """Whether there is such a flag. A flag of a family is added here, when it is first seen."""
+        if super()._has(flag):
             return True
         name = flag.removeprefix("--")
         if name == flag or not ignored_flags.in_family(name) or _resembles_known_flag(flag):
@@ -83,17 +35,10 @@ class FlagParser(argparse.ArgumentParser):
         _add_hidden(self, name, nargs="?", const=True)
         return True
 
-    def _unknown(self, flag: str) -> UsageError:
-        return UsageError(f"unknown flag {flag}: {self._nearest(flag)}")
 
-    def _nearest(self, flag: str) -> str:
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
-        return f"did you mean {near[0]}?" if near else "no known flag is close to it, --help lists them"
-
-
-def model_parser() -> FlagParser:
+def model_parser() -> BenchmarkParser:
     """The flags that describe a model, as presets may hold them, and Megatron-LM's that change no weight."""
-    parser = FlagParser(add_help=False)
+    parser = BenchmarkParser(add_help=False)
     _add_size_flags(parser)
     _add_style_flags(parser)
     _add_expert_flags(parser)
@@ -102,9 +47,9 @@ def model_parser() -> FlagParser:
     return parser
 
 
-def full_parser() -> FlagParser:
+def full_parser() -> BenchmarkParser:
     """Every flag of the command line."""
-    parser = FlagParser(
+    parser = BenchmarkParser(
         prog="benchmark_refit.py",
         usage="torchrun --nproc-per-node N benchmark_refit.py <flags>, or python benchmark_refit.py --dry-run <flags>",
         description="Build a model in two parallel layouts, transfer its weights from one to the other, verify and "
@@ -115,6 +60,9 @@ def full_parser() -> FlagParser:
     )
     _add_layout_flags(parser)
     _add_refit_flags(parser)
+    _add_measurement_flags(parser)
+    _add_transport_flags(parser)
+    _add_output_flags(parser)
     _add_dry_run_flags(parser)
     return parser
 
@@ -293,6 +241,10 @@ def _add_refit_flags(parser: FlagParser) -> None:
         metavar="NAME[,NAME]",
         help=f"engines to run, one after the other: {', '.join(ENGINES)}; both: refit,megatron; default: refit",
     )
+
+
+def _add_measurement_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("measurement")
     group.add_argument(
         "--verify",
         choices=[verify.value for verify in Verify],
@@ -312,18 +264,22 @@ def _add_refit_flags(parser: FlagParser) -> None:
     group.add_argument("--check-forward", action="store_true", help="compare the logits of both models as well")
     group.add_argument("--profile-refit", action="store_true", help="record the GPU activity of one more refit")
     group.add_argument(
-        "--staging-mib",
-        type=flag_types.positive,
-        default=512,
-        metavar="MIB",
-        help="staging memory per rank, in MiB; default: 512",
-    )
-    group.add_argument(
         "--timeout",
         type=flag_types.seconds,
         default=300.0,
         metavar="SECONDS",
         help="longest time of one phase of a run, in seconds; default: 300",
+    )
+
+
+def _add_transport_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("transport")
+    group.add_argument(
+        "--staging-mib",
+        type=flag_types.positive,
+        default=512,
+        metavar="MIB",
+        help="staging memory per rank, in MiB; default: 512",
     )
     group.add_argument(
         "--device",
@@ -340,6 +296,10 @@ def _add_refit_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--nvshmem-force-put", action="store_true", help="reach ranks on the same node as ranks on other nodes"
     )
+
+
+def _add_output_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--cluster",
         metavar="NAME",

@@ -1,4 +1,4 @@
-"""Which rank this process is, and whether enough have been started for a scenario, before anything is built.
+"""Determines this process's rank and checks that enough ranks have been started, before anything is built.
 
 `python -m refit.cli.launch` prints the port of a Slurm step's rendezvous.
 """
@@ -15,15 +15,15 @@ from refit.errors import UsageError
 from refit.report.console import show
 
 FIRST_PORT, NUM_PORTS = 12000, 16000
-"""Ports for the rendezvous of a Slurm step: below those that Linux assigns by itself, from 32768."""
+"""Ports for the rendezvous of a Slurm step. Linux assigns its own ports from 32768 on."""
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, for a task of `srun`; empty for any other process.
+    """The variables that torchrun would have set, for a task of `srun`; empty for any other process.
 
     `srun` sets SLURM_PROCID, SLURM_LOCALID and the SLURM_STEP_* variables (its manual, "OUTPUT ENVIRONMENT VARIABLES").
     A batch script's own process has a SLURM_PROCID too, but no step, and is one process whatever SLURM_NTASKS says.
-    Raises UsageError where the first node's name cannot be found out: MASTER_ADDR gives it.
+    Raises UsageError where neither MASTER_ADDR nor Slurm gives the first node's name.
     """
     num_tasks = (
         environ.get("SLURM_STEP_NUM_TASKS") or ("SLURM_STEP_ID" in environ and environ.get("SLURM_NTASKS")) or "1"
@@ -62,7 +62,7 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 def rendezvous_port(environ: Mapping[str, str]) -> int:
-    """The same on every task of a step. Other steps, and other jobs on the same nodes, get other ports."""
+    """The same port on every task of a step. Other steps, and other jobs on the same nodes, get other ports."""
     job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
     return FIRST_PORT + (int(job) * 131 + int(step)) % NUM_PORTS
 

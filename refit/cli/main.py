@@ -1,4 +1,4 @@
-"""The entry point of benchmark_refit.py: a command line -> dry run or benchmark -> exit code."""
+"""The entry point of benchmark_refit.py: runs a dry run or a benchmark and returns the exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         if first:
             show_error(str(error))
         code = int(error.exit_code)
-    except RefitError as error:  # may be this node's alone: say so here, and end the job
+    except RefitError as error:  # may concern this node only: print it here and end the job
         if os.environ.get("LOCAL_RANK", "0") == "0":
             show_error(str(error))
         return int(error.exit_code)

@@ -25,7 +25,7 @@ LATENT_FLAGS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_d
 GROUP_FLAGS = ("num_query_groups", "group_query_attention")
 
 MANY_EXPERTS = 16
-"""Above this many, routed experts as wide as the dense MLP are more likely an oversight than a wish."""
+"""With more experts than this, experts as wide as the dense MLP are probably an oversight."""
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:
@@ -154,7 +154,7 @@ def without_unbuildable_biases(shape: ModelShape, layouts: Sequence[Layout]) -> 
     """`shape`, without linear biases where Megatron cannot build them, and a note that says so.
 
     Megatron-Core refuses biases in shared experts (`SharedExpertMLP`) and in routed experts with ETP > 1
-    (`TransformerConfig`); the flag is the whole model's, so both sides lose all of them.
+    (`TransformerConfig`). `--disable-bias-linear` is for the whole model, so both sides lose all biases.
     """
     if shape.experts is None or not shape.add_bias_linear:
         return shape, None
@@ -170,7 +170,7 @@ def without_unbuildable_biases(shape: ModelShape, layouts: Sequence[Layout]) -> 
 
 
 def wide_experts_note(args: argparse.Namespace, shape: ModelShape) -> str | None:
-    """A warning where many experts have become as wide as the dense MLP for want of `--moe-ffn-hidden-size`."""
+    """A warning where there are many experts, as wide as the dense MLP because `--moe-ffn-hidden-size` is missing."""
     experts = shape.experts
     if experts is None or args.moe_ffn_hidden_size is not None or experts.num_experts <= MANY_EXPERTS:
         return None

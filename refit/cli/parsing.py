@@ -1,4 +1,4 @@
-"""From a command line to a validated Scenario."""
+"""Turns a command line into a validated Scenario."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from refit.predict.dry_run import DryRunOptions
 from refit.predict.sides import check_side
 
 DRY_RUN_METHOD = "nccl"
-"""What a dry run without `--refit-method` says it would use. No figure of a dry run depends on it."""
+"""The method of a dry run without `--refit-method`. No figure of a dry run depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A scenario and how to treat it; `dry_run` None runs it for real."""
+    """A scenario and how to run it. `dry_run` is None for a real run."""
 
     scenario: Scenario
     dry_run: DryRunOptions | None
@@ -44,16 +44,16 @@ def parse(argv: Sequence[str]) -> Request:
 
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a command line, over those of its preset. Raises UsageError for what no flag takes."""
+    """The flags of a command line, over those of its preset. Raises UsageError for unknown or invalid flags."""
     parser = full_parser()
     args = parser.parse_flags(argv)
     return args if args.model is None else parser.parse_flags(argv, load_preset(args.model))
 
 
 def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
-    """Source and destination. Sizes that the destination does not give are the source's, but for ETP: its own TP.
+    """Source and destination. Sizes not given for the destination are the source's, except ETP, which is its own TP.
 
-    Raises UsageError for ranks that cannot be divided so. Whether the model can be sharded so is not checked.
+    Raises UsageError where the sizes do not divide the ranks. Whether the model can be sharded this way is not checked.
     """
     tp = args.tensor_model_parallel_size or 1
     source = _layout("source", args, {"tp": tp, "ep": 1, "etp": tp, "pp": 1}, first_rank=0)
@@ -158,7 +158,7 @@ def _check_forward_flags(args: argparse.Namespace, model: ModelShape) -> None:
 
 
 def _model(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> tuple[ModelShape | None, tuple[str, ...]]:
-    """The model, checked against both sides, and what the user should know of it."""
+    """The model, checked against both sides, and notes for the user."""
     if args.model_provider is not None:
         check_no_shape(args)
         return None, ()

@@ -1,4 +1,4 @@
-"""The console command `refit`: what to run, what came out, how it compares. One module per sub-command."""
+"""The console command `refit`: sweeps, reports and comparisons. One module per sub-command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from refit.cli.flags import FlagParser
+from refit.cli.flag_parser import FlagParser
 from refit.commands import bounds, compare, outcome, plot, report, sweep
 from refit.errors import RefitError, UsageError
 from refit.report.console import show_error
@@ -22,8 +22,8 @@ def main_from_shell() -> int:
 def main(argv: Sequence[str]) -> int:
     """Run a command line and return the exit code. Errors meant for the user are printed once.
 
-    What follows `--` are flags of benchmark_refit.py, `args.flags`, for the commands that take them. Where the reader
-    of the output has left (`| head`) the exit code is the one that a shell gives for SIGPIPE.
+    Words after `--` are flags of benchmark_refit.py (`args.flags`), for the commands that take them. Where the reader
+    of the output has closed it (`| head`), the exit code is the one that a shell gives for SIGPIPE.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     try:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         show_error(str(error))
         return int(error.exit_code)
     except BrokenPipeError:
-        # What is still buffered is flushed when the interpreter ends, which would fail once more.
+        # The interpreter flushes its buffers when it ends, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return code
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command_parser() -> FlagParser:
     """The parser of `refit` with all its sub-commands."""
-    parser = FlagParser(prog="refit", description="Plan, follow and evaluate refit benchmarks.")
+    parser = FlagParser(prog="refit", description="Plan, run and compare refit benchmarks.")
     parser.set_defaults(takes_flags=False)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (sweep, outcome, report, compare, plot, bounds):

@@ -1,4 +1,4 @@
-"""`refit bounds`: the lower bounds of whole scenario files on several clusters, as docs/scenarios.md has them."""
+"""`refit bounds`: tables of lower bounds for scenario files on several clusters, as in docs/scenarios.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "bounds",
-        help="what scenarios move and the least time that takes",
+        help="bytes and lower bounds of scenarios",
         description="Print a Markdown table per scenario file: GPUs, bytes, memory and the lower bound on each "
         "cluster.",
     )
@@ -37,13 +37,13 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="files of configs/clusters, or YAML files; default: all of configs/clusters",
     )
     parser.add_argument(
-        "--into", type=Path, metavar="FILE", help=f"put the tables into this file, between {BEGIN} ... and {END}"
+        "--into", type=Path, metavar="FILE", help=f"write the tables into this file, between {BEGIN} ... and {END}"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables or put them into a file. Raises UsageError for a scenario that no number of GPUs can honour."""
+    """Print the tables or write them into a file. Raises UsageError for a scenario that cannot run on any GPUs."""
     clusters = [load_cluster(name) for name in args.clusters]
     tables = "\n\n".join(section(select_file(name, []), clusters) for name in args.scenarios)
     if args.into is None:

@@ -1,4 +1,4 @@
-"""`refit compare`: two runs side by side, with an exit code for a gate."""
+"""`refit compare`: compare two runs, with an exit code for CI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "compare",
-        help="two runs side by side; exit code 5 where the new one is slower",
+        help="compare two runs; exit code 5 if the new one is slower",
         description="Compare the medians of two runs, scenario by scenario. Exit codes: 0 no slower than allowed, 1 "
         "wrong data in NEW, 2 nothing to compare, 4 a scenario that was ok in OLD has no valid result in NEW, "
         "5 slower.",
@@ -26,14 +26,14 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
             name,
             type=Path,
             metavar=name.upper(),
-            help="a folder of results (of several sweeps the one begun last), a *_sweep.json or a result file",
+            help="a folder of results (its latest sweep), a *_sweep.json or a result file",
         )
     parser.add_argument(
         "--max-slowdown",
         type=share,
         default=0.05,
         metavar="SHARE",
-        help="how much longer a median may be, 5%% or 0.05 alike; default: 5%%",
+        help="largest allowed increase of a median, as 5%% or 0.05; default: 5%%",
     )
     parser.set_defaults(run=compare)
 

@@ -1,4 +1,4 @@
-"""`refit outcome`: what a single run came to, for the script that started it."""
+"""`refit outcome`: the outcome of a single run, for the script that started it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "outcome",
         help="after a run: complete its result, print how it ended in one line",
-        epilog="The exit code is the one in the result: a launcher's own may be 1 for whatever went wrong.",
+        epilog="The exit code is the one in the result. A launcher's own may be 1 for any failure.",
     )
     parser.add_argument("stem", type=Path, metavar="STEM", help="path of the run's .log and .json without suffix")
     add_ending(parser)
@@ -28,13 +28,13 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def add_ending(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a run ended."""
-    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="of the command that ran it")
-    parser.add_argument("--timed-out", type=flag_types.seconds, metavar="SECONDS", help="it was ended after this long")
-    parser.add_argument("--cancelled", action="store_true", help="it was ended by a signal to the script")
+    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="exit code of the run's command")
+    parser.add_argument("--timed-out", type=flag_types.seconds, metavar="SECONDS", help="run stopped after this time")
+    parser.add_argument("--cancelled", action="store_true", help="the run was stopped by a signal")
 
 
 def ending(args: argparse.Namespace) -> Ending:
-    """What those flags say."""
+    """The Ending that those flags describe."""
     return Ending(args.exit_code, args.timed_out, args.cancelled)
 
 

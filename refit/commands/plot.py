@@ -1,4 +1,4 @@
-"""`refit plot`: a run's pictures."""
+"""`refit plot`: draw a run as pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "plot",
-        help="a run as pictures",
+        help="draw a run as pictures",
         description="Draw, as PNG: times beside lower bounds, refits in order, bytes of each rank and of each pair of "
         "ranks. Needs matplotlib (exit code 3 without). Pictures of the same name are replaced.",
     )

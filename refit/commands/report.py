@@ -1,4 +1,4 @@
-"""`refit report`: a run's summary and what follows from it, as text, Markdown or CSV."""
+"""`refit report`: a run's summary and analysis, as text, Markdown or CSV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "report",
         help="what a run measured, as text, Markdown or CSV",
-        description="Print a run's summary and what follows from it. Exit code 0 also where scenarios failed.",
+        description="Print a run's summary and analysis. The exit code is 0 even if scenarios failed.",
     )
     add_run_arguments(parser)
     parser.add_argument("--format", choices=list(FORMATS), default="text", help="default: text")
@@ -32,9 +32,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir",
         type=Path,
         metavar="RUN_DIR",
-        help="a folder of results or one with a logs folder in it, a *_sweep.json or a result file",
+        help="a folder of results, a folder with a logs folder in it, a *_sweep.json or a result file",
     )
-    parser.add_argument("--run-id", metavar="ID", help="which run of that folder; default: the one begun last")
+    parser.add_argument("--run-id", metavar="ID", help="which run of that folder; default: the latest")
 
 
 def report(args: argparse.Namespace) -> int:

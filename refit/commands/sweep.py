@@ -1,4 +1,4 @@
-"""`refit sweep` and `refit place`: what scripts ask before, between and after the runs of a list of scenarios."""
+"""`refit sweep` and `refit place`: steps that scripts call before, between and after the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPUS_PER_NODE = 8
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register both commands."""
-    parser = subparsers.add_parser("sweep", help="several scenarios, one after another")
+    parser = subparsers.add_parser("sweep", help="run several scenarios, one after another: steps for scripts")
     parts = parser.add_subparsers(metavar="STEP", required=True)
     for add_part in (_add_plan, _add_begin, _add_pending, _add_close, _add_end):
         add_part(parts)
@@ -37,7 +37,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _add_plan(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
-        "plan", help="check every scenario and print what it needs", epilog="Exit code 2: one is refused."
+        "plan", help="check every scenario and print what it needs", epilog="Exit code 2: a scenario is refused."
     )
     _add_selection(parser)
     _add_allocation(parser)
@@ -50,8 +50,8 @@ def _add_begin(parts: argparse._SubParsersAction[Any]) -> None:
     _add_allocation(parser)
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="files go to DIR/logs")
     names = parser.add_mutually_exclusive_group()
-    names.add_argument("--run-id", metavar="ID", help="what file names begin with; default: local time and job")
-    names.add_argument("--resume", metavar="RUN_ID", help="go on with an earlier sweep in place of a selection")
+    names.add_argument("--run-id", metavar="ID", help="prefix of file names; default: local time and job")
+    names.add_argument("--resume", metavar="RUN_ID", help="continue an earlier sweep, without a selection")
     parser.add_argument("--job", metavar="ID", default=os.environ.get("SLURM_JOB_ID"), help="default: SLURM_JOB_ID")
     parser.set_defaults(run=_begin)
 
@@ -59,14 +59,14 @@ def _add_begin(parts: argparse._SubParsersAction[Any]) -> None:
 def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
         "pending",
-        help="what is to run now",
+        help="list the scenarios to run now",
         description="Print one line per scenario to run: NAME, NODES, RANKS_PER_NODE, STEM and FLAGS, separated by "
-        "tabs. The attempt's files are STEM with a suffix; FLAGS are quoted for a shell. By default those without "
-        "a finished result run.",
+        "tabs. The attempt's files are STEM with a suffix; FLAGS are quoted for a shell. By default these are "
+        "the scenarios without a finished result.",
     )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
     parser.add_argument(
-        "--only", choices=("failed",), help="those whose last attempt did not succeed, or was never made"
+        "--only", choices=("failed",), help="scenarios whose last attempt did not succeed, or that have no attempt"
     )
     parser.set_defaults(run=_pending)
 
@@ -84,7 +84,7 @@ def _add_end(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
         "end",
         help="write and print the summary",
-        epilog="Exit code 1: wrong data somewhere; else 4: one failed, was refused or has no result; else 3: all "
+        epilog="Exit code 1: wrong data in a scenario; else 4: one failed, was refused or has no result; else 3: all "
         "waived.",
     )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
@@ -105,16 +105,14 @@ def _add_place(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog or ''} Flags of benchmark_refit.py for all scenarios may follow after --.".strip()
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--config", action="append", metavar="LINE", help=f"a scenario as {LINE_FORM}; as often as needed"
-    )
+    group.add_argument("--config", action="append", metavar="LINE", help=f"a scenario as {LINE_FORM}; may be repeated")
     group.add_argument("--scenarios", metavar="NAME", help="a list of configs/scenarios, or a YAML file")
-    parser.add_argument("--title", metavar="TEXT", help="what the summary is of")
+    parser.add_argument("--title", metavar="TEXT", help="title of the summary")
 
 
 def _add_allocation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs there are; default: as many as needed"
+        "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs available; default: as many as needed"
     )
     parser.add_argument("--gpus-per-node", type=flag_types.positive, metavar="N", help="default: 8")
     parser.add_argument("--cluster", metavar="NAME", help="memory and link speeds, from configs/clusters")
@@ -130,7 +128,7 @@ def _selection(args: argparse.Namespace) -> Selection:
 
 
 def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Allocation:
-    """What is not given stays as it was `before`, where a sweep is resumed."""
+    """The allocation that flags describe. A resumed sweep keeps the values of `before` for flags not given."""
     cluster = args.cluster or (before.cluster if before else None)
     return run.Allocation(
         num_gpus=args.num_gpus or (before.num_gpus if before else None),

@@ -1,4 +1,4 @@
-"""The clusters of `configs/clusters`: reading them, and finding the one whose GPUs a run is on."""
+"""Reads the clusters of `configs/clusters` and finds the one that a run is on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TEXTS = ("gpu", "source")
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The machines a scenario is judged by; speeds are one GPU's in one direction, in bytes per second.
+    """Memory and link speeds of a cluster. Speeds are one GPU's in one direction, in bytes per second.
 
     A node is an NVLink domain: the GPUs that reach each other at `intra_bytes_per_s`, `gpus_per_node` of them (8 in an
     HGX host, 72 in an NVL72 rack). Between nodes it is `inter_bytes_per_s`, None where only one node is described.
     `copy_bytes_per_s` counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the
-    bound. `gpu_memory_bytes` is None where it is not known. `gpu` is the end of the device's name by which a run finds
-    its cluster, None where it must be named. `source` says where the figures come from.
+    bound. `gpu_memory_bytes` is None where it is not known. `gpu` is the end of the device's name, by which a run finds
+    its cluster; None where users must name the cluster. `source` says where the figures come from.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The cluster a run is on; where none could be chosen, `remedy` says what to give."""
+    """The cluster a run is on. Where none could be chosen, `remedy` says which flag to give."""
 
     cluster: Cluster | None
     remedy: str = ""
@@ -73,7 +73,7 @@ def load_cluster(name: str) -> Cluster:
 
 
 def clusters_of(device_name: str) -> list[Cluster]:
-    """The clusters of `configs/clusters` whose `gpu` is how `device_name` ends, in whole words.
+    """The clusters of `configs/clusters` whose `gpu` is the end of `device_name`, in whole words.
 
     `H200` is an `NVIDIA H200`, but neither an `NVIDIA H200 NVL` nor an `NVIDIA GH200`.
     """
@@ -82,7 +82,7 @@ def clusters_of(device_name: str) -> list[Cluster]:
 
 
 def choose_cluster(device_name: str, num_ranks: int, num_hosts: int) -> Choice:
-    """The one cluster that a run on a single host fits, by its GPU. A network between hosts is never guessed."""
+    """The cluster of a run on one host, where exactly one has its GPU. A network between hosts is never guessed."""
     fitting = [cluster for cluster in clusters_of(device_name) if num_ranks <= cluster.gpus_per_node]
     if num_hosts == 1 and len(fitting) == 1:
         return Choice(fitting[0])

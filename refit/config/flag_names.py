@@ -1,4 +1,4 @@
-"""The command line's names for the sizes of each side: flags, messages and remedies all take them from here."""
+"""Names of the flags for the sizes of each side. Flags, messages and remedies all use this table."""
 
 from __future__ import annotations
 

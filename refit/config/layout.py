@@ -1,8 +1,8 @@
-"""Layout: the parallel sizes of one side on its window of ranks, and every rank's coordinates.
+"""Layout: the parallel sizes and the ranks of one side, and every rank's coordinates.
 
 Rank order is Megatron's default, tp-cp-ep-dp-pp with the tensor axis fastest and the pipeline axis slowest
-(`megatron.core.parallel_state.RankGenerator`). Dense layers see the window as [pp, dp, tp], routed experts see the
-same window as [pp, edp, ep, etp].
+(`megatron.core.parallel_state.RankGenerator`). Dense layers see the ranks of a side as [pp, dp, tp], routed
+experts see the same ranks as [pp, edp, ep, etp].
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from refit.errors import UsageError
 
 
 class Sizes(Protocol):
-    """What has the parallel sizes of one side."""
+    """Anything that has the parallel sizes of one side."""
 
     @property
     def tp(self) -> int: ...
@@ -34,7 +34,7 @@ def short_text(sizes: Sizes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where one rank stands on each axis, counted from 0."""
+    """The index of one rank on each axis, from 0."""
 
     tp: int
     dp: int
@@ -86,7 +86,7 @@ class Layout:
         return range(self.first_rank, self.first_rank + self.world_size)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Raises ValueError for a rank outside the window."""
+        """The coordinates of a global rank. Raises ValueError for a rank outside the layout."""
         if rank not in self.ranks:
             raise ValueError(f"rank {rank} is not in {self.ranks}")
         local = rank - self.first_rank
@@ -103,7 +103,7 @@ class Layout:
     def stage_layers(self, num_layers: int) -> tuple[range, ...]:
         """Global layer numbers of each pipeline stage, as Megatron splits them.
 
-        Raises UsageError where the layers left for the stages in between do not divide.
+        Raises UsageError where the layers do not divide evenly over the stages without a given number.
         """
         ends = [self.first_stage_layers, self.last_stage_layers]
         if self.pp == 1 or ends == [None, None]:

@@ -1,4 +1,4 @@
-"""What the suite can do, as four tables: the formats of a side, the methods, the engines and the measurements.
+"""Four tables of what the suite supports: side formats, refit methods, engines and measurements.
 
 Flags, dry runs, sweeps, runs and reports all read these tables, and nothing else lists the names. A row names its code
 as `module:name` and imports it on request, so reading a table needs neither torch nor Megatron.
@@ -26,7 +26,7 @@ class Registry(Generic[Row]):
         self._rows = dict(rows)
 
     def __getitem__(self, name: str) -> Row:
-        """Raises UsageError, listing the names there are, for an unknown one."""
+        """The row of `name`. Raises UsageError, listing the known names, for an unknown one."""
         if name not in self._rows:
             raise UsageError(f"unknown {self._kind} {name!r}: choose one of {', '.join(sorted(self._rows))}")
         return self._rows[name]
@@ -41,14 +41,14 @@ class Registry(Generic[Row]):
         return iter(self._rows.items())
 
     def add(self, name: str, row: Row) -> None:
-        """Raises ValueError where `name` is taken."""
+        """Add a row. Raises ValueError where `name` is taken."""
         if name in self._rows:
             raise ValueError(f"{self._kind} {name!r} is registered already")
         self._rows[name] = row
 
     @contextmanager
     def added(self, name: str, row: Row) -> Iterator[None]:
-        """Hold `row` for as long as the context lasts."""
+        """Hold `row` within this context."""
         self.add(name, row)
         try:
             yield
@@ -67,7 +67,7 @@ class Format:
     """How one framework holds a model.
 
     `predict(model, side) -> Sharding` states what every rank holds without building anything; it raises UsageError
-    where the model cannot be sharded so. `check(model, side, name)` raises the same at lower cost.
+    where the model cannot be sharded this way. `check(model, side, name)` raises the same at lower cost.
     `build(scenario, name, side, device) -> ShardedModel` builds this rank's part; see `refit.models.sharded_model`.
     """
 
@@ -78,11 +78,11 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What moves the bytes. `transport` is the class; see `refit.transport.base`.
+    """A way of moving the bytes. `transport` is the class; see `refit.transport.base`.
 
-    `devices` are where it finds weights, the default first. `one_sided` methods write into memory of the destination;
-    two-sided ones send and receive. `single_host` ones need all ranks on one host. `cpu_stand_in` runs the same
-    executor where there is no GPU. `needs` is for help texts.
+    `devices` are those whose memory it moves, the default first. `one_sided` methods write into memory of the
+    destination; two-sided ones send and receive. `single_host` ones need all ranks on one host. `cpu_stand_in` runs the
+    same executor where there is no GPU. `needs` is for help texts.
     """
 
     transport: str
@@ -99,9 +99,9 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Whose refit runs. `engine` is the class; see `refit.bench.engines.base`. `title` is how reports call it.
+    """A refit implementation. `engine` is the class; see `refit.bench.engines.base`. Reports print `title`.
 
-    A baseline is measured beside the engine under test; only where it runs alone does it decide the exit code.
+    A baseline is measured beside the engine under test. It decides the exit code only where it runs alone.
     `formats` are the sides it can refit; None stands for all.
     """
 
@@ -113,8 +113,8 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class MeasurementKind:
-    """What is measured. `measurement` is the class (`refit.bench.measurements.base`), `result` the type it returns
-    and result files hold, and `closing_lines(result, run)` gives the lines a log ends with."""
+    """A kind of measurement. `measurement` is the class (`refit.bench.measurements.base`). `result` is the type that it
+    returns and that result files hold. `closing_lines(result, run)` gives the last lines of a log."""
 
     measurement: str
     result: str

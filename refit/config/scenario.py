@@ -1,4 +1,4 @@
-"""Scenario: everything one run needs to know, validated."""
+"""Scenario: the validated settings of one run."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Scenario:
 
     `model` is None where `model_provider` builds a model of its own. `method`, `engines` and `measurements` are names
     of the tables in `refit.config.registry`. `recorded` holds accepted flags that this run does not use
-    (`--seq-length`, ...), for the result file. `run_name` names the result file; None: time and scenario do.
+    (`--seq-length`, ...), for the result file. `run_name` names the result file; None uses time and scenario.
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
-    "cuda" where the user has said it; None goes by the method. `notes` are lines the user should read once: choices
-    made on their behalf.
+    "cuda" where the user chose it; None uses the method's default. `notes` are lines for the log on choices made for
+    the user.
     """
 
     model: ModelShape | None
@@ -74,7 +74,7 @@ class Scenario:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that take part: those of both sides, once where they are shared."""
+        """Number of ranks that take part: those of both sides, with shared ranks counted once."""
         return max(self.source.ranks.stop, self.destination.ranks.stop)
 
     @property
@@ -113,7 +113,7 @@ def check_num_ranks(scenario: Scenario, available: int) -> None:
 
 
 def num_nodes(num_ranks: int, gpus_per_node: int) -> int:
-    """As few nodes as will do."""
+    """The fewest nodes that suffice."""
     return math.ceil(num_ranks / gpus_per_node)
 
 

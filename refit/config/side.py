@@ -1,4 +1,4 @@
-"""SideSpec: one side of a refit, as it was asked for."""
+"""SideSpec: the specification of one side of a refit."""
 
 from __future__ import annotations
 

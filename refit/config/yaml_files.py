@@ -13,14 +13,14 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 def names(kind: str) -> list[str]:
-    """What there is in `configs/<kind>`, sorted."""
+    """Names of the files in `configs/<kind>`, sorted."""
     return sorted(path.stem for path in (CONFIG_DIR / kind).glob("*.yaml"))
 
 
 def find(kind: str, name: str) -> Path:
-    """The file for `name`: itself where it is a path to a YAML file, otherwise `configs/<kind>/<name>.yaml`.
+    """The file for `name`: `name` itself where it is a path to a YAML file, otherwise `configs/<kind>/<name>.yaml`.
 
-    Raises UsageError, listing what there is, for an unknown name.
+    Raises UsageError, listing the known names, for an unknown name.
     """
     if name.endswith((".yaml", ".yml")):
         return Path(name)

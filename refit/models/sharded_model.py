@@ -1,4 +1,4 @@
-"""ShardedModel: one side of a refit, live on this rank, whichever framework built it."""
+"""ShardedModel: the protocol of one live side of a refit on this rank, for any framework."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from refit.models.weights import LocalWeights
 class ShardedModel(Protocol):
     """What the benchmark needs of a side. A row of `FORMATS` names the function that builds one.
 
-    The builder is collective: every rank of the job calls it, also those outside the side. It states what this rank
-    holds through `weights`; the benchmark compares that with the format's prediction, or gathers it where a model
-    provider leaves nothing to predict.
+    The builder is collective: every rank of the job, including those outside the side. `weights` states what this rank
+    holds. The benchmark compares that with the format's prediction, or gathers it where a model provider builds the
+    model and nothing can be predicted.
     """
 
     @property
@@ -29,7 +29,7 @@ class ShardedModel(Protocol):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Logits `[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`.
 
-        None on ranks that do not get them, those outside the side among them. Vocabulary padding is removed.
+        None on ranks without logits and on ranks outside the side. Vocabulary padding is removed.
         Collective: every rank of the side. Raises RefitError where the pass fails.
         """
         ...

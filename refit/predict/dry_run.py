@@ -1,4 +1,4 @@
-"""A dry run: predict both sides, plan, add up. No GPU, no Megatron, no second process."""
+"""The dry run: predict both sides, plan, sum up. It needs no GPU, no Megatron and no second process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from refit.predict.sides import predict_side
 
 @dataclass(frozen=True, slots=True)
 class DryRunOptions:
-    """What a dry run compares the need with. `num_gpus` None stands for as many as the scenario needs.
+    """The hardware that a dry run assumes. `num_gpus` None stands for as many as the scenario needs.
 
-    The plan goes by the hosts of `gpus_per_node`, as a run does; traffic and bound by the cluster's NVLink domains.
+    The plan uses hosts of `gpus_per_node` GPUs, as a run does. Traffic and bound use the cluster's NVLink domains.
     """
 
     num_gpus: int | None = None
@@ -29,16 +29,16 @@ class DryRunOptions:
 
     @property
     def gpus_per_domain(self) -> int:
-        """GPUs that NVLink joins: the cluster's, or those of a host."""
+        """GPUs of one NVLink domain: the cluster's, or those of a host."""
         return self.cluster.gpus_per_node if self.cluster else self.gpus_per_node
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """A scenario's figures. `source_bytes` and `destination_bytes` are the weights of each rank of that side.
+    """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
 
-    `matrix` has the bytes from each rank (row) to each rank. `bound` is None without a cluster, and where the cluster
-    has no speed for bytes that cross its nodes.
+    `matrix` has the bytes from each rank (row) to each rank (column). `bound` is None without a cluster, and
+    where the cluster has no speed for bytes that cross its nodes.
     """
 
     scenario: Scenario
@@ -58,12 +58,12 @@ class DryRun:
 
     @property
     def memory_bytes(self) -> int:
-        """What the fullest GPU holds: its weights, of both sides where they share it, and the staging bound."""
+        """Bytes on the fullest GPU: its weights, of both sides where they share it, and the staging limit."""
         return max(max(held.values()) for held in self.held_bytes.values()) + self.scenario.staging_bytes
 
     @property
     def held_bytes(self) -> dict[str, Mapping[int, int]]:
-        """Weights on each rank, of `source` and `destination` apart, or of `both` together where they share GPUs."""
+        """Bytes of weights on each rank, of `source` and `destination`, or of `both` where they share GPUs."""
         if self.scenario.mode is Mode.NON_COLLOCATED:
             return {"source": self.source_bytes, "destination": self.destination_bytes}
         sides = (self.source_bytes, self.destination_bytes)

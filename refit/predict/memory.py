@@ -13,7 +13,7 @@ from refit.predict.dry_run import DryRun
 from refit.predict.sides import check_side, predict_side
 
 MAX_EP_FACTOR = 64
-"""How far EP is raised in search of a layout that fits."""
+"""Largest factor by which EP is raised in search of a layout that fits."""
 
 IMPOSSIBLE = 1 << 62
 
@@ -57,7 +57,7 @@ def _lower_staging(weights: int, available: int) -> list[str]:
 
 
 def _fitting_layouts(run: DryRun, side: str, available: int) -> list[str]:
-    """The first change of each kind that was planned and fits."""
+    """The first change of each kind that fits."""
     sides = ["source", "destination"] if side == "both" else [side]
     kinds = (_etp_at_tp(run, sides), _higher_ep(run, sides))
     first = (next((change for change in kind if _needed(run, change) <= available), None) for kind in kinds)
@@ -65,7 +65,7 @@ def _fitting_layouts(run: DryRun, side: str, available: int) -> list[str]:
 
 
 def _needed(run: DryRun, change: _Change) -> int:
-    """Bytes on the fullest GPU with this change; more than any GPU has where the model cannot be sharded so."""
+    """Bytes on the fullest GPU with this change; IMPOSSIBLE where the model cannot be sharded this way."""
     fullest = []
     for name, layout in change.layouts.items():
         side = replace(run.scenario.sides[name], layout=layout)

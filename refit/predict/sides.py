@@ -1,4 +1,4 @@
-"""What a side will hold, whichever framework holds it."""
+"""Predicts the sharding of a side, for any format."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from refit.plan.sharding import Sharding
 
 
 def predict_side(model: ModelShape, side: SideSpec) -> Sharding:
-    """What every rank of `side` holds. Raises UsageError where the model cannot be sharded so."""
+    """The boxes that every rank of `side` holds. Raises UsageError where the model cannot be sharded this way."""
     sharding: Sharding = load(FORMATS[side.format].predict)(model, side)
     return sharding
 
 
 def check_side(model: ModelShape, side: SideSpec, name: str) -> None:
-    """Raise UsageError where the model cannot be sharded so; `name` is the side's in the message."""
+    """Raise UsageError where the model cannot be sharded this way. Messages call the side `name`."""
     load(FORMATS[side.format].check)(model, side, name)

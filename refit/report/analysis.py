@@ -1,7 +1,7 @@
-"""The questions a sweep is run to answer, answered from its results in sentences with figures.
+"""Answers four questions from a sweep's results, in sentences with figures.
 
-EP against TP, what separate GPU sets cost, how time scales with bytes, one-sided against two-sided transport. Where the
-results do not hold what a question needs, the answer says what is missing.
+EP against TP, the cost of separate GPU sets, how time scales with bytes, one-sided against two-sided transport. Where
+results are missing for an answer, the answer names them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from refit.results.outcomes import Outcome
 from refit.results.status import Status
 
 NEARLY_EQUAL = 1.05
-"""Less than this between two rates is no difference to speak of."""
+"""Two rates with a smaller ratio than this count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A scenario that was measured. `model` tells whether two scenarios move the same model."""
+    """A measured scenario. `model` is equal for scenarios that move the same model."""
 
     name: str
     source: SideSpec
@@ -44,7 +44,7 @@ class Point:
 
     @property
     def layouts(self) -> Hashable:
-        """Both layouts without the ranks they are on."""
+        """Both layouts without their rank numbers."""
         return tuple((side.title, side.world_size) for side in (self.source, self.destination))
 
     @property
@@ -64,7 +64,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A question and what the results say to it."""
+    """A question and its answer from the results."""
 
     question: str
     answer: tuple[str, ...]
@@ -80,7 +80,7 @@ def analysis_text(outcomes: Sequence[Outcome]) -> str:
 
 
 def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
-    """The findings over every scenario with times and right data; none where there is no such scenario."""
+    """The findings over every scenario with times and without wrong data; empty where there is none."""
     points = points_of(outcomes)
     if not points:
         return []
@@ -95,7 +95,7 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
 
 
 def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
-    """The scenarios that may be compared: verified or unchecked, not wrong, with times, bytes and layouts."""
+    """The scenarios that may be compared: without wrong data (verified or unchecked), with times and layouts."""
     points = []
     for outcome in outcomes:
         planned, cost, median_s = outcome.planned, outcome.cost, outcome.median_s
@@ -132,7 +132,7 @@ def _model(outcome: Outcome) -> Hashable:
 
 
 def ep_against_tp(points: Sequence[Point]) -> list[str]:
-    """GB/s and share of the bound where only EP changes beside those where only TP (and ETP with it) changes."""
+    """Compare GB/s and share of the bound: only EP changes against only TP (and ETP with it) changes."""
     lines = []
     for (mode, method, _), group in _grouped(points, lambda point: (point.mode, point.method, point.model)):
         only_ep = [point for point in group if _changes(point) == {"ep"}]
@@ -175,14 +175,14 @@ def _averages(points: Sequence[Point]) -> str:
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    """None unless every value is there."""
+    """The median; None where a value is missing."""
     found = list(values)
     known = [value for value in found if value is not None]
     return statistics.median(known) if known and len(known) == len(found) else None
 
 
 def separate_sets(points: Sequence[Point]) -> list[str]:
-    """The same layouts and method both ways, pair by pair; where no pair exists, the two modes side by side."""
+    """Compare pairs with the same layouts and method in both modes; without such pairs, the two modes as a whole."""
     lines = []
     for _, group in _grouped(points, lambda point: (point.layouts, point.method, point.model)):
         by_mode = {point.mode: point for point in group}
@@ -221,7 +221,7 @@ def _wire(point: Point) -> str:
 
 
 def scaling(points: Sequence[Point]) -> list[str]:
-    """Per mode and method: what one transfer costs and at which bandwidth the bytes move, or why it cannot be told."""
+    """Per mode and method: the cost of one transfer and the bandwidth, or why they cannot be determined."""
     lines = []
     for (mode, method), group in _grouped(points, lambda point: (point.mode, point.method)):
         loads = [
@@ -252,7 +252,7 @@ def _trust(fit: Fit, num_scenarios: int) -> str:
 
 
 def one_sided_against_two_sided(points: Sequence[Point]) -> list[str]:
-    """Scenarios that differ in the method alone, pair by pair."""
+    """Compare pairs of scenarios that differ only in the method."""
     lines = []
     for (_, mode, _), group in _grouped(points, lambda point: (point.layouts, point.mode, point.model)):
         by_method = {point.method: point for point in group}

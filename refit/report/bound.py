@@ -1,4 +1,4 @@
-"""The lower bound of a plan, as a sentence."""
+"""The lower bound of a plan, as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from refit.plan.cost import Bound
 
 
 def bound_text(bound: Bound | None, cluster: Cluster) -> str:
-    """`37.7 ms on h200_nvlink: rank 4 receives ...`; or why there is none, for a None of `lower_bound`."""
+    """`37.7 ms on h200_nvlink: rank 4 receives ...`; where `bound` is None, why there is none."""
     if bound is None:
         return (
             f"none: {cluster.name} has no speed between nodes (inter_node_gb_per_s) and bytes cross "

@@ -1,4 +1,4 @@
-"""Scenarios with what they move and the least time that takes, as a Markdown table."""
+"""Bytes, memory and lower bounds of scenarios, as a Markdown table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from refit.predict.dry_run import DryRun
 
 
 def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:
-    """One row per scenario, by name, and one column of lower bounds per cluster; `-` where it has no speed for a
-    link."""
+    """One row per scenario, by name, and one column of lower bounds per cluster.
+
+    `-` where the cluster has no speed for a link.
+    """
     titles = ["scenario", "GPUs", "payload", "wire", "busiest rank", "memory per GPU", "busiest / mean sender"]
     titles += [*(f"bound, {cluster.name}" for cluster in clusters)]
     rows = [_row(name, run, clusters) for name, run in runs.items()]

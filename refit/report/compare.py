@@ -1,4 +1,4 @@
-"""Two runs side by side: what became slower or faster, and whether that is more than their own spread."""
+"""Compares two runs: what became slower or faster, and whether the change exceeds the spread of the samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from refit.results.runs import Run
 from refit.results.status import Status
 
 MIN_SAMPLES = 3
-"""Fewer say nothing about spread."""
+"""With fewer samples, spread is not judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Pair:
 
     @property
     def change(self) -> float | None:
-        """New median over old median less 1: 0.1 is 10 % slower. None unless both have times."""
+        """New median over old median, minus 1: 0.1 is 10 % slower. None unless both have times."""
         old_s, new_s = self.old.median_s, self.new.median_s
         return new_s / old_s - 1 if old_s and new_s else None
 
@@ -44,9 +44,10 @@ class Comparison:
 
 
 def compare_runs(old: Run, new: Run) -> Comparison:
-    """Match two runs by the scenarios' names; single results by layouts, mode, method and model, the last of each.
+    """Match two sweeps by scenario name, and single results by layouts, mode, method and model.
 
-    Two runs of one result each are a pair whatever they ran. Raises UsageError where nothing matches.
+    Of several results that match, the last one counts. Two runs of one result each are always a pair. Raises UsageError
+    where nothing matches.
     """
     warnings: list[str] = []
     if _lone(old) and _lone(new):
@@ -124,11 +125,11 @@ def _conditions(outcome: Outcome) -> dict[str, str]:
 
 
 def exceeds_spread(old_s: Sequence[float], new_s: Sequence[float]) -> bool | None:
-    """Whether two medians differ by more than their samples' spread explains; None with too few samples to say.
+    """Whether two medians differ by more than their samples' spread explains; None with fewer than MIN_SAMPLES.
 
     They do where the intervals median +- 1.57 x interquartile range / sqrt(n) do not overlap: the notches of McGill,
-    Tukey and Larsen, "Variations of Box Plots" (1978), about a 95 % test, which one outlier does not upset. It knows
-    the spread within each run only, not that from one run to the next.
+    Tukey and Larsen, "Variations of Box Plots" (1978). This is about a 95 % test and robust against one outlier. It
+    covers the spread within each run, not the spread between runs.
     """
     if min(len(old_s), len(new_s)) < MIN_SAMPLES:
         return None
@@ -142,8 +143,11 @@ def _notch(samples_s: Sequence[float]) -> float:
 
 
 def exit_code(new: Run, comparison: Comparison, max_slowdown: float) -> ExitCode:
-    """WRONG_DATA where the new run has any, FAILED where it lost a scenario's times, SLOWER where one is slower than
-    `max_slowdown` (0.05: 5 % over the old median) allows."""
+    """The exit code of a comparison; `max_slowdown` is a share of the old median (0.05: 5 %).
+
+    WRONG_DATA where the new run has wrong data; else FAILED where a scenario was ok and no longer is; else SLOWER where
+    a median grew by more than `max_slowdown`; else OK.
+    """
     if any(outcome.status is Status.WRONG_DATA for outcome in new.outcomes):
         return ExitCode.WRONG_DATA
     if any(pair.old.status is Status.OK and pair.new.status is not Status.OK for pair in comparison.pairs):
@@ -153,7 +157,7 @@ def exit_code(new: Run, comparison: Comparison, max_slowdown: float) -> ExitCode
 
 
 def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float) -> str:
-    """Warnings, the table with a legend, what is in one run alone, and the verdict."""
+    """Warnings, the table with a legend, the scenarios in only one run, and the verdict."""
     lines = [f"Old: {old.sweep.run_id} ({old.sweep.date})", f"New: {new.sweep.run_id} ({new.sweep.date})"]
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     header = ("scenario", "old (ms)", "new (ms)", "change (%)", "beyond spread", "#wrong old", "#wrong new", "status")

@@ -6,7 +6,7 @@ import sys
 
 
 def show(text: str) -> None:
-    """Print to standard output at once, also where it is a file."""
+    """Print to standard output and flush."""
     print(text, flush=True)
 
 
@@ -16,5 +16,5 @@ def show_error(message: str) -> None:
 
 
 def show_aside(text: str) -> None:
-    """Print to standard error what a person may read while a script reads standard output."""
+    """Print text for people to standard error, where a script reads standard output."""
     print(text, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from refit.report.bound import bound_text
 from refit.report.rank_map import rank_map
 
 MAX_TABLE_RANKS = 16
-"""Up to this many ranks each has a row of its own."""
+"""Up to this many ranks, the table has one row per rank."""
 
 
 def dry_run_text(run: DryRun) -> str:

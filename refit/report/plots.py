@@ -1,6 +1,6 @@
-"""Pictures of a run, as PNG. Readable in grey: hatches and markers carry what colours carry.
+"""Pictures of a run, as PNG. They are readable in greyscale: hatches and markers repeat what colours show.
 
-matplotlib is needed here and nowhere else; it is imported when a picture is drawn.
+Only this module needs matplotlib. It is imported when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 OURS, BASELINE, BOUND = "#2b6cb0", "#c8c8c8", "black"
 NAME_WIDTH = 40
-"""Characters after which a scenario's name goes on in the next line."""
+"""Characters after which a scenario's name is wrapped."""
 
 MAX_NUMBERED_RANKS = 16
-"""Up to this many ranks every one has a label on its axis."""
+"""Up to this many ranks, each has a label on its axis."""
 
 BYTE_SCALES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -42,15 +42,15 @@ def check_available() -> None:
 
 
 Pairs = Callable[[Outcome], IntArray]
-"""Gives bytes from each rank (row) to each rank of a scenario, or raises NoPairs."""
+"""Gives the bytes from each rank (row) to each rank (column) of a scenario, or raises NoPairs."""
 
 
 class NoPairs(ValueError):
-    """The bytes between pairs of ranks cannot be had; the message says why."""
+    """The bytes between pairs of ranks are not available. The message gives the reason."""
 
 
 def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
-    """Draw every picture that the run's results allow: the path of each, or a line that says why one is missing.
+    """Draw every picture that the run's results allow: the path of each, or a line with the reason why it is missing.
 
     Existing files of these names are replaced. Raises UnavailableError without matplotlib.
     """
@@ -98,7 +98,7 @@ def times_figure(outcomes: Sequence[Outcome], title: str) -> Figure:
         _time_bars(axes, outcome, row, scale)
     axes.set_yticks(range(len(outcomes)), [_wrapped(outcome.planned.name) for outcome in outcomes], fontsize=9)
     axes.set_ylim(len(outcomes) - 0.5, -0.5)
-    axes.set_xlim(0, 1.45 * scale * longest_s)  # room for the texts beside the bars
+    axes.set_xlim(0, 1.45 * scale * longest_s)  # space for the texts beside the bars
     axes.set_xlabel(f"refit time ({unit}), median of the slowest rank; whiskers: fastest and slowest refit")
     axes.grid(axis="x", color="0.85")
     axes.set_axisbelow(True)
@@ -162,8 +162,7 @@ def _beside(axes: Axes, end: float, place: float, text: str) -> None:
 
 
 def iterations_figure(outcomes: Sequence[Outcome]) -> Figure:
-    """Every refit of every scenario in order, warm-up refits hollow, the median dashed; a panel and an axis for
-    each."""
+    """One panel per scenario: every refit in order, warm-up refits hollow, the median dashed."""
     measured = [outcome for outcome in outcomes if outcome.tested and outcome.tested.measured_s]
     columns = min(2, len(measured))
     rows = math.ceil(len(measured) / columns)
@@ -264,7 +263,7 @@ def _write_cells(axes: Axes, values: np.ndarray[Any, np.dtype[np.float64]], firs
 
 
 def _rank_axis(axis: Any, num_ranks: int) -> None:
-    """Label every rank, or every 4th, 8th or 16th where there are many: hosts begin at multiples of these."""
+    """Label every rank, or every 4th, 8th, 16th, ... where there are many. Hosts begin at multiples of these."""
     from matplotlib.ticker import MultipleLocator
 
     step = next((step for step in (1, 4, 8, 16, 32, 64) if num_ranks / step <= MAX_NUMBERED_RANKS), 128)

@@ -6,7 +6,7 @@ from refit.config.scenario import Scenario
 
 
 def rank_map(scenario: Scenario, world_size: int) -> str:
-    """Three lines, and a fourth where ranks are left over, for a world of `world_size` ranks."""
+    """Three lines, and a fourth where ranks are idle, for a job of `world_size` ranks."""
     used = scenario.num_ranks
     lines = [
         f"World size: {world_size} (using {used} GPUs)",

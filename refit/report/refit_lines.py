@@ -1,4 +1,4 @@
-"""What the log of a refit says: header, one line per iteration, the times, the table and the verdict."""
+"""The log lines of a refit: header, one line per iteration, times, table and verdict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refit.results.status import Status
 
 MAX_WRONG_LINES = 12
 TABLE_WIDTH = 120
-"""Columns of a log file; on a terminal its own width counts."""
+"""Width of a log file in characters. On a terminal, its own width is used."""
 
 
 def header(
@@ -30,7 +30,7 @@ def header(
     notes: Sequence[str],
     bound: str,
 ) -> str:
-    """The `#` lines a log opens with: versions, host, scenario, model, bytes and lower bound. `bound` is its text."""
+    """The first lines of a log, with `#`: versions, host, scenario, model, bytes, lower bound (the text `bound`)."""
     facts, plan = result.model, result.plan
     assert facts is not None
     assert plan is not None
@@ -71,7 +71,7 @@ def busiest_text(plan: Cost) -> str:
 
 
 def closing_lines(result: RefitResult, run: Result) -> list[str]:
-    """What a log ends with: times, warnings, wrong weights, the table and the verdicts."""
+    """The last lines of a log: times, warnings, wrong weights, the table and the verdicts."""
     engines, scenario = result.engines, run.scenario
     assert scenario is not None
     lines = []
@@ -96,7 +96,7 @@ def iteration_line(engine: str, sample: Sample, number: int, total: int) -> str:
 
 
 def times(engine: EngineResult, bound: Bound | None) -> str:
-    """The lines summaries are made from, in the wording of the suite's first users."""
+    """The times of one engine. Scripts search for these lines: keep their wording."""
     summary, share = engine.summary, engine.share_of_lower_bound
     assert summary is not None
     connected = "" if engine.connect_s is None else f" (connections before it: {1e3 * engine.connect_s:.2f} ms)"
@@ -176,7 +176,7 @@ def ratio(result: RefitResult) -> str:
 
 
 def wrong_weights(name: str, engine: EngineResult) -> str:
-    """Which tensors hold how many wrong elements on which rank; the last iteration's, as every one is checked."""
+    """Tensors with wrong elements, their ranks and counts, of the last iteration with any."""
     if not engine.wrong:
         return ""
     last = max(wrong.iteration for wrong in engine.wrong)
@@ -197,7 +197,7 @@ def _number(value: float | None) -> str:
 
 
 def forward_line(name: str, forward: ForwardCheck) -> str:
-    """What `--check-forward` found."""
+    """The result of `--check-forward`."""
     title = ENGINES[name].title
     if forward.skipped is not None:
         return f"Forward check ({title}) waived: {forward.skipped}"
@@ -209,7 +209,7 @@ def forward_line(name: str, forward: ForwardCheck) -> str:
 
 
 def profile_table(name: str, engine: EngineResult) -> str:
-    """What the GPU of the slowest rank did in the profiled refit; empty where nothing ran on one."""
+    """GPU activities of the profiled refit, on the slowest rank of the last refit; empty where there are none."""
     rank = engine.samples[-1].slowest_rank
     if not engine.profile or not engine.profile[rank]:
         return ""

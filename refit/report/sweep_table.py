@@ -1,4 +1,4 @@
-"""What is printed of a sweep before it runs, one row per scenario, and of each scenario when it has ended, one line."""
+"""The table printed before a sweep, one row per scenario, and the line printed after each scenario."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from refit.results.sweep import Planned, Sweep
 WIDTH = 160
 
 CHECKED = (Status.READY, Status.REFUSED, Status.SKIPPED)
-"""What the check before a run can come to."""
+"""The statuses that the check before a run can give."""
 
 
 def sweep_text(sweep: Sweep) -> str:
-    """A headline, the table, then notes and the reasons of what is refused or skipped, in full."""
+    """A headline, the table, notes, and the full reason for each scenario that is refused or skipped."""
     lines = [_headline(sweep), "", *_table(sweep), "", *_totals(sweep)]
     notes: dict[str, list[str]] = {}
     for planned in sweep.scenarios:
@@ -35,7 +35,7 @@ def sweep_text(sweep: Sweep) -> str:
 
 
 def outcome_line(planned: Planned, result: Result) -> str:
-    """`NAME: 45.23 ms, PASSED`, or in one line what came out instead."""
+    """`NAME: 45.23 ms, PASSED`, or one line with the reason why it failed or was waived."""
     outcome = judged(planned, result)
     engine = outcome.tested
     if outcome.status is Status.WAIVED:
@@ -55,7 +55,7 @@ def _headline(sweep: Sweep) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Units:
-    """The scale of a table's figures: those of a large model, or of a small one."""
+    """The units of a table's figures, for a large model or a small one."""
 
     moved: str
     num_bytes: float

@@ -30,13 +30,13 @@ MARKDOWN_HEADER = (
     "ratio",
 )
 MARKDOWN_NUM_TEXT = 6
-"""How many of its columns hold text."""
+"""Number of its columns that hold text, from the left."""
 
 SIZES = ("tp", "ep", "etp", "pp", "world_size")
 
 
 def markdown_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
-    """A heading, the table, and the reasons of what has no times."""
+    """A heading, the table, and the reason for each scenario that is not ok."""
     where = f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {sweep.date}"
     reasons = [
         f"- `{outcome.planned.name}` {outcome.status.text}: {outcome.reason}"

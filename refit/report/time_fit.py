@@ -1,4 +1,4 @@
-"""Refit time as a sum of what each operation costs and what each byte costs, fitted to measurements."""
+"""Fits refit times as the sum of a cost per operation and a cost per byte."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_CONDITION = 50.0
-"""Above this, noise of 1 % in the times can move a fitted cost by half: the two costs cannot be told apart."""
+"""Above this condition number, 1 % of noise in the times can change a fitted cost by half."""
 
 MIN_RATIO = 1.1
-"""Sizes nearer to each other than this count as one."""
+"""Sizes with a smaller ratio than this count as one."""
 
 
 class FitError(ValueError):
-    """The measurements do not determine the two costs; the message says why."""
+    """The measurements do not determine the two costs. The message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one scenario moved and how long that took; `operations` are those of one rank."""
+    """What one scenario moved, in bytes, and its time. `operations` are those of one rank."""
 
     nbytes: float
     operations: float
@@ -47,8 +47,8 @@ class Fit:
 def fit_time(loads: Sequence[Load]) -> Fit:
     """Least squares over relative errors, so that small scenarios count as much as large ones.
 
-    Raises FitError with fewer than two sizes, where operations grow in step with bytes, and where a cost below zero
-    fits best: then something else decides the time.
+    Raises FitError with fewer than two sizes, where operations grow in step with bytes, and where the best fit has a
+    negative cost, since something else then determines the time.
     """
     sizes = sorted(load.nbytes for load in loads)
     if len(sizes) < 2 or sizes[-1] < MIN_RATIO * sizes[0]:

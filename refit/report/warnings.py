@@ -1,4 +1,4 @@
-"""What makes a run's times less than trustworthy, or its GPUs less than used, each with the remedy."""
+"""Warnings: noisy timings, idle GPUs, and what to do."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MIN_ITERATIONS = 5
 MAX_CV = 0.05
 MAX_DRIFT = 0.05
 CLEARLY_SLOWER = 1.2
-"""How many times slower a refit or a rank has to be than its like before it is worth a line."""
+"""A refit or rank slower than comparable ones by more than this factor gets a warning."""
 
 
 def of_engine(name: str, engine: EngineResult, scenario: Scenario, result: RefitResult) -> list[str]:
-    """`warning: ...` lines on an engine that was measured; with several engines each line says whose it is."""
+    """`warning: ...` lines on an engine that was measured; with several engines each line names its engine."""
     whose = f"{ENGINES[name].title}: " if len(result.engines) > 1 else ""
     found = (*_warm_up(engine), *_spread(engine), *_straggler(engine, scenario, result))
     return [f"warning: {whose}{text}" for text in found]
@@ -101,7 +101,7 @@ def _side_of(rank: int, scenario: Scenario) -> range:
 
 
 def idle_ranks(scenario: Scenario, world_size: int) -> str:
-    """A `warning: ...` line on ranks that do nothing and what would use them; empty where all are used."""
+    """A `warning: ...` line on idle ranks and on layouts that use them; empty where no rank is idle."""
     idle = range(scenario.num_ranks, world_size)
     if not idle:
         return ""
@@ -112,9 +112,9 @@ def idle_ranks(scenario: Scenario, world_size: int) -> str:
 
 
 def _larger(scenario: Scenario, world_size: int) -> Iterator[tuple[str, SideSpec]]:
-    """One side with a larger EP or TP, such that no rank is left over: what to give, and that side.
+    """Sides with a larger EP or TP that leave no rank idle: the flags to give, and the side.
 
-    A size of the source comes with the destination's, which follows it where it is not given.
+    Flags for the source include the destination's size, which would otherwise default to the source's.
     """
     for name in ("destination", "source"):
         side = scenario.sides[name]
@@ -126,7 +126,7 @@ def _larger(scenario: Scenario, world_size: int) -> Iterator[tuple[str, SideSpec
         ranks = side.world_size * factor
         grown = replace(layout, ep=layout.ep * factor, world_size=ranks)
         yield _flags(name, "ep", grown.ep, destination.ep), replace(side, layout=grown)
-        if layout.etp == layout.tp:  # ETP follows TP where it was not given
+        if layout.etp == layout.tp:  # ETP defaults to TP
             tp = layout.tp * factor
             grown = replace(layout, tp=tp, etp=tp, world_size=ranks)
             yield _flags(name, "tp", tp, destination.tp), replace(side, layout=grown)

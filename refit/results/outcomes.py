@@ -1,4 +1,4 @@
-"""Outcome: what became of one scenario of a sweep, whatever its result file holds."""
+"""Outcome: how one scenario of a sweep ended, also where its result file is missing or incomplete."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Outcome:
 
     @property
     def refit(self) -> RefitResult:
-        """What measuring the refit returned; empty where it did not."""
+        """The result of the refit measurement; empty where there is none."""
         return (self.result.refit if self.result else None) or RefitResult()
 
     @property
@@ -65,7 +65,7 @@ class Outcome:
 
 
 def load_outcomes(sweep: Sweep, directory: Path) -> list[Outcome]:
-    """What became of every scenario of `sweep`, in its order, going by the last attempt in `directory`."""
+    """The outcome of every scenario of `sweep`, in its order, from the last attempt in `directory`."""
     return [_outcome(sweep, planned, directory) for planned in sweep.scenarios]
 
 
@@ -88,7 +88,7 @@ def _outcome(sweep: Sweep, planned: Planned, directory: Path) -> Outcome:
 
 
 def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
-    """The outcome that a result file tells of."""
+    """The outcome of a scenario that has a result."""
     status = result.status
     engine = (result.refit or RefitResult()).tested or EngineResult()
     if status is Status.OK:

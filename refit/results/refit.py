@@ -1,4 +1,4 @@
-"""What measuring a refit returns, as result files hold it."""
+"""The result types of the refit measurement, as result files hold them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refit.results.status import Status
 class Sample:
     """One refit: seconds of every rank of the job, in rank order. Phases are those of the slowest rank.
 
-    `unattributed_s` is that rank's time outside all phases. Only the log shows `warmup` samples.
+    `unattributed_s` is that rank's time outside all phases. Summaries leave `warmup` samples out.
     """
 
     iteration: int
@@ -49,7 +49,7 @@ class WrongWeights:
 
 @dataclass(frozen=True, slots=True)
 class ForwardCheck:
-    """`agreement` is the share of tokens with equal logits. Where no forward pass could run, `skipped` says why."""
+    """`agreement` is the share of tokens with equal logits. `skipped` is the reason why no forward pass ran."""
 
     passed: bool
     skipped: str | None = None
@@ -60,10 +60,10 @@ class ForwardCheck:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What one stream of a GPU spent on one kind of work in a profiled refit.
+    """The work of one kind on one stream of a GPU in a profiled refit.
 
-    `busy_s` is the union of its launches; `first_s` and `last_s` are the start of the first and the end of the last,
-    from the first activity of all streams on.
+    `busy_s` is the length of the union of its launches. `first_s` and `last_s` are the start of the first and the end
+    of the last, counted from the first activity on any stream.
     """
 
     stream: int
@@ -76,12 +76,12 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """What one engine did. `reason` says why it is waived or failed.
+    """The result of one engine. `reason` is why it was waived or failed.
 
-    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is what a process
-    does once before that: communicators, connections, libraries and kernels. `summary` is over the measured
-    iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1 where a
-    refit is as fast as the plan allows, None without a bound.
+    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is the time of the
+    set-up that a process does once before that: communicators, connections, libraries and kernels. `summary` is over
+    the measured iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1
+    where a refit is as fast as the plan allows, None without a bound.
     """
 
     status: Status = Status.RUNNING
@@ -122,7 +122,7 @@ class EngineResult:
 
     @property
     def first_s(self) -> float:
-        """Planning, preparing and the first refit."""
+        """Seconds of planning, preparing and the first refit."""
         return sum(self.cold_s.values())
 
 
@@ -137,7 +137,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class RefitResult:
-    """One plan, carried out by one engine after the other. `bound` is None without a cluster's speeds."""
+    """One plan and the result of each engine on it. `bound` is None without a cluster's speeds."""
 
     status: Status = Status.RUNNING
     model: ModelFacts | None = None
@@ -147,17 +147,17 @@ class RefitResult:
 
     @property
     def tested(self) -> EngineResult | None:
-        """The engine that is judged: ours, or a baseline that runs alone."""
+        """The engine that decides the exit code: ours, or a baseline that runs alone."""
         return self.engines.get(name) if (name := tested_engine(tuple(self.engines))) else None
 
     @property
     def baselines(self) -> dict[str, EngineResult]:
-        """The engines beside it."""
+        """All engines but the tested one."""
         tested = tested_engine(tuple(self.engines))
         return {name: engine for name, engine in self.engines.items() if name != tested}
 
 
 def tested_engine(names: tuple[str, ...]) -> str | None:
-    """Which of these engines decides the exit code: the first that is no baseline, else the first."""
+    """Which of these engines decides the exit code: the first that is not a baseline, else the first."""
     ours = (name for name in names if name not in ENGINES or not ENGINES[name].is_baseline)
     return next(ours, names[0] if names else None)

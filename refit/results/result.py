@@ -1,7 +1,7 @@
-"""Result: what one run of one scenario left, and the file it is in.
+"""Result: the result of one run of one scenario, and its file.
 
-The file appears when a run starts and is rewritten after every iteration. So whatever ends the run, what was measured
-until then is on disk. docs/output.md describes every field.
+The file is created when a run starts and rewritten after every iteration. So the measurements are on disk however the
+run ends. docs/output.md describes every field.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What ran where. `variables` are the environment variables that change performance."""
+    """Versions, hardware and settings. `variables` are the environment variables that change performance."""
 
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Environment:
 
 
 class MeasurementResult(Protocol):
-    """What a measurement returns: a frozen dataclass of plain values, which the result file holds as it is."""
+    """The return type of a measurement: a frozen dataclass of plain values, stored as it is in the result file."""
 
     @property
     def status(self) -> Status: ...
@@ -74,7 +74,7 @@ class Result:
     """One run of one scenario.
 
     `world_size` is the number of ranks started, `device` where the models were. `measurements` holds what each
-    measurement returned, by its name in `MEASUREMENTS`. A run that died early leaves the fields it did not reach None.
+    measurement returned, by its name in `MEASUREMENTS`. Fields that a run did not reach are None.
     """
 
     run_id: str
@@ -118,14 +118,14 @@ def converted(content: object, kind: type[T]) -> T:
 def decoded_result(content: object) -> Result:
     """A result file's content, of this schema version or an older one.
 
-    Raises ValueError (msgspec.ValidationError is one) with the place of what is wrong, or UsageError.
+    Raises ValueError (such as msgspec.ValidationError), which names the place of the error, or UsageError.
     """
     result = converted(upgraded_result(content), Result)
     return replace(result, measurements={name: _measured(name, raw) for name, raw in result.measurements.items()})
 
 
 def _measured(name: str, raw: object) -> object:
-    """A measurement as its result type; what no row of `MEASUREMENTS` describes stays as it is in the file."""
+    """A measurement as its result type; without a row in `MEASUREMENTS` it stays as it is in the file."""
     if name not in MEASUREMENTS:
         return raw
     try:
@@ -135,7 +135,7 @@ def _measured(name: str, raw: object) -> object:
 
 
 def read_result(path: Path) -> Result:
-    """The result in a file; one with nothing but its name where the run that reserved it has not written yet.
+    """The result in a file. An empty file, reserved by a run that has not written yet, gives a Result with a name only.
 
     Raises UsageError where it cannot be read or is no result file.
     """
@@ -151,7 +151,7 @@ def read_result(path: Path) -> Result:
 
 
 class ResultFile:
-    """The place of one run's result on disk."""
+    """The file of one run's result."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -177,17 +177,22 @@ class ResultFile:
         """Replace the file's content in one step: readers see the old or the new result, never half of one."""
         replace_text(self.path, encoded(result))
 
-    def mark_failed(self, exit_code: int, failure: Failure) -> None:
-        """Note a failure in a result that another rank may have written; its measurements stay as they are."""
+    def read(self) -> Result:
+        """The file's result, or a new one. A file that cannot be read is set aside as `<name>.json.damaged`."""
         try:
-            result = read_result(self.path)
+            return read_result(self.path)
         except UsageError:
-            result = Result(self.run_id)
-        self.write(replace(result, status=Status.FAILED, exit_code=exit_code, failure=failure, finished=now()))
+            if self.path.exists():
+                self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+            return Result(self.run_id)
+
+    def mark_failed(self, exit_code: int, failure: Failure) -> None:
+        """Record a failure in a result that another rank may have written. Its measurements are kept."""
+        self.write(replace(self.read(), status=Status.FAILED, exit_code=exit_code, failure=failure, finished=now()))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give a file `text` and a newline in one step, never leaving half of it."""
+    """Replace a file's content by `text` and a newline in one step: readers never see half of it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)

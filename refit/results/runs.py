@@ -1,4 +1,4 @@
-"""Finding a run on disk: a sweep by its file or folder, or single results that no sweep made."""
+"""Finds a run on disk: a sweep by its file or folder, or single results outside a sweep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, sweep_file
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A sweep and what became of it. `is_sweep` is False where single results were put together to look like one."""
+    """A sweep and its outcomes. `is_sweep` is False where single results were combined into one."""
 
     directory: Path
     sweep: Sweep
@@ -25,10 +25,10 @@ class Run:
 
 
 def find_run(path: Path, run_id: str | None = None) -> Run:
-    """The run at `path`: a sweep or result file, or a folder of either, also the one that holds its `logs` folder.
+    """The run at `path`: a sweep file, a result file, a folder of either, or a folder with such a `logs` folder.
 
-    Of several sweeps the one begun last, unless `run_id` names one; a folder without sweeps gives all its results,
-    or the one that `run_id` names. Raises UsageError where there is none.
+    Of several sweeps the latest is taken, unless `run_id` names one. A folder without sweeps gives all its results, or
+    the one that `run_id` names. Raises UsageError where there is none.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist: give a folder of results, a sweep file or a result file")
@@ -84,7 +84,7 @@ def _single_results(folder: Path, paths: list[Path]) -> Run:
 
 
 def _planned(name: str, result: Result) -> Planned:
-    """The scenario that a result says it ran."""
+    """The scenario that a result is of."""
     scenario, environment = result.scenario, result.environment or Environment()
     num_ranks = scenario.num_ranks if scenario else 0
     per_node = len(environment.gpus) or max(num_ranks, 1)

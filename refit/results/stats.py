@@ -1,4 +1,4 @@
-"""Statistics over the iterations of one engine; every sample is already the slowest rank's."""
+"""Statistics over the iterations of one engine. Every sample is the time of the slowest rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class Summary:
     """Seconds over the measured iterations. `cv` is the standard deviation over the mean, without unit.
 
-    `drift` is the median of the last third over the median of the first third, less 1; 0 with fewer than 6 samples.
+    `drift` is the median of the last third over the median of the first third, minus 1; 0 with fewer than 6 samples.
     """
 
     mean_s: float
@@ -24,7 +24,7 @@ class Summary:
 
 
 def summarise(samples_s: Sequence[float]) -> Summary:
-    """Raises ValueError for no samples."""
+    """Summarise times in seconds. Raises ValueError for no samples."""
     if not samples_s:
         raise ValueError("no samples")
     mean = statistics.fmean(samples_s)

@@ -1,4 +1,4 @@
-"""Status: how a scenario, an engine or a measurement stands. The only list of these names."""
+"""Status: the state of a scenario, an engine or a measurement. The only list of these names."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from refit.errors import ExitCode
 
 
 class Status(str, Enum):
-    """Before a run: READY, REFUSED (the check said no) or SKIPPED (a cell of an axis that makes no sense).
+    """Before a run: READY, REFUSED (the check failed) or SKIPPED (a combination of axis values that cannot run).
 
-    During a run: RUNNING. After it: OK, WRONG_DATA, FAILED or WAIVED (something it needs is not on this machine).
+    During a run: RUNNING. After it: OK, WRONG_DATA, FAILED or WAIVED (something it needs is missing).
     MISSING: not started, or interrupted.
     """
 
@@ -31,12 +31,12 @@ class Status(str, Enum):
 
     @property
     def has_ended(self) -> bool:
-        """Whether a run came to an end of its own."""
+        """Whether a run with this status has recorded how it ended."""
         return self in EXIT_CODES
 
     @property
     def exit_code(self) -> ExitCode:
-        """That of a process whose result has this status."""
+        """The exit code of a process whose result has this status."""
         return EXIT_CODES.get(self, ExitCode.FAILED)
 
 
@@ -60,6 +60,6 @@ COUNTED = (
 
 
 def worst(statuses: list[Status]) -> Status:
-    """The status of a whole whose parts have these: wrong data before failure before waiver before success."""
+    """The worst of these: WRONG_DATA, then FAILED, RUNNING, WAIVED, and otherwise OK."""
     order = (Status.WRONG_DATA, Status.FAILED, Status.RUNNING, Status.WAIVED)
     return next((status for status in order if status in statuses), Status.OK)

@@ -1,8 +1,8 @@
-"""What a sweep is on disk: the sweep file, and the files that the attempts at each scenario leave beside it.
+"""The files of a sweep: the sweep file, and the files of each attempt at a scenario.
 
-All files of a sweep lie in one directory and begin with its run id. The sweep file, `<RUN_ID>_sweep.json`, says what is
-to run; `<RUN_ID>_<NAME>.log` and `.json` are what the first attempt at a scenario left, `<RUN_ID>_<NAME>.2.log` and so
-on those of later ones. A scenario's outcome is that of its last attempt.
+All files of a sweep are in one directory, and their names begin with its run id. The sweep file, `<RUN_ID>_sweep.json`,
+lists the scenarios. The first attempt at a scenario writes `<RUN_ID>_<NAME>.log` and `.json`, the second
+`<RUN_ID>_<NAME>.2.log` and `.2.json`, and so on. A scenario's outcome is that of its last attempt.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+=-]{0,149}")
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One scenario of a sweep, as the check before the run left it.
+    """One scenario of a sweep, with the results of the check before the run.
 
-    `flags` are complete flags of benchmark_refit.py but for the result's place. `source` and `destination` are None
+    `flags` are all flags of benchmark_refit.py except for the result's path. `source` and `destination` are None
     where the flags give no valid layout. `cost`, `bound` and `memory_bytes` (the fullest GPU, staging included) are
-    None where they cannot be predicted. `reason` says why a scenario is refused or skipped.
+    None where they cannot be predicted. `reason` is why a scenario is refused or skipped.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Sweep:
     schema_version: int = SWEEP_VERSION
 
     def scenario(self, name: str) -> Planned:
-        """Raises UsageError, listing the names there are, for an unknown one."""
+        """The scenario called `name`. Raises UsageError, listing the known names, for an unknown one."""
         for planned in self.scenarios:
             if planned.name == name:
                 return planned
@@ -93,7 +93,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a scenario; its files are `stem` with a suffix."""
+    """One attempt at a scenario. Its files are `stem` with a suffix."""
 
     stem: Path
 
@@ -107,7 +107,7 @@ class Attempt:
 
     @property
     def ranks(self) -> Path:
-        """The directory of per-node and per-rank logs, kept where the attempt failed."""
+        """The directory of per-node and per-rank logs, kept if the attempt failed."""
         return self.stem.with_name(f"{self.stem.name}_ranks")
 
     @property
@@ -115,7 +115,7 @@ class Attempt:
         return any(path.exists() for path in (self.log, self.json, self.ranks))
 
     def result(self) -> Result | None:
-        """The result file's content; None where there is none, nothing has been written to it yet, or it is damaged."""
+        """The result file's content; None where the file is missing, empty or damaged."""
         try:
             return read_result(self.json) if self.has_result else None
         except UsageError:
@@ -146,7 +146,7 @@ def _attempt(directory: Path, run_id: str, name: str, number: int) -> Attempt:
 
 
 def last_result(directory: Path, run_id: str, name: str) -> Result | None:
-    """The result of the last attempt; None without an attempt or where that left no result."""
+    """The result of the last attempt; None without an attempt or without its result."""
     made = attempts(directory, run_id, name)
     return made[-1].result() if made else None
 

@@ -1,4 +1,4 @@
-"""Result and sweep files of older schema versions, brought into the form of today's. Plain JSON values in and out."""
+"""Converts result and sweep files of older schema versions to the current one. Plain JSON values in and out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SWEEP_VERSION = 2
 
 
 def upgraded_result(content: object) -> dict[str, Any]:
-    """Raises ValueError for what is no result file, or one of a version that is not known here."""
+    """Convert a result file's content. Raises ValueError for other content or an unknown version."""
     if not isinstance(content, dict) or "run_id" not in content or "scenarios" in content:
         raise ValueError("it holds no result")
     version = content.get("schema_version", RESULT_VERSION)
@@ -25,7 +25,7 @@ def upgraded_result(content: object) -> dict[str, Any]:
 
 @contextmanager
 def _reading(place: str) -> Iterator[None]:
-    """Turn what is missing or of another type in a file of an older version into a ValueError that says so."""
+    """Turn missing or mistyped fields of an older file into a ValueError that names them."""
     try:
         yield
     except KeyError as error:
@@ -39,9 +39,9 @@ def _result(content: dict[str, Any]) -> dict[str, Any]:
     kept = {name: content[name] for name in common if content.get(name) is not None}
     if "failure" in kept:
         kept["failure"] = {**kept["failure"], "message": kept["failure"].get("message") or ""}
-    if not content.get("scenario"):
+    old = content.get("scenario") or {}
+    if not old and not content.get("engines"):
         return {**kept, "schema_version": RESULT_VERSION}
-    old = content["scenario"]
     return {
         **kept,
         "schema_version": RESULT_VERSION,
@@ -53,7 +53,7 @@ def _result(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scenario(old: dict[str, Any], layouts: dict[str, Any]) -> dict[str, Any] | None:
-    """Versions 1 and 2 kept the layouts beside the scenario, and the dtype in the model."""
+    """Versions 1 and 2 stored the layouts beside the scenario, and the dtype in the model."""
     if not {"source", "destination"} <= layouts.keys():
         return None
     model = dict(old["model"]) if isinstance(old.get("model"), dict) else None
@@ -108,12 +108,12 @@ def _plan(moved: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _engine(engine: dict[str, Any]) -> dict[str, Any]:
-    """Empty mappings stood for what had not been measured."""
+    """Older versions stored an empty mapping for a summary that does not exist."""
     return {**engine, "summary": engine.get("summary") or None}
 
 
 def upgraded_sweep(content: object) -> dict[str, Any]:
-    """Raises ValueError for what is no sweep file, or one of a version that is not known here."""
+    """Convert a sweep file's content. Raises ValueError for other content or an unknown version."""
     if not isinstance(content, dict) or "scenarios" not in content:
         raise ValueError("it holds no scenarios")
     version = content.get("schema_version")
@@ -130,7 +130,7 @@ def upgraded_sweep(content: object) -> dict[str, Any]:
 
 
 def _planned(entry: dict[str, Any], cluster: str | None) -> dict[str, Any]:
-    """Version 1 kept the sizes of each side alone, and of the bytes per rank those of the busiest."""
+    """Version 1 stored only the sizes of each side, and only the busiest rank's bytes."""
     same = ("name", "flags", "mode", "method", "num_ranks", "nodes", "ranks_per_node", "status", "reason")
     planned = {name: entry[name] for name in (*same, "memory_bytes", "notes") if name in entry}
     planned |= {"source": None, "destination": None}

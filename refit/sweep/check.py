@@ -1,4 +1,4 @@
-"""The check before a run: what each scenario needs and moves, and whether it can be honoured, without a GPU."""
+"""Checks scenarios before a run, without a GPU: what each needs and moves, and whether it can run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Placement:
 
 
 def place(num_ranks: int, gpus_per_node: int) -> Placement:
-    """As few nodes as will do, a rank on every GPU of each, so that the ranks planned for a node share it."""
+    """The fewest nodes that suffice, with a rank on every GPU, so that ranks planned for one node share it."""
     return Placement(num_ranks, num_nodes(num_ranks, gpus_per_node), gpus_per_node)
 
 
 def checked(flags: Sequence[str], options: DryRunOptions) -> tuple[Scenario, DryRun | None]:
-    """A scenario and its dry run, None where a model provider hides the model's shape.
+    """A scenario and its dry run. The dry run is None for a model provider, whose model has no known shape.
 
     Raises UsageError, with the remedy, for a scenario that `options.num_gpus` GPUs of that cluster cannot run.
     """
@@ -47,7 +47,7 @@ def checked(flags: Sequence[str], options: DryRunOptions) -> tuple[Scenario, Dry
 
 
 def check(candidate: Candidate, options: DryRunOptions) -> Planned:
-    """What becomes of one scenario of a sweep; an error of its own is its reason and not raised."""
+    """Check one scenario of a sweep. A UsageError becomes its `reason` and is not raised."""
     planned = _outline(candidate, options.gpus_per_node)
     try:
         scenario, run = checked(candidate.flags, options)
@@ -65,12 +65,12 @@ def check(candidate: Candidate, options: DryRunOptions) -> Planned:
 
 
 def recheck(planned: Planned, options: DryRunOptions) -> Planned:
-    """Check a scenario of an earlier sweep again, against other GPUs. A skipped one stays a cell of its axis."""
+    """Check a scenario of an earlier sweep again, for other GPUs. A skipped one still counts as a cell of an axis."""
     return check(Candidate(planned.name, planned.flags, is_cell=planned.status is Status.SKIPPED), options)
 
 
 def _outline(candidate: Candidate, gpus_per_node: int) -> Planned:
-    """What the flags say by themselves, so that a refused scenario too is shown with its layout."""
+    """The part of Planned that needs no check, so that a refused scenario is also shown with its layout."""
     args = read_flags(candidate.flags)
     sides: tuple[SideSpec | None, SideSpec | None] = (None, None)
     placement = Placement(0, 0, 0)
@@ -92,11 +92,11 @@ def _outline(candidate: Candidate, gpus_per_node: int) -> Planned:
 
 
 def on_cpus(flags: Sequence[str]) -> tuple[list[str], str]:
-    """`flags` with the CPU stand-in of a GPU method, and a sentence that says so; "" where none is needed."""
+    """`flags` with the CPU stand-in of a GPU method, and a note about it; "" where none is needed."""
     method = read_flags(flags).refit_method
     stand_in = METHODS[method].cpu_stand_in if method else None
     if stand_in is None:
         return list(flags), ""
-    # The last of several counts.
+    # The last --refit-method counts.
     note = f"There is no GPU here: ranks run on CPUs and --refit-method {stand_in} stands in for {method}."
     return [*flags, f"--refit-method={stand_in}"], note

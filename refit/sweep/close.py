@@ -1,4 +1,4 @@
-"""How an attempt ended: what its exit code and its log say where it left no result of its own."""
+"""Completes the result of an attempt that did not record how it ended, from its exit code and its log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refit.results.status import Status
 from refit.results.sweep import Attempt
 
 CANCELLED = "cancelled"
-"""The failure of an attempt that a resumed sweep makes again."""
+"""The failure message of a cancelled attempt. A resumed sweep repeats it."""
 
 LOG_TAIL_BYTES = 1 << 20
 TELLING = re.compile(r"(error|FAILED): ")
@@ -29,7 +29,7 @@ code is 1 whatever the rank's was."""
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the command of an attempt ended. `timed_out_s` is the limit that it ran into."""
+    """How the command of an attempt ended. `timed_out_s` is the time limit that it exceeded."""
 
     exit_code: int
     timed_out_s: float | None = None
@@ -38,18 +38,19 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class _Cause:
-    """An exit code, negative for a signal as torchrun writes it, and the rank it is known to be of."""
+    """An exit code (negative for a signal, as torchrun writes it) and its rank, where that is known."""
 
     exit_code: int
     rank: int | None
 
 
 def close(attempt: Attempt, ending: Ending) -> Result:
-    """The attempt's result, completed where the run could not do it itself: what was measured stays in it.
+    """The attempt's result, completed and written where the run could not do so. Its measurements are kept.
 
-    A result that says how it ended is left as it is, unless a limit or a cancelled job ended it by a signal.
+    A result that records how the run ended is not changed, unless a time limit or a cancelled job ended the run.
     """
-    result = attempt.result() or Result(attempt.stem.name)
+    file = ResultFile(attempt.json)
+    result = file.read()
     ended_from_outside = ending.cancelled or ending.timed_out_s is not None
     unsettled = (Status.RUNNING, Status.FAILED) if ended_from_outside else (Status.RUNNING,)
     if result.status not in unsettled:
@@ -63,13 +64,13 @@ def close(attempt: Attempt, ending: Ending) -> Result:
         exit_code=int(status.exit_code),
         failure=Failure(
             message=_message(ending, cause, log, status is Status.WAIVED),
-            # What every rank finds alike is no rank's fault.
+            # Errors common to all ranks are not attributed to one.
             rank=None if cause.exit_code in (ExitCode.WAIVED, ExitCode.USAGE) else cause.rank,
             phase=result.failure.phase if result.failure else None,
         ),
         finished=now(),
     )
-    ResultFile(attempt.json).write(completed)
+    file.write(completed)
     return completed
 
 
@@ -91,7 +92,7 @@ def _code_text(exit_code: int) -> str:
 
 
 def _root_cause(log: Sequence[str], exit_code: int) -> _Cause:
-    """The rank that failed first on any node, where torchrun says so, otherwise the command's own exit code."""
+    """The rank that failed first on any node, as torchrun reports it; otherwise the command's own exit code."""
     reports = list(ROOT_CAUSE.finditer("\n".join(log))) if exit_code == 1 else []
     if not reports:
         return _Cause(exit_code, None)
@@ -100,8 +101,10 @@ def _root_cause(log: Sequence[str], exit_code: int) -> _Cause:
 
 
 def telling_line(log: Sequence[str]) -> str:
-    """The last line that says `error:` or `FAILED:`, without that word, else the last that is not empty; "" for
-    none."""
+    """The last line that starts with `error:` or `FAILED:`, without that word; else the last line that is not empty.
+
+    "" where all lines are empty.
+    """
     lines = [stripped for line in log if (stripped := RANK_PREFIX.sub("", line, count=1).strip())]
     telling = [TELLING.sub("", line, count=1) for line in lines if TELLING.match(line)]
     return (telling or lines or [""])[-1]

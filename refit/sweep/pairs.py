@@ -1,4 +1,4 @@
-"""Bytes between every pair of ranks: too many for a result file, so planned again from the flags."""
+"""Bytes between every pair of ranks. Result files do not hold them, so they are planned again from the flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from refit.results.outcomes import Outcome
 def pair_bytes(outcome: Outcome, gpus_per_node: int) -> IntArray:
     """Bytes from each rank (row) to each rank (column), `[num_ranks, num_ranks]`, local copies on the diagonal.
 
-    Raises NoPairs where flags cannot be planned here, or the plan is not the one that ran (another version's).
+    Raises NoPairs where flags cannot be planned here, or where the plan is not the one that ran (another version's).
     """
     planned, digest = outcome.planned, outcome.refit.plan.digest if outcome.refit.plan else ""
     try:

@@ -1,4 +1,4 @@
-"""The course of a sweep: begin or resume it, what is still to run, and how each attempt ended."""
+"""Begins and resumes a sweep, and lists the scenarios that are still to run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DONE = (Status.OK, Status.WAIVED)
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """What a sweep may use. `num_gpus` None: as many as each scenario needs."""
+    """The GPUs a sweep may use, and their cluster. `num_gpus` None: as many as each scenario needs."""
 
     num_gpus: int | None
     gpus_per_node: int
@@ -38,7 +38,7 @@ class Allocation:
 
 
 def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: Sequence[str] = ()) -> Sweep:
-    """Check every scenario of a selection. Raises UsageError for an unknown cluster, or where no cell makes sense."""
+    """Check every scenario of a selection. Raises UsageError for an unknown cluster, or if all are skipped."""
     options = allocation.options
     scenarios = tuple(check(candidate, options) for candidate in selection.candidates)
     if all(planned.status is Status.SKIPPED for planned in scenarios):
@@ -58,7 +58,7 @@ def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: S
 
 
 def begin(selection: Selection, allocation: Allocation, directory: Path, run_id: str | None, job: str | None) -> Path:
-    """Plan a sweep and write its file. `run_id` None: the local time and the job.
+    """Plan a sweep, write its file and return the path. `run_id` None: the local time and the job.
 
     Raises UsageError where `run_id` is taken, since results are never overwritten.
     """
@@ -94,7 +94,7 @@ def find(directory: Path, run_id: str) -> Sweep:
 
 
 def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | None) -> Path:
-    """Check the scenarios against this allocation, all but those that are done, note the job and write the file."""
+    """Check all scenarios that are not DONE against this allocation, add the job, write the file, return its path."""
     options = allocation.options
     num_gpus = allocation.num_gpus or sweep.num_gpus
     path = sweep_file(directory, sweep.run_id)
@@ -114,9 +114,9 @@ def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | Non
 
 
 def pending(sweep: Sweep, directory: Path, which: str = "unfinished") -> list[Planned]:
-    """The scenarios to run now: `unfinished` without a finished result, or `failed` without a good one.
+    """The scenarios to run now. `which`: `unfinished` (no finished result) or `failed` (last attempt not in DONE).
 
-    Refused and skipped scenarios never are.
+    Refused and skipped scenarios are never among them.
     """
     found = []
     for planned in sweep.scenarios:
@@ -128,7 +128,7 @@ def pending(sweep: Sweep, directory: Path, which: str = "unfinished") -> list[Pl
 
 
 def _status(directory: Path, run_id: str, planned: Planned) -> Status | None:
-    """The last attempt's; None without one, or where it was cancelled and not ended by itself."""
+    """The last attempt's status; None without an attempt or where it was cancelled."""
     result = last_result(directory, run_id, planned.name)
     if result is None or (result.failure and result.failure.message == CANCELLED):
         return None
@@ -137,7 +137,7 @@ def _status(directory: Path, run_id: str, planned: Planned) -> Status | None:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One attempt to start: where its files go (`stem`, with a suffix), on what, and its command line."""
+    """One attempt to start: its nodes and ranks, its flags, and `stem`, the path of its files without suffix."""
 
     name: str
     nodes: int

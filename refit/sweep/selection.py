@@ -1,4 +1,4 @@
-"""Which scenarios a sweep holds: from CONFIGS lines or a YAML file to complete command lines, not yet checked."""
+"""The scenarios of a sweep, from CONFIGS lines or a YAML file, as complete command lines, not yet checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from refit.cli.flags import FlagParser, full_parser
+from refit.cli.flag_parser import FlagParser
+from refit.cli.flags import full_parser
 from refit.cli.parsing import read_flags
 from refit.config import yaml_files
 from refit.config.flag_names import SIZE_FLAGS
@@ -18,7 +19,7 @@ from refit.results.sweep import check_name
 
 LINE_FIELDS = ("SRC_TP", "SRC_EP", "DST_TP", "DST_EP", "REFIT_MODE", "REFIT_METHOD", "DESCRIPTION")
 LINE_SIZES = ("tp", "ep")
-"""What a line gives of each side, in this order."""
+"""The sizes a line gives for each side, in this order."""
 
 SWEEP_FLAGS = {
     "output-dir": "results lie beside the sweep file",
@@ -28,14 +29,14 @@ SWEEP_FLAGS = {
     "cluster": "give it to the sweep",
     "dry-run": "`refit sweep plan` plans without running",
 }
-"""Flags that are the sweep's own business, and why."""
+"""Flags that only the sweep sets -> the reason or what to do instead."""
 
 DEFAULT_TITLE = "MoE"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A scenario to be checked. `is_cell` tells one combination of axis values from a scenario written out."""
+    """A scenario to check. `is_cell` is True for a combination of axis values, False for a scenario written out."""
 
     name: str
     flags: tuple[str, ...]
@@ -64,8 +65,8 @@ def select_file(name: str, common: Sequence[str], title: str | None = None) -> S
     """Scenarios from a file of `configs/scenarios`, or the YAML file at path `name`.
 
     Keys: `title`, `defaults` (flags without dashes), `scenarios`: CONFIGS lines, or mappings with a `name` and flags,
-    in which a list is an axis unless the flag itself takes several values. Flags of a scenario take the place of
-    defaults. Raises UsageError, naming the file and the scenario.
+    in which a list is an axis unless the flag itself takes several values. Flags of a scenario override the defaults.
+    Raises UsageError, naming the file and the scenario.
     """
     path = yaml_files.find("scenarios", name)
     content = yaml_files.read_mapping(path)
@@ -83,7 +84,7 @@ def select_file(name: str, common: Sequence[str], title: str | None = None) -> S
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A scenario as written, and where, for messages."""
+    """A scenario as written, and its place in the input for messages."""
 
     where: str
     content: object
@@ -119,7 +120,7 @@ def _check_common(parser: FlagParser, common: Sequence[str]) -> None:
 def _candidates(
     parser: FlagParser, content: object, defaults: Mapping[str, object], common: Sequence[str]
 ) -> list[Candidate]:
-    """The scenarios of one entry: one, or as many as its axes have combinations."""
+    """The scenarios of one entry: one for each combination of axis values."""
     name, own = _named_values(content)
     inherited = {key: value for key, value in defaults.items() if key not in own}
     axes = {key: axis for key, value in (inherited | own).items() if (axis := _axis(parser, key, value))}
@@ -160,7 +161,7 @@ def _axis(parser: FlagParser, key: str, value: object) -> list[object]:
 
 
 def _check(candidate: Candidate) -> None:
-    """Raise UsageError for a name or a flag that no layout, model or number of GPUs could make right."""
+    """Raise UsageError for an invalid name or flag. Layout, model and number of GPUs are not checked."""
     check_name(candidate.name, "name")
     broken = next((word for word in candidate.flags if not word.isprintable()), None)
     if broken is not None:

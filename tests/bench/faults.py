@@ -1,4 +1,4 @@
-"""Faults to put into a refit, so that tests see the oracle name them. Each is a context that holds on one rank."""
+"""Faults to inject into a refit, for tests of the oracle. Each is a context that holds on one rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def byte_flipped_in_flight() -> Iterator[None]:
 
 @contextmanager
 def transfer_skipped(key: str) -> Iterator[None]:
-    """The plan lacks one transfer of tensor `key`; its own proof is switched off, or it could not be built."""
+    """The plan lacks one transfer of tensor `key`. The plan's own checks are off, since they would refuse it."""
 
     def lacking(plan: RefitPlan) -> RefitPlan:
         row = int(np.flatnonzero((plan.tensor == plan.keys.index(key)) & plan.is_wire)[0])
@@ -52,7 +52,7 @@ def transfer_skipped(key: str) -> Iterator[None]:
 
 @contextmanager
 def parts_swapped(key: str) -> Iterator[None]:
-    """The first two shards of tensor `key` stand in each other's place: gate and up, or two experts."""
+    """The first two shards of tensor `key` are swapped: gate and up, or two experts."""
 
     def swapped(memory: LocalWeights | None) -> LocalWeights | None:
         if memory is None:
@@ -70,7 +70,7 @@ def parts_swapped(key: str) -> Iterator[None]:
 
 @contextmanager
 def last_iteration_repeated() -> Iterator[None]:
-    """From the second refit on, the destination ends up with what the refit before left there."""
+    """From the second refit on, the destination ends up with the weights of the previous refit."""
     before: list[torch.Tensor] = []
 
     def after_run(destination: LocalWeights | None) -> None:
@@ -90,7 +90,7 @@ def _transport(
     change_destination: Callable[[LocalWeights | None], LocalWeights | None] = lambda memory: memory,
     after_run: Callable[[LocalWeights | None], None] = lambda memory: None,
 ) -> Iterator[None]:
-    """Let the benchmark prepare from changed inputs, or meddle after every run, over the real transport."""
+    """The real transport, prepared from changed inputs or with a change after every run."""
 
     class Faulty:
         def __init__(self, name: str) -> None:

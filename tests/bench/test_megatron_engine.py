@@ -1,4 +1,4 @@
-"""Megatron-Core's own refit as a baseline: right where it is right, seen to be wrong where it is wrong."""
+"""Megatron-Core's own refit as the baseline: the cases it refits correctly, and its known errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refit(rank: int, case: Case, close: bool = True) -> dict[str, int] | str | N
 
 
 def wrong_keys(answers: list[dict[str, int] | None]) -> set[str]:
-    """Over all destination ranks, less what 0.16.1 never moves: buffers."""
+    """Keys with wrong elements on any destination rank, without buffers, which 0.16.1 never moves."""
     keys = {key for answer in answers if answer is not None for key in answer}
     assert OLD or not any(BIAS in key for key in keys)
     return {key for key in keys if BIAS not in key}
@@ -75,7 +75,7 @@ def test_right_cases(ranks: RankPool, case: Case) -> None:
 
 
 def test_sequential_experts_ep1_to_ep2_are_left_wrong(ranks: RankPool) -> None:
-    """Experts are matched by their local number: EP rank 1 gets experts 0-3 for 4-7, all elements, no error."""
+    """Experts are matched by their local number: EP rank 1 gets experts 0-3 in place of 4-7, without an error."""
     answers = ranks.run(refit, Case(SEQUENTIAL, layout(), layout(ep=2)))
     experts = {
         f"decoder.layers.{layer}.mlp.experts.experts.linear_fc{number}.weight"
@@ -101,14 +101,14 @@ def test_change_of_expert_tensor_parallelism_scrambles_gate_and_up(ranks: RankPo
 
 @pytest.mark.skipif(not OLD, reason="0.19 plans it")
 def test_refit_that_0_16_cannot_plan_fails_on_every_rank(ranks: RankPool) -> None:
-    """Planning happens on rank 0 alone there: its error must reach the ranks that wait for the plan."""
+    """0.16.1 plans on rank 0 only. Its error must reach the ranks that wait for the plan."""
     answers = ranks.run(refit, Case(MOE, layout(tp=2, ep=2, etp=2), layout(ep=2, first=4)))
     assert all("Cannot build TP descriptor" in answer for answer in answers)
     assert wrong_keys(ranks.run(refit, Case(MOE, layout(ep=2), layout()))) == set()
 
 
 def test_plans_are_not_reused_for_other_models(ranks: RankPool) -> None:
-    """0.19.2's plan cache knows sizes of layouts, not models: two shapes in one layout must each get their plan."""
+    """0.19.2's cache keys do not distinguish models: two shapes in one layout must each get their own plan."""
     where = layout(ep=2)
     first = ranks.run(refit, Case(MOE, where, where), False)
     second = ranks.run(refit, Case(LATENT, where, where))

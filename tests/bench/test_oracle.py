@@ -21,7 +21,7 @@ def views(memory: LocalWeights) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(40,), (12, 10), (3, 8, 6), (2, 3, 4, 5)])
-def test_shards_are_cut_from_one_whole(shape: tuple[int, ...], dtype: str) -> None:
+def test_shards_of_a_tensor_equal_the_whole_tensor(shape: tuple[int, ...], dtype: str) -> None:
     spec = TensorSpec("layers.0.w", shape, dtype)
     whole = memory_of(spec, Box.whole(shape))
     parts = memory_of(spec, *(Box.whole(shape).split(3)))
@@ -32,7 +32,7 @@ def test_shards_are_cut_from_one_whole(shape: tuple[int, ...], dtype: str) -> No
     assert oracle.check(whole, {spec.key: spec}, 7).num_compared == views(whole)[0].numel()
 
 
-def test_a_column_cut_of_a_strided_view_matches() -> None:
+def test_a_column_slice_of_a_strided_view_matches() -> None:
     spec = TensorSpec("w", (4, 6, 8), "bfloat16")
     base = torch.zeros(4, 6, 8, dtype=torch.bfloat16).permute(1, 0, 2).contiguous().permute(1, 0, 2)
     box = Box((0, 2, 4), (4, 3, 4))

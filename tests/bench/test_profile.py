@@ -1,4 +1,4 @@
-"""What a profile adds up to."""
+"""Sums of a profile by stream and kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole scenarios on eight forked ranks: the sequence a torchrun job goes through, oracle included."""
+"""Whole scenarios on eight forked ranks: all steps of a torchrun job, including the oracle."""
 
 from __future__ import annotations
 

@@ -113,6 +113,7 @@ def test_ports_of_neighbouring_steps_and_jobs_differ() -> None:
     assert len(ports) == 30 * 20
 
 
+@pytest.mark.slow
 def test_tasks_of_a_step_run_a_refit(tmp_path: Path) -> None:
     """Three processes that know nothing but Slurm's variables."""
     with socket.socket() as listener:

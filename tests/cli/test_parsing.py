@@ -11,6 +11,7 @@ import pytest
 from refit.cli.launch import check_launch
 from refit.cli.main import main
 from refit.cli.parsing import Request, parse
+from refit.config.registry import ENGINES, Engine
 from refit.config.scenario import Mode, Scenario, Verify, check_num_ranks
 from refit.config.shape import Dtype, LatentAttention, ModelShape
 from refit.errors import UsageError
@@ -145,6 +146,56 @@ def test_run_flags() -> None:
     assert (run.one_sided_buffers, run.nvshmem_force_put) == ("direct", True)
     assert {side.transformer_impl for side in run.sides.values()} == {"transformer_engine"}
     assert (run.device, run.profile) == ("cuda", True)
+
+
+def test_the_old_spelling_of_one_sided_buffers() -> None:
+    assert scenario(f"{TWO_HEADS} --nvshmem-buffers direct").one_sided_buffers == "direct"
+    assert scenario(TWO_HEADS).one_sided_buffers == "ring"
+
+
+@pytest.mark.parametrize(
+    ("text", "engines"), [("both", ("refit", "megatron")), ("megatron,refit,megatron", ("megatron", "refit"))]
+)
+def test_engines_run_in_the_order_given(text: str, engines: tuple[str, ...]) -> None:
+    assert scenario(f"{TWO_HEADS} --refit-engine {text}").engines == engines
+
+
+def test_an_engine_that_cannot_refit_a_sides_format_is_refused() -> None:
+    row = Engine(engine="nowhere:Nothing", title="Picky", formats=("fsdp2",))
+    with (
+        ENGINES.added("picky", row),
+        pytest.raises(UsageError, match="--refit-engine picky refits fsdp2 sides only, one side is megatron"),
+    ):
+        scenario(f"{TWO_HEADS} --refit-engine refit,picky")
+
+
+FORWARD_FLAGS = [
+    ("", "moe-token-dispatcher-type", "alltoall", "allgather"),
+    ("", "moe-token-dispatcher-type", "flex", "allgather"),
+    ("", "moe-router-score-function", "sigmoid", "softmax"),
+    ("--moe-router-enable-expert-bias", "moe-router-score-function", "softmax", "sigmoid"),
+]
+
+
+@pytest.mark.parametrize(("model", "flag", "given", "runs_with"), FORWARD_FLAGS)
+def test_a_forward_pass_that_runs_otherwise_is_refused(
+    model: str,
+    flag: str,
+    given: str,
+    runs_with: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    line = f"{TWO_HEADS} --num-experts 4 {model}"
+    assert main(f"{line} --{flag} {given} --check-forward".split()) == 2
+    assert capsys.readouterr().err == (
+        f"error: --{flag} {given} contradicts --check-forward, whose forward pass runs with {runs_with}: "
+        "leave one out\n"
+    )
+    assert scenario(f"{line} --{flag} {given}").recorded == {flag: given}
+    accepted = scenario(f"{line} --{flag} {runs_with} --check-forward")
+    assert (accepted.recorded, accepted.check_forward) == ({flag: runs_with}, True)
 
 
 def test_defaults_are_those_of_megatron() -> None:
@@ -329,10 +380,16 @@ BAD_LINES = [
     (f"{TWO_HEADS} --hiden-size 64", "unknown flag --hiden-size: did you mean --hidden-size?"),
     (f"{TWO_HEADS} --num-layer=2", "unknown flag --num-layer: did you mean --num-layers?"),
     (f"{TWO_HEADS} --tensor-parallel 2", "unknown flag --tensor-parallel"),
+    (f"{TWO_HEADS} --moe-ffn-hiden-size 8", "unknown flag --moe-ffn-hiden-size: did you mean --moe-ffn-hidden-size?"),
+    (f"{TWO_HEADS} --log-interval 5 6", "unexpected argument '6'"),
     (f"{TWO_HEADS} --zzz", "unknown flag --zzz: no known flag is close to it"),
     (f"{TWO_HEADS} 7", "unexpected argument '7'"),
     (f"{TWO_HEADS} --refit-method smoke", "--refit-method: invalid choice: 'smoke'"),
     (f"{TWO_HEADS} --refit-mode both", "--refit-mode: invalid choice: 'both'"),
+    (
+        f"{TWO_HEADS} --refit-engine refit,rfit",
+        "--refit-engine: invalid choice: 'rfit' (choose from refit, megatron, both)",
+    ),
     (f"{TWO_HEADS} --position-embedding-type alibi", "--position-embedding-type: invalid choice: 'alibi'"),
     (f"{TWO_HEADS} --context-parallel-size 2", "--context-parallel-size: 2 is not supported"),
     (f"{TWO_HEADS} --mtp-num-layers 1", "multi-token prediction layers are not built"),

@@ -46,7 +46,7 @@ class RankPool:
         errors: dict[int, str] = {}
         waiting = dict(zip(self._pipes, range(self.num_ranks), strict=True))
         while waiting:
-            # Once one rank has failed its peers may wait for it in vain: give them a moment, then report.
+            # Once one rank has failed, other ranks may wait for it for ever: wait 5 s for them, then report.
             ready = wait(list(waiting), timeout=5.0 if errors else timeout_s)
             if not ready:
                 errors.update(dict.fromkeys(waiting.values(), "no answer in time"))

@@ -26,15 +26,15 @@ KIMI_K2_SUITE = [
     ("16:4:16:2", "non-collocated"),
     ("16:4:32:2", "non-collocated"),
     ("8:8:16:4", "non-collocated"),
-    ("32:4:16:8", "collocated"),
+    pytest.param("32:4:16:8", "collocated", marks=pytest.mark.slow),
 ]
 TP1_SOURCES = [
-    (layouts, mode)
+    pytest.param(layouts, mode, marks=() if layouts == "1:8:2:4" else pytest.mark.slow)
     for layouts in ("1:8:2:4", "1:8:4:8", "1:8:1:16", "1:16:8:2", "1:32:4:16", "1:64:4:8")
     for mode in ("collocated", "non-collocated")
 ]
 LIMITED = [
-    ("16:8:8:16", "collocated", 16 / 15),
+    pytest.param("16:8:8:16", "collocated", 16 / 15, marks=pytest.mark.slow),
     ("1:16:1:8", "collocated", 16 / 15),
     ("1:8:1:1", "collocated", 8 / 7),
 ]

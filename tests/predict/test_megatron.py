@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
-from refit.plan.sharding import RankSharding, Sharding
+from refit.plan.sharding import RankSharding
 from refit.predict.megatron import check, predict
+from refit.predict.sides import check_side, predict_side
 
 SMALL = ModelShape(
     num_layers=2,
@@ -58,6 +60,10 @@ KIMI_K2 = ModelShape(
 )
 
 
+def side(**sizes: int) -> SideSpec:
+    return SideSpec(Layout(**sizes))
+
+
 @pytest.mark.parametrize(
     ("key", "boxes"),
     [
@@ -81,11 +87,11 @@ KIMI_K2 = ModelShape(
     ],
 )
 def test_boxes_of_the_last_rank(key: str, boxes: tuple[Box, ...]) -> None:
-    layout = Layout(tp=2, ep=2, etp=2, pp=1, world_size=4, first_rank=3)
-    assert predict(SMALL, SideSpec(layout)).of_rank(6).shards[key].boxes == boxes
+    spec = side(tp=2, ep=2, etp=2, pp=1, world_size=4, first_rank=3)
+    assert predict(SMALL, spec).of_rank(6).shards[key].boxes == boxes
 
 
-def test_gate_and_up_are_one_box_without_a_cut() -> None:
+def test_gate_and_up_are_one_box_where_nothing_splits_them() -> None:
     """As live rank shardings are coalesced."""
     sharding = predict(SMALL, side(tp=1, ep=2, etp=1, pp=1, world_size=2))
     shards = sharding.of_rank(1).shards
@@ -121,10 +127,10 @@ def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
 
 
 def test_transformer_engine_replicates_latent_down_projections() -> None:
-    layout = Layout(tp=8, ep=8, etp=8, pp=1, world_size=64)
+    spec = side(tp=8, ep=8, etp=8, pp=1, world_size=64)
     key = "decoder.layers.0.self_attention.linear_kv_down_proj.weight"
-    assert predict(KIMI_K2, SideSpec(layout)).of_rank(1).shards[key].boxes == (Box((72, 0), (72, 7168)),)
-    whole = predict(KIMI_K2, SideSpec(layout, transformer_impl="transformer_engine")).of_rank(1).shards[key]
+    assert predict(KIMI_K2, spec).of_rank(1).shards[key].boxes == (Box((72, 0), (72, 7168)),)
+    whole = predict(KIMI_K2, replace(spec, transformer_impl="transformer_engine")).of_rank(1).shards[key]
     assert whole.boxes == (Box((0, 0), (576, 7168)),)
 
 
@@ -135,6 +141,52 @@ def test_flags_of_tensors() -> None:
     assert tensors["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].stacked
     assert tensors["decoder.layers.1.mlp.router.expert_bias"].dtype == "float32"
     assert {tensor.dtype for key, tensor in tensors.items() if "expert_bias" not in key} == {"bfloat16"}
+
+
+def test_parameters_have_the_dtype_of_the_side() -> None:
+    spec = replace(side(tp=1, ep=1, etp=1, pp=1, world_size=1), dtype=Dtype.FP32)
+    assert {tensor.dtype for tensor in predict(SMALL, spec).tensors.values()} == {"float32"}
+    halves, singles = (
+        predict(replace(SMALL, experts=None), replace(spec, dtype=dtype)) for dtype in (Dtype.FP16, Dtype.FP32)
+    )
+    assert singles.bytes_per_rank[0] == 2 * halves.bytes_per_rank[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "sizes", "message"),
+    [
+        ({"num_attention_heads": 3}, {"tp": 2}, "3 attention heads cannot be divided by TP size 2"),
+        ({"ffn_hidden_size": 13}, {"tp": 2}, "13 FFN hidden size cannot be divided by TP size 2"),
+        ({"num_query_groups": 3}, {"tp": 2}, "3 query groups cannot be divided by TP size 2"),
+        ({"num_attention_heads": 8, "num_query_groups": 3}, {"tp": 4}, "4 TP size cannot be divided by query groups 3"),
+        ({}, {"ep": 3}, "4 experts cannot be divided by EP size 3"),
+        ({}, {"etp": 4}, "6 expert FFN hidden size cannot be divided by ETP size 4"),
+        (
+            {"experts": Experts(4, 2, 6, 5, (True,) * 2, True, True)},
+            {"tp": 2},
+            "5 shared expert FFN hidden size cannot",
+        ),
+        ({"experts": None}, {"ep": 2}, "EP size 2 needs experts"),
+    ],
+)
+def test_a_model_that_cannot_be_sharded_so(changed: dict[str, Any], sizes: dict[str, int], message: str) -> None:
+    shape, spec = replace(SMALL, **changed), side(**{"tp": 1, "ep": 1, "etp": 1, "pp": 1, "world_size": 12, **sizes})
+    for checker in (check, check_side):
+        with pytest.raises(UsageError, match=f"^destination: {message}"):
+            checker(shape, spec, "destination")
+    with pytest.raises(UsageError, match=message):
+        predict_side(shape, spec)
+
+
+def test_stages_that_do_not_divide_the_layers_are_refused() -> None:
+    with pytest.raises(UsageError, match="2 layers do not divide by pipeline size 3"):
+        check(SMALL, side(tp=1, ep=1, etp=1, pp=3, world_size=3), "source")
+
+
+def test_an_unknown_format_is_refused() -> None:
+    spec = replace(side(tp=1, ep=1, etp=1, pp=1, world_size=1), format="gguf")
+    with pytest.raises(UsageError, match=r"unknown side format 'gguf': choose one of .*megatron"):
+        predict_side(SMALL, spec)
 
 
 def test_every_element_of_every_tensor_is_held() -> None:
@@ -150,13 +202,13 @@ def test_kimi_k2_on_128_ranks() -> None:
     sharding = predict(KIMI_K2, side(tp=16, ep=8, etp=16, pp=1, world_size=128))
     assert sharding.num_parameters == 1_026_408_209_408 + 60 * 384
     assert round(max(sharding.bytes_per_rank.values()) / 1e9, 1) == 17.6
-    # Layers of a kind share one spread: what keeps predicting and planning a matter of milliseconds.
+    # Layers of a kind share one TensorSharding, which keeps predicting and planning fast.
     assert len({id(tensor_sharding) for tensor_sharding in sharding.by_key.values()}) < 30
 
 
-def test_uneven_cut_names_the_tensor() -> None:
+def test_an_uneven_split_names_the_tensor() -> None:
     odd = replace(KIMI_K2, mla=LatentAttention(1540, 512, 128, 64, 128))
-    with pytest.raises(UsageError, match=r"linear_q_down_proj.weight \[1540, 7168\] cannot be cut into 8 equal parts"):
+    with pytest.raises(UsageError, match=r"linear_q_down_proj.weight \[1540, 7168\] cannot be split into 8 equal"):
         predict(odd, side(tp=8, ep=1, etp=1, pp=1, world_size=8))
 
 

@@ -60,10 +60,10 @@ def test_etp_is_not_named_where_it_is_not_the_cause() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        f"{KIMI_K2} {SOURCE_ETP_1}",
-        f"{KIMI_K2} {DESTINATION_ETP_1}",
+        pytest.param(f"{KIMI_K2} {SOURCE_ETP_1}", marks=pytest.mark.slow),
+        pytest.param(f"{KIMI_K2} {DESTINATION_ETP_1}", marks=pytest.mark.slow),
         f"{KIMI_K2} --refit-mode collocated",
-        f"{KIMI_K2} --staging-mib 30000",
+        pytest.param(f"{KIMI_K2} --staging-mib 30000", marks=pytest.mark.slow),
     ],
 )
 def test_every_remedy_holds(line: str) -> None:

@@ -103,7 +103,7 @@ def planned(
     apart = mode == "non-collocated"
     destination = on_ranks_from(source.world_size if apart else 0, destination)
     num_ranks = max(source.ranks.stop, destination.ranks.stop)
-    values = {
+    values: dict[str, Any] = {
         "flags": ("--model", "tiny"),
         "num_ranks": num_ranks,
         "nodes": -(-num_ranks // 8),
@@ -205,7 +205,7 @@ def result(
         bound=Bound("h100_ib400", bound_s, "rank 64 receives 65.93 GB at 50 GB/s") if bound_s else None,
         engines=dict(engines),
     )
-    values = {
+    values: dict[str, Any] = {
         "status": Status.OK,
         "exit_code": 0,
         "started": "2026-01-26T15:30:00+00:00",

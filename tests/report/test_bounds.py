@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from refit.cli.flags import FlagParser
+from refit.cli.flag_parser import FlagParser
 from refit.commands import bounds
 from refit.errors import UsageError
 from tests.plan.test_cost import cluster

@@ -62,8 +62,8 @@ def test_with_two_engines_a_line_says_whose_it_is() -> None:
 def straggling(rank: int, times: int, factor: float) -> EngineResult:
     """Five refits, in the first `times` of which source `rank` is slower than the other sources by `factor`."""
     base = [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, *IDLE]
-    slow = [factor if peer == rank else seconds for peer, seconds in enumerate(base)]
-    other = [factor if peer == (rank + 1) % 4 else seconds for peer, seconds in enumerate(base)]
+    slow = [factor if each == rank else seconds for each, seconds in enumerate(base)]
+    other = [factor if each == (rank + 1) % 4 else seconds for each, seconds in enumerate(base)]
     return engine([slow] * times + [other] * (5 - times))
 
 

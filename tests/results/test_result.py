@@ -157,13 +157,15 @@ def test_a_full_result_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_the_full_result_leaves_no_field_at_its_default() -> None:
     """A field that is added must be set in FULL, or the round trip says nothing about it."""
-    empty = Scenario(FULL.scenario.model, FULL.scenario.source, FULL.scenario.destination, Mode.COLLOCATED, "gloo")  # type: ignore[union-attr]
-    pairs = [(FULL, Result("")), (REFIT, RefitResult()), (ENGINE, EngineResult()), (FULL.scenario, empty)]
-    pairs += [(FULL.environment, Environment())]
+    assert FULL.scenario is not None
+    source, destination = FULL.scenario.source, FULL.scenario.destination
+    plain = Scenario(FULL.scenario.model, source, destination, Mode.COLLOCATED, "gloo")
+    pairs: list[tuple[Any, Any]] = [(FULL, Result("")), (REFIT, RefitResult()), (ENGINE, EngineResult())]
+    pairs += [(FULL.scenario, plain), (FULL.environment, Environment())]
     unset = {
         f"{type(full).__name__}.{field.name}"
         for full, other in pairs
-        for field in fields(full)  # type: ignore[arg-type]
+        for field in fields(full)
         if getattr(full, field.name) == getattr(other, field.name)
     }
     assert unset == {"Result.schema_version", "Scenario.model", "Scenario.source", "Scenario.destination"}
@@ -304,6 +306,8 @@ def test_an_older_result_from_before_the_plan(tmp_path: Path) -> None:
     content |= {"bytes": {}, "plan": {}, "bound": None, "engines": {}, "status": "running", "failure": None}
     expected = Result("run", environment=Environment(host="node1"))
     assert decoded_result(content) == expected
+    measured = decoded_result(content | {"engines": {"refit": {"status": "ok", "bottleneck_gb_per_s": 5}}})
+    assert measured.refit == RefitResult(engines={"refit": EngineResult(Status.OK, bottleneck_gb_per_s=5)})
 
 
 def test_a_reserved_file_is_a_running_result(tmp_path: Path) -> None:

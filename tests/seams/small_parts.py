@@ -1,4 +1,4 @@
-"""One small part for each seam: a transport over a queue, a side of plain tensors, an engine, a measurement.
+"""One small extension for each registry: a transport over a queue, a side of plain tensors, an engine, a measurement.
 
 Each is what a developer would write in one file. The tests register them and run scenarios with them.
 """
@@ -186,7 +186,7 @@ GATHERING = Engine(engine=f"{HERE}:GatheringEngine", title="gathering", is_basel
 
 @dataclass(frozen=True, slots=True)
 class CountResult:
-    """Elements of weights that each rank holds of both sides."""
+    """Number of weight elements of both sides that each rank holds."""
 
     status: Status
     elements_per_rank: tuple[int, ...]

@@ -48,7 +48,7 @@ def registered() -> Any:
 
 
 def run_scenario(rank: int, argv: list[str], changes: dict[str, Any], directory: str | None = None) -> Any:
-    """The result, and on rank 0 what its file says and what was printed."""
+    """The result, and on rank 0 also the content of its file and the output."""
     printed = io.StringIO()
     with registered(), contextlib.redirect_stdout(printed):
         scenario = replace(parse([*FLAGS, *argv]).scenario, **changes)

@@ -63,7 +63,8 @@ def shell(tmp_path: Path) -> Shell:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "REFIT_", "CUDA_"))}
     environ = {
         **kept,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+        # This Python also starts the stand-ins: the one found first may be slow to start, as pyenv's is.
+        "PATH": f"{BIN}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "STANDIN_FOLDER": str(cwd),
         "REFIT_PYTHON": sys.executable,
         "REFIT_SITE_FILE": str(site),

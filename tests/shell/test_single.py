@@ -16,6 +16,8 @@ SMALL = ["--model", "tiny", "--num-layers=1", "--moe-layer-freq=1", "--vocab-siz
 ONE_TO_TWO = ["--refit-method", "gloo", "--rl-inference-expert-model-parallel-size", "2"]  # 1 + 2 ranks
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has GPUs")
 def test_without_slurm_and_gpus_ranks_run_on_cpus_and_it_says_so(shell: Shell) -> None:
     flags = [*SMALL, "--refit-method", "nvshmem", "--refit-mode", "collocated", "--tensor-model-parallel-size", "2"]
@@ -28,6 +30,7 @@ def test_without_slurm_and_gpus_ranks_run_on_cpus_and_it_says_so(shell: Shell) -
     assert (code, "choose another --run-name" in output) == (2, True), "results are never written over"
 
 
+@pytest.mark.slow
 def test_in_an_allocation_with_a_task_per_gpu_slurm_numbers_the_ranks(job: Shell) -> None:
     del job.environ["STANDIN_NODE"]
     flags = ["--refit-method=gloo", "--refit-mode=collocated", "--rl-inference-expert-model-parallel-size=2"]

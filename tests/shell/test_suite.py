@@ -65,7 +65,7 @@ def test_a_scenario_takes_the_first_nodes_it_needs(job: Shell) -> None:
     [
         ({"SLURM_NTASKS_PER_NODE": "8"}, "gpu", 4),
         ({"SLURM_NTASKS_PER_NODE": "8", "REFIT_TASKS": "node"}, "node", 2),
-        ({"REFIT_TASKS": "gpu"}, "gpu", 4),
+        pytest.param({"REFIT_TASKS": "gpu"}, "gpu", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_task_per_node_or_per_gpu(job: Shell, environ: dict[str, str], form: str, ntasks: int) -> None:
@@ -103,7 +103,7 @@ def test_a_scenario_that_takes_too_long_is_ended(job: Shell) -> None:
     assert "good: 2.00 ms, PASSED" in output
 
 
-@pytest.mark.parametrize("send", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("send", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_cancelled_half_way_and_gone_on_with(job: Shell, send: signal.Signals) -> None:
     arguments = scenarios(job.cwd, line("good"), line("hang"), line("last"))
     process = job.start(KIMI, *arguments)
@@ -193,6 +193,7 @@ def test_submit_passes_everything_on_to_a_job_that_finds_the_checkout(shell: She
     assert list((shell.cwd / "elsewhere" / "logs").glob("*_101_summary.txt"))
 
 
+@pytest.mark.slow
 def test_the_plan_needs_no_slurm_and_writes_nothing(shell: Shell) -> None:
     start = time.monotonic()
     code, output = shell.run(KIMI, "--dry-run", REFIT_ACCOUNT="science", REFIT_CLUSTER="h100_ib400", SEQ_LENGTH="2048")
@@ -241,6 +242,7 @@ def test_help_needs_nothing(shell: Shell) -> None:
         assert output.startswith("usage: ")
 
 
+@pytest.mark.slow
 def test_a_real_sweep_over_two_nodes(job: Shell) -> None:
     """One torchrun on each of two nodes, with one rank each."""
     del job.environ["STANDIN_NODE"]

@@ -160,15 +160,20 @@ def test_the_largest_list_reads_well_in_160_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected", "note"),
+    ("given", "added", "note"),
     [
-        (["--refit-method", "nvshmem"], ["--refit-method", "shm"], "--refit-method shm stands in for nvshmem"),
-        (["--refit-method=nccl", "--swiglu"], ["--refit-method=gloo", "--swiglu"], "gloo stands in for nccl"),
-        (["--refit-method", "gloo"], ["--refit-method", "gloo"], ""),
-        (["--app-tag-run-name", "nccl"], ["--app-tag-run-name", "nccl"], ""),
+        (["--refit-method", "nvshmem"], ["--refit-method=shm"], "--refit-method shm stands in for nvshmem"),
+        (["--refit-method=nccl", "--swiglu"], ["--refit-method=gloo"], "gloo stands in for nccl"),
+        (["--refit-method", "nccl", "--data-path", "a", "b"], ["--refit-method=gloo"], "gloo stands in for nccl"),
+        (["--refit-method=nccl", "--refit-method=shm"], [], ""),
+        (["--refit-method", "gloo"], [], ""),
+        (["--app-tag-run-name", "nccl"], [], ""),
     ],
 )
-def test_what_stands_in_on_cpus(given: list[str], expected: list[str], note: str) -> None:
+def test_what_stands_in_on_cpus(given: list[str], added: list[str], note: str) -> None:
+    """Of a flag given twice the last one counts, so the stand-in is added at the end."""
     words, found = on_cpus(given)
-    assert words == expected
+    assert words == [*given, *added]
     assert (note in found) if note else (found == "")
+    if added:
+        assert on_cpus(words) == (words, "")

@@ -232,7 +232,7 @@ def test_place_says_what_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     found = assignments(ok(capsys, "place", "--cpu-fallback", "--cluster", "h200_nvlink", "--", *sizes))
     assert found["place"] == ["6", "1", "6"]
     assert "shm stands in for nvshmem" in found["note"][0]
-    assert found["flags"] == [word.replace("nvshmem", "shm") for word in sizes] + ["--cluster=h200_nvlink"]
+    assert found["flags"] == [*sizes, "--refit-method=shm", "--cluster=h200_nvlink"]
 
 
 def test_place_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,11 @@ def _refit_without(rank: int, backend: tuple[str, str], absent: int) -> str:
     return message
 
 
-@pytest.mark.parametrize(("backend", "absent"), [(b, a) for b in BACKENDS for a in (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "absent"),
+    [*((b, 1) for b in BACKENDS), *(pytest.param(b, 4, marks=pytest.mark.slow) for b in BACKENDS)],
+    ids=str,
+)
 def test_a_peer_that_does_not_come_is_named(ranks: RankPool, backend: tuple[str, str], absent: int) -> None:
     try:
         messages = ranks.run(_refit_without, backend, absent)

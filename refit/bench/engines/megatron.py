@@ -178,7 +178,7 @@ def _service(method: str, cuda: bool) -> str | CopyService:
 
 
 def _with_stand_ins(modules: list[torch.nn.Module | None]) -> list[torch.nn.Module | None]:
-    """For 0.16.1: replace absent models by AbsentModel. Collective: idle ranks do not know the number of experts."""
+    """For 0.16.1: an AbsentModel for each None. Collective: ranks exchange the number of experts."""
     mine = next((int(m.config.num_moe_experts or 0) for m in modules if m is not None), 0)  # type: ignore[union-attr,arg-type]
     counts: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(counts, mine)

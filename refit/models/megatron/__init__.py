@@ -1,4 +1,4 @@
-"""The only room that imports Megatron-Core. Importing any module in here readies Megatron for import first."""
+"""Megatron-Core models. Importing any module of this package prepares Megatron-Core for import first."""
 
 from refit.models.megatron.compat import ready_megatron
 

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel for a shape and a layout, on any window of ranks, on CPUs and GPUs."""
+"""Builds Megatron-Core's GPTModel for a shape and a layout, on any consecutive ranks, on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from refit.models.megatron.layers import CoreAttention, GroupedExperts
 class BuiltModel:
     """A rank's part of a model, in eval mode: one chunk, or several where pipeline stages interleave.
 
-    `groups` is Megatron's ProcessGroupCollection. `shape` is None for a model of the user's own.
+    `groups` is Megatron's ProcessGroupCollection. `shape` is None for a model from a provider.
     """
 
     chunks: tuple[torch.nn.Module, ...]
@@ -46,17 +46,17 @@ class BuiltModel:
 
 
 def build_model(shape: ModelShape, side: SideSpec, groups: Any, *, device: torch.device | str) -> BuiltModel | None:
-    """Build this rank's part; None where `groups` (of `build_groups`) is None: the rank is outside the window.
+    """Build this rank's part; None where `groups` (of `build_groups`) is None: the rank is outside the side.
 
-    Weights hold whatever the memory held. Collective over the layout's ranks where embeddings are tied over stages.
-    Raises UnavailableError where the side's layers cannot be had here.
+    Weights are not initialised. Collective: every rank of the layout, where embeddings are tied over stages. Raises
+    UnavailableError where the side's layers cannot be built here.
     """
     device, layout = torch.device(device), side.layout
     check_transformer_impl(side.transformer_impl, device)
     compat.check_latent_query_norm(shape)
     if groups is None:
         return None
-    # Without initialisation no random numbers are drawn, so the tracker may be the one that works without CUDA.
+    # No random numbers are drawn without initialisation. The inference tracker works without CUDA.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     stage = layout.coordinates(torch.distributed.get_rank()).pp
     with compat.on_device(device), compat.quiet():
@@ -82,7 +82,7 @@ def build_model(shape: ModelShape, side: SideSpec, groups: Any, *, device: torch
 
 
 def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
-    """Raise UnavailableError where the layers asked for cannot be built on `device`."""
+    """Raise UnavailableError where these layers cannot be built on `device`, UsageError for an unknown name."""
     if transformer_impl not in ("local", "transformer_engine"):
         raise UsageError(f"unknown transformer implementation {transformer_impl!r}: choose local or transformer_engine")
     if transformer_impl == "local":
@@ -99,7 +99,7 @@ def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
 
 
 def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
-    """Megatron's config object for this model in this layout, in inference and without initialisation of weights."""
+    """Megatron's config for this model in this layout, for inference and without weight initialisation."""
     assert side.dtype is not None, "flags that describe a model give its dtype"
     layout, dtype = side.layout, getattr(torch, side.dtype.value)
     values: dict[str, object] = {
@@ -158,7 +158,7 @@ def _without_initialisation() -> dict[str, object]:
 
 
 def _expert_fields(experts: Experts) -> dict[str, object]:
-    # The all-to-all dispatcher needs CUDA streams, the all-gather one runs everywhere. Weights are the same.
+    # The all-to-all dispatcher needs CUDA streams, the all-gather one does not. Weights do not depend on it.
     return {
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.topk,

@@ -1,6 +1,6 @@
-"""Every workaround for a Megatron-Core version or for the lack of a GPU, each with the version and the reason.
+"""Workarounds for Megatron-Core versions and for running without a GPU, each with the version and the reason.
 
-Versions meant: 0.16.1 and 0.19.2. Megatron is imported inside the functions, since `ready_megatron` must run first.
+The versions are 0.16.1 and 0.19.2. Megatron is imported inside the functions, since `ready_megatron` must run first.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from refit.errors import UnavailableError
 def ready_megatron() -> None:
     """Import the parts of Megatron-Core used here, without its warnings about optional libraries.
 
-    0.19.2 imports triton by way of a kernel for CUDA graphs, without declaring it (moe/paged_stash.py): where triton is
-    missing, that one kernel module is replaced, which nothing here calls. Raises UnavailableError without Megatron.
+    0.19.2 imports triton for a CUDA graph kernel (moe/paged_stash.py) without declaring the dependency. Where triton is
+    missing, that kernel module is replaced by a stub; nothing here calls it. Raises UnavailableError without Megatron.
     """
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise UnavailableError("megatron-core is not installed: pip install 'megatron-core>=0.16.1'")
@@ -45,7 +45,7 @@ def ready_megatron() -> None:
 
 
 def megatron_version() -> tuple[int, ...]:
-    """(0, 16, 1). The metadata of a checkout may be missing, its own module is not."""
+    """`(0, 16, 1)`, read from the module: a source checkout may have no package metadata."""
     text = str(importlib.import_module("megatron.core").__version__)
     return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
 
@@ -56,8 +56,11 @@ def has_refit_of_absent_models() -> bool:
 
 
 def check_latent_query_norm(shape: ModelShape) -> None:
-    """Raise UnavailableError for latent attention with q/k norm but no q_lora_rank: 0.16.1 norms keys and values alone,
-    0.19.2 (mla_qk_norm_config.py) refuses that, and under Transformer Engine adds a query norm: another model."""
+    """Raise UnavailableError for latent attention with q/k norm but no q_lora_rank, which only 0.16.1 builds.
+
+    0.16.1 normalises keys and values only. 0.19.2 (mla_qk_norm_config.py) refuses that, and with Transformer Engine it
+    adds a query norm, which is another model.
+    """
     if shape.mla is None or shape.mla.q_lora_rank is not None or not shape.qk_layernorm:
         return
     if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is not None:
@@ -72,7 +75,7 @@ def has_transformer_engine() -> bool:
 
 
 def _name_missing_transformer_engine() -> None:
-    """0.16.1 without Transformer Engine: one name is never defined, one flag says True. 0.19.2 has both right."""
+    """For 0.16.1 without Transformer Engine: define a missing name, correct the flag HAVE_TE. 0.19.2 needs neither."""
     if has_transformer_engine():
         return
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -98,8 +101,11 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
-    """Run Megatron code for `device`. Both versions allocate on `torch.cuda.current_device()` and copy tied embeddings
-    with `.cuda()` whatever the device; on CPUs these two answer with the CPU for as long as the context lasts."""
+    """Run Megatron code on `device`.
+
+    Both versions allocate on `torch.cuda.current_device()` and copy tied embeddings with `.cuda()`, whatever the
+    device. On CPUs this context replaces both, so that they use the CPU.
+    """
     if device.type == "cuda":
         yield
         return
@@ -114,8 +120,10 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ready_to_state(groups: Any, device: torch.device) -> Iterator[None]:
-    """Call `sharded_state_dict()` on groups that parallel_state does not know. Both versions look up the replica number
-    of a tied output layer there, whatever the metadata says."""
+    """Allow `sharded_state_dict()` on groups that parallel_state does not know.
+
+    Both versions look up the replica number of a tied output layer in parallel_state, whatever the metadata says.
+    """
     parallel_state = importlib.import_module("megatron.core.parallel_state")
     original = parallel_state.get_data_parallel_rank
     parallel_state.get_data_parallel_rank = lambda **_: groups.dp_cp.rank()  # type: ignore[attr-defined]
@@ -128,8 +136,11 @@ def ready_to_state(groups: Any, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ready_to_forward(groups: Any, device: torch.device) -> Iterator[None]:
-    """Run a forward pass on groups that parallel_state does not know. Both versions: the dispatcher wants the global
-    memory buffer, and the gathers of latent attention take no group."""
+    """Allow a forward pass on groups that parallel_state does not know.
+
+    In both versions the dispatcher needs the global memory buffer, and latent attention calls its gathers without a
+    group.
+    """
     parallel_state = importlib.import_module("megatron.core.parallel_state")
     has_buffer = parallel_state._GLOBAL_MEMORY_BUFFER is not None
     if not has_buffer:
@@ -150,7 +161,7 @@ def ready_to_forward(groups: Any, device: torch.device) -> Iterator[None]:
 
 
 def known_fields(config_class: type, values: Mapping[str, object]) -> dict[str, object]:
-    """The `values` that this version's config class has; each version dropped and added some."""
+    """The `values` whose fields this version's config class has. The versions differ in their fields."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {name: value for name, value in values.items() if name in names}
 
@@ -158,10 +169,11 @@ def known_fields(config_class: type, values: Mapping[str, object]) -> dict[str, 
 def replace_parts(layer_spec: Any, groups: Any, core_attention: type, experts: type | None) -> None:
     """Change a local layer spec in place, so that it can be built on custom groups, with or without a GPU.
 
-    - Core attention, both versions: DotProductAttention knows no latent attention and needs CUDA's random state.
-    - linear_q_proj, both versions: MLASelfAttention passes it no group, so that without an initialised parallel_state
-      it is built whole on every rank, where with one it is cut. Give it the group.
-    - Grouped experts, both versions: the local spec has none that run on CPUs.
+    - Core attention, both versions: DotProductAttention does not support latent attention and needs CUDA's random
+      state.
+    - linear_q_proj, both versions: MLASelfAttention passes it no group. It is then split over TP only where
+      parallel_state is initialised, and otherwise built whole on every rank. Here it gets the group.
+    - Grouped experts, both versions: those of the local spec do not run on CPUs.
     """
     attention = layer_spec.submodules.self_attention.submodules
     attention.core_attention = core_attention
@@ -170,7 +182,7 @@ def replace_parts(layer_spec: Any, groups: Any, core_attention: type, experts: t
         return
     mlp = layer_spec.submodules.mlp
     if isinstance(mlp, functools.partial):  # 0.19.2
-        # Layers share their submodules object, but all of them get the same experts.
+        # Layers share this object, and all of them get the same experts.
         mlp.keywords["submodules"].experts = experts
     else:  # 0.16.1
         from megatron.core.transformer.spec_utils import ModuleSpec
@@ -179,7 +191,7 @@ def replace_parts(layer_spec: Any, groups: Any, core_attention: type, experts: t
 
 
 def pass_query_group(layer_spec: Any, groups: Any) -> None:
-    """See `replace_parts`: linear_q_proj of latent attention without q_lora_rank. Both versions, every layer spec."""
+    """Pass the TP group to linear_q_proj (latent attention without q_lora_rank). Both versions; see `replace_parts`."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     attention = layer_spec.submodules.self_attention.submodules
@@ -199,10 +211,10 @@ def is_routed(layer_spec: Any) -> bool:
 def mark_grouped_weight(weight: torch.Tensor, config: Any, row_parallel: bool) -> None:
     """Set the attributes that Transformer Engine and this version of Megatron leave on a grouped expert's weight.
 
-    They are wrong for resharding and kept so on purpose, since Megatron's own refit reads them: TE (2.20) marks dim 0
-    of fc2 too once Megatron hides its parallel mode (`explicit_expert_comm`), which 0.16.1 leaves; 0.19.2
-    (extensions/transformer_engine.py, `_set_expert_parameter_attributes`) sets the dim right and the stride of a gated
-    fc1 to 1. Nothing else in this project reads them.
+    The attributes are wrong for resharding. They are reproduced on purpose, since Megatron's own refit reads them.
+    Nothing else in this project does. TE (2.20) sets partition_dim 0 for fc2 too where Megatron hides its parallel mode
+    (`explicit_expert_comm`), and 0.16.1 leaves that. 0.19.2 (extensions/transformer_engine.py,
+    `_set_expert_parameter_attributes`) corrects the dim, but sets the stride of a gated fc1 to 1.
     """
     tp, etp, ep = (
         config.tensor_model_parallel_size,
@@ -220,7 +232,7 @@ def mark_grouped_weight(weight: torch.Tensor, config: Any, row_parallel: bool) -
 
 @dataclasses.dataclass(frozen=True)
 class FailedPlan:
-    """Sent in place of 0.16.1's plans when planning failed on rank 0: reading it raises there what rank 0 raised."""
+    """Sent in place of 0.16.1's plans when planning failed on rank 0. Reading it raises rank 0's error."""
 
     reason: str
 
@@ -230,10 +242,10 @@ class FailedPlan:
 
 
 def plan_refit_of_0_16(source: torch.nn.Module, destination: torch.nn.Module, num_experts: int | None) -> None:
-    """Plan as `swap_model_weights` of 0.16.1 does on its first call, and leave the plan where it looks for it.
+    """Plan as `swap_model_weights` of 0.16.1 does on its first call, and store the plan where it looks for it.
 
-    0.16.1 plans on rank 0 and broadcasts: an error there leaves every other rank waiting for ever. Catch it, and send
-    the reason in place of the plans, so that all ranks raise. Collective: every rank of the default group.
+    0.16.1 plans on rank 0 and broadcasts the plans. An error on rank 0 would leave every other rank waiting for ever.
+    So rank 0 sends the reason in place of the plans, and all ranks raise. Collective: every rank of the default group.
     """
     from megatron.core.resharding import build_centralized_reshard_plan
 
@@ -247,7 +259,7 @@ def plan_refit_of_0_16(source: torch.nn.Module, destination: torch.nn.Module, nu
 
 
 class AbsentModel(torch.nn.Module):
-    """Stands in for a model that is not on this rank, for 0.16.1, which takes no None: no parameters, no groups."""
+    """For 0.16.1, which takes no None: a model that is not on this rank, without parameters and groups."""
 
     def __init__(self, num_experts: int | None) -> None:
         super().__init__()
@@ -257,7 +269,7 @@ class AbsentModel(torch.nn.Module):
 
 @contextlib.contextmanager
 def no_cuda_to_wait_for(device: torch.device) -> Iterator[None]:
-    """0.19.2 calls `torch.cuda.synchronize()` in `execute_reshard_plan`, which fails without CUDA."""
+    """Replace `torch.cuda.synchronize()` on CPUs: 0.19.2 calls it in `execute_reshard_plan`, where it would fail."""
     if device.type == "cuda":
         yield
         return
@@ -270,7 +282,7 @@ def no_cuda_to_wait_for(device: torch.device) -> Iterator[None]:
 
 
 def check_nvshmem_kernel() -> None:
-    """Raise UnavailableError where the kernel of Megatron's NVSHMEM refit is missing: no wheel to 0.19.2 carries it."""
+    """Raise UnavailableError where the kernel of Megatron's NVSHMEM refit is missing, as in wheels up to 0.19.2."""
     package = importlib.util.find_spec("megatron.core.resharding.nvshmem_copy_service")
     folders = list(package.submodule_search_locations or []) if package is not None else []
     kernels = [Path(folder) / "kernels" / "chunked_kernel.cu" for folder in folders]

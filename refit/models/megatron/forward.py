@@ -32,7 +32,7 @@ def check_forward_possible(model: BuiltModel) -> None:
 def forward_logits(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor | None:
     """Logits `[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`, on the last stage; else None.
 
-    Padding of the vocabulary is cut off, so that layouts compare. Causal, positions from 0.
+    Vocabulary padding is removed, so that layouts compare. Attention is causal, positions start at 0.
     Collective: every rank of the model's layout must call, with the same tokens. Raises UnavailableError where this
     model cannot run forward here (`check_forward_possible`), RefitError where it fails.
     """

@@ -1,4 +1,4 @@
-"""Process groups of one layout on its window of ranks, anywhere in the world."""
+"""Process groups of one layout, on any consecutive ranks of the job."""
 
 from __future__ import annotations
 
@@ -30,22 +30,25 @@ AXES: dict[str, tuple[str, ...]] = {
     "tp_ep": ("ep", "etp"),
     "tp_ep_pp": ("pp", "ep", "etp"),
 }
-"""Fields of ProcessGroupCollection and the axes each spans. 0.16.1 raises for a field that is read and not set, 0.19.2
-takes the default group instead: so all that building, forward and refit read are here."""
+"""Fields of ProcessGroupCollection and the axes each spans.
+
+All fields that building, forward and refit read are here. For a field that is not set, 0.16.1 raises and 0.19.2 takes
+the default group.
+"""
 
 
 class GroupCache:
-    """Process groups by their ranks, each made once.
+    """Process groups by their ranks, each created once.
 
     A Gloo group keeps a thread that wakes up about 100 times a second. So both sides of a refit, and all models that
-    one process builds, share their groups. The tuple of all ranks is the default group itself.
+    one process builds, share their groups. The group of all ranks is the default group.
     """
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
 
     def __len__(self) -> int:
-        """How many groups have been made, those of other ranks included."""
+        """Number of groups created, including those without this rank."""
         return len(self._groups)
 
     def get(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
@@ -62,9 +65,10 @@ class GroupCache:
         return self._groups[key]
 
     def close(self) -> None:
-        """Destroy what `get` has made; the default group stays. What was built on these groups must not be used after.
+        """Destroy the groups that `get` created. The default group stays. Models on these groups become unusable.
 
-        Their threads end when nothing refers to the groups any more, models included. Collective, as `get`.
+        A group's threads end when nothing refers to it any more, models included. Collective: every rank of the default
+        group.
         """
         groups, self._groups = self._groups, {}
         for group in groups.values():
@@ -73,21 +77,21 @@ class GroupCache:
 
 
 _CACHES: WeakKeyDictionary[dist.ProcessGroup, GroupCache] = WeakKeyDictionary()
-"""The cache of each default group there has been and still is; one that is destroyed takes its cache along."""
+"""One cache per default group. It is dropped together with that group."""
 
 
 def group_cache() -> GroupCache:
-    """The cache that everything built on the present default group shares."""
+    """The cache of the current default group."""
     default = dist.group.WORLD
     assert default is not None, "there is no default process group"
     return _CACHES.setdefault(default, GroupCache())
 
 
 def build_groups(layout: Layout) -> ProcessGroupCollection | None:
-    """This rank's process groups for `layout`, or None on a rank outside its window.
+    """This rank's process groups for `layout`, or None on a rank outside it.
 
-    Groups come from `group_cache()`. Collective: every rank of the default group must call, idle ones too, with the
-    same layouts in the same order.
+    Groups come from `group_cache()`. Collective: every rank of the default group, idle ones included, with the same
+    layouts in the same order.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -104,7 +108,7 @@ def build_groups(layout: Layout) -> ProcessGroupCollection | None:
 def rank_groups(layout: Layout, axes: Sequence[str]) -> list[list[int]]:
     """The ranks of each group that spans `axes`, in Megatron's order (`parallel_state.RankGenerator`).
 
-    The window is [pp, dp, tp] to the dense layers and [pp, edp, ep, etp] to the routed experts.
+    Dense layers see the layout's ranks as [pp, dp, tp], routed experts as [pp, edp, ep, etp].
     """
     window = np.array(layout.ranks)
     if {"ep", "etp", "edp"} & set(axes):
@@ -118,7 +122,7 @@ def rank_groups(layout: Layout, axes: Sequence[str]) -> list[list[int]]:
 
 
 def _own(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Make every group and return this rank's, or None. To make one is collective, so no rank may skip any."""
+    """Create every group and return this rank's, or None. Collective: every rank creates all groups."""
     cache, rank = group_cache(), dist.get_rank()
     found = {tuple(ranks): cache.get(ranks) for ranks in groups}
     return next((group for ranks, group in found.items() if rank in ranks), None)

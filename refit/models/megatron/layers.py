@@ -25,8 +25,10 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         self.softmax_scale = softmax_scale
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """query `[sequence, batch, heads, size]`, key and value with as many heads or fewer; `[sequence, batch,
-        hidden]`."""
+        """`query` is `[sequence, batch, heads, size]`, `key` and `value` have as many heads or fewer.
+
+        Returns `[sequence, batch, hidden]`.
+        """
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if k.size(1) != q.size(1):
             repeats = q.size(1) // k.size(1)
@@ -39,12 +41,12 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
 
 
 class GroupedLinear(torch.nn.Module):
-    """The weights `weight0 .. weight{n-1}` (and biases) of one linear of this rank's experts, as TE's GroupedLinear."""
+    """One linear of this rank's experts: `weight0 .. weight{n-1}` and biases, named as in TE's GroupedLinear."""
 
     def __init__(self, num_experts: int, rows: int, columns: int, config: Any, row_parallel: bool) -> None:
         super().__init__()
         self.row_parallel = row_parallel
-        # Megatron allocates on current_device(), and so does this.
+        # The device on which Megatron allocates.
         where = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         for index in range(num_experts):
             weight = torch.nn.Parameter(torch.empty(rows, columns, **where))
@@ -60,7 +62,7 @@ class GroupedLinear(torch.nn.Module):
 
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
-    """This rank's routed experts under the names and boxes of Megatron's TEGroupedMLP, computed one by one."""
+    """This rank's routed experts, with the names and boxes of Megatron's TEGroupedMLP, computed one by one."""
 
     def __init__(self, num_local_experts: int, config: Any, *_: Any, pg_collection: Any = None, **__: Any) -> None:
         super().__init__(config=config)
@@ -94,7 +96,7 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """As TEGroupedMLP states it: `experts.linear_fc1.weight` is `[num_experts, ...]`, gate and up apart."""
+        """The entries of TEGroupedMLP: `experts.linear_fc1.weight` is `[num_experts, ...]`, gate and up separate."""
         stated: dict[str, Any] = {}
         offset = get_pg_rank(self.groups.ep) * self.num_local_experts
         total = get_pg_size(self.groups.ep) * self.num_local_experts

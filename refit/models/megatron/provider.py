@@ -1,4 +1,4 @@
-"""Models of the user's own: `--model-provider module:function`."""
+"""Models that a user's function builds: `--model-provider module:function`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def load_provider(text: str) -> Provider:
 def build_from_provider(
     provider: Provider, layout: Layout, groups: Any, device: torch.device | str
 ) -> BuiltModel | None:
-    """This rank's part of the user's model in eval mode; None where `groups` is None: outside the window.
+    """This rank's part of the user's model in eval mode; None where `groups` is None: the rank is outside the side.
 
-    Raises RefitError where the provider returns something else than modules.
+    Raises RefitError where the provider returns anything but modules.
     """
     if groups is None:
         return None

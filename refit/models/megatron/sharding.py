@@ -1,4 +1,4 @@
-"""What a live model holds, as Megatron states it for distributed checkpoints: `sharded_state_dict()`, nothing else."""
+"""Reads a live model's sharding from Megatron's `sharded_state_dict()`, the source of distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ALIASES = (
     ("self_attention.linear_q_up_proj.layer_norm_", "self_attention.q_layernorm."),
     ("self_attention.linear_kv_up_proj.layer_norm_", "self_attention.kv_layernorm."),
 )
-"""Norms that a layer spec fuses into the linear behind them (or names so): spelling and canonical spelling."""
+"""Norms that some layer specs fuse into the next linear: spelling and canonical spelling."""
 
 
 def canonical_key(key: str) -> str:
-    """The one spelling of a key that layer specs spell differently: `...input_layernorm.weight`."""
+    """The canonical spelling of a key that layer specs spell differently: `...input_layernorm.weight`."""
     for spelling, canonical in ALIASES:
         if spelling in key:
             return key.replace(spelling, canonical)
@@ -36,9 +36,10 @@ def canonical_key(key: str) -> str:
 
 
 def read_weights(model: BuiltModel) -> LocalWeights:
-    """Every tensor the model states, as views onto its own storage.
+    """Every tensor of the model's `sharded_state_dict()`, as views onto the model's own storage.
 
-    Raises InventoryError where what it states is not a view of its parameters and buffers, or leaves some of them out.
+    Raises ShardingError where an entry is not a view of a parameter or persistent buffer, where one of those is
+    missing or only partly covered, and where a dtype is not supported.
     """
     owners = Owners(model.chunks)
     shards = []
@@ -62,8 +63,8 @@ def read_weights(model: BuiltModel) -> LocalWeights:
 
 
 def stated_tensors(model: BuiltModel) -> Iterator[ShardedTensor]:
-    """All ShardedTensors of all chunks; factories (gated fc1) taken apart, objects that are no weights left out."""
-    # Without the second entry a model whose layers are all alike states them stacked, under one key.
+    """All ShardedTensors of all chunks. Factories (gated fc1) are expanded; objects without weights are left out."""
+    # Without the second entry, a model with identical layers states them stacked under one key.
     metadata = {"dp_cp_group": model.groups.dp_cp, "non_homogeneous_layers": True}
     with compat.ready_to_state(model.groups, model.device):
         for chunk in model.chunks:
@@ -92,7 +93,7 @@ def _dtype_name(stated: ShardedTensor) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A parameter or persistent buffer and its first spelling in the model. Tied weights are one owner."""
+    """A parameter or persistent buffer and its first name in the model. Tied weights are one owner."""
 
     name: str
     tensor: torch.Tensor
@@ -103,7 +104,7 @@ class Owner:
 
     @property
     def end(self) -> int:
-        """The address behind the last element."""
+        """The address just past the last element."""
         return self.begin + span_bytes(self.tensor)
 
 
@@ -115,7 +116,7 @@ class Owners:
         self._begins = [owner.begin for owner in self.all]
 
     def of(self, key: str, view: torch.Tensor) -> torch.Tensor:
-        """The tensor whose memory `view` looks into. Raises InventoryError where it is none of the model's."""
+        """The tensor that contains `view`'s memory. Raises ShardingError where no tensor of the model does."""
         index = bisect.bisect_right(self._begins, view.data_ptr()) - 1
         if index < 0 or view.data_ptr() >= self.all[index].end:
             raise ShardingError(
@@ -145,7 +146,7 @@ def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Ten
 
 
 def check_complete(chunks: Iterable[torch.nn.Module], memory: LocalWeights) -> None:
-    """Raise InventoryError unless `memory` covers every parameter and persistent buffer once, element for element."""
+    """Raise ShardingError unless `memory` covers each element of all parameters and persistent buffers once."""
     views: dict[int, list[torch.Tensor]] = defaultdict(list)
     for shard in memory:
         views[id(shard.owner)].append(shard.view)
@@ -162,7 +163,7 @@ def check_complete(chunks: Iterable[torch.nn.Module], memory: LocalWeights) -> N
 
 
 def _coverage_problem(owner: Owner, views: list[torch.Tensor]) -> str | None:
-    """What is wrong with these views as a partition of `owner`; None where each element is in exactly one of them."""
+    """Why these views are no partition of `owner`; None where each element is in exactly one of them."""
     stated, held = sum(view.numel() for view in views), owner.tensor.numel()
     if not views:
         return "is missing"

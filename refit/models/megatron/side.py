@@ -34,9 +34,9 @@ class MegatronSide:
 
 
 def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.device) -> MegatronSide:
-    """Build this rank's part of the scenario's model, or of the user's own where a provider is named.
+    """Build this rank's part of the scenario's model, or of the provider's model where one is named.
 
-    Collective: every rank of the job. Raises UnavailableError where it cannot be built here.
+    Collective: every rank of the job. Raises UnavailableError where the model cannot be built here.
     """
     groups = build_groups(side.layout)
     if scenario.model is not None:

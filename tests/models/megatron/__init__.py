@@ -1,4 +1,3 @@
-"""Importing Megatron must wait for `refit.models.megatron`, which readies it; tests import the one or the other
-first."""
+"""`refit.models.megatron` prepares Megatron for import, so it is imported before any test imports Megatron."""
 
 import refit.models.megatron  # noqa: F401

@@ -1,4 +1,4 @@
-"""Small models for the tests of this room, one process that plays any rank, and contents that name their position."""
+"""Small models for the tests of this package, a process that acts as any rank, and values that encode positions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def layout(tp: int = 1, ep: int = 1, etp: int = 1, pp: int = 1, world: int | Non
 
 @contextlib.contextmanager
 def playing(rank: int, world_size: int) -> Iterator[None]:
-    """Be `rank` of a world that exists on paper only: collectives return at once and move nothing."""
+    """Act as `rank` of a fake process group, in which collectives return at once and move nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
@@ -77,7 +77,7 @@ def spec(where: Layout, dtype: Dtype = Dtype.FP32) -> SideSpec:
 
 
 def content(key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
-    """Values of a box of a global tensor: a function of the key and the logical index alone, float32."""
+    """Values of a box of a global tensor, float32: a function of only the key and the logical index."""
     index = torch.zeros(box.extents, dtype=torch.int64)
     for dim, (offset, extent) in enumerate(zip(box.offsets, box.extents, strict=True)):
         places = torch.arange(offset, offset + extent).reshape([-1 if d == dim else 1 for d in range(len(shape))])
@@ -93,7 +93,7 @@ def fill(memory: LocalWeights) -> None:
 
 
 def wrong(memory: LocalWeights) -> dict[str, int]:
-    """Elements that differ from their content, by key."""
+    """Number of elements that differ from `content`, by key."""
 
     def count(shard: LocalShard) -> int:
         expected = content(shard.tensor.key, shard.tensor.shape, shard.box).to(shard.view.dtype)

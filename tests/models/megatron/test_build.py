@@ -1,4 +1,4 @@
-"""What building a model leaves behind: nothing in torch, nothing in the log, weights in the dtype asked for."""
+"""Building a model: it leaves torch and the log unchanged, and weights have the given dtype."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ with playing(0, 4):
 """
 
 
+@pytest.mark.slow
 def test_import_and_build_are_silent() -> None:
     """With Python's own warning filter and logging at INFO, as a user's program may have them."""
     result = subprocess.run(
@@ -50,7 +51,7 @@ def test_parameters_have_the_dtype_asked_for(dtype: Dtype) -> None:
     assert not model.module.training
 
 
-def test_rank_outside_the_window_builds_nothing() -> None:
+def test_rank_outside_the_side_builds_nothing() -> None:
     with playing(5, 8):
         assert built(MOE, layout(tp=2, ep=2)) is None
 

@@ -1,4 +1,4 @@
-"""Equal logical weights give equal logits in every layout: proof that the stated boxes are the ones Megatron means."""
+"""Equal logical weights give equal logits in every layout, so the stated boxes are the ones Megatron uses."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_both_spellings_of_experts_agree(ranks: RankPool) -> None:
 
 
 def test_one_changed_weight_changes_logits(ranks: RankPool) -> None:
-    """The comparison can fail: one expert's gate and up exchanged."""
+    """The comparison fails if one expert's gate and up are exchanged."""
     right, changed = ranks.run(logits_with_swapped_gate)[0]
     assert float((right - changed).abs().max()) > 1e-4
 

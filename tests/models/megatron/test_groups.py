@@ -1,4 +1,4 @@
-"""Our process groups against the ones Megatron's own parallel_state makes."""
+"""Our process groups against those of Megatron's own parallel_state."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_groups_equal_megatrons(where: Layout) -> None:
             parallel_state.destroy_model_parallel()
 
 
-def test_window_in_the_middle_of_the_world() -> None:
+def test_side_in_the_middle_of_the_job() -> None:
     where = layout(tp=2, ep=2, etp=1, pp=2, first=5)
     for name, axes in AXES.items():
         seen = sorted(rank for ranks in rank_groups(where, axes) for rank in ranks)
@@ -113,7 +113,7 @@ def test_groups_over_real_ranks(ranks: RankPool) -> None:
 
 
 def sum_over_window(rank: int) -> int | None:
-    """All-reduce rank numbers over TP groups of a window that starts at rank 3."""
+    """All-reduce rank numbers over TP groups of a side whose first rank is 3."""
     groups = build_groups(layout(tp=2, ep=2, first=3))
     if groups is None:
         return None

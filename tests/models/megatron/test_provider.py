@@ -1,4 +1,4 @@
-"""A model the catalog does not know: gathered, planned and covered like any other."""
+"""A model from a provider: its sharding is gathered, planned and checked for coverage."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_example_is_planned_between_two_layouts() -> None:
     assert set(plan.destination.tolist()) == {4, 5, 6, 7}
 
 
-def test_rank_outside_the_window_holds_nothing() -> None:
+def test_rank_outside_the_side_holds_nothing() -> None:
     where = layout(tp=2)
     with playing(3, 4):
         assert (
@@ -63,7 +63,7 @@ def test_several_chunks_are_read_together() -> None:
         assert model is not None
         keys = read_weights(model).rank_sharding.shards
     assert not chunks[0].training
-    # Both chunks were built for themselves, so the first holds layers 0-1 and the second 2-3.
+    # Each chunk is built separately, so the first holds layers 0-1 and the second 2-3.
     assert {key.split(".")[2] for key in keys if ".layers." in key} >= {"2", "3"}
     assert {"embedding.word_embeddings.weight", "output_layer.weight"} <= set(keys)
     with pytest.raises(UsageError, match="2 chunks"):

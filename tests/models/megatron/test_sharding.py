@@ -1,4 +1,4 @@
-"""Reading a live model: views onto its own storage, every element once, and a loud stop otherwise."""
+"""Reading a live model: views onto its own storage, every element once, and an error otherwise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_views_lie_in_their_owners(model: BuiltModel) -> None:
 
 
 def test_writing_views_writes_the_model(model: BuiltModel) -> None:
-    """Fill through the views, then read the module: gate of expert 5 stands where Megatron computes with it."""
+    """Fill through the views, then read the module: gate of expert 5 is where Megatron computes with it."""
     for parameter in model.module.parameters():
         parameter.data.fill_(torch.nan)
     memory = read_weights(model)
@@ -58,7 +58,7 @@ def test_expert_bias_stays_float32(model: BuiltModel) -> None:
     assert shards["decoder.layers.1.input_layernorm.weight"].tensor.dtype == "bfloat16"
 
 
-def test_views_follow_storage_that_moves(model: BuiltModel) -> None:
+def test_views_rebind_to_storage_that_moves(model: BuiltModel) -> None:
     memory = read_weights(model)
     fill(memory)
     for parameter in model.module.parameters():
@@ -98,7 +98,7 @@ def test_copy_is_refused(model: BuiltModel) -> None:
 
 
 def test_part_stated_twice_is_named(model: BuiltModel) -> None:
-    """As many elements as there are, half of them twice: counting alone would not see it."""
+    """The right number of elements, but half of them twice: counting elements does not find this."""
     original = model.module.sharded_state_dict
 
     def with_gate_for_up(**arguments: object) -> dict[str, object]:
