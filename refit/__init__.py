@@ -1,0 +1,3 @@
+"""Refit benchmark suite."""
+
+__version__ = "0.2.0"

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from tests.dist.pool import RankPool
+
+# By default Hypothesis fails an example that takes longer than 200 ms, as one may beside eight busy ranks.
+settings.register_profile("no deadline", settings(), deadline=None)
+settings.load_profile("no deadline")
 
 POOL = RankPool(8)
 

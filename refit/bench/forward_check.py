@@ -13,7 +13,7 @@ from refit.bench.exchange import gather
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.config.shape import Dtype
-from refit.errors import UnavailableError
+from refit.errors import RefitError, UnavailableError
 from refit.results.refit import ForwardCheck
 
 NUM_TOKENS = 16
@@ -65,7 +65,10 @@ def _obstacle(side: Side) -> str | None:
 def _logits(session: Session, side: Side, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of the side, on every rank, from the first rank that has them. Collective: every rank of the job."""
     mine = side.model.forward(tokens)
-    first = gather(session.control, mine is not None).index(True)
+    has_logits: list[bool] = gather(session.control, mine is not None)
+    if True not in has_logits:
+        raise RefitError(f"the forward pass of {side.spec.title} gave no rank any logits")
+    first = has_logits.index(True)
     said = mine.cpu() if mine is not None and session.rank == first else None
     heard: list[torch.Tensor] = gather(session.control, said)
     return heard[first]

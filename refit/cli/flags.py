@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import refit
 from refit.cli import flag_types, ignored_flags
 from refit.cli.flag_parser import FlagParser
 from refit.config.flag_names import SIZE_FLAGS
@@ -58,6 +59,7 @@ def full_parser() -> BenchmarkParser:
         "(--seq-length, --wandb-project, ...) are accepted and recorded.",
         parents=[model_parser()],
     )
+    parser.add_argument("--version", action="version", version=f"refit-benchmark {refit.__version__}")
     _add_layout_flags(parser)
     _add_refit_flags(parser)
     _add_measurement_flags(parser)

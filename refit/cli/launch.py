@@ -62,7 +62,7 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 def rendezvous_port(environ: Mapping[str, str]) -> int:
-    """The same port on every task of a step. Other steps, and other jobs on the same nodes, get other ports."""
+    """The same port on every task of a step. Steps of a job get different ports; so do most jobs on the same nodes."""
     job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
     return FIRST_PORT + (int(job) * 131 + int(step)) % NUM_PORTS
 

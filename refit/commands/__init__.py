@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import refit
 from refit.cli.flag_parser import FlagParser
 from refit.commands import bounds, compare, outcome, plot, report, sweep
 from refit.errors import RefitError, UsageError
@@ -45,6 +46,7 @@ def command_parser() -> FlagParser:
     """The parser of `refit` with all its sub-commands."""
     parser = FlagParser(prog="refit", description="Plan, run and compare refit benchmarks.")
     parser.set_defaults(takes_flags=False)
+    parser.add_argument("--version", action="version", version=f"refit-benchmark {refit.__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (sweep, outcome, report, compare, plot, bounds):
         module.add(subparsers)

@@ -9,7 +9,9 @@ import yaml
 
 from refit.errors import UsageError
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGED = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+"""In an installed wheel inside the package, in a checkout at its top."""
 
 
 def names(kind: str) -> list[str]:

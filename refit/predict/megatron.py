@@ -209,27 +209,27 @@ def _mixture_of_experts(shape: ModelShape, experts: Experts) -> Iterator[Entry]:
         yield from _mlp("mlp.shared_experts", experts.shared_ffn_hidden_size, shape)
 
 
-# --- Where they lie ---------------------------------------------------------------------------------------------
+# --- Which rank holds what ---------------------------------------------------------------------------------------
 
 
 class Stage:
-    """The ranks of one pipeline stage. Layers of a kind lie alike, so each kind's spread is made once and shared."""
+    """The ranks of one pipeline stage. Layers of a kind have equal shardings: one TensorSharding serves them all."""
 
     def __init__(self, layout: Layout, number: int) -> None:
         size = layout.world_size // layout.pp
         self.layout = layout
         self.ranks = layout.ranks[number * size : (number + 1) * size]
-        self._spreads: dict[tuple[tuple[int, ...], Split, bool], TensorSharding] = {}
+        self._shardings: dict[tuple[tuple[int, ...], Split, bool], TensorSharding] = {}
 
     def tensor_sharding(self, entry: Entry) -> TensorSharding:
         kind = (entry.shape, entry.split, entry.routed)
-        if kind not in self._spreads:
-            self._spreads[kind] = joined(entry, (self,))
-        return self._spreads[kind]
+        if kind not in self._shardings:
+            self._shardings[kind] = joined(entry, (self,))
+        return self._shardings[kind]
 
 
 def joined(entry: Entry, stages: tuple[Stage, ...]) -> TensorSharding:
-    """The spread of a tensor that all `stages` hold."""
+    """The sharding of a tensor that all `stages` hold."""
     return TensorSharding.of(
         (rank, boxes_of(entry, stage.layout, stage.layout.coordinates(rank)))
         for stage in stages

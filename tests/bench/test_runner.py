@@ -66,11 +66,11 @@ def refit(
     ("source", "destination", "mode"),
     [
         ((2, 2, 1, 1), (2, 1, 1, 1), "non-collocated"),
-        ((4, 1, 4, 1), (2, 2, 2, 1), "non-collocated"),
+        pytest.param((4, 1, 4, 1), (2, 2, 2, 1), "non-collocated", marks=pytest.mark.slow),
         ((2, 1, 2, 2), (1, 4, 1, 1), "non-collocated"),
         ((4, 2, 2, 1), (2, 4, 1, 1), "collocated"),
         ((2, 2, 2, 2), (8, 1, 8, 1), "collocated"),
-        ((4, 2, 4, 1), (4, 1, 1, 1), "collocated"),
+        pytest.param((4, 2, 4, 1), (4, 1, 1, 1), "collocated", marks=pytest.mark.slow),
     ],
 )
 def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: Any, mode: str, method: str) -> None:

@@ -69,6 +69,7 @@ def test_a_row_added_for_a_while_is_gone_afterwards() -> None:
     assert rows == {"one": 1}
 
 
+@pytest.mark.slow
 def test_references_load_without_the_libraries_of_gpus() -> None:
     """They are imported when a transport or a kernel is used."""
     code = (

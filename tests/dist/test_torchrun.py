@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--model", "tiny", "--num-layers", "1", "--moe-layer-freq", "1", "--vocab-size", "512", "--refit-method", "gloo"]
+SMALL = ["--model", "tiny", "--num-layers", "1", "--moe-layer-freq", "1", "--vocab-size", "512"]
+SMALL += ["--refit-method", "gloo"]
 ONE_TO_TWO = ["--rl-inference-expert-model-parallel-size", "2"]  # TP1 EP1 -> TP1 EP2: three ranks
 
 
@@ -86,7 +87,8 @@ def test_too_few_ranks_is_one_line_before_anything_is_built(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("send", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_rank_that_is_gone_ends_the_job_and_keeps_what_was_measured(tmp_path: Path, send: signal.Signals) -> None:
-    flags = [*SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000", "--timeout", "20", "--output-dir", str(tmp_path)]
+    flags = [*SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000", "--timeout", "20"]
+    flags += ["--output-dir", str(tmp_path)]
     process = torchrun(3, *flags)
     assert process.stdout is not None
     output = read_until(process.stdout.readline, "/100000:")

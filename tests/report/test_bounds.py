@@ -23,6 +23,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@pytest.mark.slow
 def test_the_tables_in_the_documents_are_current(tmp_path: Path) -> None:
     text = SCENARIOS_DOC.read_text(encoding="utf-8")
     command = re.search(rf"{bounds.BEGIN} (refit bounds .+) -->", text)
