@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+import refit
 from refit.bench.memory import total_memory_bytes
 from refit.results.result import Environment, Gpu
 
-PACKAGES = ("refit-benchmark", "torch", "megatron-core", "numpy", "nvshmem4py-cu13", "transformer-engine", "triton")
+PACKAGES = ("torch", "megatron-core", "numpy", "nvshmem4py-cu13", "transformer-engine", "triton")
 ALLOWED_VARIABLES = re.compile(
     r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
 )
@@ -46,6 +47,7 @@ def _package_versions() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    versions["refit-benchmark"] = refit.__version__
     megatron = sys.modules.get("megatron.core")
     if megatron is not None:  # the imported version, possibly of a source tree
         versions["megatron-core"] = str(megatron.__version__)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import refit
 from refit.cli.flag_parser import FlagParser
-from refit.commands import bounds, compare, outcome, plot, report, sweep
+from refit.commands import bounds, compare, outcome, plot, report, run, sweep
 from refit.errors import RefitError, UsageError
 from refit.report.console import show_error
 
@@ -23,9 +23,12 @@ def main_from_shell() -> int:
 def main(argv: Sequence[str]) -> int:
     """Run a command line and return the exit code. Errors meant for the user are printed once.
 
-    Words after `--` are flags of benchmark_refit.py (`args.flags`), for the commands that take them. Where the reader
+    Words after `--` are flags of benchmark_refit.py (`args.flags`), for the commands that take them; after `run` all
+    words are. Where the reader
     of the output has closed it (`| head`), the exit code is the one that a shell gives for SIGPIPE.
     """
+    if argv[:1] == ["run"]:
+        argv = ["run", "--", *(word for word in argv[1:] if word != "--")]
     end = argv.index("--") if "--" in argv else len(argv)
     try:
         args = command_parser().parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
@@ -48,6 +51,6 @@ def command_parser() -> FlagParser:
     parser.set_defaults(takes_flags=False)
     parser.add_argument("--version", action="version", version=f"refit-benchmark {refit.__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (sweep, outcome, report, compare, plot, bounds):
+    for module in (run, report, compare, plot, bounds, sweep, outcome):
         module.add(subparsers)
     return parser

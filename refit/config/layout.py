@@ -135,5 +135,7 @@ class Layout:
 
     @property
     def summary(self) -> str:
-        """`TP=2, PP=1, EP=2`, as the rank map prints it."""
-        return f"TP={self.tp}, PP={self.pp}, EP={self.ep}"
+        """`TP=2, PP=1, EP=2` for the rank map; ETP where it is not TP, DP where ranks are not TP x EP x PP."""
+        etp = f", ETP={self.etp}" if self.etp != self.tp else ""
+        dp = f", DP={self.dp}" if self.world_size != self.tp * self.ep * self.pp else ""
+        return f"TP={self.tp}, PP={self.pp}, EP={self.ep}{etp}{dp}"

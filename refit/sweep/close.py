@@ -37,7 +37,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cause:
+class Cause:
     """An exit code (negative for a signal, as torchrun writes it) and its rank, where that is known."""
 
     exit_code: int
@@ -56,7 +56,7 @@ def close(attempt: Attempt, ending: Ending) -> Result:
     if result.status not in unsettled:
         return result
     log = _tail(attempt.log)
-    cause = _root_cause(log, ending.exit_code)
+    cause = root_cause(log, ending.exit_code)
     status = Status.WAIVED if cause.exit_code == ExitCode.WAIVED and not ended_from_outside else Status.FAILED
     completed = replace(
         result,
@@ -74,7 +74,7 @@ def close(attempt: Attempt, ending: Ending) -> Result:
     return completed
 
 
-def _message(ending: Ending, cause: _Cause, log: Sequence[str], waived: bool) -> str:
+def _message(ending: Ending, cause: Cause, log: Sequence[str], waived: bool) -> str:
     if ending.cancelled:
         return CANCELLED
     if ending.timed_out_s is not None:
@@ -91,13 +91,13 @@ def _code_text(exit_code: int) -> str:
     return f"{exit_code} (killed by signal {number})" if number > 0 else str(exit_code)
 
 
-def _root_cause(log: Sequence[str], exit_code: int) -> _Cause:
+def root_cause(log: Sequence[str], exit_code: int) -> Cause:
     """The rank that failed first on any node, as torchrun reports it; otherwise the command's own exit code."""
     reports = list(ROOT_CAUSE.finditer("\n".join(log))) if exit_code == 1 else []
     if not reports:
-        return _Cause(exit_code, None)
+        return Cause(exit_code, None)
     first = min(reports, key=lambda report: report["time"])
-    return _Cause(int(first["exit_code"]), int(first["rank"]))
+    return Cause(int(first["exit_code"]), int(first["rank"]))
 
 
 def telling_line(log: Sequence[str]) -> str:

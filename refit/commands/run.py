@@ -1,0 +1,119 @@
+"""`refit run`: a scenario on the ranks of this machine, started with torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from refit.cli.main import main
+from refit.cli.parsing import parse
+from refit.errors import ExitCode
+from refit.report.console import show_aside
+from refit.sweep.close import root_cause
+
+KEPT_LINES = 500
+"""The end of the ranks' stderr, where torchrun reports which rank failed first."""
+
+LAUNCHER_ERRORS = ("ChildFailedError", "SignalException")
+"""What torchrun ends with where a rank has failed, and where it was told to stop."""
+
+AGENT_PREFIXES = ("W", "E", "I")
+"""What lines of torchrun's own log begin with, before the date: `W1121 13:00:07.440000 22955 torch/...`."""
+
+
+def add(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "run",
+        usage="refit run FLAGS OF benchmark_refit.py",
+        help="run a scenario on this machine",
+        description="Start one rank per GPU that the scenario needs (CPU ranks for gloo and shm) and run it. "
+        "`refit run --help` lists the flags of benchmark_refit.py.",
+        epilog="example: refit run --model tiny --rl-inference-expert-model-parallel-size 2 --refit-method gloo",
+    )
+    parser.set_defaults(run=run, takes_flags=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the scenario and return its exit code, not torchrun's. Raises UsageError before anything is started."""
+    request = parse(args.flags)
+    if request.dry_run is not None:
+        return main(args.flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command += ["--nproc-per-node", str(request.scenario.num_ranks), "-m", "refit.cli", *args.flags]
+    log: deque[str] = deque(maxlen=KEPT_LINES)
+    # In a session of its own: a signal reaches the ranks once, through torchrun.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+        start_new_session=True,
+    )
+    with _signals_forwarded(process):
+        assert process.stderr is not None
+        for line in without_launcher(_kept(process.stderr, log)):
+            show_aside(line)
+        code = process.wait()
+    return int(_exit_code(list(log), code))
+
+
+def without_launcher(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of the ranks, without torchrun's log and its report of a failed rank: the ranks have said it better."""
+    traceback: list[str] = []
+    for line in lines:
+        if traceback:
+            traceback.append(line)
+            if line and not line.startswith((" ", "Traceback")):  # the exception that ends it
+                if any(name in line for name in LAUNCHER_ERRORS):
+                    break
+                yield from traceback
+                traceback = []
+        elif line.startswith("Traceback (most recent call last)"):
+            traceback = [line]
+        elif not _is_agents(line):
+            yield line
+    else:
+        yield from traceback
+    for _ in lines:
+        pass
+
+
+def _is_agents(line: str) -> bool:
+    return line[:1] in AGENT_PREFIXES and line[1:5].isdigit() and "] " in f"{line} " and "torch/" in line
+
+
+def _kept(lines: Iterable[str], log: deque[str]) -> Iterator[str]:
+    for line in lines:
+        log.append(line.rstrip("\n"))
+        yield log[-1]
+
+
+@contextmanager
+def _signals_forwarded(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM on to the launcher, which ends its ranks, and go on waiting for it."""
+    before = {
+        number: signal.signal(number, lambda received, _: process.send_signal(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(log: list[str], code: int) -> ExitCode:
+    """torchrun ends with 1 whatever its ranks ended with, and without a report of them where it was told to stop."""
+    if code == 0:
+        return ExitCode.OK
+    cause = root_cause(log, code)
+    return ExitCode(cause.exit_code) if cause.rank is not None and cause.exit_code in set(ExitCode) else ExitCode.FAILED

@@ -1,0 +1,111 @@
+"""`refit run`: the ranks of this machine, torchrun's own words left out, its exit code replaced by the run's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refit.commands import main
+from refit.commands.run import without_launcher
+
+SMALL = [
+    "--model",
+    "tiny",
+    "--num-layers",
+    "1",
+    "--moe-layer-freq",
+    "1",
+    "--vocab-size",
+    "512",
+    "--refit-method",
+    "gloo",
+]
+
+AGENTS_LOG = """\
+W1121 13:00:07.440000 22955 torch/distributed/run.py:874] Setting OMP_NUM_THREADS environment variable
+E1121 13:00:09.100000 22955 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 2) local_rank: 0
+"""
+AGENTS_REPORT = """\
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+  exitcode  : 2 (pid: 42)
+============================================================
+"""
+RANKS_TRACEBACK = """\
+Traceback (most recent call last):
+  File "model.py", line 1, in build
+ValueError: no such model
+"""
+
+
+def test_torchruns_words_are_left_out() -> None:
+    lines = [*AGENTS_LOG.splitlines(), "error: no", *AGENTS_REPORT.splitlines()]
+    assert list(without_launcher(iter(lines))) == ["error: no"]
+
+
+def test_a_traceback_of_a_rank_is_shown() -> None:
+    lines = [*RANKS_TRACEBACK.splitlines(), "error: later", *AGENTS_REPORT.splitlines()]
+    assert list(without_launcher(iter(lines))) == [*RANKS_TRACEBACK.splitlines(), "error: later"]
+    cut_off = RANKS_TRACEBACK.splitlines()[:2]
+    assert list(without_launcher(iter(cut_off))) == cut_off
+
+
+def test_usage_errors_come_before_any_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *SMALL, "--tensor-model-parallel-size", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: source: ")
+
+
+def test_a_dry_run_starts_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *SMALL, "--dry-run"]) == 0
+    assert "World size: 2 (using 2 GPUs)" in capsys.readouterr().out
+
+
+def started(*flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "refit", "run", *SMALL, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_verified_refit(tmp_path: Path) -> None:
+    process = started("--output-dir", str(tmp_path))
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert "0 wrong" in output
+    assert errors == ""
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals) -> None:
+    process = started("--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
+    assert process.stdout is not None
+    while "/100000:" not in process.stdout.readline():
+        assert process.poll() is None
+    os.kill(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 4, (output, errors)
+    assert "ChildFailedError" not in errors
+    assert ranks_left(tmp_path) == []
+
+
+def ranks_left(directory: Path) -> list[str]:
+    """Processes that have this test's output directory on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(directory).encode() in words:
+                found.append(entry.name)
+    return found
