@@ -63,11 +63,21 @@ flag_value() {
     echo "$found"
 }
 
+# Is flag $1 among the remaining arguments?
+has_flag() {
+    local wanted=$1 word
+    shift
+    for word in "$@"; do
+        [[ $word != "$wanted" ]] || return 0
+    done
+    return 1
+}
+
 flags=() nodes=1 ranks_per_node=1 note=''
 
 # Sets `flags`, `nodes` and `ranks_per_node`, or ends with the reason why the scenario cannot run here.
 place() {
-    local count options=() assignments
+    local count options=() placement
     count=$(gpus_per_node)
     if in_slurm; then
         options=(--num-gpus "$(($(num_nodes) * count))" --gpus-per-node "$count")
@@ -77,8 +87,8 @@ place() {
         options=(--cpu-fallback)
     fi
     [[ -z ${REFIT_CLUSTER:-} || ${options[0]} == --cpu-fallback ]] || options+=(--cluster "$REFIT_CLUSTER")
-    assignments=$(decide place "${options[@]}" -- "$@")
-    eval "$assignments"
+    placement=$(decide place "${options[@]}" -- "$@")
+    read_placement "$placement"
     [[ -z $note ]] || echo "# note: $note"
 }
 
@@ -105,7 +115,7 @@ load_site
 output_dir=$(flag_value --output-dir "$@")
 output_dir=$(realpath -m -- "${output_dir:-benchmark_results}")
 choose_python "$output_dir"
-if [[ " $* " == *" --dry-run "* ]]; then
+if has_flag --dry-run "$@"; then
     run_python "$root/benchmark_refit.py" "$@"
     exit
 fi

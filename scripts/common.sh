@@ -6,6 +6,11 @@
 readonly KNOWN_SETTINGS=" ROOT SITE_FILE ACCOUNT PARTITION CONTAINER_IMAGE CONTAINER_MOUNTS MODULES NETWORK_INTERFACE \
 NVSHMEM_LIBRARY PYTHON CLUSTER TASKS SCENARIO_TIMEOUT GPUS_PER_NODE SRUN_ARGS SLURM_TEST "
 
+# The most that is accepted as a number of nodes, of GPUs of a node, and of seconds (a year).
+readonly MAX_NODES=100000 MAX_GPUS_PER_NODE=1024 MAX_SECONDS=31536000
+# What the site file's values end with, where it was read to its end. No entry of the environment has this form.
+readonly SITE_END='end of the site file'
+
 root=${root:?set by the script that sources this}
 python='' in_container='' step=''
 container=() ranks=()
@@ -17,20 +22,54 @@ die() {
 
 in_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }
 
+# whole_number NAME VALUE MIN MAX: prints VALUE without leading zeros, or ends with an error that names NAME. Bash arithmetic
+# executes what is in its operands, so every value from outside passes through here first.
+whole_number() {
+    local LC_ALL=C
+    if [[ ! $2 =~ ^0*([0-9]{1,18})$ ]] || ((10#${BASH_REMATCH[1]} < $3 || 10#${BASH_REMATCH[1]} > $4)); then
+        die "$1 must be a whole number from $3 to $4, not $(quoted "$2")"
+    fi
+    echo "$((10#${BASH_REMATCH[1]}))"
+}
+
+# Prints a value as one short line for an error message.
+quoted() {
+    local shown=${1:0:60}
+    [[ $shown == "$1" ]] || shown+=...
+    [[ $shown =~ ^[a-zA-Z0-9.:_-]+$ ]] || shown=${shown@Q}
+    echo "$shown"
+}
+
+# Checks every number that the environment may hold. Variables that hold one keep it in base 10, without leading zeros.
+check_environment() {
+    local limits name value min max
+    for limits in REFIT_GPUS_PER_NODE:0:$MAX_GPUS_PER_NODE REFIT_SCENARIO_TIMEOUT:0:$MAX_SECONDS \
+        SLURM_JOB_ID:0:999999999999 SLURM_JOB_NUM_NODES:1:$MAX_NODES SLURM_NNODES:1:$MAX_NODES \
+        SLURM_NTASKS:1:99999999 SLURM_NTASKS_PER_NODE:1:99999 SLURM_ARRAY_TASK_ID:0:99999999; do
+        IFS=: read -r name min max <<<"$limits"
+        [[ -n ${!name:-} ]] || continue
+        value=$(whole_number "$name" "${!name}" "$min" "$max") || exit
+        printf -v "$name" %s "$value"
+    done
+}
+
 # Takes the site file's values for every variable that the environment does not set.
 load_site() {
-    local file=${REFIT_SITE_FILE:-$root/site.env} entry name
+    local file=${REFIT_SITE_FILE:-$root/site.env} entry name last=''
     if [[ -e $file ]]; then
         bash -n -- "$file" || die "site file $file is no valid bash: see the line above"
         while IFS= read -r -d '' entry; do
-            name=${entry%%=*}
+            name=${entry%%=*} last=$entry
+            [[ $entry == *=* && $name =~ ^[a-zA-Z_][a-zA-Z0-9_]*$ ]] || continue # ${!name} would execute a[$(command)]
             [[ -n ${!name+set} ]] || export "${entry?}"
         done < <(
-            set -a +u
+            set -a +eu # a command that fails does not end the file
             # shellcheck source=/dev/null
             source "$file" >&2
-            env -0
+            env -0 && printf '%s\0' "$SITE_END"
         )
+        [[ $last == "$SITE_END" ]] ||
+            die "site file $file did not run to its end: take out 'exit', and what fails under 'set -e'"
     elif [[ -n ${REFIT_SITE_FILE:-} ]]; then
         die "REFIT_SITE_FILE names $file, which is not there"
     fi
@@ -38,6 +77,7 @@ load_site() {
         [[ $KNOWN_SETTINGS == *" ${name#REFIT_} "* ]] || die "unknown setting $name: known are REFIT_ and one of$KNOWN_SETTINGS"
     done
     [[ ${REFIT_TASKS:-node} =~ ^(node|gpu)$ ]] || die "REFIT_TASKS must be node or gpu, not $REFIT_TASKS"
+    check_environment
     export_network
     load_modules
 }
@@ -101,12 +141,29 @@ run_python() {
 
 decide() { run_python -m refit "$@"; }
 
+# read_placement TEXT: sets `nodes`, `ranks_per_node`, `note` and the array `flags` from the lines of `refit place`.
+# shellcheck disable=SC2034 # the scripts use them
+read_placement() {
+    local line name value
+    flags=() note=''
+    while IFS= read -r line; do
+        name=${line%%$'\t'*} value=${line#*$'\t'}
+        case $name in
+            nodes) nodes=$(whole_number nodes "$value" 1 "$MAX_NODES") ;;
+            ranks_per_node) ranks_per_node=$(whole_number ranks_per_node "$value" 1 99999999) ;;
+            note) note=$value ;;
+            flag) flags+=("$value") ;;
+        esac
+    done <<<"$1"
+}
+
 # Prints the GPUs of each node of the allocation, or of this machine without one; 0 where there are none.
 gpus_per_node() {
-    local count
+    local count name='the number of GPUs of this node'
     if [[ -n ${REFIT_GPUS_PER_NODE:-} ]]; then
         count=$REFIT_GPUS_PER_NODE
     elif in_slurm; then
+        name="the number in SLURM_GPUS_ON_NODE or SLURM_GPUS_PER_NODE (REFIT_GPUS_PER_NODE replaces it)"
         count=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-8}}}
         count=${count%%(*} # h100:8(S:0-1)
         count=${count##*:}
@@ -115,8 +172,7 @@ gpus_per_node() {
     else
         count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
     fi
-    [[ $count =~ ^[0-9]+$ ]] || die "cannot tell how many GPUs a node has from '$count': set REFIT_GPUS_PER_NODE"
-    echo "$count"
+    whole_number "$name" "$count" 0 "$MAX_GPUS_PER_NODE"
 }
 
 num_nodes() { echo "${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}"; }
@@ -186,7 +242,7 @@ stop_step() {
 # keep_rank_logs STEM EXIT_CODE RANKS_PER_NODE: keeps the ranks' own logs after a failure, as node<N>/rank<R>.err, and
 # removes them after a success.
 keep_rank_logs() {
-    local folder=$1_ranks file node
+    local folder=$1_ranks file node rank
     [[ -d $folder ]] || return 0
     if (($2 == 0)); then
         rm -rf -- "$folder"
@@ -195,8 +251,9 @@ keep_rank_logs() {
     for file in "$folder"/node*/*/attempt_0/*/stderr.log; do # torchrun's, by local rank
         [[ -e $file ]] || continue
         node=${file#"$folder/node"} node=${node%%/*}
-        file=${file%/stderr.log}
-        mv -- "$file/stderr.log" "$folder/node$node/rank$((node * $3 + ${file##*/})).err"
+        rank=${file%/stderr.log} rank=${rank##*/}
+        [[ $node/$rank =~ ^(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})$ ]] || continue
+        mv -- "$file" "$folder/node$node/rank$((node * $3 + rank)).err"
     done
     find "$folder" -depth -empty -delete
 }

@@ -7,7 +7,7 @@
 source "$root/scripts/common.sh"
 
 script=$(readlink -f -- "$0")
-action=run scenarios='' model='' output_dir='' timeout_s='' resume='' only='' asked_nodes='' array='' throttle=''
+action=run dry_run='' scenarios='' model='' output_dir='' timeout_s='' resume='' only='' asked_nodes='' array='' throttle=''
 cluster='' sweep_file='' current='' current_stem='' current_ranks_per_node='' on_cpus='' last_code=0
 flags=()
 
@@ -15,9 +15,12 @@ suite() {
     parse "$@"
     check_options
     load_site
+    # After load_site, which may load a module with sbatch, and before anything is written.
+    [[ $action != submit ]] || type -P sbatch >/dev/null ||
+        die "--submit needs sbatch, which is not on PATH: call it on a login node of the cluster, or use --local on this machine"
     cluster=${REFIT_CLUSTER:-${CLUSTER:-}}
     timeout_s=${timeout_s:-${REFIT_SCENARIO_TIMEOUT:-}}
-    check_number --timeout "$timeout_s"
+    [[ $timeout_s != 0 ]] || timeout_s=''
     output_dir=$(realpath -m -- "${output_dir:-benchmark_results/kimi_k2}")
     [[ $scenarios != *.y*ml ]] || scenarios=$(realpath -- "$scenarios")
     [[ $action =~ ^(dry-run|summary|array-task)$ ]] || mkdir -p -- "$output_dir"
@@ -37,7 +40,7 @@ usage() {
 usage: sbatch $name [options] [-- FLAGS]        as a job, with its #SBATCH lines and your site's defaults
        $name [options] [-- FLAGS]               inside an allocation (salloc)
        $name --submit [options] [-- FLAGS]      calls sbatch, with the account and partition of site.env
-       $name --dry-run [options] [-- FLAGS]     the plan table and what would be submitted; no Slurm, no GPU
+       $name --dry-run [options] [-- FLAGS]     the plan table and what would be submitted; never starts or submits
        $name --local [options] [-- FLAGS]       on this machine alone, with torchrun
 
   --scenarios NAME    a list of configs/scenarios, or a YAML file, in place of CONFIGS
@@ -60,7 +63,8 @@ parse() {
     while (($#)); do
         case $1 in
             --help | -h) usage && exit 0 ;;
-            --dry-run | --submit | --local) action=${1#--} ;;
+            --dry-run) dry_run=yes ;;
+            --submit | --local) action=${1#--} ;;
             --array) array=yes ;;
             --scenarios | --model | --output-dir | --timeout | --resume | --only | --nodes | --throttle | --array-task | --summary)
                 (($# > 1)) || die "$1 needs a value"
@@ -89,19 +93,21 @@ set_option() {
 }
 
 check_options() {
+    [[ " ${flags[*]} " != *' --dry-run '* ]] || die "--dry-run goes before --: there it plans, and nothing is started or submitted"
+    if [[ -n $dry_run ]]; then
+        [[ $action == run ]] || echo "Dry run: --$action is left out, nothing is started or submitted."
+        action=dry-run
+    fi
     [[ -z $only || ($only == failed && -n $resume$sweep_file) ]] || die "--only takes failed, and goes with --resume RUN_ID"
     [[ -z $array$throttle$asked_nodes || $action =~ ^(submit|dry-run)$ ]] || die "--array, --throttle and --nodes go with --submit"
     [[ -z $throttle || -n $array ]] || die "--throttle goes with --array"
-    check_number --nodes "$asked_nodes"
-    check_number --throttle "$throttle"
+    [[ -z $asked_nodes ]] || asked_nodes=$(whole_number --nodes "$asked_nodes" 1 "$MAX_NODES")
+    [[ -z $throttle ]] || throttle=$(whole_number --throttle "$throttle" 1 "$MAX_NODES")
+    [[ -z $timeout_s ]] || timeout_s=$(whole_number --timeout "$timeout_s" 1 "$MAX_SECONDS")
     [[ -z $resume || -z $scenarios$model && ${#flags[@]} -eq 0 ]] ||
         die "--resume goes on with the scenarios and flags of the earlier run: leave all others out"
     [[ $action != run ]] || in_slurm || die "there is no Slurm allocation here: sbatch ${script##*/}, or --submit;" \
         "--dry-run plans without one, --local runs on this machine"
-}
-
-check_number() {
-    [[ $2 =~ ^([1-9][0-9]*)?$ ]] || die "$1 must be a whole number from 1 up, not $2"
 }
 
 # Sets the arrays `selection` and `common`: the scenarios, as arguments of `refit sweep`.
@@ -133,18 +139,23 @@ describe_allocation() {
     elif [[ $action == run ]]; then
         nodes=$(num_nodes) count=$(gpus_per_node)
     else # what a job would get
-        nodes=${asked_nodes:-$(header nodes)} count=${REFIT_GPUS_PER_NODE:-$(header gpus-per-node)}
+        nodes=${asked_nodes:-$(header nodes "$MAX_NODES")}
+        count=${REFIT_GPUS_PER_NODE:-$(header gpus-per-node "$MAX_GPUS_PER_NODE")}
     fi
     allocation=(--num-gpus "$((nodes * count))" --gpus-per-node "$count")
-    [[ -n $on_cpus || -z $cluster ]] || allocation+=(--cluster "$cluster")
+    if [[ -n $on_cpus ]]; then
+        allocation+=(--cpu-fallback)
+    elif [[ -n $cluster ]]; then
+        allocation+=(--cluster "$cluster")
+    fi
 }
 
-# Prints the number in an #SBATCH line of the script.
+# header NAME MAX: prints the number in an #SBATCH line of the script.
 header() {
     local found
     found=$(sed -n "s/^#SBATCH --$1=\(.*:\)\{0,1\}\([0-9]*\).*/\2/p" "$script")
     [[ -n $found ]] || die "$script has no line '#SBATCH --$1=N'"
-    echo "$found"
+    whole_number "the number in '#SBATCH --$1' of $script" "$found" 1 "$2"
 }
 
 # Checks every scenario, prints the table and sets `sweep_file`.
@@ -177,7 +188,9 @@ run_suite() {
 # One job of an array. FLAGS is a list of scenario names; the job's number is an index into it.
 run_array_task() {
     trap cancel TERM INT
-    local name=${flags[${SLURM_ARRAY_TASK_ID:?--array-task is for jobs of an array}]} line
+    : "${SLURM_ARRAY_TASK_ID:?--array-task is for jobs of an array}" # checked with the environment
+    ((SLURM_ARRAY_TASK_ID < ${#flags[@]})) || die "task $SLURM_ARRAY_TASK_ID of an array of ${#flags[@]} scenarios"
+    local name=${flags[SLURM_ARRAY_TASK_ID]} line
     list_pending
     for line in "${pending[@]}"; do
         [[ $line != "$name"$'\t'* ]] || pending=("$line")
@@ -188,29 +201,34 @@ run_array_task() {
 }
 
 run_pending() {
-    local line name nodes per_node stem words number=0
+    local line fields number=0
     for line in "${pending[@]}"; do
-        IFS=$'\t' read -r name nodes per_node stem words <<<"$line"
+        mapfile -d $'\t' -t fields < <(printf '%s\t' "$line")
+        fields[1]=$(whole_number nodes "${fields[1]}" 1 "$MAX_NODES")
+        fields[2]=$(whole_number 'ranks per node' "${fields[2]}" 1 99999999)
         number=$((number + 1))
-        echo "[$number/${#pending[@]}] $name: $nodes x $per_node ranks, log: $stem.log"
-        eval "run_scenario \"\$name\" \"\$nodes\" \"\$per_node\" \"\$stem\" $words"
+        echo "[$number/${#pending[@]}] ${fields[0]}: ${fields[1]} x ${fields[2]} ranks, log: ${fields[3]}.log"
+        run_scenario "${fields[@]}"
     done
 }
 
+# run_scenario NAME NODES RANKS_PER_NODE STEM FLAGS...
 run_scenario() {
     current=$1 current_stem=$4 current_ranks_per_node=$3
     local nodes=$2 ranks_per_node=$3 stem=$4 code=0 ending
     local flags=("${@:5}") note=''
     if [[ -n $on_cpus ]]; then
-        # shellcheck disable=SC2034 # `place` sets it too
-        local num_ranks
-        eval "$(decide place --cpu-fallback -- "${flags[@]}")"
+        local placement
+        placement=$(decide place --cpu-fallback -- "${flags[@]}" 2>>"$stem.log") || code=$?
+        read_placement "$placement"
         echo "${note:+# note: $note}" >>"$stem.log"
     fi
-    ranks_command "$stem" "$nodes" "$ranks_per_node" "${flags[@]}"
-    exec 3>>"$stem.log"
-    wait_for "${timeout_s:-0}" "${ranks[@]}" || code=$?
-    exec 3>&-
+    if ((code == 0)); then
+        ranks_command "$stem" "$nodes" "$ranks_per_node" "${flags[@]}"
+        exec 3>>"$stem.log"
+        wait_for "${timeout_s:-0}" "${ranks[@]}" || code=$?
+        exec 3>&-
+    fi
     ending=(--stem "$stem" --exit-code "$code")
     ((code != 124)) || ending+=(--timed-out "$timeout_s")
     decide sweep close "$sweep_file" "$current" "${ending[@]}"
@@ -260,6 +278,7 @@ array_job() {
     for line in "${pending[@]}"; do
         IFS=$'\t' read -r name nodes rest <<<"$line"
         names+=("$name")
+        nodes=$(whole_number nodes "$nodes" 1 "$MAX_NODES")
         most_nodes=$((nodes > most_nodes ? nodes : most_nodes))
     done
     most_nodes=${asked_nodes:-$most_nodes}
@@ -284,7 +303,10 @@ submit() {
     ((${#pending[@]} > 0)) || die "nothing is left to run in $sweep_file"
     array_job "$sweep_file"
     local id
-    id=$("${job[@]}")
+    if ! id=$("${job[@]}"); then
+        [[ -n $resume ]] || rm -f -- "$sweep_file" # a sweep without a job would be taken for the latest run
+        die "sbatch refused the job array: see the line above"
+    fi
     id=${id%%;*} # on a federation, the cluster's name follows
     # The array needs the sweep file, so the job is added to that file only now.
     decide sweep begin "${allocation[@]}" --output-dir "$output_dir" --resume "$(run_id)" --job "$id" >/dev/null 2>&1

@@ -14,8 +14,11 @@ from typing import Any
 
 from refit.cli.main import main
 from refit.cli.parsing import parse
+from refit.config.registry import METHODS
 from refit.errors import ExitCode
+from refit.predict.dry_run import DryRunOptions
 from refit.report.console import show_aside
+from refit.sweep import check
 from refit.sweep.close import root_cause
 
 KEPT_LINES = 500
@@ -46,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     request = parse(args.flags)
     if request.dry_run is not None:
         return main(args.flags)
+    if (request.scenario.device or METHODS[request.scenario.method].device) == "cpu":
+        check.checked(args.flags, DryRunOptions(), check.this_machine())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
     command += ["--nproc-per-node", str(request.scenario.num_ranks), "-m", "refit.cli", *args.flags]
     log: deque[str] = deque(maxlen=KEPT_LINES)

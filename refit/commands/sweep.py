@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
         "pending",
         help="list the scenarios to run now",
         description="Print one line per scenario to run: NAME, NODES, RANKS_PER_NODE, STEM and FLAGS, separated by "
-        "tabs. The attempt's files are STEM with a suffix; FLAGS are quoted for a shell. By default these are "
+        "tabs. The attempt's files are STEM with a suffix; FLAGS are separated by tabs too. By default these are "
         "the scenarios without a finished result.",
     )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
@@ -94,11 +93,12 @@ def _add_end(parts: argparse._SubParsersAction[Any]) -> None:
 def _add_place(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "place",
-        help="check one scenario and print, as shell assignments, what to start",
+        help="check one scenario and print what to start",
         usage="refit place [options] -- FLAGS OF benchmark_refit.py",
+        description="Print lines of a name, a tab and a value: num_ranks, nodes, ranks_per_node, note, and flag for "
+        "each word of the command line.",
     )
     _add_allocation(parser)
-    parser.add_argument("--cpu-fallback", action="store_true", help="replace a GPU method by its stand-in on CPUs")
     parser.set_defaults(run=_place)
 
 
@@ -116,6 +116,12 @@ def _add_allocation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus-per-node", type=flag_types.positive, metavar="N", help="default: 8")
     parser.add_argument("--cluster", metavar="NAME", help="memory and link speeds, from configs/clusters")
+    parser.add_argument(
+        "--cpu-fallback",
+        action="store_true",
+        help="there is no GPU: ranks run on this machine's CPUs, and a scenario too large for them is refused; `place` "
+        "also replaces a GPU method by its stand-in",
+    )
     parser.set_defaults(takes_flags=True)
 
 
@@ -134,6 +140,7 @@ def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Al
         num_gpus=args.num_gpus or (before.num_gpus if before else None),
         gpus_per_node=args.gpus_per_node or (before.gpus_per_node if before else GPUS_PER_NODE),
         cluster=str(Path(cluster).absolute()) if cluster and cluster.endswith((".yaml", ".yml")) else cluster,
+        machine=check.this_machine() if args.cpu_fallback else None,
     )
 
 
@@ -165,7 +172,7 @@ def _pending(args: argparse.Namespace) -> int:
     chosen = run.pending(sweep, directory, args.only or "unfinished")
     for planned in chosen:
         task = run.task(sweep, directory, planned)
-        show("\t".join([task.name, str(task.nodes), str(task.ranks_per_node), str(task.stem), shlex.join(task.flags)]))
+        show(_fields(task.name, str(task.nodes), str(task.ranks_per_node), str(task.stem), *task.flags))
     return 0
 
 
@@ -198,17 +205,25 @@ def _exit_code(statuses: list[Status]) -> ExitCode:
 def _place(args: argparse.Namespace) -> int:
     flags, note = check.on_cpus(args.flags) if args.cpu_fallback else (args.flags, "")
     allocation = _allocation(args)
-    scenario, _ = check.checked(flags, allocation.options)
+    scenario, _ = check.checked(flags, allocation.options, allocation.machine)
     if allocation.cluster is not None and scenario.cluster is None:
         flags = [*flags, f"--cluster={allocation.cluster}"]
     # On CPUs an idle rank would only take a core from the others.
     placement = check.place(scenario.num_ranks, scenario.num_ranks if args.cpu_fallback else allocation.gpus_per_node)
     lines = [
-        f"num_ranks={placement.num_ranks}",
-        f"nodes={placement.nodes}",
-        f"ranks_per_node={placement.ranks_per_node}",
-        f"flags=({shlex.join(flags)})",
-        f"note={shlex.quote(note)}",
+        _fields("num_ranks", str(placement.num_ranks)),
+        _fields("nodes", str(placement.nodes)),
+        _fields("ranks_per_node", str(placement.ranks_per_node)),
+        _fields("note", note),
+        *(_fields("flag", word) for word in flags),
     ]
     show("\n".join(lines))
     return 0
+
+
+def _fields(*fields: str) -> str:
+    """One line for scripts. Raises UsageError for a field that would break it."""
+    for field in fields:
+        if any(ord(character) < 32 or ord(character) == 127 for character in field):
+            raise UsageError(f"{field!a} cannot go to a script: leave tabs, line breaks and control characters out")
+    return "\t".join(fields)

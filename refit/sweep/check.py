@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from refit import units
 from refit.cli.parsing import parse, read_flags, read_sides
 from refit.config.registry import METHODS
 from refit.config.scenario import Scenario, check_num_ranks, num_nodes
@@ -16,6 +20,46 @@ from refit.predict.memory import check_memory
 from refit.results.status import Status
 from refit.results.sweep import Planned
 from refit.sweep.selection import Candidate
+
+RANKS_PER_CORE = 8
+FEW_RANKS = 64
+"""On CPUs: at most RANKS_PER_CORE ranks a core, or FEW_RANKS where the cores are few."""
+
+RANK_PROCESS_BYTES = 350_000_000
+"""Memory of a rank's process without its weights: Python, torch and Megatron-Core."""
+
+RANK_START_S = 8.0
+CPU_BYTES_PER_S = 100e6
+MAX_CPU_RUN_S = 3600.0
+"""A rough time for ranks on CPUs: RANK_START_S of a core to start and build a rank, then CPU_BYTES_PER_S of payload a
+core and refit, verification included. Measured on 2 cores of an AMD EPYC: `benchmark_refit_sbatch.sh --model tiny
+--hidden-size 1024 --num-layers 8 --vocab-size 32000 --refit-method gloo` took 17 CPU seconds for 2 ranks and 5 refits
+of 295 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The cores this process may use and the memory that is free; `memory_bytes` None where that is not known."""
+
+    cores: int
+    memory_bytes: int | None
+
+
+def this_machine() -> Machine:
+    """The machine this runs on, within the limits of its control group (a container)."""
+    free = re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
+    memory = [int(free[1]) * 1024] if free else []
+    limit, used = (_text(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdecimal() and used.isdecimal():
+        memory.append(max(0, int(limit) - int(used)))
+    return Machine(len(os.sched_getaffinity(0)), min(memory, default=None))
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +76,69 @@ def place(num_ranks: int, gpus_per_node: int) -> Placement:
     return Placement(num_ranks, num_nodes(num_ranks, gpus_per_node), gpus_per_node)
 
 
-def checked(flags: Sequence[str], options: DryRunOptions) -> tuple[Scenario, DryRun | None]:
+def checked(
+    flags: Sequence[str], options: DryRunOptions, machine: Machine | None = None
+) -> tuple[Scenario, DryRun | None]:
     """A scenario and its dry run. The dry run is None for a model provider, whose model has no known shape.
 
-    Raises UsageError, with the remedy, for a scenario that `options.num_gpus` GPUs of that cluster cannot run.
+    Raises UsageError, with the remedy, for a scenario that `options.num_gpus` GPUs of that cluster cannot run, or that
+    the CPUs of `machine` cannot. `machine` None: the ranks are not on CPUs.
     """
     scenario = parse(flags).scenario
     if scenario.model is None:
         check_num_ranks(scenario, options.num_gpus or scenario.num_ranks)
-        return scenario, None
-    run = dry_run(scenario, replace(options, cluster=options.cluster or scenario.cluster))
-    check_memory(run)
+        run = None
+    else:
+        run = dry_run(scenario, replace(options, cluster=options.cluster or scenario.cluster))
+        check_memory(run)
+    if machine is not None:
+        check_cpus(scenario, run, machine)
     return scenario, run
 
 
-def check(candidate: Candidate, options: DryRunOptions) -> Planned:
-    """Check one scenario of a sweep. A UsageError becomes its `reason` and is not raised."""
+def check_cpus(scenario: Scenario, run: DryRun | None, machine: Machine) -> None:
+    """Raise UsageError, with both figures, where `machine` has too few cores, memory or speed for ranks on CPUs.
+
+    `run` None: the model's size is not known, only its ranks count.
+    """
+    num_ranks, most_ranks = scenario.num_ranks, max(FEW_RANKS, RANKS_PER_CORE * machine.cores)
+    memory_bytes, run_s = _cpu_memory_bytes(scenario, run), _cpu_run_s(scenario, run, machine.cores)
+    problems = []
+    if num_ranks > most_ranks:
+        problems.append(f"{num_ranks} ranks > {most_ranks} for {machine.cores} cores")
+    if machine.memory_bytes is not None and memory_bytes > machine.memory_bytes:
+        problems.append(f"{units.gb(memory_bytes)} of memory > {units.gb(machine.memory_bytes)} free")
+    if run_s > MAX_CPU_RUN_S:
+        problems.append(f"about {run_s / 3600:,.1f} hours > {MAX_CPU_RUN_S / 3600:g}")
+    if problems:
+        raise UsageError(
+            f"there is no GPU here, and ranks on its CPUs need too much: {', '.join(problems)}: plan it with "
+            "--dry-run, or run --model tiny on few ranks"
+        )
+
+
+def _cpu_memory_bytes(scenario: Scenario, run: DryRun | None) -> int:
+    """Memory of all ranks: processes, both sides' weights, and staging, of which a rank uses no more than it moves."""
+    processes = scenario.num_ranks * RANK_PROCESS_BYTES
+    if run is None:
+        return processes
+    moved = run.matrix.sum(axis=0) + run.matrix.sum(axis=1) - 2 * run.matrix.diagonal()
+    staging = sum(min(scenario.staging_bytes, int(nbytes)) for nbytes in moved)
+    return processes + sum(run.source_bytes.values()) + sum(run.destination_bytes.values()) + staging
+
+
+def _cpu_run_s(scenario: Scenario, run: DryRun | None, cores: int) -> float:
+    """Rough seconds of a whole run on that many cores."""
+    payload_bytes = run.cost.payload_bytes if run else 0
+    num_refits = scenario.num_warmup + scenario.num_iterations
+    return (scenario.num_ranks * RANK_START_S + num_refits * payload_bytes / CPU_BYTES_PER_S) / cores
+
+
+def check(candidate: Candidate, options: DryRunOptions, machine: Machine | None = None) -> Planned:
+    """Check one scenario of a sweep, as `checked` does. A UsageError becomes its `reason` and is not raised."""
     planned = _outline(candidate, options.gpus_per_node)
     try:
-        scenario, run = checked(candidate.flags, options)
+        scenario, run = checked(candidate.flags, options, machine)
     except UsageError as error:
         return replace(planned, status=Status.SKIPPED if candidate.is_cell else Status.REFUSED, reason=str(error))
     planned = replace(planned, notes=scenario.notes)
@@ -64,9 +152,9 @@ def check(candidate: Candidate, options: DryRunOptions) -> Planned:
     )
 
 
-def recheck(planned: Planned, options: DryRunOptions) -> Planned:
+def recheck(planned: Planned, options: DryRunOptions, machine: Machine | None = None) -> Planned:
     """Check a scenario of an earlier sweep again, for other GPUs. A skipped one still counts as a cell of an axis."""
-    return check(Candidate(planned.name, planned.flags, is_cell=planned.status is Status.SKIPPED), options)
+    return check(Candidate(planned.name, planned.flags, is_cell=planned.status is Status.SKIPPED), options, machine)
 
 
 def _outline(candidate: Candidate, gpus_per_node: int) -> Planned:

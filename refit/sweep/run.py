@@ -14,7 +14,7 @@ from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
 from refit.results.status import Status
 from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, check_name, last_result, next_attempt, sweep_file
-from refit.sweep.check import check, recheck
+from refit.sweep.check import Machine, check, recheck
 from refit.sweep.close import CANCELLED
 from refit.sweep.selection import Selection
 
@@ -25,11 +25,15 @@ DONE = (Status.OK, Status.WAIVED)
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The GPUs a sweep may use, and their cluster. `num_gpus` None: as many as each scenario needs."""
+    """The GPUs a sweep may use, and their cluster. `num_gpus` None: as many as each scenario needs.
+
+    `machine` is the one whose CPUs take the ranks where it has no GPU, otherwise None.
+    """
 
     num_gpus: int | None
     gpus_per_node: int
     cluster: str | None
+    machine: Machine | None = None
 
     @property
     def options(self) -> DryRunOptions:
@@ -40,7 +44,7 @@ class Allocation:
 def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: Sequence[str] = ()) -> Sweep:
     """Check every scenario of a selection. Raises UsageError for an unknown cluster, or if all are skipped."""
     options = allocation.options
-    scenarios = tuple(check(candidate, options) for candidate in selection.candidates)
+    scenarios = tuple(check(candidate, options, allocation.machine) for candidate in selection.candidates)
     if all(planned.status is Status.SKIPPED for planned in scenarios):
         raise UsageError(f"all {len(scenarios)} scenarios are skipped, {scenarios[0].name}: {scenarios[0].reason}")
     num_gpus = allocation.num_gpus or max(planned.num_ranks for planned in scenarios)
@@ -106,7 +110,9 @@ def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | Non
         gpus_per_node=allocation.gpus_per_node,
         cluster=allocation.cluster,
         scenarios=tuple(
-            planned if _status(directory, sweep.run_id, planned) in DONE else recheck(planned, options)
+            planned
+            if _status(directory, sweep.run_id, planned) in DONE
+            else recheck(planned, options, allocation.machine)
             for planned in sweep.scenarios
         ),
     ).write(path)

@@ -63,6 +63,11 @@ def test_usage_errors_come_before_any_rank(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err.startswith("error: source: ")
 
 
+def test_more_than_this_machine_can_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "kimi_k2", "--refit-method", "gloo", "--tensor-model-parallel-size", "64"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
 def test_a_dry_run_starts_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *SMALL, "--dry-run"]) == 0
     assert "World size: 2 (using 2 GPUs)" in capsys.readouterr().out

@@ -42,24 +42,24 @@ def compared(directory: Path, old: Sequence[float], new: Sequence[float], **chan
 )
 def test_slower_than_allowed(new: Sequence[float], allowed: float, code: int, tmp_path: Path) -> None:
     run, comparison = compared(tmp_path, FAST, new)
-    assert exit_code(run, comparison, allowed) == code
+    assert exit_code(run, run, comparison, allowed) == code
 
 
 def test_wrong_data_weighs_more_than_time(tmp_path: Path) -> None:
     engines = {"refit": timed(SLOW, num_wrong=3)}
     run, comparison = compared(tmp_path, FAST, SLOW, status=Status.WRONG_DATA, engines=engines)
-    assert exit_code(run, comparison, 0.05) == 1
+    assert exit_code(run, run, comparison, 0.05) == 1
 
 
 def test_a_scenario_that_no_longer_runs_is_a_failure(tmp_path: Path) -> None:
     run, comparison = compared(tmp_path, FAST, FAST, status=Status.FAILED, engines={}, failure=Failure("killed"))
-    assert exit_code(run, comparison, 0.05) == 4
+    assert exit_code(run, run, comparison, 0.05) == 4
 
 
 def test_what_failed_before_and_still_does_is_no_news(tmp_path: Path) -> None:
     failed = result(A, status=Status.FAILED, engines={}, failure=Failure("killed"))
     old, new = (run_of(tmp_path / name, {"A": failed, "B": result(B, FAST)}, name) for name in ("old", "new"))
-    assert exit_code(new, compare_runs(old, new), 0.05) == 0
+    assert exit_code(old, new, compare_runs(old, new), 0.05) == 0
 
 
 def test_spread() -> None:

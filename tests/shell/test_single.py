@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -28,6 +29,19 @@ def test_without_slurm_and_gpus_ranks_run_on_cpus_and_it_says_so(shell: Shell) -
     assert (shell.cwd / "benchmark_results" / "mine.log").read_text() in output
     code, output = shell.run(SINGLE, *flags, "--run-name", "mine")
     assert (code, "choose another --run-name" in output) == (2, True), "results are never written over"
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has GPUs")
+def test_a_model_too_large_for_the_cpus_starts_no_rank(shell: Shell) -> None:
+    """The README's line, on a machine without GPUs."""
+    sizes = ["--tensor-model-parallel-size", "8", "--expert-model-parallel-size", "8"]
+    sizes += ["--rl-inference-tensor-model-parallel-size", "8", "--rl-inference-expert-model-parallel-size", "4"]
+    code, output = shell.run(SINGLE, "--model", "kimi_k2", *sizes, "--refit-method", "nvshmem")
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert output.startswith("error: there is no GPU here, and ranks on its CPUs need too much: ")
+    assert re.search(r"[\d,.]+ GB of memory > [\d,.]+ GB free, about [\d,.]+ hours > 1", output)
+    assert "--dry-run, or run --model tiny" in output
+    assert [path.name for path in shell.cwd.iterdir()] == ["site.env"]
 
 
 @pytest.mark.slow

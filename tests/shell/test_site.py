@@ -65,3 +65,25 @@ def test_every_option_in_the_documents_is_one(shell: Shell) -> None:
     }
     assert used >= {"--dry-run", "--submit", "--array", "--resume"}
     assert {option for option in used if option not in help_text} == set()
+
+
+END = "did not run to its end"
+
+
+@pytest.mark.parametrize("ending", ["set -e; false", "exit 1", "exit 0", "exec true", "set -e\nNAME=$(false)"])
+def test_a_site_file_that_ends_early_is_an_error(shell: Shell, ending: str) -> None:
+    site = Path(shell.environ["REFIT_SITE_FILE"])
+    site.write_text(f"REFIT_ACCOUNT=science\n{ending}\nREFIT_PARTITION=gpus\n")
+    code, output = shell.run(*DRY_RUN)
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert output.startswith(f"error: site file {site} {END}: ")
+
+
+@pytest.mark.parametrize(
+    "ending", ["false", "[[ -d /nowhere ]] && REFIT_PARTITION=other", "return", "set -e", "set -u"]
+)
+def test_a_site_file_may_end_in_a_command_that_fails(shell: Shell, ending: str) -> None:
+    Path(shell.environ["REFIT_SITE_FILE"]).write_text(f"REFIT_ACCOUNT=science\n{ending}\n")
+    code, output = shell.run(*DRY_RUN)
+    assert code == 0, output
+    assert "--account=science" in output

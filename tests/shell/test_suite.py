@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -133,6 +134,7 @@ def wait_until(condition: object, timeout_s: float = 30) -> None:
     raise AssertionError("it never came about")
 
 
+@pytest.mark.slow
 def test_only_what_failed_is_run_again_beside_the_first_attempt(job: Shell) -> None:
     code, _ = job.run(KIMI, *scenarios(job.cwd, line("good"), line("crash")))
     assert code == 4
@@ -219,9 +221,10 @@ def test_a_layout_without_room_is_refused_in_the_plan(shell: Shell) -> None:
         ((), "no Slurm allocation here: sbatch benchmark_refit_kimi_k2.sh, or --submit"),
         (("--dry-rum",), "unknown option --dry-rum"),
         (("--timeout",), "--timeout needs a value"),
-        (("--dry-run", "--timeout", "soon"), "--timeout must be a whole number from 1 up, not soon"),
+        (("--dry-run", "--timeout", "soon"), "--timeout must be a whole number from 1 to 31536000, not soon"),
         (("--dry-run", "--only", "failed"), "goes with --resume RUN_ID"),
         (("--throttle", "2", "--submit"), "--throttle goes with --array"),
+        (("--submit", "--", "--dry-run"), "--dry-run goes before --"),
         (("--submit", "--resume", "x", "--model", "tiny"), "leave all others out"),
         (("--dry-run", "--", "--num-gpus", "4"), "--num-gpus cannot be given to a sweep's scenarios"),
         (("--dry-run", "--scenarios", "timy"), "did you mean tiny?"),
@@ -233,6 +236,53 @@ def test_what_cannot_be_honoured_is_one_line(shell: Shell, arguments: tuple[str,
     assert output.startswith("error: ")
     assert message in output
     assert len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--dry-run", "--submit"), ("--submit", "--dry-run", "--array"), ("--dry-run", "--local")]
+)
+def test_a_dry_run_always_wins(shell: Shell, arguments: tuple[str, ...]) -> None:
+    code, output = shell.run(KIMI, *arguments, "--scenarios", "tiny")
+    assert code == 0, output
+    action = next(word for word in arguments if word in ("--submit", "--local"))
+    assert output.splitlines()[0] == f"Dry run: {action} is left out, nothing is started or submitted."
+    assert "7 ready" in output
+    assert not shell.calls("sbatch")
+    assert [path.name for path in shell.cwd.iterdir()] == ["site.env"]
+
+
+@pytest.mark.parametrize("array", [(), ("--array",)])
+def test_submit_without_slurm_is_refused_before_anything_is_written(shell: Shell, array: tuple[str, ...]) -> None:
+    programs = shell.cwd.parent / "bin"  # this machine may have a Slurm of its own in /usr/bin
+    programs.mkdir()
+    for name in ("bash", "env", "dirname", "readlink", "realpath", "mkdir", "sed"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    code, output = shell.run(KIMI, "--submit", *array, "--scenarios", "tiny", PATH=str(programs))
+    assert (code, len(output.splitlines())) == (2, 1), output
+    assert output.startswith("error: --submit needs sbatch, which is not on PATH: call it on a login node")
+    assert "--local" in output
+    assert [path.name for path in shell.cwd.iterdir()] == ["site.env"]
+
+
+def test_a_refused_submission_leaves_no_sweep(shell: Shell) -> None:
+    programs = shell.cwd / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2\nexit 1\n")
+    (programs / "sbatch").chmod(0o755)
+    arguments = scenarios(shell.cwd, line("good"))
+    code, output = shell.run(KIMI, "--submit", "--array", *arguments, PATH=f"{programs}:{shell.environ['PATH']}")
+    assert code == 2, output
+    assert "sbatch: error: invalid account\nerror: sbatch refused the job array" in output
+    assert not list(shell.logs.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has GPUs")
+def test_a_list_too_large_for_the_cpus_starts_no_rank(shell: Shell) -> None:
+    arguments = scenarios(shell.cwd, line("large", "2:2:2:1", "non-collocated"))
+    code, output = shell.run(KIMI, "--local", *arguments, "--model", "kimi_k2", "--", "--num-layers=61")
+    assert code == 4, output
+    assert "large refused: there is no GPU here, and ranks on its CPUs need too much: " in output
+    assert not list(shell.logs.glob("*.log"))
 
 
 def test_help_needs_nothing(shell: Shell) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from refit.config.clusters import load_cluster
@@ -10,7 +12,7 @@ from refit.predict.dry_run import DryRunOptions
 from refit.report.sweep_table import sweep_text
 from refit.results.status import Status
 from refit.results.sweep import Sweep
-from refit.sweep.check import Placement, check, on_cpus, place
+from refit.sweep.check import Machine, Placement, check, checked, on_cpus, place, this_machine
 from refit.sweep.run import Allocation, plan
 from refit.sweep.selection import Candidate, select_file, select_lines
 from tests.report.factories import on_ranks_from, side
@@ -177,3 +179,78 @@ def test_what_stands_in_on_cpus(given: list[str], added: list[str], note: str) -
     assert (note in found) if note else (found == "")
     if added:
         assert on_cpus(words) == (words, "")
+
+
+KIMI_K2 = (
+    "--model=kimi_k2",
+    "--refit-method=shm",
+    "--tensor-model-parallel-size=8",
+    "--expert-model-parallel-size=8",
+    "--rl-inference-expert-model-parallel-size=4",
+)
+"""The scenario of the README, 96 ranks, with its stand-in on CPUs."""
+
+GB = 10**9
+LAPTOP = Machine(cores=2, memory_bytes=16 * GB)
+SERVER = Machine(cores=192, memory_bytes=6000 * GB)
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "problems"),
+    [
+        (KIMI_K2, LAPTOP, ["96 ranks > 64 for 2 cores", "GB of memory > 16.00 GB free", "hours > 1"]),
+        (KIMI_K2, Machine(192, 500 * GB), ["GB of memory > 500.00 GB free"]),
+        (KIMI_K2, Machine(16, 6000 * GB), ["hours > 1"]),
+        ((*TINY, "--source-world-size=65"), Machine(8, 6000 * GB), ["66 ranks > 64 for 8 cores"]),
+        ((*TINY, "--source-world-size=31"), Machine(2, 10 * GB), ["GB of memory > 10.00 GB free"]),
+        ((*TINY, "--num-benchmark-iterations=1000000"), LAPTOP, ["hours > 1"]),
+    ],
+)
+def test_what_cpus_cannot_run_is_refused_with_both_numbers(
+    flags: tuple[str, ...], machine: Machine, problems: list[str]
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        checked(flags, DryRunOptions(None, 8, None), machine)
+    start, _, rest = str(refused.value).partition(" need too much: ")
+    found, _, remedy = rest.partition(": ")
+    assert start == "there is no GPU here, and ranks on its CPUs"
+    assert len(re.findall(r" > ", found)) == len(problems)
+    assert all(problem in found for problem in problems)
+    assert remedy == "plan it with --dry-run, or run --model tiny on few ranks"
+    planned = check(Candidate("a", flags), DryRunOptions(None, 8, None), machine)
+    assert (planned.status, planned.reason) == (Status.REFUSED, str(refused.value))
+    assert check(Candidate("a", flags), DryRunOptions(None, 8, None)).status is Status.READY
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine"),
+    [
+        ((*TINY, *TP2_EP2), LAPTOP),
+        ((*TINY, "--source-world-size=65"), Machine(9, 6000 * GB)),
+        ((*TINY, *TP2_EP2), Machine(2, None)),
+        (KIMI_K2, SERVER),
+    ],
+)
+def test_what_cpus_can_run_is_ready(flags: tuple[str, ...], machine: Machine) -> None:
+    assert check(Candidate("a", flags), DryRunOptions(None, 8, None), machine).status is Status.READY
+
+
+def test_a_model_provider_on_cpus_is_judged_by_its_ranks() -> None:
+    flags = ("--model-provider=examples.custom_model:build", "--refit-method=gloo", *TP2_EP2)
+    assert check(Candidate("a", flags), DryRunOptions(None, 8, None), LAPTOP).status is Status.READY
+    small = check(Candidate("a", flags), DryRunOptions(None, 8, None), Machine(2, GB))
+    assert "2.80 GB of memory > 1.00 GB free" in (small.reason or "")
+
+
+def test_this_machine_has_cores_and_memory() -> None:
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert machine.memory_bytes is None or machine.memory_bytes > 0
+
+
+def test_a_sweep_on_cpus_refuses_what_is_too_large_for_them() -> None:
+    lines = ["1:1:1:1:non-collocated:gloo:small", "8:8:8:4:non-collocated:gloo:large"]
+    sweep = plan(select_lines(lines, ["--model=kimi_k2", "--num-layers=1"]), Allocation(128, 8, None, LAPTOP))
+    assert {planned.status for planned in sweep.scenarios} == {Status.REFUSED}
+    sweep = plan(select_lines(lines[:1], ["--model=tiny"]), Allocation(128, 8, None, LAPTOP))
+    assert sweep.scenarios[0].status is Status.READY
