@@ -26,7 +26,7 @@ import torch.distributed as dist
 from refit.config.layout import Layout
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions, get_transport
-from tests.dist.pool import RankPool
+from tests.ranks.pool import RankPool
 from tests.transport.synthetic import Case
 
 TARGET = Layout(2, 1, 2, 1, 2, first_rank=4)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-from tests.dist.pool import RankPool
+from tests.ranks.pool import RankPool
 
 # By default Hypothesis fails an example that takes longer than 200 ms, as one may beside eight busy ranks.
 settings.register_profile("no deadline", settings(), deadline=None)

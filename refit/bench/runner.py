@@ -65,6 +65,7 @@ class _Record:
             scenario=session.scenario,
             environment=session.environment,
         )
+        self._update(self._result)
 
     def keep(self, name: str, found: MeasurementResult) -> None:
         """Store a measurement's result so far, in place of its earlier one."""

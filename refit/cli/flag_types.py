@@ -10,40 +10,55 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from refit.config import limits
 from refit.config.registry import ENGINES
+from refit.config.yaml_files import shortened
 
-MAX_PATTERN = 100_000
-"""Most entries of a list of layers in `--moe-layer-freq`."""
+MAX_PATTERN_TEXT = 10_000
+"""Most characters of a list of layers in `--moe-layer-freq`."""
 
 
 def positive(text: str) -> int:
-    """1, 2, 3, ..."""
-    return _at_least(1, text)
+    """1, 2, 3, ... up to MAX_COUNT."""
+    return _whole_number(text, 1, limits.MAX_COUNT)
 
 
 def non_negative(text: str) -> int:
-    """0, 1, 2, ..."""
-    return _at_least(0, text)
+    """0, 1, 2, ... up to MAX_COUNT."""
+    return _whole_number(text, 0, limits.MAX_COUNT)
 
 
-def _at_least(least: int, text: str) -> int:
+def up_to(most: int) -> Callable[[str], int]:
+    """A type for 1, 2, 3, ... up to `most`."""
+    return lambda text: _whole_number(text, 1, most)
+
+
+def _whole_number(text: str, least: int, most: int) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {shortened(text)}") from None
     if number < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+    if number > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {_abbreviated(number)}")
     return number
 
 
+def _abbreviated(number: int) -> str:
+    return f"{number:,}" if number < 10**30 else f"a number of {len(str(number))} digits"
+
+
 def seconds(text: str) -> float:
-    """A finite time above zero."""
+    """A time above zero, up to MAX_TIMEOUT_S."""
     try:
         number = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected seconds, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected seconds, got {shortened(text)}") from None
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    if number > limits.MAX_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"must be at most {limits.MAX_TIMEOUT_S:,} seconds, got {text}")
     return number
 
 
@@ -55,11 +70,12 @@ def layer_frequency(text: str) -> int | tuple[bool, ...]:
     if "[" not in text:
         return positive(text)
     try:
-        pattern = _evaluate(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError):
+        pattern = _evaluate(ast.parse(text.strip(), mode="eval").body) if len(text) <= MAX_PATTERN_TEXT else None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # MemoryError: too many brackets
         pattern = None
     if not isinstance(pattern, list) or any(entry not in (0, 1) for entry in pattern):
-        raise argparse.ArgumentTypeError(f"expected a number or a list of 0 and 1 like ([0]*1+[1]*60), got {text!r}")
+        expected = "expected a number or a list of 0 and 1 like ([0]*1+[1]*60)"
+        raise argparse.ArgumentTypeError(f"{expected}, got {shortened(text)}")
     return tuple(bool(entry) for entry in pattern)
 
 
@@ -71,10 +87,10 @@ def _evaluate(node: ast.expr) -> Any:
         return [_evaluate(entry) for entry in node.elts]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
         left, right = _evaluate(node.left), _evaluate(node.right)
-        if isinstance(node.op, ast.Add):
-            return left + right
         lengths = [len(side) if isinstance(side, list) else abs(side) for side in (left, right)]
-        if math.prod(lengths) <= MAX_PATTERN:
+        if isinstance(node.op, ast.Add) and sum(lengths) <= limits.MAX_LAYERS:
+            return left + right
+        if isinstance(node.op, ast.Mult) and math.prod(lengths) <= limits.MAX_LAYERS:
             return left * right
     raise ValueError("not a list of layers")
 
@@ -92,7 +108,9 @@ def engines(text: str) -> tuple[str, ...]:
 def file_stem(text: str) -> str:
     """A file's name without its suffix: letters, digits and `_`, then also `-`, `+`, `=` and dots."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
-        raise argparse.ArgumentTypeError(f"expected letters, digits, _ - + = and dots, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected letters, digits, _ - + = and dots, got {shortened(text)}")
+    if len(text) > limits.MAX_NAME:
+        raise argparse.ArgumentTypeError(f"has {len(text)} characters, {limits.MAX_NAME} are the most: shorten it")
     return text
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import refit
 from refit.cli import flag_types, ignored_flags
 from refit.cli.flag_parser import FlagParser
+from refit.config import limits
 from refit.config.flag_names import SIZE_FLAGS
 from refit.config.registry import ENGINES, METHODS
 from refit.config.scenario import Mode, Verify
@@ -83,7 +84,7 @@ def recorded_flags(args: argparse.Namespace) -> dict[str, object]:
 
 def _add_ignored_flags(parser: FlagParser) -> None:
     takes: dict[str, dict[str, Any]] = {
-        "#": {"type": flag_types.positive},
+        "#": {"type": flag_types.up_to(limits.MAX_RECORDED)},
         "=": {},
         "*": {"nargs": "*"},
         "": {"action": "store_true"},
@@ -118,7 +119,8 @@ def _add_size_flags(parser: FlagParser) -> None:
         ("make-vocab-size-divisible-by", "pad the vocabulary to a multiple of N x TP; default: 128"),
         ("max-position-embeddings", "positions of learned position embeddings; default: 4096"),
     ):
-        group.add_argument(f"--{name}", type=flag_types.positive, metavar="N", help=text)
+        most = limits.MAX_LAYERS if name == "num-layers" else limits.MAX_SIZE
+        group.add_argument(f"--{name}", type=flag_types.up_to(most), metavar="N", help=text)
     group.add_argument("--group-query-attention", action="store_true", help="share keys and values between heads")
 
 
@@ -161,7 +163,8 @@ def _add_expert_flags(parser: FlagParser) -> None:
         ("moe-ffn-hidden-size", "width of a routed expert; default: --ffn-hidden-size"),
         ("moe-shared-expert-intermediate-size", "width of the shared experts together; default: none"),
     ):
-        group.add_argument(f"--{name}", type=flag_types.positive, metavar="N", help=text)
+        most = limits.MAX_EXPERTS if name in ("num-experts", "moe-router-topk") else limits.MAX_SIZE
+        group.add_argument(f"--{name}", type=flag_types.up_to(most), metavar="N", help=text)
     group.add_argument(
         "--moe-layer-freq",
         type=flag_types.layer_frequency,
@@ -186,7 +189,7 @@ def _add_latent_attention_flags(parser: FlagParser) -> None:
         ("qk-pos-emb-head-dim", "width of the rotary part of a query or key head; default: 64"),
         ("v-head-dim", "width of a value head; default: 128"),
     ):
-        group.add_argument(f"--{name}", type=flag_types.positive, metavar="N", help=text)
+        group.add_argument(f"--{name}", type=flag_types.up_to(limits.MAX_SIZE), metavar="N", help=text)
 
 
 def _add_layout_flags(parser: FlagParser) -> None:
@@ -203,9 +206,10 @@ def _add_layout_flags(parser: FlagParser) -> None:
     for place, side in enumerate(("source", "destination")):
         for size, flags in SIZE_FLAGS.items():
             text, *defaults = texts[size]
+            most = limits.MAX_LAYERS if size.endswith("_layers") else limits.MAX_RANKS
             group.add_argument(
                 f"--{flags[place]}",
-                type=flag_types.positive,
+                type=flag_types.up_to(most),
                 metavar="N",
                 help=f"{side}: {text}; default: {defaults[place]}",
             )
@@ -278,7 +282,7 @@ def _add_transport_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("transport")
     group.add_argument(
         "--staging-mib",
-        type=flag_types.positive,
+        type=flag_types.up_to(limits.MAX_STAGING_MIB),
         default=512,
         metavar="MIB",
         help="staging memory per rank, in MiB; default: 512",

@@ -6,14 +6,21 @@ import os
 from collections.abc import Sequence
 
 from refit.cli.launch import check_launch, rank_variables
+from refit.cli.output import check_output
 from refit.cli.parsing import Request, parse
 from refit.errors import RefitError, UsageError
 from refit.predict.dry_run import dry_run
-from refit.report.console import show, show_error
+from refit.predict.memory import check_memory
+from refit.report.console import ending_quietly, show, show_error
 from refit.report.dry_run import dry_run_text
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command line and return this process's exit code, that of a closed pipe included."""
+    return ending_quietly(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> int:
     """Run the command line and return this process's exit code. Errors meant for the user are printed once.
 
     Errors common to all ranks exit non-zero on rank 0 only, so that a launcher reports one failure.
@@ -35,11 +42,17 @@ def main(argv: Sequence[str]) -> int:
 def _run(request: Request, first: bool) -> int:
     if request.dry_run is not None:
         if first:
-            show(dry_run_text(dry_run(request.scenario, request.dry_run)))
+            planned = dry_run(request.scenario, request.dry_run)
+            show(dry_run_text(planned))
+            check_memory(planned)
         return 0
     os.environ.update(rank_variables(os.environ))
     check_launch(request.scenario, os.environ, request.gpus_per_node)
+    check_output(request.scenario, os.environ)
     # Imported here: a dry run needs neither torch nor Megatron.
     from refit.bench.runner import run
 
-    return run(request.scenario)
+    try:
+        return run(request.scenario)
+    except BrokenPipeError as error:  # a connection between ranks, not the pipe of the output
+        raise RefitError(f"a connection to another rank or to the output was closed: {error}") from error

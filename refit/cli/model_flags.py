@@ -10,6 +10,7 @@ from refit import units
 from refit.cli.flags import DEFAULT_VOCAB_SIZE, model_parser
 from refit.config import yaml_files
 from refit.config.layout import Layout
+from refit.config.limits import MAX_PARAMETERS
 from refit.config.shape import Experts, LatentAttention, ModelShape
 from refit.errors import UsageError
 
@@ -167,6 +168,30 @@ def without_unbuildable_biases(shape: ModelShape, layouts: Sequence[Layout]) -> 
         return shape, None
     note = f"linear layers are built without biases: Megatron cannot build {reason} with them (--disable-bias-linear)"
     return dataclasses.replace(shape, add_bias_linear=False), note
+
+
+def check_parameters(shape: ModelShape, layouts: Sequence[Layout]) -> None:
+    """Raise UsageError for a model of more than MAX_PARAMETERS, estimated from its matrices."""
+    hidden, heads, matrices = shape.hidden_size, shape.num_attention_heads, 3 if shape.swiglu else 2
+    if shape.mla is None:
+        attention = 2 * hidden * shape.kv_channels * (heads + shape.num_query_groups)
+    else:
+        mla = shape.mla
+        query_width = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim)
+        attention = (mla.q_lora_rank or 0) * (hidden + query_width) + (0 if mla.q_lora_rank else hidden * query_width)
+        attention += mla.kv_lora_rank * (hidden + heads * (mla.qk_head_dim + mla.v_head_dim))
+        attention += hidden * (mla.qk_pos_emb_head_dim + heads * mla.v_head_dim)
+    mlp = matrices * hidden * shape.ffn_hidden_size
+    if shape.experts is not None:
+        width = shape.experts.num_experts * shape.experts.ffn_hidden_size + (shape.experts.shared_ffn_hidden_size or 0)
+        mlp = max(mlp, matrices * hidden * width)
+    vocabulary = max(shape.padded_vocab_size(layout.tp) for layout in layouts)
+    parameters = shape.num_layers * (attention + mlp) + hidden * (2 * vocabulary + shape.max_position_embeddings)
+    if parameters > MAX_PARAMETERS:
+        raise UsageError(
+            f"the model has about {parameters:.1e} parameters, {MAX_PARAMETERS:.0e} are the most: "
+            "lower its widths, layers or experts"
+        )
 
 
 def wide_experts_note(args: argparse.Namespace, shape: ModelShape) -> str | None:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refit.cli.flags import full_parser, recorded_flags
-from refit.cli.model_flags import check_no_shape, model_shape, wide_experts_note, without_unbuildable_biases
+from refit.cli.model_flags import (
+    check_no_shape,
+    check_parameters,
+    model_shape,
+    wide_experts_note,
+    without_unbuildable_biases,
+)
 from refit.cli.presets import load_preset
 from refit.config.clusters import load_cluster
 from refit.config.flag_names import SIZE_FLAGS, size_flag
@@ -163,6 +169,7 @@ def _model(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> tuple[
         check_no_shape(args)
         return None, ()
     shape, bias_note = without_unbuildable_biases(model_shape(args), [side.layout for side in sides])
+    check_parameters(shape, [side.layout for side in sides])
     for side, name in zip(sides, ("source", "destination"), strict=True):
         check_side(shape, side, name)
         if args.padded_vocab_size and args.padded_vocab_size % side.layout.tp:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +10,7 @@ import refit
 from refit.cli.flag_parser import FlagParser
 from refit.commands import bounds, compare, outcome, plot, report, run, sweep
 from refit.errors import RefitError, UsageError
-from refit.report.console import show_error
+from refit.report.console import ending_quietly, show_error
 
 
 def main_from_shell() -> int:
@@ -21,12 +19,15 @@ def main_from_shell() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command line and return the exit code. Errors meant for the user are printed once.
+    """Run a command line and return the exit code, that of a closed pipe included. Errors are printed once.
 
     Words after `--` are flags of benchmark_refit.py (`args.flags`), for the commands that take them; after `run` all
-    words are. Where the reader
-    of the output has closed it (`| head`), the exit code is the one that a shell gives for SIGPIPE.
+    words are.
     """
+    return ending_quietly(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> int:
     if argv[:1] == ["run"]:
         argv = ["run", "--", *(word for word in argv[1:] if word != "--")]
     end = argv.index("--") if "--" in argv else len(argv)
@@ -38,10 +39,6 @@ def main(argv: Sequence[str]) -> int:
     except RefitError as error:
         show_error(str(error))
         return int(error.exit_code)
-    except BrokenPipeError:
-        # The interpreter flushes its buffers when it ends, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     return code
 
 

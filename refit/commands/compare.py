@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from refit.commands.report import named_skipped
 from refit.report.compare import compare_runs, compare_text, exit_code
 from refit.report.console import show
 from refit.results.runs import find_run
@@ -19,7 +20,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="compare two runs; exit code 5 if the new one is slower",
         description="Compare the medians of two runs, scenario by scenario. Exit codes: 0 no slower than allowed, 1 "
         "wrong data in NEW, 2 nothing to compare, 4 a scenario that was ok in OLD has no valid result in NEW, "
-        "5 slower.",
+        "or a damaged file was skipped, 5 slower.",
     )
     for name in ("old", "new"):
         parser.add_argument(
@@ -54,4 +55,5 @@ def compare(args: argparse.Namespace) -> int:
     old, new = find_run(args.old), find_run(args.new)
     comparison = compare_runs(old, new)
     show(compare_text(old, new, comparison, args.max_slowdown))
-    return int(exit_code(new, comparison, args.max_slowdown))
+    named_skipped(old, new)
+    return int(exit_code(old, new, comparison, args.max_slowdown))

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refit.commands.report import add_run_arguments
+from refit.commands.report import add_run_arguments, named_skipped
 from refit.report.console import show
 from refit.report.plots import draw
+from refit.results.plain import plain
 from refit.results.runs import find_run
 from refit.sweep.pairs import pair_bytes
 
@@ -20,7 +21,8 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         "plot",
         help="draw a run as pictures",
         description="Draw, as PNG: times beside lower bounds, refits in order, bytes of each rank and of each pair of "
-        "ranks. Needs matplotlib (exit code 3 without). Pictures of the same name are replaced.",
+        "ranks. Needs matplotlib (exit code 3 without). Pictures of the same name are replaced. Exit "
+        "code 4 if a damaged file was skipped.",
     )
     add_run_arguments(parser)
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: <RUN_ID>_plots beside the results")
@@ -32,5 +34,5 @@ def plot(args: argparse.Namespace) -> int:
     run = find_run(args.run_dir, args.run_id)
     pairs = partial(pair_bytes, gpus_per_node=run.sweep.gpus_per_node)
     for drawn in draw(run, args.output_dir or run.directory / f"{run.sweep.run_id}_plots", pairs):
-        show(str(drawn))
-    return 0
+        show(plain(str(drawn)))
+    return int(named_skipped(run))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from refit.errors import ExitCode
 from refit.report.analysis import analysis_text
-from refit.report.console import show
+from refit.report.console import show, show_aside
 from refit.report.summary import summary_text
 from refit.report.tables import csv_text, markdown_text
 from refit.results.runs import Run, find_run
@@ -19,7 +20,8 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "report",
         help="what a run measured, as text, Markdown or CSV",
-        description="Print a run's summary and analysis. The exit code is 0 even if scenarios failed.",
+        description="Print a run's summary and analysis. The exit code is 0 even if scenarios failed, 2 without a "
+        "readable run, 4 if a damaged file was skipped (standard error names it).",
     )
     add_run_arguments(parser)
     parser.add_argument("--format", choices=list(FORMATS), default="text", help="default: text")
@@ -38,9 +40,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Print the run. Raises UsageError where there is none."""
-    show(FORMATS[args.format](find_run(args.run_dir, args.run_id)))
-    return 0
+    """Print the run. Raises UsageError where there is none. 4 where a damaged file was skipped."""
+    run = find_run(args.run_dir, args.run_id)
+    show(FORMATS[args.format](run))
+    return int(named_skipped(run))
+
+
+def named_skipped(*runs: Run) -> ExitCode:
+    """Name the damaged files of these runs on standard error: FAILED where there are any, else OK."""
+    skipped = [error for run in runs for error in run.skipped]
+    for error in skipped:
+        show_aside(error.skipped)
+    return ExitCode.FAILED if skipped else ExitCode.OK
 
 
 def _text(run: Run) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from refit.config import yaml_files
+from refit.config.limits import MAX_COUNT
 from refit.errors import UsageError
+
+MAX_NUMBER = 1e6
+"""Most GB or GB/s in a cluster's file, and the inverse of the least."""
 
 NUMBERS = ("intra_node_gb_per_s", "inter_node_gb_per_s", "gpus_per_node", "copy_gb_per_s", "gpu_memory_gb")
 REQUIRED = ("intra_node_gb_per_s", "gpus_per_node")
@@ -47,19 +52,23 @@ def load_cluster(name: str) -> Cluster:
 
     `intra_node_gb_per_s` and `gpus_per_node` must be there; `inter_node_gb_per_s`, `copy_gb_per_s`, `gpu_memory_gb`,
     `gpu` and `source` may be left out. Speeds are GB/s of one GPU in one direction.
-    Raises UsageError for an unknown name or key, or a value that is no positive number.
+    Raises UsageError, naming file and key, for an unknown name or key, a number that is not positive, finite and
+    within its limit, or a text that is none.
     """
     path = yaml_files.find("clusters", name)
     values = yaml_files.read_mapping(path)
     unknown = sorted(values.keys() - {*NUMBERS, *TEXTS})
     if unknown:
-        raise UsageError(f"{path}: unknown key {unknown[0]}: {', '.join((*NUMBERS, *TEXTS))} are known")
+        raise UsageError(
+            f"{path}: unknown key {yaml_files.shortened(unknown[0])[1:-1]}: {', '.join((*NUMBERS, *TEXTS))} are known"
+        )
     numbers = {key: _number(path, key, values.get(key)) for key in NUMBERS}
     intra, gpus_per_node = numbers["intra_node_gb_per_s"], numbers["gpus_per_node"]
     assert intra is not None
     assert gpus_per_node is not None
     if gpus_per_node != int(gpus_per_node):
         raise UsageError(f"{path}: gpus_per_node must be a whole number, not {gpus_per_node!r}")
+    texts = {key: _text(path, key, values.get(key)) for key in TEXTS}
     return Cluster(
         name=path.stem,
         intra_bytes_per_s=intra * 1e9,
@@ -67,8 +76,8 @@ def load_cluster(name: str) -> Cluster:
         gpus_per_node=int(gpus_per_node),
         copy_bytes_per_s=_scaled(numbers["copy_gb_per_s"]),
         gpu_memory_bytes=int(numbers["gpu_memory_gb"] * 1e9) if numbers["gpu_memory_gb"] else None,
-        gpu=str(values["gpu"]) if values.get("gpu") else None,
-        source=str(values.get("source", "")),
+        gpu=texts["gpu"] or None,
+        source=texts["source"],
     )
 
 
@@ -96,9 +105,18 @@ def choose_cluster(device_name: str, num_ranks: int, num_hosts: int) -> Choice:
 def _number(path: Path, key: str, value: object) -> float | None:
     if value is None and key not in REQUIRED:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise UsageError(f"{path}: {key} must be a positive number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UsageError(f"{path}: {key} must be a positive number, not {yaml_files.shortened(value)}")
+    least, most = (1, MAX_COUNT) if key == "gpus_per_node" else (1 / MAX_NUMBER, MAX_NUMBER)
+    if not least <= value <= most:
+        raise UsageError(f"{path}: {key} must be from {least:g} to {most:,.0f}, not {value}")
     return float(value)
+
+
+def _text(path: Path, key: str, value: object) -> str:
+    if not isinstance(value, str | None):
+        raise UsageError(f"{path}: {key} must be text, not {yaml_files.shortened(value)}")
+    return value or ""
 
 
 def _scaled(gb_per_s: float | None) -> float | None:

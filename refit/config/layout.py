@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from refit.config.limits import MAX_RANKS
 from refit.errors import UsageError
 
 
@@ -65,6 +66,9 @@ class Layout:
         for name in ("tp", "ep", "etp", "pp", "world_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.ranks.stop > MAX_RANKS:
+            before = f"{self.first_rank:,} + " if self.first_rank else ""
+            raise UsageError(f"{before}{self.world_size:,} ranks are more than the {MAX_RANKS:,} that can be planned")
         for kind, size in (("TP x PP", self.tp * self.pp), ("ETP x EP x PP", self.etp * self.ep * self.pp)):
             if self.world_size % size:
                 raise UsageError(

@@ -1,9 +1,16 @@
-"""The YAML files under `configs/`: finding them by name and reading them."""
+"""The YAML files under `configs/`: finding them by name and reading them.
+
+Read are mappings, lists, text, decimal numbers, `true`, `false` and `null`, within the limits below. Anything else that
+YAML has (dates, binary data, other tags, anchors) is text or refused. Every error is one UsageError.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,6 +19,33 @@ from refit.errors import UsageError
 _PACKAGED = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).resolve().parents[2] / "configs"
 """In an installed wheel inside the package, in a checkout at its top."""
+
+MAX_FILE_BYTES = 256 << 10
+MAX_DEPTH = 16
+"""Deepest nesting of lists and mappings."""
+
+MAX_DIGITS = 18
+"""Most digits of a whole number: what 64 bits hold."""
+
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_FLOAT = re.compile(r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
+_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NULL = ("", "~", "null")
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML's loader, with tags of its own for plain scalars: a date, an octal or a sexagesimal number is text."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's way of declaring them
+
+
+for _tag, _pattern, _first in (
+    ("bool", re.compile(rf"(?:{'|'.join(_BOOL)})$", re.IGNORECASE), "tTyYoOfFnN"),
+    ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("int", re.compile(rf"(?:{_INT.pattern})$"), "-+0123456789"),
+    ("float", re.compile(rf"(?:{_FLOAT.pattern})$"), "-+0123456789."),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
 
 
 def names(kind: str) -> list[str]:
@@ -37,21 +71,122 @@ def find(kind: str, name: str) -> Path:
 
 
 def read_mapping(path: Path) -> dict[str, object]:
-    """The YAML mapping in `path`. Raises UsageError where it cannot be read or is something else."""
+    """The YAML mapping in `path`; keys are text.
+
+    Raises UsageError, with line and column, where the file cannot be read, is something else or exceeds a limit.
+    """
+    text = _text(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _check_events(path, text)
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
+        raise UsageError(f"{path} is not valid YAML{_at(mark)}: {problem}") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # a character escape out of range, for one
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
+    content = _value(path, root) if root is not None else None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold `key: value` lines, not {_kind(content)}")
+    return content
+
+
+def shortened(value: object, limit: int = 100) -> str:
+    """`value` as Python writes it, cut after `limit` characters, for messages."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UsageError(f"{path} is a device or a pipe: give a file")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise UsageError(f"{path} has more than {MAX_FILE_BYTES:,} bytes, the most that is read: split it")
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UsageError(f"{path} is not valid YAML{where}: {problem}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold `key: value` lines, not {_kind(content)}")
-    return {str(key): value for key, value in content.items()}
+    except ValueError as error:  # a null character in the path
+        raise UsageError(f"{str(path)!r} cannot be read: {error}") from None
+
+
+def _check_events(path: Path, text: str) -> None:
+    """Refuse deep nesting and anchors before anything is built: building recurses, and aliases multiply."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise _error(path, event.start_mark, "anchors and aliases are not read: write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise _error(path, event.start_mark, f"lists and mappings are nested more than {MAX_DEPTH} deep")
+
+
+def _value(path: Path, node: yaml.Node) -> object:
+    """The value of a node. Recursion is bounded by MAX_DEPTH."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if isinstance(node, yaml.MappingNode) and kind == "map":
+        return _mapping(path, node)
+    if isinstance(node, yaml.SequenceNode) and kind == "seq":
+        return [_value(path, entry) for entry in node.value]
+    if isinstance(node, yaml.ScalarNode) and kind in ("str", "int", "float", "bool", "null"):
+        return _scalar(path, node, kind)
+    raise _error(path, node.start_mark, f"values of type {node.tag} are not read: give text or a number")
+
+
+def _mapping(path: Path, node: yaml.MappingNode) -> dict[str, object]:
+    content: dict[str, object] = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _error(path, key_node.start_mark, "a key must be text")
+        key = str(_scalar(path, key_node, "str"))
+        if key in content:
+            where = f"{path}{_at(key_node.start_mark)}"
+            raise UsageError(
+                f"{where}: key {shortened(key)} is given twice, it is in line {lines[key]} already: remove one"
+            )
+        lines[key] = key_node.start_mark.line + 1
+        content[key] = _value(path, value_node)
+    return content
+
+
+def _scalar(path: Path, node: yaml.ScalarNode, kind: str) -> object:
+    """Text, or a number, truth value or null. A tag such as `!!int` may contradict the text, which is refused."""
+    text: str = node.value
+    if kind == "str":
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise _error(path, node.start_mark, "text with half a surrogate pair")
+        return text
+    if kind == "int" and _INT.fullmatch(text):
+        digits = sum(character.isdigit() for character in text)
+        if digits > MAX_DIGITS:
+            raise _error(path, node.start_mark, f"a whole number of {digits:,} digits, {MAX_DIGITS} are the most")
+        return int(text.replace("_", ""))
+    if kind == "float" and _FLOAT.fullmatch(text):
+        number = float(text.replace("_", ""))
+        if not math.isfinite(number):
+            raise _error(path, node.start_mark, f"{shortened(text)} is too large for a number")
+        return number
+    if kind == "bool" and text.lower() in _BOOL:
+        return _BOOL[text.lower()]
+    if kind == "null" and text.lower() in _NULL:
+        return None
+    raise _error(path, node.start_mark, f"{shortened(text)} is not of the type {node.tag} given with it")
+
+
+def _error(path: Path, mark: Any, problem: str) -> UsageError:
+    return UsageError(f"{path}{_at(mark)}: {problem}")
+
+
+def _at(mark: Any) -> str:
+    return f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
 
 
 def _kind(content: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from refit.predict.sides import check_side, predict_side
 MAX_EP_FACTOR = 64
 """Largest factor by which EP is raised in search of a layout that fits."""
 
-IMPOSSIBLE = 1 << 62
+MAX_TRIES = 8
+"""Most layouts of each kind that are predicted in search of one that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +62,25 @@ def _fitting_layouts(run: DryRun, side: str, available: int) -> list[str]:
     """The first change of each kind that fits."""
     sides = ["source", "destination"] if side == "both" else [side]
     kinds = (_etp_at_tp(run, sides), _higher_ep(run, sides))
-    first = (next((change for change in kind if _needed(run, change) <= available), None) for kind in kinds)
+    built = (itertools.islice((change for change in kind if _can_be_built(run, change)), MAX_TRIES) for kind in kinds)
+    first = (next((change for change in kind if _needed(run, change) <= available), None) for kind in built)
     return [change.text for change in first if change]
 
 
+def _can_be_built(run: DryRun, change: _Change) -> bool:
+    """Whether the model can be sharded this way."""
+    try:
+        for name, layout in change.layouts.items():
+            check_side(run.model, replace(run.scenario.sides[name], layout=layout), name)
+    except UsageError:
+        return False
+    return True
+
+
 def _needed(run: DryRun, change: _Change) -> int:
-    """Bytes on the fullest GPU with this change; IMPOSSIBLE where the model cannot be sharded this way."""
-    fullest = []
-    for name, layout in change.layouts.items():
-        side = replace(run.scenario.sides[name], layout=layout)
-        try:
-            check_side(run.model, side, name)
-        except UsageError:
-            return IMPOSSIBLE
-        sharding = predict_side(run.model, side)
-        fullest.append(max(sharding.bytes_per_rank.values()))
+    """Bytes on the fullest GPU with this change."""
+    sides = (replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items())
+    fullest = [max(predict_side(run.model, side).bytes_per_rank.values()) for side in sides]
     return sum(fullest) + run.scenario.staging_bytes
 
 

@@ -1,7 +1,8 @@
 """Answers four questions from a sweep's results, in sentences with figures.
 
 EP against TP, the cost of separate GPU sets, how time scales with bytes, one-sided against two-sided transport. Where
-results are missing for an answer, the answer names them.
+results are missing for an answer, the answer names them. Where versions, spread or fit do not support a conclusion
+(`evidence`), one line says why.
 """
 
 from __future__ import annotations
@@ -15,51 +16,14 @@ from typing import Any
 from refit import units
 from refit.config.registry import METHODS
 from refit.config.scenario import Mode
-from refit.config.side import SideSpec
-from refit.report.time_fit import Fit, FitError, Load, fit_time
+from refit.report import evidence
+from refit.report.neutral import plain_lines
+from refit.report.points import Point, points_of
+from refit.report.time_fit import FitError, Load, fit_time
 from refit.results.outcomes import Outcome
-from refit.results.status import Status
 
 NEARLY_EQUAL = 1.05
 """Two rates with a smaller ratio than this count as equal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A measured scenario. `model` is equal for scenarios that move the same model."""
-
-    name: str
-    source: SideSpec
-    destination: SideSpec
-    mode: str
-    method: str
-    model: Hashable
-    median_s: float
-    payload: int
-    wire: int
-    busiest: int
-    num_transfers: int | None
-    gb_per_s: float | None
-    share: float | None
-
-    @property
-    def layouts(self) -> Hashable:
-        """Both layouts without their rank numbers."""
-        return tuple((side.title, side.world_size) for side in (self.source, self.destination))
-
-    @property
-    def title(self) -> str:
-        return f"{self.source.title} -> {self.destination.title}"
-
-    @property
-    def num_gpus(self) -> int:
-        sizes = (self.source.world_size, self.destination.world_size)
-        return max(sizes) if self.mode == Mode.COLLOCATED.value else sum(sizes)
-
-    @property
-    def s_per_gb(self) -> float:
-        """Seconds per GB of payload into one destination GPU, on average."""
-        return self.median_s * self.destination.world_size * 1e9 / self.payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +39,17 @@ def analysis_text(outcomes: Sequence[Outcome]) -> str:
     findings = analyse(outcomes)
     if not findings:
         return ""
-    blocks = ["\n".join([finding.question, *(f"  {line}" for line in finding.answer)]) for finding in findings]
+    blocks = [plain_lines([finding.question, *(f"  {line}" for line in finding.answer)]) for finding in findings]
     return "\n".join(["Analysis:", "---------", "", "\n\n".join(blocks)])
 
 
 def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
-    """The findings over every scenario with times and without wrong data; empty where there is none."""
+    """The findings over every scenario with times and without wrong data; empty where there is none.
+
+    A single result answers none of the questions, so it has no findings.
+    """
     points = points_of(outcomes)
-    if not points:
+    if not points or len(outcomes) == 1:
         return []
     return [
         Finding("EP against TP: which change of layout is faster?", tuple(ep_against_tp(points))),
@@ -92,43 +59,6 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
             "NVSHMEM against NCCL: which is faster for the same layouts?", tuple(one_sided_against_two_sided(points))
         ),
     ]
-
-
-def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
-    """The scenarios that may be compared: without wrong data (verified or unchecked), with times and layouts."""
-    points = []
-    for outcome in outcomes:
-        planned, cost, median_s = outcome.planned, outcome.cost, outcome.median_s
-        source, destination = planned.source, planned.destination
-        comparable = outcome.status is Status.OK and median_s and source and destination
-        if not comparable or cost is None or not cost.payload_bytes:
-            continue
-        assert source
-        assert destination
-        assert median_s
-        points.append(
-            Point(
-                name=planned.name,
-                source=source,
-                destination=destination,
-                mode=planned.mode,
-                method=planned.method,
-                model=_model(outcome),
-                median_s=median_s,
-                payload=cost.payload_bytes,
-                wire=cost.wire_bytes,
-                busiest=cost.busiest.nbytes,
-                num_transfers=outcome.refit.plan.num_transfers if outcome.refit.plan else None,
-                gb_per_s=outcome.tested.bottleneck_gb_per_s if outcome.tested else None,
-                share=outcome.share_of_bound,
-            )
-        )
-    return points
-
-
-def _model(outcome: Outcome) -> Hashable:
-    scenario = outcome.result.scenario if outcome.result else None
-    return (scenario.model, scenario.model_provider, scenario.source.transformer_impl) if scenario else None
 
 
 def ep_against_tp(points: Sequence[Point]) -> list[str]:
@@ -146,14 +76,20 @@ def ep_against_tp(points: Sequence[Point]) -> list[str]:
         ]
         if rates[0] and rates[1]:
             faster, ratio = ("EP", rates[0] / rates[1]) if rates[0] >= rates[1] else ("TP", rates[1] / rates[0])
-            close = ratio < NEARLY_EQUAL
-            lines.append(
-                "  Both move their bytes equally fast."
-                if close
-                else f"  {faster} moves its bytes {ratio:.2f} x as fast."
-            )
+            if ratio < NEARLY_EQUAL:
+                reason = evidence.not_equal([*only_ep, *only_tp], NEARLY_EQUAL - 1, _rates)
+                conclusion = "Both move their bytes equally fast."
+            else:
+                reason = evidence.no_difference(only_ep, only_tp, _rates)
+                conclusion = f"{faster} moves its bytes {ratio:.2f} x as fast."
+            lines.append(f"  No conclusion: {reason}." if reason else f"  {conclusion}")
     missing = "needs a scenario in which only EP changes and one in which only TP does, same mode, method and model"
     return lines or [f"Not answered: {missing}."]
+
+
+def _rates(point: Point) -> list[float]:
+    """GB/s of each measured refit."""
+    return [(point.gb_per_s or 0.0) * point.median_s / seconds for seconds in point.samples_s if seconds]
 
 
 def _changes(point: Point) -> set[str]:
@@ -187,7 +123,11 @@ def separate_sets(points: Sequence[Point]) -> list[str]:
     for _, group in _grouped(points, lambda point: (point.layouts, point.method, point.model)):
         by_mode = {point.mode: point for point in group}
         apart, shared = by_mode.get(Mode.NON_COLLOCATED.value), by_mode.get(Mode.COLLOCATED.value)
-        if apart and shared:
+        if not apart or not shared:
+            continue
+        if reason := evidence.no_difference([apart], [shared]):
+            lines.append(f"{apart.name} against {shared.name}: no conclusion: {reason}.")
+        else:
             lines.append(
                 f"{apart.name} on {apart.num_gpus} GPUs takes {apart.median_s / shared.median_s:.2f} x the time of "
                 f"{shared.name} on {shared.num_gpus}: {units.seconds(apart.median_s)} against "
@@ -197,8 +137,9 @@ def separate_sets(points: Sequence[Point]) -> list[str]:
 
 
 def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
-    lines, rates = [], {}
+    lines, rates, groups = [], {}, {}
     for (mode, model), group in _grouped(points, lambda point: (point.mode, point.model)):
+        groups[model, mode] = group
         rates[model, mode] = statistics.median(point.s_per_gb for point in group)
         wire = sum(point.wire for point in group) / sum(point.payload for point in group)
         methods = ", ".join(sorted({point.method for point in group}))
@@ -210,10 +151,17 @@ def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
     both = [model for model, mode in rates if mode == apart and (model, shared) in rates]
     if not both:
         return ["Not answered: needs scenarios of the same model in both modes."]
-    ratios = [
-        f"Separate sets take {rates[model, apart] / rates[model, shared]:.2f} x as long per GB." for model in both
-    ]
+    ratios = []
+    for model in both:
+        reason = evidence.no_difference(groups[model, apart], groups[model, shared], _s_per_gb)
+        ratio = rates[model, apart] / rates[model, shared]
+        ratios.append(f"No conclusion: {reason}." if reason else f"Separate sets take {ratio:.2f} x as long per GB.")
     return [*lines, *ratios, "No layouts were run both ways, so layouts and methods differ too: an indication only."]
+
+
+def _s_per_gb(point: Point) -> list[float]:
+    """Seconds per GB into each destination GPU, of each measured refit."""
+    return [point.s_per_gb * seconds / point.median_s for seconds in point.samples_s]
 
 
 def _wire(point: Point) -> str:
@@ -234,21 +182,19 @@ def scaling(points: Sequence[Point]) -> list[str]:
         except FitError as error:
             lines.append(f"{mode}, {method}: no fit: {error}.")
             continue
+        if reason := evidence.unfit_to_compare(group) or evidence.poor_fit(fit, len(loads)):
+            lines.append(f"{mode}, {method}: no conclusion: {reason}.")
+            continue
         largest = max(loads, key=lambda load: load.nbytes)
         by_bytes = fit.bytes_s(largest) / (fit.bytes_s(largest) + fit.operations_s(largest))
         lines += [
             f"{mode}, {method}: time = {units.seconds(fit.operation_s)} x transfers per destination GPU + busiest "
-            f"rank's bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({_trust(fit, len(loads))}).",
+            f"rank's bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({len(loads)} scenarios, "
+            f"off by {100 * fit.worst_error:.0f} % at most).",
             f"  Of the largest, {units.gb(largest.nbytes)} in {largest.operations:,.0f} transfers, "
             f"{100 * by_bytes:.0f} % of the time goes with the bytes.",
         ]
     return lines
-
-
-def _trust(fit: Fit, num_scenarios: int) -> str:
-    if num_scenarios == 2:
-        return "2 scenarios, which any two costs fit: run a third size to test it"
-    return f"{num_scenarios} scenarios, off by {100 * fit.worst_error:.0f} % at most"
 
 
 def one_sided_against_two_sided(points: Sequence[Point]) -> list[str]:
@@ -259,9 +205,11 @@ def one_sided_against_two_sided(points: Sequence[Point]) -> list[str]:
         for one, two in rivals():
             if one in by_method and two in by_method:
                 times = by_method[one].median_s, by_method[two].median_s
+                reason = evidence.no_difference([by_method[one]], [by_method[two]])
+                conclusion = f"no conclusion: {reason}" if reason else f"{one} is {times[1] / times[0]:.2f} x as fast"
                 lines.append(
                     f"{group[0].title}, {mode}: {one} {units.seconds(times[0])}, {two} "
-                    f"{units.seconds(times[1])}: {one} is {times[1] / times[0]:.2f} x as fast."
+                    f"{units.seconds(times[1])}: {conclusion}."
                 )
     return lines or ["Not answered: no layouts were run with both methods in the same mode."]
 

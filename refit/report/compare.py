@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from refit.errors import ExitCode, UsageError
 from refit.report.grid import fixed_width
+from refit.report.neutral import plain_lines
 from refit.report.tables import wrong_text
 from refit.results.outcomes import Outcome
+from refit.results.plain import plain
 from refit.results.runs import Run
 from refit.results.status import Status
 
@@ -65,7 +67,7 @@ def compare_runs(old: Run, new: Run) -> Comparison:
             listed = "; ".join(
                 f"{run.sweep.run_id} has {', '.join(names)}" for run, names in ((old, olds), (new, news))
             )
-            raise UsageError(f"no scenario is in both runs: {listed}")
+            raise UsageError(plain(f"no scenario is in both runs: {listed}"))
     warnings += dict.fromkeys(warning for pair in pairs for warning in _environment_warnings(pair))
     return Comparison(tuple(pairs), tuple(only_old), tuple(only_new), tuple(warnings))
 
@@ -134,23 +136,29 @@ def exceeds_spread(old_s: Sequence[float], new_s: Sequence[float]) -> bool | Non
     if min(len(old_s), len(new_s)) < MIN_SAMPLES:
         return None
     distance = abs(statistics.median(new_s) - statistics.median(old_s))
-    return distance > _notch(old_s) + _notch(new_s)
+    return distance > notch(old_s) + notch(new_s)
 
 
-def _notch(samples_s: Sequence[float]) -> float:
+def notch(samples_s: Sequence[float]) -> float:
+    """Half the width of the interval around a median: 1.57 x interquartile range / sqrt(n)."""
     lower, _, upper = statistics.quantiles(samples_s, n=4, method="inclusive")
     return 1.57 * (upper - lower) / math.sqrt(len(samples_s))
 
 
-def exit_code(new: Run, comparison: Comparison, max_slowdown: float) -> ExitCode:
+def exit_code(old: Run, new: Run, comparison: Comparison, max_slowdown: float) -> ExitCode:
     """The exit code of a comparison; `max_slowdown` is a share of the old median (0.05: 5 %).
 
-    WRONG_DATA where the new run has wrong data; else FAILED where a scenario was ok and no longer is; else SLOWER where
-    a median grew by more than `max_slowdown`; else OK.
+    WRONG_DATA where the new run has wrong data; else FAILED where a scenario was ok and no longer is (in two sweeps, a
+    scenario that is gone too) or where a damaged file was skipped; else SLOWER where a median grew by more than
+    `max_slowdown`; else OK.
     """
     if any(outcome.status is Status.WRONG_DATA for outcome in new.outcomes):
         return ExitCode.WRONG_DATA
     if any(pair.old.status is Status.OK and pair.new.status is not Status.OK for pair in comparison.pairs):
+        return ExitCode.FAILED
+    were_ok = {outcome.planned.name for outcome in old.outcomes if outcome.status is Status.OK}
+    gone = old.is_sweep and new.is_sweep and not were_ok.isdisjoint(comparison.only_old)
+    if gone or old.skipped or new.skipped:
         return ExitCode.FAILED
     slower = any(pair.change is not None and pair.change > max_slowdown for pair in comparison.pairs)
     return ExitCode.SLOWER if slower else ExitCode.OK
@@ -161,7 +169,7 @@ def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float
     lines = [f"Old: {old.sweep.run_id} ({old.sweep.date})", f"New: {new.sweep.run_id} ({new.sweep.date})"]
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     header = ("scenario", "old (ms)", "new (ms)", "change (%)", "beyond spread", "#wrong old", "#wrong new", "status")
-    lines += ["", fixed_width(header, [_row(pair, max_slowdown) for pair in comparison.pairs])]
+    lines += ["", *fixed_width(header, [_row(pair, max_slowdown) for pair in comparison.pairs]).split("\n")]
     lines += [
         "",
         "Medians of the slowest rank. Beyond spread: the medians' notches (1.57 x IQR / sqrt(n)) do not overlap.",
@@ -173,7 +181,7 @@ def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float
         for pair in comparison.pairs
         if pair.new.status is not Status.OK
     ]
-    return "\n".join([*lines, _verdict(comparison, max_slowdown)])
+    return plain_lines([*lines, _verdict(comparison, max_slowdown)])
 
 
 def _row(pair: Pair, max_slowdown: float) -> list[str]:

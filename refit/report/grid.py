@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from refit.report.neutral import MAX_CELL, csv_cell, plain_lines
+from refit.results.plain import plain
+
 
 def fixed_width(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """Columns as wide as their widest cell, the first `num_left` of them aligned left, the others right."""
+    header, *rows = ([plain(cell, MAX_CELL) for cell in row] for row in (header, *rows))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -24,17 +28,19 @@ def fixed_width(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: 
 
 def rendered(grid: Table, width: int | None) -> str:
     """A rich table as plain text, lines at most `width` wide; None takes the terminal's width."""
-    console = Console(width=width, color_system=None, highlight=False, legacy_windows=False)
+    console = Console(width=width, color_system=None, highlight=False, legacy_windows=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(grid)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+    return plain_lines(line.rstrip() for line in capture.get().rstrip().split("\n"))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
-    """A table as GitHub renders it, the first `num_left` columns aligned left, the others right."""
+    """A table as GitHub renders it, the first `num_left` columns aligned left, the others right.
+
+    Cells are Markdown already (`markdown_text`, `markdown_code`).
+    """
     rules = ["---" if place < num_left else "---:" for place in range(len(header))]
-    escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, rules, *rows))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
+    return plain_lines(f"| {' | '.join(cells)} |" for cells in (header, rules, *rows))
 
 
 def comma_separated(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -42,5 +48,5 @@ def comma_separated(header: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([csv_cell(cell) for cell in row] for row in rows)
     return text.getvalue().rstrip("\n")

@@ -15,7 +15,9 @@ import numpy as np
 from refit.errors import UnavailableError
 from refit.plan.cost import Cost
 from refit.plan.plan import IntArray
+from refit.report.neutral import MAX_CELL, picture_text
 from refit.results.outcomes import Outcome
+from refit.results.plain import plain
 from refit.results.runs import Run
 from refit.results.status import Status
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, BASELINE, BOUND = "#2b6cb0", "#c8c8c8", "black"
+WRONG_HATCH = "xx"
+"""Bars of results that do not count."""
+
 NAME_WIDTH = 40
 """Characters after which a scenario's name is wrapped."""
 
@@ -58,7 +63,8 @@ def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
     directory.mkdir(parents=True, exist_ok=True)
     if any(outcome.median_s for outcome in run.outcomes):
         yield _save(times_figure(run.outcomes, run.sweep.title), directory / "times.png")
-        yield _save(iterations_figure(run.outcomes), directory / "iterations.png")
+        if any(outcome.tested and outcome.tested.measured_s for outcome in run.outcomes):
+            yield _save(iterations_figure(run.outcomes), directory / "iterations.png")
     else:
         yield "no times: no scenario of this run has any"
     for outcome in run.outcomes:
@@ -102,13 +108,15 @@ def times_figure(outcomes: Sequence[Outcome], title: str) -> Figure:
     axes.set_xlabel(f"refit time ({unit}), median of the slowest rank; whiskers: fastest and slowest refit")
     axes.grid(axis="x", color="0.85")
     axes.set_axisbelow(True)
-    figure.suptitle("Refit time and lower bound" + (f", {title}" if title else ""))
+    figure.suptitle("Refit time and lower bound" + (f", {picture_text(title)}" if title else ""))
     _legend(figure, "outside lower center")
     return figure
 
 
 def _wrapped(name: str) -> str:
-    return "\n".join(name[start : start + NAME_WIDTH] for start in range(0, len(name), NAME_WIDTH))
+    name = plain(name, MAX_CELL)
+    parts = (name[start : start + NAME_WIDTH] for start in range(0, len(name), NAME_WIDTH))
+    return "\n".join(picture_text(part) for part in parts)
 
 
 def _legend(figure: Figure, place: str) -> None:
@@ -142,19 +150,25 @@ def _time_bars(axes: Axes, outcome: Outcome, row: int, scale: float) -> None:
     whiskers = [[scale * (summary.median_s - summary.min_s)], [scale * (summary.max_s - summary.median_s)]]
     style: dict[str, Any] = {"height": height, "edgecolor": "black", "linewidth": 0.8}
     is_valid, median = outcome.status is Status.OK, scale * summary.median_s
-    label, hatch = ("refit", None) if is_valid else ("refit, not valid", "xx")
+    label, hatch = ("refit", None) if is_valid else ("refit, not valid", WRONG_HATCH)
     axes.barh(place, median, color=OURS, hatch=hatch, label=label, xerr=whiskers, capsize=3, **style)
     share = f", share of bound {100 * outcome.share_of_bound:.1f} %" if outcome.share_of_bound else ""
     status = "" if is_valid else f", {outcome.status.text}"
     _beside(axes, scale * _own_end(outcome), place, f"{median:.4g}{share}{status}")
     if theirs is not None:
-        axes.barh(row + 0.19, scale * theirs, color=BASELINE, hatch="//", label="Megatron-Core", **style)
-        _beside(axes, scale * theirs, row + 0.19, f"{scale * theirs:.4g}")
+        doubt = outcome.baseline.doubt if outcome.baseline else None
+        label, hatch = _baseline_label(doubt), WRONG_HATCH if doubt else "//"
+        axes.barh(row + 0.19, scale * theirs, color=BASELINE, hatch=hatch, label=label, **style)
+        _beside(axes, scale * theirs, row + 0.19, f"{scale * theirs:.4g}" + (f", {doubt.lower()}" if doubt else ""))
     if outcome.bound and outcome.bound.seconds:
         span = (place - 0.62 * height, place + 0.62 * height)
         bound = [scale * outcome.bound.seconds] * 2
         axes.plot(bound, span, color="white", linewidth=5, solid_capstyle="butt", zorder=4)
         axes.plot(bound, span, color=BOUND, linewidth=2.5, solid_capstyle="butt", label="lower bound", zorder=5)
+
+
+def _baseline_label(doubt: str | None) -> str:
+    return f"Megatron-Core, {doubt.lower()}" if doubt else "Megatron-Core"
 
 
 def _beside(axes: Axes, end: float, place: float, text: str) -> None:
@@ -180,7 +194,8 @@ def iterations_figure(outcomes: Sequence[Outcome]) -> Figure:
 def _iterations(axes: Axes, outcome: Outcome) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    series = ((outcome.tested, "refit", OURS, "o"), (outcome.baseline, "Megatron-Core", "0.45", "s"))
+    baseline = _baseline_label(outcome.baseline.doubt if outcome.baseline else None)
+    series = ((outcome.tested, "refit", OURS, "o"), (outcome.baseline, baseline, "0.45", "s"))
     for engine, name, color, marker in series:
         if engine is None or not engine.measured_s:
             continue
@@ -219,7 +234,7 @@ def rank_bytes_figure(name: str, plan: Cost) -> Figure:
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set_ylabel(f"bytes over the wire ({unit})\nsent below, received above")
     axes.set_xlim(ranks[0] - 0.7, ranks[-1] + 0.7)
-    _rank_axis(axes.xaxis, len(ranks))
+    _rank_axis(axes.xaxis, ranks[-1] - ranks[0] + 1)
     axes.set_xlabel("rank")
     axes.set_title(f"{_wrapped(name)}\nbytes of each rank", fontsize=11)
     axes.grid(axis="y", color="0.85")
@@ -229,10 +244,15 @@ def rank_bytes_figure(name: str, plan: Cost) -> Figure:
 
 
 def pairs_figure(name: str, matrix: IntArray, outcome: Outcome) -> Figure:
-    """Heat map of bytes from each source rank (rows) to each destination rank (columns); nothing moved is white."""
+    """Heat map of bytes from each source rank (rows) to each destination rank (columns); nothing moved is white.
+
+    Raises NoPairs where the matrix is not that of the scenario's ranks.
+    """
     scenario = outcome.result.scenario if outcome.result else None
     everyone = range(len(matrix))
     rows, columns = (scenario.source.ranks, scenario.destination.ranks) if scenario else (everyone, everyone)
+    if max(rows.stop, columns.stop) > len(matrix):
+        raise NoPairs(f"its flags give {len(matrix)} ranks, its layouts {max(rows.stop, columns.stop)}")
     shown = matrix[rows.start : rows.stop, columns.start : columns.stop].astype(float)
     scale, unit = _byte_scale(shown.max(initial=0))
     figure = _new(8, 6.6)
@@ -266,7 +286,8 @@ def _rank_axis(axis: Any, num_ranks: int) -> None:
     """Label every rank, or every 4th, 8th, 16th, ... where there are many. Hosts begin at multiples of these."""
     from matplotlib.ticker import MultipleLocator
 
-    step = next((step for step in (1, 4, 8, 16, 32, 64) if num_ranks / step <= MAX_NUMBERED_RANKS), 128)
+    steps = (1, *(2**power for power in range(2, 21)))
+    step = next(step for step in steps if num_ranks / step <= MAX_NUMBERED_RANKS)
     axis.set_major_locator(MultipleLocator(step))
 
 

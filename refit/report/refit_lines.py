@@ -13,7 +13,8 @@ from refit.config.scenario import Mode, Scenario
 from refit.plan.cost import Bound, Cost
 from refit.report import warnings
 from refit.report.grid import rendered
-from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample
+from refit.report.neutral import plain_lines
+from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample, speed_ratio
 from refit.results.result import Environment, Result
 from refit.results.status import Status
 
@@ -51,7 +52,7 @@ def header(
         key, (before, after) = next(iter(plan.casts.items()))
         lines.append(f"cast: {len(plan.casts)} tensors change dtype, {key} from {before} to {after}")
     lines += [f"note: {note}" for note in notes]
-    return "\n".join(f"# {line}" for line in lines)
+    return plain_lines(f"# {line}" for line in lines)
 
 
 def _mapping(scenario: Scenario, world_size: int) -> str:
@@ -163,16 +164,27 @@ def _percent(share: float | None) -> str:
 
 
 def ratio(result: RefitResult) -> str:
-    """How the engine under test compares with each baseline of the same run; empty unless both have times."""
+    """How the engine under test compares with each baseline of the same run; empty unless both have times.
+
+    Where either result is in doubt, the line says so in place of a ratio.
+    """
     tested = result.tested
     if tested is None or tested.median_s is None:
         return ""
     return "\n".join(
-        f"Ratio: refit is {theirs.median_s / tested.median_s:.2f} x as fast as {ENGINES[name].title}'s own (median), "
-        f"{theirs.first_s / tested.first_s:.2f} x on the first refit"
+        _ratio(tested, theirs, ENGINES[name].title)
         for name, theirs in result.baselines.items()
         if theirs.median_s is not None
     )
+
+
+def _ratio(tested: EngineResult, theirs: EngineResult, title: str) -> str:
+    found = speed_ratio(tested, theirs)
+    if found is None:
+        doubts = ((name, engine.doubt) for name, engine in (("refit", tested), (title, theirs)))
+        return f"Ratio: none: {', '.join(f'{name} is {doubt}' for name, doubt in doubts if doubt) or 'no times'}"
+    first = f", {theirs.first_s / tested.first_s:.2f} x on the first refit" if tested.first_s else ""
+    return f"Ratio: refit is {found:.2f} x as fast as {title}'s own (median){first}"
 
 
 def wrong_weights(name: str, engine: EngineResult) -> str:

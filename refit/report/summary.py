@@ -9,8 +9,9 @@ from refit import units
 from refit.config.registry import ENGINES
 from refit.config.scenario import Verify
 from refit.config.side import SideSpec
+from refit.report.neutral import plain_lines
 from refit.results.outcomes import Outcome
-from refit.results.refit import EngineResult
+from refit.results.refit import EngineResult, speed_ratio
 from refit.results.stats import Summary
 from refit.results.status import COUNTED, Status
 from refit.results.sweep import Sweep
@@ -36,7 +37,7 @@ def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     measured = [outcome for outcome in outcomes if outcome.median_s]
     if measured and not any(outcome.bound for outcome in measured):
         lines += ["No lower bounds: no cluster's link speeds were given (--cluster NAME, see configs/clusters)", ""]
-    return "\n".join([*lines, counts_line(outcomes)])
+    return plain_lines([*lines, counts_line(outcomes)])
 
 
 def counts_line(outcomes: Sequence[Outcome]) -> str:
@@ -46,10 +47,14 @@ def counts_line(outcomes: Sequence[Outcome]) -> str:
     return f"{len(outcomes)} scenario{'' if len(outcomes) == 1 else 's'}: {parts or 'none'}"
 
 
-def side_text(side: SideSpec | None) -> str:
-    """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP where it is not 1."""
+def side_text(side: SideSpec | None, status: Status) -> str:
+    """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP where it is not 1.
+
+    Without a side: the check before the run found no valid layout, or the run ended before it was recorded.
+    """
     if side is None:
-        return "not a valid layout"
+        checked = status in (Status.REFUSED, Status.SKIPPED)
+        return "not a valid layout" if checked else "unknown, the run ended before it recorded its layouts"
     layout = side.layout
     parts = [f"TP={layout.tp}", f"EP={layout.ep}"]
     parts += [f"ETP={layout.etp}"] if layout.etp != layout.tp else []
@@ -61,8 +66,8 @@ def _scenario(outcome: Outcome) -> list[str]:
     planned, tested = outcome.planned, outcome.tested
     lines = [
         f"Config: {planned.name}",
-        f"  Source: {side_text(planned.source)}",
-        f"  Target: {side_text(planned.destination)}",
+        f"  Source: {side_text(planned.source, planned.status)}",
+        f"  Target: {side_text(planned.destination, planned.status)}",
         f"  Mode: {planned.mode}, Method: {planned.method}",
     ]
     if outcome.status is not Status.OK:
@@ -110,6 +115,25 @@ def _verification(outcome: Outcome, engine: EngineResult) -> list[str]:
     return [f"Verification: {verdict}, {engine.num_compared:,} elements compared{how}, {engine.num_wrong:,} wrong"]
 
 
+def _versus(outcome: Outcome, baseline: EngineResult) -> str:
+    """The ratio of the medians, or why there is none."""
+    ratio = speed_ratio(outcome.tested, baseline) if outcome.status is Status.OK else None
+    if ratio is not None:
+        return f"refit is {ratio:.2f} x as fast"
+    if baseline.num_wrong:
+        return f"no ratio: {baseline.num_wrong:,} of its elements WRONG"
+    if baseline.doubt:
+        return f"no ratio: it is {baseline.doubt}"
+    return f"no ratio: refit is {(outcome.tested.doubt if outcome.tested else None) or outcome.status.text}"
+
+
+def marked_ms(engine: EngineResult | None) -> str:
+    """`117.70`, or `117.70 (WRONG)` where the result is in doubt; empty without times."""
+    if engine is None or engine.median_s is None:
+        return ""
+    return f"{1e3 * engine.median_s:.2f}" + (f" ({engine.doubt})" if engine.doubt else "")
+
+
 def _baselines(outcome: Outcome) -> list[str]:
     lines = []
     for name, baseline in outcome.refit.baselines.items():
@@ -117,9 +141,5 @@ def _baselines(outcome: Outcome) -> list[str]:
         if baseline.median_s is None or outcome.median_s is None:
             lines.append(f"{title}: {baseline.status.value}: {baseline.reason or 'no reason was recorded'}")
             continue
-        wrong = f", {baseline.num_wrong:,} of its elements WRONG" if baseline.num_wrong else ""
-        lines.append(
-            f"{title}: {1e3 * baseline.median_s:.2f} ms median, refit is "
-            f"{baseline.median_s / outcome.median_s:.2f} x as fast{wrong}"
-        )
+        lines.append(f"{title}: {1e3 * baseline.median_s:.2f} ms median, {_versus(outcome, baseline)}")
     return lines

@@ -9,7 +9,9 @@ from rich.table import Table
 from refit import units
 from refit.config.scenario import Mode, ranks_text
 from refit.report.grid import rendered
+from refit.report.neutral import plain_lines
 from refit.results.outcomes import judged
+from refit.results.plain import plain
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.results.sweep import Planned, Sweep
@@ -31,11 +33,15 @@ def sweep_text(sweep: Sweep) -> str:
     for planned in sweep.scenarios:
         if planned.status is not Status.READY:
             lines.append(f"{planned.name} {planned.status.value}: {planned.reason}")
-    return "\n".join(lines)
+    return plain_lines(lines)
 
 
 def outcome_line(planned: Planned, result: Result) -> str:
     """`NAME: 45.23 ms, PASSED`, or one line with the reason why it failed or was waived."""
+    return plain(_outcome_line(planned, result))
+
+
+def _outcome_line(planned: Planned, result: Result) -> str:
     outcome = judged(planned, result)
     engine = outcome.tested
     if outcome.status is Status.WAIVED:

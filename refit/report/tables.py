@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from refit.config.side import SideSpec
+from refit.report import neutral
 from refit.report.grid import comma_separated, markdown
-from refit.report.summary import counts_line
+from refit.report.neutral import markdown_code
+from refit.report.summary import counts_line, marked_ms
 from refit.results.outcomes import Outcome
 from refit.results.status import Status
 from refit.results.sweep import Sweep
@@ -37,15 +39,16 @@ SIZES = ("tp", "ep", "etp", "pp", "world_size")
 
 def markdown_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     """A heading, the table, and the reason for each scenario that is not ok."""
-    where = f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {sweep.date}"
+    date = neutral.markdown_text(sweep.date)
+    where = f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {date}"
     reasons = [
-        f"- `{outcome.planned.name}` {outcome.status.text}: {outcome.reason}"
+        f"- {markdown_code(outcome.planned.name)} {outcome.status.text}: {neutral.markdown_text(outcome.reason or '')}"
         for outcome in outcomes
         if outcome.status is not Status.OK
     ]
     table = markdown(MARKDOWN_HEADER, [_markdown_row(outcome) for outcome in outcomes], MARKDOWN_NUM_TEXT)
-    title = f"### {f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})"
-    parts = [title, where, table, *(["\n".join(reasons)] if reasons else []), counts_line(outcomes)]
+    title = neutral.markdown_text(f"{f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})")
+    parts = [f"### {title}", where, table, *(["\n".join(reasons)] if reasons else []), counts_line(outcomes)]
     return "\n\n".join(parts)
 
 
@@ -53,21 +56,21 @@ def _markdown_row(outcome: Outcome) -> list[str]:
     planned, tested, cost, bound = outcome.planned, outcome.tested, outcome.cost, outcome.bound
     summary = tested.summary if tested else None
     return [
-        f"`{planned.name}`",
+        markdown_code(planned.name),
         _short(planned.source),
         _short(planned.destination),
-        planned.mode,
-        planned.method,
+        neutral.markdown_text(planned.mode),
+        neutral.markdown_text(planned.method),
         outcome.status.text,
         str(planned.num_ranks),
-        _milliseconds(outcome.median_s),
+        marked_ms(tested),
         f"{1e3 * summary.min_s:.2f}-{1e3 * summary.max_s:.2f}" if summary else "",
         f"{cost.payload_bytes / 1e9:.3f}" if cost else "",
         f"{tested.bottleneck_gb_per_s:.3f}" if tested and tested.bottleneck_gb_per_s is not None else "",
         f"{1e3 * bound.seconds:.4g}" if bound else "",
         f"{100 * outcome.share_of_bound:.1f}" if outcome.share_of_bound is not None else "",
         wrong_text(outcome),
-        _milliseconds(outcome.baseline.median_s if outcome.baseline else None),
+        marked_ms(outcome.baseline),
         f"{outcome.baseline_ratio:.2f}" if outcome.baseline_ratio is not None else "",
     ]
 
@@ -80,11 +83,7 @@ def wrong_text(outcome: Outcome) -> str:
 
 
 def _short(side: SideSpec | None) -> str:
-    return f"{side.title} ({side.world_size})" if side else ""
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.2f}"
+    return f"{neutral.markdown_text(side.title)} ({side.world_size})" if side else ""
 
 
 def csv_text(outcomes: Sequence[Outcome]) -> str:

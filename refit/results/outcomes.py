@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
-from refit.results.refit import EngineResult, RefitResult
+from refit.results.reading import UnreadableFile
+from refit.results.refit import EngineResult, RefitResult, speed_ratio
 from refit.results.result import Result, read_result
 from refit.results.status import Status
 from refit.results.sweep import Planned, Sweep, attempts
@@ -16,6 +16,7 @@ from refit.results.sweep import Planned, Sweep, attempts
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """A scenario and its last attempt. `reason` is None where it is ok. `log` is the name of the attempt's log.
+    `unreadable` is set where its result file is damaged.
 
     Bytes and bound are those of the run, or of the plan made before it where the run has none.
     """
@@ -25,6 +26,7 @@ class Outcome:
     reason: str | None
     result: Result | None
     log: str | None = None
+    unreadable: UnreadableFile | None = None
 
     @property
     def refit(self) -> RefitResult:
@@ -59,9 +61,8 @@ class Outcome:
 
     @property
     def baseline_ratio(self) -> float | None:
-        """The baseline's median over that of the engine under test."""
-        theirs = self.baseline.median_s if self.baseline else None
-        return theirs / self.median_s if theirs and self.median_s else None
+        """The baseline's median over that of the engine under test; None where either result is in doubt."""
+        return speed_ratio(self.tested, self.baseline) if self.status is Status.OK else None
 
 
 def load_outcomes(sweep: Sweep, directory: Path) -> list[Outcome]:
@@ -71,19 +72,20 @@ def load_outcomes(sweep: Sweep, directory: Path) -> list[Outcome]:
 
 def _outcome(sweep: Sweep, planned: Planned, directory: Path) -> Outcome:
     made = attempts(directory, sweep.run_id, planned.name)
-    result, unread = None, "it was interrupted before anything was written"
+    result, unreadable = None, None
     if made and made[-1].has_result:
         try:
             result = read_result(made[-1].json)
-        except UsageError as error:
-            unread = str(error)
+        except UnreadableFile as error:
+            unreadable = error
     log = made[-1].log.name if made and made[-1].log.exists() else None
     if planned.status is not Status.READY and (result is None or not result.status.has_ended):
-        return Outcome(planned, planned.status, planned.reason, result, log)
+        return Outcome(planned, planned.status, planned.reason, result, log, unreadable)
     if not made:
         return Outcome(planned, Status.MISSING, "it was not started", None)
     if result is None:
-        return Outcome(planned, Status.MISSING, unread, None, log)
+        reason = str(unreadable) if unreadable else "it was interrupted before anything was written"
+        return Outcome(planned, Status.MISSING, reason, None, log, unreadable)
     return judged(planned, result, log)
 
 

@@ -125,6 +125,16 @@ class EngineResult:
         """Seconds of planning, preparing and the first refit."""
         return sum(self.cold_s.values())
 
+    @property
+    def doubt(self) -> str | None:
+        """Why its times are no result: `WRONG`, the status, or `unverified`. None where every element was right."""
+        forward_failed = self.forward is not None and not self.forward.passed
+        if self.num_wrong or forward_failed or self.status is Status.WRONG_DATA:
+            return "WRONG"
+        if self.status is not Status.OK:
+            return self.status.text
+        return None if self.num_compared else "unverified"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -155,6 +165,13 @@ class RefitResult:
         """All engines but the tested one."""
         tested = tested_engine(tuple(self.engines))
         return {name: engine for name, engine in self.engines.items() if name != tested}
+
+
+def speed_ratio(ours: EngineResult | None, theirs: EngineResult | None) -> float | None:
+    """`theirs` median over that of `ours`. None unless both have times and neither result is in doubt."""
+    if ours is None or theirs is None or ours.doubt or theirs.doubt or not ours.median_s or not theirs.median_s:
+        return None
+    return theirs.median_s / ours.median_s
 
 
 def tested_engine(names: tuple[str, ...]) -> str | None:

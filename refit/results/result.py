@@ -6,7 +6,6 @@ run ends. docs/output.md describes every field.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -18,6 +17,8 @@ import msgspec
 from refit.config.registry import MEASUREMENTS, load
 from refit.config.scenario import Scenario
 from refit.errors import UsageError
+from refit.results.checks import check_refit, check_side
+from refit.results.reading import UnreadableFile, read_json
 from refit.results.refit import RefitResult
 from refit.results.status import Status
 from refit.results.upgrade import RESULT_VERSION, upgraded_result
@@ -121,6 +122,9 @@ def decoded_result(content: object) -> Result:
     Raises ValueError (such as msgspec.ValidationError), which names the place of the error, or UsageError.
     """
     result = converted(upgraded_result(content), Result)
+    if result.scenario is not None:
+        for name, side in result.scenario.sides.items():
+            check_side(side, f"scenario.{name}")
     return replace(result, measurements={name: _measured(name, raw) for name, raw in result.measurements.items()})
 
 
@@ -129,25 +133,27 @@ def _measured(name: str, raw: object) -> object:
     if name not in MEASUREMENTS:
         return raw
     try:
-        return converted(raw, load(MEASUREMENTS[name].result))
+        found = converted(raw, load(MEASUREMENTS[name].result))
+        if isinstance(found, RefitResult):
+            check_refit(found)
     except ValueError as error:
         raise ValueError(f"measurement {name}: {error}") from None
+    return found
 
 
 def read_result(path: Path) -> Result:
     """The result in a file. An empty file, reserved by a run that has not written yet, gives a Result with a name only.
 
-    Raises UsageError where it cannot be read or is no result file.
+    Raises UnreadableFile where it cannot be read or is no result file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        return decoded_result(json.loads(text)) if text.strip() else Result(path.stem)
+        content = read_json(path)
+        return Result(path.stem) if content is None and path.stat().st_size == 0 else decoded_result(content)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        raise UnreadableFile(path, f"cannot be read: {error.strerror}", "") from None
     except (ValueError, RecursionError, UsageError) as error:
-        raise UsageError(
-            f"{path} is no result file of this benchmark ({error}): move it away, or give the result files' own folder"
-        ) from None
+        remedy = "move it away, or give the result files' own folder"
+        raise UnreadableFile(path, f"is no result file of this benchmark ({error})", remedy) from None
 
 
 class ResultFile:
@@ -205,6 +211,8 @@ def _plain(value: object) -> object:
 
 
 def _typed(kind: type, value: object) -> object:
-    if kind is Path and isinstance(value, str):
+    if kind is Path:
+        if not isinstance(value, str):
+            raise ValueError(f"Expected a path, got {type(value).__name__}")
         return Path(value)
     raise NotImplementedError(f"cannot read a {kind.__name__}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit.errors import UsageError
 from refit.results.outcomes import Outcome, judged, load_outcomes
+from refit.results.reading import UnreadableFile
 from refit.results.result import Environment, Result, read_result
 from refit.results.status import Status
 from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, sweep_file
@@ -16,21 +17,26 @@ from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, sweep_file
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A sweep and its outcomes. `is_sweep` is False where single results were combined into one."""
+    """A sweep and its outcomes. `is_sweep` is False where single results were combined into one.
+
+    `skipped` are the damaged files that were passed over.
+    """
 
     directory: Path
     sweep: Sweep
     outcomes: tuple[Outcome, ...]
     is_sweep: bool
+    skipped: tuple[UnreadableFile, ...] = ()
 
 
 def find_run(path: Path, run_id: str | None = None) -> Run:
     """The run at `path`: a sweep file, a result file, a folder of either, or a folder with such a `logs` folder.
 
     Of several sweeps the latest is taken, unless `run_id` names one. A folder without sweeps gives all its results, or
-    the one that `run_id` names. Raises UsageError where there is none.
+    the one that `run_id` names. Damaged files are passed over (`Run.skipped`). Raises UsageError where there is no run,
+    or no readable one.
     """
-    if not path.exists():
+    if not _exists(path):
         raise UsageError(f"{path} does not exist: give a folder of results, a sweep file or a result file")
     if path.is_file():
         run = _sweep_run(path) if path.name.endswith(SWEEP_SUFFIX) else _single_results(path.parent, [path])
@@ -39,18 +45,49 @@ def find_run(path: Path, run_id: str | None = None) -> Run:
         return run
     folders = [path, path / "logs"]
     for folder in folders:
-        if found := sorted(folder.glob(f"*{SWEEP_SUFFIX}")):
-            return _sweep_run(_chosen(folder, found, run_id))
+        if found := _files(folder, f"*{SWEEP_SUFFIX}"):
+            return _latest(found) if run_id is None else _sweep_run(_chosen(folder, found, run_id))
     for folder in folders:
-        if found := [file for file in sorted(folder.glob("*.json")) if run_id in (None, file.stem)]:
+        if found := [file for file in _files(folder, "*.json") if run_id in (None, file.stem)]:
             return _single_results(folder, found)
     wanted = f"no result {run_id}.json" if run_id else "no results"
     raise UsageError(f"{path} holds {wanted}: give the folder that a run's --output-dir named, or its logs folder")
 
 
-def _chosen(folder: Path, found: list[Path], run_id: str | None) -> Path:
-    if run_id is None:
-        return max(found, key=lambda path: (Sweep.read(path).date, path.name))
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _latest(found: list[Path]) -> Run:
+    """The sweep begun last, of those that can be read."""
+    dates: dict[Path, str] = {}
+    skipped = []
+    for path in found:
+        try:
+            dates[path] = Sweep.read(path).date
+        except UnreadableFile as error:
+            skipped.append(error)
+    if not dates:
+        raise _none_readable(skipped)
+    run = _sweep_run(max(dates, key=lambda path: (dates[path], path.name)))
+    return replace(run, skipped=(*skipped, *run.skipped))
+
+
+def _none_readable(skipped: list[UnreadableFile]) -> UsageError:
+    if len(skipped) == 1:
+        return skipped[0]
+    listed = "; ".join(f"{error.path}: {error.reason}" for error in skipped[:10])
+    return UsageError(f"none of {len(skipped)} files can be read: {listed}")
+
+
+def _chosen(folder: Path, found: list[Path], run_id: str) -> Path:
     if sweep_file(folder, run_id) in found:
         return sweep_file(folder, run_id)
     ids = ", ".join(path.name.removesuffix(SWEEP_SUFFIX) for path in found)
@@ -59,12 +96,22 @@ def _chosen(folder: Path, found: list[Path], run_id: str | None) -> Path:
 
 def _sweep_run(path: Path) -> Run:
     sweep = Sweep.read(path)
-    return Run(path.parent, sweep, tuple(load_outcomes(sweep, path.parent)), is_sweep=True)
+    outcomes = tuple(load_outcomes(sweep, path.parent))
+    skipped = tuple(outcome.unreadable for outcome in outcomes if outcome.unreadable)
+    return Run(path.parent, sweep, outcomes, is_sweep=True, skipped=skipped)
 
 
 def _single_results(folder: Path, paths: list[Path]) -> Run:
     """Results side by side, oldest first, as a sweep without a title, named after its only result or its folder."""
-    named = {path.stem: read_result(path) for path in paths}
+    named: dict[str, Result] = {}
+    skipped = []
+    for path in paths:
+        try:
+            named[path.stem] = read_result(path)
+        except UnreadableFile as error:
+            skipped.append(error)
+    if not named:
+        raise _none_readable(skipped)
     started = dict(sorted(named.items(), key=lambda item: (item[1].started or "", item[0])))
     outcomes = tuple(judged(_planned(name, result), result) for name, result in started.items())
     planned = [outcome.planned for outcome in outcomes]
@@ -80,7 +127,7 @@ def _single_results(folder: Path, paths: list[Path]) -> Run:
         cluster=None,
         scenarios=tuple(planned),
     )
-    return Run(folder, sweep, outcomes, is_sweep=False)
+    return Run(folder, sweep, outcomes, is_sweep=False, skipped=tuple(skipped))
 
 
 def _planned(name: str, result: Result) -> Planned:
@@ -90,7 +137,7 @@ def _planned(name: str, result: Result) -> Planned:
     per_node = len(environment.gpus) or max(num_ranks, 1)
     return Planned(
         name=name,
-        flags=tuple(shlex.split(environment.command)[1:]),
+        flags=_flags(environment.command),
         source=scenario.source if scenario else None,
         destination=scenario.destination if scenario else None,
         mode=scenario.mode.value if scenario else "unknown",
@@ -100,3 +147,11 @@ def _planned(name: str, result: Result) -> Planned:
         ranks_per_node=min(per_node, max(num_ranks, 1)),
         status=Status.READY,
     )
+
+
+def _flags(command: str) -> tuple[str, ...]:
+    """The flags of a command line; none where its quotes do not match."""
+    try:
+        return tuple(shlex.split(command)[1:])
+    except ValueError:
+        return ()

@@ -7,7 +7,6 @@ lists the scenarios. The first attempt at a scenario writes `<RUN_ID>_<NAME>.log
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
+from refit.results.checks import check_bound, check_cost, check_rank, check_side
+from refit.results.reading import UnreadableFile, read_json
 from refit.results.result import Result, converted, encoded, read_result, replace_text
 from refit.results.status import Status
 from refit.results.upgrade import SWEEP_VERSION, upgraded_sweep
@@ -25,6 +26,9 @@ RESERVED_NAMES = ("sweep", "summary")
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+=-]{0,149}")
 """A name without dots: `<NAME>.2` is a second attempt."""
+
+FILE_PART = re.compile(r"[^/\x00-\x1f\x7f]{0,200}")
+"""A run id read from a file: it stays in the directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +86,35 @@ class Sweep:
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
-        """The sweep in a file. Raises UsageError where it cannot be read or is no sweep file."""
+        """The sweep in a file. Raises UnreadableFile where it cannot be read or is no sweep file."""
         try:
-            return converted(upgraded_sweep(json.loads(path.read_text(encoding="utf-8"))), cls)
+            sweep = converted(upgraded_sweep(read_json(path)), cls)
+            _check(sweep)
         except OSError as error:
-            raise UsageError(f"sweep file {path} cannot be read: {error.strerror}") from None
+            raise UnreadableFile(path, f"cannot be read: {error.strerror}", "") from None
         except (ValueError, RecursionError, UsageError) as error:
-            raise UsageError(f"{path} is no sweep file of this benchmark ({error}): begin a new sweep") from None
+            reason = f"is no sweep file of this benchmark ({error})"
+            raise UnreadableFile(path, reason, "begin a new sweep") from None
+        return sweep
+
+
+def _check(sweep: Sweep) -> None:
+    """Raise ValueError or UsageError for names that lead out of the sweep's directory, and for impossible sizes."""
+    for number, planned in enumerate(sweep.scenarios):
+        place = f"scenarios[{number}]"
+        check_name(planned.name, f"{place}: name")
+        for size in ("num_ranks", "nodes", "ranks_per_node"):
+            check_rank(getattr(planned, size), f"{place}.{size}")
+        check_side(planned.source, f"{place}.source")
+        check_side(planned.destination, f"{place}.destination")
+        if planned.cost is not None:
+            check_cost(planned.cost, f"{place}.cost")
+        if planned.bound is not None:
+            check_bound(planned.bound, f"{place}.bound")
+    if not FILE_PART.fullmatch(sweep.run_id):
+        raise ValueError("run_id cannot be part of a file name")
+    if min(sweep.nodes, sweep.num_gpus) < 0 or sweep.gpus_per_node < 1:
+        raise ValueError("nodes, num_gpus and gpus_per_node cannot be negative, nor the last one 0")
 
 
 @dataclass(frozen=True, slots=True)

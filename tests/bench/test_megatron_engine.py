@@ -12,8 +12,8 @@ from refit.config.shape import ModelShape
 from refit.errors import RefitError, UnavailableError
 from refit.models.megatron.compat import has_refit_of_absent_models
 from refit.models.megatron.sharding import read_weights
-from tests.dist.pool import RankPool
 from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, fill, layout, wrong
+from tests.ranks.pool import RankPool
 
 OLD = not has_refit_of_absent_models()
 BIAS = "expert_bias"

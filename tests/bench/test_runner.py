@@ -17,7 +17,7 @@ from refit.results.refit import RefitResult
 from refit.results.result import ResultFile
 from refit.results.upgrade import RESULT_VERSION
 from tests.bench.faults import fault
-from tests.dist.pool import RankPool
+from tests.ranks.pool import RankPool
 
 TINY = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "1000"]
 TINY += [

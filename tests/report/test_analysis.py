@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from refit.config.side import SideSpec
-from refit.report.analysis import analyse, analysis_text, ep_against_tp, one_sided_against_two_sided, points_of, scaling
+from refit.report.analysis import analyse, analysis_text, ep_against_tp, one_sided_against_two_sided, scaling
 from refit.report.analysis import separate_sets as separate
+from refit.report.points import points_of
 from refit.report.time_fit import FitError, Load, fit_time
 from refit.results.outcomes import Outcome, judged
 from refit.results.status import Status
-from tests.report.factories import MODEL, planned, result, scenario, side, timed
+from tests.report.factories import ENVIRONMENT, MODEL, planned, result, scenario, side, timed
 
 
 def outcome(
@@ -25,10 +26,12 @@ def outcome(
     mode: str = "non-collocated",
     method: str = "nvshmem",
     gb_per_s: float = 40.0,
+    spread: float = 0.001,
     **figures: Any,
 ) -> Outcome:
     entry = planned(name, source, destination, mode, method)
-    return judged(entry, result(entry, engines={"refit": timed([median_s], gb_per_s=gb_per_s)}, **figures))
+    samples = [(1 - spread) * median_s, median_s, (1 + spread) * median_s]
+    return judged(entry, result(entry, engines={"refit": timed(samples, gb_per_s=gb_per_s)}, **figures))
 
 
 def test_the_fit_finds_the_costs_it_was_made_from() -> None:
@@ -148,10 +151,75 @@ def test_what_was_not_measured_right_answers_nothing() -> None:
 
 
 def test_all_four_questions_are_in_the_text() -> None:
-    text = analysis_text([outcome("ep", side(8, 8), side(8, 4), 1.4)])
+    text = analysis_text([outcome("ep", side(8, 8), side(8, 4), 1.4), outcome("tp", side(8, 8), side(4, 8), 1.4)])
     assert [line.split(":")[0] for line in text.splitlines() if line.endswith("?")] == [
         "EP against TP",
         "Non-collocated overhead",
         "Scaling",
         "NVSHMEM against NCCL",
     ]
+
+
+def test_a_single_result_prints_no_questions() -> None:
+    assert analysis_text([outcome("ep", side(8, 8), side(8, 4), 1.4)]) == ""
+
+
+def test_no_conclusion_within_the_spread() -> None:
+    layouts = (side(2, 2), side(2, 1))
+    pair = [outcome("one", *layouts, 0.2, spread=0.15), outcome("two", *layouts, 0.22, method="nccl", spread=0.15)]
+    (line,) = one_sided_against_two_sided(points_of(pair))
+    assert line.endswith(
+        "nccl 220 ms: no conclusion: the difference between one and two is within the spread of their refits."
+    )
+    noisy = [outcome("one", *layouts, 0.2, spread=0.5), outcome("two", *layouts, 9.0, method="nccl")]
+    (line,) = one_sided_against_two_sided(points_of(noisy))
+    assert line.endswith("no conclusion: the refits of one vary by 41 % (cv), more than 20 %.")
+    (line,) = separate(points_of([outcome("a", *layouts, 0.2), outcome("b", *layouts, 0.2, "collocated")]))
+    assert line == "a against b: no conclusion: the difference between a and b is within the spread of their refits."
+
+
+def test_no_conclusion_from_few_refits() -> None:
+    entries = [planned(method, side(2, 2), side(2, 1), method=method) for method in ("nvshmem", "nccl")]
+    pair = [
+        judged(entry, result(entry, [seconds, seconds])) for entry, seconds in zip(entries, (0.1, 0.2), strict=True)
+    ]
+    (line,) = one_sided_against_two_sided(points_of(pair))
+    assert line.endswith("no conclusion: nvshmem has fewer than 3 measured refits.")
+
+
+def test_no_conclusion_across_versions_or_gpus() -> None:
+    other = replace(ENVIRONMENT, versions={**ENVIRONMENT.versions, "torch": "2.13.0"})
+    layouts = (side(2, 2), side(2, 1))
+    pair = [outcome("one", *layouts, 0.2), outcome("two", *layouts, 0.3, method="nccl", environment=other)]
+    (line,) = one_sided_against_two_sided(points_of(pair))
+    assert line.endswith("no conclusion: torch differs: 2.11.0 / 2.13.0.")
+    ep = outcome("ep", side(8, 8), side(8, 4), 1.4, gb_per_s=45)
+    tp = outcome("tp", side(16, 4), side(8, 4), 1.5, gb_per_s=30, environment=replace(ENVIRONMENT, gpus=()))
+    assert ep_against_tp(points_of([ep, tp]))[2] == "  No conclusion: GPU differs: NVIDIA H100 80GB HBM3 / none."
+
+
+def test_rates_are_called_equal_only_where_the_spread_would_show_a_difference() -> None:
+    ep = outcome("ep", side(8, 8), side(8, 4), 1.4, gb_per_s=45, spread=0.15)
+    tp = outcome("tp", side(16, 4), side(8, 4), 1.5, gb_per_s=44)
+    assert ep_against_tp(points_of([ep, tp]))[2] == (
+        "  No conclusion: the spread of the refits of ep hides differences of 5 %."
+    )
+
+
+def test_groups_that_disagree_give_no_conclusion() -> None:
+    ep = [outcome(f"ep{rate}", side(8, 8), side(8, 4), 1.4, gb_per_s=rate) for rate in (20, 60)]
+    tp = outcome("tp", side(16, 4), side(8, 4), 1.5, gb_per_s=30)
+    assert ep_against_tp(points_of([*ep, tp]))[2] == (
+        "  No conclusion: not all of these scenarios agree on which is faster."
+    )
+
+
+def test_a_fit_that_is_far_off_gives_no_conclusion() -> None:
+    figures = [(1e9, 40_000, 0.05), (10e9, 4_000, 0.3), (40e9, 20_000, 0.8), (20e9, 4_000, 0.25)]
+    outcomes = [
+        outcome(f"s{number}", side(2, 2), side(2, 2), seconds, busiest=int(nbytes), num_transfers=transfers)
+        for number, (nbytes, transfers, seconds) in enumerate(figures)
+    ]
+    (line,) = scaling(points_of(outcomes))
+    assert "no conclusion: the best fit to 4 scenarios is off by" in line
+    assert line.endswith("more than 15 %.")

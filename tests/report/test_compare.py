@@ -56,6 +56,16 @@ def test_a_scenario_that_no_longer_runs_is_a_failure(tmp_path: Path) -> None:
     assert exit_code(run, run, comparison, 0.05) == 4
 
 
+def test_a_scenario_that_is_gone_is_a_failure_between_sweeps(tmp_path: Path) -> None:
+    failed = result(C, status=Status.FAILED, engines={}, failure=Failure("killed"))
+    old = run_of(tmp_path / "old", {"A": result(A, FAST), "B": result(B, FAST), "C": failed}, "old")
+    new = run_of(tmp_path / "new", {"A": result(A, FAST)}, "new")
+    assert exit_code(old, new, compare_runs(old, new), 0.05) == 4
+    assert exit_code(new, old, compare_runs(new, old), 0.05) == 0
+    lost_failed = run_of(tmp_path / "newer", {"A": result(A, FAST), "B": result(B, FAST)}, "newer")
+    assert exit_code(old, lost_failed, compare_runs(old, lost_failed), 0.05) == 0
+
+
 def test_what_failed_before_and_still_does_is_no_news(tmp_path: Path) -> None:
     failed = result(A, status=Status.FAILED, engines={}, failure=Failure("killed"))
     old, new = (run_of(tmp_path / name, {"A": failed, "B": result(B, FAST)}, name) for name in ("old", "new"))

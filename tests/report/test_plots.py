@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import replace
 from functools import partial
@@ -126,6 +127,23 @@ def test_the_times_picture_shows_bars_bounds_and_what_failed() -> None:
     assert {text.get_text() for text in axes.texts} == {"2, share of bound 75.0 %", "4", "failed"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["ok", "bad"]
     assert axes.get_xlabel().startswith("refit time (s)")
+
+
+def test_the_times_picture_marks_a_wrong_baseline() -> None:
+    pytest.importorskip("matplotlib")
+    entry = planned("ok")
+    (axes,) = plots.times_figure([of(entry, result(entry, [2.0], baseline=timed([4.0], num_wrong=3)))], "").axes
+    assert {text.get_text() for text in axes.texts} == {"2", "4, wrong"}
+    assert {bar.get_width(): bar.get_hatch() for bar in axes.patches} == {2.0: None, 4.0: plots.WRONG_HATCH}
+    assert "Megatron-Core, wrong" in axes.get_legend_handles_labels()[1]
+
+
+def test_names_are_drawn_as_they_are() -> None:
+    pytest.importorskip("matplotlib")
+    entry = planned("$\\frac\x1b[2J")
+    figure = plots.times_figure([of(entry, result(entry))], "$\\nothing")
+    figure.savefig(io.BytesIO())
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "\\$\\frac\\x1b[2J"
 
 
 def test_sent_and_received_bytes_are_drawn_apart() -> None:

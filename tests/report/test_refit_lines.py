@@ -7,7 +7,7 @@ from dataclasses import replace
 from refit.config.scenario import Mode
 from refit.report import refit_lines
 from refit.report.progress import Progress
-from refit.results.refit import ForwardCheck, WrongWeights
+from refit.results.refit import ForwardCheck, RefitResult, WrongWeights
 from refit.results.result import Environment, Result
 from tests.report.factories import engine, on_ranks_from, sample, side, small_run, timed
 
@@ -70,6 +70,15 @@ def test_times_and_table_hold_the_share_of_the_bound() -> None:
     assert rows[2].split() == ["refit", *["40.00"] * 4, "875.00", "355.800", "96", "512.0", "0", "ok"]
     assert rows[3].split()[7:9] == ["-", "512.0"]
     assert all(len(row) <= 100 for row in rows)
+
+
+def test_a_wrong_result_gives_no_ratio() -> None:
+    ours, wrong = timed([0.1]), timed([0.2], num_wrong=3)
+    for engines, line in (
+        ({"refit": ours, "megatron": wrong}, "Ratio: none: Megatron-Core is WRONG"),
+        ({"refit": wrong, "megatron": ours}, "Ratio: none: refit is WRONG"),
+    ):
+        assert refit_lines.ratio(RefitResult(engines=engines)) == line
 
 
 def test_the_ratio_needs_a_baseline_with_times() -> None:

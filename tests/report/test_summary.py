@@ -14,13 +14,13 @@ from refit.commands import report
 from refit.errors import UsageError
 from refit.report.summary import counts_line, summary_text
 from refit.report.tables import csv_text, markdown_text
-from refit.results.outcomes import load_outcomes
-from refit.results.refit import EngineResult
+from refit.results.outcomes import judged, load_outcomes
+from refit.results.refit import EngineResult, ForwardCheck
 from refit.results.result import Failure, Result
 from refit.results.runs import find_run
 from refit.results.status import Status
 from refit.results.sweep import Sweep
-from tests.report.factories import planned, result, side, sweep_of, timed, write_result, write_run
+from tests.report.factories import planned, result, sample, side, sweep_of, timed, write_result, write_run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -200,8 +200,49 @@ def test_single_results_stand_beside_each_other_oldest_first(tmp_path: Path) -> 
     assert (run.sweep.nodes, run.sweep.num_gpus, run.sweep.jobs) == (16, 128, ("9876543",))
     assert summary_text(run.sweep, run.outcomes).startswith("Refit Benchmark Summary\n====")
     (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(UsageError, match=r"other\.json is no result file"):
-        find_run(tmp_path)
+    again = find_run(tmp_path)
+    assert again.outcomes == run.outcomes
+    assert [error.path.name for error in again.skipped] == ["other.json"]
+    assert again.skipped[0].reason == "is no result file of this benchmark (it holds no result)"
+
+
+def test_a_run_that_died_early_shows_the_layouts_it_was_started_with(tmp_path: Path) -> None:
+    early = result(ONE, status=Status.FAILED, measurements={}, failure=Failure("out of memory", 3, "build"))
+    write_result(tmp_path / "early.json", early)
+    write_result(tmp_path / "earliest.json", replace(early, scenario=None, environment=None))
+    run = find_run(tmp_path)
+    text = summary_text(run.sweep, run.outcomes)
+    assert "not a valid layout" not in text
+    assert "  Source: TP=8, EP=8 (64 GPUs)\n  Target: TP=8, EP=4 (32 GPUs)" in text
+    assert "  Source: unknown, the run ended before it recorded its layouts" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shown"),
+    [
+        (timed([0.1]), timed([0.2]), ("100.00", "200.00", "2.00")),
+        (timed([0.1]), timed([0.2], num_wrong=1), ("100.00", "200.00 (WRONG)", "")),
+        (timed([0.1], num_wrong=1), timed([0.2]), ("100.00 (WRONG)", "200.00", "")),
+        (timed([0.1]), replace(timed([0.2]), status=Status.FAILED), ("100.00", "200.00 (failed)", "")),
+        (
+            timed([0.1]),
+            replace(timed([0.2]), samples=(sample([0.2], num_compared=0),)),
+            ("100.00", "200.00 (unverified)", ""),
+        ),
+        (timed([0.1]), replace(timed([0.2]), forward=ForwardCheck(False)), ("100.00", "200.00 (WRONG)", "")),
+    ],
+)
+def test_no_ratio_is_formed_with_a_wrong_result(
+    ours: EngineResult, theirs: EngineResult, shown: tuple[str, str, str]
+) -> None:
+    outcome = judged(ONE, result(ONE, engines={"refit": ours, "megatron": theirs}))
+    cells = [cell.strip() for cell in markdown_text(sweep_of([ONE]), [outcome]).splitlines()[6].split("|")]
+    assert (cells[8], cells[15], cells[16]) == shown
+    (row,) = csv.DictReader(io.StringIO(csv_text([outcome])))
+    assert row["megatron_ratio"] == (repr(2.0) if shown[2] else "")
+    assert (row["median_s"], row["megatron_median_s"]) == ("0.1", "0.2")
+    assert ("x as fast" in summary_text(sweep_of([ONE]), [outcome])) == bool(shown[2])
+    assert ("no ratio: " in summary_text(sweep_of([ONE]), [outcome])) != bool(shown[2])
 
 
 def test_the_command_reports_failures_without_failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,6 +315,29 @@ def test_a_reserved_file_is_a_running_result(tmp_path: Path) -> None:
     assert read_result(file.path) == Result("run", status=Status.RUNNING)
 
 
+def test_a_run_records_what_it_was_asked_for_before_it_builds_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies while it builds its models leaves a result that still has its layouts."""
+    torch = pytest.importorskip("torch")
+    from refit.bench import runner
+    from refit.bench.session import Session
+
+    def fail(*_: object) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(runner, "build_side", fail)
+    assert FULL.scenario is not None
+    assert FULL.environment is not None
+    file = ResultFile.create(tmp_path, "run")
+    session = Session(FULL.scenario, 0, 4, torch.device("cpu"), None, FULL.environment)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError):
+        runner.benchmark(session, file)
+    file.mark_failed(4, Failure("too large", 0, "build"))
+    found = read_result(file.path)
+    assert (found.status, found.scenario, found.environment) == (Status.FAILED, FULL.scenario, FULL.environment)
+
+
 def test_a_failure_noted_by_another_rank_keeps_the_measurements(tmp_path: Path) -> None:
     file = ResultFile(written(replace(FULL, status=Status.RUNNING, exit_code=None, failure=None), tmp_path))
     file.mark_failed(4, Failure("killed", 2))
@@ -335,6 +358,13 @@ def test_a_failure_noted_by_another_rank_keeps_the_measurements(tmp_path: Path) 
         ('{"run_id": "run"', "Expecting ',' delimiter"),
         ("[" * 100_000, "recursion"),
         ("null", "it holds no result"),
+        (" \n", "it holds no result"),
+        ('{"a":' * 80 + "1" + "}" * 80, "it is nested more than 50 deep"),
+        (f'{{"run_id": "run", "world_size": {10**400}}}', "a number beyond 10^20 - at `$.world_size`"),
+        ('{"run_id": "run", "world_size": 1e999}', "a number that is not finite - at `$.world_size`"),
+        ('{"run_id": "run", "device": NaN}', "a number that is not finite - at `$.device`"),
+        (f'{{"run_id": "{"x" * 300_000}"}}', "text of 300,000 characters, more than 200,000 - at `$.run_id`"),
+        ('{"run_id": "run", "schema_version": 99}', "schema version 99 is not one of 1 to 3"),
         ("[]", "it holds no result"),
         ('{"a": 1}', "it holds no result"),
         ('{"run_id": "run", "scenarios": []}', "it holds no result"),
@@ -380,6 +410,17 @@ ENGINES = ("measurements", "refit", "engines")
             None,
             "Expected `int`, got `null` - at `$.engines[...].samples[1]",
         ),
+        ((*ENGINES, "refit", "samples", 0, "seconds_per_rank"), [], "samples[0].seconds_per_rank is empty"),
+        ((*ENGINES, "refit", "samples", 0, "seconds_per_rank", 1), -1, "samples[0].seconds_per_rank is negative"),
+        ((*ENGINES, "refit", "samples", 0, "slowest_rank"), 3, "samples[0].slowest_rank 3 is not one of its ranks"),
+        ((*ENGINES, "refit", "samples"), [], "engines.refit has a summary without measured refits"),
+        ((*ENGINES, "refit", "summary", "min_s"), 9, "min_s, median_s and max_s must be above 0 and in this order"),
+        (("measurements", "refit", "plan", "sent_by_rank"), {}, "plan.sent_by_rank has no ranks"),
+        (("measurements", "refit", "plan", "sent_by_rank", "0"), -1, "plan.sent_by_rank is negative"),
+        (("measurements", "refit", "plan", "local_by_rank", "10000000"), 1, "10000000 is not a rank from 0 to"),
+        (("measurements", "refit", "bound", "seconds"), -1, "bound.seconds is negative"),
+        (("scenario", "source", "layout", "first_rank"), -1, "scenario.source.layout.first_rank: -1 is not a rank"),
+        (("scenario", "output_dir"), 5, "Expected a path, got int"),
         ((*ENGINES, "refit", "summary"), {}, "Object missing required field `mean_s` - at `$.engines[...].summary`"),
     ],
 )

@@ -23,7 +23,7 @@ from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.results.result import ResultFile, read_result
 from refit.results.status import Status
-from tests.dist.pool import RankPool
+from tests.ranks.pool import RankPool
 from tests.seams.small_parts import COUNT, GATHERING, PLAIN, QUEUE, CountResult
 
 FLAGS = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "500"]

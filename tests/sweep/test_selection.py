@@ -154,6 +154,18 @@ def test_a_malformed_file(tmp_path: Path, text: str, message: str) -> None:
     assert str(tmp_path / "list.yaml") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"scenarios: [{{name: a, num-layers: {list(range(1, 101))}, hidden-size: {list(range(1, 101))}}}]\n",
+        "scenarios:\n" + "- 1:1:1:1:collocated:gloo\n" * 9_000,
+    ],
+)
+def test_too_many_scenarios_are_refused_with_both_numbers(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=r"list\.yaml: (10|9),000 scenarios .*, 500 are the most"):
+        from_text(tmp_path, text)
+
+
 def test_an_unknown_list_names_those_there_are() -> None:
     with pytest.raises(UsageError, match="unknown scenario 'kimi': did you mean"):
         select_file("kimi", [])

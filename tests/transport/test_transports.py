@@ -18,7 +18,7 @@ from refit.errors import RefitError, UnavailableError, UsageError
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import shm
 from refit.transport.two_sided import gloo
-from tests.dist.pool import RankError, RankPool
+from tests.ranks.pool import RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
 BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]

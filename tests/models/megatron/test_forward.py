@@ -13,8 +13,8 @@ from refit.errors import RefitError, UnavailableError
 from refit.models.megatron.compat import megatron_version
 from refit.models.megatron.forward import forward_logits
 from refit.models.megatron.sharding import read_weights
-from tests.dist.pool import RankPool
 from tests.models.megatron.small import DENSE, LATENT, MOE, SEQUENTIAL, built, fill, layout, playing
+from tests.ranks.pool import RankPool
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250
 

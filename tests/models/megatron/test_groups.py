@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 
 from refit.config.layout import Layout
 from refit.models.megatron.groups import AXES, build_groups, group_cache, rank_groups
-from tests.dist.pool import RankPool
 from tests.models.megatron.small import layout, playing
+from tests.ranks.pool import RankPool
 
 THEIRS = {
     "tp": "get_tensor_model_parallel_group",

@@ -1,0 +1,56 @@
+"""Text from files made harmless where it leaves: terminals and text files, Markdown, CSV and pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from refit.results.plain import plain
+
+MARKDOWN_SIGNS = re.compile(r"([\\`*\[\]|])")
+HTML_SIGNS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""What spreadsheets take for the start of a formula, or drop before one."""
+
+MAX_LINE = 20_000
+"""Characters of a line, which may list the names of a sweep."""
+
+MAX_CELL = 300
+"""Characters of a table's cell."""
+
+
+def plain_lines(lines: Iterable[str]) -> str:
+    """Lines of text, joined. None of them breaks into two, and none holds control characters."""
+    return "\n".join(plain(line, MAX_LINE) for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: no HTML, links, emphasis or columns."""
+    escaped = MARKDOWN_SIGNS.sub(r"\\\1", plain(text))
+    return "".join(HTML_SIGNS.get(character, character) for character in escaped)
+
+
+def markdown_code(text: str) -> str:
+    """Text as a code span. Backticks, which would end it, become apostrophes, and `|` is escaped for tables."""
+    shown = plain(text, MAX_CELL).replace("`", "'").replace("|", "\\|")
+    return f"`{shown}`" if shown.strip() else ""
+
+
+def csv_cell(value: object) -> object:
+    """A cell that no spreadsheet runs as a formula: text that begins like one gets a leading apostrophe."""
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.lstrip(" ").startswith(FORMULA_STARTS) and not _is_number(value) else "") + plain(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def picture_text(text: str) -> str:
+    """Text that matplotlib draws as it is: `$` would begin a formula."""
+    return plain(text, MAX_CELL).replace("$", r"\$")

@@ -1,0 +1,89 @@
+"""What must hold between the fields of a decoded result, beyond their types. Reports rely on it."""
+
+from __future__ import annotations
+
+from refit.config.side import SideSpec
+from refit.plan.cost import Bound, Cost
+from refit.results.refit import EngineResult, RefitResult, Sample
+from refit.results.stats import Summary
+
+MAX_RANKS = 1 << 20
+
+
+def check_refit(result: RefitResult) -> None:
+    """Raise ValueError, naming the field, for times, ranks and bytes that no refit can have."""
+    if result.plan is not None:
+        check_cost(result.plan, "plan")
+    if result.bound is not None:
+        check_bound(result.bound, "bound")
+    for name, engine in result.engines.items():
+        _check_engine(engine, f"engines.{name}")
+
+
+def check_cost(cost: Cost, place: str) -> None:
+    """Raise ValueError for negative bytes, ranks out of range, and for a side without ranks."""
+    for name in ("payload_bytes", "wire_bytes", "local_bytes", "num_transfers"):
+        _not_negative(getattr(cost, name), f"{place}.{name}")
+    sides = (
+        ("sent_by_rank", cost.sent_by_rank),
+        ("received_by_rank", cost.received_by_rank),
+        ("local_by_rank", cost.local_by_rank),
+        ("source_weights_by_rank", cost.source_weights_by_rank),
+        ("destination_weights_by_rank", cost.destination_weights_by_rank),
+    )
+    for name, by_rank in sides:
+        if not by_rank and name in ("sent_by_rank", "received_by_rank"):
+            raise ValueError(f"{place}.{name} has no ranks")
+        for rank, nbytes in by_rank.items():
+            check_rank(rank, f"{place}.{name}")
+            _not_negative(nbytes, f"{place}.{name}")
+
+
+def check_side(side: SideSpec | None, place: str) -> None:
+    """Raise ValueError for ranks that cannot be."""
+    if side is not None:
+        check_rank(side.layout.first_rank, f"{place}.layout.first_rank")
+        check_rank(side.layout.world_size, f"{place}.layout.world_size")
+
+
+def check_bound(bound: Bound, place: str) -> None:
+    """Raise ValueError for a negative time."""
+    _not_negative(bound.seconds, f"{place}.seconds")
+
+
+def check_rank(rank: int, place: str) -> None:
+    """Raise ValueError unless there can be such a rank."""
+    if not 0 <= rank < MAX_RANKS:
+        raise ValueError(f"{place}: {rank} is not a rank from 0 to {MAX_RANKS - 1}")
+
+
+def _check_engine(engine: EngineResult, place: str) -> None:
+    for number, sample in enumerate(engine.samples):
+        _check_sample(sample, f"{place}.samples[{number}]")
+    for name, seconds in engine.cold_s.items():
+        _not_negative(seconds, f"{place}.cold_s.{name}")
+    for optional in ("connect_s", "bottleneck_gb_per_s", "share_of_lower_bound"):
+        _not_negative(getattr(engine, optional) or 0.0, f"{place}.{optional}")
+    if engine.summary is not None:
+        _check_summary(engine.summary, f"{place}.summary")
+        if not engine.measured_s:
+            raise ValueError(f"{place} has a summary without measured refits")
+
+
+def _check_sample(sample: Sample, place: str) -> None:
+    if not sample.seconds_per_rank:
+        raise ValueError(f"{place}.seconds_per_rank is empty")
+    if not 0 <= sample.slowest_rank < len(sample.seconds_per_rank):
+        raise ValueError(f"{place}.slowest_rank {sample.slowest_rank} is not one of its ranks")
+    _not_negative(min(sample.seconds_per_rank), f"{place}.seconds_per_rank")
+    _not_negative(min(sample.num_compared, sample.num_wrong), f"{place}: number of elements")
+
+
+def _check_summary(summary: Summary, place: str) -> None:
+    if not 0 < summary.min_s <= summary.median_s <= summary.max_s:
+        raise ValueError(f"{place}: min_s, median_s and max_s must be above 0 and in this order")
+
+
+def _not_negative(value: float, place: str) -> None:
+    if value < 0:
+        raise ValueError(f"{place} is negative")
