@@ -1,7 +1,8 @@
 """The YAML files under `configs/`: finding them by name and reading them.
 
-Read are mappings, lists, text, decimal numbers, `true`, `false` and `null`, within the limits below. Anything else that
-YAML has (dates, binary data, other tags, anchors) is text or refused. Every error is one UsageError.
+Read are mappings, lists, text, decimal numbers, `true`, `false`, `null`, and anchors with their aliases and merge keys
+(`<<`), within the limits below. Anything else that YAML has (dates, binary data, other tags) is text or refused. Every
+error is one UsageError.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).resolve().paren
 MAX_FILE_BYTES = 256 << 10
 MAX_DEPTH = 16
 """Deepest nesting of lists and mappings."""
+
+MAX_VALUES = 100_000
+"""Values of a file, with every alias written out: a few lines of aliases can stand for billions."""
 
 MAX_DIGITS = 18
 """Most digits of a whole number: what 64 bits hold."""
@@ -77,7 +81,7 @@ def read_mapping(path: Path) -> dict[str, object]:
     """
     text = _text(path)
     try:
-        _check_events(path, text)
+        _check_depth(path, text)
         root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -85,7 +89,7 @@ def read_mapping(path: Path) -> dict[str, object]:
         raise UsageError(f"{path} is not valid YAML{_at(mark)}: {problem}") from None
     except (ValueError, OverflowError, RecursionError) as error:  # a character escape out of range, for one
         raise UsageError(f"{path} is not valid YAML: {error}") from None
-    content = _value(path, root) if root is not None else None
+    content = _Reader(path).value(root) if root is not None else None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `key: value` lines, not {_kind(content)}")
     return content
@@ -114,12 +118,10 @@ def _text(path: Path) -> str:
         raise UsageError(f"{str(path)!r} cannot be read: {error}") from None
 
 
-def _check_events(path: Path, text: str) -> None:
-    """Refuse deep nesting and anchors before anything is built: building recurses, and aliases multiply."""
+def _check_depth(path: Path, text: str) -> None:
+    """Refuse deep nesting before anything is built, since building recurses."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise _error(path, event.start_mark, "anchors and aliases are not read: write the value out")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -128,33 +130,50 @@ def _check_events(path: Path, text: str) -> None:
             raise _error(path, event.start_mark, f"lists and mappings are nested more than {MAX_DEPTH} deep")
 
 
-def _value(path: Path, node: yaml.Node) -> object:
-    """The value of a node. Recursion is bounded by MAX_DEPTH."""
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if isinstance(node, yaml.MappingNode) and kind == "map":
-        return _mapping(path, node)
-    if isinstance(node, yaml.SequenceNode) and kind == "seq":
-        return [_value(path, entry) for entry in node.value]
-    if isinstance(node, yaml.ScalarNode) and kind in ("str", "int", "float", "bool", "null"):
-        return _scalar(path, node, kind)
-    raise _error(path, node.start_mark, f"values of type {node.tag} are not read: give text or a number")
+class _Reader:
+    """Turns the nodes of one file into values, and counts them."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_values = 0
 
-def _mapping(path: Path, node: yaml.MappingNode) -> dict[str, object]:
-    content: dict[str, object] = {}
-    lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise _error(path, key_node.start_mark, "a key must be text")
-        key = str(_scalar(path, key_node, "str"))
-        if key in content:
-            where = f"{path}{_at(key_node.start_mark)}"
-            raise UsageError(
-                f"{where}: key {shortened(key)} is given twice, it is in line {lines[key]} already: remove one"
-            )
-        lines[key] = key_node.start_mark.line + 1
-        content[key] = _value(path, value_node)
-    return content
+    def value(self, node: yaml.Node, depth: int = 0) -> object:
+        """The value of a node, which an alias may have nested deeper than it stands."""
+        self._num_values += 1
+        if self._num_values > MAX_VALUES or depth > MAX_DEPTH:
+            most = f"{MAX_VALUES:,} values" if depth <= MAX_DEPTH else f"{MAX_DEPTH} levels"
+            raise _error(self._path, node.start_mark, f"its aliases written out have more than {most}")
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return self._mapping(node, depth)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [self.value(entry, depth + 1) for entry in node.value]
+        if isinstance(node, yaml.ScalarNode) and kind in ("str", "int", "float", "bool", "null"):
+            return _scalar(self._path, node, kind)
+        raise _error(self._path, node.start_mark, f"values of type {node.tag} are not read: give text or a number")
+
+    def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, object]:
+        own: dict[str, object] = {}
+        merged: dict[str, object] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _error(self._path, key_node.start_mark, "a key must be text")
+            key = str(_scalar(self._path, key_node, "str"))
+            value = self.value(value_node, depth + 1)
+            if key == "<<" and not key_node.style:  # not in quotes
+                if not isinstance(value, dict):
+                    raise _error(self._path, value_node.start_mark, "<< takes a mapping")
+                merged = {**value, **merged}
+                continue
+            if key in own:
+                where = f"{self._path}{_at(key_node.start_mark)}"
+                raise UsageError(
+                    f"{where}: key {shortened(key)} is given twice, it is in line {lines[key]} already: remove one"
+                )
+            lines[key] = key_node.start_mark.line + 1
+            own[key] = value
+        return {**merged, **own}
 
 
 def _scalar(path: Path, node: yaml.ScalarNode, kind: str) -> object:

@@ -10,10 +10,17 @@ from refit.config import yaml_files
 from refit.config.clusters import load_cluster
 from refit.errors import UsageError
 
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 8)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+"""Seven lines that stand for two million values."""
+
 
 @pytest.mark.parametrize(
     ("text", "content"),
     [
+        ("a: &x [1]\nb: *x", {"a": [1], "b": [1]}),
+        ("a: &x\n  k: 1\n  l: 2\nb:\n  l: 3\n  <<: *x", {"a": {"k": 1, "l": 2}, "b": {"k": 1, "l": 3}}),
         ("a: 2020-01-01", {"a": "2020-01-01"}),
         ("a: 010\nb: 1:30\nc: 0x10", {"a": "010", "b": "1:30", "c": "0x10"}),
         ("a: 1_000\nb: -3\nc: 1e-5\nd: .5", {"a": 1000, "b": -3, "c": 1e-5, "d": 0.5}),
@@ -36,7 +43,9 @@ def test_values(tmp_path: Path, text: str, content: object) -> None:
         ("a: " + "[" * 3000, "lists and mappings are nested more than 16 deep"),
         ("a: 1e999", "at line 1, column 4: '1e999' is too large for a number"),
         ("a: 1\n\na: 2", "at line 3, column 1: key 'a' is given twice, it is in line 1 already"),
-        ("a: &x [1]\nb: *x", "at line 1, column 4: anchors and aliases are not read"),
+        ("a: &x [*x]", "its aliases written out have more than 16 levels"),
+        (BOMB, "its aliases written out have more than 100,000 values"),
+        ("a: &x [1]\nb:\n  <<: *x", "<< takes a mapping"),
         ("a: !!binary aGk=", "values of type tag:yaml.org,2002:binary are not read"),
         ("a: !!timestamp 2020-01-01", "values of type tag:yaml.org,2002:timestamp are not read"),
         ("a: !!python/object:os.system x", "values of type tag:yaml.org,2002:python/object:os.system are not read"),
