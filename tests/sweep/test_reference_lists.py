@@ -9,7 +9,8 @@ from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.sweep.selection import select_file, select_lines
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmark_refit_kimi_k2.sh"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmark_refit_kimi_k2.sh"
 
 
 def test_the_script_and_the_file_list_the_same_scenarios() -> None:
@@ -29,3 +30,9 @@ def test_the_script_and_the_file_list_the_same_scenarios() -> None:
     for mine, listed in zip(script.candidates, file.candidates, strict=True):
         assert parse(mine.flags) == parse(listed.flags)
     assert load_cluster(cluster[1]).name == cluster[1]
+
+
+def test_the_slurm_tests_list_can_be_read() -> None:
+    """It uses anchors and merge keys, as users' lists do."""
+    selection = select_file(str(ROOT / "tests/slurm/scenarios.yaml"), [])
+    assert [candidate.name for candidate in selection.candidates] == ["one_node", "two_nodes", "broken", "too_large"]
