@@ -66,6 +66,8 @@ class Layout:
         for name in ("tp", "ep", "etp", "pp", "world_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.first_rank < 0:
+            raise UsageError(f"first_rank must be at least 0, got {self.first_rank}")
         if self.ranks.stop > MAX_RANKS:
             before = f"{self.first_rank:,} + " if self.first_rank else ""
             raise UsageError(f"{before}{self.world_size:,} ranks are more than the {MAX_RANKS:,} that can be planned")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from refit.config.side import SideSpec
+from refit.config.limits import MAX_RANKS
 from refit.plan.cost import Bound, Cost
 from refit.results.refit import EngineResult, RefitResult, Sample
 from refit.results.stats import Summary
-
-MAX_RANKS = 1 << 20
 
 
 def check_refit(result: RefitResult) -> None:
@@ -37,13 +35,6 @@ def check_cost(cost: Cost, place: str) -> None:
         for rank, nbytes in by_rank.items():
             check_rank(rank, f"{place}.{name}")
             _not_negative(nbytes, f"{place}.{name}")
-
-
-def check_side(side: SideSpec | None, place: str) -> None:
-    """Raise ValueError for ranks that cannot be."""
-    if side is not None:
-        check_rank(side.layout.first_rank, f"{place}.layout.first_rank")
-        check_rank(side.layout.world_size, f"{place}.layout.world_size")
 
 
 def check_bound(bound: Bound, place: str) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from refit.config.registry import MEASUREMENTS, load
 from refit.config.scenario import Scenario
 from refit.errors import UsageError
-from refit.results.checks import check_refit, check_side
+from refit.results.checks import check_refit
 from refit.results.reading import UnreadableFile, read_json
 from refit.results.refit import RefitResult
 from refit.results.status import Status
@@ -122,9 +122,6 @@ def decoded_result(content: object) -> Result:
     Raises ValueError (such as msgspec.ValidationError), which names the place of the error, or UsageError.
     """
     result = converted(upgraded_result(content), Result)
-    if result.scenario is not None:
-        for name, side in result.scenario.sides.items():
-            check_side(side, f"scenario.{name}")
     return replace(result, measurements={name: _measured(name, raw) for name, raw in result.measurements.items()})
 
 

@@ -11,10 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from refit.config.limits import MAX_COUNT
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
-from refit.results.checks import check_bound, check_cost, check_rank, check_side
+from refit.results.checks import check_bound, check_cost
 from refit.results.reading import UnreadableFile, read_json
 from refit.results.result import Result, converted, encoded, read_result, replace_text
 from refit.results.status import Status
@@ -104,9 +105,8 @@ def _check(sweep: Sweep) -> None:
         place = f"scenarios[{number}]"
         check_name(planned.name, f"{place}: name")
         for size in ("num_ranks", "nodes", "ranks_per_node"):
-            check_rank(getattr(planned, size), f"{place}.{size}")
-        check_side(planned.source, f"{place}.source")
-        check_side(planned.destination, f"{place}.destination")
+            if not 0 <= getattr(planned, size) <= MAX_COUNT:
+                raise ValueError(f"{place}.{size}: {getattr(planned, size)} is not from 0 to {MAX_COUNT}")
         if planned.cost is not None:
             check_cost(planned.cost, f"{place}.cost")
         if planned.bound is not None:

@@ -419,7 +419,7 @@ ENGINES = ("measurements", "refit", "engines")
         (("measurements", "refit", "plan", "sent_by_rank", "0"), -1, "plan.sent_by_rank is negative"),
         (("measurements", "refit", "plan", "local_by_rank", "10000000"), 1, "10000000 is not a rank from 0 to"),
         (("measurements", "refit", "bound", "seconds"), -1, "bound.seconds is negative"),
-        (("scenario", "source", "layout", "first_rank"), -1, "scenario.source.layout.first_rank: -1 is not a rank"),
+        (("scenario", "source", "layout", "first_rank"), -1, "first_rank must be at least 0, got -1"),
         (("scenario", "output_dir"), 5, "Expected a path, got int"),
         ((*ENGINES, "refit", "summary"), {}, "Object missing required field `mean_s` - at `$.engines[...].summary`"),
     ],

@@ -84,7 +84,9 @@ class EngineRun:
             self._stopwatch.seconds["plan"] = planned.plan_s
 
     def measure(self) -> None:
-        """Connect, prepare, iterate and summarise. An engine that cannot run here is waived; nothing is raised.
+        """Connect, prepare, iterate and summarise. An engine that needs something missing here is waived.
+
+        A baseline that raises an error is recorded as failed; an error of any other engine is raised.
 
         Collective: every rank of the job.
         """
