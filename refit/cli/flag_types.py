@@ -28,9 +28,9 @@ def non_negative(text: str) -> int:
     return _whole_number(text, 0, limits.MAX_COUNT)
 
 
-def up_to(most: int) -> Callable[[str], int]:
-    """A type for 1, 2, 3, ... up to `most`."""
-    return lambda text: _whole_number(text, 1, most)
+def up_to(most: int, least: int = 1) -> Callable[[str], int]:
+    """A type for `least` up to `most`."""
+    return lambda text: _whole_number(text, least, most)
 
 
 def _whole_number(text: str, least: int, most: int) -> int:

@@ -12,7 +12,7 @@ import refit
 from refit.cli import flag_types, ignored_flags
 from refit.cli.flag_parser import FlagParser
 from refit.config import limits
-from refit.config.flag_names import SIZE_FLAGS
+from refit.config.flag_names import LAYERS_PER_CHUNK_FLAGS, SIZE_FLAGS
 from refit.config.registry import ENGINES, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
@@ -121,6 +121,12 @@ def _add_size_flags(parser: FlagParser) -> None:
     ):
         most = limits.MAX_LAYERS if name == "num-layers" else limits.MAX_SIZE
         group.add_argument(f"--{name}", type=flag_types.up_to(most), metavar="N", help=text)
+    group.add_argument(
+        "--mtp-num-layers",
+        type=flag_types.up_to(limits.MAX_LAYERS, least=0),
+        metavar="N",
+        help="multi-token prediction layers behind the last layer, as in DeepSeek-V3; default: 0",
+    )
     group.add_argument("--group-query-attention", action="store_true", help="share keys and values between heads")
 
 
@@ -162,6 +168,7 @@ def _add_expert_flags(parser: FlagParser) -> None:
         ("moe-router-topk", "experts per token; default: 2, or all where there are fewer"),
         ("moe-ffn-hidden-size", "width of a routed expert; default: --ffn-hidden-size"),
         ("moe-shared-expert-intermediate-size", "width of the shared experts together; default: none"),
+        ("moe-latent-size", "width that routed experts work in, between projections; default: --hidden-size"),
     ):
         most = limits.MAX_EXPERTS if name in ("num-experts", "moe-router-topk") else limits.MAX_SIZE
         group.add_argument(f"--{name}", type=flag_types.up_to(most), metavar="N", help=text)
@@ -199,6 +206,7 @@ def _add_layout_flags(parser: FlagParser) -> None:
         "pp": ("PP", "1", "the source's"),
         "ep": ("EP", "1", "the source's"),
         "etp": ("ETP", "its TP", "its TP"),
+        "vpp": ("model chunks on each rank, in interleaved pipeline stages", "1", "1"),
         "first_stage_layers": ("layers on the first stage", "an even split", "an even split"),
         "last_stage_layers": ("layers on the last stage", "an even split", "an even split"),
         "world_size": ("ranks", "TP x EP x PP", "TP x EP x PP"),
@@ -213,6 +221,12 @@ def _add_layout_flags(parser: FlagParser) -> None:
                 metavar="N",
                 help=f"{side}: {text}; default: {defaults[place]}",
             )
+        group.add_argument(
+            f"--{LAYERS_PER_CHUNK_FLAGS[place]}",
+            type=flag_types.up_to(limits.MAX_LAYERS),
+            metavar="N",
+            help=f"{side}: layers of a model chunk, another way to give their number; default: all of a stage",
+        )
 
 
 def _add_refit_flags(parser: FlagParser) -> None:

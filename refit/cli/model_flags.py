@@ -18,6 +18,7 @@ EXPERT_FLAGS = (
     "moe_router_topk",
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
     "moe_layer_freq",
     "moe_router_enable_expert_bias",
     "moe_grouped_gemm",
@@ -58,6 +59,7 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         qk_layernorm=args.qk_layernorm,
         mla=_latent_attention(args),
         experts=_experts(args, ffn),
+        mtp_num_layers=args.mtp_num_layers or 0,
     )
 
 
@@ -137,6 +139,7 @@ def _experts(args: argparse.Namespace, ffn: int) -> Experts | None:
         layers=_expert_layers(args),
         expert_bias=args.moe_router_enable_expert_bias,
         grouped_gemm=args.moe_grouped_gemm,
+        latent_size=args.moe_latent_size,
     )
 
 
@@ -183,10 +186,12 @@ def check_parameters(shape: ModelShape, layouts: Sequence[Layout]) -> None:
         attention += hidden * (mla.qk_pos_emb_head_dim + heads * mla.v_head_dim)
     mlp = matrices * hidden * shape.ffn_hidden_size
     if shape.experts is not None:
-        width = shape.experts.num_experts * shape.experts.ffn_hidden_size + (shape.experts.shared_ffn_hidden_size or 0)
-        mlp = max(mlp, matrices * hidden * width)
+        experts, latent = shape.experts, shape.experts.latent_size or hidden
+        routed = matrices * latent * experts.num_experts * experts.ffn_hidden_size + 2 * hidden * latent
+        mlp = max(mlp, routed + matrices * hidden * (experts.shared_ffn_hidden_size or 0))
     vocabulary = max(shape.padded_vocab_size(layout.tp) for layout in layouts)
     parameters = shape.num_layers * (attention + mlp) + hidden * (2 * vocabulary + shape.max_position_embeddings)
+    parameters += shape.mtp_num_layers * (attention + mlp + 2 * hidden * hidden)
     if parameters > MAX_PARAMETERS:
         raise UsageError(
             f"the model has about {parameters:.1e} parameters, {MAX_PARAMETERS:.0e} are the most: "
@@ -201,7 +206,8 @@ def wide_experts_note(args: argparse.Namespace, shape: ModelShape) -> str | None
         return None
     matrices = 3 if shape.swiglu else 2
     layers = sum(experts.layers)
-    parameters = layers * experts.num_experts * matrices * shape.hidden_size * experts.ffn_hidden_size
+    width = experts.latent_size or shape.hidden_size
+    parameters = layers * experts.num_experts * matrices * width * experts.ffn_hidden_size
     return (
         f"without --moe-ffn-hidden-size each of {experts.num_experts} experts is as wide as the dense MLP, "
         f"{experts.ffn_hidden_size}: {units.count(parameters)} parameters in the routed experts alone"

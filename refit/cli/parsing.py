@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from refit.cli.model_flags import (
 )
 from refit.cli.presets import load_preset
 from refit.config.clusters import load_cluster
-from refit.config.flag_names import SIZE_FLAGS, size_flag
+from refit.config.flag_names import LAYERS_PER_CHUNK_FLAGS, SIZE_FLAGS, size_flag
 from refit.config.layout import Layout
 from refit.config.registry import ENGINES, METHODS
 from refit.config.scenario import Mode, Scenario, Verify
@@ -86,9 +87,35 @@ def _layout(side: str, args: argparse.Namespace, defaults: dict[str, int], *, fi
         )
     world_size = given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]
     try:
-        return Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)
+        layout = Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)
     except UsageError as error:
         raise UsageError(f"{side}: {error} ({size_flag(side, 'world_size')})") from None
+    try:
+        return dataclasses.replace(layout, vpp=_virtual_size(side, args, layout, given["vpp"]))
+    except UsageError as error:
+        raise UsageError(f"{side}: {error} ({size_flag(side, 'pp')})") from None
+
+
+def _virtual_size(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> int:
+    """The model chunks of a rank: as `given`, or from the layers of a chunk.
+
+    Raises UsageError by the rules of Megatron-LM's arguments.py for the layers of a chunk.
+    """
+    name, instead = LAYERS_PER_CHUNK_FLAGS[side == "destination"], size_flag(side, "vpp")
+    layers: int | None = getattr(args, name.replace("-", "_"))
+    if layers is None:
+        return given or 1
+    flag = f"--{name} {layers}"
+    if given is not None:
+        raise UsageError(f"{flag} contradicts {instead} {given}: give one of them")
+    uneven = layout.first_stage_layers or layout.last_stage_layers
+    if uneven is not None:
+        raise UsageError(f"{flag} contradicts {uneven} layers on an uneven stage: give {instead}")
+    if args.num_layers is None:
+        raise UsageError(f"{flag} needs --num-layers: give {instead}")
+    if args.num_layers % (layout.pp * layers):
+        raise UsageError(f"{args.num_layers} layers cannot be divided into chunks of {layers} on PP size {layout.pp}")
+    return int(args.num_layers // (layout.pp * layers))
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
@@ -145,6 +172,12 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
             raise UsageError(
                 f"--refit-engine {name} refits {' and '.join(formats or ())} sides only, one side is {other}: "
                 "leave it out"
+            )
+        chunks = max(side.layout.vpp for side in sides)
+        if ENGINES[name].single_chunk and chunks > 1:
+            raise UsageError(
+                f"--refit-engine {name} refits 1 model chunk per rank, virtual pipeline stages make {chunks}: "
+                "leave one of them out"
             )
 
 

@@ -7,6 +7,7 @@ SIZE_FLAGS = {
     "pp": ("pipeline-model-parallel-size", "rl-inference-pipeline-model-parallel-size"),
     "ep": ("expert-model-parallel-size", "rl-inference-expert-model-parallel-size"),
     "etp": ("expert-tensor-parallel-size", "rl-inference-expert-tensor-model-parallel-size"),
+    "vpp": ("num-virtual-stages-per-pipeline-rank", "rl-inference-num-virtual-stages-per-pipeline-rank"),
     "first_stage_layers": ("decoder-first-pipeline-num-layers", "rl-inference-decoder-first-pipeline-num-layers"),
     "last_stage_layers": ("decoder-last-pipeline-num-layers", "rl-inference-decoder-last-pipeline-num-layers"),
     "world_size": ("source-world-size", "destination-world-size"),
@@ -15,6 +16,12 @@ SIZE_FLAGS = {
 
 Names are Megatron-LM's where it has one.
 """
+
+LAYERS_PER_CHUNK_FLAGS = (
+    "num-layers-per-virtual-pipeline-stage",
+    "rl-inference-num-layers-per-virtual-pipeline-stage",
+)
+"""The same as `vpp`, by the layers of a model chunk."""
 
 
 def size_flag(side: str, size: str) -> str:

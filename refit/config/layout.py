@@ -25,12 +25,15 @@ class Sizes(Protocol):
     def etp(self) -> int: ...
     @property
     def pp(self) -> int: ...
+    @property
+    def vpp(self) -> int: ...
 
 
 def short_text(sizes: Sizes) -> str:
-    """`TP8 EP8`; ETP and PP where they are not TP and 1."""
+    """`TP8 EP8`; ETP where it is not TP, PP and VPP where they are not 1."""
     etp = f" ETP{sizes.etp}" if sizes.etp != sizes.tp else ""
-    return f"TP{sizes.tp} EP{sizes.ep}{etp}" + (f" PP{sizes.pp}" if sizes.pp > 1 else "")
+    vpp = f" VPP{sizes.vpp}" if sizes.vpp > 1 else ""
+    return f"TP{sizes.tp} EP{sizes.ep}{etp}" + (f" PP{sizes.pp}" if sizes.pp > 1 else "") + vpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,8 @@ class Layout:
     """Parallel sizes of one side on ranks `first_rank .. first_rank + world_size - 1`.
 
     world_size = tp * dp * pp = etp * ep * edp * pp. `first_stage_layers` and `last_stage_layers` are the layers on the
-    first and last pipeline stage where the split is uneven; None splits evenly.
+    first and last pipeline stage where the split is uneven; None splits evenly. `vpp` is Megatron's virtual pipeline
+    size: each rank holds that many model chunks, one in each pass over the stages.
     """
 
     tp: int
@@ -61,11 +65,16 @@ class Layout:
     first_rank: int = 0
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    vpp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "ep", "etp", "pp", "world_size"):
+        for name in ("tp", "ep", "etp", "pp", "vpp", "world_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.vpp > 1 and self.pp == 1:
+            raise UsageError(
+                f"{self.vpp} virtual pipeline stages per rank need more than one pipeline stage, PP size is 1"
+            )
         if self.first_rank < 0:
             raise UsageError(f"first_rank must be at least 0, got {self.first_rank}")
         if self.ranks.stop > MAX_RANKS:
@@ -124,6 +133,26 @@ class Layout:
         starts = [sum(sizes[:stage]) for stage in range(self.pp)]
         return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
+    def chunk_layers(self, num_layers: int) -> tuple[tuple[range, ...], ...]:
+        """Global layer numbers of each pipeline stage's chunks: `[stage][chunk]`.
+
+        A stage's layers are cut into `vpp` equal chunks, and layer numbers run over the first chunk of each stage, then
+        over the second (`get_transformer_layer_offset` in Megatron-Core). Raises UsageError where they do not divide.
+        """
+        sizes = [len(layers) for layers in self.stage_layers(num_layers)]
+        for stage, size in enumerate(sizes):
+            if size % self.vpp:
+                raise UsageError(
+                    f"{size} layers of pipeline stage {stage} cannot be divided into {self.vpp} virtual stages: "
+                    f"give a divisor of {size}"
+                )
+        sizes = [size // self.vpp for size in sizes]
+        starts = [sum(sizes[:stage]) for stage in range(self.pp)]
+        return tuple(
+            tuple(range(first + start, first + start + size) for first in range(0, num_layers, sum(sizes)))
+            for start, size in zip(starts, sizes, strict=True)
+        )
+
     def _uneven_sizes(self, num_layers: int) -> list[int]:
         given = [size for size in (self.first_stage_layers, self.last_stage_layers) if size is not None]
         between, left = self.pp - len(given), num_layers - sum(given)
@@ -141,7 +170,9 @@ class Layout:
 
     @property
     def summary(self) -> str:
-        """`TP=2, PP=1, EP=2` for the rank map; ETP where it is not TP, DP where ranks are not TP x EP x PP."""
+        """`TP=2, PP=1, EP=2` for the rank map; VPP where it is not 1, ETP where it is not TP, DP where ranks are not
+        TP x EP x PP."""
         etp = f", ETP={self.etp}" if self.etp != self.tp else ""
         dp = f", DP={self.dp}" if self.world_size != self.tp * self.ep * self.pp else ""
-        return f"TP={self.tp}, PP={self.pp}, EP={self.ep}{etp}{dp}"
+        vpp = f", VPP={self.vpp}" if self.vpp > 1 else ""
+        return f"TP={self.tp}, PP={self.pp}{vpp}, EP={self.ep}{etp}{dp}"

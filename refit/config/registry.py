@@ -102,13 +102,14 @@ class Engine:
     """A refit implementation. `engine` is the class; see `refit.bench.engines.base`. Reports print `title`.
 
     A baseline is measured beside the engine under test. It decides the exit code only where it runs alone.
-    `formats` are the sides it can refit; None stands for all.
+    `formats` are the sides it can refit; None stands for all. `single_chunk` ones refit one model chunk per rank.
     """
 
     engine: str
     title: str
     is_baseline: bool = False
     formats: tuple[str, ...] | None = None
+    single_chunk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,7 @@ ENGINES = Registry(
             title="Megatron-Core",
             is_baseline=True,
             formats=("megatron",),
+            single_chunk=True,
         ),
     },
 )

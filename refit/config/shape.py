@@ -28,7 +28,10 @@ class LatentAttention:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The mixture of experts. `layers[i]` says whether layer `i` has routed experts or a dense MLP."""
+    """The mixture of experts. `layers[i]` says whether layer `i` has routed experts or a dense MLP.
+
+    `latent_size` is the width that routed experts work in, between two projections; None is the model's own.
+    """
 
     num_experts: int
     topk: int
@@ -37,6 +40,7 @@ class Experts:
     layers: tuple[bool, ...]
     expert_bias: bool
     grouped_gemm: bool
+    latent_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ class ModelShape:
     """A decoder-only transformer as Megatron-Core's GPTModel builds it.
 
     `num_query_groups` equals `num_attention_heads` without grouped queries. `vocab_size` is the tokenizer's; each side
-    pads it by its own TP size (`padded_vocab_size`).
+    pads it by its own TP size (`padded_vocab_size`). `mtp_num_layers` multi-token prediction layers follow the last
+    layer (DeepSeek-V3, arXiv:2412.19437), each with a layer of the last one's kind.
     """
 
     num_layers: int
@@ -65,6 +70,7 @@ class ModelShape:
     qk_layernorm: bool
     mla: LatentAttention | None
     experts: Experts | None
+    mtp_num_layers: int = 0
 
     def padded_vocab_size(self, tp: int) -> int:
         """The vocabulary rounded up to a multiple of `make_vocab_size_divisible_by * tp` (Megatron-LM's rule)."""

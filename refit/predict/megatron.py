@@ -1,14 +1,15 @@
 """What every rank of a Megatron side holds, predicted from the flags: no model, no Megatron, no torch.
 
-`embedding_tensors`, `layer_tensors` and `output_tensors` list a model's tensors and how each is split. `boxes_of` gives
-the part of one rank. `predict` combines them, stage by stage. Shapes and splits are those of Megatron-Core's GPTModel
-as its `sharded_state_dict()` states them (0.16.1 and 0.19.2).
+`embedding_tensors`, `layer_tensors`, `output_tensors` and `token_prediction_tensors` list a model's tensors and how
+each is split. `boxes_of` gives the part of one rank. `predict` combines them, stage by stage. Shapes and splits are
+those of Megatron-Core's GPTModel as its `sharded_state_dict()` states them (0.16.1 and 0.19.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from refit.config.layout import Coordinates, Layout
@@ -62,12 +63,31 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             (experts.ffn_hidden_size, layout.etp, "expert FFN hidden size", "ETP size"),
             (experts.shared_ffn_hidden_size or tp, tp, "shared expert FFN hidden size", "TP size"),
         ]
+    if shape.mtp_num_layers:
+        divisible.append((shape.hidden_size, tp, "hidden size, of multi-token prediction,", "TP size"))
     for number, divisor, what, by in divisible:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
     if experts is None and layout.ep > 1:
         raise UsageError(f"{name}: EP size {layout.ep} needs experts: give --num-experts or set EP to 1")
-    layout.stage_layers(shape.num_layers)
+    if shape.mtp_num_layers:
+        _check_token_prediction(shape, layout, name)
+    layout.chunk_layers(shape.num_layers)
+
+
+def _check_token_prediction(shape: ModelShape, layout: Layout, name: str) -> None:
+    """Raise UsageError for a model that Megatron cannot build with multi-token prediction layers."""
+    if shape.position_embedding_type == "learned_absolute":
+        # The rule of Megatron-LM's arguments.py.
+        raise UsageError(
+            f"{name}: {shape.mtp_num_layers} multi-token prediction layers need --position-embedding-type rope or none"
+        )
+    if shape.tied_embeddings and layout.pp > 1:
+        # The last stage then has an embedding and an output layer, of which `sharded_state_dict` allows one.
+        raise UsageError(
+            f"{name}: Megatron cannot tie the output layer to the embedding with {shape.mtp_num_layers} multi-token "
+            f"prediction layers on PP size {layout.pp}: give --untie-embeddings-and-output-weights or set PP to 1"
+        )
 
 
 def predict(shape: ModelShape, side: SideSpec) -> Sharding:
@@ -89,15 +109,20 @@ def predict(shape: ModelShape, side: SideSpec) -> Sharding:
         by_key[key] = holders[0].tensor_sharding(entry) if len(holders) == 1 else joined(entry, holders)
 
     for entry in embedding_tensors(shape, layout.tp):
-        copied = shape.tied_embeddings and entry.padded and last is not first
+        # A tied output layer and multi-token prediction have a copy of the word embedding on the last stage.
+        copied = (shape.tied_embeddings or shape.mtp_num_layers) and entry.padded and last is not first
         add(entry.name, entry, *((first, last) if copied else (first,)))
     kinds = {routed: layer_tensors(shape, routed, side.transformer_impl) for routed in (False, True)}
-    for stage, layers in zip(stages, layout.stage_layers(shape.num_layers), strict=True):
-        for layer in layers:
-            for entry in kinds[shape.experts is not None and shape.experts.layers[layer]]:
+    routed = shape.experts.layers if shape.experts is not None else (False,) * shape.num_layers
+    for stage, chunks in zip(stages, layout.chunk_layers(shape.num_layers), strict=True):
+        for layer in itertools.chain(*chunks):
+            for entry in kinds[routed[layer]]:
                 add(f"decoder.layers.{layer}.{entry.name}", entry, stage)
     for entry in output_tensors(shape, layout.tp):
         add(entry.name, entry, last)
+    for depth in range(shape.mtp_num_layers):
+        for entry in token_prediction_tensors(shape, kinds[routed[-1]]):
+            add(f"mtp.layers.{depth}.{entry.name}", entry, last)
     return Sharding(tuple(layout.ranks), tensors, by_key)
 
 
@@ -136,8 +161,18 @@ def layer_tensors(shape: ModelShape, routed: bool, transformer_impl: str) -> tup
     if routed and shape.experts is not None:
         entries += _mixture_of_experts(shape, shape.experts)
     else:
-        entries += _mlp("mlp", shape.ffn_hidden_size, shape)
+        entries += _mlp("mlp", shape.hidden_size, shape.ffn_hidden_size, shape)
     return tuple(entries)
+
+
+def token_prediction_tensors(shape: ModelShape, layer: Iterable[Entry]) -> Iterator[Entry]:
+    """One multi-token prediction layer: norms, a projection of [token; hidden state], and a decoder `layer`."""
+    hidden = shape.hidden_size
+    for norm in ("enorm", "hnorm", "final_layernorm"):
+        yield from _norm(norm, hidden, shape)
+    yield from _linear("eh_proj", hidden, 2 * hidden, Split.COLUMN)
+    for entry in layer:
+        yield replace(entry, name=f"transformer_layer.{entry.name}")
 
 
 def _norm(name: str, size: int, shape: ModelShape) -> Iterator[Entry]:
@@ -189,24 +224,27 @@ def _latent_attention(shape: ModelShape, mla: LatentAttention, transformer_impl:
     yield from _linear(f"{attention}.linear_proj", hidden, heads * mla.v_head_dim, Split.ROW, shape.add_bias_linear)
 
 
-def _mlp(name: str, ffn: int, shape: ModelShape) -> Iterator[Entry]:
-    hidden, bias = shape.hidden_size, shape.add_bias_linear
+def _mlp(name: str, width: int, ffn: int, shape: ModelShape) -> Iterator[Entry]:
+    """An MLP from `width` to `ffn` and back."""
     first = (2 * ffn, Split.GATED) if shape.swiglu else (ffn, Split.COLUMN)
-    yield from _linear(f"{name}.linear_fc1", first[0], hidden, first[1], bias)
-    yield from _linear(f"{name}.linear_fc2", hidden, ffn, Split.ROW, bias)
+    yield from _linear(f"{name}.linear_fc1", first[0], width, first[1], shape.add_bias_linear)
+    yield from _linear(f"{name}.linear_fc2", width, ffn, Split.ROW, shape.add_bias_linear)
 
 
 def _mixture_of_experts(shape: ModelShape, experts: Experts) -> Iterator[Entry]:
-    count = experts.num_experts
-    yield Entry("mlp.router.weight", (count, shape.hidden_size), Split.REPLICATED)
+    count, hidden, latent = experts.num_experts, shape.hidden_size, experts.latent_size
+    yield Entry("mlp.router.weight", (count, hidden), Split.REPLICATED)
     if shape.add_bias_linear:
         yield Entry("mlp.router.bias", (count,), Split.REPLICATED)
     if experts.expert_bias:
         yield Entry("mlp.router.expert_bias", (count,), Split.REPLICATED, dtype="float32")
-    for one in _mlp("mlp.experts.experts", experts.ffn_hidden_size, shape):
+    if latent is not None:
+        yield from _linear("mlp.fc1_latent_proj", latent, hidden, Split.REPLICATED, shape.add_bias_linear)
+        yield from _linear("mlp.fc2_latent_proj", hidden, latent, Split.REPLICATED, shape.add_bias_linear)
+    for one in _mlp("mlp.experts.experts", latent or hidden, experts.ffn_hidden_size, shape):
         yield Entry(one.name, (count, *one.shape), one.split, routed=True)
     if experts.shared_ffn_hidden_size is not None:
-        yield from _mlp("mlp.shared_experts", experts.shared_ffn_hidden_size, shape)
+        yield from _mlp("mlp.shared_experts", hidden, experts.shared_ffn_hidden_size, shape)
 
 
 # --- Which rank holds what ---------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def counts_line(outcomes: Sequence[Outcome]) -> str:
 
 
 def side_text(side: SideSpec | None, status: Status) -> str:
-    """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP where it is not 1.
+    """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP and VPP where they are not 1.
 
     Without a side: the check before the run found no valid layout, or the run ended before it was recorded.
     """
@@ -59,6 +59,7 @@ def side_text(side: SideSpec | None, status: Status) -> str:
     parts = [f"TP={layout.tp}", f"EP={layout.ep}"]
     parts += [f"ETP={layout.etp}"] if layout.etp != layout.tp else []
     parts += [f"PP={layout.pp}"] if layout.pp > 1 else []
+    parts += [f"VPP={layout.vpp}"] if layout.vpp > 1 else []
     return f"{', '.join(parts)} ({side.world_size} GPU{'' if side.world_size == 1 else 's'})"
 
 

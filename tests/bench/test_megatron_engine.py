@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -12,7 +12,8 @@ from refit.config.shape import ModelShape
 from refit.errors import RefitError, UnavailableError
 from refit.models.megatron.compat import has_refit_of_absent_models
 from refit.models.megatron.sharding import read_weights
-from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, fill, layout, wrong
+from refit.predict.megatron import predict
+from tests.models.megatron.small import LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, spec, wrong
 from tests.ranks.pool import RankPool
 
 OLD = not has_refit_of_absent_models()
@@ -62,8 +63,10 @@ def wrong_keys(answers: list[dict[str, int] | None]) -> set[str]:
         Case(MOE, layout(ep=2), layout(ep=4)),
         Case(LATENT, layout(tp=2, ep=2), layout(tp=2, ep=2, first=4)),
         Case(MOE, layout(ep=2, pp=2), layout(ep=2, first=5)),
+        Case(replace(LATENT, mtp_num_layers=1), layout(ep=2, pp=2), layout(ep=2, first=5)),
+        Case(LATENT_EXPERTS, layout(ep=2), layout(ep=4)),
     ],
-    ids=["ep2-ep1", "ep2-ep4", "latent-apart", "pp2-pp1-apart"],
+    ids=["ep2-ep1", "ep2-ep4", "latent-apart", "pp2-pp1-apart", "token-prediction", "latent-experts"],
 )
 def test_right_cases(ranks: RankPool, case: Case) -> None:
     answers = ranks.run(refit, case)
@@ -71,7 +74,7 @@ def test_right_cases(ranks: RankPool, case: Case) -> None:
     assert wrong_keys(answers) == set()
     if OLD:
         biases = {key for answer in answers if answer for key in answer}
-        assert biases == {f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2, 3)}
+        assert biases == {key for key in predict(case.shape, spec(case.source)).tensors if BIAS in key}
 
 
 def test_sequential_experts_ep1_to_ep2_are_left_wrong(ranks: RankPool) -> None:

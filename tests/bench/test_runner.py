@@ -90,6 +90,29 @@ def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: An
     assert engine.num_compared <= 3 * result.model.num_parameters * world_size // pp
 
 
+CHUNKED = ["--num-layers=4", "--moe-layer-freq=([0]*1+[1]*3)", "--mtp-num-layers=1", "--moe-latent-size=16"]
+VIRTUAL = "num-virtual-stages-per-pipeline-rank=2"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*sizes(2, 2, 1, 2), *sizes(2, 2, 1, 1, "rl-inference-"), f"--{VIRTUAL}", "--refit-mode=collocated"],
+        [*sizes(2, 1, 2, 2), *sizes(1, 1, 1, 4, "rl-inference-"), f"--{VIRTUAL}"],
+        [*sizes(1, 2, 1, 2), *sizes(2, 1, 2, 2, "rl-inference-"), f"--rl-inference-{VIRTUAL}"],
+        [*sizes(1, 1, 1, 4), *sizes(1, 2, 1, 2, "rl-inference-"), f"--rl-inference-{VIRTUAL}", "--moe-grouped-gemm"],
+    ],
+    ids=["to-one-stage", "to-four-stages", "to-virtual-stages", "four-stages-to-virtual"],
+)
+def test_chunks_token_prediction_and_latent_experts_arrive(ranks: RankPool, flags: list[str]) -> None:
+    more = [*CHUNKED, *flags, "--refit-method=gloo", "--check-forward", "--num-query-groups=8", "--fp32"]
+    code, result = refit(ranks, *more)
+    engine = result.engines["refit"]
+    assert (code, engine.status, engine.num_wrong) == (0, "ok", 0)
+    assert engine.forward is not None
+    assert (engine.forward.agreement, engine.forward.skipped) == (1.0, None)
+
+
 def test_result_file_says_everything(ranks: RankPool, tmp_path: Path) -> None:
     flags = [*sizes(2, 2, 1, 1), *sizes(2, 1, 1, 1, "rl-inference-"), "--refit-method=gloo", "--seq-length=128"]
     refit(ranks, *flags, directory=tmp_path)

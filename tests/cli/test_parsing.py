@@ -44,6 +44,7 @@ MINIMAL_TEST = (
     "--num-benchmark-iterations 2"
 )
 TWO_HEADS = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --refit-method gloo"
+TWO_STAGES = f"{TWO_HEADS} --pipeline-model-parallel-size 2"
 
 
 def sizes(src_tp: int, src_ep: int, dst_tp: int, dst_ep: int, mode: str, method: str) -> str:
@@ -291,6 +292,26 @@ def test_uneven_stages_of_each_side() -> None:
     assert run.destination.layout.stage_layers(5) == (range(4), range(4, 5))
 
 
+def test_virtual_stages_of_each_side() -> None:
+    """By their number or by the layers of a chunk; the destination has none of its own accord."""
+    plain = scenario(f"{TWO_STAGES} --num-layers 8 --num-virtual-stages-per-pipeline-rank 2")
+    assert (plain.source.layout.vpp, plain.destination.layout.vpp) == (2, 1)
+    assert (plain.title, plain.source.layout.summary) == ("TP1 EP1 PP2 VPP2 -> TP1 EP1 PP2", "TP=1, PP=2, VPP=2, EP=1")
+    assert plain.source.layout.chunk_layers(8) == ((range(2), range(4, 6)), (range(2, 4), range(6, 8)))
+    both = scenario(
+        f"{TWO_STAGES} --num-layers 8 --num-layers-per-virtual-pipeline-stage 1 "
+        "--rl-inference-num-layers-per-virtual-pipeline-stage 2"
+    )
+    assert (both.source.layout.vpp, both.destination.layout.vpp) == (4, 2)
+
+
+def test_token_prediction_and_latent_experts() -> None:
+    flags = f"{TWO_HEADS} --position-embedding-type rope --num-experts 4 --moe-latent-size 32"
+    model = shape(f"{flags} --mtp-num-layers 2")
+    assert (model.mtp_num_layers, model.experts and model.experts.latent_size) == (2, 32)
+    assert shape(f"{flags} --mtp-num-layers 0") == shape(flags)
+
+
 def test_biases_that_megatron_cannot_build_are_dropped_with_one_note() -> None:
     shared = scenario(f"{TWO_HEADS} --num-experts 4 --moe-shared-expert-intermediate-size 64")
     assert shared.model is not None
@@ -392,7 +413,44 @@ BAD_LINES = [
     ),
     (f"{TWO_HEADS} --position-embedding-type alibi", "--position-embedding-type: invalid choice: 'alibi'"),
     (f"{TWO_HEADS} --context-parallel-size 2", "--context-parallel-size: 2 is not supported"),
-    (f"{TWO_HEADS} --mtp-num-layers 1", "multi-token prediction layers are not built"),
+    (f"{TWO_HEADS} --mtp-num-layers 1", "1 multi-token prediction layers need --position-embedding-type rope or none"),
+    (
+        f"{TWO_HEADS} --mtp-num-layers 1 --position-embedding-type rope --rl-inference-pipeline-model-parallel-size 2",
+        "destination: Megatron cannot tie the output layer to the embedding with 1 multi-token prediction layers on PP "
+        "size 2",
+    ),
+    (f"{TWO_HEADS} --mtp-num-layers 1001", "--mtp-num-layers: must be at most 1,000"),
+    (f"{TWO_HEADS} --moe-latent-size 8", "--moe-latent-size needs --num-experts"),
+    (
+        f"{TWO_HEADS} --num-virtual-stages-per-pipeline-rank 2",
+        "source: 2 virtual pipeline stages per rank need more than one pipeline stage, PP size is 1",
+    ),
+    (
+        f"{TWO_STAGES} --rl-inference-num-virtual-stages-per-pipeline-rank 3 --num-layers 4",
+        "2 layers of pipeline stage 0 cannot be divided into 3 virtual stages",
+    ),
+    (
+        f"{TWO_STAGES} --num-layers-per-virtual-pipeline-stage 3 --num-layers 8",
+        "source: 8 layers cannot be divided into chunks of 3 on PP size 2",
+    ),
+    (
+        f"{TWO_STAGES} --num-layers-per-virtual-pipeline-stage 1 --num-virtual-stages-per-pipeline-rank 4",
+        "--num-layers-per-virtual-pipeline-stage 1 contradicts --num-virtual-stages-per-pipeline-rank 4",
+    ),
+    (
+        f"{TWO_STAGES} --num-layers-per-virtual-pipeline-stage 1 --decoder-first-pipeline-num-layers 1",
+        "contradicts 1 layers on an uneven stage: give --num-virtual-stages-per-pipeline-rank",
+    ),
+    (
+        "--model-provider a:b --refit-method gloo --pipeline-model-parallel-size 2 "
+        "--rl-inference-num-layers-per-virtual-pipeline-stage 1",
+        "destination: --rl-inference-num-layers-per-virtual-pipeline-stage 1 needs --num-layers: give "
+        "--rl-inference-num-virtual-stages-per-pipeline-rank",
+    ),
+    (
+        f"{TWO_STAGES} --num-layers 4 --num-virtual-stages-per-pipeline-rank 2 --refit-engine both",
+        "--refit-engine megatron refits 1 model chunk per rank, virtual pipeline stages make 2",
+    ),
     (f"{TWO_HEADS} --moe-shared-expert-gate", "--moe-shared-expert-gate is not supported"),
     ("--num-layers 2 --hidden-size 64 --num-attention-heads 4", "--refit-method missing: choose one of nvshmem, nccl"),
     ("--num-layers 2 --refit-method gloo", "--hidden-size, --num-attention-heads missing"),

@@ -32,9 +32,9 @@ def num_elements(shape: ModelShape) -> int:
     ("name", "num_parameters", "num_buffers"),
     [
         ("kimi_k2", 1_026_408_209_408, 60 * 384),
-        # The published sizes of the released weights, for DeepSeek-V3 less its multi-token prediction layer; the
-        # router's bias, which those count as a parameter, is a buffer here.
-        ("deepseek_v3", 671_026_404_352, 58 * 256),
+        # The published sizes of the released weights, for DeepSeek-V3 less the copies of embedding and output layer in
+        # its multi-token prediction layer; the router's bias, which those count as a parameter, is a buffer here.
+        ("deepseek_v3", 684_489_830_400 - 2 * 129280 * 7168, 59 * 256),
         ("qwen3_235b_a22b", 235_093_634_560, 0),
         ("qwen3_30b_a3b", 30_532_122_624, 0),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -126,6 +127,49 @@ def test_tied_embeddings_are_copied_to_the_last_stage() -> None:
     assert "output_layer.weight" not in sharding.tensors
 
 
+MTP = replace(SMALL, mtp_num_layers=2, position_embedding_type="rope")
+"""With two multi-token prediction layers."""
+
+
+def test_virtual_stages_interleave_their_layers() -> None:
+    """Four layers on two stages of two chunks: 0 and 2, 1 and 3."""
+    four = replace(SMALL, num_layers=4, experts=None)
+    sharding = predict(four, side(tp=1, ep=1, etp=1, pp=2, world_size=2, vpp=2))
+    norms = [sharding.by_key[f"decoder.layers.{layer}.input_layernorm.weight"].shards[0].ranks for layer in range(4)]
+    assert norms == [(0,), (1,), (0,), (1,)]
+    whole = predict(four, side(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    assert sharding.bytes_per_rank == whole.bytes_per_rank
+    assert sharding.num_parameters == whole.num_parameters
+
+
+def test_token_prediction_lies_on_the_last_stage_with_a_copy_of_the_embedding() -> None:
+    sharding = predict(MTP, side(tp=1, ep=1, etp=1, pp=2, world_size=2))
+    assert sharding.by_key["embedding.word_embeddings.weight"].shards[0].ranks == (0, 1)
+    assert sharding.by_key["output_layer.weight"].shards[0].ranks == (1,)
+    assert {
+        shard.ranks for key in sharding.by_key if key.startswith("mtp.") for shard in sharding.by_key[key].shards
+    } == {(1,)}
+    layers = {
+        name: {key.partition(f"{name}.")[2] for key in sharding.tensors if f"{name}." in key}
+        for name in ("decoder.layers.1", "mtp.layers.0.transformer_layer", "mtp.layers.1.transformer_layer")
+    }
+    assert len({frozenset(keys) for keys in layers.values()}) == 1, "of the last decoder layer's kind, routed"
+    assert sharding.tensors["mtp.layers.1.eh_proj.weight"].shape == (8, 16)
+    embedding = 2 * math.prod(sharding.tensors["embedding.word_embeddings.weight"].shape)
+    alone = predict(MTP, side(tp=1, ep=1, etp=1, pp=1, world_size=1))
+    assert sum(sharding.bytes_per_rank.values()) == alone.bytes_per_rank[0] + embedding
+
+
+def test_latent_experts_are_narrow_between_replicated_projections() -> None:
+    assert SMALL.experts is not None
+    shape = replace(SMALL, experts=replace(SMALL.experts, latent_size=4))
+    held = predict(shape, side(tp=2, ep=1, etp=2, pp=1, world_size=2)).of_rank(1).shards
+    prefix = "decoder.layers.1.mlp"
+    assert held[f"{prefix}.experts.experts.linear_fc2.weight"].tensor.shape == (4, 4, 6)
+    assert held[f"{prefix}.fc1_latent_proj.weight"].boxes == (Box((0, 0), (4, 8)),)
+    assert held[f"{prefix}.fc2_latent_proj.weight"].boxes == (Box((0, 0), (8, 4)),)
+
+
 def test_transformer_engine_replicates_latent_down_projections() -> None:
     spec = side(tp=8, ep=8, etp=8, pp=1, world_size=64)
     key = "decoder.layers.0.self_attention.linear_kv_down_proj.weight"
@@ -167,6 +211,17 @@ def test_parameters_have_the_dtype_of_the_side() -> None:
             "5 shared expert FFN hidden size cannot",
         ),
         ({"experts": None}, {"ep": 2}, "EP size 2 needs experts"),
+        ({"mtp_num_layers": 3}, {}, "3 multi-token prediction layers need --position-embedding-type rope or none"),
+        (
+            {"mtp_num_layers": 1, "position_embedding_type": "rope", "tied_embeddings": True},
+            {"pp": 2},
+            "Megatron cannot tie the output layer to the embedding with 1 multi-token prediction layers on PP size 2",
+        ),
+        (
+            {"mtp_num_layers": 1, "position_embedding_type": "rope", "hidden_size": 9},
+            {"tp": 2},
+            "9 hidden size, of multi-token prediction, cannot be divided by TP size 2",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_sharded_so(changed: dict[str, Any], sizes: dict[str, int], message: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -17,12 +19,12 @@ from refit.config.shape import Experts, ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat
-from refit.models.megatron.layers import CoreAttention, GroupedExperts
+from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
-    """A rank's part of a model, in eval mode: one chunk, or several where pipeline stages interleave.
+    """A rank's part of a model, in eval mode: one chunk, or with virtual pipeline stages several, in their order.
 
     `groups` is Megatron's ProcessGroupCollection. `shape` is None for a model from a provider.
     """
@@ -58,27 +60,49 @@ def build_model(shape: ModelShape, side: SideSpec, groups: Any, *, device: torch
         return None
     # No random numbers are drawn without initialisation. The inference tracker works without CUDA.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    with compat.running_on(groups, device, layout.vpp):
+        chunks = tuple(_build_chunk(shape, side, groups, number) for number in range(layout.vpp))
+    with torch.no_grad():
+        for parameter in itertools.chain(*(chunk.parameters() for chunk in chunks)):
+            # torch's norms are built in float32 on the CPU, whatever the config says. Buffers (expert_bias) stay
+            # float32.
+            parameter.data = parameter.data.to(device, _torch_dtype(side))
+    return BuiltModel(chunks, groups, layout, shape)
+
+
+def _build_chunk(shape: ModelShape, side: SideSpec, groups: Any, number: int) -> torch.nn.Module:
+    """This rank's model chunk number `number`: its embedding, layers and output layer, as far as they lie there."""
+    layout, config = side.layout, transformer_config(shape, side)
     stage = layout.coordinates(torch.distributed.get_rank()).pp
-    with compat.on_device(device), compat.quiet():
-        config = transformer_config(shape, side)
-        module = GPTModel(
+    local = side.transformer_impl == "local"
+    place = {"vp_stage": number if layout.vpp > 1 else None, "pp_rank": stage}
+    is_last = (stage, number) == (layout.pp - 1, layout.vpp - 1)
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=not local, normalization=shape.normalization, **place
+    )
+    if local:
+        experts = GroupedExperts if shape.experts is not None and shape.experts.grouped_gemm else None
+        for layer in spec.layer_specs:
+            compat.replace_parts(layer, CoreAttention, experts)
+    mtp_spec = None
+    if shape.mtp_num_layers and is_last:
+        mtp_spec = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=not local, **place)
+    with compat.latent_projections(DuplicatedLinear) if local else contextlib.nullcontext():
+        chunk: torch.nn.Module = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(shape, config, groups, stage, side.transformer_impl),
+            transformer_layer_spec=spec,
             vocab_size=shape.padded_vocab_size(layout.tp),
             max_sequence_length=shape.max_position_embeddings,
-            pre_process=stage == 0,
-            post_process=stage == layout.pp - 1,
+            pre_process=(stage, number) == (0, 0),
+            post_process=is_last,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type=shape.position_embedding_type,
             parallel_output=False,
+            mtp_block_spec=mtp_spec,
             pg_collection=groups,
+            vp_stage=place["vp_stage"],
         ).eval()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            # torch's norms are built in float32 on the CPU, whatever the config says. Buffers (expert_bias) stay
-            # float32.
-            parameter.data = parameter.data.to(device, config.params_dtype)
-    return BuiltModel((module,), groups, layout, shape)
+    return chunk
 
 
 def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
@@ -100,8 +124,7 @@ def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
 
 def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
     """Megatron's config for this model in this layout, for inference and without weight initialisation."""
-    assert side.dtype is not None, "flags that describe a model give its dtype"
-    layout, dtype = side.layout, getattr(torch, side.dtype.value)
+    layout, dtype = side.layout, _torch_dtype(side)
     values: dict[str, object] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -126,6 +149,10 @@ def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
+    if layout.vpp > 1:
+        values["virtual_pipeline_model_parallel_size"] = layout.vpp
+    if shape.mtp_num_layers:
+        values["mtp_num_layers"] = shape.mtp_num_layers
     if layout.pp > 1:
         values["num_layers_in_first_pipeline_stage"] = layout.first_stage_layers
         values["num_layers_in_last_pipeline_stage"] = layout.last_stage_layers
@@ -144,6 +171,12 @@ def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
         "v_head_dim": shape.mla.v_head_dim,
     }
     return MLATransformerConfig(**compat.known_fields(MLATransformerConfig, values))
+
+
+def _torch_dtype(side: SideSpec) -> torch.dtype:
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    dtype: torch.dtype = getattr(torch, side.dtype.value)
+    return dtype
 
 
 def _without_initialisation() -> dict[str, object]:
@@ -171,18 +204,5 @@ def _expert_fields(experts: Experts) -> dict[str, object]:
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
         "moe_grouped_gemm": experts.grouped_gemm,
+        "moe_latent_size": experts.latent_size,
     }
-
-
-def _block_spec(shape: ModelShape, config: Any, groups: Any, stage: int, transformer_impl: str) -> Any:
-    local = transformer_impl == "local"
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=not local, normalization=shape.normalization, pp_rank=stage
-    )
-    grouped = GroupedExperts if shape.experts is not None and shape.experts.grouped_gemm else None
-    for layer in spec.layer_specs:
-        if local:
-            compat.replace_parts(layer, groups, CoreAttention, grouped)
-        else:
-            compat.pass_query_group(layer, groups)
-    return spec

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from refit.config.shape import ModelShape
 from refit.errors import UnavailableError
+from refit.models.megatron.groups import in_parallel_state
 
 
 def ready_megatron() -> None:
@@ -119,45 +120,32 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ready_to_state(groups: Any, device: torch.device) -> Iterator[None]:
-    """Allow `sharded_state_dict()` on groups that parallel_state does not know.
+def running_on(groups: Any, device: torch.device, num_chunks: int = 1) -> Iterator[None]:
+    """Build, state or run a model of `num_chunks` chunks per rank on `device`, without Megatron's warnings.
 
-    Both versions look up the replica number of a tied output layer in parallel_state, whatever the metadata says.
+    Both versions ask parallel_state for groups where they pass none on: in linear_q_proj and the gathers of latent
+    attention, for the replica number of a tied output layer, for the chunk that has the multi-token prediction layers,
+    and in 0.16.1 for all groups of those layers. So parallel_state holds `groups` for that time.
     """
-    parallel_state = importlib.import_module("megatron.core.parallel_state")
-    original = parallel_state.get_data_parallel_rank
-    parallel_state.get_data_parallel_rank = lambda **_: groups.dp_cp.rank()  # type: ignore[attr-defined]
-    try:
-        with on_device(device), quiet():
-            yield
-    finally:
-        parallel_state.get_data_parallel_rank = original  # type: ignore[attr-defined]
+    with in_parallel_state(groups, num_chunks), on_device(device), quiet():
+        yield
 
 
 @contextlib.contextmanager
-def ready_to_forward(groups: Any, device: torch.device) -> Iterator[None]:
-    """Allow a forward pass on groups that parallel_state does not know.
+def without_token_prediction(module: Any) -> Iterator[None]:
+    """Run `module` forward without its multi-token prediction layers, for the logits of the next token alone.
 
-    In both versions the dispatcher needs the global memory buffer, and latent attention calls its gathers without a
-    group.
+    Without labels, 0.16.1 fails behind these layers, and 0.19.2 computes their loss on labels of its own.
     """
-    parallel_state = importlib.import_module("megatron.core.parallel_state")
-    has_buffer = parallel_state._GLOBAL_MEMORY_BUFFER is not None
-    if not has_buffer:
-        parallel_state._set_global_memory_buffer()
-    attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    names = ("gather_from_tensor_model_parallel_region", "scatter_to_sequence_parallel_region")
-    originals = {name: getattr(attention, name) for name in names}
-    for name, function in originals.items():
-        setattr(attention, name, functools.partial(function, group=groups.tp))
+    if not getattr(module, "mtp_process", False):
+        yield
+        return
+    originals = module.mtp_process, module.config.mtp_num_layers
+    module.mtp_process, module.config.mtp_num_layers = False, None
     try:
-        with on_device(device), quiet():
-            yield
+        yield
     finally:
-        for name, function in originals.items():
-            setattr(attention, name, function)
-        if not has_buffer:
-            parallel_state.destroy_global_memory_buffer()
+        module.mtp_process, module.config.mtp_num_layers = originals
 
 
 def known_fields(config_class: type, values: Mapping[str, object]) -> dict[str, object]:
@@ -166,18 +154,14 @@ def known_fields(config_class: type, values: Mapping[str, object]) -> dict[str, 
     return {name: value for name, value in values.items() if name in names}
 
 
-def replace_parts(layer_spec: Any, groups: Any, core_attention: type, experts: type | None) -> None:
-    """Change a local layer spec in place, so that it can be built on custom groups, with or without a GPU.
+def replace_parts(layer_spec: Any, core_attention: type, experts: type | None) -> None:
+    """Change a local layer spec in place, so that it can be built and run with or without a GPU.
 
     - Core attention, both versions: DotProductAttention does not support latent attention and needs CUDA's random
       state.
-    - linear_q_proj, both versions: MLASelfAttention passes it no group. It is then split over TP only where
-      parallel_state is initialised, and otherwise built whole on every rank. Here it gets the group.
     - Grouped experts, both versions: those of the local spec do not run on CPUs.
     """
-    attention = layer_spec.submodules.self_attention.submodules
-    attention.core_attention = core_attention
-    pass_query_group(layer_spec, groups)
+    layer_spec.submodules.self_attention.submodules.core_attention = core_attention
     if experts is None or not is_routed(layer_spec):
         return
     mlp = layer_spec.submodules.mlp
@@ -190,14 +174,18 @@ def replace_parts(layer_spec: Any, groups: Any, core_attention: type, experts: t
         mlp.submodules.experts = ModuleSpec(module=experts)
 
 
-def pass_query_group(layer_spec: Any, groups: Any) -> None:
-    """Pass the TP group to linear_q_proj (latent attention without q_lora_rank). Both versions; see `replace_parts`."""
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    attention = layer_spec.submodules.self_attention.submodules
-    linear = getattr(attention, "linear_q_proj", None)
-    if isinstance(linear, type):
-        attention.linear_q_proj = ModuleSpec(module=linear, params={"tp_group": groups.tp})
+@contextlib.contextmanager
+def latent_projections(linear: type) -> Iterator[None]:
+    """Build the projections around latent experts as `linear`: both versions build them as Transformer Engine's linear
+    only, in any layer spec (moe_layer.py)."""
+    moe_layer: Any = importlib.import_module("megatron.core.transformer.moe.moe_layer")
+    # Without Transformer Engine, 0.16.1 leaves TELinear undefined.
+    originals = moe_layer.HAVE_TE, getattr(moe_layer, "TELinear", None)
+    moe_layer.HAVE_TE, moe_layer.TELinear = True, linear
+    try:
+        yield
+    finally:
+        moe_layer.HAVE_TE, moe_layer.TELinear = originals
 
 
 def is_routed(layer_spec: Any) -> bool:

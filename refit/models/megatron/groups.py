@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -34,6 +36,33 @@ AXES: dict[str, tuple[str, ...]] = {
 
 All fields that building, forward and refit read are here. For a field that is not set, 0.16.1 raises and 0.19.2 takes
 the default group.
+"""
+
+PARALLEL_STATE = {
+    "TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+    "MODEL_PARALLEL_GROUP": "mp",
+    "CONTEXT_PARALLEL_GROUP": "cp",
+    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp_cp",
+    "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
+    "EMBEDDING_GROUP": "embd",
+    "POSITION_EMBEDDING_GROUP": "pos_embd",
+    "DATA_PARALLEL_GROUP": "dp",
+    "DATA_PARALLEL_GROUP_WITH_GTP_REMAT": "dp",
+    "DATA_PARALLEL_GROUP_WITH_CP": "dp_cp",
+    "DATA_PARALLEL_GROUP_WITH_CP_WITH_GTP_REMAT": "dp_cp",
+    "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "dp_cp",
+    "EXPERT_MODEL_PARALLEL_GROUP": "ep",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "expt_tp",
+    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "tp_ep",
+    "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "tp_ep_pp",
+    "EXPERT_DATA_PARALLEL_GROUP": "expt_dp",
+    "EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT": "expt_dp",
+    "INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": "expt_dp",
+}
+"""Globals of parallel_state, without the underscore in front, and the field of ProcessGroupCollection that each holds.
+
+Those with GTP_REMAT are of 0.19.2.
 """
 
 
@@ -103,6 +132,24 @@ def build_groups(layout: Layout) -> ProcessGroupCollection | None:
     collection.embd = _own([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
     collection.pos_embd = _own([ranks[:1] for ranks in pipelines])
     return collection if dist.get_rank() in layout.ranks else None
+
+
+@contextlib.contextmanager
+def in_parallel_state(groups: Any, num_chunks: int = 1) -> Iterator[None]:
+    """Megatron's parallel_state holds `groups`, for a model of `num_chunks` chunks per rank, and a memory buffer.
+
+    What it held before comes back afterwards, so both sides of a refit can have groups of their own.
+    """
+    state = vars(importlib.import_module("megatron.core.parallel_state"))
+    values = {f"_{name}": getattr(groups, field) for name, field in PARALLEL_STATE.items()}
+    values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = num_chunks if num_chunks > 1 else None
+    values["_GLOBAL_MEMORY_BUFFER"] = state["_GLOBAL_MEMORY_BUFFER"] or state["GlobalMemoryBuffer"]()
+    before = {name: state[name] for name in values if name in state}
+    state.update({name: values[name] for name in before})
+    try:
+        yield
+    finally:
+        state.update(before)
 
 
 def rank_groups(layout: Layout, axes: Sequence[str]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Modules that Megatron's local layer spec lacks on CPUs: core attention and grouped experts.
+"""Modules that Megatron's local layer spec lacks on CPUs: core attention, grouped experts, latent projections.
 
 The experts hold parameters exactly as Megatron's Transformer Engine modules do; the attention has none.
 """
@@ -40,6 +40,20 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return {}
 
 
+class DuplicatedLinear(torch.nn.Linear):
+    """A linear that every rank holds whole, as Transformer Engine's with `parallel_mode="duplicated"`."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, bias: bool, **_: Any) -> None:
+        where = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        super().__init__(input_size, output_size, bias=bias, **where)
+
+    def reset_parameters(self) -> None:
+        """Weights stay as allocated, as all of a built model's."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return super().forward(hidden), None
+
+
 class GroupedLinear(torch.nn.Module):
     """One linear of this rank's experts: `weight0 .. weight{n-1}` and biases, named as in TE's GroupedLinear."""
 
@@ -70,8 +84,9 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         self.groups = pg_collection
         ffn = config.moe_ffn_hidden_size // get_pg_size(pg_collection.expt_tp)
         first = 2 * ffn if config.gated_linear_unit else ffn
-        self.linear_fc1 = GroupedLinear(num_local_experts, first, config.hidden_size, config, row_parallel=False)
-        self.linear_fc2 = GroupedLinear(num_local_experts, config.hidden_size, ffn, config, row_parallel=True)
+        width = config.moe_latent_size or config.hidden_size
+        self.linear_fc1 = GroupedLinear(num_local_experts, first, width, config, row_parallel=False)
+        self.linear_fc2 = GroupedLinear(num_local_experts, width, ffn, config, row_parallel=True)
 
     def forward(
         self, hidden: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
@@ -96,7 +111,11 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The entries of TEGroupedMLP: `experts.linear_fc1.weight` is `[num_experts, ...]`, gate and up separate."""
+        """The entries of TEGroupedMLP: `experts.linear_fc1.weight` is `[num_experts, ...]`, gate and up separate.
+
+        As there, entries are under the names of the parameters: in 0.16.1 the multi-token prediction block replaces its
+        own entries, which lack the sharding, by name.
+        """
         stated: dict[str, Any] = {}
         offset = get_pg_rank(self.groups.ep) * self.num_local_experts
         total = get_pg_size(self.groups.ep) * self.num_local_experts
@@ -112,9 +131,9 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
                     tp_group=self.groups.expt_tp,
                     dp_cp_group=metadata["dp_cp_group"],
                 )
-                for key, shard in shards.items():
+                for part, shard in zip(linear.parts(index), shards.values(), strict=True):
                     if name == "linear_fc1" and self.config.gated_linear_unit:
                         shard = apply_swiglu_sharded_factory(shard, place)
                     shard.replica_id = (*shard.replica_id[:2], get_pg_rank(self.groups.expt_dp))
-                    stated[f"{key}{index}"] = shard
+                    stated[f"{prefix}{name}.{part}{index}"] = shard
         return stated

@@ -45,15 +45,20 @@ def build_from_provider(
 ) -> BuiltModel | None:
     """This rank's part of the user's model in eval mode; None where `groups` is None: the rank is outside the side.
 
-    Raises RefitError where the provider returns anything but modules.
+    Raises RefitError where the provider returns anything but modules, or not as many as the layout has virtual stages.
     """
     if groups is None:
         return None
     device = torch.device(device)
-    with compat.on_device(device), compat.quiet():
+    with compat.running_on(groups, device, layout.vpp):
         built = provider(layout, groups, device)
     chunks = tuple(built) if isinstance(built, (list, tuple)) else (built,)
     if not chunks or not all(isinstance(chunk, torch.nn.Module) for chunk in chunks):
         kinds = ", ".join(type(chunk).__name__ for chunk in chunks) or "an empty list"
         raise RefitError(f"the model provider must return a module or a list of modules, it returned {kinds}")
+    if layout.vpp > 1 and len(chunks) != layout.vpp:
+        raise RefitError(
+            f"the model provider must return a list of {layout.vpp} modules, one per virtual pipeline stage, it "
+            f"returned {len(chunks)}"
+        )
     return BuiltModel(tuple(chunk.eval() for chunk in chunks), groups, layout)

@@ -66,7 +66,7 @@ def stated_tensors(model: BuiltModel) -> Iterator[ShardedTensor]:
     """All ShardedTensors of all chunks. Factories (gated fc1) are expanded; objects without weights are left out."""
     # Without the second entry, a model with identical layers states them stacked under one key.
     metadata = {"dp_cp_group": model.groups.dp_cp, "non_homogeneous_layers": True}
-    with compat.ready_to_state(model.groups, model.device):
+    with compat.running_on(model.groups, model.device, len(model.chunks)):
         for chunk in model.chunks:
             yield from _flatten(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
 

@@ -52,10 +52,13 @@ MLA = LatentAttention(q_lora_rank=32, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb
 MOE = replace(DENSE, experts=EXPERTS)
 SEQUENTIAL = replace(DENSE, experts=replace(EXPERTS, grouped_gemm=False))
 LATENT = replace(MOE, mla=MLA, qk_layernorm=True)
+LATENT_EXPERTS = replace(MOE, experts=replace(EXPERTS, shared_ffn_hidden_size=None, latent_size=16))
 
 
-def layout(tp: int = 1, ep: int = 1, etp: int = 1, pp: int = 1, world: int | None = None, first: int = 0) -> Layout:
-    return Layout(tp=tp, ep=ep, etp=etp, pp=pp, world_size=world or tp * ep * pp, first_rank=first)
+def layout(
+    tp: int = 1, ep: int = 1, etp: int = 1, pp: int = 1, world: int | None = None, first: int = 0, vpp: int = 1
+) -> Layout:
+    return Layout(tp=tp, ep=ep, etp=etp, pp=pp, world_size=world or tp * ep * pp, first_rank=first, vpp=vpp)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from refit.config.shape import Dtype, LatentAttention
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat
 from refit.models.megatron.build import build_model, check_transformer_impl
+from refit.models.megatron.sharding import read_weights
 from tests.models.megatron.small import LATENT, MOE, SEQUENTIAL, built, layout, playing, spec
 
 QUIET_BUILD = """
@@ -40,6 +44,32 @@ def test_torch_is_left_as_it_was() -> None:
     with playing(0, 2):
         built(replace(MOE, tied_embeddings=True), layout(pp=2))
     assert (torch.cuda.current_device, torch.Tensor.cuda, torch.cuda.synchronize) == before
+
+
+def test_parallel_state_is_left_as_it_was() -> None:
+    before = dict(vars(parallel_state))
+    with playing(0, 2):
+        model = built(replace(MOE, mtp_num_layers=1), layout(pp=2, vpp=2))
+        assert model is not None
+        read_weights(model)
+    assert dict(vars(parallel_state)) == before
+
+
+@pytest.mark.parametrize(("rank", "layers"), [(0, [[0], [2]]), (1, [[1], [3]])])
+def test_chunks_of_a_rank_in_their_order(rank: int, layers: list[list[int]]) -> None:
+    """The first chunk of the first stage has the embedding; the last chunk of the last stage the output layer, the
+    token prediction layer and a second embedding, whose gradients both stages sum."""
+    with playing(rank, 2):
+        model = built(replace(MOE, mtp_num_layers=1), layout(pp=2, vpp=2))
+        assert model is not None
+        assert dist.get_process_group_ranks(model.groups.embd) == [0, 1]
+    parts: list[Any] = list(model.chunks)
+    assert [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in parts] == layers
+    assert [chunk.vp_stage for chunk in parts] == [0, 1]
+    places = [{name for name in ("embedding", "output_layer", "mtp") if hasattr(chunk, name)} for chunk in parts]
+    assert places == ([{"embedding"}, set()] if rank == 0 else [set(), {"embedding", "output_layer", "mtp"}])
+    shared = [chunk.embedding.word_embeddings.weight for chunk in parts if hasattr(chunk, "embedding")]
+    assert [weight.shared_embedding for weight in shared] == [True]
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))

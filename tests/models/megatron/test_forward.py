@@ -9,11 +9,10 @@ import torch
 
 from refit.config.layout import Layout
 from refit.config.shape import LatentAttention, ModelShape
-from refit.errors import RefitError, UnavailableError
-from refit.models.megatron.compat import megatron_version
+from refit.errors import RefitError
 from refit.models.megatron.forward import forward_logits
 from refit.models.megatron.sharding import read_weights
-from tests.models.megatron.small import DENSE, LATENT, MOE, SEQUENTIAL, built, fill, layout, playing
+from tests.models.megatron.small import DENSE, LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, playing
 from tests.ranks.pool import RankPool
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250
@@ -43,12 +42,34 @@ NO_QUERY_RANK = replace(LATENT, mla=LatentAttention(None, 16, 8, 8, 8), qk_layer
         (LATENT, [layout(), layout(tp=4, ep=4, etp=1, world=4), layout(tp=2, ep=1, etp=2, pp=2, first=4)]),
         (NO_QUERY_RANK, [layout(), layout(tp=2, ep=2, etp=2, pp=2)]),
         (replace(MOE, tied_embeddings=True, swiglu=False), [layout(), layout(tp=2, ep=2, pp=2)]),
+        (replace(DENSE, num_query_groups=2), [layout(), layout(tp=4), layout(tp=4, pp=2, vpp=2)]),
+        (MOE, [layout(), layout(pp=4), layout(tp=2, pp=2, vpp=2), layout(pp=2, vpp=2, tp=1, ep=4)]),
+        (
+            replace(DENSE, num_layers=8),
+            [layout(), Layout(tp=1, ep=1, etp=1, pp=3, world_size=3, vpp=2, first_stage_layers=2, last_stage_layers=4)],
+        ),
+        (replace(LATENT, mtp_num_layers=2), [layout(tp=2, ep=2, etp=2), layout(pp=2, vpp=2, tp=2, ep=2)]),
+        (replace(LATENT_EXPERTS, add_bias_linear=True), [layout(), layout(tp=2, ep=2), layout(pp=2, ep=2)]),
+        (replace(LATENT_EXPERTS, mtp_num_layers=1), [layout(), layout(tp=2, ep=2, etp=2, pp=2, vpp=2)]),
         (
             replace(DENSE, add_bias_linear=True, normalization="LayerNorm", position_embedding_type="learned_absolute"),
             [layout(), layout(tp=2, pp=2), Layout(tp=1, ep=1, etp=1, pp=3, world_size=3, first_stage_layers=2)],
         ),
     ],
-    ids=["grouped", "sequential", "latent", "latent-no-q-rank", "tied-not-gated", "dense-biases"],
+    ids=[
+        "grouped",
+        "sequential",
+        "latent",
+        "latent-no-q-rank",
+        "tied-not-gated",
+        "few-query-groups",
+        "virtual-stages",
+        "virtual-stages-uneven",
+        "token-prediction",
+        "latent-experts",
+        "latent-experts-everything",
+        "dense-biases",
+    ],
 )
 def test_logits_agree_across_layouts(ranks: RankPool, shape: ModelShape, layouts: list[Layout]) -> None:
     answers = ranks.run(logits_of, shape, layouts)
@@ -85,16 +106,6 @@ def logits_with_swapped_gate(rank: int) -> list[torch.Tensor | None]:
     with torch.no_grad():
         weight.copy_(weight.roll(weight.size(0) // 2, dims=0))
     return [right, forward_logits(model, TOKENS)]
-
-
-@pytest.mark.skipif(megatron_version() >= (0, 19), reason="0.19 runs it")
-def test_more_tensor_ranks_than_query_groups_is_refused() -> None:
-    shape = replace(DENSE, num_query_groups=2)
-    with playing(0, 4):
-        model = built(shape, layout(tp=4))
-        assert model is not None
-        with pytest.raises(UnavailableError, match="2 query groups on TP 4"):
-            forward_logits(model, TOKENS)
 
 
 def test_failure_inside_is_a_refit_error() -> None:

@@ -6,15 +6,30 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
 from refit.models.megatron.sharding import read_weights
 from refit.predict.megatron import predict
-from tests.models.megatron.small import DENSE, EXPERTS, LATENT, MLA, MOE, SEQUENTIAL, built, layout, playing, spec
+from tests.models.megatron.small import (
+    DENSE,
+    EXPERTS,
+    LATENT,
+    LATENT_EXPERTS,
+    MLA,
+    MOE,
+    SEQUENTIAL,
+    built,
+    layout,
+    playing,
+    spec,
+)
 
 UNEVEN = Layout(tp=2, ep=2, etp=1, pp=2, world_size=8, first_stage_layers=3)
 UNEVEN_LAST = Layout(tp=1, ep=1, etp=1, pp=3, world_size=3, last_stage_layers=2)
+UNEVEN_ENDS = ("first_stage_layers", "last_stage_layers")
 BIASED = {"add_bias_linear": True, "add_qkv_bias": True}
 NO_SHARED = replace(EXPERTS, shared_ffn_hidden_size=None)
 
@@ -51,6 +66,7 @@ def test_every_layout(shape: ModelShape, step: int) -> None:
     assert not found
 
 
+MTP = replace(DENSE, mtp_num_layers=1)
 SHAPES = {
     "dense": DENSE,
     "grouped": MOE,
@@ -66,6 +82,11 @@ SHAPES = {
     "latent without q rank": replace(LATENT, mla=replace(MLA, q_lora_rank=None), qk_layernorm=False),
     "latent without norms": replace(LATENT, qk_layernorm=False, swiglu=False),
     "one query group": replace(SEQUENTIAL, num_query_groups=1),
+    "token prediction": replace(LATENT, mtp_num_layers=2),
+    "token prediction, sequential": replace(SEQUENTIAL, mtp_num_layers=1, normalization="LayerNorm"),
+    "token prediction, dense": replace(MTP, add_bias_linear=True, swiglu=False),
+    "latent experts": LATENT_EXPERTS,
+    "latent experts, sequential": replace(SEQUENTIAL, experts=replace(EXPERTS, latent_size=16, grouped_gemm=False)),
 }
 
 
@@ -77,6 +98,41 @@ def test_every_shape(name: str) -> None:
         layouts = [layout(tp=4, ep=2), layout(tp=2, ep=2, etp=2), layout(tp=1, ep=4), UNEVEN, UNEVEN_LAST]
     found = {str(where): lines for where in layouts if (lines := differences(shape, where))}
     assert not found
+
+
+@st.composite
+def small_models(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
+    """Up to eight ranks and eight layers, with virtual stages, multi-token prediction and latent experts at random."""
+    tp, pp = draw(st.sampled_from((1, 2))), draw(st.sampled_from((1, 2, 4)))
+    vpp = draw(st.sampled_from((1, 2))) if pp > 1 else 1
+    num_layers = pp * vpp * draw(st.integers(1, 8 // (pp * vpp)))
+    ends = [draw(st.sampled_from((None, vpp))) if pp == 2 and num_layers > pp * vpp else None, None]
+    ep, etp = draw(st.sampled_from(((1, 1), (tp, 1), (1, tp))))
+    where = Layout(
+        tp=tp, ep=ep, etp=etp, pp=pp, world_size=tp * pp, vpp=vpp, **dict(zip(UNEVEN_ENDS, ends, strict=True))
+    )
+    experts = replace(
+        EXPERTS,
+        layers=tuple(draw(st.lists(st.booleans(), min_size=num_layers, max_size=num_layers))),
+        latent_size=draw(st.sampled_from((None, 16))),
+        shared_ffn_hidden_size=draw(st.sampled_from((None, 48))),
+        grouped_gemm=draw(st.booleans()),
+    )
+    mtp, tied = draw(st.integers(0, 2)), draw(st.booleans())
+    shape = replace(
+        draw(st.sampled_from((DENSE, LATENT))),
+        num_layers=num_layers,
+        experts=experts,
+        mtp_num_layers=mtp,
+        tied_embeddings=tied and not (mtp and pp > 1),
+    )
+    return (replace(shape, experts=None) if ep == 1 and draw(st.booleans()) else shape), where
+
+
+@settings(max_examples=15, deadline=None)
+@given(small_models())
+def test_chunks_token_prediction_and_latent_experts_in_any_layout(model: tuple[ModelShape, Layout]) -> None:
+    assert differences(*model) == []
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(LATENT, Dtype.BF16), (SEQUENTIAL, Dtype.FP16)], ids=["bf16", "fp16"])

@@ -70,6 +70,12 @@ def test_several_chunks_are_read_together() -> None:
         _ = model.module
 
 
+def test_provider_that_returns_too_few_chunks() -> None:
+    where = layout(pp=2, vpp=2)
+    with playing(0, 2), pytest.raises(RefitError, match=r"a list of 2 modules, .* it returned 1"):
+        build_from_provider(lambda *_: torch.nn.Identity(), where, build_groups(where), "cpu")
+
+
 def test_provider_that_returns_no_module() -> None:
     with playing(0, 1), pytest.raises(RefitError, match="it returned dict"):
         build_from_provider(lambda *_: {}, layout(), build_groups(layout()), "cpu")  # type: ignore[arg-type,return-value]
