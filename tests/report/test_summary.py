@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from refit.commands import report
+from refit.config.layout import Layout
+from refit.config.side import SideSpec
 from refit.errors import UsageError
-from refit.report.summary import counts_line, summary_text
+from refit.report.summary import counts_line, side_text, summary_text
 from refit.report.tables import csv_text, markdown_text
 from refit.results.outcomes import judged, load_outcomes
 from refit.results.refit import EngineResult, ForwardCheck
@@ -257,3 +259,9 @@ def test_the_command_reports_failures_without_failing(tmp_path: Path, capsys: py
     args = parser.parse_args(["report", str(tmp_path), "--format", "csv"])
     assert args.run(args) == 0
     assert capsys.readouterr().out.startswith("name,status,reason,source_tp,")
+
+
+def test_a_side_names_what_is_not_the_default() -> None:
+    layout = Layout(tp=2, ep=4, etp=1, pp=2, world_size=16, vpp=3)
+    assert side_text(SideSpec(layout), Status.OK) == "TP=2, EP=4, ETP=1, PP=2, VPP=3 (16 GPUs)"
+    assert side_text(SideSpec(replace(layout, etp=2, vpp=1)), Status.OK) == "TP=2, EP=4, PP=2 (16 GPUs)"
