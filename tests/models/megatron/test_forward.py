@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 from refit.config.layout import Layout
 from refit.config.shape import LatentAttention, ModelShape
 from refit.errors import RefitError
+from refit.models.megatron import compat
+from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.forward import forward_logits
 from refit.models.megatron.sharding import read_weights
 from tests.models.megatron.small import DENSE, LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, playing
@@ -81,6 +85,46 @@ def test_logits_agree_across_layouts(ranks: RankPool, shape: ModelShape, layouts
         assert len(held) == where.world_size // where.pp
         for logits in held:
             torch.testing.assert_close(logits, reference, atol=2e-5, rtol=1e-4)
+
+
+class Predicted(Exception):
+    """Carries the output of the multi-token prediction layers out of a forward pass."""
+
+
+def predicted_of(rank: int, shape: ModelShape, layouts: list[Layout]) -> list[torch.Tensor | None]:
+    """Hidden states `[(1 + layers) * sequence, batch, hidden]` behind the multi-token prediction layers."""
+
+    def stop(module: torch.nn.Module, inputs: tuple[object, ...], output: torch.Tensor) -> None:
+        raise Predicted(output)
+
+    def predicted(model: BuiltModel) -> torch.Tensor | None:
+        fill(read_weights(model))
+        for chunk in model.chunks:
+            if hasattr(chunk, "mtp"):
+                chunk.mtp.register_forward_hook(stop)
+        with patch.object(compat, "without_token_prediction", lambda chunk: contextlib.nullcontext()):
+            try:
+                forward_logits(model, TOKENS)
+            except Predicted as found:
+                return found.args[0]
+        return None
+
+    models = [built(shape, where) for where in layouts]
+    return [None if model is None else predicted(model) for model in models]
+
+
+@pytest.mark.parametrize("shape", [LATENT, SEQUENTIAL], ids=["latent", "sequential"])
+def test_token_prediction_agrees_across_layouts(ranks: RankPool, shape: ModelShape) -> None:
+    """The logits of the next token do not depend on these layers, so their own output is compared here."""
+    layouts = [layout(), layout(tp=2, ep=2, etp=2), layout(tp=2, ep=2, pp=2, vpp=2)]
+    answers = ranks.run(predicted_of, replace(shape, mtp_num_layers=2), layouts)
+    held = [answer[number] for number in range(len(layouts)) for answer in answers if answer[number] is not None]
+    assert len(held) == 1 + 4 + 4
+    assert held[0].shape == (3 * 12, 2, 64)
+    main, *further = held[0].chunk(3)
+    assert all(float((one - main).abs().max()) > 1e-2 for one in further)
+    for found in held:
+        torch.testing.assert_close(found, held[0], atol=2e-5, rtol=1e-4)
 
 
 def test_both_spellings_of_experts_agree(ranks: RankPool) -> None:
