@@ -9,7 +9,7 @@ SHELL_SCRIPTS := $(wildcard *.sh scripts/*.sh tests/slurm/*.sh) tests/shell/bin/
 # torchrun would set and announce the same default.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check bench bench-gpu slurm-test clean
+.PHONY: demo test test-all check bench bench-gpu results slurm-test clean
 
 ## demo: a real refit on eight CPU ranks, verified bit for bit (TP2 EP2 -> TP2 EP1, two ranks idle)
 demo: $(READY)
@@ -51,6 +51,10 @@ bench: $(READY)
 NUM_GPUS ?= 8
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_matrix --num-gpus $(NUM_GPUS)
+
+## results: the tables of docs/performance.md and the README's opening, from the files of docs/results
+results: $(READY)
+	$(BIN)/python -m benchmarks.results_docs
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -5,31 +5,23 @@
     python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs, the speed rows halved
     python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
-Every cell is one torchrun with its own timeout, so a cell that fails or hangs does not stop the others. `--output-dir`
-gets one JSON and one log per cell, and a table of all cells. The exit code is 0 if every cell that could run was right.
+`--output-dir` gets one JSON and one log per cell, a table of all cells, and one `gpu<N>_<PART>.jsonl` per part. Copied
+to docs/results these make the tables of docs/performance.md (`python -m benchmarks.results_docs`). The exit code is 0
+if every cell that could run was right.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
-import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from benchmarks.matrix import APART, NAME_WIDTH, TOGETHER, Cell, Sizes, add_arguments, cell, chosen, run_all
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.predict.dry_run import DryRunOptions, dry_run
-from refit.results.refit import EngineResult
-from refit.results.result import Result, read_result
-from refit.results.status import Status
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("nccl", "nvshmem")
 NVSHMEM_WAYS = (("direct", "--one-sided-buffers direct"), ("put", "--nvshmem-force-put"))
 
@@ -54,34 +46,6 @@ REFERENCE_MODEL = """--num-layers 4 --hidden-size 1024 --num-attention-heads 8 -
     3"""
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One scenario of the matrix: its part, its name, and its flags of `benchmark_refit.py`."""
-
-    part: str
-    name: str
-    flags: tuple[str, ...]
-    num_gpus: int
-    timeout_s: int = 120
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """TP, EP and ETP of one side."""
-
-    tp: int
-    ep: int
-    etp: int = 1
-
-    def flags(self, prefix: str) -> str:
-        etp = "expert-tensor-model-parallel-size" if prefix else "expert-tensor-parallel-size"
-        return (
-            f"--{prefix}tensor-model-parallel-size {self.tp} --{prefix}expert-model-parallel-size {self.ep} "
-            f"--{prefix}{etp} {self.etp}"
-        )
-
-
-APART, TOGETHER = "non-collocated", "collocated"
 Pairing = tuple[Sizes, Sizes, str]
 
 
@@ -113,21 +77,6 @@ HALVED = Rows(
 )
 
 
-def cell(part: str, source: Sizes, destination: Sizes, mode: str, method: str, *extra: str, label: str = "") -> Cell:
-    name = f"{part} TP{source.tp} EP{source.ep} -> TP{destination.tp} EP{destination.ep}"
-    if (source.etp, destination.etp) != (1, 1):
-        name += f" ETP{source.etp} -> {destination.etp}"
-    flags = [
-        source.flags(""),
-        destination.flags("rl-inference-"),
-        f"--refit-mode {mode} --refit-method {method}",
-        *extra,
-    ]
-    sizes = (source.tp * source.ep, destination.tp * destination.ep)
-    num_gpus = max(sizes) if mode == "collocated" else sum(sizes)
-    return Cell(part, f"{name} {mode} {method} {label}".strip(), tuple(shlex.split(" ".join(flags))), num_gpus)
-
-
 def cells(num_gpus: int) -> Iterator[Cell]:
     """The cells that fit `num_gpus`. With fewer than 8 GPUs the speed rows' sizes are halved."""
     rows = WHOLE if num_gpus >= 8 else HALVED
@@ -138,7 +87,7 @@ def cells(num_gpus: int) -> Iterator[Cell]:
             _transformer_engine(method),
             _reference(method),
         ):
-            yield from (one for one in part_cells if one.num_gpus <= num_gpus)
+            yield from (one for one in part_cells if one.num_ranks <= num_gpus)
 
 
 def _speed(rows: Rows, method: str) -> Iterator[Cell]:
@@ -191,103 +140,17 @@ def predicted(one: Cell) -> str:
     return "-" if bound is None else f"{1e3 * bound.seconds:8.2f} ms: {bound.limited_by}"
 
 
-def run(one: Cell, directory: Path, num_gpus: int) -> Result | None:
-    """Run a cell and return its result, or None where it wrote none. Its log is `<directory>/log`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_gpus)]
-    command += [str(ROOT / "benchmark_refit.py"), *one.flags, "--output-dir", str(directory)]
-    command += ["--timeout", str(one.timeout_s // 2)]
-    with (directory / "log").open("w") as log:
-        # Its own process group, so that a timeout ends the ranks as well.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(one.timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    results = sorted(directory.glob("*.json"))
-    if not results or not results[-1].stat().st_size:
-        return None
-    return read_result(results[-1])
-
-
-def row(one: Cell, result: Result | None) -> str:
-    """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, the baseline's, wrong
-    elements.
-
-    `first` is planning, preparing and the first refit; `extra` the most device memory beyond both models.
-    """
-    measured = result.refit if result else None
-    if result is None or measured is None or not measured.engines:
-        return f"{one.name:<{NAME_WIDTH}} {'failed':>8}  no result, see its log"
-    ours, theirs = (measured.engines.get(name, EngineResult()) for name in ("refit", "megatron"))
-    extra = [nbytes for nbytes in ours.extra_memory_bytes_per_rank if nbytes is not None]
-    cells = [
-        _text(ours.median_s, 1e3),
-        _text(measured.bound.seconds if measured.bound else None, 1e3),
-        _text(ours.bottleneck_gb_per_s, 1),
-        _text(ours.first_s if ours.cold_s else None, 1e3),
-        _text(ours.connect_s, 1e3),
-        _text(max(extra, default=None), 2**-20),
-        _wrong(ours),
-        _text(theirs.median_s, 1e3),
-        _text(theirs.bottleneck_gb_per_s, 1),
-        _wrong(theirs) if "megatron" in measured.engines else "-",
-        f"{theirs.median_s / ours.median_s:.2f}" if theirs.median_s and ours.median_s else "-",
-    ]
-    padded = " ".join(f"{text:>{width}}" for text, width in zip(cells, WIDTHS, strict=True))
-    return f"{one.name:<{NAME_WIDTH}} {padded}  {result.status.value}"
-
-
-def _text(value: float | None, scale: float) -> str:
-    return "-" if value is None else f"{value * scale:.1f}"
-
-
-def _wrong(engine: EngineResult) -> str:
-    return f"{engine.num_wrong:,}" if engine.samples else engine.status.value
-
-
-NAME_WIDTH = 72
-TITLES = ("ms", "bound ms", "GB/s", "first ms", "connect", "extra MiB", "#wrong", "base ms", "GB/s", "#wrong", "ratio")
-WIDTHS = (8, 8, 7, 8, 8, 9, 7, 9, 7, 14, 6)
-HEADER = (
-    f"{'cell':<{NAME_WIDTH}} "
-    + " ".join(f"{title:>{width}}" for title, width in zip(TITLES, WIDTHS, strict=True))
-    + "  status"
-)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="parts to run; may be given several times")
-    parser.add_argument("--match", default="", help="run only cells whose name contains this")
-    parser.add_argument("--list", action="store_true", help="list the cells and stop")
+    add_arguments(parser, "benchmark_results/gpu_matrix")
     parser.add_argument("--num-gpus", type=int, default=8)
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmark_results/gpu_matrix"))
-    parser.add_argument("flags", nargs="*", help="flags for every cell, after --")
     args = parser.parse_args()
-    chosen = [
-        one for one in cells(args.num_gpus) if args.match in one.name and (args.only is None or one.part in args.only)
-    ]
+    picked = chosen(cells(args.num_gpus), args)
     if args.list:
-        for one in chosen:
+        for one in picked:
             print(f"{one.name:<{NAME_WIDTH}} {predicted(one)}")
         return 0
-    lines, failed = [HEADER], 0
-    for number, one in enumerate(chosen):
-        wider = dataclasses.replace(one, flags=(*one.flags, *args.flags))
-        result = run(
-            wider,
-            args.output_dir / f"{number:02d}_{'_'.join(one.name.replace('->', 'to').lower().split())}",
-            args.num_gpus,
-        )
-        failed += result is None or result.status not in (Status.OK, Status.WAIVED)
-        lines.append(row(one, result))
-        print(lines[-1], flush=True)
-    table = "\n".join(lines)
-    (args.output_dir / "table.txt").write_text(table + "\n")
-    print(f"\n{table}\n\n{len(chosen) - failed} of {len(chosen)} cells right or waived")
-    return 1 if failed else 0
+    return run_all(picked, args.output_dir, f"gpu{args.num_gpus}", args.num_gpus)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.gpu_matrix import Cell, cells, row
+from benchmarks.gpu_matrix import cells
+from benchmarks.matrix import Cell, row, run_all
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.predict.memory import check_memory
+from refit.results.collection import read_collection
+from refit.results.status import Status
+from refit.results.sweep import check_name
+from tests.report.factories import planned, result, timed
 
 ALL = {one.name: one for num_gpus in (4, 8) for one in cells(num_gpus)}
 
 
 @pytest.mark.parametrize("one", [one for one in ALL.values() if "nccl" in one.name], ids=lambda one: one.name)
 def test_a_cell_can_be_run(one: Cell) -> None:
-    run = dry_run(parse(one.flags).scenario, DryRunOptions(one.num_gpus, cluster=load_cluster("h200_nvlink")))
+    run = dry_run(parse(one.flags).scenario, DryRunOptions(one.num_ranks, cluster=load_cluster("h200_nvlink")))
     check_memory(run)
-    assert run.scenario.num_ranks == one.num_gpus
+    assert run.scenario.num_ranks == one.num_ranks
 
 
 def test_every_cell_of_one_method_stands_for_the_other_too() -> None:
@@ -28,11 +35,31 @@ def test_every_cell_of_one_method_stands_for_the_other_too() -> None:
 
 def test_fewer_gpus_leave_only_what_fits() -> None:
     assert {one.part for one in cells(4)} == {"speed", "large", "drift", "correctness", "te", "reference"}
-    assert all(one.num_gpus <= 4 for one in cells(4))
+    assert all(one.num_ranks <= 4 for one in cells(4))
     assert len([one for one in cells(8) if one.part == "reference"]) == 20
 
 
-def test_a_cell_without_a_result_has_a_row_that_says_so() -> None:
-    one = next(iter(cells(8)))
-    assert row(one, None).endswith("no result, see its log")
-    assert "failed" in row(one, None)
+def test_a_row_names_every_baseline() -> None:
+    one, entry = next(iter(cells(8))), planned("a")
+    engines = {"refit": timed([0.05]), "megatron": timed([0.1]), "nccl-m2n": timed([0.2], num_wrong=3)}
+    text = row(one, result(entry, engines=engines))
+    assert "Megatron-Core 100.0 ms, wrong 0, 2.00 x as long; nccl-m2n 200.0 ms, wrong 6" in text
+
+
+def test_no_two_cells_share_a_name_in_a_file() -> None:
+    for num_gpus in (4, 8):
+        slugs = [one.slug for one in cells(num_gpus)]
+        assert len(set(slugs)) == len(slugs)
+        for slug in slugs:
+            check_name(slug, "cell")
+        assert len({one.part for one in cells(num_gpus)}) < 8
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_in_the_results(tmp_path: Path) -> None:
+    refused = Cell("part", "part a -> b", ("--no-such-flag",), 1)
+    assert run_all([refused], tmp_path, "cpu") == 1
+    (kept,) = read_collection(tmp_path / "cpu_part.jsonl")
+    assert (kept.run_id, kept.status) == ("part_a_to_b", Status.FAILED)
+    assert "see its log" in str(kept.failure)
+    assert "no-such-flag" in (tmp_path / "00_part_a_to_b" / "log").read_text()

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from refit.commands.report import named_skipped
-from refit.report.compare import compare_runs, compare_text, exit_code
+from refit.errors import UsageError
+from refit.report.compare import Comparison, compare_runs, compare_text, exit_code
 from refit.report.console import show
-from refit.results.runs import find_run
+from refit.report.plots.changes import draw_changes
+from refit.results.plain import plain
+from refit.results.runs import Run, find_run
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -36,6 +39,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="SHARE",
         help="largest allowed increase of a median, as 5%% or 0.05; default: 5%%",
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw both medians of every scenario")
     parser.set_defaults(run=compare)
 
 
@@ -51,9 +55,18 @@ def share(text: str) -> float:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Print the comparison and return its exit code. Raises UsageError where nothing can be compared."""
+    """Print the comparison and return its exit code. Raises UsageError where nothing can be compared or drawn."""
     old, new = find_run(args.old), find_run(args.new)
     comparison = compare_runs(old, new)
     show(compare_text(old, new, comparison, args.max_slowdown))
+    if args.plot is not None:
+        show(plain(f"Picture: {_drawn(old, new, comparison, args.plot)}"))
     named_skipped(old, new)
     return int(exit_code(old, new, comparison, args.max_slowdown))
+
+
+def _drawn(old: Run, new: Run, comparison: Comparison, path: Path) -> Path:
+    try:
+        return draw_changes(old, new, comparison, path)
+    except OSError as error:
+        raise UsageError(f"--plot {path} cannot be written: {error.strerror}: give another file") from None

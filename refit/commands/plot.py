@@ -20,9 +20,9 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "plot",
         help="draw a run as pictures",
-        description="Draw, as PNG: times beside lower bounds, refits in order, bytes of each rank and of each pair of "
-        "ranks. Needs matplotlib (exit code 3 without). Pictures of the same name are replaced. Exit "
-        "code 4 if a damaged file was skipped.",
+        description="Draw, as PNG: times beside lower bounds, refits in order, phases, time against bytes, and the "
+        "bytes of each rank and of each pair of ranks. Needs matplotlib (exit code 3 without). Pictures of the same "
+        "name are replaced. Exit code 4 if a damaged file was skipped.",
     )
     add_run_arguments(parser)
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: <RUN_ID>_plots beside the results")

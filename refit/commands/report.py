@@ -34,7 +34,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir",
         type=Path,
         metavar="RUN_DIR",
-        help="a folder of results, a folder with a logs folder in it, a *_sweep.json or a result file",
+        help="a folder of results, a folder with a logs folder in it, a *_sweep.json, a result file or a collection",
     )
     parser.add_argument("--run-id", metavar="ID", help="which run of that folder; default: the latest")
 

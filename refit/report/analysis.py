@@ -19,7 +19,7 @@ from refit.config.scenario import Mode
 from refit.report import evidence
 from refit.report.neutral import plain_lines
 from refit.report.points import Point, points_of
-from refit.report.time_fit import FitError, Load, fit_time
+from refit.report.scaling import scalings
 from refit.results.outcomes import Outcome
 
 NEARLY_EQUAL = 1.05
@@ -171,25 +171,15 @@ def _wire(point: Point) -> str:
 def scaling(points: Sequence[Point]) -> list[str]:
     """Per mode and method: the cost of one transfer and the bandwidth, or why they cannot be determined."""
     lines = []
-    for (mode, method), group in _grouped(points, lambda point: (point.mode, point.method)):
-        loads = [
-            Load(point.busiest, point.num_transfers / point.destination.world_size, point.median_s)
-            for point in group
-            if point.num_transfers is not None and point.busiest
-        ]
-        try:
-            fit = fit_time(loads)
-        except FitError as error:
-            lines.append(f"{mode}, {method}: no fit: {error}.")
+    for group in scalings(points):
+        if group.reason or group.fit is None:
+            lines.append(f"{group.mode}, {group.method}: {group.reason}.")
             continue
-        if reason := evidence.unfit_to_compare(group) or evidence.poor_fit(fit, len(loads)):
-            lines.append(f"{mode}, {method}: no conclusion: {reason}.")
-            continue
-        largest = max(loads, key=lambda load: load.nbytes)
+        fit, largest = group.fit, max(group.loads, key=lambda load: load.nbytes)
         by_bytes = fit.bytes_s(largest) / (fit.bytes_s(largest) + fit.operations_s(largest))
         lines += [
-            f"{mode}, {method}: time = {units.seconds(fit.operation_s)} x transfers per destination GPU + busiest "
-            f"rank's bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({len(loads)} scenarios, "
+            f"{group.mode}, {group.method}: time = {units.seconds(fit.operation_s)} x transfers per destination GPU + "
+            f"busiest rank's bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({len(group.loads)} scenarios, "
             f"off by {100 * fit.worst_error:.0f} % at most).",
             f"  Of the largest, {units.gb(largest.nbytes)} in {largest.operations:,.0f} transfers, "
             f"{100 * by_bytes:.0f} % of the time goes with the bytes.",

@@ -1,4 +1,4 @@
-"""Finds a run on disk: a sweep by its file or folder, or single results outside a sweep."""
+"""Finds a run on disk: a sweep by its file or folder, a collection, or single results outside a sweep."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit.errors import UsageError
+from refit.results.collection import COLLECTION_SUFFIX, read_collection
 from refit.results.outcomes import Outcome, judged, load_outcomes
 from refit.results.reading import UnreadableFile
 from refit.results.result import Environment, Result, read_result
@@ -30,7 +31,8 @@ class Run:
 
 
 def find_run(path: Path, run_id: str | None = None) -> Run:
-    """The run at `path`: a sweep file, a result file, a folder of either, or a folder with such a `logs` folder.
+    """The run at `path`: a sweep file, a collection, a result file, a folder of sweeps or results, or the folder above
+    such a `logs` folder.
 
     Of several sweeps the latest is taken, unless `run_id` names one. A folder without sweeps gives all its results, or
     the one that `run_id` names. Damaged files are passed over (`Run.skipped`). Raises UsageError where there is no run,
@@ -39,7 +41,7 @@ def find_run(path: Path, run_id: str | None = None) -> Run:
     if not _exists(path):
         raise UsageError(f"{path} does not exist: give a folder of results, a sweep file or a result file")
     if path.is_file():
-        run = _sweep_run(path) if path.name.endswith(SWEEP_SUFFIX) else _single_results(path.parent, [path])
+        run = _run_in(path)
         if run_id not in (None, run.sweep.run_id):
             raise UsageError(f"{path} is run {run.sweep.run_id}, not {run_id}: give its folder, or leave --run-id out")
         return run
@@ -52,6 +54,15 @@ def find_run(path: Path, run_id: str | None = None) -> Run:
             return _single_results(folder, found)
     wanted = f"no result {run_id}.json" if run_id else "no results"
     raise UsageError(f"{path} holds {wanted}: give the folder that a run's --output-dir named, or its logs folder")
+
+
+def _run_in(path: Path) -> Run:
+    """The run in a sweep file, a collection or a result file."""
+    if path.name.endswith(SWEEP_SUFFIX):
+        return _sweep_run(path)
+    if path.suffix == COLLECTION_SUFFIX:
+        return _combined(path.parent, path.stem, {result.run_id: result for result in read_collection(path)})
+    return _single_results(path.parent, [path])
 
 
 def _exists(path: Path) -> bool:
@@ -102,7 +113,7 @@ def _sweep_run(path: Path) -> Run:
 
 
 def _single_results(folder: Path, paths: list[Path]) -> Run:
-    """Results side by side, oldest first, as a sweep without a title, named after its only result or its folder."""
+    """Result files side by side, as a run named after its only result or its folder."""
     named: dict[str, Result] = {}
     skipped = []
     for path in paths:
@@ -112,12 +123,18 @@ def _single_results(folder: Path, paths: list[Path]) -> Run:
             skipped.append(error)
     if not named:
         raise _none_readable(skipped)
+    run_id = paths[0].stem if len(paths) == 1 else folder.resolve().name
+    return replace(_combined(folder, run_id, named), skipped=tuple(skipped))
+
+
+def _combined(folder: Path, run_id: str, named: dict[str, Result]) -> Run:
+    """Results by name as a sweep without a title, oldest first."""
     started = dict(sorted(named.items(), key=lambda item: (item[1].started or "", item[0])))
     outcomes = tuple(judged(_planned(name, result), result) for name, result in started.items())
     planned = [outcome.planned for outcome in outcomes]
     jobs = dict.fromkeys(job for result in started.values() if (job := result.variables.get("SLURM_JOB_ID")))
     sweep = Sweep(
-        run_id=paths[0].stem if len(paths) == 1 else folder.resolve().name,
+        run_id=run_id,
         title="",
         date=next(reversed(started.values())).started or "unknown",
         jobs=tuple(jobs),
@@ -127,7 +144,7 @@ def _single_results(folder: Path, paths: list[Path]) -> Run:
         cluster=None,
         scenarios=tuple(planned),
     )
-    return Run(folder, sweep, outcomes, is_sweep=False, skipped=tuple(skipped))
+    return Run(folder, sweep, outcomes, is_sweep=False)
 
 
 def _planned(name: str, result: Result) -> Planned:

@@ -8,7 +8,7 @@ from refit.plan.cost import bytes_matrix
 from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
 from refit.predict.sides import predict_side
-from refit.report.plots import NoPairs
+from refit.report.plots.pairs import NoPairs
 from refit.results.outcomes import Outcome
 
 

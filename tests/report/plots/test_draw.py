@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from dataclasses import replace
 from functools import partial
@@ -17,14 +16,14 @@ from refit.plan.cost import Cost, cost_of
 from refit.plan.planner import plan_refit
 from refit.predict.sides import predict_side
 from refit.report import plots
-from refit.report.plots import NoPairs
+from refit.report.plots.pairs import NoPairs
 from refit.results.outcomes import Outcome, judged
 from refit.results.result import Failure, Result
 from refit.results.runs import find_run
 from refit.results.status import Status
 from refit.results.sweep import Planned
 from refit.sweep.pairs import pair_bytes
-from tests.report.factories import cost, planned, result, side, sweep_of, timed, write_run
+from tests.report.factories import planned, result, side, sweep_of, timed, write_run
 
 FLAGS = (
     "--model tiny --tensor-model-parallel-size 2 --expert-model-parallel-size 2 "
@@ -94,8 +93,9 @@ def test_every_picture_of_a_run(tmp_path: Path) -> None:
     run = find_run(write_run(tmp_path, sweep_of([entry, failed, other]), results))
     drawn = list(plots.draw(run, tmp_path / "pictures", PAIRS))
     paths = [path for path in drawn if isinstance(path, Path)]
-    names = ["times.png", "iterations.png", "drawn_bytes.png", "drawn_pairs.png", "other_bytes.png"]
-    assert [path.name for path in paths] == names
+    names = ["times", "iterations", "phases", "scaling", "drawn_bytes", "drawn_pairs", "other_bytes"]
+    assert [path.stem for path in paths] == names
+    assert {path.suffix for path in paths} == {".png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert [line for line in drawn if isinstance(line, str)] == [
         "failed: no bytes: killed",
@@ -112,63 +112,3 @@ def test_a_run_without_times_says_so(tmp_path: Path) -> None:
         "no times: no scenario of this run has any",
         "never: no bytes: it was not started",
     ]
-
-
-def test_the_times_picture_shows_bars_bounds_and_what_failed() -> None:
-    pytest.importorskip("matplotlib")
-    ok, failed = planned("ok"), planned("bad")
-    outcomes = [
-        of(ok, result(ok, [1.9, 2.0, 2.5], bound_s=1.5, baseline=timed([4.0]))),
-        of(failed, result(failed, status=Status.FAILED, engines={}, failure=Failure("killed"))),
-    ]
-    (axes,) = plots.times_figure(outcomes, "Kimi K2").axes
-    assert sorted(bar.get_width() for bar in axes.patches) == [2.0, 4.0]
-    assert {tuple(line.get_xdata()) for line in axes.lines if line.get_label() == "lower bound"} == {(1.5, 1.5)}
-    assert {text.get_text() for text in axes.texts} == {"2, share of bound 75.0 %", "4", "failed"}
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["ok", "bad"]
-    assert axes.get_xlabel().startswith("refit time (s)")
-
-
-def test_the_times_picture_marks_a_wrong_baseline() -> None:
-    pytest.importorskip("matplotlib")
-    entry = planned("ok")
-    (axes,) = plots.times_figure([of(entry, result(entry, [2.0], baseline=timed([4.0], num_wrong=3)))], "").axes
-    assert {text.get_text() for text in axes.texts} == {"2", "4, wrong"}
-    assert {bar.get_width(): bar.get_hatch() for bar in axes.patches} == {2.0: None, 4.0: plots.WRONG_HATCH}
-    assert "Megatron-Core, wrong" in axes.get_legend_handles_labels()[1]
-
-
-def test_names_are_drawn_as_they_are() -> None:
-    pytest.importorskip("matplotlib")
-    entry = planned("$\\frac\x1b[2J")
-    figure = plots.times_figure([of(entry, result(entry))], "$\\nothing")
-    figure.savefig(io.BytesIO())
-    assert figure.axes[0].get_yticklabels()[0].get_text() == "\\$\\frac\\x1b[2J"
-
-
-def test_sent_and_received_bytes_are_drawn_apart() -> None:
-    pytest.importorskip("matplotlib")
-    plan = cost(sent={0: 4_000_000, 1: 0}, received={2: 3_000_000, 3: 1_000_000})
-    (axes,) = plots.rank_bytes_figure("name", plan).axes
-    assert {(round(bar.get_x() + 0.4), bar.get_height()) for bar in axes.patches} == {(2, 3), (3, 1), (0, -4), (1, 0)}
-    assert "(MB)" in axes.get_ylabel()
-
-
-def test_the_heat_map_has_source_ranks_in_rows() -> None:
-    pytest.importorskip("matplotlib")
-    entry = planned("name", side(2, 1), side(1, 1))
-    matrix = np.zeros((3, 3), np.int64)
-    matrix[1, 2] = 5_000_000_000
-    axes, bar = plots.pairs_figure("name", matrix, of(entry, result(entry))).axes
-    shown = axes.images[0].get_array()
-    assert shown.shape == (2, 1)
-    assert shown.mask.tolist() == [[True], [False]]
-    assert [(text.get_text(), text.xy) for text in axes.texts] == [("5.00", (2, 1))]
-    assert "GB" in bar.get_ylabel()
-
-
-def test_a_long_name_goes_on_in_the_next_line() -> None:
-    pytest.importorskip("matplotlib")
-    entry = planned("x" * 100)
-    (axes,) = plots.times_figure([of(entry, result(entry))], "").axes
-    assert axes.get_yticklabels()[0].get_text().count("\n") == 2

@@ -1,0 +1,49 @@
+"""Runs four layouts of the tiny model over every CPU method, with the baselines beside them.
+
+    python -m benchmarks.cpu_matrix            about four minutes on two cores
+    python -m benchmarks.cpu_matrix --list     what would run
+
+It shows that the suite works and what its reports look like; at this size the times are those of Python and of the
+scheduler. `benchmarks.transport_speed` and `benchmarks.baseline_speed` measure speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from benchmarks.matrix import APART, NAME_WIDTH, TOGETHER, Cell, Sizes, add_arguments, cell, chosen, run_all
+from refit.config.registry import METHODS
+
+# Grouped experts, which the baseline refits correctly where ETP does not change.
+MODEL = "--model tiny --moe-grouped-gemm --num-benchmark-iterations 9 --refit-engine both"
+PAIRINGS = (
+    (Sizes(2, 2, 2), Sizes(2, 1, 2), APART),
+    (Sizes(1, 2), Sizes(1, 1), APART),
+    (Sizes(2, 2), Sizes(1, 4), TOGETHER),
+    (Sizes(4, 1), Sizes(2, 2), TOGETHER),
+)
+
+
+def cells() -> Iterator[Cell]:
+    """Every pairing over every method whose default device is the CPU."""
+    for method, row in METHODS.items():
+        if row.device == "cpu":
+            yield from (cell("tiny", *pairing, method, MODEL) for pairing in PAIRINGS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "benchmark_results/cpu_matrix")
+    args = parser.parse_args()
+    picked = chosen(cells(), args)
+    if args.list:
+        for one in picked:
+            print(f"{one.name:<{NAME_WIDTH}} {one.num_ranks} ranks")
+        return 0
+    return run_all(picked, args.output_dir, "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Scenarios run one after another, each in a torchrun with its own timeout: their table, and their results as files.
+
+A cell that fails or hangs does not stop the others. `<output-dir>/<MACHINE>_<PART>.jsonl` holds the results of a part
+(`refit.results.collection`), in the form that docs/results keeps and `benchmarks.results_docs` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from refit.config.registry import ENGINES
+from refit.results.collection import COLLECTION_SUFFIX, write_collection
+from refit.results.refit import EngineResult, speed_ratio
+from refit.results.result import Failure, Result, now, read_result
+from refit.results.status import Status
+
+ROOT = Path(__file__).resolve().parent.parent
+APART, TOGETHER = "non-collocated", "collocated"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One scenario of the matrix: its part, its name, and its flags of `benchmark_refit.py`."""
+
+    part: str
+    name: str
+    flags: tuple[str, ...]
+    num_ranks: int
+    timeout_s: int = 120
+
+    @property
+    def slug(self) -> str:
+        """Its name in file names and in collections."""
+        return "_".join(self.name.replace("->", "to").lower().split())
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """TP, EP and ETP of one side."""
+
+    tp: int
+    ep: int
+    etp: int = 1
+
+    def flags(self, prefix: str) -> str:
+        etp = "expert-tensor-model-parallel-size" if prefix else "expert-tensor-parallel-size"
+        return (
+            f"--{prefix}tensor-model-parallel-size {self.tp} --{prefix}expert-model-parallel-size {self.ep} "
+            f"--{prefix}{etp} {self.etp}"
+        )
+
+
+def cell(part: str, source: Sizes, destination: Sizes, mode: str, method: str, *extra: str, label: str = "") -> Cell:
+    name = f"{part} TP{source.tp} EP{source.ep} -> TP{destination.tp} EP{destination.ep}"
+    if (source.etp, destination.etp) != (1, 1):
+        name += f" ETP{source.etp} -> {destination.etp}"
+    flags = [
+        source.flags(""),
+        destination.flags("rl-inference-"),
+        f"--refit-mode {mode} --refit-method {method}",
+        *extra,
+    ]
+    sizes = (source.tp * source.ep, destination.tp * destination.ep)
+    num_ranks = max(sizes) if mode == "collocated" else sum(sizes)
+    return Cell(part, f"{name} {mode} {method} {label}".strip(), tuple(shlex.split(" ".join(flags))), num_ranks)
+
+
+def chosen(cells: Iterable[Cell], args: argparse.Namespace) -> list[Cell]:
+    """The cells that `--only` and `--match` leave, with the flags that follow `--`."""
+    found = [one for one in cells if args.match in one.name and (args.only is None or one.part in args.only)]
+    return [replace(one, flags=(*one.flags, *args.flags)) for one in found]
+
+
+def add_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Arguments of every matrix."""
+    parser.add_argument("--only", action="append", help="parts to run; may be given several times")
+    parser.add_argument("--match", default="", help="run only cells whose name contains this")
+    parser.add_argument("--list", action="store_true", help="list the cells and stop")
+    parser.add_argument("--output-dir", type=Path, default=Path(output_dir))
+    parser.add_argument("flags", nargs="*", help="flags for every cell, after --")
+
+
+def run_all(cells: Iterable[Cell], directory: Path, machine: str, num_ranks: int | None = None) -> int:
+    """Run cells, on `num_ranks` ranks or on as many as each needs; print their table and keep their results.
+
+    Returns 0 if every cell was right or waived, else 1. The collections are up to date after every cell.
+    """
+    parts: dict[str, list[Result]] = {}
+    lines, failed, number = [HEADER], 0, 0
+    for number, one in enumerate(cells, 1):
+        result = run(one, directory / f"{number - 1:02d}_{one.slug}", num_ranks or one.num_ranks)
+        failed += result.status not in (Status.OK, Status.WAIVED)
+        lines.append(row(one, result))
+        print(lines[-1], flush=True)
+        parts.setdefault(one.part, []).append(replace(result, run_id=one.slug))
+        write_collection(directory / f"{machine}_{one.part}{COLLECTION_SUFFIX}", parts[one.part])
+    table = "\n".join(lines)
+    (directory / "table.txt").write_text(table + "\n")
+    print(f"\n{table}\n\n{number - failed} of {number} cells right or waived")
+    return 1 if failed else 0
+
+
+def run(one: Cell, directory: Path, num_ranks: int) -> Result:
+    """Run a cell and return its result, a failed one where it wrote none. Its log is `<directory>/log`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    started_s = time.time()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    command += [str(ROOT / "benchmark_refit.py"), *one.flags, "--output-dir", str(directory)]
+    command += ["--timeout", str(one.timeout_s // 2)]
+    with (directory / "log").open("w") as log:
+        # Its own process group, so that a timeout ends the ranks as well.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(one.timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    written = max(directory.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if written is None or written.stat().st_mtime < started_s or not written.stat().st_size:
+        failure = Failure(f"exit code {process.returncode}, no result: see its log")
+        return Result(one.slug, status=Status.FAILED, failure=failure, started=now())
+    return read_result(written)
+
+
+def row(one: Cell, result: Result) -> str:
+    """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, wrong elements, then every
+    baseline's median, wrong elements and ratio.
+
+    `first` is planning, preparing and the first refit; `extra` the most device memory beyond both models.
+    """
+    measured = result.refit
+    if measured is None or measured.tested is None:
+        reason = result.failure or "no engine ran"
+        return f"{one.name:<{NAME_WIDTH}} {result.status.text:>8}  {reason}"
+    tested = measured.tested
+    extra = [nbytes for nbytes in tested.extra_memory_bytes_per_rank if nbytes is not None]
+    figures = [
+        _text(tested.median_s, 1e3),
+        _text(measured.bound.seconds if measured.bound else None, 1e3),
+        _text(tested.bottleneck_gb_per_s, 1),
+        _text(tested.first_s if tested.cold_s else None, 1e3),
+        _text(tested.connect_s, 1e3),
+        _text(max(extra, default=None), 2**-20),
+        _wrong(tested),
+    ]
+    padded = " ".join(f"{text:>{width}}" for text, width in zip(figures, WIDTHS, strict=True))
+    baselines = "; ".join(_baseline(name, engine, tested) for name, engine in measured.baselines.items())
+    return f"{one.name:<{NAME_WIDTH}} {padded}  {result.status.text}  {baselines}".rstrip()
+
+
+def _baseline(name: str, engine: EngineResult, tested: EngineResult) -> str:
+    title = ENGINES[name].title if name in ENGINES else name
+    ratio = speed_ratio(tested, engine)
+    shown = f", {ratio:.2f} x as long" if ratio else ""
+    return f"{title} {_text(engine.median_s, 1e3)} ms, wrong {_wrong(engine)}{shown}"
+
+
+def _text(value: float | None, scale: float) -> str:
+    return "-" if value is None else f"{value * scale:.1f}"
+
+
+def _wrong(engine: EngineResult) -> str:
+    return f"{engine.num_wrong:,}" if engine.samples else engine.status.value
+
+
+NAME_WIDTH = 72
+TITLES = ("ms", "bound ms", "GB/s", "first ms", "connect", "extra MiB", "#wrong")
+WIDTHS = (8, 8, 7, 8, 8, 9, 9)
+HEADER = (
+    f"{'cell':<{NAME_WIDTH}} "
+    + " ".join(f"{title:>{width}}" for title, width in zip(TITLES, WIDTHS, strict=True))
+    + "  status, baselines"
+)

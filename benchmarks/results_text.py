@@ -1,0 +1,206 @@
+"""Results as the documents show them: tables, the sentences around them, the picture that the README opens with."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from refit import units
+from refit.config.registry import METHODS
+from refit.report.grid import markdown
+from refit.report.neutral import markdown_code, markdown_text
+from refit.report.plots.caption import caption, hardware, model
+from refit.report.plots.style import check_available, engine_title
+from refit.report.plots.times import Bar, bars_figure, baseline_bar, tested_bar
+from refit.report.summary import marked_ms
+from refit.results.outcomes import Outcome
+from refit.results.refit import EngineResult, speed_ratio
+from refit.results.status import Status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LINE = 120
+MAX_OPENING_CASES = 4
+"""Cases in the README's picture."""
+
+
+def case(outcome: Outcome) -> str:
+    """`TP1 EP2 -> TP1 EP2 (2+2)`: layouts and ranks of both sides, one number where they share ranks."""
+    source, destination = outcome.planned.source, outcome.planned.destination
+    if source is None or destination is None:
+        return outcome.planned.name
+    sizes = (source.world_size, destination.world_size)
+    shares_ranks = bool(set(source.ranks) & set(destination.ranks))
+    ranks = str(max(sizes)) if shares_ranks else f"{sizes[0]}+{sizes[1]}"
+    return f"{source.title} -> {destination.title} ({ranks})"
+
+
+def method(outcome: Outcome) -> str:
+    """The method, and the settings that change what it does."""
+    scenario, name = outcome.result.scenario if outcome.result else None, outcome.planned.method
+    if scenario is None or not METHODS[name].one_sided:
+        return name
+    settings = [scenario.one_sided_buffers] * (scenario.one_sided_buffers != "ring")
+    settings += ["put forced"] * scenario.nvshmem_force_put
+    return " ".join([name, *settings])
+
+
+def by_case(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes of one case side by side, in the order of the cases' first."""
+    cases: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        cases.setdefault(case(outcome), []).append(outcome)
+    return cases
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """One row per result, and two columns for each baseline. Columns without figures are left out."""
+    groups = by_case(outcomes).values()
+    rows = [_row(outcome, is_first=outcome is group[0]) for group in groups for outcome in group]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    used = [name for name in columns if any(row.get(name) for row in rows)]
+    return markdown(used, [[row.get(name, "") for name in used] for row in rows], 2)
+
+
+def _row(outcome: Outcome, *, is_first: bool) -> dict[str, str]:
+    tested, share = outcome.tested or EngineResult(), outcome.share_of_bound
+    valid = outcome.status is Status.OK
+    row = {
+        "case": case(outcome) if is_first else "",
+        "method": markdown_text(method(outcome)),
+        "bound ms": f"{1e3 * outcome.bound.seconds:.1f}" if outcome.bound and outcome.bound.seconds else "",
+        "ms": marked_ms(tested) if valid else f"{marked_ms(tested)} {outcome.status.text}".strip(),
+        "% of bound": f"{100 * share:.0f}" if share else "",
+        "GB/s": f"{tested.bottleneck_gb_per_s:.3g}" if tested.bottleneck_gb_per_s else "",
+        "connections ms": f"{1e3 * tested.connect_s:.0f}" if (tested.connect_s or 0.0) >= 0.5e-3 else "",
+        "first ms": f"{1e3 * tested.first_s:.0f}" if tested.cold_s else "",
+    }
+    for name, engine in outcome.refit.baselines.items():
+        ratio, title = speed_ratio(tested, engine), markdown_text(engine_title(name))
+        wrong = f"{engine.num_wrong:,} of {engine.num_compared:,}" if engine.num_wrong else ""
+        row[f"{title} ms"] = marked_ms(engine) or engine.status.text
+        row[f"{title} ratio"] = f"{ratio:.2f}" if ratio else ""
+        row[f"{title} #wrong"] = wrong
+    return row
+
+
+def section(outcomes: Sequence[Outcome]) -> str:
+    """What was measured and on what, the table, and the reason of every result that is not ok."""
+    reasons = [
+        f"- {markdown_code(outcome.planned.name)} {outcome.status.text}: {markdown_text(outcome.reason or '')}"
+        for outcome in outcomes
+        if outcome.status is not Status.OK
+    ]
+    reasons += [
+        f"- {markdown_code(outcome.planned.name)}, {markdown_text(engine_title(name))} {engine.status.text}: "
+        f"{markdown_text(engine.reason)}"
+        for outcome in outcomes
+        for name, engine in outcome.refit.baselines.items()
+        if engine.reason
+    ]
+    parts = [_conditions(outcomes), table(outcomes), verified(outcomes), *(["\n".join(reasons)] if reasons else [])]
+    return "\n\n".join(parts)
+
+
+def _conditions(outcomes: Sequence[Outcome]) -> str:
+    """Hardware, model, date, versions and settings, each with all its values where results differ."""
+    environments = [outcome.result.environment for outcome in outcomes if outcome.result and outcome.result.environment]
+    versions = _all_values([environment.versions for environment in environments])
+    variables = _all_values([environment.variables for environment in environments])
+    lines = [f"{markdown_text(caption(outcomes))}.", f"Versions: {versions}."]
+    lines += [f"Settings: {variables}."] if variables else []
+    return wrapped(" ".join(lines))
+
+
+def _all_values(settings: Sequence[Mapping[str, str]]) -> str:
+    names = dict.fromkeys(name for one in settings for name in one)
+    values = {name: dict.fromkeys(one[name] for one in settings if name in one) for name in names}
+    return ", ".join(f"{markdown_text(name)} {markdown_text(' / '.join(found))}" for name, found in values.items())
+
+
+def verified(outcomes: Sequence[Outcome]) -> str:
+    """How many elements were compared, and how many of them were wrong."""
+    tested = [outcome.tested for outcome in outcomes if outcome.tested]
+    compared, wrong = sum(one.num_compared for one in tested), sum(one.num_wrong for one in tested)
+    refits = sum(len(one.samples) for one in tested)
+    return f"{compared:,} elements compared over {refits} refits of this suite, {wrong:,} wrong."
+
+
+def wrapped(text: str) -> str:
+    """Prose in lines of LINE characters."""
+    return textwrap.fill(text, LINE, break_long_words=False, break_on_hyphens=False)
+
+
+def best(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The fastest valid result of the first case that has one."""
+    for group in by_case(outcomes).values():
+        if valid := [outcome for outcome in group if outcome.status is Status.OK and outcome.median_s]:
+            return min(valid, key=lambda outcome: outcome.median_s or 0.0)
+    return None
+
+
+def opening(outcomes: Sequence[Outcome], picture: str) -> str:
+    """The README's picture and what it says. Raises ValueError without a valid result."""
+    one = best(outcomes)
+    if one is None or one.tested is None or one.median_s is None:
+        raise ValueError("no result of the opening's file is valid")
+    place = markdown_text(f"{model(one)} on {hardware(one)}")
+    parts = [f"{place}: {case(one)} takes {units.seconds(one.median_s)} over {one.planned.method}"]
+    parts += [f"{100 * one.share_of_bound:.0f} % of the speed that the links allow"] if one.share_of_bound else []
+    for name, engine in one.refit.baselines.items():
+        ratio = speed_ratio(one.tested, engine)
+        parts += [f"{markdown_text(engine_title(name))} {ratio:.2f} x as long"] if ratio else []
+    alt = markdown_text(f"Refit times: {caption(outcomes)}")
+    sentence = ", ".join(parts)
+    return f"![{alt}]({picture})\n\n{wrapped(f'{sentence}. {verified(outcomes)}')}"
+
+
+def opening_figure(outcomes: Sequence[Outcome]) -> Figure:
+    """Every method's time in the first cases, and each baseline's best, in one group of bars per case.
+
+    Raises UnavailableError without matplotlib.
+    """
+    check_available()
+    cases = dict(list(by_case(outcomes).items())[:MAX_OPENING_CASES])
+    shown = [outcome for group in cases.values() for outcome in group]
+    return bars_figure(list(cases), [_bars(group) for group in cases.values()], caption(shown))
+
+
+def _bars(group: Sequence[Outcome]) -> list[Bar]:
+    """One bar per method, in its default setting if it was run so, and one per baseline."""
+    methods = {outcome.planned.method: outcome for outcome in reversed(group)}
+    bars = [tested_bar(methods[name]) for name in dict.fromkeys(outcome.planned.method for outcome in group)]
+    baselines: dict[str, EngineResult] = {}
+    for outcome in group:
+        for name, engine in outcome.refit.baselines.items():
+            baselines[name] = min(engine, baselines.get(name, engine), key=_order)
+    return [*bars, *(baseline_bar(name, engine) for name, engine in baselines.items())]
+
+
+def _order(engine: EngineResult) -> tuple[bool, float]:
+    """Right results first, then by time."""
+    return bool(engine.doubt), engine.median_s or float("inf")
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """One paragraph: the range of speeds, of ratios and of first refits, of each case's fastest method."""
+    fastest = [found for group in by_case(outcomes).values() if (found := best(group))]
+    rates = [one.tested.bottleneck_gb_per_s for one in fastest if one.tested and one.tested.bottleneck_gb_per_s]
+    firsts = [1e3 * one.tested.first_s for one in fastest if one.tested and one.tested.cold_s]
+    methods = " or ".join(dict.fromkeys(one.planned.method for one in fastest))
+    parts = [f"On {hardware(fastest[0])} the fastest method of each case ({methods}) moves {_range(rates, '.0f')} GB/s"]
+    for name in dict.fromkeys(name for one in fastest for name in one.refit.baselines):
+        ratios = [speed_ratio(one.tested, one.refit.baselines.get(name)) for one in fastest]
+        known = [ratio for ratio in ratios if ratio]
+        parts += [f"{_range(known, '.2f')} x as fast as {engine_title(name)}"] if known else []
+    first = f" The first refit, planning included, takes {_range(firsts, '.0f')} ms." if firsts else ""
+    where = "(`python -m benchmarks.gpu_matrix`, [docs/performance.md](docs/performance.md))."
+    said = markdown_text(", ".join(parts))
+    return wrapped(f"{said}.{first} {where}")
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
+    return " to ".join(ends)

@@ -1,0 +1,66 @@
+"""Pictures of a run, as PNG: one module for each kind, all readable in grey.
+
+matplotlib is imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from refit.report.plots.caption import caption
+from refit.report.plots.iterations import iterations_figure
+from refit.report.plots.pairs import NoPairs, Pairs, pairs_figure
+from refit.report.plots.phases import phases_figure
+from refit.report.plots.rank_bytes import rank_bytes_figure
+from refit.report.plots.scaling import scaling_figure
+from refit.report.plots.style import check_available, save
+from refit.report.plots.times import times_figure
+from refit.report.points import points_of
+from refit.report.scaling import scalings
+from refit.results.outcomes import Outcome
+from refit.results.runs import Run
+
+
+def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
+    """Draw every picture that the run's results allow: the path of each, or a line with the reason why it is missing.
+
+    Existing files of these names are replaced. Raises UnavailableError without matplotlib.
+    """
+    check_available()
+    directory.mkdir(parents=True, exist_ok=True)
+    yield from _run_pictures(run, directory)
+    for outcome in run.outcomes:
+        yield from _scenario_pictures(outcome, pairs, directory)
+
+
+def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
+    measured = [outcome for outcome in run.outcomes if outcome.tested and outcome.tested.measured_s]
+    under = caption(run.outcomes, run.sweep)
+    if not measured:
+        yield "no times: no scenario of this run has any"
+        return
+    yield save(times_figure(run.outcomes, under), directory / "times.png")
+    yield save(iterations_figure(measured, under), directory / "iterations.png")
+    yield save(phases_figure(measured, under), directory / "phases.png")
+    if groups := scalings(points_of(run.outcomes)):
+        yield save(scaling_figure(groups, under), directory / "scaling.png")
+    else:
+        yield "no time against bytes: needs two scenarios of one mode, method and model that are ok"
+
+
+def _scenario_pictures(outcome: Outcome, pairs: Pairs, directory: Path) -> Iterator[Path | str]:
+    name, plan = outcome.planned.name, outcome.refit.plan
+    if plan is None:
+        yield f"{name}: no bytes: {outcome.reason or 'its result has none'}"
+        return
+    under = caption([outcome])
+    try:
+        matrix = pairs(outcome)
+        picture = pairs_figure(outcome, matrix, under)
+    except NoPairs as reason:
+        yield save(rank_bytes_figure(outcome, plan, None, under), directory / f"{name}_bytes.png")
+        yield f"{name}: no bytes between pairs of ranks: {reason}"
+        return
+    yield save(rank_bytes_figure(outcome, plan, matrix, under), directory / f"{name}_bytes.png")
+    yield save(picture, directory / f"{name}_pairs.png")

@@ -1,0 +1,100 @@
+"""A comparison of two runs: both medians of every scenario, with the spread of their refits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refit.report.compare import MIN_SAMPLES, Comparison, Pair, exceeds_spread, notch
+from refit.report.neutral import picture_text
+from refit.report.plots.caption import caption
+from refit.report.plots.style import (
+    DOUBTFUL,
+    METHOD_LOOKS,
+    check_available,
+    grid,
+    legend,
+    new_figure,
+    save,
+    time_scale,
+    wrapped,
+    wrapped_text,
+)
+from refit.results.outcomes import Outcome
+from refit.results.runs import Run
+from refit.results.status import Status
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OLD, NEW = METHOD_LOOKS[3], METHOD_LOOKS[0]
+
+
+def draw_changes(old: Run, new: Run, comparison: Comparison, path: Path) -> Path:
+    """Write the picture of a comparison to `path`. Raises UnavailableError without matplotlib, OSError."""
+    check_available()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save(changes_figure(old, new, comparison), path)
+
+
+def changes_figure(old: Run, new: Run, comparison: Comparison) -> Figure:
+    """Medians of both runs, whiskers their notches (median +- 1.57 x IQR / sqrt(n)), the change beside them."""
+    runs = [
+        f"{word}: {picture_text(run.sweep.run_id)} ({caption([getattr(pair, word) for pair in comparison.pairs])})"
+        for word, run in (("old", old), ("new", new))
+    ]
+    pairs = comparison.pairs
+    figure = new_figure(10, 2.4 + 0.85 * len(pairs), "Refit time, old and new", "")
+    figure.suptitle("\n".join(["Refit time, old and new", *(wrapped_text(run, 130) for run in runs)]), fontsize=10)
+    axes = figure.add_subplot()
+    longest_s = max((one.median_s or 0.0 for pair in pairs for one in (pair.old, pair.new)), default=0.0)
+    scale, unit = time_scale(longest_s)
+    for row, pair in enumerate(pairs):
+        for offset, outcome, name in ((-0.2, pair.old, "old"), (0.2, pair.new, "new")):
+            _bar(axes, outcome, row + offset, scale, name)
+        end = scale * max(_end_s(pair.old), _end_s(pair.new))
+        axes.annotate(change_text(pair), (end, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(pairs)), [wrapped(pair.name) for pair in pairs], fontsize=9)
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    axes.set_xlim(0, 1.45 * scale * longest_s or 1.0)
+    axes.set_xlabel(f"refit time ({unit}): median of the slowest rank; whiskers: median +- 1.57 x IQR / sqrt(n)")
+    grid(axes, "x")
+    legend(figure)
+    return figure
+
+
+def change_text(pair: Pair) -> str:
+    """`+10.0 %, within spread`; the status and reason where the new result is not valid."""
+    if pair.new.status is not Status.OK:
+        return wrapped_text(f"new: {pair.new.status.text}: {pair.new.reason}", 40)
+    if pair.old.status is not Status.OK:
+        return wrapped_text(f"old: {pair.old.status.text}: {pair.old.reason}", 40)
+    if pair.change is None:
+        return "no times"
+    samples = [one.tested.measured_s if one.tested else [] for one in (pair.old, pair.new)]
+    beyond = exceeds_spread(*samples)
+    spread = {True: ", beyond spread", False: ", within spread", None: ""}[beyond]
+    return f"{100 * pair.change:+.1f} %{spread}"
+
+
+def _half_s(outcome: Outcome) -> float:
+    samples = outcome.tested.measured_s if outcome.tested else []
+    return notch(samples) if len(samples) >= MIN_SAMPLES else 0.0
+
+
+def _end_s(outcome: Outcome) -> float:
+    return outcome.median_s + _half_s(outcome) if outcome.median_s else 0.0
+
+
+def _bar(axes: Axes, outcome: Outcome, place: float, scale: float, name: str) -> None:
+    if not outcome.median_s:
+        return
+    is_valid = outcome.status is Status.OK
+    look, label = ((OLD, NEW)[name == "new"], name) if is_valid else (DOUBTFUL, "not valid")
+    median, half = scale * outcome.median_s, scale * _half_s(outcome)
+    axes.barh(place, median, height=0.38, xerr=half or None, capsize=3, label=label, **look.fill)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    axes.annotate(
+        f"{median:.3g}", (0, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, bbox=box
+    )

@@ -1,0 +1,116 @@
+"""The documents' tables and the README's picture are those that the files of docs/results give."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results_docs, results_text
+from benchmarks.results_docs import BLOCKS, OPENING, PICTURE, RESULTS, ROOT, differences, documents, draw_opening
+from refit.results.collection import write_collection
+from refit.results.outcomes import Outcome, judged
+from refit.results.refit import EngineResult
+from refit.results.result import Failure
+from refit.results.status import Status
+from tests.report.factories import planned, result, side, timed
+
+MAX_FILE_BYTES = 1 << 20
+
+
+def test_the_documents_are_what_the_result_files_give() -> None:
+    assert list(differences(ROOT)) == []
+
+
+def test_result_files_are_small_and_used() -> None:
+    files = sorted((ROOT / RESULTS).glob("*.jsonl"))
+    assert files
+    assert sum(path.stat().st_size for path in files) < MAX_FILE_BYTES
+    assert {path.stem for path in files} <= {name for block in BLOCKS for name in block.files}
+
+
+def copied(root: Path) -> Path:
+    shutil.copytree(ROOT / "docs", root / "docs")
+    shutil.copy(ROOT / "README.md", root)
+    return root
+
+
+def test_a_changed_figure_is_found_and_mended(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    page = root / "docs/performance.md"
+    true = page.read_text()
+    page.write_text(true.replace("elements compared over", "elements seen over"))
+    assert list(differences(root)) == ["docs/performance.md is not what its result files give"]
+    assert documents(root)[page] == true
+
+
+def test_new_results_change_the_documents_and_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    root = copied(tmp_path)
+    for name in OPENING:
+        (root / RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
+    write_collection(root / RESULTS / "gpu4_speed.jsonl", [one.result for one in outcomes() if one.result])
+    assert len(list(differences(root))) == 3
+    for path, text in documents(root).items():
+        path.write_text(text)
+    draw_opening(root)
+    assert list(differences(root)) == []
+    readme = (root / "README.md").read_text()
+    assert PICTURE.as_posix() in readme
+    assert "takes 45.2 ms over nvshmem, 88 % of" in " ".join(readme.split())
+    assert "nccl-m2n" in (root / "docs/performance.md").read_text()
+
+
+def outcomes() -> list[Outcome]:
+    """A case over two methods with two baselines, one of which no registry knows; a wrong one; one that failed."""
+    fast, slow = (planned(name, side(1, 2), side(1, 2), method=name) for name in ("nvshmem", "nccl"))
+    other, failed = planned("other", side(2, 1), side(1, 1)), planned("failed", side(4, 1), side(1, 1))
+    two = {"megatron": timed([0.0904]), "nccl-m2n": timed([0.0565])}
+    waived = EngineResult(Status.WAIVED, "needs NCCL 2.30")
+    return [
+        judged(fast, result(fast, bound_s=0.04, engines={"refit": timed([0.0452]), **two})),
+        judged(slow, result(slow, bound_s=0.04, engines={"refit": timed([0.0565]), **two})),
+        judged(
+            other,
+            result(other, engines={"refit": timed([0.02]), "megatron": timed([0.01], num_wrong=7), "nccl-m2n": waived}),
+        ),
+        judged(failed, result(failed, status=Status.FAILED, measurements={}, failure=Failure("killed"))),
+    ]
+
+
+def test_a_table_has_columns_for_every_baseline() -> None:
+    header, _, *rows = results_text.table(outcomes()).splitlines()
+    titles = [cell.strip() for cell in header.strip("|").split("|")]
+    cells = [dict(zip(titles, (cell.strip() for cell in row.strip("|").split("|")), strict=True)) for row in rows]
+    assert [row["method"] for row in cells] == ["nvshmem", "nccl", "nvshmem", "nvshmem"]
+    assert cells[0]["case"] == "TP1 EP2 -> TP1 EP2 (2+2)"
+    assert cells[1]["case"] == ""
+    assert [row["nccl-m2n ratio"] for row in cells] == ["1.25", "1.00", "", ""]
+    assert [row["Megatron-Core ratio"] for row in cells] == ["2.00", "1.60", "", ""]
+    assert cells[2]["Megatron-Core ms"] == "10.00 (WRONG)"
+    assert cells[2]["Megatron-Core #wrong"] == "14 of 2,000,000"
+    assert cells[2]["nccl-m2n ms"] == "waived"
+    assert cells[3]["ms"] == "failed"
+
+
+def test_a_section_gives_the_reasons() -> None:
+    text = results_text.section(outcomes())
+    assert "- `failed` failed: killed" in text
+    assert "- `other`, nccl-m2n waived: needs NCCL 2.30" in text
+
+
+def test_a_summary_ranges_over_the_fastest_of_each_case() -> None:
+    text = results_text.summary(outcomes())
+    assert "(nvshmem)" in text
+    assert "2.00 x as fast as Megatron-Core" in text
+
+
+def test_an_opening_without_a_valid_result_is_refused() -> None:
+    with pytest.raises(ValueError, match="no result"):
+        results_text.opening(outcomes()[3:], "x.png")
+
+
+def test_marks_have_to_be_there_once() -> None:
+    with pytest.raises(ValueError, match="marks of a"):
+        results_docs.replaced("text", "a", "new")
