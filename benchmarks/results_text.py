@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from refit import units
 from refit.config.registry import METHODS
+from refit.report.compare import exceeds_spread
+from refit.report.evidence import MAX_CV
 from refit.report.grid import markdown
 from refit.report.neutral import markdown_code, markdown_text
 from refit.report.plots.caption import caption, hardware, model
@@ -146,15 +148,22 @@ def opening(outcomes: Sequence[Outcome], picture: str) -> str:
     one = best(outcomes)
     if one is None or one.tested is None or one.median_s is None:
         raise ValueError("no result of the opening's file is valid")
-    place = markdown_text(f"{model(one)} on {hardware(one)}")
-    parts = [f"{place}: {case(one)} takes {units.seconds(one.median_s)} over {one.planned.method}"]
-    parts += [f"{100 * one.share_of_bound:.0f} % of the speed that the links allow"] if one.share_of_bound else []
+    what = f"{case(one)} of {markdown_text(str(model(one)))}"
+    text = f"The refit {what} takes {units.seconds(one.median_s)} over {one.planned.method}"
+    text += f", {100 * one.share_of_bound:.0f} % of the speed that the links allow" if one.share_of_bound else ""
+    text += f" ({markdown_text(str(hardware(one)))}, median of {len(one.tested.measured_s)})."
     for name, engine in one.refit.baselines.items():
         ratio = speed_ratio(one.tested, engine)
-        parts += [f"{markdown_text(engine_title(name))} {ratio:.2f} x as long"] if ratio else []
+        if ratio and differs(one.tested, engine):
+            text += f" {markdown_text(engine_title(name))} takes {ratio:.2f} x as long."
     alt = markdown_text(f"Refit times: {caption(outcomes)}")
-    sentence = ", ".join(parts)
-    return f"![{alt}]({picture})\n\n{wrapped(f'{sentence}. {verified(outcomes)}')}"
+    return f"![{alt}]({picture})\n\n{wrapped(f'{text} {verified(outcomes)}')}"
+
+
+def differs(ours: EngineResult, theirs: EngineResult) -> bool:
+    """Whether a ratio of two medians may be quoted: neither's refits are noisy, and the difference is beyond them."""
+    noise = [engine.summary.cv for engine in (ours, theirs) if engine.summary]
+    return max(noise, default=0.0) <= MAX_CV and bool(exceeds_spread(ours.measured_s, theirs.measured_s))
 
 
 def opening_figure(outcomes: Sequence[Outcome]) -> Figure:
@@ -185,20 +194,21 @@ def _order(engine: EngineResult) -> tuple[bool, float]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """One paragraph: the range of speeds, of ratios and of first refits, of each case's fastest method."""
+    """One paragraph: the range of speeds, ratios and first refits over each case's fastest method."""
     fastest = [found for group in by_case(outcomes).values() if (found := best(group))]
-    rates = [one.tested.bottleneck_gb_per_s for one in fastest if one.tested and one.tested.bottleneck_gb_per_s]
-    firsts = [1e3 * one.tested.first_s for one in fastest if one.tested and one.tested.cold_s]
+    tested = [one.tested for one in fastest if one.tested]
     methods = " or ".join(dict.fromkeys(one.planned.method for one in fastest))
-    parts = [f"On {hardware(fastest[0])} the fastest method of each case ({methods}) moves {_range(rates, '.0f')} GB/s"]
+    rates = [engine.bottleneck_gb_per_s for engine in tested if engine.bottleneck_gb_per_s]
+    text = f"On {markdown_text(str(hardware(fastest[0])))} the fastest method of each case ({methods}) moves "
+    text += f"{_range(rates, '.0f')} GB/s at the busiest GPU."
     for name in dict.fromkeys(name for one in fastest for name in one.refit.baselines):
-        ratios = [speed_ratio(one.tested, one.refit.baselines.get(name)) for one in fastest]
+        pairs = [(one.tested, one.refit.baselines.get(name)) for one in fastest]
+        ratios = [speed_ratio(ours, theirs) for ours, theirs in pairs if ours and theirs and differs(ours, theirs)]
         known = [ratio for ratio in ratios if ratio]
-        parts += [f"{_range(known, '.2f')} x as fast as {engine_title(name)}"] if known else []
-    first = f" The first refit, planning included, takes {_range(firsts, '.0f')} ms." if firsts else ""
-    where = "(`python -m benchmarks.gpu_matrix`, [docs/performance.md](docs/performance.md))."
-    said = markdown_text(", ".join(parts))
-    return wrapped(f"{said}.{first} {where}")
+        text += f" {markdown_text(engine_title(name))} takes {_range(known, '.2f')} x as long." if known else ""
+    firsts = [1e3 * engine.first_s for engine in tested if engine.cold_s]
+    text += f" The first refit, planning included, takes {_range(firsts, '.0f')} ms." if firsts else ""
+    return wrapped(f"{text} [docs/performance.md](docs/performance.md) has every row and its command.")
 
 
 def _range(values: Sequence[float], form: str) -> str:

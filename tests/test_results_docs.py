@@ -66,10 +66,10 @@ def outcomes() -> list[Outcome]:
     """A case over two methods with two baselines, one of which no registry knows; a wrong one; one that failed."""
     fast, slow = (planned(name, side(1, 2), side(1, 2), method=name) for name in ("nvshmem", "nccl"))
     other, failed = planned("other", side(2, 1), side(1, 1)), planned("failed", side(4, 1), side(1, 1))
-    two = {"megatron": timed([0.0904]), "nccl-m2n": timed([0.0565])}
+    two = {"megatron": timed([0.0904] * 3), "nccl-m2n": timed([0.0565])}
     waived = EngineResult(Status.WAIVED, "needs NCCL 2.30")
     return [
-        judged(fast, result(fast, bound_s=0.04, engines={"refit": timed([0.0452]), **two})),
+        judged(fast, result(fast, bound_s=0.04, engines={"refit": timed([0.0452] * 3), **two})),
         judged(slow, result(slow, bound_s=0.04, engines={"refit": timed([0.0565]), **two})),
         judged(
             other,
@@ -101,9 +101,16 @@ def test_a_section_gives_the_reasons() -> None:
 
 
 def test_a_summary_ranges_over_the_fastest_of_each_case() -> None:
-    text = results_text.summary(outcomes())
+    text = " ".join(results_text.summary(outcomes()).split())
     assert "(nvshmem)" in text
-    assert "2.00 x as fast as Megatron-Core" in text
+    assert "Megatron-Core takes 2.00 x as long" in text
+
+
+def test_a_ratio_within_the_noise_is_not_quoted() -> None:
+    entry = planned("nvshmem", side(1, 2), side(1, 2))
+    noisy = judged(entry, result(entry, engines={"refit": timed([0.1, 0.2, 0.3]), "megatron": timed([0.6] * 3)}))
+    assert "takes 200 ms over nvshmem" in results_text.opening([noisy], "x.png")
+    assert "Megatron" not in results_text.opening([noisy], "x.png")
 
 
 def test_an_opening_without_a_valid_result_is_refused() -> None:

@@ -41,10 +41,11 @@ def _rounded(value: Any) -> Any:
 
 
 def portable(result: Result) -> Result:
-    """A result without host name, output folder and Slurm job."""
+    """A result without host name, folders and Slurm job."""
     environment, scenario = result.environment, result.scenario
     if environment is not None:
-        variables = {name: value for name, value in environment.variables.items() if name != "SLURM_JOB_ID"}
+        kept = environment.variables.items()
+        variables = {name: value for name, value in kept if name != "SLURM_JOB_ID" and not value.startswith("/")}
         command = OUTPUT_OPTION.sub("", environment.command)
         environment = replace(environment, host=None, command=command, variables=variables)
     if scenario is not None:

@@ -17,7 +17,8 @@ from tests.report.factories import ENVIRONMENT, planned, result
 
 def results() -> list[Result]:
     command = "benchmark_refit.py --model tiny --output-dir '/home/some one/x' --refit-method gloo"
-    environment = replace(ENVIRONMENT, command=command)
+    variables = {**ENVIRONMENT.variables, "NVSHMEM_HOME": "/opt/nvshmem"}
+    environment = replace(ENVIRONMENT, command=command, variables=variables)
     first, second = planned("b"), planned("a")
     return [
         result(first, environment=environment, started="2026-01-26T15:30:00+00:00"),
@@ -36,7 +37,7 @@ def test_results_come_back_without_what_belongs_to_a_machine(tmp_path: Path) -> 
     write_collection(path, found)
     assert path.read_text() == text
     assert len(text.splitlines()) == 2
-    assert not [word for word in ("node001", "/home", "output-dir", "9876543") if word in text]
+    assert not [word for word in ("node001", "/home", "/opt", "output-dir", "9876543") if word in text]
     environment = read_collection(path)[0].environment
     assert environment is not None
     assert environment.command == "benchmark_refit.py --model tiny --refit-method gloo"

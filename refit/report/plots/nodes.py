@@ -27,7 +27,7 @@ def draw_node_lines(axes: Axes, size: int, ranks: range, along: str) -> None:
 
 
 def expert_groups(layout: Layout) -> dict[str, range]:
-    """Consecutive ranks that hold the same experts of the same stage, by name (`PP0 EP3`).
+    """Consecutive ranks that together hold one copy of the same experts, by name (`PP0 EP3`).
 
     Empty where all ranks are one group.
     """

@@ -30,7 +30,7 @@ class NoPairs(ValueError):
 def pairs_figure(outcome: Outcome, matrix: IntArray, under: str) -> Figure:
     """Heat map of bytes from each source rank (rows) to each destination rank (columns); nothing moved is white.
 
-    Thick lines divide nodes, thin ones the groups of source ranks that hold the same experts. Raises
+    Thick lines divide nodes, thin ones the groups of source ranks that share experts. Raises
     NoPairs where the matrix is not that of the scenario's ranks.
     """
     scenario = outcome.result.scenario if outcome.result else None

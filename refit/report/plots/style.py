@@ -121,10 +121,13 @@ def tested_title(outcome: Outcome) -> str:
 
 
 def wrapped(name: str) -> str:
-    """A scenario's name in lines of NAME_WIDTH characters."""
-    name = plain(name, MAX_CELL)
-    parts = (name[start : start + NAME_WIDTH] for start in range(0, len(name), NAME_WIDTH))
-    return "\n".join(picture_text(part) for part in parts)
+    """A scenario's name in lines of at most NAME_WIDTH characters, broken after an underscore where there is one."""
+    rest, lines = plain(name, MAX_CELL), []
+    while len(rest) > NAME_WIDTH:
+        end = rest.rfind("_", 0, NAME_WIDTH) + 1 or NAME_WIDTH
+        lines.append(rest[:end])
+        rest = rest[end:]
+    return "\n".join(picture_text(line) for line in (*lines, rest))
 
 
 def wrapped_text(text: str, width: int) -> str:

@@ -35,7 +35,10 @@ TEXT_WIDTH = 44
 SPACE_FOR_TEXT = 1.45
 """Length of the axis over the longest bar."""
 
-INSIDE_SHARE = 0.09
+MAX_WHISKER = 1.3
+"""Whiskers end at this multiple of the longest median or bound; beyond it the slowest refit is written beside them."""
+
+INSIDE_SHARE = 0.055
 """A bar of at least this share of the axis holds its median; beside a shorter one it comes first."""
 
 
@@ -52,9 +55,9 @@ class Bar:
     text: str = ""
 
     @property
-    def end_s(self) -> float:
-        """Where bar, whisker and bound end."""
-        return max(self.median_s or 0.0, self.max_s, self.bound_s or 0.0)
+    def length_s(self) -> float:
+        """Where bar and bound end."""
+        return max(self.median_s or 0.0, self.bound_s or 0.0)
 
 
 def bars_of(outcome: Outcome) -> list[Bar]:
@@ -107,14 +110,15 @@ def bars_figure(names: Sequence[str], groups: Sequence[Sequence[Bar]], under: st
     title = "Refit time and lower bound" if any(bar.bound_s for bar in bars) else "Refit time"
     figure = new_figure(10, 1.9 + 0.34 * len(bars) + 0.16 * len(groups), title, under)
     axes = figure.add_subplot()
-    longest_s = max(bar.end_s for bar in bars)
+    limit_s = MAX_WHISKER * max(bar.length_s for bar in bars)
+    longest_s = max(max(bar.length_s, min(bar.max_s, limit_s)) for bar in bars)
     scale, unit = time_scale(longest_s)
     axes.set_xlim(0, SPACE_FOR_TEXT * scale * longest_s)
     middles, place = [], 0.0
     for group in groups:
         middles.append(place + (len(group) - 1) / 2)
         for number, bar in enumerate(group):
-            _draw_bar(axes, bar, place + number, scale)
+            _draw_bar(axes, bar, place + number, scale, limit_s)
         place += len(group) + 0.5
     axes.set_yticks(middles, names, fontsize=9)
     axes.set_ylim(place - 0.75, -0.75)
@@ -124,26 +128,32 @@ def bars_figure(names: Sequence[str], groups: Sequence[Sequence[Bar]], under: st
     return figure
 
 
-def _draw_bar(axes: Axes, bar: Bar, place: float, scale: float) -> None:
+def _draw_bar(axes: Axes, bar: Bar, place: float, scale: float, limit_s: float) -> None:
     if bar.median_s is None:
         _beside(axes, 0, place, wrapped_text(bar.text, 2 * TEXT_WIDTH))
         return
     median = scale * bar.median_s
-    whiskers = [[scale * (bar.median_s - bar.min_s)], [scale * (bar.max_s - bar.median_s)]]
+    end_s = min(bar.max_s, limit_s)
+    whiskers = [[scale * (bar.median_s - bar.min_s)], [scale * (end_s - bar.median_s)]]
     axes.barh(place, median, height=0.8, label=bar.label, xerr=whiskers, capsize=3, **bar.look.fill)
     if bar.bound_s:
         span, bound = (place - 0.47, place + 0.47), [scale * bar.bound_s] * 2
         axes.plot(bound, span, color="white", linewidth=5, solid_capstyle="butt", zorder=4)
         axes.plot(bound, span, color=BOUND, linewidth=2.5, solid_capstyle="butt", label="lower bound", zorder=5)
-    shown = f"{median:.3g}" if median < 100 else f"{median:.0f}"
+    shown = _figure(median)
+    slowest = f"slowest {_figure(scale * bar.max_s)}" if bar.max_s > limit_s else ""
     fits = min(median, scale * bar.min_s, scale * (bar.bound_s or bar.median_s)) > INSIDE_SHARE * axes.get_xlim()[1]
     if fits:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
         axes.annotate(
             shown, (0, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, bbox=box, zorder=6
         )
-    text = ", ".join(part for part in ("" if fits else shown, bar.text) if part)
-    _beside(axes, scale * bar.end_s, place, wrapped_text(text, TEXT_WIDTH))
+    text = ", ".join(part for part in ("" if fits else shown, bar.text, slowest) if part)
+    _beside(axes, scale * max(bar.length_s, end_s), place, wrapped_text(text, TEXT_WIDTH))
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _beside(axes: Axes, end: float, place: float, text: str) -> None:

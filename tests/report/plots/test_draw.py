@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refit import commands
 from refit.cli.parsing import parse
 from refit.errors import UnavailableError
 from refit.plan.cost import Cost, cost_of
@@ -112,3 +113,18 @@ def test_a_run_without_times_says_so(tmp_path: Path) -> None:
         "no times: no scenario of this run has any",
         "never: no bytes: it was not started",
     ]
+
+
+def test_a_comparison_is_drawn_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    entry = planned("a")
+    runs = [
+        str(write_run(tmp_path / name, sweep_of([entry]), {"a": result(entry, [seconds] * 5)}))
+        for name, seconds in (("old", 0.1), ("new", 0.2))
+    ]
+    picture = tmp_path / "pictures" / "changes.png"
+    assert commands.main(["compare", *runs, "--plot", str(picture)]) == 5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"Picture: {picture}" in capsys.readouterr().out
+    assert commands.main(["compare", *runs, "--plot", str(tmp_path / "old")]) == 2
+    assert "give another file" in capsys.readouterr().err

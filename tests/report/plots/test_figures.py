@@ -108,6 +108,17 @@ def test_a_long_name_goes_on_in_the_next_line() -> None:
     assert axes.get_yticklabels()[0].get_text().count("\n") == 2
 
 
+def test_a_name_is_broken_after_an_underscore() -> None:
+    (axes,) = times_figure([outcome("a" * 30 + "_" + "b" * 30)], "").axes
+    assert axes.get_yticklabels()[0].get_text() == "a" * 30 + "_\n" + "b" * 30
+
+
+def test_one_slow_refit_does_not_stretch_the_axis() -> None:
+    (axes,) = times_figure([outcome("ok", [0.1, 0.1, 9.0])], "").axes
+    assert axes.get_xlim()[1] < 200
+    assert texts(axes) == ["100", "slowest 9,000"]
+
+
 def test_the_caption_names_hardware_model_and_date() -> None:
     assert caption([outcome("ok")]) == "12 hosts of 8 x NVIDIA H100 80GB HBM3, kimi_k2, 2026-01-26"
     on_cpu = outcome("cpu", device="cpu", environment=replace(ENVIRONMENT, gpus=(), cpu="AMD EPYC", num_cpus=2))
