@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE = 120
+NOISE = "noise"
+"""In place of a ratio that the spread of the refits does not support."""
+
 MAX_OPENING_CASES = 4
 """Cases in the README's picture."""
 
@@ -83,7 +87,7 @@ def _row(outcome: Outcome, *, is_first: bool) -> dict[str, str]:
         ratio, title = speed_ratio(tested, engine), markdown_text(engine_title(name))
         wrong = f"{engine.num_wrong:,} of {engine.num_compared:,}" if engine.num_wrong else ""
         row[f"{title} ms"] = marked_ms(engine) or engine.status.text
-        row[f"{title} ratio"] = f"{ratio:.2f}" if ratio else ""
+        row[f"{title} ratio"] = "" if not ratio else f"{ratio:.2f}" if differs(tested, engine) else NOISE
         row[f"{title} #wrong"] = wrong
     return row
 
@@ -95,15 +99,24 @@ def section(outcomes: Sequence[Outcome]) -> str:
         for outcome in outcomes
         if outcome.status is not Status.OK
     ]
-    reasons += [
-        f"- {markdown_code(outcome.planned.name)}, {markdown_text(engine_title(name))} {engine.status.text}: "
-        f"{markdown_text(engine.reason)}"
+    reasons += [f"- {line}: {count} of {len(outcomes)} rows" for line, count in _baseline_reasons(outcomes).items()]
+    rows = table(outcomes)
+    noise = (
+        f" *{NOISE}*: no ratio, as the refits vary by more than {100 * MAX_CV:.0f} % (cv) or as much as they differ."
+    )
+    closing = wrapped(verified(outcomes) + (noise if f" {NOISE} " in rows else ""))
+    parts = [_conditions(outcomes), rows, closing, *(["\n".join(reasons)] if reasons else [])]
+    return "\n\n".join(parts)
+
+
+def _baseline_reasons(outcomes: Sequence[Outcome]) -> Counter[str]:
+    """Why baselines have no times or no result, and in how many rows."""
+    return Counter(
+        f"{markdown_text(engine_title(name))} {engine.status.text}, {markdown_text(engine.reason)}"
         for outcome in outcomes
         for name, engine in outcome.refit.baselines.items()
         if engine.reason
-    ]
-    parts = [_conditions(outcomes), table(outcomes), verified(outcomes), *(["\n".join(reasons)] if reasons else [])]
-    return "\n\n".join(parts)
+    )
 
 
 def _conditions(outcomes: Sequence[Outcome]) -> str:

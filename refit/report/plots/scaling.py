@@ -48,6 +48,8 @@ def _panel(axes: Axes, groups: Sequence[Scaling]) -> None:
             color=look.color,
             markeredgecolor="black",
             markersize=7,
+            clip_on=False,
+            zorder=3,
             label=f"{picture_text(group.method)}: {describe(group)}",
         )
         if group.fit and not group.reason:
