@@ -48,7 +48,7 @@ def changes_figure(old: Run, new: Run, comparison: Comparison) -> Figure:
     figure = new_figure(10, 2.4 + 0.85 * len(pairs), "Refit time, old and new", "")
     figure.suptitle("\n".join(["Refit time, old and new", *(wrapped_text(run, 130) for run in runs)]), fontsize=10)
     axes = figure.add_subplot()
-    longest_s = max((one.median_s or 0.0 for pair in pairs for one in (pair.old, pair.new)), default=0.0)
+    longest_s = max((_end_s(one) for pair in pairs for one in (pair.old, pair.new)), default=0.0)
     scale, unit = time_scale(longest_s)
     for row, pair in enumerate(pairs):
         for offset, outcome, name in ((-0.2, pair.old, "old"), (0.2, pair.new, "new")):

@@ -121,10 +121,10 @@ def tested_title(outcome: Outcome) -> str:
 
 
 def wrapped(name: str) -> str:
-    """A scenario's name in lines of at most NAME_WIDTH characters, broken after an underscore where there is one."""
+    """A scenario's name in lines of at most NAME_WIDTH characters, broken after a blank or an underscore if any."""
     rest, lines = plain(name, MAX_CELL), []
     while len(rest) > NAME_WIDTH:
-        end = rest.rfind("_", 0, NAME_WIDTH) + 1 or NAME_WIDTH
+        end = max(rest.rfind(sign, 0, NAME_WIDTH) for sign in "_ ") + 1 or NAME_WIDTH
         lines.append(rest[:end])
         rest = rest[end:]
     return "\n".join(picture_text(line) for line in (*lines, rest))
