@@ -30,3 +30,10 @@ def seconds(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.4g} {unit}"
     return f"{number / 1e-6:.4g} us"
+
+
+def duration(number_s: float) -> str:
+    """`8 s`, `12 min`, `1.5 h`: a rough time for people who wait."""
+    if number_s < 100:
+        return f"{number_s:.0f} s"
+    return f"{number_s / 60:.0f} min" if number_s < 6000 else f"{number_s / 3600:.1f} h"

@@ -17,7 +17,8 @@ from refit.bench.watchdog import Failure, Watchdog
 from refit.config.registry import METHODS
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError, UsageError
-from refit.report.console import show
+from refit.report import live
+from refit.report.console import show, show_aside
 from refit.results import result
 from refit.results.result import Environment, MeasurementResult, ResultFile
 
@@ -26,8 +27,8 @@ from refit.results.result import Environment, MeasurementResult, ResultFile
 class Session:
     """What a rank needs to take part in a run.
 
-    `control` carries the suite's own messages (barriers, gathered samples) and never weights. `enter` sets the name of
-    this rank's phase. `publish` writes a measurement's result so far to the result file.
+    `control` carries the suite's own messages (barriers, gathered samples) and never weights. `on_phase` is told the
+    name of each phase that this rank enters. `publish` writes a measurement's result so far to the result file.
     """
 
     scenario: Scenario
@@ -36,7 +37,7 @@ class Session:
     device: torch.device
     control: dist.ProcessGroup
     environment: Environment
-    enter: Callable[[str], None] = lambda _: None
+    on_phase: Callable[[str], None] = lambda _: None
     publish: Callable[[MeasurementResult], None] = lambda _: None
 
     @property
@@ -49,6 +50,15 @@ class Session:
         """Ranks on each node, from torchrun; None on a single node, where all replicas are equally near."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         return local if 0 < local < self.world_size else None
+
+    def enter(self, phase: str, shown: str | None = None) -> None:
+        """Enter a phase. A terminal shows its name with the seconds it has taken, or `shown`, which stands still.
+
+        A thread would draw the seconds, and must not run while a refit is timed.
+        """
+        self.on_phase(phase)
+        if self.is_reporter:
+            live.draw(shown or phase, ticking=shown is None)
 
     def say(self, text: str) -> None:
         if self.is_reporter and text:
@@ -97,6 +107,8 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
             "phases"
         )
     timeout = timedelta(seconds=scenario.timeout_s)
+    if os.environ.get("RANK") == "0":
+        live.draw(f"connecting {os.environ.get('WORLD_SIZE', '')} ranks")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
@@ -108,6 +120,8 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
     assert control is not None
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     file = ResultFile.create(scenario.output_dir, _file_name(scenario)) if rank == 0 else None
+    if file is not None:  # a run that ends at once still says what it was
+        file.write(result.Result(file.run_id, started=result.now(), world_size=num_ranks, scenario=scenario))
     shared = [file]
     dist.broadcast_object_list(shared, group=control)
     path = shared[0]
@@ -125,10 +139,10 @@ def new_session(
     scenario: Scenario,
     device: torch.device,
     control: dist.ProcessGroup,
-    enter: Callable[[str], None] = lambda _: None,
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> Session:
     """A session on process groups that exist already."""
-    return Session(scenario, dist.get_rank(), dist.get_world_size(), device, control, manifest(), enter)
+    return Session(scenario, dist.get_rank(), dist.get_world_size(), device, control, manifest(), on_phase)
 
 
 def _own_store() -> Store:
@@ -139,7 +153,8 @@ def _own_store() -> Store:
 
 def _report(file: ResultFile, failure: Failure) -> None:
     """Print a failure once, for all ranks, and record it in the result. Measurements so far stay in the result."""
-    show(f"FAILED: {failure}")
+    live.clear(others=True)
+    show_aside(f"FAILED: {failure}")
     file.mark_failed(failure.exit_code, result.Failure(failure.message, failure.rank, failure.phase))
     show(f"Result: {file.path}")
 

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from refit.errors import ExitCode, RefitError
+from refit.report import live
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,7 @@ class Watchdog:
             if verdict == mine:
                 with contextlib.suppress(Exception):
                     self._on_failure(failure)
+            live.clear()
             sys.stdout.flush()
             sys.stderr.flush()
             # Exit late, so that a launcher does not report this rank as the first to fail. Rank 0 hosts the store.

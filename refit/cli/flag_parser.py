@@ -10,11 +10,21 @@ from typing import Any, NoReturn
 from refit.errors import UsageError
 
 
+class _Help(argparse.HelpFormatter):
+    """Fills each line of a description on its own. Indented lines, which are examples, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            line if line.startswith("  ") else super(_Help, self)._fill_text(line, width, indent)
+            for line in text.split("\n")
+        )
+
+
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that takes no abbreviations and raises UsageError in one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(" ".join(message.removeprefix("argument ").split()))

@@ -11,14 +11,29 @@ from typing import Any
 import refit
 from refit.cli import flag_types, ignored_flags
 from refit.cli.flag_parser import FlagParser
+from refit.cli.listing import add_list
 from refit.config import limits
 from refit.config.flag_names import LAYERS_PER_CHUNK_FLAGS, SIZE_FLAGS
 from refit.config.registry import ENGINES, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
+from refit.results.stats import CONFIDENCE, STABLE_WIDTH
+
+DEFAULT_REPEATS = 200
+"""Most timed refits of `--repeat-until-stable` without a number."""
 
 DEFAULT_VOCAB_SIZE = 32768
 """Where no vocabulary is given: a power of two, so that both sides hold the same rows at any TP size up to 256."""
+
+EXAMPLES = """\
+Flags without a value are off unless given. Megatron-LM's flags that change no weight (--seq-length, --wandb-project, \
+...) are accepted and recorded.
+
+examples:
+  refit run --list
+  refit run --model tiny --refit-method gloo --rl-inference-tensor-model-parallel-size 2
+  refit run --model qwen3_30b_a3b --refit-method nccl --expert-model-parallel-size 4 --repeat-until-stable
+  benchmark_refit.py --dry-run --model kimi_k2 --expert-model-parallel-size 64"""
 
 TYPO_CUTOFF = 0.9
 """Similarity (difflib's ratio) from which a flag of a family is taken for a misspelt flag that the parser has."""
@@ -41,33 +56,38 @@ class BenchmarkParser(FlagParser):
 def model_parser() -> BenchmarkParser:
     """The flags that describe a model, as presets may hold them, and Megatron-LM's that change no weight."""
     parser = BenchmarkParser(add_help=False)
+    _add_model_flags(parser)
+    return parser
+
+
+def full_parser() -> BenchmarkParser:
+    """Every flag of the command line. Those of a refit come first in its help, those of a model last."""
+    parser = BenchmarkParser(
+        prog="benchmark_refit.py",
+        usage="refit run FLAGS, torchrun --nproc-per-node N benchmark_refit.py FLAGS, "
+        "or benchmark_refit.py --dry-run FLAGS",
+        description="Build a model in two parallel layouts, transfer its weights from one to the other, verify and "
+        "time the transfer.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"refit-benchmark {refit.__version__}")
+    add_list(parser)
+    _add_refit_flags(parser)
+    _add_layout_flags(parser)
+    _add_measurement_flags(parser)
+    _add_transport_flags(parser)
+    _add_output_flags(parser)
+    _add_dry_run_flags(parser)
+    _add_model_flags(parser)
+    return parser
+
+
+def _add_model_flags(parser: FlagParser) -> None:
     _add_size_flags(parser)
     _add_style_flags(parser)
     _add_expert_flags(parser)
     _add_latent_attention_flags(parser)
     _add_ignored_flags(parser)
-    return parser
-
-
-def full_parser() -> BenchmarkParser:
-    """Every flag of the command line."""
-    parser = BenchmarkParser(
-        prog="benchmark_refit.py",
-        usage="torchrun --nproc-per-node N benchmark_refit.py <flags>, or python benchmark_refit.py --dry-run <flags>",
-        description="Build a model in two parallel layouts, transfer its weights from one to the other, verify and "
-        "time the transfer.",
-        epilog="Flags without a value are off unless given. Megatron-LM's flags that change no weight "
-        "(--seq-length, --wandb-project, ...) are accepted and recorded.",
-        parents=[model_parser()],
-    )
-    parser.add_argument("--version", action="version", version=f"refit-benchmark {refit.__version__}")
-    _add_layout_flags(parser)
-    _add_refit_flags(parser)
-    _add_measurement_flags(parser)
-    _add_transport_flags(parser)
-    _add_output_flags(parser)
-    _add_dry_run_flags(parser)
-    return parser
 
 
 @functools.cache
@@ -280,6 +300,16 @@ def _add_measurement_flags(parser: FlagParser) -> None:
     )
     group.add_argument(
         "--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="timed refits; default: 5"
+    )
+    group.add_argument(
+        "--repeat-until-stable",
+        nargs="?",
+        type=flag_types.up_to(limits.MAX_REPEATS),
+        const=DEFAULT_REPEATS,
+        metavar="N",
+        help=f"go on until the {100 * CONFIDENCE:.0f} %% confidence interval of the median is within "
+        f"{100 * STABLE_WIDTH:.0f} %% of it, for at most N timed refits; N without a number: {DEFAULT_REPEATS}; "
+        "default: off",
     )
     group.add_argument("--check-forward", action="store_true", help="compare the logits of both models as well")
     group.add_argument("--profile-refit", action="store_true", help="record the GPU activity of one more refit")

@@ -11,6 +11,7 @@ from refit.cli.parsing import Request, parse
 from refit.errors import RefitError, UsageError
 from refit.predict.dry_run import dry_run
 from refit.predict.memory import check_memory
+from refit.report import live
 from refit.report.console import ending_quietly, show, show_error
 from refit.report.dry_run import dry_run_text
 
@@ -42,6 +43,7 @@ def _main(argv: Sequence[str]) -> int:
 def _run(request: Request, first: bool) -> int:
     if request.dry_run is not None:
         if first:
+            live.draw("planning")
             planned = dry_run(request.scenario, request.dry_run)
             show(dry_run_text(planned))
             check_memory(planned)
@@ -49,6 +51,8 @@ def _run(request: Request, first: bool) -> int:
     os.environ.update(rank_variables(os.environ))
     check_launch(request.scenario, os.environ, request.gpus_per_node)
     check_output(request.scenario, os.environ)
+    if first:
+        live.draw("loading PyTorch and Megatron-Core")
     # Imported here: a dry run needs neither torch nor Megatron.
     from refit.bench.runner import run
 

@@ -26,6 +26,7 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
 from refit.predict.sides import check_side
+from refit.results.stats import LEAST_FOR_INTERVAL
 
 DRY_RUN_METHOD = "nccl"
 """The method of a dry run without `--refit-method`. No figure of a dry run depends on it."""
@@ -135,6 +136,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         engines=args.refit_engine,
         num_warmup=args.num_benchmark_warmup,
         num_iterations=args.num_benchmark_iterations,
+        max_iterations=_max_iterations(args),
         verify=Verify(args.verify),
         check_forward=args.check_forward,
         profile=args.profile_refit,
@@ -151,6 +153,18 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         cluster=load_cluster(args.cluster) if args.cluster else None,
         run_name=args.run_name,
     )
+
+
+def _max_iterations(args: argparse.Namespace) -> int | None:
+    """Raises UsageError where no interval can be formed, or where fewer refits are allowed than are asked for."""
+    most: int | None = args.repeat_until_stable
+    least = max(args.num_benchmark_iterations, LEAST_FOR_INTERVAL)
+    if most is not None and most < least:
+        raise UsageError(
+            f"--repeat-until-stable {most} ends before {least} timed refits, the fewest that "
+            f"{'an interval needs' if least == LEAST_FOR_INTERVAL else '--num-benchmark-iterations asks for'}: raise it"
+        )
+    return most
 
 
 def _device(args: argparse.Namespace) -> str | None:

@@ -17,6 +17,9 @@ MAX_PARAMETERS = 10**14
 MAX_COUNT = 1_000_000
 """Refits of a run, GPUs available and GPUs of a node."""
 
+MAX_REPEATS = 10_000
+"""Refits of `--repeat-until-stable`."""
+
 MAX_RECORDED = 10**18
 """Whole numbers that are recorded only."""
 

@@ -39,7 +39,7 @@ class Scenario:
     (`--seq-length`, ...), for the result file. `run_name` names the result file; None uses time and scenario.
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
     "cuda" where the user chose it; None uses the method's default. `notes` are lines for the log on choices made for
-    the user.
+    the user. `max_iterations` is set where refits go on until the median is stable: the most that are timed.
     """
 
     model: ModelShape | None
@@ -51,6 +51,7 @@ class Scenario:
     measurements: tuple[str, ...] = ("refit",)
     num_warmup: int = 2
     num_iterations: int = 5
+    max_iterations: int | None = None
     verify: Verify = Verify.FULL
     check_forward: bool = False
     profile: bool = False
@@ -71,6 +72,11 @@ class Scenario:
     def sides(self) -> dict[str, SideSpec]:
         """Both sides by the names that messages use."""
         return {"source": self.source, "destination": self.destination}
+
+    @property
+    def most_iterations(self) -> int:
+        """The most refits that are timed."""
+        return self.max_iterations or self.num_iterations
 
     @property
     def num_ranks(self) -> int:

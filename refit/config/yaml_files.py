@@ -8,6 +8,7 @@ error is one UsageError.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from pathlib import Path
@@ -55,6 +56,15 @@ for _tag, _pattern, _first in (
 def names(kind: str) -> list[str]:
     """Names of the files in `configs/<kind>`, sorted."""
     return sorted(path.stem for path in (CONFIG_DIR / kind).glob("*.yaml"))
+
+
+def summary(kind: str, name: str) -> str:
+    """The first sentence of the comment that a file of `configs/<kind>` begins with; "" without one.
+
+    Raises UsageError where it cannot be read.
+    """
+    lines = itertools.takewhile(lambda line: line.startswith("#"), _text(find(kind, name)).splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines).partition(". ")[0].rstrip(".")
 
 
 def find(kind: str, name: str) -> Path:

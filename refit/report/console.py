@@ -7,22 +7,26 @@ import signal
 import sys
 from collections.abc import Callable
 
+from refit.report import live
 from refit.report.neutral import MAX_LINE
 from refit.results.plain import plain
 
 
 def show(text: str) -> None:
     """Print to standard output and flush."""
+    live.erase()
     print(text, flush=True)
 
 
 def show_error(message: str) -> None:
     """Print one error line to standard error. What it quotes cannot break it or move the cursor."""
+    live.erase()
     print(f"error: {plain(message, MAX_LINE)}", file=sys.stderr, flush=True)
 
 
 def show_aside(text: str) -> None:
     """Print text for people to standard error, where a script reads standard output."""
+    live.erase()
     print(text, file=sys.stderr, flush=True)
 
 
@@ -35,6 +39,7 @@ def ending_quietly(run: Callable[[], int]) -> int:
         try:
             return run()
         finally:
+            live.clear()
             if sys.stdout is not None:  # closed before the start
                 sys.stdout.flush()
     except BrokenPipeError:

@@ -16,6 +16,7 @@ from refit.report.grid import rendered
 from refit.report.neutral import plain_lines
 from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample, speed_ratio
 from refit.results.result import Environment, Result
+from refit.results.stats import STABLE_WIDTH, Stability
 from refit.results.status import Status
 
 MAX_WRONG_LINES = 12
@@ -79,15 +80,16 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
     for name, engine in engines.items():
         if engine.summary:
             lines += [times(engine, result.bound)] if len(engines) == 1 else []
+            lines += [stability_line(name, engine.stability)] if engine.stability else []
             lines += warnings.of_engine(name, engine, scenario, result)
         lines.append(wrong_weights(name, engine))
     lines += [table(engines), ratio(result)]
     return [*lines, *(verdict(name, engine, scenario.verify.value) for name, engine in engines.items())]
 
 
-def iteration_line(engine: str, sample: Sample, number: int, total: int) -> str:
+def iteration_line(engine: str, sample: Sample, number: str) -> str:
     """`refit 3/5: 12.34 ms (slowest rank 4: pack 1.20, wire 10.00, rest 1.14)`."""
-    label = f"warm-up {number}/{total}" if sample.warmup else f"{number}/{total}"
+    label = f"warm-up {number}" if sample.warmup else number
     phases = "".join(f"{name} {1e3 * seconds:.2f}, " for name, seconds in sample.phases_s.items())
     wrong = f"  {sample.num_wrong:,} WRONG" if sample.num_wrong else ""
     return (
@@ -114,6 +116,23 @@ def times(engine: EngineResult, bound: Bound | None) -> str:
             + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in engine.cold_s.items())
             + connected,
         ]
+    )
+
+
+def stability_line(name: str, stability: Stability) -> str:
+    """Whether `--repeat-until-stable` reached its aim, and the median's confidence interval."""
+    title, refits = ENGINES[name].title, f"after {stability.num_refits} refits"
+    if stability.width is None or stability.low_s is None or stability.high_s is None:
+        return f"NOT STABLE ({title}): too few samples {refits}"
+    interval = (
+        f"the {100 * (stability.confidence or 0):.0f} % confidence interval of the median is "
+        f"{1e3 * stability.low_s:.2f} to {1e3 * stability.high_s:.2f} ms"
+    )
+    if stability.is_stable:
+        return f"Stable ({title}) {refits}: {interval}, within {100 * stability.width:.1f} %"
+    return (
+        f"NOT STABLE ({title}) {refits}: {interval}, up to {100 * stability.width:.1f} % away: "
+        f"{100 * STABLE_WIDTH:.0f} % was wanted"
     )
 
 

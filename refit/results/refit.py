@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from refit.config.registry import ENGINES
 from refit.plan.cost import Bound, Cost
-from refit.results.stats import Summary
+from refit.results.stats import Stability, Summary
 from refit.results.status import Status
 
 
@@ -81,7 +81,8 @@ class EngineResult:
     `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is the time of the
     set-up that a process does once before that: communicators, connections, libraries and kernels. `summary` is over
     the measured iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1
-    where a refit is as fast as the plan allows, None without a bound.
+    where a refit is as fast as the plan allows, None without a bound. `stability` is None without
+    `--repeat-until-stable`.
     """
 
     status: Status = Status.RUNNING
@@ -91,6 +92,7 @@ class EngineResult:
     cold_s: dict[str, float] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
     summary: Summary | None = None
+    stability: Stability | None = None
     bottleneck_gb_per_s: float | None = None
     share_of_lower_bound: float | None = None
     wrong: tuple[WrongWeights, ...] = ()

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+STABLE_WIDTH = 0.02
+"""A median is stable where both ends of its confidence interval lie within this share of it."""
+
+LEAST_FOR_INTERVAL = 6
+"""Fewest samples whose extremes enclose the median with CONFIDENCE: 1 - 2 / 2^6 = 0.97, with 5 samples it is 0.94."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,55 @@ def summarise(samples_s: Sequence[float]) -> Summary:
         cv=statistics.pstdev(samples_s) / mean if mean else 0.0,
         drift=_drift(samples_s),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Stability:
+    """How well `num_refits` samples give the median. `low_s` to `high_s` is its confidence interval, in seconds.
+
+    `confidence` is the interval's own, at least CONFIDENCE where there are LEAST_FOR_INTERVAL samples or more. `width`
+    is the distance of the farther end from the median, as a share of the median. `is_stable`: it is at most
+    STABLE_WIDTH. Without enough samples these are None, and False.
+    """
+
+    num_refits: int
+    is_stable: bool = False
+    low_s: float | None = None
+    high_s: float | None = None
+    confidence: float | None = None
+    width: float | None = None
+
+
+def stability(samples_s: Sequence[float]) -> Stability:
+    """The median's confidence interval from order statistics, which assumes no distribution.
+
+    For n independent samples of a continuous distribution, the k-th smallest and the k-th largest enclose its median
+    with probability 1 - 2 P(B < k), where B is binomial with n trials of 1/2 (David and Nagaraja, Order Statistics,
+    3rd edition, section 7.1; for benchmarks Hoefler and Belli, SC 2015, rule 5). Taken is the largest k that reaches
+    CONFIDENCE. Where sampling stops at the first narrow interval, the true confidence is somewhat lower.
+    """
+    ordered = sorted(samples_s)
+    rank, confidence = _interval_rank(len(ordered))
+    if rank == 0:
+        return Stability(len(ordered))
+    median, low, high = statistics.median(ordered), ordered[rank - 1], ordered[-rank]
+    width = max(median - low, high - median) / median if median else math.inf
+    return Stability(len(ordered), width <= STABLE_WIDTH, low, high, confidence, width)
+
+
+@functools.cache
+def _interval_rank(num_samples: int) -> tuple[int, float]:
+    """The largest k whose order statistics enclose the median with CONFIDENCE, and with which confidence they do.
+
+    k is 0 where there are too few samples.
+    """
+    # In whole numbers: beyond 1,000 samples 2^n is no float.
+    tail, ways, rank = 0, 1, 0
+    while 100 * 2 * (tail + ways) <= round(100 * (1 - CONFIDENCE)) * 2**num_samples:
+        tail += ways
+        ways = ways * (num_samples - rank) // (rank + 1)
+        rank += 1
+    return rank, 1 - 2 * tail / 2**num_samples
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:

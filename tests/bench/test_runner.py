@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from refit.bench.measurements import engine_run
 from refit.bench.runner import benchmark
 from refit.bench.session import new_session
 from refit.cli.parsing import parse
@@ -245,3 +247,33 @@ def test_a_model_of_the_users_own(ranks: RankPool) -> None:
     assert (answer.exit_code, engine.num_wrong) == (0, 0)
     assert answer.scenario.model is None
     assert engine.num_compared > 0
+
+
+def test_refits_go_on_until_the_median_is_stable_or_the_limit(ranks: RankPool) -> None:
+    """Times on a busy machine may or may not get stable: every rank must end after the same refit all the same."""
+    code, result = refit(ranks, *sizes(2, 1, 1, 1), "--refit-method=shm", "--repeat-until-stable=9")
+    engine = result.engines["refit"]
+    stability = engine.stability
+    assert code == 0
+    assert stability is not None
+    assert stability.num_refits == len(engine.measured_s)
+    assert 6 <= stability.num_refits <= 9
+    assert stability.is_stable or stability.num_refits == 9
+    assert engine.num_wrong == 0
+    assert all(sample.num_compared for sample in engine.samples)
+
+
+def test_refits_end_at_the_first_stable_median(ranks: RankPool) -> None:
+    answers = ranks.run(run_steady, [*TINY, *sizes(2, 1, 1, 1), "--refit-method=shm", "--repeat-until-stable"])
+    for answer in answers:
+        engine = answer.measurements["refit"].engines["refit"]
+        assert (engine.stability.num_refits, engine.stability.is_stable) == (6, True)
+        assert len(engine.samples) == 7  # with the warm-up
+
+
+def run_steady(rank: int, argv: list[str]) -> Any:
+    """A run whose clock gives each refit the same time."""
+    real = engine_run.time_run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_run, "time_run", lambda *args: replace(real(*args), seconds=0.01))
+        return run_scenario(rank, argv)

@@ -566,3 +566,14 @@ def test_a_request_for_a_dry_run() -> None:
     assert request.dry_run.cluster is not None
     assert request.dry_run.cluster.inter_bytes_per_s == 50e9
     assert parse(["--model", "tiny", "--refit-method", "gloo"]).dry_run is None
+
+
+def test_how_long_refits_are_repeated() -> None:
+    flags = [*SMALL.split(), "--refit-method", "gloo"]
+    assert parse(flags).scenario.max_iterations is None
+    assert parse([*flags, "--repeat-until-stable"]).scenario.most_iterations == 200
+    assert parse([*flags, "--repeat-until-stable=7"]).scenario.max_iterations == 7
+    with pytest.raises(UsageError, match="ends before 6 timed refits, the fewest that an interval needs: raise it"):
+        parse([*flags, "--repeat-until-stable", "5"])
+    with pytest.raises(UsageError, match="ends before 9 timed refits, the fewest that --num-benchmark-iterations"):
+        parse([*flags, "--repeat-until-stable=8", "--num-benchmark-iterations=9"])

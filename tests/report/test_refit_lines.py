@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from refit.config.scenario import Mode
+import pytest
+
+from refit.config.scenario import Mode, Scenario
 from refit.report import refit_lines
 from refit.report.progress import Progress
 from refit.results.refit import ForwardCheck, RefitResult, WrongWeights
 from refit.results.result import Environment, Result
+from refit.results.stats import stability
 from tests.report.factories import engine, on_ranks_from, sample, side, small_run, timed
 
 EVEN = [[0.02] * 4 + [0.04] * 2 + [0.0] * 2] * 5
@@ -140,9 +143,19 @@ class Clock:
         return self.now
 
 
+def scenario_of(num_warmup: int, num_iterations: int, most: int | None = None) -> Scenario:
+    one = side(1, 1)
+    return Scenario(
+        *(None, one, one, Mode.COLLOCATED, "gloo"),
+        num_warmup=num_warmup,
+        num_iterations=num_iterations,
+        max_iterations=most,
+    )
+
+
 def printed(clock: Clock, step_s: float, total: int, wrong: tuple[int, ...] = ()) -> list[int]:
     """Which of `total` measured refits get a line when one ends every `step_s`."""
-    progress, found = Progress("refit", 0, total, clock), []
+    progress, found = Progress("refit", scenario_of(0, total), clock), []
     for number in range(1, total + 1):
         found += [number] if progress.line(sample([0.1], number - 1, num_wrong=int(number in wrong))) else []
         clock.now += step_s
@@ -155,7 +168,7 @@ def test_progress_is_no_more_than_a_line_a_second_but_the_first_and_the_last() -
 
 
 def test_the_last_warm_up_is_no_last_line() -> None:
-    progress = Progress("refit", 2, 1, Clock())
+    progress = Progress("refit", scenario_of(2, 1), Clock())
     assert progress.line(sample([0.1], 0, warmup=True)) == (
         "refit warm-up 1/2: 100.00 ms (slowest rank 0: wire 75.00, rest 0.00)"
     )
@@ -165,4 +178,30 @@ def test_the_last_warm_up_is_no_last_line() -> None:
 
 def test_a_refit_with_wrong_elements_always_has_its_line() -> None:
     assert printed(Clock(), 0.01, 9, wrong=(4, 5)) == [1, 4, 5, 9]
-    assert "1 WRONG" in Progress("refit", 0, 2, Clock()).line(sample([0.1], num_wrong=1))
+    assert "1 WRONG" in Progress("refit", scenario_of(0, 2), Clock()).line(sample([0.1], num_wrong=1))
+
+
+def test_the_time_left_is_that_of_the_refits_so_far() -> None:
+    clock = Clock()
+    progress = Progress("refit", scenario_of(1, 4), clock)
+    assert progress.now(0) == "refit warm-up 1/1"
+    clock.now = 30.0
+    assert progress.now(3) == "refit 3/4, about 20 s left"
+
+
+def test_without_a_number_of_refits_no_time_is_promised() -> None:
+    progress = Progress("refit", scenario_of(0, 5, most=200), Clock())
+    assert progress.now(6) == "refit 7/200 at most, until the median is stable"
+    assert (progress.line(sample([0.1], 6)) or "").startswith("refit 7/200 at most: 100.00 ms")
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        ([0.1] * 5, "NOT STABLE (refit): too few samples after 5 refits"),
+        ([0.1] * 6, "Stable (refit) after 6 refits: the 97 % confidence interval of the median is 100.00 to 100.00 ms"),
+        ([0.1, 0.2] * 4, "NOT STABLE (refit) after 8 refits: the 99 % confidence interval of the median is 100.00 to"),
+    ],
+)
+def test_whether_the_median_got_stable_is_said(samples: list[float], expected: str) -> None:
+    assert refit_lines.stability_line("refit", stability(samples)).startswith(expected)

@@ -21,7 +21,7 @@ from refit.plan.cost import Bound, Cost
 from refit.results.refit import Activity, EngineResult, ForwardCheck, ModelFacts, RefitResult, Sample, WrongWeights
 from refit.results.refit import tested_engine as judged_engine
 from refit.results.result import Environment, Failure, Gpu, Result, ResultFile, decoded_result, encoded, read_result
-from refit.results.stats import summarise
+from refit.results.stats import stability, summarise
 from refit.results.status import COUNTED, Status, worst
 from refit.results.upgrade import RESULT_VERSION
 from tests.report.factories import MODEL, planned, result
@@ -40,6 +40,7 @@ ENGINE = EngineResult(
         Sample(1, False, (0.1, 0.2, 0.3), 2, {"wire": 0.25, "pack": 0.01}, 0.04, 100, 7),
     ),
     summary=summarise([0.3]),
+    stability=stability([0.3] * 6),
     bottleneck_gb_per_s=48.1,
     share_of_lower_bound=0.5,
     wrong=(WrongWeights(1, 2, "decoder.weight", 7, (4, 0, 1), 0.25, -0.5),),
@@ -88,6 +89,7 @@ FULL = Result(
         measurements=("refit", "later"),
         num_warmup=1,
         num_iterations=3,
+        max_iterations=200,
         verify=Verify.SAMPLE,
         check_forward=True,
         profile=True,

@@ -24,7 +24,7 @@ from refit.plan.plan import RefitPlan
 from refit.report import refit_lines
 from refit.report.progress import Progress
 from refit.results.refit import EngineResult, Sample, WrongWeights
-from refit.results.stats import summarise
+from refit.results.stats import stability, summarise
 from refit.results.status import Status
 from refit.transport.base import Program
 
@@ -154,17 +154,19 @@ class EngineRun:
 
     def _iterate(self, program: Program, memory: PeakMemory) -> None:
         scenario, session = self._scenario, self._session
-        progress = Progress(self._name, scenario.num_warmup, scenario.num_iterations)
-        for iteration in range(scenario.num_warmup + scenario.num_iterations):
-            session.enter(f"{self._name} iteration {iteration + 1}: fill")
+        progress = Progress(self._name, scenario)
+        while not self._is_enough():
+            iteration = len(self._result.samples)
+            shown = progress.now(iteration)
+            session.enter(f"{self._name} iteration {iteration + 1}: fill", shown)
             if self._planned.source.weights is not None:
                 oracle.fill(self._planned.source.weights, iteration)
             if self._planned.destination.weights is not None:
                 oracle.poison(self._planned.destination.weights)
-            session.enter(f"{self._name} iteration {iteration + 1}: move")
+            session.enter(f"{self._name} iteration {iteration + 1}: move", shown)
             with memory.watch():
                 timing = time_run(program, session.control, session.device)
-            session.enter(f"{self._name} iteration {iteration + 1}: check")
+            session.enter(f"{self._name} iteration {iteration + 1}: check", shown)
             mine = _RankSample(session.rank, timing, self._check(iteration))
             ranks: list[_RankSample] = gather(session.control, mine)
             sample = _sample(ranks, iteration, iteration < scenario.num_warmup)
@@ -172,6 +174,13 @@ class EngineRun:
                 samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *_wrong(ranks, iteration))
             )
             session.say(progress.line(sample))
+
+    def _is_enough(self) -> bool:
+        """Whether no refit is left to time. All ranks hold the times of all ranks, so all decide alike."""
+        timed, scenario = self._result.measured_s, self._scenario
+        if scenario.max_iterations is None or len(timed) < scenario.num_iterations:
+            return len(timed) == scenario.num_iterations
+        return len(timed) == scenario.max_iterations or stability(timed).is_stable
 
     def _check(self, iteration: int) -> oracle.Verdict:
         weights, verify = self._planned.destination.weights, self._scenario.verify
@@ -189,6 +198,7 @@ class EngineRun:
             connect_s=slowest.pop("connect"),
             cold_s={**slowest, "first": result.samples[0].seconds},
             summary=summary,
+            stability=stability(result.measured_s) if self._scenario.max_iterations else None,
             bottleneck_gb_per_s=busiest / summary.median_s / 1e9 if busiest else None,
             share_of_lower_bound=bound.seconds / summary.median_s if bound else None,
         )
