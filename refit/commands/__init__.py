@@ -1,16 +1,31 @@
-"""The console command `refit`: sweeps, reports and comparisons. One module per sub-command."""
+"""The console command `refit`: one module per sub-command, imported when it is called."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import refit
 from refit.cli.flag_parser import FlagParser
-from refit.commands import bounds, compare, outcome, plot, report, run, sweep
 from refit.errors import RefitError, UsageError
 from refit.report.console import ending_quietly, show_error
+
+NAMED_AFTER_MODULES = ("run", "report", "compare", "plot", "bounds", "sweep", "completion", "outcome")
+COMMANDS: Mapping[str, str] = {**{name: name for name in NAMED_AFTER_MODULES}, "place": "sweep"}
+"""Every command and its module, in the order in which `refit --help` names them. Steps for scripts (`outcome`, `place`)
+have no `help` text, so that help leaves them out."""
+
+EXAMPLES = """\
+examples:
+  refit run --list
+  refit run --model tiny --refit-method gloo --rl-inference-tensor-model-parallel-size 2
+  refit run --model kimi_k2 --expert-model-parallel-size 64 --dry-run
+  refit report benchmark_results
+  eval "$(refit completion bash)"
+
+`refit COMMAND --help` describes a command."""
 
 
 def main_from_shell() -> int:
@@ -32,7 +47,7 @@ def _main(argv: Sequence[str]) -> int:
         argv = ["run", "--", *(word for word in argv[1:] if word != "--")]
     end = argv.index("--") if "--" in argv else len(argv)
     try:
-        args = command_parser().parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
+        args = command_parser(*argv[:1]).parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
         if args.flags and not args.takes_flags:
             raise UsageError(f"flags after -- mean nothing here: {args.flags[0]}")
         code: int = args.run(args)
@@ -42,12 +57,13 @@ def _main(argv: Sequence[str]) -> int:
     return code
 
 
-def command_parser() -> FlagParser:
-    """The parser of `refit` with all its sub-commands."""
-    parser = FlagParser(prog="refit", description="Plan, run and compare refit benchmarks.")
+def command_parser(command: str = "") -> FlagParser:
+    """The parser of `refit`: with that command alone, or with all where there is none of this name."""
+    parser = FlagParser(prog="refit", description="Plan, run and compare refit benchmarks.", epilog=EXAMPLES)
     parser.set_defaults(takes_flags=False)
     parser.add_argument("--version", action="version", version=f"refit-benchmark {refit.__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, report, compare, plot, bounds, sweep, outcome):
-        module.add(subparsers)
+    names = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+    for name in names:
+        importlib.import_module(f"refit.commands.{name}").add(subparsers)
     return parser

@@ -14,7 +14,8 @@ from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.report.bounds import bounds_table
 from refit.report.console import show
-from refit.sweep.selection import Selection, select_file
+from refit.sweep.parallel import plan_all
+from refit.sweep.selection import Candidate, Selection, select_file
 
 BEGIN, END = "<!-- tables:", "<!-- end of tables -->"
 
@@ -26,6 +27,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="bytes and lower bounds of scenarios",
         description="Print a Markdown table per scenario file: GPUs, bytes, memory and the lower bound on each "
         "cluster.",
+        epilog="example:\n  refit bounds kimi_k2 --cluster h100_ib400 gb200_nvl72",
     )
     parser.add_argument("scenarios", nargs="+", metavar="SCENARIOS", help="a file of configs/scenarios, or a YAML file")
     parser.add_argument(
@@ -37,7 +39,10 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="files of configs/clusters, or YAML files; default: all of configs/clusters",
     )
     parser.add_argument(
-        "--into", type=Path, metavar="FILE", help=f"write the tables into this file, between {BEGIN} ... and {END}"
+        "--into",
+        type=Path,
+        metavar="FILE",
+        help=f"write the tables into this file, between {BEGIN} ... and {END}; default: print them",
     )
     parser.set_defaults(run=run)
 
@@ -68,9 +73,10 @@ def inserted(path: Path, tables: str) -> str:
 
 def section(selection: Selection, clusters: Sequence[Cluster]) -> str:
     """A heading and the table of one file's scenarios."""
-    runs = {candidate.name: _plan(candidate.flags) for candidate in selection.candidates}
+    names = [candidate.name for candidate in selection.candidates]
+    runs = dict(zip(names, plan_all(selection.candidates, _plan), strict=True))
     return f"### {selection.title}\n\n{bounds_table(runs, clusters)}"
 
 
-def _plan(flags: Sequence[str]) -> DryRun:
-    return dry_run(parse(flags).scenario, DryRunOptions())
+def _plan(candidate: Candidate) -> DryRun:
+    return dry_run(parse(candidate.flags).scenario, DryRunOptions())

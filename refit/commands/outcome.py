@@ -18,7 +18,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "outcome",
-        help="after a run: complete its result, print how it ended in one line",
+        description="After a run: complete its result, print how it ended in one line.",
         epilog="The exit code is the one in the result. A launcher's own may be 1 for any failure.",
     )
     parser.add_argument("stem", type=Path, metavar="STEM", help="path of the run's .log and .json without suffix")
@@ -28,8 +28,15 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def add_ending(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a run ended."""
-    parser.add_argument("--exit-code", type=int, required=True, metavar="N", help="exit code of the run's command")
-    parser.add_argument("--timed-out", type=flag_types.seconds, metavar="SECONDS", help="run stopped after this time")
+    parser.add_argument(
+        "--exit-code", type=int, required=True, metavar="N", help="exit code of the run's command; required"
+    )
+    parser.add_argument(
+        "--timed-out",
+        type=flag_types.seconds,
+        metavar="SECONDS",
+        help="run stopped after this time, in seconds; default: none",
+    )
     parser.add_argument("--cancelled", action="store_true", help="the run was stopped by a signal")
 
 

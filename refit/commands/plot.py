@@ -23,9 +23,15 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Draw, as PNG: times beside lower bounds, refits in order, phases, time against bytes, and the "
         "bytes of each rank and of each pair of ranks. Needs matplotlib (exit code 3 without). Pictures of the same "
         "name are replaced. Exit code 4 if a damaged file was skipped.",
+        epilog="example:\n  refit plot benchmark_results --output-dir pictures",
     )
     add_run_arguments(parser)
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: <RUN_ID>_plots beside the results")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the pictures; default: <RUN_ID>_plots beside the results",
+    )
     parser.set_defaults(run=plot)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refit.cli import flag_types
+from refit.cli.listing import add_list
 from refit.commands.outcome import add_ending, ending
 from refit.errors import ExitCode, UsageError
 from refit.report.console import show, show_aside
@@ -27,7 +28,13 @@ GPUS_PER_NODE = 8
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register both commands."""
-    parser = subparsers.add_parser("sweep", help="run several scenarios, one after another: steps for scripts")
+    parser = subparsers.add_parser(
+        "sweep",
+        help="plan lists of scenarios, as the scripts run them",
+        epilog="example:\n  refit sweep plan --scenarios kimi_k2 --cluster h100_ib400\n\n"
+        "Scripts take further steps: begin, pending, close, end.",
+    )
+    add_list(parser)
     parts = parser.add_subparsers(metavar="STEP", required=True)
     for add_part in (_add_plan, _add_begin, _add_pending, _add_close, _add_end):
         add_part(parts)
@@ -36,7 +43,9 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _add_plan(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
-        "plan", help="check every scenario and print what it needs", epilog="Exit code 2: a scenario is refused."
+        "plan",
+        help="check every scenario and print what it needs",
+        epilog="Exit code 2: a scenario is refused.",
     )
     _add_selection(parser)
     _add_allocation(parser)
@@ -44,37 +53,44 @@ def _add_plan(parts: argparse._SubParsersAction[Any]) -> None:
 
 
 def _add_begin(parts: argparse._SubParsersAction[Any]) -> None:
-    parser = parts.add_parser("begin", help="plan, write the sweep file and print its path")
+    parser = parts.add_parser("begin", description="Plan, write the sweep file and print its path.")
     _add_selection(parser)
     _add_allocation(parser)
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="files go to DIR/logs")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="files go to DIR/logs; required")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--run-id", metavar="ID", help="prefix of file names; default: local time and job")
-    names.add_argument("--resume", metavar="RUN_ID", help="continue an earlier sweep, without a selection")
-    parser.add_argument("--job", metavar="ID", default=os.environ.get("SLURM_JOB_ID"), help="default: SLURM_JOB_ID")
+    names.add_argument(
+        "--resume", metavar="RUN_ID", help="continue an earlier sweep, without a selection; default: none"
+    )
+    parser.add_argument(
+        "--job", metavar="ID", default=os.environ.get("SLURM_JOB_ID"), help="the Slurm job; default: SLURM_JOB_ID"
+    )
     parser.set_defaults(run=_begin)
 
 
 def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
         "pending",
-        help="list the scenarios to run now",
         description="Print one line per scenario to run: NAME, NODES, RANKS_PER_NODE, STEM and FLAGS, separated by "
         "tabs. The attempt's files are STEM with a suffix; FLAGS are separated by tabs too. By default these are "
         "the scenarios without a finished result.",
     )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
     parser.add_argument(
-        "--only", choices=("failed",), help="scenarios whose last attempt did not succeed, or that have no attempt"
+        "--only",
+        choices=("failed",),
+        help="scenarios whose last attempt did not succeed, or that have no attempt; default: unfinished ones",
     )
     parser.set_defaults(run=_pending)
 
 
 def _add_close(parts: argparse._SubParsersAction[Any]) -> None:
-    parser = parts.add_parser("close", help="after an attempt: complete its result, print how it ended in one line")
+    parser = parts.add_parser(
+        "close", description="After an attempt: complete its result, print how it ended in one line."
+    )
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("--stem", type=Path, required=True, help="the STEM that `pending` printed")
+    parser.add_argument("--stem", type=Path, required=True, help="the STEM that `pending` printed; required")
     add_ending(parser)
     parser.set_defaults(run=_close)
 
@@ -82,7 +98,7 @@ def _add_close(parts: argparse._SubParsersAction[Any]) -> None:
 def _add_end(parts: argparse._SubParsersAction[Any]) -> None:
     parser = parts.add_parser(
         "end",
-        help="write and print the summary",
+        description="Write and print the summary.",
         epilog="Exit code 1: wrong data in a scenario; else 4: one failed, was refused or has no result; else 3: all "
         "waived.",
     )
@@ -93,10 +109,9 @@ def _add_end(parts: argparse._SubParsersAction[Any]) -> None:
 def _add_place(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "place",
-        help="check one scenario and print what to start",
         usage="refit place [options] -- FLAGS OF benchmark_refit.py",
-        description="Print lines of a name, a tab and a value: num_ranks, nodes, ranks_per_node, note, and flag for "
-        "each word of the command line.",
+        description="Check one scenario and print what to start: lines of a name, a tab and a value: num_ranks, "
+        "nodes, ranks_per_node, note, and flag for each word of the command line.",
     )
     _add_allocation(parser)
     parser.set_defaults(run=_place)
@@ -105,17 +120,24 @@ def _add_place(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog or ''} Flags of benchmark_refit.py for all scenarios may follow after --.".strip()
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--config", action="append", metavar="LINE", help=f"a scenario as {LINE_FORM}; may be repeated")
-    group.add_argument("--scenarios", metavar="NAME", help="a list of configs/scenarios, or a YAML file")
-    parser.add_argument("--title", metavar="TEXT", help="title of the summary")
+    group.add_argument(
+        "--config",
+        action="append",
+        metavar="LINE",
+        help=f"a scenario as {LINE_FORM}; may be repeated; default: those of --scenarios",
+    )
+    group.add_argument("--scenarios", metavar="NAME", help="a list of configs/scenarios, or a YAML file; default: none")
+    parser.add_argument("--title", metavar="TEXT", help="title of the summary; default: the list's")
 
 
 def _add_allocation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs available; default: as many as needed"
     )
-    parser.add_argument("--gpus-per-node", type=flag_types.positive, metavar="N", help="default: 8")
-    parser.add_argument("--cluster", metavar="NAME", help="memory and link speeds, from configs/clusters")
+    parser.add_argument("--gpus-per-node", type=flag_types.positive, metavar="N", help="GPUs of a node; default: 8")
+    parser.add_argument(
+        "--cluster", metavar="NAME", help="memory and link speeds, from configs/clusters; default: none"
+    )
     parser.add_argument(
         "--cpu-fallback",
         action="store_true",

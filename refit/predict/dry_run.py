@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from refit.config.clusters import Cluster
 from refit.config.scenario import Mode, Scenario, check_num_ranks
 from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
 from refit.plan.plan import IntArray
@@ -76,26 +78,54 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         raise UsageError("--dry-run predicts the models that flags describe: a --model-provider has to be run")
     num_gpus = options.num_gpus or scenario.num_ranks
     check_num_ranks(scenario, num_gpus)
-    start_s = time.perf_counter()
-    source = predict_side(scenario.model, scenario.source)
-    destination = predict_side(scenario.model, scenario.destination)
-    predicted_s = time.perf_counter()
-    plan = plan_refit(source, destination, ranks_per_node=options.gpus_per_node)
-    matrix = bytes_matrix(plan)
-    planned_s = time.perf_counter()
+    figures = _planned(scenario.model, scenario.source, scenario.destination, options.gpus_per_node)
     return DryRun(
         scenario=scenario,
         model=scenario.model,
         options=options,
         num_gpus=num_gpus,
-        num_parameters=source.num_parameters,
-        num_tensors=len(source.tensors),
-        source_bytes=dict(source.bytes_per_rank),
-        destination_bytes=dict(destination.bytes_per_rank),
+        num_parameters=figures.num_parameters,
+        num_tensors=figures.num_tensors,
+        source_bytes=figures.source_bytes,
+        destination_bytes=figures.destination_bytes,
+        cost=figures.cost,
+        matrix=figures.matrix,
+        traffic=split_traffic(figures.matrix, options.gpus_per_domain),
+        bound=lower_bound(figures.matrix, options.cluster) if options.cluster else None,
+        predict_s=figures.predict_s,
+        plan_s=figures.plan_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What a dry run finds for two sides, whatever moves the bytes. Fields are those of DryRun."""
+
+    num_parameters: int
+    num_tensors: int
+    source_bytes: dict[int, int]
+    destination_bytes: dict[int, int]
+    cost: Cost
+    matrix: IntArray
+    predict_s: float
+    plan_s: float
+
+
+@functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
+def _planned(model: ModelShape, source: SideSpec, destination: SideSpec, ranks_per_node: int) -> _Figures:
+    start_s = time.perf_counter()
+    shardings = [predict_side(model, side) for side in (source, destination)]
+    predicted_s = time.perf_counter()
+    plan = plan_refit(*shardings, ranks_per_node=ranks_per_node)
+    matrix = bytes_matrix(plan)
+    planned_s = time.perf_counter()
+    return _Figures(
+        num_parameters=shardings[0].num_parameters,
+        num_tensors=len(shardings[0].tensors),
+        source_bytes=dict(shardings[0].bytes_per_rank),
+        destination_bytes=dict(shardings[1].bytes_per_rank),
         cost=cost_of(plan),
         matrix=matrix,
-        traffic=split_traffic(matrix, options.gpus_per_domain),
-        bound=lower_bound(matrix, options.cluster) if options.cluster else None,
         predict_s=predicted_s - start_s,
         plan_s=planned_s - predicted_s,
     )

@@ -130,13 +130,13 @@ def _cpu_memory_bytes(scenario: Scenario, run: DryRun | None) -> int:
 def _cpu_run_s(scenario: Scenario, run: DryRun | None, cores: int) -> float:
     """Rough seconds of a whole run on that many cores."""
     payload_bytes = run.cost.payload_bytes if run else 0
-    num_refits = scenario.num_warmup + scenario.num_iterations
+    num_refits = scenario.num_warmup + scenario.most_iterations
     return (scenario.num_ranks * RANK_START_S + num_refits * payload_bytes / CPU_BYTES_PER_S) / cores
 
 
 def check(candidate: Candidate, options: DryRunOptions, machine: Machine | None = None) -> Planned:
     """Check one scenario of a sweep, as `checked` does. A UsageError becomes its `reason` and is not raised."""
-    planned = _outline(candidate, options.gpus_per_node)
+    planned = outline(candidate, options.gpus_per_node)
     try:
         scenario, run = checked(candidate.flags, options, machine)
     except UsageError as error:
@@ -152,12 +152,7 @@ def check(candidate: Candidate, options: DryRunOptions, machine: Machine | None 
     )
 
 
-def recheck(planned: Planned, options: DryRunOptions, machine: Machine | None = None) -> Planned:
-    """Check a scenario of an earlier sweep again, for other GPUs. A skipped one still counts as a cell of an axis."""
-    return check(Candidate(planned.name, planned.flags, is_cell=planned.status is Status.SKIPPED), options, machine)
-
-
-def _outline(candidate: Candidate, gpus_per_node: int) -> Planned:
+def outline(candidate: Candidate, gpus_per_node: int) -> Planned:
     """The part of Planned that needs no check, so that a refused scenario is also shown with its layout."""
     args = read_flags(candidate.flags)
     sides: tuple[SideSpec | None, SideSpec | None] = (None, None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +15,10 @@ from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
 from refit.results.status import Status
 from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, check_name, last_result, next_attempt, sweep_file
-from refit.sweep.check import Machine, check, recheck
+from refit.sweep.check import Machine, check
 from refit.sweep.close import CANCELLED
-from refit.sweep.selection import Selection
+from refit.sweep.parallel import plan_all
+from refit.sweep.selection import Candidate, Selection
 
 UNFINISHED = (None, Status.RUNNING)
 DONE = (Status.OK, Status.WAIVED)
@@ -43,8 +45,7 @@ class Allocation:
 
 def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: Sequence[str] = ()) -> Sweep:
     """Check every scenario of a selection. Raises UsageError for an unknown cluster, or if all are skipped."""
-    options = allocation.options
-    scenarios = tuple(check(candidate, options, allocation.machine) for candidate in selection.candidates)
+    scenarios = tuple(plan_all(selection.candidates, _check(allocation)))
     if all(planned.status is Status.SKIPPED for planned in scenarios):
         raise UsageError(f"all {len(scenarios)} scenarios are skipped, {scenarios[0].name}: {scenarios[0].reason}")
     num_gpus = allocation.num_gpus or max(planned.num_ranks for planned in scenarios)
@@ -59,6 +60,10 @@ def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: S
         cluster=allocation.cluster,
         scenarios=scenarios,
     )
+
+
+def _check(allocation: Allocation) -> Callable[[Candidate], Planned]:
+    return functools.partial(check, options=allocation.options, machine=allocation.machine)
 
 
 def begin(selection: Selection, allocation: Allocation, directory: Path, run_id: str | None, job: str | None) -> Path:
@@ -99,8 +104,11 @@ def find(directory: Path, run_id: str) -> Sweep:
 
 def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | None) -> Path:
     """Check all scenarios that are not DONE against this allocation, add the job, write the file, return its path."""
-    options = allocation.options
     num_gpus = allocation.num_gpus or sweep.num_gpus
+    again = [planned for planned in sweep.scenarios if _status(directory, sweep.run_id, planned) not in DONE]
+    # A skipped one still counts as a cell of an axis.
+    candidates = [Candidate(each.name, each.flags, is_cell=each.status is Status.SKIPPED) for each in again]
+    checked = {planned.name: planned for planned in plan_all(candidates, _check(allocation))}
     path = sweep_file(directory, sweep.run_id)
     replace(
         sweep,
@@ -109,12 +117,7 @@ def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | Non
         num_gpus=num_gpus,
         gpus_per_node=allocation.gpus_per_node,
         cluster=allocation.cluster,
-        scenarios=tuple(
-            planned
-            if _status(directory, sweep.run_id, planned) in DONE
-            else recheck(planned, options, allocation.machine)
-            for planned in sweep.scenarios
-        ),
+        scenarios=tuple(checked.get(planned.name, planned) for planned in sweep.scenarios),
     ).write(path)
     return path
 
