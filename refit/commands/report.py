@@ -13,6 +13,7 @@ from refit.report.console import show, show_aside
 from refit.report.summary import summary_text
 from refit.report.tables import csv_text, markdown_text
 from refit.results.runs import Run, find_run
+from refit.sweep.layouts import with_layouts
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -22,9 +23,10 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="what a run measured, as text, Markdown or CSV",
         description="Print a run's summary and analysis. The exit code is 0 even if scenarios failed, 2 without a "
         "readable run, 4 if a damaged file was skipped (standard error names it).",
+        epilog="example:\n  refit report benchmark_results --format markdown",
     )
     add_run_arguments(parser)
-    parser.add_argument("--format", choices=list(FORMATS), default="text", help="default: text")
+    parser.add_argument("--format", choices=list(FORMATS), default="text", help="what to print; default: text")
     parser.set_defaults(run=report)
 
 
@@ -41,7 +43,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Print the run. Raises UsageError where there is none. 4 where a damaged file was skipped."""
-    run = find_run(args.run_dir, args.run_id)
+    run = with_layouts(find_run(args.run_dir, args.run_id))
     show(FORMATS[args.format](run))
     return int(named_skipped(run))
 

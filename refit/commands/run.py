@@ -8,18 +8,23 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.config.registry import METHODS
+from refit.config.scenario import Scenario
 from refit.errors import ExitCode
 from refit.predict.dry_run import DryRunOptions
+from refit.report import live
 from refit.report.console import show_aside
+from refit.results.result import Failure, Result, ResultFile, now
+from refit.results.status import Status
 from refit.sweep import check
-from refit.sweep.close import root_cause
+from refit.sweep.close import GONE, Cause, killed_text, root_cause, telling_line, tells_more
 
 KEPT_LINES = 500
 """The end of the ranks' stderr, where torchrun reports which rank failed first."""
@@ -35,17 +40,18 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "run",
-        usage="refit run FLAGS OF benchmark_refit.py",
+        usage="refit run FLAGS",
         help="run a scenario on this machine",
         description="Start one rank per GPU that the scenario needs (CPU ranks for gloo and shm) and run it. "
         "`refit run --help` lists the flags of benchmark_refit.py.",
-        epilog="example: refit run --model tiny --rl-inference-expert-model-parallel-size 2 --refit-method gloo",
+        epilog="example:\n  refit run --model tiny --refit-method gloo --rl-inference-tensor-model-parallel-size 2",
     )
     parser.set_defaults(run=run, takes_flags=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the scenario and return its exit code, not torchrun's. Raises UsageError before anything is started."""
+    live.draw("checking the scenario")
     request = parse(args.flags)
     if request.dry_run is not None:
         return main(args.flags)
@@ -53,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
         check.checked(args.flags, DryRunOptions(), check.this_machine())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
     command += ["--nproc-per-node", str(request.scenario.num_ranks), "-m", "refit.cli", *args.flags]
+    own_result = _own_result(request.scenario)
     log: deque[str] = deque(maxlen=KEPT_LINES)
+    # On a terminal rank 0 draws over this line as soon as it runs.
+    rank_0_draws = live.is_terminal(sys.stdout)
+    live.draw(
+        f"{'starting' if rank_0_draws else 'running'} {request.scenario.num_ranks} ranks", ticking=not rank_0_draws
+    )
     # In a session of its own: a signal reaches the ranks once, through torchrun.
     process = subprocess.Popen(
         command,
@@ -65,10 +77,50 @@ def run(args: argparse.Namespace) -> int:
     )
     with _signals_forwarded(process):
         assert process.stderr is not None
+        verdict = ""
         for line in without_launcher(_kept(process.stderr, log)):
-            show_aside(line)
+            live.clear(others=True)
+            if GONE.match(line):
+                verdict = line  # which signal it was comes with the launcher's report
+            else:
+                show_aside(line)
         code = process.wait()
-    return int(_exit_code(list(log), code))
+    live.clear(others=True)
+    cause = root_cause(list(log), code)
+    show_killed(verdict, cause)
+    exit_code = _exit_code(cause, code)
+    if own_result is not None and exit_code not in (ExitCode.OK, ExitCode.WRONG_DATA, ExitCode.USAGE):
+        _complete(own_result, request.scenario, cause, exit_code, list(log))
+    return int(exit_code)
+
+
+def show_killed(verdict: str, cause: Cause) -> None:
+    """Say once that a signal ended a rank: what the ranks noticed of it, and what only their launcher knows."""
+    told = GONE.match(verdict)
+    if text := killed_text(cause):
+        phase = f" in phase '{told['phase']}'" if told and int(told["rank"]) == cause.rank else ""
+        show_aside(f"FAILED: rank {cause.rank} failed{phase}: {text}")
+    elif verdict:
+        show_aside(verdict)
+
+
+def _own_result(scenario: Scenario) -> ResultFile | None:
+    """The file that the result will have, where its name is known: given, and not taken."""
+    path = scenario.output_dir / f"{scenario.run_name}.json"
+    return None if scenario.run_name is None or path.exists() else ResultFile(path)
+
+
+def _complete(file: ResultFile, scenario: Scenario, cause: Cause, code: ExitCode, log: Sequence[str]) -> None:
+    """Put into the result what the ranks could not: their scenario, how they ended, a signal that ended one of them."""
+    result = file.read() if file.path.exists() else Result(file.run_id, scenario=scenario)
+    if result.status is Status.RUNNING:
+        status = Status.WAIVED if code is ExitCode.WAIVED else Status.FAILED
+        message = killed_text(cause) or telling_line(list(without_launcher(iter(log))))
+        failure = Failure(message, None if status is Status.WAIVED else cause.rank)
+        result = replace(result, status=status, exit_code=int(status.exit_code), failure=failure, finished=now())
+    elif result.failure is not None and tells_more(cause, result):
+        result = replace(result, failure=replace(result.failure, message=killed_text(cause)))
+    file.write(result)
 
 
 def without_launcher(lines: Iterable[str]) -> Iterator[str]:
@@ -116,9 +168,8 @@ def _signals_forwarded(process: subprocess.Popen[str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _exit_code(log: list[str], code: int) -> ExitCode:
+def _exit_code(cause: Cause, code: int) -> ExitCode:
     """torchrun ends with 1 whatever its ranks ended with, and without a report of them where it was told to stop."""
     if code == 0:
         return ExitCode.OK
-    cause = root_cause(log, code)
     return ExitCode(cause.exit_code) if cause.rank is not None and cause.exit_code in set(ExitCode) else ExitCode.FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,26 @@ RANK_PREFIX = re.compile(r"\s*(\[\S+\]:|\d+:)\s+")
 """What `torchrun --tee` and `srun --label` put before a rank's lines."""
 
 ROOT_CAUSE = re.compile(
-    r"Root Cause.*?time *: (?P<time>\S+).*?rank *: (?P<rank>\d+).*?exitcode *: (?P<exit_code>-?\d+)", re.DOTALL
+    r"Root Cause.*?time *: (?P<time>\S+).*?host *: (?P<host>\S+).*?rank *: (?P<rank>\d+)"
+    r".*?exitcode *: (?P<exit_code>-?\d+)",
+    re.DOTALL,
 )
 """The end of what torchrun prints when a rank fails (`torch.distributed.elastic.multiprocessing.errors`); its own exit
 code is 1 whatever the rank's was."""
+
+
+GONE_TEXT = "died or was killed"
+GONE = re.compile(rf"FAILED: rank (?P<rank>\d+) failed in phase '(?P<phase>[^']*)': {GONE_TEXT}")
+"""The ranks' verdict on one that stopped answering. Its launcher alone knows which signal ended it."""
+
+ADVICE = {
+    "SIGKILL": "most likely the kernel, for lack of memory (`dmesg` says so): use fewer ranks per host, a "
+    "smaller model or a lower --staging-mib",
+    "SIGBUS": "memory that it mapped is not there, such as in a full /dev/shm: make it larger, or use fewer ranks per "
+    "host",
+    "SIGTERM": "it was told to stop: by you, by the batch system, or because its launcher was ended",
+}
+"""What to do about a signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +55,11 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """An exit code (negative for a signal, as torchrun writes it) and its rank, where that is known."""
+    """An exit code (negative for a signal, as torchrun writes it), and its rank and host, where they are known."""
 
     exit_code: int
     rank: int | None
+    host: str = ""
 
 
 def close(attempt: Attempt, ending: Ending) -> Result:
@@ -53,10 +71,10 @@ def close(attempt: Attempt, ending: Ending) -> Result:
     result = file.read()
     ended_from_outside = ending.cancelled or ending.timed_out_s is not None
     unsettled = (Status.RUNNING, Status.FAILED) if ended_from_outside else (Status.RUNNING,)
-    if result.status not in unsettled:
-        return result
     log = _tail(attempt.log)
     cause = root_cause(log, ending.exit_code)
+    if result.status not in unsettled and not tells_more(cause, result):
+        return result
     status = Status.WAIVED if cause.exit_code == ExitCode.WAIVED and not ended_from_outside else Status.FAILED
     completed = replace(
         result,
@@ -74,15 +92,35 @@ def close(attempt: Attempt, ending: Ending) -> Result:
     return completed
 
 
+def tells_more(cause: Cause, result: Result) -> bool:
+    """Whether the launcher knows the signal that ended the rank of which the ranks only know that it is gone."""
+    failure = result.failure
+    return (
+        killed_text(cause) != "" and failure is not None and failure.rank == cause.rank and GONE_TEXT in failure.message
+    )
+
+
 def _message(ending: Ending, cause: Cause, log: Sequence[str], waived: bool) -> str:
     if ending.cancelled:
         return CANCELLED
     if ending.timed_out_s is not None:
         return f"timed out after {ending.timed_out_s:g} s"
     line = telling_line(log)
+    if ended_by_signal := killed_text(cause):
+        return ended_by_signal
     if waived:
         return line or "what it needs is not there (exit code 3)"
     return f"ended with exit code {_code_text(cause.exit_code)}: {line or 'the log is empty'}"
+
+
+def killed_text(cause: Cause) -> str:
+    """`killed on node7 by signal 9 (SIGKILL), ...` with what to do; "" for a rank that no signal ended."""
+    if cause.rank is None or cause.exit_code >= 0:
+        return ""
+    number = -cause.exit_code
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    advice = ADVICE.get(name, "its last lines above, or in the logs of its rank, may say why")
+    return f"killed{f' on {cause.host}' if cause.host else ''} by signal {number} ({name}): {advice}"
 
 
 def _code_text(exit_code: int) -> str:
@@ -97,7 +135,7 @@ def root_cause(log: Sequence[str], exit_code: int) -> Cause:
     if not reports:
         return Cause(exit_code, None)
     first = min(reports, key=lambda report: report["time"])
-    return Cause(int(first["exit_code"]), int(first["rank"]))
+    return Cause(int(first["exit_code"]), int(first["rank"]), first["host"])
 
 
 def telling_line(log: Sequence[str]) -> str:

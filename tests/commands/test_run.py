@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from refit.commands import main
-from refit.commands.run import without_launcher
+from refit.commands.run import show_killed, without_launcher
+from refit.results.result import read_result
+from refit.sweep.close import Cause
+from tests.ranks.test_torchrun import pid_of_rank
 
 SMALL = [
     "--model",
@@ -58,6 +62,28 @@ def test_a_traceback_of_a_rank_is_shown() -> None:
     assert list(without_launcher(iter(cut_off))) == cut_off
 
 
+GONE = "FAILED: rank 1 failed in phase 'plan': died or was killed (it stopped answering)"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "cause", "told"),
+    [
+        (GONE, Cause(-9, 1, "node7"), "FAILED: rank 1 failed in phase 'plan': killed on node7 by signal 9 (SIGKILL): "),
+        ("", Cause(-9, 1, "node7"), "FAILED: rank 1 failed: killed on node7 by signal 9 (SIGKILL): most likely"),
+        (GONE, Cause(-11, 0), "FAILED: rank 0 failed: killed by signal 11 (SIGSEGV): "),
+        (GONE, Cause(4, 1), GONE),
+        ("", Cause(4, 1), ""),
+    ],
+)
+def test_a_killed_rank_is_told_of_once(
+    capsys: pytest.CaptureFixture[str], verdict: str, cause: Cause, told: str
+) -> None:
+    show_killed(verdict, cause)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(told)
+    assert "".join(lines).startswith(told)
+
+
 def test_usage_errors_come_before_any_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *SMALL, "--tensor-model-parallel-size", "3"]) == 2
     assert capsys.readouterr().err.startswith("error: source: ")
@@ -86,6 +112,24 @@ def test_a_verified_refit(tmp_path: Path) -> None:
     assert "0 wrong" in output
     assert errors == ""
     assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path) -> None:
+    flags = ["--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed"]
+    process = started(*flags)
+    assert process.stdout is not None
+    while "/100000:" not in process.stdout.readline():
+        assert process.poll() is None
+    os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 4
+    (line,) = [line for line in (output + errors).splitlines() if line.startswith(("FAILED", "error"))]
+    assert re.fullmatch(r"FAILED: rank 1 failed in phase '.+': killed on \S+ by signal 9 \(SIGKILL\): .*dmesg.*", line)
+    assert "====" not in errors
+    failure = read_result(tmp_path / "killed.json").failure
+    assert failure is not None
+    assert failure.message.startswith("killed on ")
 
 
 @pytest.mark.slow

@@ -135,7 +135,23 @@ def test_the_rank_that_failed_first_is_named(tmp_path: Path) -> None:
     log += TORCHRUN.format(time="2026-01-26_15:30:02", rank=3, code=-9)
     noted = failure(attempt(tmp_path, log), Ending(1))
     assert noted.rank == 3
-    assert noted.message.startswith("ended with exit code -9 (killed by signal 9): nvshmem4py is not installed")
+    assert noted.message.startswith("killed on node1 by signal 9 (SIGKILL): most likely the kernel")
+
+
+def test_the_signal_is_added_to_what_the_ranks_have_noticed(tmp_path: Path) -> None:
+    gone = Failure("died or was killed (it stopped answering)", 3, "plan")
+    log = TORCHRUN.format(time="2026-01-26_15:30:02", rank=3, code=-9)
+    recorded = Result("x", status=Status.FAILED, exit_code=4, failure=gone)
+    noted = failure(attempt(tmp_path, log, recorded), Ending(1))
+    assert (noted.rank, noted.phase) == (3, "plan")
+    assert noted.message.startswith("killed on node1 by signal 9")
+
+
+def test_another_ranks_signal_changes_nothing(tmp_path: Path) -> None:
+    gone = Failure("died or was killed (it stopped answering)", 2, "plan")
+    log = TORCHRUN.format(time="2026-01-26_15:30:02", rank=3, code=-9)
+    recorded = Result("x", status=Status.FAILED, exit_code=4, failure=gone)
+    assert failure(attempt(tmp_path, log, recorded), Ending(1)) == gone
 
 
 def test_a_missing_transport_is_waived_also_behind_torchrun(tmp_path: Path) -> None:
