@@ -63,7 +63,8 @@ def command_parser(command: str = "") -> FlagParser:
     parser.set_defaults(takes_flags=False)
     parser.add_argument("--version", action="version", version=f"refit-benchmark {refit.__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    names = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+    needed = [command] if command in COMMANDS else [] if command == "--version" else COMMANDS
+    names = dict.fromkeys(COMMANDS[name] for name in needed)
     for name in names:
         importlib.import_module(f"refit.commands.{name}").add(subparsers)
     return parser
