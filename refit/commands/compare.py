@@ -40,7 +40,12 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="SHARE",
         help="largest allowed increase of a median, as 5%% or 0.05; default: 5%%",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw both medians of every scenario")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="also draw both medians of every scenario into this file; default: no picture",
+    )
     parser.set_defaults(run=compare)
 
 
