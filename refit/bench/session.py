@@ -152,10 +152,20 @@ def _own_store() -> Store:
 
 
 def _report(file: ResultFile, failure: Failure) -> None:
-    """Print a failure once, for all ranks, and record it in the result. Measurements so far stay in the result."""
+    """Print a failure once, for all ranks, and record it in the result. Measurements so far stay in the result.
+
+    Ranks that have lost the store cannot agree on the one that reports, so the first to mark the result file does.
+    """
+    try:
+        if not file.mark_failed(failure.exit_code, result.Failure(failure.message, failure.rank, failure.phase)):
+            return
+    except OSError as error:  # a full disk, or a folder that only the first node has
+        live.clear(others=True)
+        show_aside(f"FAILED: {failure}")
+        show(f"Result: {file.path} could not be completed: {error}")
+        return
     live.clear(others=True)
     show_aside(f"FAILED: {failure}")
-    file.mark_failed(failure.exit_code, result.Failure(failure.message, failure.rank, failure.phase))
     show(f"Result: {file.path}")
 
 

@@ -3,8 +3,9 @@
 Each rank writes a heartbeat and the name of its phase to the store that torch.distributed was started with. A rank that
 fails writes its failure there before it ends. The heartbeat of a killed rank stops. The first rank to notice records
 the failure (one compare-and-set), prints which rank failed and marks the result file. Every other rank reads the record
-and ends with the same exit code. The thread runs even while the main thread is blocked in a collective or a device
-synchronisation, which no signal handler or exception can interrupt.
+and ends with the same exit code, after killing the silent rank if it is on the same machine: a stopped process handles no
+SIGTERM, and its launcher would wait half a minute for it. The thread runs even while the main thread is blocked in a
+collective or a device synchronisation, which no signal handler or exception can interrupt.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -37,19 +39,23 @@ ROLL_CALL_S = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Which rank failed in which phase, and why. Every rank ends with `exit_code`."""
+    """Which rank failed in which phase, and why. Every rank ends with `exit_code`. `silent`: it stopped answering."""
 
     rank: int
     phase: str
     message: str
     exit_code: int = int(ExitCode.FAILED)
+    silent: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} failed in phase '{self.phase}': {self.message}"
 
 
 class Watchdog:
-    """Watches from `start()` to `stop()`. `on_failure` is called on the one rank that records the failure."""
+    """Watches from `start()` to `stop()`.
+
+    `on_failure` is called on the one rank that records the failure, or without a store on every rank.
+    """
 
     def __init__(
         self,
@@ -78,6 +84,8 @@ class Watchdog:
         # The C-level handler writes to this pipe at once, even while the main thread is inside a collective.
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)
+        with contextlib.suppress(OSError):  # a system that does not say it; then a silent rank is not killed
+            self._store.set(f"refit/process/{self._rank}", _process_name(os.getpid()))
         self._beat()
         self._thread.start()
 
@@ -140,7 +148,7 @@ class Watchdog:
             if seen.get(peer, ("", 0.0))[0] != beat:
                 seen[peer] = (beat, now)
             elif now - seen[peer][1] > limit_s:
-                return Failure(peer, beat.split(" ", 1)[1], "died or was killed (it stopped answering)")
+                return Failure(peer, beat.split(" ", 1)[1], "died or was killed (it stopped answering)", silent=True)
         return None
 
     def _terminated(self) -> Failure:
@@ -195,6 +203,8 @@ class Watchdog:
                 with contextlib.suppress(Exception):
                     self._on_failure(failure)
             live.clear()
+            with contextlib.suppress(Exception):
+                self._kill_silent(_verdict(verdict))
             sys.stdout.flush()
             sys.stderr.flush()
             # Exit late, so that a launcher does not report this rank as the first to fail. Rank 0 hosts the store.
@@ -202,7 +212,28 @@ class Watchdog:
                 time.sleep(BEAT_S * 2)
             os._exit(_verdict(verdict).exit_code)
 
+    def _kill_silent(self, failure: Failure) -> None:
+        """Kill the rank that stopped answering, where it is a process of this machine."""
+        key = f"refit/process/{failure.rank}"
+        if not failure.silent or failure.rank == self._rank or not self._store.check([key]):
+            return
+        name = self._store.get(key).decode()
+        pid = int(name.rsplit(" ", 1)[1])
+        if _process_name(pid) == name:
+            os.kill(pid, signal.SIGKILL)
+
 
 def _verdict(stored: bytes) -> Failure:
     """Decode a stored failure: the rank that recorded it, then the failure as JSON."""
     return Failure(**json.loads(stored.decode().split(" ", 1)[1]))
+
+
+def _process_name(pid: int) -> str:
+    """A name that no other process has, on this machine or another: boot, PID namespace, start time and PID.
+
+    Raises OSError where there is no such process. Its start, in clock ticks after the boot, is field 22 of
+    `/proc/<pid>/stat` (proc(5)); the fields are counted after the program's name, which may hold blanks.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    start = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    return f"{boot} {os.readlink('/proc/self/ns/pid')} {start} {pid}"

@@ -189,9 +189,24 @@ class ResultFile:
                 self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
             return Result(self.run_id)
 
-    def mark_failed(self, exit_code: int, failure: Failure) -> None:
-        """Record a failure in a result that another rank may have written. Its measurements are kept."""
-        self.write(replace(self.read(), status=Status.FAILED, exit_code=exit_code, failure=failure, finished=now()))
+    def mark_failed(self, exit_code: int, failure: Failure) -> bool:
+        """Record a failure in a result that another rank may have written. Its measurements are kept.
+
+        False, and nothing is changed, where another process has recorded one or is doing so. Raises OSError.
+        """
+        claim = self.path.with_name(f"{self.path.name}.failing")
+        try:
+            claim.open("x").close()
+        except FileExistsError:
+            return False
+        try:
+            result = self.read()
+            if result.status is Status.FAILED:
+                return False
+            self.write(replace(result, status=Status.FAILED, exit_code=exit_code, failure=failure, finished=now()))
+        finally:
+            claim.unlink()
+        return True
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -342,7 +342,8 @@ def test_a_run_records_what_it_was_asked_for_before_it_builds_anything(
 
 def test_a_failure_noted_by_another_rank_keeps_the_measurements(tmp_path: Path) -> None:
     file = ResultFile(written(replace(FULL, status=Status.RUNNING, exit_code=None, failure=None), tmp_path))
-    file.mark_failed(4, Failure("killed", 2))
+    assert file.mark_failed(4, Failure("killed", 2))
+    assert not file.mark_failed(4, Failure("lost the store", 0)), "the first failure stands"
     found = read_result(file.path)
     assert (found.status, found.exit_code, found.failure) == (Status.FAILED, 4, Failure("killed", 2))
     assert found.measurements == FULL.measurements
