@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Starts benchmark_refit.py on the ranks of this node, in a Slurm step or without Slurm.
 #
-#   node.sh node PYTHON NODES RANKS_PER_NODE RANK_LOGS FLAGS...    torchrun with all ranks of this node (one task per node)
+#   node.sh node PYTHON NODES RANKS_PER_NODE RANK_LOGS FLAGS...    all ranks of this node (one task per node): with
+#                                                                  `refit run`, or torchrun where there are several nodes
 #   node.sh gpu  PYTHON NODES RANKS_PER_NODE RANK_LOGS FLAGS...    one rank, as Slurm numbers it (one task per GPU)
 #
 # Each rank's stderr is also written below RANK_LOGS/node<N>.
@@ -28,11 +29,11 @@ if [[ $form == gpu ]]; then
     exec "${command[@]}" "$root/benchmark_refit.py" "$@" 2> >(tee -- "$logs/rank$SLURM_PROCID.err" >&2)
 fi
 
-if [[ -n ${SLURM_STEP_ID:-} ]]; then
-    port=$("$python" -m refit.cli.launch)
-    rendezvous=(--nnodes "$nodes" --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$port")
-else
-    rendezvous=(--standalone --local-addr localhost)
+if ((nodes == 1)); then
+    export PET_LOG_DIR=$logs PET_TEE=2 # torchrun's --log-dir and --tee
+    exec "${command[@]}" -m refit run --nproc-per-node "$ranks_per_node" "$@"
 fi
-exec "${command[@]}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$ranks_per_node" \
-    --log-dir "$logs" --tee 2 "$root/benchmark_refit.py" "$@"
+
+port=$("$python" -m refit.cli.launch)
+exec "${command[@]}" -m torch.distributed.run --nnodes "$nodes" --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" \
+    --master-port "$port" --nproc-per-node "$ranks_per_node" --log-dir "$logs" --tee 2 "$root/benchmark_refit.py" "$@"

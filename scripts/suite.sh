@@ -133,8 +133,9 @@ describe_allocation() {
     if [[ $action == local ]]; then
         nodes=1 count=$(gpus_per_node)
         if ((count == 0)); then
-            on_cpus=yes count=8
-            echo "There is no GPU here: up to $count ranks run on the CPUs, gloo stands in for nccl and shm for nvshmem."
+            on_cpus=yes allocation=(--cpu-fallback)
+            echo "There is no GPU here: ranks run on the CPUs, gloo stands in for nccl and shm for nvshmem."
+            return
         fi
     elif [[ $action == run ]]; then
         nodes=$(num_nodes) count=$(gpus_per_node)
@@ -142,12 +143,7 @@ describe_allocation() {
         nodes=${asked_nodes:-$(header nodes "$MAX_NODES")}
         count=${REFIT_GPUS_PER_NODE:-$(header gpus-per-node "$MAX_GPUS_PER_NODE")}
     fi
-    allocation=(--num-gpus "$((nodes * count))" --gpus-per-node "$count")
-    if [[ -n $on_cpus ]]; then
-        allocation+=(--cpu-fallback)
-    elif [[ -n $cluster ]]; then
-        allocation+=(--cluster "$cluster")
-    fi
+    allocation=(--num-gpus "$((nodes * count))" --gpus-per-node "$count" ${cluster:+--cluster "$cluster"})
 }
 
 # header NAME MAX: prints the number in an #SBATCH line of the script.

@@ -3,9 +3,9 @@
 Each rank writes a heartbeat and the name of its phase to the store that torch.distributed was started with. A rank that
 fails writes its failure there before it ends. The heartbeat of a killed rank stops. The first rank to notice records
 the failure (one compare-and-set), prints which rank failed and marks the result file. Every other rank reads the record
-and ends with the same exit code, after killing the silent rank if it is on the same machine: a stopped process handles no
-SIGTERM, and its launcher would wait half a minute for it. The thread runs even while the main thread is blocked in a
-collective or a device synchronisation, which no signal handler or exception can interrupt.
+and ends with the same exit code. A silent rank on the same machine is killed: a stopped process handles no SIGTERM, and
+its launcher would wait half a minute for it. The thread runs even while the main thread is blocked in a collective or a
+device synchronisation, which no signal handler or exception can interrupt.
 """
 
 from __future__ import annotations

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from refit.cli import flag_types
+from refit.cli.flag_parser import FlagParser
 from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.config.registry import METHODS
-from refit.config.scenario import Scenario
+from refit.config.scenario import Scenario, check_num_ranks
 from refit.errors import ExitCode
 from refit.predict.dry_run import DryRunOptions
 from refit.report import live
@@ -40,9 +42,10 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "run",
-        usage="refit run FLAGS",
+        usage="refit run [--nproc-per-node N] FLAGS",
         help="run a scenario on this machine",
-        description="Start one rank per GPU that the scenario needs (CPU ranks for gloo and shm) and run it. "
+        description="Start one rank per GPU that the scenario needs (CPU ranks for gloo and shm), or N ranks of which "
+        "some stay idle, and run it. "
         "`refit run --help` lists the flags of benchmark_refit.py.",
         epilog="example:\n  refit run --model tiny --refit-method gloo --rl-inference-tensor-model-parallel-size 2",
     )
@@ -52,19 +55,22 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the scenario and return its exit code, not torchrun's. Raises UsageError before anything is started."""
     live.draw("checking the scenario")
-    request = parse(args.flags)
+    own, flags = _own_flags().parse_known_args(args.flags)
+    request = parse(flags)
     if request.dry_run is not None:
-        return main(args.flags)
+        return main(flags)
+    num_ranks = own.nproc_per_node or request.scenario.num_ranks
+    check_num_ranks(request.scenario, num_ranks)
     if (request.scenario.device or METHODS[request.scenario.method].device) == "cpu":
-        check.checked(args.flags, DryRunOptions(), check.this_machine())
+        check.checked(flags, DryRunOptions(), check.this_machine())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-    command += ["--nproc-per-node", str(request.scenario.num_ranks), "-m", "refit.cli", *args.flags]
+    command += ["--nproc-per-node", str(num_ranks), "-m", "refit.cli", *flags]
     own_result = _own_result(request.scenario)
     log: deque[str] = deque(maxlen=KEPT_LINES)
     # On a terminal rank 0 draws over this line as soon as it runs.
     rank_0_draws = live.is_terminal(sys.stdout)
     live.draw(
-        f"{'starting' if rank_0_draws else 'running'} {request.scenario.num_ranks} ranks", ticking=not rank_0_draws
+        f"{'starting' if rank_0_draws else 'running'} {num_ranks} ranks", ticking=not rank_0_draws
     )
     # In a session of its own: a signal reaches the ranks once, through torchrun.
     process = subprocess.Popen(
@@ -121,6 +127,13 @@ def _complete(file: ResultFile, scenario: Scenario, cause: Cause, code: ExitCode
     elif result.failure is not None and tells_more(cause, result):
         result = replace(result, failure=replace(result.failure, message=killed_text(cause)))
     file.write(result)
+
+
+def _own_flags() -> FlagParser:
+    """The flags that the ranks do not get."""
+    parser = FlagParser(add_help=False)
+    parser.add_argument("--nproc-per-node", type=flag_types.positive)
+    return parser
 
 
 def without_launcher(lines: Iterable[str]) -> Iterator[str]:

@@ -156,13 +156,20 @@ def _selection(args: argparse.Namespace) -> Selection:
 
 
 def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Allocation:
-    """The allocation that flags describe. A resumed sweep keeps the values of `before` for flags not given."""
+    """The allocation that flags describe. A resumed sweep keeps the values of `before` for flags not given.
+
+    On CPUs every scenario is on one node, with as many ranks as it needs.
+    """
+    machine = check.this_machine() if args.cpu_fallback else None
+    if machine is not None:
+        before = None
     cluster = args.cluster or (before.cluster if before else None)
     return run.Allocation(
         num_gpus=args.num_gpus or (before.num_gpus if before else None),
-        gpus_per_node=args.gpus_per_node or (before.gpus_per_node if before else GPUS_PER_NODE),
+        gpus_per_node=args.gpus_per_node
+        or (before.gpus_per_node if before else check.most_cpu_ranks(machine) if machine else GPUS_PER_NODE),
         cluster=str(Path(cluster).absolute()) if cluster and cluster.endswith((".yaml", ".yml")) else cluster,
-        machine=check.this_machine() if args.cpu_fallback else None,
+        machine=machine,
     )
 
 
@@ -181,7 +188,7 @@ def _begin(args: argparse.Namespace) -> int:
         sweep = run.find(directory, args.resume)
         path = run.resume(sweep, directory, _allocation(args, sweep), args.job)
     else:
-        if args.num_gpus is None:
+        if args.num_gpus is None and not args.cpu_fallback:
             raise UsageError("--num-gpus missing: how many GPUs may the sweep use?")
         path = run.begin(_selection(args), _allocation(args), directory, args.run_id, args.job)
     show_aside(sweep_text(Sweep.read(path)))
@@ -230,8 +237,7 @@ def _place(args: argparse.Namespace) -> int:
     scenario, _ = check.checked(flags, allocation.options, allocation.machine)
     if allocation.cluster is not None and scenario.cluster is None:
         flags = [*flags, f"--cluster={allocation.cluster}"]
-    # On CPUs an idle rank would only take a core from the others.
-    placement = check.place(scenario.num_ranks, scenario.num_ranks if args.cpu_fallback else allocation.gpus_per_node)
+    placement = check.place(scenario.num_ranks, None if args.cpu_fallback else allocation.gpus_per_node)
     lines = [
         _fields("num_ranks", str(placement.num_ranks)),
         _fields("nodes", str(placement.nodes)),

@@ -71,8 +71,12 @@ class Placement:
     ranks_per_node: int
 
 
-def place(num_ranks: int, gpus_per_node: int) -> Placement:
-    """The fewest nodes that suffice, with a rank on every GPU, so that ranks planned for one node share it."""
+def place(num_ranks: int, gpus_per_node: int | None) -> Placement:
+    """The fewest nodes that suffice, with a rank on every GPU, so that ranks planned for one node share it.
+
+    `gpus_per_node` None: ranks on CPUs, where an idle one would only take a core from the others.
+    """
+    gpus_per_node = gpus_per_node or max(num_ranks, 1)
     return Placement(num_ranks, num_nodes(num_ranks, gpus_per_node), gpus_per_node)
 
 
@@ -96,12 +100,17 @@ def checked(
     return scenario, run
 
 
+def most_cpu_ranks(machine: Machine) -> int:
+    """The most ranks that its cores may run."""
+    return max(FEW_RANKS, RANKS_PER_CORE * machine.cores)
+
+
 def check_cpus(scenario: Scenario, run: DryRun | None, machine: Machine) -> None:
     """Raise UsageError, with both figures, where `machine` has too few cores, memory or speed for ranks on CPUs.
 
     `run` None: the model's size is not known, only its ranks count.
     """
-    num_ranks, most_ranks = scenario.num_ranks, max(FEW_RANKS, RANKS_PER_CORE * machine.cores)
+    num_ranks, most_ranks = scenario.num_ranks, most_cpu_ranks(machine)
     memory_bytes, run_s = _cpu_memory_bytes(scenario, run), _cpu_run_s(scenario, run, machine.cores)
     problems = []
     if num_ranks > most_ranks:
@@ -136,7 +145,7 @@ def _cpu_run_s(scenario: Scenario, run: DryRun | None, cores: int) -> float:
 
 def check(candidate: Candidate, options: DryRunOptions, machine: Machine | None = None) -> Planned:
     """Check one scenario of a sweep, as `checked` does. A UsageError becomes its `reason` and is not raised."""
-    planned = outline(candidate, options.gpus_per_node)
+    planned = outline(candidate, None if machine else options.gpus_per_node)
     try:
         scenario, run = checked(candidate.flags, options, machine)
     except UsageError as error:
@@ -152,7 +161,7 @@ def check(candidate: Candidate, options: DryRunOptions, machine: Machine | None 
     )
 
 
-def outline(candidate: Candidate, gpus_per_node: int) -> Planned:
+def outline(candidate: Candidate, gpus_per_node: int | None) -> Planned:
     """The part of Planned that needs no check, so that a refused scenario is also shown with its layout."""
     args = read_flags(candidate.flags)
     sides: tuple[SideSpec | None, SideSpec | None] = (None, None)

@@ -15,7 +15,7 @@ from refit.commands import main
 from refit.commands.run import show_killed, without_launcher
 from refit.results.result import read_result
 from refit.sweep.close import Cause
-from tests.ranks.test_torchrun import pid_of_rank
+from tests.ranks.test_torchrun import pid_of_rank, read_until
 
 SMALL = [
     "--model",
@@ -92,6 +92,24 @@ def test_usage_errors_come_before_any_rank(capsys: pytest.CaptureFixture[str]) -
 def test_more_than_this_machine_can_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", "kimi_k2", "--refit-method", "gloo", "--tensor-model-parallel-size", "64"]) == 2
     assert "--dry-run" in capsys.readouterr().err
+
+
+def test_fewer_ranks_than_the_scenario_needs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--nproc-per-node", "1", *SMALL]) == 2
+    assert "1 + 1 = 2 GPUs needed > 1 available" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rank_killed_from_outside_is_named(tmp_path: Path) -> None:
+    process = started("--nproc-per-node", "3", "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
+    assert process.stdout is not None
+    output = read_until(process.stdout.readline, "/100000:")
+    os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 4, (rest, errors)
+    assert "Idle ranks: 2 (not participating)" in output
+    assert "error: rank 1 was ended by signal 9 (Killed)" in errors.splitlines()
+    assert "ChildFailedError" not in errors
 
 
 def test_a_dry_run_starts_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:

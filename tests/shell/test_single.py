@@ -31,6 +31,19 @@ def test_without_slurm_and_gpus_ranks_run_on_cpus_and_it_says_so(shell: Shell) -
     assert (code, "choose another --run-name" in output) == (2, True), "results are never written over"
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_on_one_node_a_failure_is_told_in_our_words(shell: Shell) -> None:
+    flags = ["--model-provider=math:sqrt", "--refit-method=gloo", "--output-dir=out", "--run-name=broken"]
+    code, output = shell.run(SINGLE, *flags)
+    assert code == 4, output
+    assert "broken: FAILED: rank " in output.splitlines()[-1]
+    assert "TypeError" in output, "what failed in the user's own code"
+    assert not re.search("ChildFailedError|torch/distributed/(run|elastic)", output)
+    logs = shell.cwd / "out" / "broken_ranks" / "node0"
+    assert sorted(path.name for path in logs.iterdir()) == ["rank0.err", "rank1.err"]
+
+
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has GPUs")
 def test_a_model_too_large_for_the_cpus_starts_no_rank(shell: Shell) -> None:
     """The README's line, on a machine without GPUs."""

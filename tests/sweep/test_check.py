@@ -34,9 +34,10 @@ def planned_lines(lines: list[str], num_gpus: int, *common: str, cluster: str | 
         (12, 8, Placement(12, 2, 8)),
         (6, 4, Placement(6, 2, 4)),
         (1, 8, Placement(1, 1, 8)),
+        (12, None, Placement(12, 1, 12)),
     ],
 )
-def test_ranks_go_to_all_gpus_of_few_nodes(num_ranks: int, gpus_per_node: int, expected: Placement) -> None:
+def test_ranks_go_to_all_gpus_of_few_nodes(num_ranks: int, gpus_per_node: int | None, expected: Placement) -> None:
     assert place(num_ranks, gpus_per_node) == expected
 
 

@@ -230,6 +230,19 @@ def test_place_says_what_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["flag"] == [*sizes, "--refit-method=shm", "--cluster=h200_nvlink"]
 
 
+def test_ranks_on_cpus_need_no_number_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scenario of more than eight ranks, all on this machine."""
+    lines = ["--config", "4:2:4:1:non-collocated:gloo:twelve", *CONFIGS[:2]]
+    flags = ["--model", "tiny", "--num-layers", "1", "--moe-layer-freq", "1"]
+    options = ["--cpu-fallback", "--output-dir", str(tmp_path), "--run-id", "run", "--", *flags]
+    path = Path(ok(capsys, "sweep", "begin", *lines, *options).rstrip("\n"))
+    assert [fields[:3] for fields in pending(capsys, path)] == [["twelve", "1", "12"], ["first", "1", "6"]]
+    sweep = Sweep.read(path)
+    assert (sweep.num_gpus, sweep.nodes) == (12, 1)
+    ok(capsys, "sweep", "begin", "--resume", "run", "--cpu-fallback", "--output-dir", str(tmp_path))
+    assert len(pending(capsys, path)) == 2
+
+
 def test_place_refuses_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "tiny", "--refit-method", "nccl", "--tensor-model-parallel-size", "8"]
     assert "8 + 8 = 16 GPUs needed > 8 available" in error(capsys, "place", "--num-gpus", "8", "--", *flags)
