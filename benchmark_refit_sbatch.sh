@@ -123,8 +123,11 @@ place "$@"
 
 name=$(flag_value --run-name "$@")
 stem=$output_dir/${name:-$(date +%Y%m%d-%H%M%S)_${SLURM_JOB_ID:-$$}}
-[[ ! -e $stem.json && ! -e $stem.log ]] || die "$stem.json or .log is there already: choose another --run-name"
 mkdir -p -- "$output_dir"
+# Of two scripts that start at once, one makes the log.
+if [[ -e $stem.json ]] || ! (set -o noclobber && : >"$stem.log") 2>/dev/null; then
+    die "$stem.json or .log is there already, or cannot be written: choose another --run-name"
+fi
 ranks_command "$stem" "$nodes" "$ranks_per_node" "${flags[@]}" --output-dir="$output_dir" --run-name="${stem##*/}"
 timeout_s=${REFIT_SCENARIO_TIMEOUT:-0} code=0
 exec 3> >(exec tee --ignore-interrupts -- "$stem.log")

@@ -5,6 +5,8 @@
 
 # shellcheck source=scripts/common.sh
 source "$root/scripts/common.sh"
+# shellcheck source=scripts/lock.sh
+source "$root/scripts/lock.sh"
 
 script=$(readlink -f -- "$0")
 action=run dry_run='' scenarios='' model='' output_dir='' timeout_s='' resume='' only='' asked_nodes='' array='' throttle=''
@@ -154,16 +156,22 @@ header() {
     whole_number "the number in '#SBATCH --$1' of $script" "$found" 1 "$2"
 }
 
-# Checks every scenario, prints the table and sets `sweep_file`.
+# Checks every scenario, prints the table, sets `sweep_file` and locks the run.
 begin() {
     select_scenarios
     describe_allocation
     if [[ -n $resume ]]; then
+        sweep_file=$output_dir/logs/${resume}_sweep.json
+        [[ ! -e $sweep_file ]] || lock_run exclusive
         sweep_file=$(decide sweep begin "${allocation[@]}" --output-dir "$output_dir" --resume "$resume")
     else
         sweep_file=$(decide sweep begin "${selection[@]}" "${allocation[@]}" --output-dir "$output_dir" -- "${common[@]}")
+        lock_run exclusive
     fi
 }
+
+# Jobs of an array hold the run's lock together, and each the lock of its scenario.
+lock_run() { hold "run $(run_id)" "$1" "${sweep_file%.json}.lock"; }
 
 # Sets the array `pending` to the lines of `refit sweep pending`.
 list_pending() {
@@ -187,6 +195,8 @@ run_array_task() {
     : "${SLURM_ARRAY_TASK_ID:?--array-task is for jobs of an array}" # checked with the environment
     ((SLURM_ARRAY_TASK_ID < ${#flags[@]})) || die "task $SLURM_ARRAY_TASK_ID of an array of ${#flags[@]} scenarios"
     local name=${flags[SLURM_ARRAY_TASK_ID]} line
+    lock_run shared
+    hold "scenario $name of run $(run_id)" exclusive "${sweep_file%_sweep.json}_$name.lock"
     list_pending
     for line in "${pending[@]}"; do
         [[ $line != "$name"$'\t'* ]] || pending=("$line")
@@ -298,6 +308,7 @@ submit() {
     list_pending
     ((${#pending[@]} > 0)) || die "nothing is left to run in $sweep_file"
     array_job "$sweep_file"
+    release # for the jobs, which may start at once
     local id
     if ! id=$("${job[@]}"); then
         [[ -n $resume ]] || rm -f -- "$sweep_file" # a sweep without a job would be taken for the latest run
