@@ -6,8 +6,9 @@
 readonly KNOWN_SETTINGS=" ROOT SITE_FILE ACCOUNT PARTITION CONTAINER_IMAGE CONTAINER_MOUNTS MODULES NETWORK_INTERFACE \
 NVSHMEM_LIBRARY PYTHON CLUSTER TASKS SCENARIO_TIMEOUT GPUS_PER_NODE SRUN_ARGS SLURM_TEST "
 
-# The most that is accepted as a number of nodes, of GPUs of a node, and of seconds (a year).
-readonly MAX_NODES=100000 MAX_GPUS_PER_NODE=1024 MAX_SECONDS=31536000
+# The most that is accepted as a number of nodes, of GPUs of a node, of seconds (a year), and of runs of a scenario.
+# shellcheck disable=SC2034 # the scripts use them
+readonly MAX_NODES=100000 MAX_GPUS_PER_NODE=1024 MAX_SECONDS=31536000 MAX_RUNS=500
 # What the site file's values end with, where it was read to its end. No entry of the environment has this form.
 readonly SITE_END='end of the site file'
 

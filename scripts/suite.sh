@@ -9,7 +9,7 @@ source "$root/scripts/common.sh"
 source "$root/scripts/lock.sh"
 
 script=$(readlink -f -- "$0")
-action=run dry_run='' scenarios='' model='' output_dir='' timeout_s='' resume='' only='' asked_nodes='' array='' throttle=''
+action=run dry_run='' scenarios='' model='' output_dir='' timeout_s='' resume='' only='' num_runs='' asked_nodes='' array='' throttle=''
 cluster='' sweep_file='' current='' current_stem='' current_ranks_per_node='' on_cpus='' last_code=0
 flags=()
 
@@ -49,6 +49,7 @@ usage: sbatch $name [options] [-- FLAGS]        as a job, with its #SBATCH lines
   --model NAME        a preset of configs/models; default: kimi_k2 with CONFIGS, the list's own with --scenarios
   --output-dir DIR    results go to DIR/logs; default: benchmark_results/kimi_k2 here
   --timeout S         longest time of one scenario, in seconds; default: REFIT_SCENARIO_TIMEOUT, else no limit
+  --num-runs N        run each scenario N times, interleaved (A B A B), with the spread between runs in the summary
   --resume RUN_ID     continue an earlier run: only scenarios without a result
   --only failed       with --resume: only scenarios that did not succeed
   --nodes N           with --submit and --dry-run: nodes to ask for; default: those of the #SBATCH line
@@ -68,7 +69,7 @@ parse() {
             --dry-run) dry_run=yes ;;
             --submit | --local) action=${1#--} ;;
             --array) array=yes ;;
-            --scenarios | --model | --output-dir | --timeout | --resume | --only | --nodes | --throttle | --array-task | --summary)
+            --scenarios | --model | --output-dir | --timeout | --resume | --only | --num-runs | --nodes | --throttle | --array-task | --summary)
                 (($# > 1)) || die "$1 needs a value"
                 set_option "$1" "$2"
                 shift
@@ -88,6 +89,7 @@ set_option() {
         --timeout) timeout_s=$2 ;;
         --resume) resume=$2 ;;
         --only) only=$2 ;;
+        --num-runs) num_runs=$2 ;;
         --nodes) asked_nodes=$2 ;;
         --throttle) throttle=$2 ;;
         --array-task | --summary) action=${1#--} sweep_file=$2 ;; # how a job array calls this script again
@@ -106,7 +108,8 @@ check_options() {
     [[ -z $asked_nodes ]] || asked_nodes=$(whole_number --nodes "$asked_nodes" 1 "$MAX_NODES")
     [[ -z $throttle ]] || throttle=$(whole_number --throttle "$throttle" 1 "$MAX_NODES")
     [[ -z $timeout_s ]] || timeout_s=$(whole_number --timeout "$timeout_s" 1 "$MAX_SECONDS")
-    [[ -z $resume || -z $scenarios$model && ${#flags[@]} -eq 0 ]] ||
+    [[ -z $num_runs ]] || num_runs=$(whole_number --num-runs "$num_runs" 1 "$MAX_RUNS")
+    [[ -z $resume || -z $scenarios$model$num_runs && ${#flags[@]} -eq 0 ]] ||
         die "--resume goes on with the scenarios and flags of the earlier run: leave all others out"
     [[ $action != run ]] || in_slurm || die "there is no Slurm allocation here: sbatch ${script##*/}, or --submit;" \
         "--dry-run plans without one, --local runs on this machine"
@@ -126,6 +129,7 @@ select_scenarios() {
         selection+=(--title "$TITLE")
         model=${model:-kimi_k2}
     fi
+    selection+=(${num_runs:+--num-runs "$num_runs"})
     common=(${model:+--model "$model"} ${SEQ_LENGTH:+--seq-length "$SEQ_LENGTH"} "${flags[@]}")
 }
 
@@ -269,8 +273,8 @@ job_command() {
 
 suite_job() {
     local name arguments=(--output-dir "$output_dir")
-    for name in scenarios model resume only; do
-        [[ -z ${!name} ]] || arguments+=("--$name" "${!name}")
+    for name in scenarios model resume only num_runs; do
+        [[ -z ${!name} ]] || arguments+=("--${name//_/-}" "${!name}")
     done
     [[ -z $timeout_s ]] || arguments+=(--timeout "$timeout_s")
     ((${#flags[@]} == 0)) || arguments+=(-- "${flags[@]}")

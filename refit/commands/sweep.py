@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from refit.cli import flag_types
 from refit.cli.listing import add_list
 from refit.commands.outcome import add_ending, ending
+from refit.config.limits import MAX_SCENARIOS
 from refit.errors import ExitCode, UsageError
 from refit.report.console import show, show_aside
 from refit.report.summary import summary_text
 from refit.report.sweep_table import outcome_line, sweep_text
 from refit.results.outcomes import load_outcomes
+from refit.results.plain import plain
 from refit.results.status import Status
 from refit.results.sweep import Attempt, Sweep
 from refit.sweep import check, run
@@ -128,6 +131,13 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scenarios", metavar="NAME", help="a list of configs/scenarios, or a YAML file; default: none")
     parser.add_argument("--title", metavar="TEXT", help="title of the summary; default: the list's")
+    parser.add_argument(
+        "--num-runs",
+        type=flag_types.up_to(MAX_SCENARIOS),
+        default=1,
+        metavar="N",
+        help="run each scenario N times, interleaved (A B A B); default: 1",
+    )
 
 
 def _add_allocation(parser: argparse.ArgumentParser) -> None:
@@ -149,10 +159,12 @@ def _add_allocation(parser: argparse.ArgumentParser) -> None:
 
 def _selection(args: argparse.Namespace) -> Selection:
     if args.config:
-        return select_lines(args.config, args.flags, args.title)
-    if args.scenarios:
-        return select_file(args.scenarios, args.flags, args.title)
-    raise UsageError("no scenarios: give --config LINE, once for each, or --scenarios NAME")
+        selection = select_lines(args.config, args.flags, args.title)
+    elif args.scenarios:
+        selection = select_file(args.scenarios, args.flags, args.title)
+    else:
+        raise UsageError("no scenarios: give --config LINE, once for each, or --scenarios NAME")
+    return replace(selection, num_runs=args.num_runs)
 
 
 def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Allocation:
@@ -183,9 +195,11 @@ def _plan(args: argparse.Namespace) -> int:
 def _begin(args: argparse.Namespace) -> int:
     directory = (args.output_dir / LOGS).absolute()
     if args.resume is not None:
-        if args.config or args.scenarios or args.flags or args.title:
+        if args.config or args.scenarios or args.flags or args.title or args.num_runs > 1:
             raise UsageError("--resume goes on with the scenarios and flags of the earlier sweep: leave all others out")
         sweep = run.find(directory, args.resume)
+        for line in run.misplaced(sweep, directory):
+            show_aside(plain(line))
         path = run.resume(sweep, directory, _allocation(args, sweep), args.job)
     else:
         if args.num_gpus is None and not args.cpu_fallback:

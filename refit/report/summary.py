@@ -10,6 +10,7 @@ from refit.config.registry import ENGINES
 from refit.config.scenario import Verify
 from refit.config.side import SideSpec
 from refit.report.neutral import plain_lines
+from refit.report.run_spread import run_spread_lines
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.stats import Summary
@@ -34,6 +35,7 @@ def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     ]
     for outcome in outcomes:
         lines += [*_scenario(outcome), ""]
+    lines += run_spread_lines(outcomes)
     measured = [outcome for outcome in outcomes if outcome.median_s]
     if measured and not any(outcome.bound for outcome in measured):
         lines += ["No lower bounds: no cluster's link speeds were given (--cluster NAME, see configs/clusters)", ""]

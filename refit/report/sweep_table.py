@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
@@ -24,7 +24,8 @@ CHECKED = (Status.READY, Status.REFUSED, Status.SKIPPED)
 
 def sweep_text(sweep: Sweep) -> str:
     """A headline, the table, notes, and the full reason for each scenario that is refused or skipped."""
-    lines = [_headline(sweep), "", *_table(sweep), "", *_totals(sweep)]
+    headline, sweep = _headline(sweep), replace(sweep, scenarios=sweep.distinct)
+    lines = [headline, "", *_table(sweep), "", *_totals(sweep)]
     notes: dict[str, list[str]] = {}
     for planned in sweep.scenarios:
         for note in planned.notes:
@@ -56,7 +57,8 @@ def _headline(sweep: Sweep) -> str:
     gpus = f"{sweep.num_gpus} GPUs" + (f" ({sweep.nodes} nodes of {sweep.gpus_per_node})" if several else "")
     judged = f"cluster {sweep.cluster}" if sweep.cluster else "no --cluster: neither memory nor time is judged"
     run_id = f"{sweep.run_id}, " if sweep.run_id else ""
-    return f"{sweep.title}: {run_id}{len(sweep.scenarios)} scenarios, {gpus}, {judged}"
+    runs = f"{sweep.num_runs} runs of each, interleaved, " if sweep.num_runs > 1 else ""
+    return f"{sweep.title}: {run_id}{len(sweep.distinct)} scenarios, {runs}{gpus}, {judged}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refit.plan.cost import Bound, Cost
+from refit.results.identity import foreign
 from refit.results.reading import UnreadableFile
 from refit.results.refit import EngineResult, RefitResult, speed_ratio
 from refit.results.result import Result, read_result
@@ -92,6 +93,8 @@ def _outcome(sweep: Sweep, planned: Planned, directory: Path) -> Outcome:
 def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
     """The outcome of a scenario that has a result."""
     status = result.status
+    if (reason := foreign(planned, result)) is not None:
+        return Outcome(planned, Status.MISSING, reason, None, log)
     engine = (result.refit or RefitResult()).tested or EngineResult()
     if status is Status.OK:
         return Outcome(planned, status, None, result, log)

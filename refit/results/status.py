@@ -35,6 +35,11 @@ class Status(str, Enum):
         return self in EXIT_CODES
 
     @property
+    def has_measured(self) -> bool:
+        """Whether a run with this status has measured something to its end."""
+        return self in (Status.OK, Status.WRONG_DATA)
+
+    @property
     def exit_code(self) -> ExitCode:
         """The exit code of a process whose result has this status."""
         return EXIT_CODES.get(self, ExitCode.FAILED)

@@ -8,10 +8,12 @@ lists the scenarios. The first attempt at a scenario writes `<RUN_ID>_<NAME>.log
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit.config.limits import MAX_COUNT
+from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
@@ -38,7 +40,9 @@ class Planned:
 
     `flags` are all flags of benchmark_refit.py except for the result's path. `source` and `destination` are None
     where the flags give no valid layout. `cost`, `bound` and `memory_bytes` (the fullest GPU, staging included) are
-    None where they cannot be predicted. `reason` is why a scenario is refused or skipped.
+    None where they cannot be predicted. `reason` is why a scenario is refused or skipped. `scenario` is what the flags
+    mean, None where they are refused; results are compared with it. `run_of` is the scenario that this is one of
+    several runs of; None where it runs once.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Planned:
     bound: Bound | None = None
     memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    scenario: Scenario | None = None
+    run_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,17 @@ class Sweep:
                 return planned
         names = ", ".join(planned.name for planned in self.scenarios)
         raise UsageError(f"sweep {self.run_id} has no scenario {name!r}: there are {names}")
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of each scenario."""
+        return max(Counter(planned.run_of for planned in self.scenarios if planned.run_of).values(), default=1)
+
+    @property
+    def distinct(self) -> tuple[Planned, ...]:
+        """The scenarios, each once and under its own name, however often it is run."""
+        first = {planned.run_of or planned.name: planned for planned in reversed(self.scenarios)}
+        return tuple(replace(planned, name=name) for name, planned in reversed(first.items()))
 
     def write(self, path: Path) -> None:
         """Write the sweep file in one step: readers see the old or the new sweep, never half of one."""

@@ -150,7 +150,7 @@ def check(candidate: Candidate, options: DryRunOptions, machine: Machine | None 
         scenario, run = checked(candidate.flags, options, machine)
     except UsageError as error:
         return replace(planned, status=Status.SKIPPED if candidate.is_cell else Status.REFUSED, reason=str(error))
-    planned = replace(planned, notes=scenario.notes)
+    planned = replace(planned, notes=scenario.notes, scenario=scenario)
     if run is None:
         return planned
     return replace(

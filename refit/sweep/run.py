@@ -11,8 +11,10 @@ from datetime import datetime
 from pathlib import Path
 
 from refit.config.clusters import load_cluster
+from refit.config.limits import MAX_SCENARIOS
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
+from refit.results.identity import foreign
 from refit.results.status import Status
 from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, check_name, last_result, next_attempt, sweep_file
 from refit.sweep.check import Machine, check
@@ -44,7 +46,15 @@ class Allocation:
 
 
 def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: Sequence[str] = ()) -> Sweep:
-    """Check every scenario of a selection. Raises UsageError for an unknown cluster, or if all are skipped."""
+    """Check every scenario of a selection.
+
+    Raises UsageError for an unknown cluster, if all are skipped, and for more than MAX_SCENARIOS with all runs.
+    """
+    if (total := len(selection.candidates) * selection.num_runs) > MAX_SCENARIOS:
+        raise UsageError(
+            f"{len(selection.candidates)} scenarios x {selection.num_runs} runs = {total:,}, {MAX_SCENARIOS} are the "
+            "most: lower --num-runs"
+        )
     scenarios = tuple(plan_all(selection.candidates, _check(allocation)))
     if all(planned.status is Status.SKIPPED for planned in scenarios):
         raise UsageError(f"all {len(scenarios)} scenarios are skipped, {scenarios[0].name}: {scenarios[0].reason}")
@@ -58,12 +68,44 @@ def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: S
         num_gpus=num_gpus,
         gpus_per_node=allocation.gpus_per_node,
         cluster=allocation.cluster,
-        scenarios=scenarios,
+        scenarios=interleaved(scenarios, selection.num_runs),
     )
 
 
 def _check(allocation: Allocation) -> Callable[[Candidate], Planned]:
     return functools.partial(check, options=allocation.options, machine=allocation.machine)
+
+
+def interleaved(scenarios: Sequence[Planned], num_runs: int) -> tuple[Planned, ...]:
+    """Runs of each scenario that is ready, A_run1 B_run1 A_run2 B_run2, so that slow changes of a machine meet all.
+
+    Scenarios that are refused or skipped are listed once. Raises UsageError for a name that is taken or too long.
+    """
+    if num_runs == 1:
+        return tuple(scenarios)
+    found = [planned for planned in scenarios if planned.status is not Status.READY]
+    taken = {planned.name for planned in found}
+    for number in range(1, num_runs + 1):
+        for planned in scenarios:
+            if planned.status is not Status.READY:
+                continue
+            name = f"{planned.name}_run{number}"
+            check_name(name, "name")
+            if name in taken:
+                raise UsageError(f"name {name!r} of run {number} of {planned.name!r} is taken: rename that scenario")
+            taken.add(name)
+            found.append(replace(planned, name=name, run_of=planned.name))
+    return tuple(found)
+
+
+def misplaced(sweep: Sweep, directory: Path) -> list[str]:
+    """A line for each scenario whose last result is of another one; such a scenario is run again."""
+    found = []
+    for planned in sweep.scenarios:
+        result = last_result(directory, sweep.run_id, planned.name)
+        if result is not None and (reason := foreign(planned, result)):
+            found.append(f"{planned.name}: {reason}: it runs again")
+    return found
 
 
 def begin(selection: Selection, allocation: Allocation, directory: Path, run_id: str | None, job: str | None) -> Path:
@@ -108,7 +150,8 @@ def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | Non
     again = [planned for planned in sweep.scenarios if _status(directory, sweep.run_id, planned) not in DONE]
     # A skipped one still counts as a cell of an axis.
     candidates = [Candidate(each.name, each.flags, is_cell=each.status is Status.SKIPPED) for each in again]
-    checked = {planned.name: planned for planned in plan_all(candidates, _check(allocation))}
+    found = zip(again, plan_all(candidates, _check(allocation)), strict=True)
+    checked = {before.name: replace(planned, run_of=before.run_of) for before, planned in found}
     path = sweep_file(directory, sweep.run_id)
     replace(
         sweep,
@@ -137,9 +180,9 @@ def pending(sweep: Sweep, directory: Path, which: str = "unfinished") -> list[Pl
 
 
 def _status(directory: Path, run_id: str, planned: Planned) -> Status | None:
-    """The last attempt's status; None without an attempt or where it was cancelled."""
+    """The last attempt's status; None without an attempt, where it was cancelled or is of another scenario."""
     result = last_result(directory, run_id, planned.name)
-    if result is None or (result.failure and result.failure.message == CANCELLED):
+    if result is None or (result.failure and result.failure.message == CANCELLED) or foreign(planned, result):
         return None
     return result.status
 

@@ -48,10 +48,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The scenarios of a sweep, in order, under a title."""
+    """The scenarios of a sweep, in order, under a title. `num_runs`: how often each is run."""
 
     title: str
     candidates: tuple[Candidate, ...]
+    num_runs: int = 1
 
 
 def select_lines(lines: Sequence[str], common: Sequence[str], title: str | None = None) -> Selection:

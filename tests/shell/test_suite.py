@@ -147,6 +147,15 @@ def test_only_what_failed_is_run_again_beside_the_first_attempt(job: Shell) -> N
     ]
 
 
+def test_runs_are_repeated_in_turn(job: Shell) -> None:
+    code, output = job.run(KIMI, *scenarios(job.cwd, line("a"), line("b")), "--num-runs", "2")
+    assert code == 0, output
+    assert re.findall(r"^\[\d/4\] (\w+):", output, re.MULTILINE) == ["a_run1", "b_run1", "a_run2", "b_run2"]
+    assert "a: 2.00 ms, median of 2 runs (2.00, 2.00), spread 0.0 %" in job.only("*_summary.txt").read_text()
+    code, output = job.run(KIMI, *scenarios(job.cwd, line("a")), "--num-runs", "x[$(touch y)]")
+    assert (code, "--num-runs must be a whole number from 1 to 500" in output) == (2, True), output
+
+
 def test_an_array_runs_what_is_ready_and_sums_up_after_all(shell: Shell) -> None:
     environ = {
         "REFIT_ACCOUNT": "science",

@@ -47,7 +47,9 @@ def write_status(stem: str | Path, status: Status, **engines: EngineResult) -> N
     """The result of an attempt that ended so."""
     measurements = {"refit": RefitResult(status=status, engines=engines)}
     path = Path(f"{stem}.json")
-    write_result(path, Result(path.stem, status=status, exit_code=0, measurements=measurements))
+    run_id, _, name = path.stem.partition(".")[0].partition("_")
+    scenario = Sweep.read(path.parent / f"{run_id}_sweep.json").scenario(name).scenario
+    write_result(path, Result(path.stem, status=status, exit_code=0, scenario=scenario, measurements=measurements))
 
 
 def pending(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> list[list[str]]:
@@ -228,6 +230,47 @@ def test_place_says_what_to_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["nodes"], found["ranks_per_node"]) == (["1"], ["6"])
     assert "shm stands in for nvshmem" in found["note"][0]
     assert found["flag"] == [*sizes, "--refit-method=shm", "--cluster=h200_nvlink"]
+
+
+def test_a_result_of_another_scenario_is_named_and_not_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = begin(capsys, tmp_path)
+    first, second = path.parent / "run_first", path.parent / "run_second"
+    write_status(second, Status.OK, refit=timed([0.01]))
+    Path(f"{first}.json").write_text(Path(f"{second}.json").read_text())
+    assert stems(capsys, path) == ["run_first.2"]
+    assert main(["sweep", "begin", "--resume", "run", "--output-dir", str(tmp_path)]) == 0
+    reason = "its result file is of another scenario: source.layout.tp 1, planned 2, "
+    assert f"first: {reason}" in capsys.readouterr().err
+    summary = ok(capsys, "sweep", "end", str(path), code=4)
+    assert f"MISSING: {reason}" in summary
+    assert "1 ok, 1 refused, 1 missing" in summary
+
+
+def test_runs_of_each_scenario_are_interleaved_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sweep", "begin", *CONFIGS, "--num-runs", "2", "--num-gpus", "8", "--output-dir", str(tmp_path)]
+    assert main([*argv, "--run-id", "run", *TINY]) == 0
+    captured = capsys.readouterr()
+    assert "3 scenarios, 2 runs of each, interleaved, 8 GPUs" in captured.err
+    assert "2 ready, 1 refused" in captured.err
+    path = Path(captured.out.rstrip("\n"))
+    assert stems(capsys, path) == ["run_first_run1", "run_second_run1", "run_first_run2", "run_second_run2"]
+    for stem, seconds in (("first_run1", 0.1), ("second_run1", 0.2), ("first_run2", 0.11), ("second_run2", 0.2)):
+        write_status(path.parent / f"run_{stem}", Status.OK, refit=timed([seconds]))
+    ok(capsys, "sweep", "begin", "--resume", "run", "--output-dir", str(tmp_path))
+    summary = ok(capsys, "sweep", "end", str(path), code=4)
+    assert "first: 105.00 ms, median of 2 runs (100.00, 110.00), spread 9.5 %" in summary
+    assert "second: 200.00 ms, median of 2 runs (200.00, 200.00), spread 0.0 %" in summary
+    assert "5 scenarios: 4 ok, 1 refused" in summary
+
+
+def test_runs_have_names_and_a_number_that_are_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = [*CONFIGS[:2], "--config", "8:8:8:8:collocated:gloo:first_run2"]
+    argv = ["sweep", "begin", *taken, "--num-gpus", "8", "--output-dir", str(tmp_path), "--num-runs"]
+    assert "name 'first_run2' of run 2 of 'first' is taken" in error(capsys, *argv, "2", *TINY)
+    assert "2 scenarios x 251 runs = 502, 500 are the most" in error(capsys, *argv, "251", *TINY)
+    assert "leave all others out" in error(capsys, *argv[:2], "--resume", "x", *argv[8:], "2")
 
 
 def test_ranks_on_cpus_need_no_number_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
