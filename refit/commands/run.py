@@ -69,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
     log: deque[str] = deque(maxlen=KEPT_LINES)
     # On a terminal rank 0 draws over this line as soon as it runs.
     rank_0_draws = live.is_terminal(sys.stdout)
-    live.draw(
-        f"{'starting' if rank_0_draws else 'running'} {num_ranks} ranks", ticking=not rank_0_draws
-    )
+    live.draw(f"{'starting' if rank_0_draws else 'running'} {num_ranks} ranks", ticking=not rank_0_draws)
     # In a session of its own: a signal reaches the ranks once, through torchrun.
     process = subprocess.Popen(
         command,
