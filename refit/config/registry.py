@@ -69,11 +69,13 @@ class Format:
     `predict(model, side) -> Sharding` states what every rank holds without building anything; it raises UsageError
     where the model cannot be sharded this way. `check(model, side, name)` raises the same at lower cost.
     `build(scenario, name, side, device) -> ShardedModel` builds this rank's part; see `refit.models.sharded_model`.
+    `searched_sizes` are the sizes of `refit.config.flag_names` that `refit search` varies.
     """
 
     predict: str
     check: str
     build: str
+    searched_sizes: tuple[str, ...] = ("tp", "ep", "etp", "pp")
 
 
 @dataclass(frozen=True, slots=True)

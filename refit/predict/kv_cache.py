@@ -1,0 +1,22 @@
+"""The key-value cache of a token: what an inference engine keeps beside the weights."""
+
+from __future__ import annotations
+
+from refit.config.layout import Layout
+from refit.config.shape import ModelShape
+
+CACHE_ITEMSIZE = 2
+"""Bytes of one cached element: BF16."""
+
+
+def kv_bytes_per_token(shape: ModelShape, layout: Layout) -> int:
+    """Bytes of cache per token on the GPU of the pipeline stage with the most layers.
+
+    Multi-latent attention caches the latent and the rotary key, whole on every TP rank (DeepSeek-V2, arXiv:2405.04434,
+    table 1). Otherwise each TP rank caches keys and values of its query groups, of at least one.
+    """
+    layers = max(map(len, layout.stage_layers(shape.num_layers)))
+    if shape.mla is not None:
+        return layers * (shape.mla.kv_lora_rank + shape.mla.qk_pos_emb_head_dim) * CACHE_ITEMSIZE
+    groups = max(1, shape.num_query_groups // layout.tp)
+    return layers * 2 * groups * shape.kv_channels * CACHE_ITEMSIZE

@@ -1,0 +1,110 @@
+"""The layouts that `refit search` found, as a table, JSON and CSV."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich import box
+from rich.table import Table
+
+from refit import units
+from refit.config.clusters import Cluster
+from refit.predict.findings import Findings, Found
+from refit.report.grid import comma_separated, rendered
+from refit.results.plain import plain
+
+NUMBERS = ("bound ms", "busiest GB", "memory GiB", "KV GiB", "KV tokens", "wire GB")
+NUM_BESIDE_SOURCE = 4
+"""Those that there is room for where each row names its source."""
+
+
+def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
+    """What was searched, the `top` layouts with the lowest bounds and those of the Pareto set, and what limits."""
+    shown = sorted({*range(min(top, len(findings.found))), *findings.pareto})
+    sources = {found.source for found in findings.found}
+    titles, numbers = ("destination",), NUMBERS
+    if len(sources) > 1:
+        titles, numbers = ("source", "destination"), NUMBERS[:NUM_BESIDE_SOURCE]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("", *titles):
+        table.add_column(title)
+    for title in numbers:
+        table.add_column(title, justify="right", no_wrap=True)
+    for index in shown:
+        found = findings.found[index]
+        sides = (plain(getattr(found, title)) for title in titles)
+        table.add_row("*" if index in findings.pareto else "", *sides, *_numbers(found)[: len(numbers)])
+    lines = [*_counts(findings, cluster), rendered(table, None), *LEGEND]
+    if len(sources) == 1:
+        lines.insert(0, f"Source: {plain(sources.pop())} on {findings.found[0].source_ranks} GPUs")
+    best = findings.found[0].bound
+    return "\n".join([*lines, f"The first row's bound: {best.limited_by}."] if best else lines)
+
+
+LEGEND = (
+    "bound   lower bound of the refit; busiest: most bytes that one rank sends or receives",
+    "memory  weights and staging on the fullest GPU; * no other layout is as good in both bound and memory",
+    "KV      memory left beside them, and the tokens whose BF16 cache fits there on one replica",
+)
+
+
+def _counts(findings: Findings, cluster: Cluster) -> list[str]:
+    memory = f"{units.gb(cluster.gpu_memory_bytes)} per GPU" if cluster.gpu_memory_bytes else "memory not known"
+    lines = [
+        f"{findings.num_built:,} layouts can be built, {findings.num_built - findings.num_too_large:,} fit "
+        f"{cluster.name} ({memory}), {len(findings.found):,} were planned"
+    ]
+    if findings.num_unplanned:
+        floor = units.seconds(findings.unplanned_floor_s or 0.0)
+        lines.append(
+            f"{findings.num_unplanned:,} that fit were not planned: their bounds are at least {floor}. "
+            "Raise --max-plans to plan them"
+        )
+    return lines
+
+
+def _numbers(found: Found) -> tuple[str, ...]:
+    return (
+        f"{1e3 * found.bound.seconds:,.1f}" if found.bound else "-",
+        f"{found.busiest.nbytes / 1e9:,.2f}",
+        f"{found.memory_bytes / 2**30:,.2f}",
+        "-" if found.kv_room_bytes is None else f"{found.kv_room_bytes / 2**30:,.2f}",
+        "-" if found.kv_tokens is None else f"{found.kv_tokens:,}",
+        f"{found.wire_bytes / 1e9:,.1f}",
+    )
+
+
+def as_json(findings: Findings, cluster: Cluster, top: int) -> str:
+    """Every layout found, in bytes and seconds, with the cluster's name and what was left out."""
+    counts = {name: getattr(findings, name) for name in ("num_built", "num_too_large", "num_unplanned")}
+    return json.dumps(
+        {"cluster": cluster.name, **counts, "unplanned_floor_s": findings.unplanned_floor_s, "found": _rows(findings)},
+        indent=1,
+    )
+
+
+def as_csv(findings: Findings, cluster: Cluster, top: int) -> str:
+    """The same rows as CSV."""
+    rows: list[dict[str, object]] = [
+        {"cluster": cluster.name, **row, "flags": " ".join(found.flags)}
+        for row, found in zip(_rows(findings), findings.found, strict=True)
+    ]
+    return comma_separated(tuple(rows[0]), [tuple(row.values()) for row in rows])
+
+
+def _rows(findings: Findings) -> list[dict[str, object]]:
+    return [_row(found, index in findings.pareto) for index, found in enumerate(findings.found)]
+
+
+def _row(found: Found, on_front: bool) -> dict[str, object]:
+    row = asdict(found)
+    busiest, bound, flags = row.pop("busiest"), row.pop("bound") or {}, row.pop("flags")
+    return {
+        **row,
+        **{f"busiest_{name}": value for name, value in busiest.items()},
+        "lower_bound_s": bound.get("seconds"),
+        "limited_by": bound.get("limited_by"),
+        "pareto": on_front,
+        "flags": flags,
+    }

@@ -1,0 +1,225 @@
+"""Searches layouts: the ways to shard both sides that fit the GPUs, ranked by the lower bound of their refit.
+
+1. `side_flags` lists a side's layouts as flags: every combination of the sizes that its format searches.
+2. `candidates` keeps the pairs that can be built and that fit the cluster's memory. Each has a floor below its bound,
+   found without a plan.
+3. `Search.run` plans the pairs with the lowest floors and sorts them by bound. What was left out is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from refit.cli.parsing import parse
+from refit.config.clusters import Cluster
+from refit.config.flag_names import size_flag
+from refit.config.registry import FORMATS
+from refit.config.scenario import Mode, Scenario
+from refit.errors import UsageError
+from refit.predict.dry_run import DryRunOptions, dry_run
+from refit.predict.findings import Findings, Found
+from refit.predict.kv_cache import kv_bytes_per_token
+from refit.predict.sides import predict_side
+
+DEFAULT_FORMAT = "megatron"
+FORMAT_FLAGS = {"source": "--source-format", "destination": "--rl-inference-format"}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A pair of layouts that fits. `flags` are its whole command line, less the refit method.
+
+    `memory_bytes` are those of the fullest GPU that serves: weights, of both sides where they share it, and staging.
+    `floor_s` is a lower bound of the plan's lower bound: no plan was needed for it.
+    """
+
+    flags: tuple[str, ...]
+    memory_bytes: int
+    floor_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What to search. `common` flags stand in front of every candidate's own: model, mode and the like.
+
+    `source` is the source's layout as text; None searches layouts of `source_gpus` ranks, in `source_formats`. A given
+    source without `source_gpus` has TP x EP x PP ranks. `max_pp` is the largest pipeline size that is searched.
+    """
+
+    common: tuple[str, ...]
+    source: str | None
+    source_gpus: int | None
+    destination_gpus: int
+    cluster: Cluster
+    gpus_per_node: int
+    source_formats: tuple[str, ...] = ("megatron",)
+    destination_formats: tuple[str, ...] = ("megatron",)
+    max_pp: int = 1
+    max_plans: int = 400
+
+    def run(
+        self, plan_all: Callable[[Callable[[Candidate], Found], Sequence[Candidate]], Iterable[Found]] = map
+    ) -> Findings:
+        """Search. `plan_all` maps the planning over the candidates, as `map` does, perhaps in several processes.
+
+        Raises UsageError, with the reason of the first refusal, where nothing can be built or nothing fits.
+        """
+        fitting, num_built, refusal = self._fitting()
+        if not fitting:
+            raise UsageError(refusal)
+        fitting.sort(key=lambda candidate: (candidate.floor_s, candidate.memory_bytes))
+        planned, left = fitting[: self.max_plans], fitting[self.max_plans :]
+        found = sorted(
+            plan_all(self.plan, planned), key=lambda one: (one.bound_s, one.busiest.nbytes, one.memory_bytes)
+        )
+        return Findings(
+            found=tuple(found),
+            num_built=num_built,
+            num_too_large=num_built - len(fitting),
+            num_unplanned=len(left),
+            unplanned_floor_s=left[0].floor_s if left else None,
+        )
+
+    def plan(self, candidate: Candidate) -> Found:
+        """Plan one candidate."""
+        scenario = parse([*candidate.flags, "--dry-run"]).scenario
+        run = dry_run(scenario, DryRunOptions(None, self.gpus_per_node, self.cluster))
+        room = tokens = None
+        if self.cluster.gpu_memory_bytes is not None:
+            room = self.cluster.gpu_memory_bytes - candidate.memory_bytes
+            tokens = room // kv_bytes_per_token(run.model, scenario.destination.layout)
+        return Found(
+            flags=candidate.flags,
+            source=scenario.source.title,
+            destination=scenario.destination.title,
+            source_ranks=scenario.source.world_size,
+            destination_ranks=scenario.destination.world_size,
+            payload_bytes=run.cost.payload_bytes,
+            wire_bytes=run.cost.wire_bytes,
+            busiest=run.cost.busiest,
+            sender_imbalance=run.cost.sender_imbalance,
+            memory_bytes=candidate.memory_bytes,
+            kv_room_bytes=room,
+            kv_tokens=tokens,
+            bound=run.bound,
+        )
+
+    def _fitting(self) -> tuple[list[Candidate], int, str]:
+        """The candidates that fit, the number of pairs that can be built, and why nothing is left."""
+        sources, destinations = self._sides()
+        held: dict[tuple[str, ...], dict[int, int]] = {}
+        fitting, num_built, refusal, least = [], 0, "", math.inf
+        for source, destination in itertools.product(sources, destinations):
+            flags = (*self.common, *source, *destination)
+            try:
+                scenario = parse([*flags, "--dry-run"]).scenario
+            except UsageError as error:
+                refusal = refusal or str(error)
+                continue
+            assert scenario.model is not None, "the command refuses model providers"
+            num_built += 1
+            for name, own in (("source", source), ("destination", destination)):
+                if own not in held:
+                    sharding = predict_side(scenario.model, scenario.sides[name])
+                    held[own] = dict(sharding.bytes_per_rank)
+            candidate = self._candidate(flags, scenario, list(held[source].values()), list(held[destination].values()))
+            least = min(least, candidate.memory_bytes)
+            if self.cluster.gpu_memory_bytes is None or candidate.memory_bytes <= self.cluster.gpu_memory_bytes:
+                fitting.append(candidate)
+        if num_built:
+            refusal = (
+                f"none of {num_built} layouts fits: the smallest needs {least / 1e9:.1f} GB per GPU, "
+                f"{self.cluster.name} has {(self.cluster.gpu_memory_bytes or 0) / 1e9:.1f} GB: raise --gpus"
+            )
+        return fitting, num_built, refusal or "no layout has these sizes"
+
+    def _fastest_link(self, source_ranks: int) -> float:
+        """Bytes per second of the fastest link from any source rank to any rank of a destination behind them."""
+        share_a_node = source_ranks % self.cluster.gpus_per_node
+        inter = self.cluster.inter_bytes_per_s
+        return self.cluster.intra_bytes_per_s if share_a_node or inter is None else inter
+
+    def _sides(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """The flags of every layout of each side, whether it can be built or not."""
+        model = parse([*self.common, "--dry-run"]).scenario.model
+        if model is None:
+            raise UsageError("a search predicts the models that flags describe: leave --model-provider out")
+        layers = model.num_layers
+        if self.source is not None:
+            sources = [layout_from_text("source", self.source, self.source_gpus, layers)]
+        else:
+            assert self.source_gpus is not None, "an open source needs its number of GPUs"
+            sources = list(side_flags("source", self.source_formats, self.source_gpus, layers, self.max_pp))
+        formats, num_gpus = self.destination_formats, self.destination_gpus
+        return sources, list(side_flags("destination", formats, num_gpus, layers, self.max_pp))
+
+    def _candidate(
+        self, flags: tuple[str, ...], scenario: Scenario, source: list[int], destination: list[int]
+    ) -> Candidate:
+        memory, floor_s = max(destination), 0.0
+        if scenario.mode is Mode.COLLOCATED:
+            pairs = itertools.zip_longest(source, destination, fillvalue=0)
+            memory = max(mine + other for mine, other in pairs)
+        else:
+            # Every byte of a destination on GPUs of its own arrives over a link, and some source sent it.
+            floor_s = max(max(destination), sum(destination) / len(source)) / self._fastest_link(len(source))
+        return Candidate(flags, memory + scenario.staging_bytes, floor_s)
+
+
+def side_flags(
+    side: str, formats: Iterable[str], num_gpus: int, num_layers: int, max_pp: int
+) -> Iterator[tuple[str, ...]]:
+    """The flags of every layout of `num_gpus` ranks, in each format: all sizes that divide them.
+
+    Whether the model can be sharded so is not checked. The order decides between layouts that are equally good: sizes
+    come largest first, so that experts are kept whole (EP before ETP).
+    """
+    divisors = [size for size in range(num_gpus, 0, -1) if num_gpus % size == 0]
+    for name in formats:
+        searched = FORMATS[name].searched_sizes
+        axes = [[size for size in divisors if axis != "pp" or size <= max_pp] for axis in searched]
+        for values in itertools.product(*axes):
+            yield layout_flags(side, name, dict(zip(searched, values, strict=True)), num_gpus, num_layers)
+
+
+def layout_flags(
+    side: str, name: str, sizes: Mapping[str, int], num_gpus: int | None, num_layers: int
+) -> tuple[str, ...]:
+    """The flags of one layout. Sizes that are not given are 1, not the other side's.
+
+    Where PP does not divide the layers, the last stage has what the others, rounded up, leave.
+    """
+    given = {**dict.fromkeys(FORMATS[name].searched_sizes, 1), **sizes}
+    pp = given.get("pp", 1)
+    last = num_layers - (pp - 1) * math.ceil(num_layers / pp)
+    if num_layers % pp and last > 0:
+        given["last_stage_layers"] = last
+    if num_gpus is not None:
+        given["world_size"] = num_gpus
+    form = (f"{FORMAT_FLAGS[side]}={name}",) if name != DEFAULT_FORMAT else ()
+    return (*form, *(f"{size_flag(side, size)}={value}" for size, value in given.items()))
+
+
+def layout_from_text(side: str, text: str, num_gpus: int | None, num_layers: int) -> tuple[str, ...]:
+    """The flags of a layout such as `TP8 EP8 PP4` or `fsdp2 TP2`: a format, where it is not Megatron's, and sizes.
+
+    Raises UsageError for other words, a size given twice or one that the format does not have.
+    """
+    words = text.split()
+    name = words.pop(0) if words and words[0] in FORMATS else DEFAULT_FORMAT
+    searched = FORMATS[name].searched_sizes
+    sizes: dict[str, int] = {}
+    for word in words:
+        match = re.fullmatch(r"([A-Za-z]+)0*([1-9][0-9]{0,8})", word)
+        size = match[1].lower() if match else ""
+        if match is None or size not in searched or size in sizes:
+            known = ", ".join(f"{size.upper()}n" for size in searched)
+            raise UsageError(f"--{side} {text!r}: {word!r} is not one of {known}, each once, as in 'TP8 EP8 PP4'")
+        sizes[size] = int(match[2])
+    if not sizes:
+        raise UsageError(f"--{side} {text!r} names no size: give some, as in 'TP8 EP8 PP4'")
+    return layout_flags(side, name, sizes, num_gpus, num_layers)
