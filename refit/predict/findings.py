@@ -53,7 +53,12 @@ class Findings:
     unplanned_floor_s: float | None
 
     @cached_property
-    def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    def pareto(self) -> frozenset[int]:
+        points = [(one.bound_s if one.bound else one.busiest.nbytes, one.memory_bytes) for one in self.found]
+        return frozenset(pareto(points))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other is at least as good as in both coordinates; of equal points the first."""
     front: list[int] = []
     least = math.inf
