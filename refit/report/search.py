@@ -14,18 +14,17 @@ from refit.predict.findings import Findings, Found
 from refit.report.grid import comma_separated, rendered
 from refit.results.plain import plain
 
-NUMBERS = ("bound ms", "busiest GB", "memory GiB", "KV GiB", "KV tokens", "wire GB")
 NUM_BESIDE_SOURCE = 4
-"""Those that there is room for where each row names its source."""
+"""Columns of figures that there is room for where each row names its source."""
 
 
 def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
     """What was searched, the `top` layouts with the lowest bounds and those of the Pareto set, and what limits."""
     shown = sorted({*range(min(top, len(findings.found))), *findings.pareto})
     sources = {found.source for found in findings.found}
-    titles, numbers = ("destination",), NUMBERS
-    if len(sources) > 1:
-        titles, numbers = ("source", "destination"), NUMBERS[:NUM_BESIDE_SOURCE]
+    titles = ["source", "destination"] if len(sources) > 1 else ["destination"]
+    large = max(found.busiest.nbytes for found in findings.found) >= 1e9
+    numbers = _titles(large)[: NUM_BESIDE_SOURCE if len(sources) > 1 else None]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("", *titles):
         table.add_column(title)
@@ -34,44 +33,48 @@ def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
     for index in shown:
         found = findings.found[index]
         sides = (plain(getattr(found, title)) for title in titles)
-        table.add_row("*" if index in findings.pareto else "", *sides, *_numbers(found)[: len(numbers)])
-    lines = [*_counts(findings, cluster), rendered(table, None), *LEGEND]
+        table.add_row("*" if index in findings.pareto else "", *sides, *_numbers(found, large)[: len(numbers)])
+    lines = [*_counts(findings, cluster), rendered(table, None), LEGEND]
     if len(sources) == 1:
-        lines.insert(0, f"Source: {plain(sources.pop())} on {findings.found[0].source_ranks} GPUs")
+        lines.insert(0, f"Source:  {plain(sources.pop())} on {findings.found[0].source_ranks} GPUs")
     best = findings.found[0].bound
-    return "\n".join([*lines, f"The first row's bound: {best.limited_by}."] if best else lines)
+    return "\n".join([*lines, f"First row: {best.limited_by}."] if best else lines)
 
 
-LEGEND = (
-    "bound   lower bound of the refit; busiest: most bytes that one rank sends or receives",
-    "memory  weights and staging on the fullest GPU; * no other layout is as good in both bound and memory",
-    "KV      memory left beside them, and the tokens whose BF16 cache fits there on one replica",
-)
+LEGEND = """\
+bound: lower bound of the refit. busiest: most bytes a rank sends or gets.
+memory: weights and staging on the fullest GPU. KV: what is left of it, and the
+tokens whose BF16 cache fits there on one replica. *: none is as good in
+both bound and memory."""
 
 
 def _counts(findings: Findings, cluster: Cluster) -> list[str]:
     memory = f"{units.gb(cluster.gpu_memory_bytes)} per GPU" if cluster.gpu_memory_bytes else "memory not known"
     lines = [
-        f"{findings.num_built:,} layouts can be built, {findings.num_built - findings.num_too_large:,} fit "
-        f"{cluster.name} ({memory}), {len(findings.found):,} were planned"
+        f"Layouts: {findings.num_built:,} can be built, {findings.num_built - findings.num_too_large:,} fit, "
+        f"{len(findings.found):,} were planned",
+        f"Cluster: {cluster.name}, {memory}",
     ]
     if findings.num_unplanned:
         floor = units.seconds(findings.unplanned_floor_s or 0.0)
-        lines.append(
-            f"{findings.num_unplanned:,} that fit were not planned: their bounds are at least {floor}. "
-            "Raise --max-plans to plan them"
-        )
+        lines.append(f"Not planned: {findings.num_unplanned:,} with bounds from {floor} up (--max-plans)")
     return lines
 
 
-def _numbers(found: Found) -> tuple[str, ...]:
+def _titles(large: bool) -> tuple[str, ...]:
+    moved = "GB" if large else "MB"
+    return ("bound ms", f"busiest {moved}", "memory GiB", "KV GiB", "KV tokens", f"wire {moved}")
+
+
+def _numbers(found: Found, large: bool) -> tuple[str, ...]:
+    scale = 1e9 if large else 1e6
     return (
-        f"{1e3 * found.bound.seconds:,.1f}" if found.bound else "-",
-        f"{found.busiest.nbytes / 1e9:,.2f}",
+        f"{1e3 * found.bound.seconds:,.{1 if large else 3}f}" if found.bound else "-",
+        f"{found.busiest.nbytes / scale:,.2f}",
         f"{found.memory_bytes / 2**30:,.2f}",
         "-" if found.kv_room_bytes is None else f"{found.kv_room_bytes / 2**30:,.2f}",
-        "-" if found.kv_tokens is None else f"{found.kv_tokens:,}",
-        f"{found.wire_bytes / 1e9:,.1f}",
+        "-" if found.kv_tokens is None else units.count(found.kv_tokens),
+        f"{found.wire_bytes / scale:,.1f}",
     )
 
 

@@ -66,7 +66,7 @@ class Search:
     ) -> Findings:
         """Search. `plan_all` maps the planning over the candidates, as `map` does, perhaps in several processes.
 
-        Raises UsageError, with the reason of the first refusal, where nothing can be built or nothing fits.
+        Raises UsageError, with the reason of the last refusal (the smallest sizes), where nothing can be built or nothing fits.
         """
         fitting, num_built, refusal = self._fitting()
         if not fitting:
@@ -118,7 +118,7 @@ class Search:
             try:
                 scenario = parse([*flags, "--dry-run"]).scenario
             except UsageError as error:
-                refusal = refusal or str(error)
+                refusal = str(error)
                 continue
             assert scenario.model is not None, "the command refuses model providers"
             num_built += 1
@@ -189,11 +189,11 @@ def side_flags(
 def layout_flags(
     side: str, name: str, sizes: Mapping[str, int], num_gpus: int | None, num_layers: int
 ) -> tuple[str, ...]:
-    """The flags of one layout. Sizes that are not given are 1, not the other side's.
+    """The flags of one layout. Sizes that are not given are 1, not the other side's; ETP is then TP.
 
     Where PP does not divide the layers, the last stage has what the others, rounded up, leave.
     """
-    given = {**dict.fromkeys(FORMATS[name].searched_sizes, 1), **sizes}
+    given = {**{size: 1 for size in FORMATS[name].searched_sizes if size != "etp"}, **sizes}
     pp = given.get("pp", 1)
     last = num_layers - (pp - 1) * math.ceil(num_layers / pp)
     if num_layers % pp and last > 0:

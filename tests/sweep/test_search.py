@@ -1,0 +1,151 @@
+"""The search of layouts, against exhaustive counts and its own promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refit.cli.parsing import parse
+from refit.config.clusters import load_cluster
+from refit.config.layout import Layout
+from refit.errors import UsageError
+from refit.predict.findings import Findings, pareto
+from refit.predict.sides import check_side
+from refit.report.search import as_csv, as_json, as_text
+from refit.sweep.search import Search, layout_from_text
+from refit.sweep.search_scenarios import scenario_file
+from refit.sweep.selection import select_file
+
+CLUSTER = load_cluster("h100_ib400")
+
+
+def search(**changes: object) -> Search:
+    asked = Search(("--model=tiny",), "TP2 EP2 ETP1", None, 4, CLUSTER, 8)
+    return replace(asked, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def small() -> Findings:
+    return search().run()
+
+
+def test_every_layout_that_can_be_built_is_found_once(small: Findings) -> None:
+    scenario = parse(["--dry-run", "--model=tiny"]).scenario
+    assert scenario.model is not None
+    expected = set()
+    for tp in (1, 2, 4):
+        for ep in (1, 2, 4):
+            for etp in (1, 2, 4):
+                try:
+                    layout = Layout(tp, ep, etp, 1, 4)
+                    check_side(scenario.model, replace(scenario.destination, layout=layout), "destination")
+                except UsageError:
+                    continue
+                expected.add(replace(scenario.destination, layout=layout).title)
+    assert sorted(found.destination for found in small.found) == sorted(expected)
+    assert len(expected) == small.num_built > 10
+
+
+def test_found_layouts_come_in_the_order_of_their_bounds(small: Findings) -> None:
+    bounds = [found.bound_s for found in small.found]
+    assert bounds == sorted(bounds)
+    assert bounds[0] < bounds[-1]
+
+
+def test_the_bound_is_that_of_a_dry_run(small: Findings) -> None:
+    from refit.predict.dry_run import DryRunOptions, dry_run
+
+    for found in small.found[::4]:
+        run = dry_run(parse([*found.flags, "--dry-run"]).scenario, DryRunOptions(None, 8, CLUSTER))
+        assert found.bound == run.bound
+        assert found.memory_bytes == max(run.destination_bytes.values()) + run.scenario.staging_bytes
+        assert found.wire_bytes == run.cost.wire_bytes
+
+
+@pytest.mark.parametrize("mode", ["collocated", "non-collocated"])
+def test_what_was_not_planned_has_no_lower_bound_than_stated(mode: str) -> None:
+    asked = search(common=("--model=tiny", f"--refit-mode={mode}"))
+    everything = asked.run()
+    some = replace(asked, max_plans=3).run()
+    assert some.num_unplanned == len(everything.found) - 3
+    planned = {found.flags for found in some.found}
+    assert some.unplanned_floor_s is not None
+    assert all(found.bound_s >= some.unplanned_floor_s for found in everything.found if found.flags not in planned)
+
+
+def test_an_open_source_is_searched_too() -> None:
+    found = search(source=None, source_gpus=2, destination_gpus=1).run().found
+    assert {one.source for one in found} == {"TP1 EP1", "TP1 EP2", "TP1 EP1 ETP2", "TP2 EP1", "TP2 EP2 ETP1"} | {
+        "TP2 EP1 ETP1",
+    }
+    assert all(one.source_ranks == 2 for one in found)
+
+
+def test_layers_that_pp_does_not_divide_leave_the_rest_to_the_last_stage() -> None:
+    flags = layout_from_text("source", "TP8 EP8 PP4", None, 61)
+    assert "--decoder-last-pipeline-num-layers=13" in flags
+    parse(["--dry-run", "--model=kimi_k2", *flags, "--rl-inference-pipeline-model-parallel-size=1"])
+
+
+def test_what_does_not_fit_is_refused_with_both_figures() -> None:
+    with pytest.raises(UsageError, match=r"smallest needs \d+\.\d GB per GPU, h100_ib400 has 80\.0 GB: raise --gpus"):
+        search(common=("--model=kimi_k2",), source="TP8 EP8").run()
+
+
+def test_what_cannot_be_built_is_refused_with_its_reason() -> None:
+    with pytest.raises(UsageError, match=r"source: \d+ attention heads cannot be divided by TP size 16"):
+        search(source="TP16").run()
+
+
+def test_a_layout_reads_as_it_is_written() -> None:
+    for text in ("TP8 EP8", "TP2 EP4 ETP1", "TP4 EP1 PP2"):
+        flags = layout_from_text("source", text, None, 4)
+        assert parse(["--dry-run", "--model=tiny", *flags]).scenario.source.title == text
+
+
+@pytest.mark.parametrize("text", ["", "TP8 TP4", "TP0", "XP3", "TP8,EP2", "TP99999999999", "\x1b[31mTP2"])
+def test_other_texts_are_no_layout(text: str) -> None:
+    with pytest.raises(UsageError, match=r"as in 'TP8 EP8 PP4'"):
+        layout_from_text("source", text, None, 4)
+
+
+def test_the_best_can_be_written_as_a_list_of_scenarios(small: Findings, tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    path.write_text(scenario_file(small.found[:5], "tiny"))
+    titles = [parse(candidate.flags).scenario.title for candidate in select_file(str(path), []).candidates]
+    assert titles == [f"{found.source} -> {found.destination}" for found in small.found[:5]]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("source", ["TP2 EP2 ETP1", None])
+def test_the_table_fits_the_terminal(width: int, source: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = as_text(search(source=source, source_gpus=2, max_plans=30).run(), CLUSTER, 10)
+    assert max(map(len, text.split("\n"))) <= width
+    assert "…" not in text
+
+
+def test_json_and_csv_have_every_layout(small: Findings) -> None:
+    import csv
+    import io
+    import json
+
+    rows = json.loads(as_json(small, CLUSTER, 1))["found"]
+    table = list(csv.DictReader(io.StringIO(as_csv(small, CLUSTER, 1))))
+    assert len(rows) == len(table) == len(small.found)
+    assert [row["lower_bound_s"] for row in rows] == [found.bound_s for found in small.found]
+    assert [float(row["lower_bound_s"]) for row in table] == [found.bound_s for found in small.found]
+    assert sum(row["pareto"] for row in rows) == len(small.pareto)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=20))
+def test_the_pareto_set_beats_every_other_point(points: list[tuple[int, int]]) -> None:
+    front = pareto(points)
+    for index, point in enumerate(points):
+        others = [points[other] for other in front if other != index]
+        as_good = any(other[0] <= point[0] and other[1] <= point[1] for other in others)
+        assert as_good != (index in front)
