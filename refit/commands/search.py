@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +12,15 @@ from refit.config.clusters import load_cluster
 from refit.config.registry import FORMATS
 from refit.config.scenario import Mode
 from refit.errors import UsageError
-from refit.predict.findings import Found
 from refit.report import search as text
 from refit.report.console import show, show_aside
-from refit.report.progress_bar import tracked
-from refit.sweep.search import Candidate, Search
+from refit.sweep.search import Search
 from refit.sweep.search_scenarios import scenario_file
 
 RENDERERS = {"text": text.as_text, "csv": text.as_csv, "json": text.as_json}
+GPUS_PER_HOST = 8
+"""Ranks of a host, by which the planner prefers replicas nearby; the dry run's default."""
+
 SEARCHED = tuple(name for name, form in FORMATS.items() if form.searched_sizes)
 
 
@@ -34,21 +31,21 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="find the layouts that fit and rank them by the refit's lower bound",
         description="Plan the refit into every layout of the destination that fits the cluster's memory, and rank them "
         "by lower bound. Marked with * are those that no other beats in both lower bound and memory. Nothing is run.",
-        epilog="Example: refit search --model kimi_k2 --source 'TP8 EP8 PP4' --gpus 64 --cluster h100_ib400. "
-        "More flags of benchmark_refit.py may follow after --.",
+        epilog="Flags of benchmark_refit.py may follow after --.\n\nexample:\n"
+        "  refit search --model kimi_k2 --source 'TP8 EP8 PP4' --gpus 64 --cluster h100_ib400",
     )
     positive = flag_types.up_to(limits.MAX_COUNT)
-    parser.add_argument("--model", metavar="NAME", help="a preset of configs/models; flags of a model may follow --")
-    parser.add_argument("--source", metavar="LAYOUT", help="as in 'TP8 EP8 PP4'; default: search the source's too")
+    parser.add_argument("--model", metavar="NAME", help="a preset of configs/models; default: flags after --")
+    parser.add_argument("--source", metavar="LAYOUT", help="as in 'TP8 EP8 PP4'; default: searched too")
     parser.add_argument("--source-gpus", type=positive, metavar="N", help="ranks of the source; default: TP x EP x PP")
-    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the destination")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the destination; required")
     parser.add_argument(
         "--refit-mode",
         choices=[mode.value for mode in Mode],
         default=Mode.NON_COLLOCATED.value,
-        help="whether both sides share GPUs; default: %(default)s",
+        help="whether both sides share GPUs; default: non-collocated",
     )
-    parser.add_argument("--cluster", required=True, metavar="NAME", help="a file of configs/clusters, or a YAML file")
+    parser.add_argument("--cluster", required=True, metavar="NAME", help="a file of configs/clusters, or a YAML file; required")
     parser.add_argument(
         "--formats", nargs="+", choices=SEARCHED, default=SEARCHED, help="the destination's formats; default: all"
     )
@@ -56,10 +53,10 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--max-plans", type=positive, default=400, metavar="N", help="most layouts that are planned; default: 400"
     )
-    parser.add_argument("--format", choices=RENDERERS, default="text", help="default: text")
+    parser.add_argument("--format", choices=RENDERERS, default="text", help="of the output; default: text")
     parser.add_argument("--top", type=positive, default=20, metavar="N", help="rows of the text; default: 20")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lower bound against memory (needs matplotlib)")
-    parser.add_argument("--write-scenarios", type=Path, metavar="FILE", help="write the best as a list for sweeps")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lower bound against memory; default: not drawn")
+    parser.add_argument("--write-scenarios", type=Path, metavar="FILE", help="write the best as a list for sweeps; default: none")
     parser.add_argument("--best", type=positive, default=7, metavar="N", help="scenarios written; default: 7")
     parser.set_defaults(run=run, takes_flags=True)
 
@@ -81,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         max_pp=args.max_pp,
         max_plans=args.max_plans,
     )
-    findings = search.run(_in_parallel)
+    findings = search.run()
     show(RENDERERS[args.format](findings, cluster, args.top))
     if args.plot is not None:
         from refit.report.search_picture import draw
@@ -91,17 +88,3 @@ def run(args: argparse.Namespace) -> int:
         args.write_scenarios.write_text(scenario_file(findings.found[: args.best], args.model), encoding="utf-8")
         show_aside(f"written: {args.write_scenarios}: run them with --scenarios {args.write_scenarios}")
     return 0
-
-
-GPUS_PER_HOST = 8
-"""Ranks of a host, by which the planner prefers replicas nearby; the dry run's default."""
-
-
-def _in_parallel(plan: Callable[[Candidate], Found], candidates: Sequence[Candidate]) -> Iterable[Found]:
-    """Plan on all cores, with progress. Results come in the order of `candidates`."""
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("forkserver")) as pool:
-        yield from _tracked(pool.map(plan, candidates), len(candidates))
-
-
-def _tracked(found: Iterator[Found], total: int) -> Iterable[Found]:
-    return tracked(found, total, "planning")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from refit.config.clusters import Cluster
 from refit.predict.findings import Findings
-from refit.report.plots import check_available
+from refit.report.plots.style import check_available
 from refit.results.plain import plain
 
 NUM_LABELS = 8

@@ -10,12 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from refit.cli.parsing import parse
 from refit.errors import RefitError, UsageError
 from refit.report import live
-from refit.sweep.selection import Candidate
 
 WORTH_A_POOL_S = 1.5
 """Other cores are used where planning the rest on this one would take longer than this. Starting them takes 0.5 s."""
@@ -23,13 +22,22 @@ WORTH_A_POOL_S = 1.5
 MAX_PROCESSES = 8
 """Each holds plans of its own in memory."""
 
-T = TypeVar("T")
 
-Group = list[tuple[int, Candidate]]
+class HasFlags(Protocol):
+    """A scenario, as a command line."""
+
+    @property
+    def flags(self) -> tuple[str, ...]: ...
+
+
+T = TypeVar("T")
+C = TypeVar("C", bound=HasFlags)
+
+Group = list[tuple[int, C]]
 """Scenarios of one pair of layouts, with their places in the sweep."""
 
 
-def plan_all(candidates: Sequence[Candidate], plan: Callable[[Candidate], T]) -> list[T]:
+def plan_all(candidates: Sequence[C], plan: Callable[[C], T]) -> list[T]:
     """`plan` of every candidate, in their order. A terminal shows how many are done.
 
     `plan` may run in other processes: it is a function of a module, or a partial of one. Raises what it raises, and
@@ -42,15 +50,15 @@ def plan_all(candidates: Sequence[Candidate], plan: Callable[[Candidate], T]) ->
     return [planned[place] for place in range(len(candidates))]
 
 
-def by_layouts(candidates: Sequence[Candidate]) -> list[Group]:
+def by_layouts(candidates: Sequence[C]) -> list[Group[C]]:
     """Candidates with equal models and layouts together. One whose flags are refused is on its own."""
-    groups: dict[Hashable, Group] = defaultdict(list)
+    groups: dict[Hashable, Group[C]] = defaultdict(list)
     for place, candidate in enumerate(candidates):
         groups[_layouts(candidate, place)].append((place, candidate))
     return list(groups.values())
 
 
-def _layouts(candidate: Candidate, place: int) -> Hashable:
+def _layouts(candidate: HasFlags, place: int) -> Hashable:
     try:
         scenario = parse(candidate.flags).scenario
     except UsageError:
@@ -58,7 +66,7 @@ def _layouts(candidate: Candidate, place: int) -> Hashable:
     return place if scenario.model is None else (scenario.model, scenario.source, scenario.destination)
 
 
-def _groups_planned(groups: list[Group], plan: Callable[[Candidate], T]) -> Iterator[dict[int, T]]:
+def _groups_planned(groups: list[Group[C]], plan: Callable[[C], T]) -> Iterator[dict[int, T]]:
     """Groups one after another, until the pace so far says that other cores would help with the rest."""
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
     start_s = time.perf_counter()
@@ -71,7 +79,7 @@ def _groups_planned(groups: list[Group], plan: Callable[[Candidate], T]) -> Iter
         yield _plan_group(group, plan)
 
 
-def _on_cores(groups: list[Group], processes: int, plan: Callable[[Candidate], T]) -> Iterator[dict[int, T]]:
+def _on_cores(groups: list[Group[C]], processes: int, plan: Callable[[C], T]) -> Iterator[dict[int, T]]:
     # Not by fork: this process may have threads. The server has imported what is needed before it forks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -94,5 +102,5 @@ def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _plan_group(group: Group, plan: Callable[[Candidate], T]) -> dict[int, T]:
+def _plan_group(group: Group[C], plan: Callable[[C], T]) -> dict[int, T]:
     return {place: plan(candidate) for place, candidate in group}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from refit.cli.parsing import parse
@@ -24,6 +24,7 @@ from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.predict.findings import Findings, Found
 from refit.predict.kv_cache import kv_bytes_per_token
 from refit.predict.sides import predict_side
+from refit.sweep.parallel import plan_all
 
 DEFAULT_FORMAT = "megatron"
 FORMAT_FLAGS = {"source": "--source-format", "destination": "--rl-inference-format"}
@@ -61,12 +62,10 @@ class Search:
     max_pp: int = 1
     max_plans: int = 400
 
-    def run(
-        self, plan_all: Callable[[Callable[[Candidate], Found], Sequence[Candidate]], Iterable[Found]] = map
-    ) -> Findings:
-        """Search. `plan_all` maps the planning over the candidates, as `map` does, perhaps in several processes.
+    def run(self) -> Findings:
+        """Search. A terminal shows how many layouts are planned.
 
-        Raises UsageError, with the reason of the last refusal (the smallest sizes), where nothing can be built or nothing fits.
+        Raises UsageError, with the reason of the last refusal (the smallest sizes), where nothing can be built or fits.
         """
         fitting, num_built, refusal = self._fitting()
         if not fitting:
@@ -74,7 +73,7 @@ class Search:
         fitting.sort(key=lambda candidate: (candidate.floor_s, candidate.memory_bytes))
         planned, left = fitting[: self.max_plans], fitting[self.max_plans :]
         found = sorted(
-            plan_all(self.plan, planned), key=lambda one: (one.bound_s, one.busiest.nbytes, one.memory_bytes)
+            plan_all(planned, self.plan), key=lambda one: (one.bound_s, one.busiest.nbytes, one.memory_bytes)
         )
         return Findings(
             found=tuple(found),
