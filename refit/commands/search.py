@@ -45,7 +45,9 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         default=Mode.NON_COLLOCATED.value,
         help="whether both sides share GPUs; default: non-collocated",
     )
-    parser.add_argument("--cluster", required=True, metavar="NAME", help="a file of configs/clusters, or a YAML file; required")
+    parser.add_argument(
+        "--cluster", required=True, metavar="NAME", help="a file of configs/clusters, or a YAML file; required"
+    )
     parser.add_argument(
         "--formats", nargs="+", choices=SEARCHED, default=SEARCHED, help="the destination's formats; default: all"
     )
@@ -56,7 +58,9 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--format", choices=RENDERERS, default="text", help="of the output; default: text")
     parser.add_argument("--top", type=positive, default=20, metavar="N", help="rows of the text; default: 20")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lower bound against memory; default: not drawn")
-    parser.add_argument("--write-scenarios", type=Path, metavar="FILE", help="write the best as a list for sweeps; default: none")
+    parser.add_argument(
+        "--write-scenarios", type=Path, metavar="FILE", help="write the best as a list for sweeps; default: none"
+    )
     parser.add_argument("--best", type=positive, default=7, metavar="N", help="scenarios written; default: 7")
     parser.set_defaults(run=run, takes_flags=True)
 
