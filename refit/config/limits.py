@@ -3,7 +3,7 @@
 docs/troubleshooting.md lists them.
 """
 
-MAX_RANKS = 2048
+MAX_RANKS = 4096
 """Ranks of both sides together."""
 
 MAX_LAYERS = 1000

@@ -72,6 +72,26 @@ class Box:
         for begin, end in itertools.pairwise(cuts):
             yield self.narrow(dim, begin, end)
 
+    def stretch(self, begin: int, end: int) -> Iterator[Box]:
+        """The elements number `begin` to `end` (exclusive) of this box in row-major order, as few boxes, in order."""
+        dim = self.leading_dim
+        if begin >= end:
+            return
+        if dim is None:
+            yield self
+            return
+        size, offset = self.volume // self.extents[dim], self.offsets[dim]
+        first, last = -(-begin // size), end // size
+        if first > last:  # within one index of the dim
+            yield from self.narrow(dim, offset + last, offset + first).stretch(begin - last * size, end - last * size)
+            return
+        if begin < first * size:
+            yield from self.narrow(dim, offset + first - 1, offset + first).stretch(begin - (first - 1) * size, size)
+        if first < last:
+            yield self.narrow(dim, offset + first, offset + last)
+        if last * size < end:
+            yield from self.narrow(dim, offset + last, offset + last + 1).stretch(0, end - last * size)
+
     @property
     def leading_dim(self) -> int | None:
         """The first dim with more than one element; None for a box of one element."""

@@ -10,7 +10,9 @@ import numpy as np
 
 from refit import units
 from refit.config.clusters import Cluster
-from refit.plan.plan import ZEROS, IntArray, RefitPlan
+from refit.plan.box_array import BoolArray, IntArray
+from refit.plan.pieces import ZEROS
+from refit.plan.plan import RefitPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +99,30 @@ class Cost:
 
 def cost_of(plan: RefitPlan) -> Cost:
     """Add up the bytes of a plan."""
-    matrix = bytes_matrix(plan)
-    wire = wire_only(matrix)
-    local = {rank: int(matrix[rank, rank]) for rank in plan.destination_sharding.ranks}
+    wire, local = plan.is_wire, plan.is_local
+    sent = _bytes_by_rank(plan, plan.source, wire)
+    received = _bytes_by_rank(plan, plan.destination, wire)
+    copied = _bytes_by_rank(plan, plan.destination, local)
     return Cost(
         payload_bytes=int(plan.nbytes.sum()),
-        wire_bytes=int(wire.sum()),
-        local_bytes=sum(local.values()),
-        num_transfers=int((plan.source != ZEROS).sum()),
-        sent_by_rank={rank: int(wire[rank].sum()) for rank in plan.source_sharding.ranks},
-        received_by_rank={rank: int(wire[:, rank].sum()) for rank in plan.destination_sharding.ranks},
-        local_by_rank=local,
+        wire_bytes=int(sent.sum()),
+        local_bytes=int(copied.sum()),
+        num_transfers=plan.num_transfers,
+        sent_by_rank={rank: int(sent[rank]) for rank in plan.source_sharding.ranks},
+        received_by_rank={rank: int(received[rank]) for rank in plan.destination_sharding.ranks},
+        local_by_rank={rank: int(copied[rank]) for rank in plan.destination_sharding.ranks},
         source_weights_by_rank=dict(plan.source_sharding.bytes_per_rank),
         destination_weights_by_rank=dict(plan.destination_sharding.bytes_per_rank),
         digest=plan.digest,
         casts=plan.casts,
     )
+
+
+def _bytes_by_rank(plan: RefitPlan, rank: IntArray, routes: BoolArray) -> IntArray:
+    """Bytes of these routes by `rank`, the plan's column of one end, `[num_ranks]`."""
+    nbytes = np.zeros(1 + plan.ranks[-1], np.int64)
+    np.add.at(nbytes, rank[routes], plan.nbytes[routes])
+    return nbytes
 
 
 def bytes_matrix(plan: RefitPlan) -> IntArray:
@@ -133,11 +143,14 @@ def wire_only(matrix: IntArray) -> IntArray:
 
 def split_traffic(matrix: IntArray, gpus_per_node: int) -> Traffic:
     """Divide a `bytes_matrix` into traffic within nodes of `gpus_per_node` ranks and traffic between them."""
-    node = np.arange(len(matrix)) // gpus_per_node
-    between = np.where(node[:, None] != node[None, :], matrix, 0)
-    within = wire_only(matrix - between)
+    num_ranks = len(matrix)
     local = np.diagonal(matrix).copy()
-    return Traffic(gpus_per_node, within.sum(1), between.sum(1), within.sum(0), between.sum(0), local)
+    sent_within, received_within = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
+    for first in range(0, num_ranks, gpus_per_node):  # node by node: thousands of ranks make a large matrix
+        node = slice(first, first + gpus_per_node)
+        sent_within[node], received_within[node] = matrix[node, node].sum(1), matrix[node, node].sum(0)
+    sent_between, received_between = matrix.sum(1) - sent_within, matrix.sum(0) - received_within
+    return Traffic(gpus_per_node, sent_within - local, sent_between, received_within - local, received_between, local)
 
 
 def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:

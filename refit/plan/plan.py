@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from refit.errors import PlanError
+from refit.plan import proof
 from refit.plan.box import Box
-from refit.plan.sharding import Sharding, TensorSharding, TensorSpec
-
-ZEROS = -1
-"""The source of a transfer without one: the destination zeroes vocabulary padding that the source does not have."""
-
-IntArray = npt.NDArray[np.int64]
+from refit.plan.box_array import BoolArray, BoxArray, IntArray
+from refit.plan.pieces import ZEROS
+from refit.plan.sharding import Sharding, TensorSpec
+from refit.plan.tensor_class import TensorClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,50 +46,29 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class RefitPlan:
-    """Transfers as columns: row `i` moves `extents[i]` elements at `offsets[i]` of tensor `keys[tensor[i]]`.
+    """Routes as columns: route `i` moves `boxes[i]` of class `classes[tensor_class[i]]` from `source[i]`.
 
-    Shapes: tensor, source, destination `[num_transfers]`; offsets, extents `[num_transfers, max_dims]`. Tensors with
-    fewer dims have trailing offsets 0 and extents 1. The constructor raises PlanError unless every destination element
-    is written exactly once and every read lies inside a box that its source holds.
+    Dim 0 of a box counts the tensors of its class, so a route stands for a transfer of each of them. The routes of all
+    ranks are then as many as ranks and geometries make them, and only `for_rank` and `transfers` list transfers.
+
+    Shapes: tensor_class, source, destination `[num_routes]`; the boxes have `max_dims` dims, where classes with fewer
+    have trailing offsets 0 and ends 1. The constructor raises PlanError unless every destination element is written
+    exactly once and every read lies inside a box that its source holds.
     """
 
     source_sharding: Sharding
     destination_sharding: Sharding
-    keys: tuple[str, ...]
-    tensor: IntArray
+    classes: tuple[TensorClass, ...]
+    tensor_class: IntArray
     source: IntArray
     destination: IntArray
-    offsets: IntArray
-    extents: IntArray
+    boxes: BoxArray
 
     def __post_init__(self) -> None:
-        _check_reads(self)
-        _check_disjoint(self)
-        _check_volumes(self)
-
-    @classmethod
-    def from_rows(cls, source: Sharding, destination: Sharding, rows: Sequence[tuple[int, int, int, Box]]) -> RefitPlan:
-        """Build from rows (tensor index in `destination.tensors`, source, destination, box), in any order."""
-        dims = max((len(row[3].offsets) for row in rows), default=1)
-        rows = sorted(rows, key=lambda row: (row[0], row[3].offsets, row[2]))
-        blank, unit = (0,) * dims, (1,) * dims
-        return cls(
-            source_sharding=source,
-            destination_sharding=destination,
-            keys=tuple(destination.tensors),
-            tensor=np.array([row[0] for row in rows], np.int64),
-            source=np.array([row[1] for row in rows], np.int64),
-            destination=np.array([row[2] for row in rows], np.int64),
-            offsets=_column([row[3].offsets + blank[len(row[3].offsets) :] for row in rows], dims),
-            extents=_column([row[3].extents + unit[len(row[3].extents) :] for row in rows], dims),
-        )
+        proof.check(self)
 
     def __len__(self) -> int:
-        return len(self.tensor)
-
-    @cached_property
-    def specs(self) -> tuple[TensorSpec, ...]:
-        return tuple(self.destination_sharding.tensors[key] for key in self.keys)
+        return len(self.tensor_class)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -101,33 +77,48 @@ class RefitPlan:
 
     @cached_property
     def nbytes(self) -> IntArray:
-        """Bytes each transfer writes, `[num_transfers]`."""
-        itemsizes = np.array([spec.itemsize for spec in self.specs], np.int64)
-        return np.asarray(self.extents.prod(axis=1) * itemsizes[self.tensor], np.int64)
+        """Bytes each route writes, `[num_routes]`."""
+        itemsizes = np.array([each.itemsize for each in self.classes], np.int64)
+        return self.boxes.volumes * itemsizes[self.tensor_class]
 
     @property
-    def is_local(self) -> npt.NDArray[np.bool_]:
+    def num_transfers(self) -> int:
+        """Wire transfers and local copies."""
+        return int(self.boxes.extents[self.source != ZEROS, 0].sum())
+
+    @property
+    def is_local(self) -> BoolArray:
         return np.equal(self.source, self.destination)
 
     @property
-    def is_wire(self) -> npt.NDArray[np.bool_]:
-        """Transfers that leave their source rank."""
+    def is_wire(self) -> BoolArray:
+        """Routes that leave their source rank."""
         return np.not_equal(self.source, self.destination) & np.not_equal(self.source, ZEROS)
 
-    def transfers(self, rows: IntArray | None = None) -> Iterator[Transfer]:
-        """The transfers as objects: all, or those with the indices `rows`."""
-        for row in range(len(self)) if rows is None else rows.tolist():
-            spec = self.specs[self.tensor[row]]
-            dims = len(spec.shape)
-            box = Box(tuple(self.offsets[row, :dims].tolist()), tuple(self.extents[row, :dims].tolist()))
-            source = int(self.source[row])
-            source_dtype = spec.dtype if source == ZEROS else self.source_sharding.tensors[spec.key].dtype
-            yield Transfer(spec, source_dtype, box, source, int(self.destination[row]))
+    def transfers(self, routes: IntArray | None = None) -> Iterator[Transfer]:
+        """The transfers of all routes, or of those with the indices `routes`, in plan order.
+
+        That is the order of the destination's tensors, then of the boxes' offsets, then of the destination rank.
+        """
+        routes = np.arange(len(self)) if routes is None else routes
+        boxes, classes = self.boxes[routes], self.tensor_class[routes]
+        counts = boxes.extents[:, 0]
+        row = np.repeat(np.arange(len(routes)), counts)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts - boxes.offsets[:, 0], counts)
+        number = self._first_tensor[classes[row]] + place
+        by_offsets = [boxes.offsets[row, dim] for dim in reversed(range(1, boxes.dims))]
+        order = np.lexsort((self.destination[routes[row]], *by_offsets, self._position[number]))
+        parts = [_tensor_box(boxes, each, self.classes[classes[each]].dims) for each in range(len(routes))]
+        sources, destinations = self.source[routes].tolist(), self.destination[routes].tolist()
+        for each, tensor in zip(row[order].tolist(), number[order].tolist(), strict=True):
+            spec, source = self._tensors[tensor], sources[each]
+            dtype = spec.dtype if source == ZEROS else self.source_sharding.tensors[spec.key].dtype
+            yield Transfer(spec, dtype, parts[each], source, destinations[each])
 
     def for_rank(self, rank: int) -> RankPlan:
         """The transfers that `rank` sends, receives, copies locally and zeroes."""
 
-        def select(mask: npt.NDArray[np.bool_]) -> tuple[Transfer, ...]:
+        def select(mask: BoolArray) -> tuple[Transfer, ...]:
             return tuple(self.transfers(np.flatnonzero(mask)))
 
         return RankPlan(
@@ -140,10 +131,11 @@ class RefitPlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the columns and keys. Equal digests mean equal transfers."""
-        sha = hashlib.sha256("\n".join(self.keys).encode())
-        for column in (self.tensor, self.source, self.destination, self.offsets, self.extents):
-            sha.update(np.ascontiguousarray(column).tobytes())
+        """SHA-256 of the keys and columns. Equal digests mean equal transfers."""
+        keys = "\n".join(" ".join(tensor.key for tensor in each.tensors) for each in self.classes)
+        sha = hashlib.sha256(keys.encode())
+        for column in (self.tensor_class, self.source, self.destination, self.boxes.offsets, self.boxes.ends):
+            sha.update(np.ascontiguousarray(column).data)
         return sha.hexdigest()
 
     @cached_property
@@ -156,98 +148,24 @@ class RefitPlan:
             if theirs[key].dtype != spec.dtype
         }
 
+    @cached_property
+    def _tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors, class by class."""
+        return tuple(tensor for each in self.classes for tensor in each.tensors)
 
-def _column(rows: list[tuple[int, ...]], dims: int) -> IntArray:
-    return np.array(rows, np.int64).reshape(-1, dims)
+    @cached_property
+    def _first_tensor(self) -> IntArray:
+        """The index in `_tensors` of each class's first."""
+        sizes = np.array([len(each.tensors) for each in self.classes], np.int64)
+        return np.cumsum(sizes) - sizes
 
-
-def _check_reads(plan: RefitPlan) -> None:
-    """Raise PlanError unless every read and every write lies inside one box that its rank holds."""
-    for side, sharding, column in (
-        ("read", plan.source_sharding, plan.source),
-        ("written", plan.destination_sharding, plan.destination),
-    ):
-        inside = column == ZEROS
-        for tensor_sharding, rows in _rows_by_sharding(plan, sharding):
-            inside[rows] |= _held_by(tensor_sharding, column[rows], plan.offsets[rows], plan.extents[rows])
-        if not inside.all():
-            row = int(np.flatnonzero(~inside)[0])
-            raise PlanError(f"{_row_text(plan, row)} is {side} on rank {column[row]}, which does not hold it")
-
-
-def _rows_by_sharding(plan: RefitPlan, sharding: Sharding) -> Iterator[tuple[TensorSharding, IntArray]]:
-    """Each distinct TensorSharding with the indices of the rows of all tensors that have it."""
-    number: dict[int, int] = {}
-    by_key = [sharding.by_key[key] for key in plan.keys]
-    numbers = np.array([number.setdefault(id(tensor_sharding), len(number)) for tensor_sharding in by_key], np.int64)
-    row_numbers = numbers[plan.tensor]
-    order = np.argsort(row_numbers, kind="stable")
-    bounds = np.searchsorted(row_numbers[order], np.arange(len(number) + 1))
-    distinct = {id(tensor_sharding): tensor_sharding for tensor_sharding in by_key}
-    for identity, index in number.items():
-        yield distinct[identity], order[bounds[index] : bounds[index + 1]]
+    @cached_property
+    def _position(self) -> IntArray:
+        """The position of each of `_tensors` among the destination's."""
+        position = {key: index for index, key in enumerate(self.destination_sharding.tensors)}
+        return np.array([position[tensor.key] for tensor in self._tensors], np.int64)
 
 
-def _held_by(
-    tensor_sharding: TensorSharding, ranks: IntArray, offsets: IntArray, extents: IntArray
-) -> npt.NDArray[np.bool_]:
-    """For each row, whether one box that `ranks[row]` holds contains the row's box.
-
-    Shapes: ranks `[num_rows]`; offsets, extents `[num_rows, max_dims]`.
-    """
-    held = sorted((rank, shard.box) for shard in tensor_sharding.shards for rank in shard.ranks)
-    holders = np.array([rank for rank, _ in held], np.int64)
-    dims = len(held[0][1].offsets)
-    lows = np.array([box.offsets for _, box in held], np.int64).reshape(-1, dims)
-    highs = np.array([box.ends for _, box in held], np.int64).reshape(-1, dims)
-    low, high = offsets[:, :dims], offsets[:, :dims] + extents[:, :dims]
-    first = np.searchsorted(holders, ranks)
-    inside = np.zeros(len(ranks), np.bool_)
-    # A rank holds few boxes of one tensor (two for gate and up): compare the k-th box of all rows at once.
-    for k in range(int(np.bincount(holders).max())):
-        entry = np.minimum(first + k, len(holders) - 1)
-        within = (lows[entry] <= low).all(1) & (high <= highs[entry]).all(1)
-        inside |= (holders[entry] == ranks) & within
-    return inside
-
-
-def _check_disjoint(plan: RefitPlan) -> None:
-    """Raise PlanError where two writes to the same tensor on the same rank overlap."""
-    order = np.lexsort((plan.destination, plan.tensor))
-    group = np.stack([plan.tensor[order], plan.destination[order]], 1)
-    offsets, ends = plan.offsets[order], (plan.offsets + plan.extents)[order]
-    # Compare every row with its k-th successor, until no two rows that far apart share a group.
-    for k in range(1, len(order)):
-        same = (group[:-k] == group[k:]).all(1)
-        if not same.any():
-            return
-        overlap = same & (np.maximum(offsets[:-k], offsets[k:]) < np.minimum(ends[:-k], ends[k:])).all(1)
-        if overlap.any():
-            row = int(order[int(np.flatnonzero(overlap)[0])])
-            raise PlanError(f"{_row_text(plan, row)} is written twice on rank {plan.destination[row]}")
-
-
-def _check_volumes(plan: RefitPlan) -> None:
-    """Raise PlanError unless the writes to each tensor on each rank have the volume that the rank holds.
-
-    Writes are disjoint and inside the held boxes (checked before), so equal volumes mean complete coverage.
-    """
-    index = {rank: column for column, rank in enumerate(plan.destination_sharding.ranks)}
-    written = np.zeros((len(plan.keys), len(index)), np.int64)
-    columns = np.array([index[rank] for rank in plan.destination.tolist()], np.int64)
-    np.add.at(written, (plan.tensor, columns), plan.extents.prod(axis=1))
-    held = np.zeros_like(written)
-    for tensor, key in enumerate(plan.keys):
-        for shard in plan.destination_sharding.by_key[key].shards:
-            held[tensor, [index[rank] for rank in shard.ranks]] += shard.box.volume
-    if (written != held).any():
-        tensor, column = np.argwhere(written != held)[0].tolist()
-        raise PlanError(
-            f"{plan.keys[tensor]} on rank {plan.destination_sharding.ranks[column]}: "
-            f"{written[tensor, column]} of {held[tensor, column]} elements are written"
-        )
-
-
-def _row_text(plan: RefitPlan, row: int) -> str:
-    transfer = next(plan.transfers(np.array([row])))
-    return f"{transfer.tensor.key} at {transfer.box.offsets}+{transfer.box.extents}"
+def _tensor_box(boxes: BoxArray, row: int, dims: int) -> Box:
+    """A row's box without dim 0 and without dims that its class lacks."""
+    return Box(tuple(boxes.offsets[row, 1:dims].tolist()), tuple(boxes.extents[row, 1:dims].tolist()))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from refit.errors import ShardingError
 from refit.plan.box import Box, coalesce
+from refit.plan.box_array import BoxArray, IntArray
 
 ITEMSIZE = {
     "bfloat16": 2,
@@ -121,13 +125,31 @@ class ReplicatedShard:
 
 
 @dataclass(frozen=True, slots=True)
+class Holders:
+    """Which ranks hold which boxes: box `box[i]` is on rank `rank[i]`, both `[num_held]`, in the order of the boxes."""
+
+    box: IntArray
+    rank: IntArray
+
+
+@dataclass(frozen=True)
 class TensorSharding:
     """How one tensor is sharded over the ranks of a side.
 
-    Layers of one kind have equal ones, so the planner memoises on them.
+    Layers of one kind share one object: what is asked of it is then computed once.
     """
 
     shards: tuple[ReplicatedShard, ...]
+
+    @cached_property
+    def boxes(self) -> BoxArray:
+        """The boxes of `shards`, in their order."""
+        dims = len(self.shards[0].box.offsets) if self.shards else 0
+        return BoxArray.of([shard.box for shard in self.shards], dims)
+
+    @cached_property
+    def holders(self) -> Holders:
+        return holders_of([shard.ranks for shard in self.shards])
 
     @classmethod
     def of(cls, boxes_by_rank: Iterable[tuple[int, Iterable[Box]]]) -> TensorSharding:
@@ -138,7 +160,15 @@ class TensorSharding:
         return cls(tuple(ReplicatedShard(box, tuple(holders)) for box, holders in ranks.items()))
 
     def boxes_of(self, rank: int) -> tuple[Box, ...]:
-        return tuple(sorted(shard.box for shard in self.shards if rank in shard.ranks))
+        held = self.holders.box[self.holders.rank == rank]
+        return tuple(sorted(self.shards[index].box for index in held.tolist()))
+
+
+def holders_of(ranks_by_box: Sequence[tuple[int, ...]]) -> Holders:
+    """The holders of boxes, from the ranks of each."""
+    counts = np.array([len(ranks) for ranks in ranks_by_box], np.int64)
+    ranks = np.fromiter(itertools.chain.from_iterable(ranks_by_box), np.int64, int(counts.sum()))
+    return Holders(np.repeat(np.arange(len(counts)), counts), ranks)
 
 
 @dataclass(frozen=True)
@@ -163,7 +193,7 @@ class Sharding:
                 if known != shard.tensor:
                     raise ShardingError(f"rank {rank} states {key} as {shard.tensor}, another rank as {known}")
                 boxes[key].append((rank, shard.boxes))
-        # Layers of one kind share one TensorSharding object, so that the planner can memoise by identity.
+        # Layers of one kind share one TensorSharding object: what is asked of it is then computed once.
         shared: dict[TensorSharding, TensorSharding] = {}
         by_key = {
             key: shared.setdefault(tensor_sharding, tensor_sharding)
@@ -173,24 +203,26 @@ class Sharding:
 
     def of_rank(self, rank: int) -> RankSharding:
         """The shards of `rank`."""
-        boxes_of = {id(tensor_sharding): tensor_sharding.boxes_of(rank) for tensor_sharding in self._distinct}
+        boxes_of = {id(tensor_sharding): tensor_sharding.boxes_of(rank) for tensor_sharding in self.distinct}
         held = ((key, boxes_of[id(tensor_sharding)]) for key, tensor_sharding in self.by_key.items())
         return RankSharding({key: Shard(self.tensors[key], boxes) for key, boxes in held if boxes})
 
     @cached_property
-    def _distinct(self) -> tuple[TensorSharding, ...]:
+    def distinct(self) -> tuple[TensorSharding, ...]:
+        """Every TensorSharding object of the side, once."""
         return tuple({id(tensor_sharding): tensor_sharding for tensor_sharding in self.by_key.values()}.values())
 
     @cached_property
     def bytes_per_rank(self) -> Mapping[int, int]:
         """Rank -> bytes of weights it holds."""
-        held = dict.fromkeys(self.ranks, 0)
+        itemsizes: dict[int, int] = defaultdict(int)
         for key, tensor_sharding in self.by_key.items():
-            for shard in tensor_sharding.shards:
-                nbytes = shard.box.volume * self.tensors[key].itemsize
-                for rank in shard.ranks:
-                    held[rank] += nbytes
-        return held
+            itemsizes[id(tensor_sharding)] += self.tensors[key].itemsize
+        held = np.zeros(1 + max(self.ranks, default=0), np.int64)
+        for tensor_sharding in self.distinct:
+            holders = tensor_sharding.holders
+            np.add.at(held, holders.rank, tensor_sharding.boxes.volumes[holders.box] * itemsizes[id(tensor_sharding)])
+        return {rank: int(held[rank]) for rank in self.ranks}
 
     @property
     def num_parameters(self) -> int:

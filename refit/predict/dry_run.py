@@ -12,8 +12,8 @@ from refit.config.scenario import Mode, Scenario, check_num_ranks
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
+from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
-from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
 from refit.predict.sides import predict_side
 

@@ -8,6 +8,7 @@ those of Megatron-Core's GPTModel as its `sharded_state_dict()` states them (0.1
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -17,7 +18,7 @@ from refit.config.shape import Experts, LatentAttention, ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
-from refit.plan.sharding import Sharding, TensorSharding, TensorSpec
+from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
 
 
 class Split(Enum):
@@ -258,6 +259,7 @@ class Stage:
         self.layout = layout
         self.ranks = layout.ranks[number * size : (number + 1) * size]
         self._shardings: dict[tuple[tuple[int, ...], Split, bool], TensorSharding] = {}
+        self._replicas: dict[bool, list[Replicas]] = {}
 
     def tensor_sharding(self, entry: Entry) -> TensorSharding:
         kind = (entry.shape, entry.split, entry.routed)
@@ -265,14 +267,33 @@ class Stage:
             self._shardings[kind] = joined(entry, (self,))
         return self._shardings[kind]
 
+    def replicas(self, routed: bool) -> list[Replicas]:
+        """The stage's ranks by the part that each holds of dense or of routed tensors."""
+        if routed not in self._replicas:
+            found: dict[tuple[int, ...], Replicas] = {}
+            for rank in self.ranks:
+                at = self.layout.coordinates(rank)
+                found.setdefault((at.ep, at.etp) if routed else (at.tp,), Replicas(at, [])).ranks.append(rank)
+            self._replicas[routed] = list(found.values())
+        return self._replicas[routed]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Ranks that hold the same part, and the coordinates of the first."""
+
+    at: Coordinates
+    ranks: list[int]
+
 
 def joined(entry: Entry, stages: tuple[Stage, ...]) -> TensorSharding:
     """The sharding of a tensor that all `stages` hold."""
-    return TensorSharding.of(
-        (rank, boxes_of(entry, stage.layout, stage.layout.coordinates(rank)))
-        for stage in stages
-        for rank in stage.ranks
-    )
+    ranks: dict[Box, list[int]] = defaultdict(list)
+    for stage in stages:
+        for replicas in stage.replicas(entry.routed):
+            for box in boxes_of(entry, stage.layout, replicas.at):
+                ranks[box] += replicas.ranks
+    return TensorSharding(tuple(ReplicatedShard(box, tuple(sorted(holders))) for box, holders in ranks.items()))
 
 
 def boxes_of(entry: Entry, layout: Layout, at: Coordinates) -> tuple[Box, ...]:

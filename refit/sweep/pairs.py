@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from refit.cli.parsing import parse
 from refit.errors import RefitError
+from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix
-from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
 from refit.predict.sides import predict_side
 from refit.report.plots.pairs import NoPairs

@@ -64,6 +64,19 @@ def sides(draw: st.DrawFn) -> tuple[Sharding, Sharding]:
     )
 
 
+@st.composite
+def overlapping_sides(draw: st.DrawFn) -> tuple[Sharding, Sharding]:
+    """Like `sides`, but each source rank cuts the tensors in its own way: boxes overlap without being equal."""
+    plain, destination = draw(sides())
+    by_rank = {rank: plain.of_rank(rank) for rank in plain.ranks}
+    for rank in plain.ranks[1:]:
+        parts = [(spec, box) for spec in plain.tensors.values() for box in draw(boxes_on(spec.shape, 2))[rank % 2]]
+        by_rank[rank] = RankSharding.of(parts)
+    # The first rank holds everything, so that nothing is missing.
+    whole = RankSharding.of((spec, Box.whole(spec.shape)) for spec in plain.tensors.values())
+    return Sharding.from_ranks(by_rank | {plain.ranks[0]: whole}), destination
+
+
 def carry_out(plan: RefitPlan) -> dict[tuple[str, int], np.ndarray]:
     """(key, destination rank) -> array after the plan: global element numbers, -1 where nothing was written."""
     arrays = {}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from refit.config.clusters import Cluster
 from refit.plan.box import Box
+from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, BusiestRank, Cost, bytes_matrix, cost_of, lower_bound, split_traffic, wire_only
-from refit.plan.plan import IntArray
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 

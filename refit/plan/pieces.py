@@ -1,0 +1,220 @@
+"""The pieces of a transfer: which parts of the destination's boxes which source ranks may send."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refit.errors import PlanError
+from refit.plan.box import Box
+from refit.plan.box_array import BoxArray, Grouped, IntArray, ranges, touching
+from refit.plan.sharding import TensorSharding, holders_of
+from refit.plan.tensor_class import TensorClass
+
+ZEROS = -1
+"""In place of a source rank: the destination zeroes vocabulary padding that the source does not have."""
+
+NO_CELL = -1
+"""The cell of such padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Piece `i` is `boxes[i]` of class `tensor_class[i]`, needed on rank `destination[i]`.
+
+    The ranks of `holder_sets[holders[i]]` may send it, whole or in parts. Pieces of the set (ZEROS,) are zeroed.
+    Shapes: columns `[num_pieces]`; dim 0 of a box counts the tensors of its class, and all have `max_dims` dims, as in
+    RefitPlan.
+    """
+
+    tensor_class: IntArray
+    destination: IntArray
+    holders: IntArray
+    boxes: BoxArray
+    holder_sets: tuple[tuple[int, ...], ...]
+
+
+def find_pieces(classes: Sequence[TensorClass], ranks_per_node: int | None) -> Pieces:
+    """Cover the boxes of every destination rank with boxes of the source, each with the ranks that may send it.
+
+    A rank that holds a piece itself copies it: a transfer adds load to two ranks and relieves none. Otherwise, with
+    `ranks_per_node`, replicas on its node may send it, whatever their load, and all replicas where its node has none. A
+    replica serves at most `ranks_per_node - 1` neighbours. On 8-GPU hosts its links are at least that many times as
+    fast as a rank's share of the network, so it finishes no later than its neighbours would with the same bytes from
+    other nodes.
+
+    Padding rows that no source holds are zeroed. Raises PlanError where other elements lack a source.
+    """
+    sets, dims = _HolderSets(), max((each.dims for each in classes), default=1)
+    pieces = [_pieces_of(each, sets, ranks_per_node) for each in classes]
+    boxes = [_with_tensors(found.boxes, each, dims) for found, each in zip(pieces, classes, strict=True)]
+    return Pieces(
+        np.repeat(np.arange(len(classes)), [len(found.boxes) for found in pieces]),
+        np.concatenate([found.rank for found in pieces]),
+        np.concatenate([found.holders for found in pieces]),
+        BoxArray(np.concatenate([each.offsets for each in boxes]), np.concatenate([each.ends for each in boxes])),
+        tuple(sets.ranks),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _HolderSets:
+    """Numbers the sets of ranks that hold something. What the same ranks hold has the same number in all classes."""
+
+    ranks: list[tuple[int, ...]] = field(default_factory=list)
+    _numbers: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def number(self, ranks: tuple[int, ...]) -> int:
+        number = self._numbers.setdefault(ranks, len(self.ranks))
+        if number == len(self.ranks):
+            self.ranks.append(ranks)
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class _ClassPieces:
+    """Pieces of one class, as columns. `holders` are numbers of `_HolderSets`."""
+
+    boxes: BoxArray
+    rank: IntArray
+    holders: IntArray
+
+
+def _pieces_of(tensors: TensorClass, sets: _HolderSets, ranks_per_node: int | None) -> _ClassPieces:
+    cells, wanted = _cells(tensors.source), tensors.destination
+    parts = _parts(tensors, cells.boxes)
+    # Every rank that holds a destination box needs all of its parts.
+    first = np.searchsorted(parts.of, wanted.holders.box)
+    counts = np.searchsorted(parts.of, wanted.holders.box, side="right") - first
+    part, rank = ranges(first, counts), np.repeat(wanted.holders.rank, counts)
+    pieces = _ClassPieces(parts.boxes[part], rank, _preferred(cells, parts.cell[part], rank, sets, ranks_per_node))
+    return _merged(pieces) if cells.are_cut else pieces
+
+
+def _merged(pieces: _ClassPieces) -> _ClassPieces:
+    """Merge pieces that the same ranks may send to one rank: it needs a box whole that others hold parts of."""
+    num_ranks = 1 + int(pieces.rank.max(initial=0))
+    merged = Grouped(pieces.holders * num_ranks + pieces.rank, pieces.boxes).merged()
+    # In an order that does not depend on the numbers of ranks.
+    order = np.lexsort(merged.boxes.offsets.T) if merged.boxes.dims else np.arange(len(merged.groups))
+    holders, rank = np.divmod(merged.groups[order], num_ranks)
+    return _ClassPieces(merged.boxes[order], rank, holders)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Disjoint parts of the destination's boxes: part `i` lies in box `of[i]`, which ascends, and in `cell[i]`."""
+
+    boxes: BoxArray
+    of: IntArray
+    cell: IntArray
+
+
+def _parts(tensors: TensorClass, cells: BoxArray) -> _Parts:
+    """What the destination's boxes share with the source's cells, and the padding that they share with none."""
+    wanted = tensors.destination.boxes
+    of, cell = touching(wanted, cells)
+    boxes = wanted[of].intersect(cells[cell])
+    covered = np.zeros(len(wanted), np.int64)
+    np.add.at(covered, of, boxes.volumes)
+    holes = []
+    for index in np.flatnonzero(covered < wanted.volumes).tolist():
+        rest = [wanted.box(index)]
+        for part in np.flatnonzero(of == index).tolist():
+            rest = [left for hole in rest for left in hole.subtract(boxes.box(part))]
+        holes += [(index, hole) for hole in rest]
+    if not holes:
+        return _Parts(boxes, of, cell)
+    if not tensors.padded:
+        index, hole = holes[0]
+        rank = tensors.destination.shards[index].ranks[0]
+        raise PlanError(f"{tensors.tensors[0].key}: no source holds {hole} that rank {rank} needs")
+    boxes = boxes.joined(BoxArray.of([hole for _, hole in holes], wanted.dims))
+    of = np.append(of, [index for index, _ in holes])
+    order = np.argsort(of, kind="stable")
+    return _Parts(boxes[order], of[order], np.append(cell, [NO_CELL] * len(holes))[order])
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """Disjoint boxes that cover what a source holds, and the ranks that hold each.
+
+    `are_cut`: the source's own boxes overlap, so cells are parts of them.
+    """
+
+    boxes: BoxArray
+    ranks: tuple[tuple[int, ...], ...]
+    are_cut: bool
+
+
+def _cells(source: TensorSharding) -> _Cells:
+    """The source's boxes; where they overlap, cut so that all elements of a cell are held by the same ranks."""
+    itself, _ = touching(source.boxes, source.boxes)
+    if len(itself) == len(source.shards):
+        return _Cells(source.boxes, tuple(shard.ranks for shard in source.shards), are_cut=False)
+    cells: list[tuple[Box, tuple[int, ...]]] = []
+    for shard in source.shards:
+        rest, cut = [shard.box], []
+        for box, ranks in cells:
+            common = box.intersect(shard.box)
+            if common is None:
+                cut.append((box, ranks))
+                continue
+            cut += [(common, (*ranks, *shard.ranks)), *((part, ranks) for part in box.subtract(common))]
+            rest = [part for each in rest for part in each.subtract(common)]
+        cells = cut + [(part, shard.ranks) for part in rest]
+    boxes = BoxArray.of([box for box, _ in cells], source.boxes.dims)
+    return _Cells(boxes, tuple(ranks for _, ranks in cells), are_cut=True)
+
+
+def _preferred(
+    cells: _Cells, cell: IntArray, rank: IntArray, sets: _HolderSets, ranks_per_node: int | None
+) -> IntArray:
+    """For each row, the number of the set of ranks that may send `cell[row]` to `rank[row]`, `[num_rows]`."""
+    holders = holders_of(cells.ranks)
+    num_ranks = 1 + max(int(rank.max(initial=0)), int(holders.rank.max(initial=0)))
+    # A rank that holds the cell itself has scope `rank`, one with a replica on its node `num_ranks + node`.
+    scope = np.full(len(rank), 2 * num_ranks)
+    if ranks_per_node is not None:
+        node = rank // ranks_per_node
+        near = np.isin(cell * num_ranks + node, holders.box * num_ranks + holders.rank // ranks_per_node)
+        scope[near] = num_ranks + node[near]
+    own = np.isin(cell * num_ranks + rank, holders.box * num_ranks + holders.rank)
+    scope[own] = rank[own]
+    keys, first, rows = np.unique((cell + 1) * (2 * num_ranks + 1) + scope, return_index=True, return_inverse=True)
+    by_node: dict[int, dict[int, tuple[int, ...]]] = {}
+
+    def ranks_of(cell: int, scope: int) -> tuple[int, ...]:
+        if scope < num_ranks:
+            return (scope,)
+        if scope == 2 * num_ranks:
+            return (ZEROS,) if cell == NO_CELL else cells.ranks[cell]
+        assert ranks_per_node is not None
+        if cell not in by_node:
+            by_node[cell] = _grouped_by_node(cells.ranks[cell], ranks_per_node)
+        return by_node[cell][scope - num_ranks]
+
+    numbers = np.zeros(len(keys), np.int64)
+    for index in np.argsort(first).tolist():  # in the order of the rows, whatever the ranks' numbers
+        place, which = divmod(int(keys[index]), 2 * num_ranks + 1)
+        numbers[index] = sets.number(ranks_of(place - 1, which))
+    return numbers[rows]
+
+
+def _grouped_by_node(ranks: tuple[int, ...], ranks_per_node: int) -> dict[int, tuple[int, ...]]:
+    grouped: dict[int, list[int]] = defaultdict(list)
+    for rank in ranks:
+        grouped[rank // ranks_per_node].append(rank)
+    return {node: tuple(near) for node, near in grouped.items()}
+
+
+def _with_tensors(boxes: BoxArray, tensors: TensorClass, dims: int) -> BoxArray:
+    """`boxes` of one tensor as boxes of all tensors of the class, with `dims` dims."""
+    shape = (len(boxes), dims)
+    offsets, ends = np.zeros(shape, np.int64), np.ones(shape, np.int64)
+    ends[:, 0] = len(tensors.tensors)
+    offsets[:, 1 : tensors.dims], ends[:, 1 : tensors.dims] = boxes.offsets, boxes.ends
+    return BoxArray(offsets, ends)

@@ -1,0 +1,135 @@
+"""Who sends what: the pieces that several ranks hold are shared out among them so that senders end even."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from refit.plan.box_array import BoxArray, IntArray
+from refit.plan.pieces import ZEROS, Pieces
+from refit.plan.tensor_class import TensorClass
+
+MIN_SPLIT_BYTES = 1 << 20
+"""A cut within a tensor this near to a coarser boundary is made there: more operations cost more than balance gains."""
+
+IMBALANCE = 0.01
+"""A cut between tensors this near to a piece's end is made there, as a share of the mean bytes per sender."""
+
+MAX_SWEEPS = 20
+"""Most times that all shares are balanced."""
+
+PRECISION = 1e-3
+"""Shares are final when no rank's load changes by more than this part of the mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentParts:
+    """`boxes[i]`, all or a part of piece `piece[i]`, is sent by rank `source[i]`: `[num_routes]`."""
+
+    piece: IntArray
+    source: IntArray
+    boxes: BoxArray
+
+
+def choose_senders(
+    pieces: Pieces, classes: Sequence[TensorClass], sources: Sequence[int], destinations: Sequence[int]
+) -> SentParts:
+    """Share out every piece among its holders. `sources` and `destinations` are the ranks of each side, in order.
+
+    The pieces of one set of holders are laid on a line, one destination after another. Each holder sends one stretch of
+    the line, as long as its share. So a rank has few peers, and few pieces are cut.
+
+    Nothing depends on the numbers of ranks, only on their order in their side: renumbering them renumbers the routes.
+    """
+    itemsizes = np.array([each.itemsize for each in classes], np.int64)[pieces.tensor_class]
+    nbytes = pieces.boxes.volumes * itemsizes
+    shares = balanced(pieces, nbytes, len(sources))
+    position = np.zeros(1 + max(destinations), np.int64)
+    position[list(destinations)] = np.arange(len(destinations))
+    line = np.lexsort((position[pieces.destination], pieces.holders))
+    starts = np.cumsum(nbytes[line]) - nbytes[line]
+    slack = min(MIN_SPLIT_BYTES, int(IMBALANCE * nbytes.sum() / len(sources)))
+    ends = np.cumsum(np.concatenate(shares))
+    bounds = _at_boundaries(ends, starts, pieces.boxes.extents[line], itemsizes[line], slack)
+    # A route begins where a piece does, and where a stretch does.
+    inside = bounds[starts[np.searchsorted(starts, bounds, side="right") - 1] < bounds]
+    begins = np.sort(np.append(starts, np.unique(inside[inside < bounds[-1]])), kind="stable")
+    place = np.searchsorted(starts, begins, side="right") - 1
+    holders = np.concatenate([np.array(ranks, np.int64) for ranks in pieces.holder_sets])
+    source = holders[np.searchsorted(bounds, begins, side="right")]
+    piece, lengths = line[place], np.diff(np.append(begins, bounds[-1]))
+    whole = lengths == nbytes[piece]
+    cut = np.flatnonzero(~whole)
+    first = (begins - starts[place])[cut] // itemsizes[piece[cut]]
+    last = first + lengths[cut] // itemsizes[piece[cut]]
+    stretches = zip(cut.tolist(), first.tolist(), last.tolist(), strict=True)
+    parts = [(row, box) for row, *ends in stretches for box in pieces.boxes.box(piece[row]).stretch(*ends)]
+    rows = np.append(np.flatnonzero(whole), np.array([row for row, _ in parts], np.int64))
+    boxes = pieces.boxes[piece[whole]].joined(BoxArray.of([box for _, box in parts], pieces.boxes.dims))
+    return SentParts(piece[rows], source[rows], boxes)
+
+
+def balanced(pieces: Pieces, nbytes: IntArray, num_sources: int) -> list[IntArray]:
+    """The bytes that each holder of each set sends, so that the busiest sender sends as little as can be.
+
+    A set's bytes go to its least loaded holders, up to one level. Sets with fewer holders come first, because more
+    holders can still even out the load. Then every set is levelled again, given the others' loads, until little
+    changes. That converges to the least sum of squared loads, which has the least busiest sender too: the sum is
+    convex, and each set's shares are constrained by themselves (block coordinate descent).
+    """
+    sets = [np.array(ranks, np.int64) for ranks in pieces.holder_sets]
+    demand = np.zeros(len(sets), np.int64)
+    np.add.at(demand, pieces.holders, nbytes)
+    shares = [np.array([amount]) if len(ranks) == 1 else 0 * ranks for ranks, amount in zip(sets, demand, strict=True)]
+    several = sorted((number for number, ranks in enumerate(sets) if len(ranks) > 1), key=lambda each: len(sets[each]))
+    load = _load_without_choice(pieces, nbytes)
+    for _ in range(MAX_SWEEPS if several else 0):
+        before = load.copy()
+        for number in several:
+            load[sets[number]] -= shares[number]
+            shares[number] = level(load[sets[number]], int(demand[number]))
+            load[sets[number]] += shares[number]
+        if np.abs(load - before).max() <= PRECISION * load.sum() / num_sources:
+            break
+    return shares
+
+
+def _load_without_choice(pieces: Pieces, nbytes: IntArray) -> IntArray:
+    """Bytes that each rank sends to others because no other may: `[1 + the highest holder]`."""
+    only = np.array([ranks[0] if len(ranks) == 1 else ZEROS for ranks in pieces.holder_sets], np.int64)[pieces.holders]
+    sends = (only != ZEROS) & (only != pieces.destination)
+    load = np.zeros(1 + max(max(ranks) for ranks in pieces.holder_sets), np.int64)
+    np.add.at(load, only[sends], nbytes[sends])
+    return load
+
+
+def level(load: IntArray, amount: int) -> IntArray:
+    """Share out `amount` so that the least loaded are raised to one level. Equal loads: the first get the remainder."""
+    order = np.argsort(load, kind="stable")
+    ascending, below = load[order], np.cumsum(load[order])
+    to_reach = ascending * np.arange(1, len(load) + 1) - below  # what raises all below to each one's load
+    raised = int(np.searchsorted(to_reach, amount, side="right"))
+    height, remainder = divmod(amount + int(below[raised - 1]), raised)
+    shares = np.zeros_like(load)
+    shares[order[:raised]] = height - ascending[:raised] + (np.arange(raised) < remainder)
+    return shares
+
+
+def _at_boundaries(bounds: IntArray, starts: IntArray, extents: IntArray, itemsizes: IntArray, slack: int) -> IntArray:
+    """`bounds` moved to boundaries of pieces, tensors, or rows. Bytes on the line, `[num_bounds]`, ascending.
+
+    Each is moved to the coarsest boundary that is near: within `slack` bytes the end of a piece, within MIN_SPLIT_BYTES
+    any other. Shapes: starts, itemsizes `[num_pieces]`; extents `[num_pieces, max_dims]`.
+    """
+    row = np.searchsorted(starts, bounds, side="right") - 1
+    offset = bounds - starts[row]
+    moved, final = offset.copy(), np.zeros(len(bounds), np.bool_)
+    for dim in range(extents.shape[1] + 1):
+        step = itemsizes[row] * extents[row, dim:].prod(axis=1)
+        nearest = (offset + step // 2) // step * step
+        near = ~final & (np.abs(nearest - offset) <= (MIN_SPLIT_BYTES if dim else slack))
+        moved[near] = nearest[near]
+        final |= near
+    return starts[row] + moved
