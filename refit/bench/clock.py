@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -53,3 +55,36 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class StartClock:
+    """Seconds of each phase of a process's start, from the start of the process to the end of its first refit.
+
+    It begins in the phase `imports`. A phase that is entered again adds up. After `stop` nothing is counted.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._phase: str | None = "imports"
+        self._since = _process_start_s()
+
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin `phase`."""
+        self._end(phase)
+
+    def stop(self) -> None:
+        """The first refit is done."""
+        self._end(None)
+
+    def _end(self, next_phase: str | None) -> None:
+        if self._phase is None:
+            return
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = next_phase, now
+
+
+def _process_start_s() -> float:
+    """When this process started, on CLOCK_BOOTTIME: field 22 of /proc/self/stat (proc(5)), in clock ticks."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")

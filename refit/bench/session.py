@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 
 import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from refit.bench.clock import StartClock
 from refit.bench.environment import manifest
 from refit.bench.watchdog import Failure, Watchdog
 from refit.config.registry import METHODS
@@ -29,6 +30,7 @@ class Session:
 
     `control` carries the suite's own messages (barriers, gathered samples) and never weights. `on_phase` is told the
     name of each phase that this rank enters. `publish` writes a measurement's result so far to the result file.
+    `start` times the phases up to the first refit.
     """
 
     scenario: Scenario
@@ -39,6 +41,7 @@ class Session:
     environment: Environment
     on_phase: Callable[[str], None] = lambda _: None
     publish: Callable[[MeasurementResult], None] = lambda _: None
+    start: StartClock = field(default_factory=StartClock)
 
     @property
     def is_reporter(self) -> bool:
@@ -106,6 +109,8 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
             "--profile-refit records what GPUs do, and this run is on CPUs: leave it out, each refit's line has its "
             "phases"
         )
+    start = StartClock()
+    start.enter("process group")
     timeout = timedelta(seconds=scenario.timeout_s)
     if os.environ.get("RANK") == "0":
         live.draw(f"connecting {os.environ.get('WORLD_SIZE', '')} ranks")
@@ -129,7 +134,8 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
     watchdog = Watchdog(_own_store(), rank, num_ranks, scenario.timeout_s, lambda failure: _report(path, failure))
     watchdog.start()
     try:
-        yield Launch(new_session(scenario, device, control, watchdog.phase), watchdog, file)
+        session = new_session(scenario, device, control, watchdog.phase)
+        yield Launch(replace(session, start=start), watchdog, file)
     finally:
         watchdog.stop()
     dist.destroy_process_group()

@@ -45,9 +45,10 @@ def choose_senders(
     """
     itemsizes = np.array([each.itemsize for each in classes], np.int64)[pieces.tensor_class]
     nbytes = pieces.boxes.volumes * itemsizes
-    shares = balanced(pieces, nbytes, len(sources))
     position = np.zeros(1 + max(destinations), np.int64)
     position[list(destinations)] = np.arange(len(destinations))
+    sets = _beside_partners(pieces, position)
+    shares = balanced(sets, pieces, nbytes, len(sources))
     line = np.lexsort((position[pieces.destination], pieces.holders))
     starts = np.cumsum(nbytes[line]) - nbytes[line]
     slack = min(MIN_SPLIT_BYTES, int(IMBALANCE * nbytes.sum() / len(sources)))
@@ -57,8 +58,7 @@ def choose_senders(
     inside = bounds[starts[np.searchsorted(starts, bounds, side="right") - 1] < bounds]
     begins = np.sort(np.append(starts, np.unique(inside[inside < bounds[-1]])), kind="stable")
     place = np.searchsorted(starts, begins, side="right") - 1
-    holders = np.concatenate([np.array(ranks, np.int64) for ranks in pieces.holder_sets])
-    source = holders[np.searchsorted(bounds, begins, side="right")]
+    source = np.concatenate(sets)[np.searchsorted(bounds, begins, side="right")]
     piece, lengths = line[place], np.diff(np.append(begins, bounds[-1]))
     whole = lengths == nbytes[piece]
     cut = np.flatnonzero(~whole)
@@ -71,7 +71,27 @@ def choose_senders(
     return SentParts(piece[rows], source[rows], boxes)
 
 
-def balanced(pieces: Pieces, nbytes: IntArray, num_sources: int) -> list[IntArray]:
+def _beside_partners(pieces: Pieces, position: IntArray) -> list[IntArray]:
+    """The holders of each set, in the order of the first destination to which each sends what no other may send.
+
+    The line of a set's pieces has the same order, so most bytes go to a rank's partner, and pairs stay few. `position`
+    is each destination rank's.
+    """
+    only = _only_holder(pieces)
+    partner = np.full(1 + max(max(ranks) for ranks in pieces.holder_sets), len(position))
+    sends = only != ZEROS
+    np.minimum.at(partner, only[sends], position[pieces.destination[sends]])
+    sets = [np.array(ranks, np.int64) for ranks in pieces.holder_sets]
+    return [ranks[np.argsort(partner[ranks], kind="stable")] if len(ranks) > 1 else ranks for ranks in sets]
+
+
+def _only_holder(pieces: Pieces) -> IntArray:
+    """The rank that has to send each piece, `[num_pieces]`; ZEROS where there is none, or a choice."""
+    only = [ranks[0] if len(ranks) == 1 else ZEROS for ranks in pieces.holder_sets]
+    return np.array(only, np.int64)[pieces.holders]
+
+
+def balanced(sets: Sequence[IntArray], pieces: Pieces, nbytes: IntArray, num_sources: int) -> list[IntArray]:
     """The bytes that each holder of each set sends, so that the busiest sender sends as little as can be.
 
     A set's bytes go to its least loaded holders, up to one level. Sets with fewer holders come first, because more
@@ -79,7 +99,6 @@ def balanced(pieces: Pieces, nbytes: IntArray, num_sources: int) -> list[IntArra
     changes. That converges to the least sum of squared loads, which has the least busiest sender too: the sum is
     convex, and each set's shares are constrained by themselves (block coordinate descent).
     """
-    sets = [np.array(ranks, np.int64) for ranks in pieces.holder_sets]
     demand = np.zeros(len(sets), np.int64)
     np.add.at(demand, pieces.holders, nbytes)
     shares = [np.array([amount]) if len(ranks) == 1 else 0 * ranks for ranks, amount in zip(sets, demand, strict=True)]
@@ -98,7 +117,7 @@ def balanced(pieces: Pieces, nbytes: IntArray, num_sources: int) -> list[IntArra
 
 def _load_without_choice(pieces: Pieces, nbytes: IntArray) -> IntArray:
     """Bytes that each rank sends to others because no other may: `[1 + the highest holder]`."""
-    only = np.array([ranks[0] if len(ranks) == 1 else ZEROS for ranks in pieces.holder_sets], np.int64)[pieces.holders]
+    only = _only_holder(pieces)
     sends = (only != ZEROS) & (only != pieces.destination)
     load = np.zeros(1 + max(max(ranks) for ranks in pieces.holder_sets), np.int64)
     np.add.at(load, only[sends], nbytes[sends])

@@ -83,7 +83,7 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
             lines += [stability_line(name, engine.stability)] if engine.stability else []
             lines += warnings.of_engine(name, engine, scenario, result)
         lines.append(wrong_weights(name, engine))
-    lines += [table(engines), ratio(result)]
+    lines += [start(result), table(engines), ratio(result)]
     return [*lines, *(verdict(name, engine, scenario.verify.value) for name, engine in engines.items())]
 
 
@@ -134,6 +134,14 @@ def stability_line(name: str, stability: Stability) -> str:
         f"NOT STABLE ({title}) {refits}: {interval}, up to {100 * stability.width:.1f} % away: "
         f"{100 * STABLE_WIDTH:.0f} % was wanted"
     )
+
+
+def start(result: RefitResult) -> str:
+    """`Start: 7.21 s to the end of the first refit: imports 3.10, process group 0.20, ...`; empty without one."""
+    if not result.start_s:
+        return ""
+    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in result.start_s.items())
+    return f"Start: {sum(result.start_s.values()):.2f} s to the end of the first refit, slowest ranks: {phases}"
 
 
 def table(engines: Mapping[str, EngineResult]) -> str:

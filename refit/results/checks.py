@@ -14,6 +14,8 @@ def check_refit(result: RefitResult) -> None:
         check_cost(result.plan, "plan")
     if result.bound is not None:
         check_bound(result.bound, "bound")
+    for phase, seconds in result.start_s.items():
+        _not_negative(seconds, f"start_s.{phase}")
     for name, engine in result.engines.items():
         _check_engine(engine, f"engines.{name}")
 

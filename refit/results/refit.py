@@ -149,12 +149,17 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class RefitResult:
-    """One plan and the result of each engine on it. `bound` is None without a cluster's speeds."""
+    """One plan and the result of each engine on it. `bound` is None without a cluster's speeds.
+
+    `start_s` is the time from the start of the processes to the end of the first refit, by phase, each on the rank that
+    took longest; empty where there was none, and in files of versions that did not measure it.
+    """
 
     status: Status = Status.RUNNING
     model: ModelFacts | None = None
     plan: Cost | None = None
     bound: Bound | None = None
+    start_s: dict[str, float] = field(default_factory=dict)
     engines: dict[str, EngineResult] = field(default_factory=dict)
 
     @property

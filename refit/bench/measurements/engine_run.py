@@ -112,6 +112,7 @@ class EngineRun:
         """Connect. Return a memory watch that starts after connecting; None where the engine cannot run."""
         session = self._session
         session.enter(f"connect {self._name}")
+        session.start.enter("connect")
         before = past_torch(session.device)
         with self._stopwatch.step("connect"):
             refusal = self._attempt(lambda: self._engine.connect(self._planned.plan))
@@ -123,6 +124,7 @@ class EngineRun:
     def _prepared(self, memory: PeakMemory) -> Program | None:
         """Prepare and return the program; None where the engine cannot run."""
         self._session.enter(f"prepare {self._name}")
+        self._session.start.enter("prepare")
         made: list[Program] = []
         planned = self._planned
 
@@ -159,13 +161,16 @@ class EngineRun:
             iteration = len(self._result.samples)
             shown = progress.now(iteration)
             session.enter(f"{self._name} iteration {iteration + 1}: fill", shown)
+            session.start.enter("fill")
             if self._planned.source.weights is not None:
                 oracle.fill(self._planned.source.weights, iteration)
             if self._planned.destination.weights is not None:
                 oracle.poison(self._planned.destination.weights)
             session.enter(f"{self._name} iteration {iteration + 1}: move", shown)
+            session.start.enter("first refit")
             with memory.watch():
                 timing = time_run(program, session.control, session.device)
+            session.start.stop()
             session.enter(f"{self._name} iteration {iteration + 1}: check", shown)
             mine = _RankSample(session.rank, timing, self._check(iteration))
             ranks: list[_RankSample] = gather(session.control, mine)

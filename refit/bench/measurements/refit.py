@@ -35,6 +35,7 @@ class RefitMeasurement:
 
 def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     session.enter("plan")
+    session.start.enter("plan")
     stopwatch = Stopwatch()
     with stopwatch.step("plan"):
         plan = plan_refit(source.sharding, destination.sharding, ranks_per_node=session.ranks_per_node)
@@ -58,6 +59,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
             session.publish(result)
 
         EngineRun(session, planned, name, engine, keep).measure()
+        result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
 
 
@@ -68,6 +70,17 @@ def _check_agreement(session: Session, plan: RefitPlan) -> None:
             raise PlanError(
                 f"ranks {session.rank} and {rank} made different plans: {plan.digest[:12]} and {digest[:12]}"
             )
+
+
+def _slowest_start(session: Session) -> dict[str, float]:
+    """The longest time that any rank spent in each phase up to its first refit. Collective: every rank of the job.
+
+    Empty where no engine has refitted yet.
+    """
+    ranks = gather(session.control, session.start.seconds)
+    if "first refit" not in session.start.seconds:
+        return {}
+    return {phase: max(seconds.get(phase, 0.0) for seconds in ranks) for phase in session.start.seconds}
 
 
 def _choose_cluster(session: Session) -> tuple[Cluster | None, str]:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from refit.config.layout import Layout
 
@@ -67,31 +68,38 @@ Those with GTP_REMAT are of 0.19.2.
 
 
 class GroupCache:
-    """Process groups by their ranks, each created once.
+    """This rank's process groups by their ranks, each created once, by its members only.
 
     A Gloo group keeps a thread that wakes up about 100 times a second. So both sides of a refit, and all models that
-    one process builds, share their groups. The group of all ranks is the default group.
+    one process builds, share their groups, and all axes of size 1 share the group of this rank alone: both versions of
+    Megatron take None for the default group. The group of all ranks is the default group.
     """
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        self._generation = 0
 
     def __len__(self) -> int:
-        """Number of groups created, including those without this rank."""
+        """Number of groups in whose creation this rank took part."""
         return len(self._groups)
 
     def get(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """The group of these ranks, given in ascending order; None on a rank outside it.
 
-        Collective: every rank of the default group, with the same groups in the same order.
+        Collective: every rank of the group, with its groups in the same order. Where `is_split_from_default`, every
+        rank of the default group.
         """
-        key = tuple(ranks)
+        key, default = tuple(ranks), dist.group.WORLD
         if len(key) == dist.get_world_size():
-            return dist.group.WORLD
-        if key not in self._groups:
-            made = dist.new_group(list(key))
+            return default
+        split = is_split_from_default()
+        if key not in self._groups and (split or dist.get_rank() in key):
+            with _named_by_ranks(self._generation):
+                # On GPUs nothing on the CPU goes through these groups.
+                backend = "nccl" if split else None
+                made = dist.new_group(list(key), backend=backend, use_local_synchronization=not split)
             self._groups[key] = made if dist.get_rank() in key else None
-        return self._groups[key]
+        return self._groups.get(key)
 
     def close(self) -> None:
         """Destroy the groups that `get` created. The default group stays. Models on these groups become unusable.
@@ -100,9 +108,34 @@ class GroupCache:
         group.
         """
         groups, self._groups = self._groups, {}
+        self._generation += 1
         for group in groups.values():
             if group is not None:
                 dist.destroy_process_group(group)
+
+
+def is_split_from_default() -> bool:
+    """Whether NCCL makes a new group by `ncclCommSplit`, which every rank of the default group has to call.
+
+    So it is where the default group is bound to a device (`_new_process_group_helper` of torch).
+    """
+    default = dist.group.WORLD
+    return default is not None and default.bound_device_id is not None
+
+
+@contextlib.contextmanager
+def _named_by_ranks(generation: int) -> Iterator[None]:
+    """Groups made in this context are named by their ranks and `generation`.
+
+    torch (2.3 to 2.13) puts the number of groups that this rank has into the name by which members find each other.
+    Ranks that belong to different numbers of groups would never meet.
+    """
+    original = distributed_c10d._hash_ranks_to_str
+    distributed_c10d._hash_ranks_to_str = lambda ranks: f"refit-{generation}-{'_'.join(map(str, ranks))}"
+    try:
+        yield
+    finally:
+        distributed_c10d._hash_ranks_to_str = original
 
 
 _CACHES: WeakKeyDictionary[dist.ProcessGroup, GroupCache] = WeakKeyDictionary()
@@ -169,7 +202,6 @@ def rank_groups(layout: Layout, axes: Sequence[str]) -> list[list[int]]:
 
 
 def _own(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """Create every group and return this rank's, or None. Collective: every rank creates all groups."""
-    cache, rank = group_cache(), dist.get_rank()
-    found = {tuple(ranks): cache.get(ranks) for ranks in groups}
-    return next((group for ranks, group in found.items() if rank in ranks), None)
+    """This rank's group of `groups`, or None. Collective: every rank, with the same groups."""
+    cache = group_cache()
+    return next((group for group in [cache.get(ranks) for ranks in groups] if group is not None), None)

@@ -64,13 +64,20 @@ def test_side_in_the_middle_of_the_job() -> None:
     assert rank_groups(where, ("ep",)) == [[5, 6], [7, 8], [9, 10], [11, 12]]
 
 
-def test_idle_rank_makes_every_group_and_gets_none() -> None:
+def test_a_rank_makes_its_own_groups_only() -> None:
+    where = layout(tp=2, ep=2)
     with playing(7, 8):
-        assert build_groups(layout(tp=2, ep=2)) is None
-        made = len(group_cache())
-        assert made == len({(0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3), (0,), (1,), (2,), (3,)})
-        build_groups(layout(tp=2, ep=2))
-        assert len(group_cache()) == made
+        assert build_groups(where) is None
+        assert len(group_cache()) == 0
+    with playing(1, 8):
+        groups = build_groups(where)
+        assert groups is not None
+        # (0, 1), (1, 3), all four, and one for every axis of size 1.
+        assert len(group_cache()) == 4
+        assert groups.pp is groups.cp
+        assert dist.get_process_group_ranks(groups.pp) == [1]
+        build_groups(where)
+        assert len(group_cache()) == 4
 
 
 def test_all_that_is_built_shares_its_groups() -> None:
@@ -110,6 +117,19 @@ def test_a_closed_cache_makes_its_groups_again() -> None:
 def test_groups_over_real_ranks(ranks: RankPool) -> None:
     sums = ranks.run(sum_over_window)
     assert sums == [None, None, None, 3 + 4, 3 + 4, 5 + 6, 5 + 6, None]
+
+
+def test_ranks_in_different_numbers_of_groups_meet(ranks: RankPool) -> None:
+    """Rank 3 is in the groups of two sides, rank 6 in those of one; then all are closed and made again."""
+    assert ranks.run(sums_over_two_sides) == [None, None, None, 3 + 4, 3 + 4, 5 + 6, 5 + 6, None]
+
+
+def sums_over_two_sides(rank: int) -> int | None:
+    build_groups(layout(tp=2, ep=2))
+    first = sum_over_window(rank)
+    group_cache().close()
+    assert sum_over_window(rank) == first
+    return first
 
 
 def sum_over_window(rank: int) -> int | None:
