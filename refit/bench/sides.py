@@ -37,8 +37,10 @@ def build_side(session: Session, name: str) -> Side:
     scenario = session.scenario
     spec = scenario.sides[name]
     session.enter(f"build {name} model")
+    session.start.enter("imports")
+    build = load(FORMATS[spec.format].build)
     session.start.enter("build")
-    model: ShardedModel = load(FORMATS[spec.format].build)(scenario, name, spec, session.device)
+    model: ShardedModel = build(scenario, name, spec, session.device)
     session.enter(f"check {name} sharding")
     session.start.enter("check")
     if scenario.model is None:

@@ -69,3 +69,14 @@ def test_contiguity_is_numpys(inner: Box, outer: Box) -> None:
     if box is not None:
         array = np.zeros(outer.extents)
         assert box.is_contiguous_within(outer) == array[box.slices_within(outer)].flags.c_contiguous
+
+
+@given(st.lists(st.integers(1, 5), min_size=0, max_size=4), st.data())
+def test_a_stretch_has_the_elements_of_its_numbers(shape: list[int], data: st.DataObject) -> None:
+    whole = Box(tuple(range(len(shape))), tuple(shape))
+    begin = data.draw(st.integers(0, whole.volume))
+    end = data.draw(st.integers(begin, whole.volume))
+    numbers = np.arange(whole.volume).reshape(shape)
+    parts = list(whole.stretch(begin, end))
+    assert len(parts) <= max(1, 2 * len(shape) - 1)
+    assert [n for part in parts for n in numbers[part.slices_within(whole)].ravel()] == list(range(begin, end))

@@ -75,6 +75,16 @@ def test_times_and_table_hold_the_share_of_the_bound() -> None:
     assert all(len(row) <= 100 for row in rows)
 
 
+def test_the_start_is_one_figure_beside_its_parts() -> None:
+    run = small_run()
+    assert run.refit is not None
+    assert refit_lines.start(run.refit) == ""
+    started = replace(run.refit, start_s={"imports": 3.0, "process group": 0.25, "first refit": 0.5})
+    assert refit_lines.start(started) == (
+        "Start: 3.75 s to the end of the first refit, slowest ranks: imports 3.00, process group 0.25, first refit 0.50"
+    )
+
+
 def test_a_wrong_result_gives_no_ratio() -> None:
     ours, wrong = timed([0.1]), timed([0.2], num_wrong=3)
     for engines, line in (
