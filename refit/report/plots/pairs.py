@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refit.config.layout import Layout
-from refit.plan.plan import IntArray
+from refit.plan.box_array import IntArray
 from refit.report.plots.nodes import draw_node_lines, expert_groups, node_size
 from refit.report.plots.style import MAX_NUMBERED_RANKS, byte_scale, new_figure, rank_axis, wrapped
 from refit.results.outcomes import Outcome

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from refit.plan.box_array import IntArray
 from refit.plan.cost import Cost, split_traffic
-from refit.plan.plan import IntArray
 from refit.report.plots.nodes import draw_node_lines, node_size
 from refit.report.plots.style import (
     MAX_NUMBERED_RANKS,
