@@ -147,7 +147,7 @@ def row(one: Cell, result: Result) -> str:
         _text(tested.median_s, 1e3),
         _text(measured.bound.seconds if measured.bound else None, 1e3),
         _text(tested.bottleneck_gb_per_s, 1),
-        _text(tested.first_s if tested.cold_s else None, 1e3),
+        _text(tested.cold_total_s if tested.cold_s else None, 1e3),
         _text(tested.connect_s, 1e3),
         _text(max(extra, default=None), 2**-20),
         _wrong(tested),
@@ -173,7 +173,7 @@ def _wrong(engine: EngineResult) -> str:
 
 
 NAME_WIDTH = 72
-TITLES = ("ms", "bound ms", "GB/s", "first ms", "connect", "extra MiB", "#wrong")
+TITLES = ("ms", "bound ms", "GB/s", "cold ms", "connect", "extra MiB", "#wrong")
 WIDTHS = (8, 8, 7, 8, 8, 9, 9)
 HEADER = (
     f"{'cell':<{NAME_WIDTH}} "

@@ -81,7 +81,7 @@ def _row(outcome: Outcome, *, is_first: bool) -> dict[str, str]:
         "% of bound": f"{100 * share:.0f}" if share else "",
         "GB/s": f"{tested.bottleneck_gb_per_s:.3g}" if tested.bottleneck_gb_per_s else "",
         "connections ms": f"{1e3 * tested.connect_s:.0f}" if (tested.connect_s or 0.0) >= 0.5e-3 else "",
-        "first ms": f"{1e3 * tested.first_s:.0f}" if tested.cold_s else "",
+        "cold ms": f"{1e3 * tested.cold_total_s:.0f}" if tested.cold_s else "",
     }
     for name, engine in outcome.refit.baselines.items():
         ratio, title = speed_ratio(tested, engine), markdown_text(engine_title(name))
@@ -219,7 +219,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         ratios = [speed_ratio(ours, theirs) for ours, theirs in pairs if ours and theirs and differs(ours, theirs)]
         known = [ratio for ratio in ratios if ratio]
         text += f" {markdown_text(engine_title(name))} takes {_range(known, '.2f')} x as long." if known else ""
-    firsts = [1e3 * engine.first_s for engine in tested if engine.cold_s]
+    firsts = [1e3 * engine.cold_total_s for engine in tested if engine.cold_s]
     text += f" The first refit, planning included, takes {_range(firsts, '.0f')} ms." if firsts else ""
     return wrapped(f"{text} [docs/performance.md](docs/performance.md) has every row and its command.")
 

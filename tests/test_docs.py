@@ -24,14 +24,15 @@ from refit.cli.main import main
 from refit.config.scenario import check_num_ranks
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
-from refit.report.tables import csv_text
-from refit.results.outcomes import Outcome
-from refit.results.status import Status
+from refit.report.export import records, sample_records
+from refit.results.outcomes import judged
+from refit.results.runs import Run
 from refit.results.sweep import Planned
 from refit.sweep.check import check
 from refit.sweep.selection import select_file, select_lines
 from tests import documents, messages
 from tests.documents import ROOT, Command
+from tests.report.factories import result, sweep_of
 
 DOCUMENTS = documents.markdown_files()
 COMMANDS = [command for path in DOCUMENTS for command in documents.commands(path)]
@@ -224,11 +225,12 @@ def test_lines_of_configs_are_scenarios() -> None:
     assert len(select_lines(found, ["--model", "kimi_k2"], None).candidates) == len(found)
 
 
-def test_every_column_of_a_csv_report_is_described() -> None:
+def test_every_column_of_an_exported_table_is_described() -> None:
     described = (ROOT / "docs/output.md").read_text(encoding="utf-8")
-    outcome = Outcome(planned_example(), Status.MISSING, "it was not started", None)
-    columns = csv_text([outcome]).splitlines()[0].split(",")
-    named = [column.replace("destination_", "source_") for column in columns]
+    entry = planned_example()
+    run = Run(Path("logs"), sweep_of([entry]), (judged(entry, result(entry)),), is_sweep=True)
+    columns = [column for rows in (records([run]), sample_records([run])) for column in rows[0]]
+    named = [re.sub("^version_.*", "version_torch", column.replace("destination_", "source_")) for column in columns]
     assert [column for column in named if f"`{column}`" not in described] == []
 
 

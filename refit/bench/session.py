@@ -19,7 +19,7 @@ from refit.config.registry import METHODS
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError, UsageError
 from refit.report import live
-from refit.report.console import show, show_aside
+from refit.report.console import show_aside, show_text
 from refit.results import result
 from refit.results.result import Environment, MeasurementResult, ResultFile
 
@@ -65,7 +65,7 @@ class Session:
 
     def say(self, text: str) -> None:
         if self.is_reporter and text:
-            show(text)
+            show_text(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +168,11 @@ def _report(file: ResultFile, failure: Failure) -> None:
     except OSError as error:  # a full disk, or a folder that only the first node has
         live.clear(others=True)
         show_aside(f"FAILED: {failure}")
-        show(f"Result: {file.path} could not be completed: {error}")
+        show_text(f"Result: {file.path} could not be completed: {error}")
         return
     live.clear(others=True)
     show_aside(f"FAILED: {failure}")
-    show(f"Result: {file.path}")
+    show_text(f"Result: {file.path}")
 
 
 def _file_name(scenario: Scenario) -> str:

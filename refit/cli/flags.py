@@ -373,6 +373,7 @@ def _add_output_flags(parser: FlagParser) -> None:
 def _add_dry_run_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("dry run")
     group.add_argument("--dry-run", action="store_true", help="plan and report, in one process and without a GPU")
+    group.add_argument("--json", action="store_true", help="print what the dry run found as JSON, for programs")
     group.add_argument(
         "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs available; default: as many as needed"
     )

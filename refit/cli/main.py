@@ -12,8 +12,8 @@ from refit.errors import RefitError, UsageError
 from refit.predict.dry_run import dry_run
 from refit.predict.memory import check_memory
 from refit.report import live
-from refit.report.console import ending_quietly, show, show_error
-from refit.report.dry_run import dry_run_text
+from refit.report.console import ending_quietly, show, show_error, show_text
+from refit.report.dry_run import dry_run_json, dry_run_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +45,10 @@ def _run(request: Request, first: bool) -> int:
         if first:
             live.draw("planning")
             planned = dry_run(request.scenario, request.dry_run)
-            show(dry_run_text(planned))
+            if request.as_json:
+                show(dry_run_json(planned))
+            else:
+                show_text(dry_run_text(planned))
             check_memory(planned)
         return 0
     os.environ.update(rank_variables(os.environ))

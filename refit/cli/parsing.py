@@ -34,11 +34,12 @@ DRY_RUN_METHOD = "nccl"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A scenario and how to run it. `dry_run` is None for a real run."""
+    """A scenario and how to run it. `dry_run` is None for a real run, `as_json` asks for its figures as JSON."""
 
     scenario: Scenario
     dry_run: DryRunOptions | None
     gpus_per_node: int
+    as_json: bool = False
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -46,9 +47,11 @@ def parse(argv: Sequence[str]) -> Request:
     args = read_flags(argv)
     if args.num_gpus is not None and not args.dry_run:
         raise UsageError("--num-gpus needs --dry-run: a run goes by the ranks that torchrun starts")
+    if args.json and not args.dry_run:
+        raise UsageError("--json needs --dry-run: a run writes its result file as JSON")
     scenario = _scenario(args)
     options = DryRunOptions(args.num_gpus, args.gpus_per_node, scenario.cluster)
-    return Request(scenario, options if args.dry_run else None, args.gpus_per_node)
+    return Request(scenario, options if args.dry_run else None, args.gpus_per_node, args.json)
 
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:

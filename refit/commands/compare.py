@@ -10,7 +10,7 @@ from typing import Any
 from refit.commands.report import named_skipped
 from refit.errors import UsageError
 from refit.report.compare import Comparison, compare_runs, compare_text, exit_code
-from refit.report.console import show
+from refit.report.console import show, show_text, table_width
 from refit.report.plots.changes import draw_changes
 from refit.results.plain import plain
 from refit.results.runs import Run, find_run
@@ -64,7 +64,7 @@ def compare(args: argparse.Namespace) -> int:
     """Print the comparison and return its exit code. Raises UsageError where nothing can be compared or drawn."""
     old, new = find_run(args.old), find_run(args.new)
     comparison = compare_runs(old, new)
-    show(compare_text(old, new, comparison, args.max_slowdown))
+    show_text(compare_text(old, new, comparison, args.max_slowdown, table_width()))
     if args.plot is not None:
         show(plain(f"Picture: {_drawn(old, new, comparison, args.plot)}"))
     named_skipped(old, new)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from refit.cli import flag_types
-from refit.report.console import show
-from refit.report.sweep_table import outcome_line
+from refit.report.console import show_text
+from refit.report.sweep_table import outcome_lines
 from refit.results.runs import find_run
 from refit.results.sweep import Attempt
 from refit.sweep.close import Ending, close
@@ -18,7 +18,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "outcome",
-        description="After a run: complete its result, print how it ended in one line.",
+        description="After a run: complete its result, print its headline.",
         epilog="The exit code is the one in the result. A launcher's own may be 1 for any failure.",
     )
     parser.add_argument("stem", type=Path, metavar="STEM", help="path of the run's .log and .json without suffix")
@@ -49,5 +49,5 @@ def _outcome(args: argparse.Namespace) -> int:
     attempt = Attempt(args.stem.absolute())
     result = close(attempt, ending(args))
     (outcome,) = find_run(attempt.json).outcomes
-    show(outcome_line(outcome.planned, result))
+    show_text(outcome_lines(outcome.planned, result))
     return int(result.exit_code or 0)

@@ -1,68 +1,125 @@
-"""`refit report`: a run's summary and analysis, as text, Markdown or CSV."""
+"""`refit report`: what runs measured, as text, Markdown, CSV, JSON or one HTML page."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refit.errors import ExitCode
+from refit.errors import ExitCode, UnavailableError, UsageError
 from refit.report.analysis import analysis_text
-from refit.report.console import show, show_aside
+from refit.report.console import show, show_aside, show_text
+from refit.report.export import Record, csv_text, json_text, records, sample_records
+from refit.report.page import Pictures, page
+from refit.report.plots import draw
 from refit.report.summary import summary_text
-from refit.report.tables import csv_text, markdown_text
+from refit.report.tables import markdown_text
+from refit.results.reading import UnreadableFile
 from refit.results.runs import Run, find_run
 from refit.sweep.layouts import with_layouts
+from refit.sweep.pairs import pair_bytes
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "report",
-        help="what a run measured, as text, Markdown or CSV",
-        description="Print a run's summary and analysis. The exit code is 0 even if scenarios failed, 2 without a "
-        "readable run, 4 if a damaged file was skipped (standard error names it).",
-        epilog="example:\n  refit report benchmark_results --format markdown",
+        help="what runs measured, as text, Markdown, CSV, JSON or HTML",
+        description="Print the summary and analysis of one or several runs. The exit code is 0 even if scenarios "
+        "failed, 2 without a readable run, 4 if a damaged file was skipped (standard error names it).",
+        epilog="examples:\n  refit report benchmark_results/kimi_k2\n"
+        "  refit report --format html benchmark_results/*/logs/*_sweep.json > report.html",
     )
-    add_run_arguments(parser)
-    parser.add_argument("--format", choices=list(FORMATS), default="text", help="what to print; default: text")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help=RUN_DIR_HELP)
+    add_run_id(parser)
+    parser.add_argument(
+        "--format",
+        choices=[*PAGES, *TABLES],
+        default="text",
+        help="csv and json have one row per scenario and engine, html is one page with pictures; default: text",
+    )
+    parser.add_argument("--samples", action="store_true", help="with csv or json: one row per refit and rank")
     parser.set_defaults(run=report)
+
+
+RUN_DIR_HELP = "a folder of results, a folder with a logs folder in it, a *_sweep.json, a result file or a collection"
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that name one run on disk."""
-    parser.add_argument(
-        "run_dir",
-        type=Path,
-        metavar="RUN_DIR",
-        help="a folder of results, a folder with a logs folder in it, a *_sweep.json, a result file or a collection",
-    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help=RUN_DIR_HELP)
+    add_run_id(parser)
+
+
+def add_run_id(parser: argparse.ArgumentParser) -> None:
+    """The flag that chooses among several runs of a folder."""
     parser.add_argument("--run-id", metavar="ID", help="which run of that folder; default: the latest")
 
 
 def report(args: argparse.Namespace) -> int:
-    """Print the run. Raises UsageError where there is none. 4 where a damaged file was skipped."""
-    run = with_layouts(find_run(args.run_dir, args.run_id))
-    show(FORMATS[args.format](run))
-    return int(named_skipped(run))
+    """Print the runs. Raises UsageError where one does not exist or none can be read. 4 where a file was skipped."""
+    if args.samples and args.format not in TABLES:
+        raise UsageError(f"--samples is a table for programs: give --format {' or '.join(TABLES)} with it")
+    if args.run_id is not None and len(args.run_dirs) > 1:
+        raise UsageError(f"--run-id names a run of one folder, {len(args.run_dirs)} are given: name the files instead")
+    runs, damaged = _find(args.run_dirs, args.run_id)
+    if args.format in TABLES:
+        rows = sample_records(runs) if args.samples else records(runs)
+        show(TABLES[args.format](rows))
+    else:
+        PAGES[args.format](runs)
+    return int(named_skipped(*runs, damaged=damaged))
 
 
-def named_skipped(*runs: Run) -> ExitCode:
-    """Name the damaged files of these runs on standard error: FAILED where there are any, else OK."""
-    skipped = [error for run in runs for error in run.skipped]
+def _find(paths: Sequence[Path], run_id: str | None) -> tuple[list[Run], list[UnreadableFile]]:
+    """The runs that can be read, and the damaged files among `paths`. Raises UsageError without a readable run."""
+    runs, damaged = [], []
+    for path in paths:
+        try:
+            runs.append(with_layouts(find_run(path, run_id)))
+        except UnreadableFile as error:
+            damaged.append(error)
+    if not runs:
+        raise damaged[0]
+    return runs, damaged
+
+
+def named_skipped(*runs: Run, damaged: Sequence[UnreadableFile] = ()) -> ExitCode:
+    """Name the damaged files, those of runs too, on standard error: FAILED where there are any, else OK."""
+    skipped = [*damaged, *(error for run in runs for error in run.skipped)]
     for error in skipped:
         show_aside(error.skipped)
     return ExitCode.FAILED if skipped else ExitCode.OK
 
 
-def _text(run: Run) -> str:
-    analysis = analysis_text(run.outcomes)
-    return "\n\n".join([summary_text(run.sweep, run.outcomes), *([analysis] if analysis else [])])
+def _show_summaries(runs: Sequence[Run]) -> None:
+    """The summary of each run and its analysis."""
+    parts = [part for run in runs for part in (summary_text(run.sweep, run.outcomes), analysis_text(run.outcomes))]
+    show_text("\n\n".join(part for part in parts if part))
 
 
-FORMATS: Mapping[str, Callable[[Run], str]] = {
-    "text": _text,
-    "markdown": lambda run: markdown_text(run.sweep, run.outcomes),
-    "csv": lambda run: csv_text(run.outcomes),
+def _show_page(runs: Sequence[Run]) -> None:
+    """The HTML page, with the pictures of every run where matplotlib is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [_pictures(run, Path(folder) / str(number)) for number, run in enumerate(runs)]
+        show(page(runs, pictures))
+
+
+def _pictures(run: Run, folder: Path) -> Pictures:
+    try:
+        drawn = list(draw(run, folder, partial(pair_bytes, gpus_per_node=run.sweep.gpus_per_node)))
+    except UnavailableError as error:
+        return Pictures(missing=(str(error),))
+    paths = tuple(each for each in drawn if isinstance(each, Path))
+    return Pictures(paths, tuple(each for each in drawn if isinstance(each, str)))
+
+
+PAGES: Mapping[str, Callable[[Sequence[Run]], None]] = {
+    "text": _show_summaries,
+    "markdown": lambda runs: show("\n\n".join(map(markdown_text, runs))),
+    "html": _show_page,
 }
+TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {"csv": csv_text, "json": json_text}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from refit.cli.listing import add_list
 from refit.commands.outcome import add_ending, ending
 from refit.config.limits import MAX_SCENARIOS
 from refit.errors import ExitCode, UsageError
-from refit.report.console import show, show_aside
+from refit.report.console import show, show_aside, show_text, table_width
 from refit.report.summary import summary_text
-from refit.report.sweep_table import outcome_line, sweep_text
+from refit.report.sweep_table import outcome_lines, sweep_text
 from refit.results.outcomes import load_outcomes
 from refit.results.plain import plain
 from refit.results.status import Status
@@ -88,9 +89,7 @@ def _add_pending(parts: argparse._SubParsersAction[Any]) -> None:
 
 
 def _add_close(parts: argparse._SubParsersAction[Any]) -> None:
-    parser = parts.add_parser(
-        "close", description="After an attempt: complete its result, print how it ended in one line."
-    )
+    parser = parts.add_parser("close", description="After an attempt: complete its result, print its headline.")
     parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--stem", type=Path, required=True, help="the STEM that `pending` printed; required")
@@ -187,7 +186,7 @@ def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Al
 
 def _plan(args: argparse.Namespace) -> int:
     sweep = run.plan(_selection(args), _allocation(args))
-    show(sweep_text(sweep))
+    show_text(sweep_text(sweep, table_width()))
     refused = any(planned.status is Status.REFUSED for planned in sweep.scenarios)
     return int(ExitCode.USAGE if refused else ExitCode.OK)
 
@@ -205,7 +204,7 @@ def _begin(args: argparse.Namespace) -> int:
         if args.num_gpus is None and not args.cpu_fallback:
             raise UsageError("--num-gpus missing: how many GPUs may the sweep use?")
         path = run.begin(_selection(args), _allocation(args), directory, args.run_id, args.job)
-    show_aside(sweep_text(Sweep.read(path)))
+    show_aside(sweep_text(Sweep.read(path), table_width(sys.stderr)))
     show(str(path))
     return 0
 
@@ -221,7 +220,7 @@ def _pending(args: argparse.Namespace) -> int:
 
 def _close(args: argparse.Namespace) -> int:
     planned = Sweep.read(args.sweep_file).scenario(args.name)
-    show(outcome_line(planned, close(Attempt(args.stem.absolute()), ending(args))))
+    show_text(outcome_lines(planned, close(Attempt(args.stem.absolute()), ending(args))))
     return 0
 
 
@@ -231,7 +230,7 @@ def _end(args: argparse.Namespace) -> int:
     text = summary_text(sweep, outcomes)
     path = directory / f"{sweep.run_id}_summary.txt"
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    show(text.rstrip("\n"))
+    show_text(text.rstrip("\n"))
     show(f"Summary: {path}")
     return int(_exit_code([outcome.status for outcome in outcomes]))
 

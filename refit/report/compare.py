@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from refit.errors import ExitCode, UsageError
-from refit.report.grid import fixed_width
+from refit.report.grid import FILE_WIDTH, Column, fitted
 from refit.report.neutral import plain_lines
 from refit.report.tables import wrong_text
 from refit.results.outcomes import Outcome
@@ -164,12 +164,23 @@ def exit_code(old: Run, new: Run, comparison: Comparison, max_slowdown: float) -
     return ExitCode.SLOWER if slower else ExitCode.OK
 
 
-def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float) -> str:
+COLUMNS = (
+    Column("scenario", is_text=True),
+    Column("old", "(ms)"),
+    Column("new", "(ms)"),
+    Column("change", "(%)"),
+    Column("beyond", "spread"),
+    Column("#wrong", "old"),
+    Column("#wrong", "new"),
+    Column("status", is_text=True),
+)
+
+
+def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float, width: int = FILE_WIDTH) -> str:
     """Warnings, the table with a legend, the scenarios in only one run, and the verdict."""
     lines = [f"Old: {old.sweep.run_id} ({old.sweep.date})", f"New: {new.sweep.run_id} ({new.sweep.date})"]
     lines += [f"warning: {warning}" for warning in comparison.warnings]
-    header = ("scenario", "old (ms)", "new (ms)", "change (%)", "beyond spread", "#wrong old", "#wrong new", "status")
-    lines += ["", *fixed_width(header, [_row(pair, max_slowdown) for pair in comparison.pairs]).split("\n")]
+    lines += ["", *fitted(COLUMNS, [_row(pair, max_slowdown) for pair in comparison.pairs], width).split("\n")]
     lines += [
         "",
         "Medians of the slowest rank. Beyond spread: the medians' notches (1.57 x IQR / sqrt(n)) do not overlap.",
@@ -196,7 +207,7 @@ def _row(pair: Pair, max_slowdown: float) -> list[str]:
         *(f"{1e3 * one.median_s:.2f}" if one.median_s else "-" for one in both),
         f"{100 * pair.change:+.1f}" if pair.change is not None else "-",
         {True: "yes", False: "no", None: "-"}[beyond],
-        *(wrong_text(one) or "-" for one in both),
+        *(wrong_text(one.tested) or "-" for one in both),
         status,
     ]
 

@@ -3,19 +3,92 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console
+from rich.text import Text
 
 from refit.report import live
+from refit.report.grid import FILE_WIDTH
 from refit.report.neutral import MAX_LINE
 from refit.results.plain import plain
 
+MIN_WIDTH = 40
+"""A narrower terminal breaks lines by itself."""
+
+USUAL_WIDTH = 80
+"""Of terminals that do not know their width."""
+
+STYLES = {
+    r"\b(PASSED|ok)\b": "green",
+    r"\b(FAILED|WRONG DATA|WRONG|SLOWER|MORE THAN|failed|wrong_data|wrong data)\b": "bold red",
+    r"\b(WAIVED|UNVERIFIED|REFUSED|SKIPPED|MISSING|waived|unverified|refused|skipped|missing|unchecked)\b": "yellow",
+    r"^warning:": "yellow",
+    r"(?<![\d.,])[\d.,]+ (s|ms|us) median\b": "bold",
+}
+"""Words that have a colour on terminals."""
+
 
 def show(text: str) -> None:
-    """Print to standard output and flush."""
+    """Print to standard output as it is, for programs and files, and flush."""
     live.erase()
     print(text, flush=True)
+
+
+def show_text(text: str) -> None:
+    """Print text for people: on a terminal in colour and broken to its width, elsewhere as it is."""
+    show(_for_people(text, sys.stdout))
+
+
+def _for_people(text: str, stream: TextIO) -> str:
+    width = _terminal_width(stream)
+    return text if width is None else _coloured(wrapped(text, width), stream)
+
+
+def table_width(stream: TextIO | None = None) -> int:
+    """Characters that a line of a table may have: the terminal's width, in files FILE_WIDTH."""
+    return _terminal_width(stream or sys.stdout) or FILE_WIDTH
+
+
+def _terminal_width(stream: TextIO) -> int | None:
+    """The width of the terminal behind a stream, COLUMNS first; None for a file or a pipe."""
+    if not stream.isatty():
+        return None
+    given = os.environ.get("COLUMNS", "")
+    try:
+        found = int(given) if re.fullmatch("[0-9]{1,6}", given) else os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        found = 0
+    return max(found or USUAL_WIDTH, MIN_WIDTH)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` characters, broken at blanks: the rest of a line is indented. Words stay whole."""
+    return "\n".join(part for line in text.split("\n") for part in _wrapped_line(line, width))
+
+
+def _wrapped_line(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    start = re.match(r"(# )?\s*", line)
+    indent = f"{start[0] if start else ''}  "
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _coloured(text: str, stream: TextIO) -> str:
+    """The text with a terminal's colour codes, unless NO_COLOR or TERM asks for none."""
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    styled = Text(text)
+    for pattern, style in STYLES.items():
+        styled.highlight_regex(re.compile(pattern, re.MULTILINE), style)
+    with console.capture() as capture:
+        console.print(styled, end="")
+    return capture.get()
 
 
 def show_error(message: str) -> None:
@@ -27,7 +100,7 @@ def show_error(message: str) -> None:
 def show_aside(text: str) -> None:
     """Print text for people to standard error, where a script reads standard output."""
     live.erase()
-    print(text, file=sys.stderr, flush=True)
+    print(_for_people(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def ending_quietly(run: Callable[[], int]) -> int:

@@ -1,4 +1,4 @@
-"""The text of a dry run."""
+"""A dry run as text and as JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from refit.plan.cost import BusiestRank
 from refit.predict.dry_run import DryRun
 from refit.report.bound import bound_text
 from refit.report.rank_map import rank_map
+from refit.results.result import encoded
+
+TRAFFIC = ("sent_within", "sent_between", "received_within", "received_between", "local")
+"""Kinds of bytes that a rank moves: within and between nodes, and local copies."""
 
 MAX_TABLE_RANKS = 16
 """Up to this many ranks, the table has one row per rank."""
@@ -22,6 +26,32 @@ def dry_run_text(run: DryRun) -> str:
     notes = [f"Note: {note}" for note in run.scenario.notes]
     table = _rank_table(run) if run.scenario.num_ranks <= MAX_TABLE_RANKS else _summary_table(run)
     return "\n".join([rank_map(run.scenario, run.num_gpus), *notes, "", *_figures(run), "", *table])
+
+
+def dry_run_json(run: DryRun) -> str:
+    """The figures as a JSON object: times in seconds, sizes in bytes. `scenario`, `plan` and `bound` are as in result
+    files; `traffic` has one figure per rank."""
+    cluster, traffic = run.options.cluster, run.traffic
+    limit = cluster.gpu_memory_bytes if cluster else None
+    figures: dict[str, object] = {
+        "scenario": run.scenario,
+        "num_parameters": run.num_parameters,
+        "num_tensors": run.num_tensors,
+        "num_ranks": run.scenario.num_ranks,
+        "num_gpus": run.num_gpus,
+        "gpus_per_node": run.options.gpus_per_node,
+        "memory_bytes": run.memory_bytes,
+        "fits_memory": None if limit is None else run.memory_bytes <= limit,
+        "plan": run.cost,
+        "bound": run.bound,
+        "traffic": {
+            "gpus_per_node": traffic.gpus_per_node,
+            **{name: getattr(traffic, name).tolist() for name in TRAFFIC},
+        },
+        "predict_s": run.predict_s,
+        "plan_s": run.plan_s,
+    }
+    return encoded(figures)
 
 
 def _figures(run: DryRun) -> list[str]:

@@ -1,7 +1,8 @@
-"""Text from files made harmless where it leaves: terminals and text files, Markdown, CSV and pictures."""
+"""Text from files made harmless where it leaves: terminals and text files, Markdown, CSV, HTML and pictures."""
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable
 
@@ -41,6 +42,11 @@ def csv_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     return ("'" if value.lstrip(" ").startswith(FORMULA_STARTS) and not _is_number(value) else "") + plain(value)
+
+
+def html_text(text: str) -> str:
+    """Text that a browser shows as it is, between tags and within quotes of an attribute."""
+    return html.escape(plain(text), quote=True)
 
 
 def _is_number(text: str) -> bool:

@@ -1,27 +1,25 @@
-"""The log lines of a refit: header, one line per iteration, times, table and verdict."""
+"""The log lines of a refit: header, one line per iteration, times, table, headlines and verdict."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-
-from rich.table import Table
 
 from refit import units
 from refit.config.registry import ENGINES
 from refit.config.scenario import Mode, Scenario
-from refit.plan.cost import Bound, Cost
+from refit.plan.cost import Cost
 from refit.report import warnings
-from refit.report.grid import rendered
+from refit.report.console import table_width
+from refit.report.grid import FILE_WIDTH, Column, fitted
+from refit.report.headline import headlines, title
 from refit.report.neutral import plain_lines
-from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample, speed_ratio
+from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample
 from refit.results.result import Environment, Result
+from refit.results.runs import outcome_of
 from refit.results.stats import STABLE_WIDTH, Stability
 from refit.results.status import Status
 
 MAX_WRONG_LINES = 12
-TABLE_WIDTH = 120
-"""Width of a log file in characters. On a terminal, its own width is used."""
 
 
 def header(
@@ -73,17 +71,17 @@ def busiest_text(plan: Cost) -> str:
 
 
 def closing_lines(result: RefitResult, run: Result) -> list[str]:
-    """The last lines of a log: times, warnings, wrong weights, the table and the verdicts."""
+    """The last lines of a log: times, warnings, wrong weights, the table, the headlines and the verdicts."""
     engines, scenario = result.engines, run.scenario
     assert scenario is not None
     lines = []
     for name, engine in engines.items():
         if engine.summary:
-            lines += [times(engine, result.bound)] if len(engines) == 1 else []
+            lines += [times(engine)] if len(engines) == 1 else []
             lines += [stability_line(name, engine.stability)] if engine.stability else []
             lines += warnings.of_engine(name, engine, scenario, result)
         lines.append(wrong_weights(name, engine))
-    lines += [start(result), table(engines), ratio(result)]
+    lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
     return [*lines, *(verdict(name, engine, scenario.verify.value) for name, engine in engines.items())]
 
 
@@ -98,23 +96,19 @@ def iteration_line(engine: str, sample: Sample, number: str) -> str:
     )
 
 
-def times(engine: EngineResult, bound: Bound | None) -> str:
-    """The times of one engine. Scripts search for these lines: keep their wording."""
-    summary, share = engine.summary, engine.share_of_lower_bound
+def times(engine: EngineResult) -> str:
+    """The times of one engine. Scripts search for the first three lines: keep their wording."""
+    summary = engine.summary
     assert summary is not None
-    connected = "" if engine.connect_s is None else f" (connections before it: {1e3 * engine.connect_s:.2f} ms)"
-    reached = [] if bound is None else [f"Lower bound: {1e3 * bound.seconds:.2f} ms, reached {_percent(share)} %"]
+    connected = "" if engine.connect_s is None else f"; connections before it {1e3 * engine.connect_s:.2f} ms"
+    parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in engine.cold_s.items())
+    cold = [f"Cold refit: {1e3 * engine.cold_total_s:.2f} ms ({parts}){connected}"] if parts else []
     return "\n".join(
         [
             f"Mean refit time: {1e3 * summary.mean_s:.2f} ms",
             f"Min refit time:  {1e3 * summary.min_s:.2f} ms",
             f"Max refit time:  {1e3 * summary.max_s:.2f} ms",
-            f"Median refit time: {1e3 * summary.median_s:.2f} ms, p95 {1e3 * summary.p95_s:.2f} ms",
-            f"Bottleneck bandwidth: {_gb_per_s(engine)} GB/s",
-            *reached,
-            "Cold refit: "
-            + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in engine.cold_s.items())
-            + connected,
+            *cold,
         ]
     )
 
@@ -144,74 +138,45 @@ def start(result: RefitResult) -> str:
     return f"Start: {sum(result.start_s.values()):.2f} s to the end of the first refit, slowest ranks: {phases}"
 
 
-def table(engines: Mapping[str, EngineResult]) -> str:
-    """One row per engine, fixed width, with a units row."""
-    grid = Table(box=None, pad_edge=False, header_style="")
-    for name, unit in (
-        ("engine", ""),
-        ("median", "(ms)"),
-        ("mean", "(ms)"),
-        ("min", "(ms)"),
-        ("max", "(ms)"),
-        ("first", "(ms)"),
-        ("bottleneck", "(GB/s)"),
-        ("of bound", "(%)"),
-        ("staging", "(MiB)"),
-        ("#wrong", ""),
-        ("status", ""),
-    ):
-        grid.add_column(f"{name}\n{unit}", justify="left" if name in ("engine", "status") else "right", no_wrap=True)
-    for name, engine in engines.items():
-        grid.add_row(ENGINES[name].title, *_cells(engine), engine.status.value)
-    return _render(grid)
+COLUMNS = (
+    Column("engine", is_text=True),
+    Column("median", "(ms)"),
+    Column("p95", "(ms)"),
+    Column("min", "(ms)"),
+    Column("max", "(ms)"),
+    Column("cold", "(ms)"),
+    Column("bottleneck", "(GB/s)"),
+    Column("of bound", "(%)"),
+    Column("staging", "(MiB)"),
+    Column("#wrong"),
+    Column("status", is_text=True),
+)
+OF_BOUND = 7
+"""The place of the column that only results with a bound have."""
+
+
+def table(engines: Mapping[str, EngineResult], width: int = FILE_WIDTH) -> str:
+    """One row per engine; the column of a bound only where there is one."""
+    rows = [[title(name), *_cells(engine), engine.status.text] for name, engine in engines.items()]
+    has_bound = any(engine.share_of_lower_bound is not None for engine in engines.values())
+    shown = [place for place in range(len(COLUMNS)) if has_bound or place != OF_BOUND]
+    return fitted([COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows], width)
 
 
 def _cells(engine: EngineResult) -> list[str]:
     if not engine.summary:
         return ["-"] * 9
     summary = engine.summary
-    milliseconds = [f"{1e3 * s:.2f}" for s in (summary.median_s, summary.mean_s, summary.min_s, summary.max_s)]
+    seconds = (summary.median_s, summary.p95_s, summary.min_s, summary.max_s, engine.cold_total_s)
     staging = max(engine.staging_bytes_per_rank, default=0) / 2**20
+    rate, share = engine.bottleneck_gb_per_s, engine.share_of_lower_bound
     return [
-        *milliseconds,
-        f"{1e3 * engine.first_s:.2f}",
-        _gb_per_s(engine),
-        _percent(engine.share_of_lower_bound),
+        *(f"{1e3 * each:.2f}" for each in seconds),
+        "-" if rate is None else f"{rate:.3f}",
+        "-" if share is None else f"{100 * share:.3g}",
         f"{staging:.1f}",
         f"{engine.num_wrong:,}" if engine.num_compared else "unchecked",
     ]
-
-
-def _gb_per_s(engine: EngineResult) -> str:
-    return "-" if engine.bottleneck_gb_per_s is None else f"{engine.bottleneck_gb_per_s:.3f}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.3g}"
-
-
-def ratio(result: RefitResult) -> str:
-    """How the engine under test compares with each baseline of the same run; empty unless both have times.
-
-    Where either result is in doubt, the line says so in place of a ratio.
-    """
-    tested = result.tested
-    if tested is None or tested.median_s is None:
-        return ""
-    return "\n".join(
-        _ratio(tested, theirs, ENGINES[name].title)
-        for name, theirs in result.baselines.items()
-        if theirs.median_s is not None
-    )
-
-
-def _ratio(tested: EngineResult, theirs: EngineResult, title: str) -> str:
-    found = speed_ratio(tested, theirs)
-    if found is None:
-        doubts = ((name, engine.doubt) for name, engine in (("refit", tested), (title, theirs)))
-        return f"Ratio: none: {', '.join(f'{name} is {doubt}' for name, doubt in doubts if doubt) or 'no times'}"
-    first = f", {theirs.first_s / tested.first_s:.2f} x on the first refit" if tested.first_s else ""
-    return f"Ratio: refit is {found:.2f} x as fast as {title}'s own (median){first}"
 
 
 def wrong_weights(name: str, engine: EngineResult) -> str:
@@ -252,13 +217,23 @@ def profile_table(name: str, engine: EngineResult) -> str:
     rank = engine.samples[-1].slowest_rank
     if not engine.profile or not engine.profile[rank]:
         return ""
-    grid = Table(box=None, pad_edge=False, header_style="")
-    for title in ("stream", "kind", "launches", "busy (ms)", "from (ms)", "to (ms)"):
-        grid.add_column(title, justify="left" if title == "kind" else "right", no_wrap=True)
-    for each in engine.profile[rank]:
-        times = [f"{1e3 * seconds:.2f}" for seconds in (each.busy_s, each.first_s, each.last_s)]
-        grid.add_row(str(each.stream), each.kind, str(each.num_launches), *times)
-    return f"Profile of one more {ENGINES[name].title} refit, rank {rank}\n{_render(grid)}"
+    rows = [
+        [each.kind, str(each.stream), str(each.num_launches)]
+        + [f"{1e3 * seconds:.2f}" for seconds in (each.busy_s, each.first_s, each.last_s)]
+        for each in engine.profile[rank]
+    ]
+    heading = f"Profile of one more {ENGINES[name].title} refit, rank {rank}"
+    return f"{heading}\n{fitted(PROFILE_COLUMNS, rows, table_width())}"
+
+
+PROFILE_COLUMNS = (
+    Column("kind", is_text=True),
+    Column("stream"),
+    Column("launches"),
+    Column("busy", "(ms)"),
+    Column("from", "(ms)"),
+    Column("to", "(ms)"),
+)
 
 
 def verdict(name: str, engine: EngineResult, verify: str) -> str:
@@ -274,7 +249,3 @@ def verdict(name: str, engine: EngineResult, verify: str) -> str:
         f"{outcome} ({title}): {engine.num_compared:,} elements compared{how} over {len(engine.samples)} refits, "
         f"{engine.num_wrong:,} wrong"
     )
-
-
-def _render(grid: Table) -> str:
-    return rendered(grid, None if sys.stdout.isatty() else TABLE_WIDTH)

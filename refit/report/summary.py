@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from refit import units
-from refit.config.registry import ENGINES
 from refit.config.scenario import Verify
 from refit.config.side import SideSpec
+from refit.report.headline import headlines
 from refit.report.neutral import plain_lines
 from refit.report.run_spread import run_spread_lines
 from refit.results.outcomes import Outcome
-from refit.results.refit import EngineResult, speed_ratio
+from refit.results.refit import EngineResult
 from refit.results.stats import Summary
 from refit.results.status import COUNTED, Status
 from refit.results.sweep import Sweep
@@ -77,22 +77,21 @@ def _scenario(outcome: Outcome) -> list[str]:
         lines.append(f"{outcome.status.text.upper()}: {outcome.reason}")
         lines += [f"Log: {outcome.log}"] if outcome.log else []
     if tested is not None and tested.summary is not None:
-        lines += [*_times(tested.summary), *_plan(outcome), *_verification(outcome, tested), *_baselines(outcome)]
+        lines += [*_times(tested.summary), *headlines(outcome), *_plan(outcome), *_verification(outcome, tested)]
     return lines
 
 
 def _times(summary: Summary) -> list[str]:
-    named = (
-        ("Mean refit time:", summary.mean_s),
-        ("Min refit time: ", summary.min_s),
-        ("Max refit time: ", summary.max_s),
-        ("Median refit time:", summary.median_s),
-    )
-    return [f"{name} {1e3 * seconds:.2f} ms" for name, seconds in named]
+    """The lines that scripts search for: keep their wording."""
+    return [
+        f"Mean refit time: {1e3 * summary.mean_s:.2f} ms",
+        f"Min refit time:  {1e3 * summary.min_s:.2f} ms",
+        f"Max refit time:  {1e3 * summary.max_s:.2f} ms",
+    ]
 
 
 def _plan(outcome: Outcome) -> list[str]:
-    lines, cost, tested, bound = [], outcome.cost, outcome.tested, outcome.bound
+    lines, cost, bound = [], outcome.cost, outcome.bound
     if cost is not None:
         lines.append(
             f"Payload: {units.gb(cost.payload_bytes)} ({units.gb(cost.wire_bytes)} between GPUs, "
@@ -100,12 +99,9 @@ def _plan(outcome: Outcome) -> list[str]:
         )
         busiest = cost.busiest
         lines += [f"Busiest rank: {busiest.rank} {busiest.direction} {units.gb(busiest.nbytes)}"] * bool(busiest.nbytes)
-    if tested is not None and tested.bottleneck_gb_per_s is not None:
-        lines.append(f"Bottleneck bandwidth: {tested.bottleneck_gb_per_s:.3f} GB/s")
-    if bound is not None and outcome.share_of_bound is not None:
+    if bound is not None and bound.seconds:
         cause = f" ({bound.limited_by})" if bound.limited_by else ""
-        lines.append(f"Lower bound: {units.seconds(bound.seconds)}{cause}")
-        lines.append(f"Share of lower bound: {100 * outcome.share_of_bound:.1f} %")
+        lines.append(f"Lower bound: {units.milliseconds(bound.seconds)}{cause}")
     return lines
 
 
@@ -116,33 +112,3 @@ def _verification(outcome: Outcome, engine: EngineResult) -> list[str]:
     how = " (every 16th row)" if scenario and scenario.verify is Verify.SAMPLE else ""
     verdict = "FAILED" if engine.num_wrong else "PASSED"
     return [f"Verification: {verdict}, {engine.num_compared:,} elements compared{how}, {engine.num_wrong:,} wrong"]
-
-
-def _versus(outcome: Outcome, baseline: EngineResult) -> str:
-    """The ratio of the medians, or why there is none."""
-    ratio = speed_ratio(outcome.tested, baseline) if outcome.status is Status.OK else None
-    if ratio is not None:
-        return f"refit is {ratio:.2f} x as fast"
-    if baseline.num_wrong:
-        return f"no ratio: {baseline.num_wrong:,} of its elements WRONG"
-    if baseline.doubt:
-        return f"no ratio: it is {baseline.doubt}"
-    return f"no ratio: refit is {(outcome.tested.doubt if outcome.tested else None) or outcome.status.text}"
-
-
-def marked_ms(engine: EngineResult | None) -> str:
-    """`117.70`, or `117.70 (WRONG)` where the result is in doubt; empty without times."""
-    if engine is None or engine.median_s is None:
-        return ""
-    return f"{1e3 * engine.median_s:.2f}" + (f" ({engine.doubt})" if engine.doubt else "")
-
-
-def _baselines(outcome: Outcome) -> list[str]:
-    lines = []
-    for name, baseline in outcome.refit.baselines.items():
-        title = ENGINES[name].title if name in ENGINES else name
-        if baseline.median_s is None or outcome.median_s is None:
-            lines.append(f"{title}: {baseline.status.value}: {baseline.reason or 'no reason was recorded'}")
-            continue
-        lines.append(f"{title}: {1e3 * baseline.median_s:.2f} ms median, {_versus(outcome, baseline)}")
-    return lines

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rich.table import Table
-
 from refit import units
 from refit.config.scenario import Mode, ranks_text
-from refit.report.grid import rendered
+from refit.report.grid import FILE_WIDTH, Column, fitted
+from refit.report.headline import headlines
 from refit.report.neutral import plain_lines
 from refit.results.outcomes import judged
-from refit.results.plain import plain
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.results.sweep import Planned, Sweep
-
-WIDTH = 160
 
 CHECKED = (Status.READY, Status.REFUSED, Status.SKIPPED)
 """The statuses that the check before a run can give."""
 
 
-def sweep_text(sweep: Sweep) -> str:
-    """A headline, the table, notes, and the full reason for each scenario that is refused or skipped."""
-    headline, sweep = _headline(sweep), replace(sweep, scenarios=sweep.distinct)
-    lines = [headline, "", *_table(sweep), "", *_totals(sweep)]
+def sweep_text(sweep: Sweep, width: int = FILE_WIDTH) -> str:
+    """A title, the table, notes, and the full reason for each scenario that is refused or skipped."""
+    title, sweep = _title(sweep), replace(sweep, scenarios=sweep.distinct)
+    lines = [title, "", *_table(sweep, width).split("\n"), "", *_totals(sweep)]
     notes: dict[str, list[str]] = {}
     for planned in sweep.scenarios:
         for note in planned.notes:
@@ -37,22 +33,12 @@ def sweep_text(sweep: Sweep) -> str:
     return plain_lines(lines)
 
 
-def outcome_line(planned: Planned, result: Result) -> str:
-    """`NAME: 45.23 ms, PASSED`, or one line with the reason why it failed or was waived."""
-    return plain(_outcome_line(planned, result))
+def outcome_lines(planned: Planned, result: Result) -> str:
+    """The headlines of a scenario that has ended, each after its name."""
+    return plain_lines(f"{planned.name}: {line}" for line in headlines(judged(planned, result)))
 
 
-def _outcome_line(planned: Planned, result: Result) -> str:
-    outcome = judged(planned, result)
-    engine = outcome.tested
-    if outcome.status is Status.WAIVED:
-        return f"{planned.name}: WAIVED: {outcome.reason}"
-    if outcome.status is not Status.OK or engine is None or engine.summary is None:
-        return f"{planned.name}: FAILED: {outcome.reason}"
-    return f"{planned.name}: {1e3 * engine.summary.mean_s:.2f} ms, {'PASSED' if engine.num_compared else 'UNVERIFIED'}"
-
-
-def _headline(sweep: Sweep) -> str:
+def _title(sweep: Sweep) -> str:
     several = sweep.num_gpus > sweep.gpus_per_node
     gpus = f"{sweep.num_gpus} GPUs" + (f" ({sweep.nodes} nodes of {sweep.gpus_per_node})" if several else "")
     judged = f"cluster {sweep.cluster}" if sweep.cluster else "no --cluster: neither memory nor time is judged"
@@ -74,26 +60,21 @@ class _Units:
 LARGE, SMALL = _Units("GB", 1e9, "s", 1.0), _Units("MB", 1e6, "ms", 1e-3)
 
 
-def _table(sweep: Sweep) -> list[str]:
+def _table(sweep: Sweep, width: int) -> str:
     largest = max((planned.cost.payload_bytes for planned in sweep.scenarios if planned.cost), default=0)
     scale = LARGE if largest >= 10e9 else SMALL
-    grid = Table(box=None, pad_edge=False, header_style="", padding=(0, 1))
-    for title, unit in (("scenario", ""), ("source", ""), ("destination", ""), ("mode", ""), ("method", "")):
-        grid.add_column(f"{title}\n{unit}", overflow="fold")
-    for title, unit in (
-        ("GPUs", ""),
-        ("nodes", ""),
-        ("payload", scale.moved),
-        ("memory", "GiB/GPU"),
-        ("busiest", scale.moved),
-        ("rank", ""),
-        ("bound", scale.time),
-    ):
-        grid.add_column(f"{title}\n{f'({unit})' if unit else ''}", justify="right", no_wrap=True)
-    grid.add_column("status\n", no_wrap=True)
-    for planned in sweep.scenarios:
-        grid.add_row(*_cells(planned, scale))
-    return rendered(grid, WIDTH).splitlines()
+    columns = [Column(title, is_text=True) for title in ("scenario", "source", "destination", "mode", "method")]
+    columns += [
+        Column("GPUs"),
+        Column("nodes"),
+        Column("payload", f"({scale.moved})"),
+        Column("memory", "(GiB/GPU)"),
+        Column("busiest", f"({scale.moved})"),
+        Column("rank"),
+        Column("bound", f"({scale.time})"),
+        Column("status", is_text=True),
+    ]
+    return fitted(columns, [_cells(planned, scale) for planned in sweep.scenarios], width)
 
 
 def _cells(planned: Planned, scale: _Units) -> list[str]:

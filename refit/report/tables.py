@@ -1,126 +1,132 @@
-"""A run as one table with a row per scenario: Markdown for people, CSV for programs."""
+"""The table of a run for people, with a row per scenario and engine: the same columns in Markdown and in HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from refit.config.side import SideSpec
 from refit.report import neutral
-from refit.report.grid import comma_separated, markdown
+from refit.report.entries import Entry, entries_of
+from refit.report.grid import markdown
+from refit.report.headline import headlines, title
 from refit.report.neutral import markdown_code
-from refit.report.summary import counts_line, marked_ms
-from refit.results.outcomes import Outcome
-from refit.results.status import Status
+from refit.report.summary import counts_line
+from refit.results.refit import EngineResult
+from refit.results.runs import Run
 from refit.results.sweep import Sweep
 
-MARKDOWN_HEADER = (
-    "scenario",
-    "source",
-    "target",
-    "mode",
-    "method",
-    "status",
-    "GPUs",
-    "median (ms)",
-    "min-max (ms)",
-    "payload (GB)",
-    "bottleneck (GB/s)",
-    "lower bound (ms)",
-    "share (%)",
-    "#wrong",
-    "Megatron-Core (ms)",
-    "ratio",
-)
-MARKDOWN_NUM_TEXT = 6
-"""Number of its columns that hold text, from the left."""
 
-SIZES = ("tp", "ep", "etp", "pp", "world_size")
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A column. `cell` gives an entry's text, as it is in the files: who renders it has to neutralise it."""
+
+    title: str
+    cell: Callable[[Entry], str]
+    is_text: bool = False
 
 
-def markdown_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
-    """A heading, the table, and the reason for each scenario that is not ok."""
-    date = neutral.markdown_text(sweep.date)
-    where = f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {date}"
-    reasons = [
-        f"- {markdown_code(outcome.planned.name)} {outcome.status.text}: {neutral.markdown_text(outcome.reason or '')}"
-        for outcome in outcomes
-        if outcome.status is not Status.OK
-    ]
-    table = markdown(MARKDOWN_HEADER, [_markdown_row(outcome) for outcome in outcomes], MARKDOWN_NUM_TEXT)
-    title = neutral.markdown_text(f"{f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})")
-    parts = [f"### {title}", where, table, *(["\n".join(reasons)] if reasons else []), counts_line(outcomes)]
-    return "\n\n".join(parts)
+def markdown_text(run: Run) -> str:
+    """A heading, the table and the headlines."""
+    heading = f"### {neutral.markdown_text(run_title(run.sweep))}"
+    rows = [[_markdown_cell(column, entry) for column in SHOWN] for entry in entries_of([run])]
+    table = markdown([column.title for column in SHOWN], rows, sum(column.is_text for column in SHOWN))
+    lines = "\n".join(
+        f"- {markdown_code(outcome.planned.name)} {neutral.markdown_text(line)}"
+        for outcome in run.outcomes
+        for line in headlines(outcome)
+    )
+    parts = [heading, neutral.markdown_text(where_text(run.sweep)), table, lines, counts_line(run.outcomes)]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _markdown_row(outcome: Outcome) -> list[str]:
-    planned, tested, cost, bound = outcome.planned, outcome.tested, outcome.cost, outcome.bound
-    summary = tested.summary if tested else None
-    return [
-        markdown_code(planned.name),
-        _short(planned.source),
-        _short(planned.destination),
-        neutral.markdown_text(planned.mode),
-        neutral.markdown_text(planned.method),
-        outcome.status.text,
-        str(planned.num_ranks),
-        marked_ms(tested),
-        f"{1e3 * summary.min_s:.2f}-{1e3 * summary.max_s:.2f}" if summary else "",
-        f"{cost.payload_bytes / 1e9:.3f}" if cost else "",
-        f"{tested.bottleneck_gb_per_s:.3f}" if tested and tested.bottleneck_gb_per_s is not None else "",
-        f"{1e3 * bound.seconds:.4g}" if bound else "",
-        f"{100 * outcome.share_of_bound:.1f}" if outcome.share_of_bound is not None else "",
-        wrong_text(outcome),
-        marked_ms(outcome.baseline),
-        f"{outcome.baseline_ratio:.2f}" if outcome.baseline_ratio is not None else "",
-    ]
+def run_title(sweep: Sweep) -> str:
+    """`Kimi K2 Refit Benchmark (RUN_ID)`."""
+    return f"{f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})"
 
 
-def wrong_text(outcome: Outcome) -> str:
+def where_text(sweep: Sweep) -> str:
+    """`16 nodes, 128 GPUs, DATE`."""
+    return f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {sweep.date}"
+
+
+def _markdown_cell(column: Shown, entry: Entry) -> str:
+    escape = markdown_code if column is SHOWN[0] else neutral.markdown_text
+    return escape(column.cell(entry))
+
+
+def wrong_text(engine: EngineResult | None) -> str:
     """Elements found wrong, `unchecked` where refits ran but nothing was compared, nothing where none ran."""
-    if outcome.tested is None or not outcome.tested.measured_s:
+    if engine is None or not engine.measured_s:
         return ""
-    return f"{outcome.tested.num_wrong:,}" if outcome.tested.num_compared else "unchecked"
+    return f"{engine.num_wrong:,}" if engine.num_compared else "unchecked"
 
 
-def _short(side: SideSpec | None) -> str:
-    return f"{neutral.markdown_text(side.title)} ({side.world_size})" if side else ""
+def _side(side: SideSpec | None) -> str:
+    return f"{side.title} ({side.world_size})" if side else ""
 
 
-def csv_text(outcomes: Sequence[Outcome]) -> str:
-    """One row per scenario, figures unrounded in seconds and bytes. Missing values are blank."""
-    rows = [_csv_row(outcome) for outcome in outcomes]
-    header = rows[0].keys() if rows else ("name", "status")
-    return comma_separated(tuple(header), [tuple(row.values()) for row in rows])
+def _engine(entry: Entry) -> str:
+    return title(entry.name) if entry.name else ""
 
 
-def _csv_row(outcome: Outcome) -> dict[str, object]:
-    planned, tested, baseline = outcome.planned, outcome.tested, outcome.baseline
-    cost, bound = outcome.cost, outcome.bound
-    sides = (("source", planned.source), ("destination", planned.destination))
-    summary = tested.summary if tested else None
-    return {
-        "name": planned.name,
-        "status": outcome.status.value,
-        "reason": outcome.reason,
-        **{f"{name}_{size}": getattr(side.layout, size) if side else None for name, side in sides for size in SIZES},
-        "mode": planned.mode,
-        "method": planned.method,
-        "num_ranks": planned.num_ranks,
-        "nodes": planned.nodes,
-        **{f"{name}_s": getattr(summary, f"{name}_s", None) for name in ("mean", "min", "max", "median")},
-        "num_iterations": len(tested.measured_s) if tested else 0,
-        **{f"{name}_bytes": getattr(cost, f"{name}_bytes", None) for name in ("payload", "wire", "local")},
-        "busiest_bytes": cost.busiest.nbytes if cost else None,
-        "busiest_rank": cost.busiest.rank if cost and cost.busiest.nbytes else None,
-        "num_transfers": outcome.refit.plan.num_transfers if outcome.refit.plan else None,
-        "bottleneck_gb_per_s": tested.bottleneck_gb_per_s if tested else None,
-        "lower_bound_s": bound.seconds if bound else None,
-        "limited_by": bound.limited_by if bound else None,
-        "share_of_lower_bound": outcome.share_of_bound,
-        "num_compared": tested.num_compared if tested else None,
-        "num_wrong": tested.num_wrong if tested else None,
-        "megatron_status": baseline.status.value if baseline else None,
-        "megatron_median_s": baseline.median_s if baseline else None,
-        "megatron_num_wrong": baseline.num_wrong if baseline else None,
-        "megatron_ratio": outcome.baseline_ratio,
-    }
+def _median(entry: Entry) -> str:
+    """`117.70`, or `117.70 (WRONG)` where the result does not count."""
+    if entry.engine is None or entry.median_s is None:
+        return ""
+    doubt = entry.engine.doubt or (None if entry.is_valid else entry.status.text)
+    return f"{1e3 * entry.median_s:.2f}" + (f" ({doubt})" if doubt else "")
+
+
+def _range(entry: Entry) -> str:
+    summary = entry.engine.summary if entry.engine else None
+    return f"{1e3 * summary.min_s:.2f}-{1e3 * summary.max_s:.2f}" if summary else ""
+
+
+def _cold(entry: Entry) -> str:
+    return f"{1e3 * entry.engine.cold_total_s:.2f}" if entry.engine and entry.engine.cold_s else ""
+
+
+def _payload(entry: Entry) -> str:
+    cost = entry.outcome.cost
+    return f"{cost.payload_bytes / 1e9:.3f}" if cost else ""
+
+
+def _rate(entry: Entry) -> str:
+    rate = entry.engine.bottleneck_gb_per_s if entry.engine else None
+    return f"{rate:.3f}" if rate is not None else ""
+
+
+def _bound(entry: Entry) -> str:
+    bound = entry.outcome.bound
+    return f"{1e3 * bound.seconds:.3f}" if bound else ""
+
+
+def _share(entry: Entry) -> str:
+    return f"{100 * entry.share_of_bound:.1f}" if entry.share_of_bound is not None else ""
+
+
+def _ratio(entry: Entry) -> str:
+    return f"{entry.ratio:.2f}" if entry.ratio is not None else ""
+
+
+SHOWN = (
+    Shown("scenario", lambda entry: entry.outcome.planned.name, is_text=True),
+    Shown("source", lambda entry: _side(entry.outcome.planned.source), is_text=True),
+    Shown("target", lambda entry: _side(entry.outcome.planned.destination), is_text=True),
+    Shown("mode", lambda entry: entry.outcome.planned.mode, is_text=True),
+    Shown("method", lambda entry: entry.outcome.planned.method, is_text=True),
+    Shown("engine", _engine, is_text=True),
+    Shown("status", lambda entry: entry.status.text, is_text=True),
+    Shown("GPUs", lambda entry: str(entry.outcome.planned.num_ranks)),
+    Shown("median (ms)", _median),
+    Shown("min-max (ms)", _range),
+    Shown("cold (ms)", _cold),
+    Shown("payload (GB)", _payload),
+    Shown("bottleneck (GB/s)", _rate),
+    Shown("lower bound (ms)", _bound),
+    Shown("share (%)", _share),
+    Shown("#wrong", lambda entry: wrong_text(entry.engine)),
+    Shown("ratio", _ratio),
+)
+"""The columns, those of text first."""

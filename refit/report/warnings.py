@@ -35,7 +35,7 @@ def _warm_up(engine: EngineResult) -> Iterator[str]:
     first, *others = engine.measured_s
     num_warmup = len(engine.samples) - len(engine.measured_s)
     if not num_warmup:
-        yield "no warm-up: the first refit's set-up is in the mean; use --num-benchmark-warmup 2"
+        yield "no warm-up: the first refit's set-up is in the figures; use --num-benchmark-warmup 2"
     elif len(others) >= 2 and first > CLEARLY_SLOWER * statistics.median(others):
         slower = first / statistics.median(others)
         yield (

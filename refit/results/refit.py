@@ -123,8 +123,8 @@ class EngineResult:
         return self.summary.median_s if self.summary else None
 
     @property
-    def first_s(self) -> float:
-        """Seconds of planning, preparing and the first refit."""
+    def cold_total_s(self) -> float:
+        """Seconds of a cold refit: planning, preparing and the first refit together."""
         return sum(self.cold_s.values())
 
     @property

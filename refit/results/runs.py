@@ -130,7 +130,7 @@ def _single_results(folder: Path, paths: list[Path]) -> Run:
 def _combined(folder: Path, run_id: str, named: dict[str, Result]) -> Run:
     """Results by name as a sweep without a title, oldest first."""
     started = dict(sorted(named.items(), key=lambda item: (item[1].started or "", item[0])))
-    outcomes = tuple(judged(_planned(name, result), result) for name, result in started.items())
+    outcomes = tuple(outcome_of(name, result) for name, result in started.items())
     planned = [outcome.planned for outcome in outcomes]
     jobs = dict.fromkeys(job for result in started.values() if (job := result.variables.get("SLURM_JOB_ID")))
     sweep = Sweep(
@@ -145,6 +145,11 @@ def _combined(folder: Path, run_id: str, named: dict[str, Result]) -> Run:
         scenarios=tuple(planned),
     )
     return Run(folder, sweep, outcomes, is_sweep=False)
+
+
+def outcome_of(name: str, result: Result) -> Outcome:
+    """The outcome of a single result, which no sweep planned."""
+    return judged(_planned(name, result), result)
 
 
 def _planned(name: str, result: Result) -> Planned:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from refit.commands import main
 from refit.errors import UsageError
+from refit.report.console import show
+from refit.report.page import Pictures, page
 from refit.results.runs import find_run
 from refit.results.status import Status
 from tests.report.factories import planned, result, sweep_of, timed, write_result, write_run
@@ -23,7 +25,7 @@ A, B = planned("A"), planned("B")
 
 HOSTILE: list[Any] = [None, True, -1, 0, 10**400, -(10**30), 1e308, float("nan"), float("inf"), "", "x", "\ud800"]
 HOSTILE += ["\x1b[2J", "=1+1", "../../x", "[/red]", "$\\frac", "9" * 300_000, [], {}, [None], {"a": 1}, [[[[[]]]]]]
-COMMANDS = ("report", "markdown", "csv", "compare")
+COMMANDS = ("report", "markdown", "csv", "json", "samples", "page", "compare")
 EXIT_CODES = (0, 1, 2, 4, 5)
 
 
@@ -87,7 +89,19 @@ def change(content: Any, place: tuple[Any, ...], value: Any) -> None:
 def run_command(command: str, folder: Path, whole: Path) -> int:
     if command == "compare":
         return main(["compare", str(whole), str(folder)])
-    return main(["report", str(folder), "--format", "text" if command == "report" else command])
+    if command == "page":  # pictures have their own test
+        return rendered(folder)
+    words = {"report": ["text"], "samples": ["csv", "--samples"]}.get(command, [command])
+    return main(["report", str(folder), "--format", *words])
+
+
+def rendered(folder: Path) -> int:
+    """The page without pictures: `refit report --format html` draws them too, which takes long."""
+    try:
+        show(page([find_run(folder)], [Pictures()]))
+    except UsageError as error:
+        return int(error.exit_code)
+    return 0
 
 
 @settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

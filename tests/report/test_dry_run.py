@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+
+from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.predict.dry_run import dry_run
 from refit.report.dry_run import dry_run_text
@@ -82,6 +87,35 @@ def test_too_small_gpus_and_notes_are_pointed_out() -> None:
     dense = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-experts 32 --disable-bias-linear"
     assert "Note: without --moe-ffn-hidden-size each of 32 experts" in text_of(f"--dry-run {dense}")
     assert "give the speeds of a cluster with --cluster" in text_of(f"--dry-run {dense}")
+
+
+def test_json_has_the_figures_of_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{TINY} --rl-inference-expert-model-parallel-size 1 --num-gpus 8 --cluster h200_nvlink"
+    assert main([*line.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_parameters"], found["num_ranks"], found["num_gpus"]) == (8_986_880, 6, 8)
+    assert found["scenario"]["source"]["layout"]["ep"] == 2
+    plan, traffic = found["plan"], found["traffic"]
+    assert plan["payload_bytes"] == plan["wire_bytes"] == sum(plan["received_by_rank"].values())
+    assert traffic["received_within"] == [0] * 4 + [plan["received_by_rank"][rank] for rank in "45"]
+    assert found["bound"]["seconds"] == pytest.approx(max(traffic["received_within"]) / 391e9)
+    assert found["memory_bytes"] == plan["destination_weights_by_rank"]["4"] + found["scenario"]["staging_bytes"]
+    assert found["fits_memory"] is True
+
+
+def test_json_without_a_cluster_judges_nothing_and_too_small_gpus_are_an_error_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*TINY.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["bound"], found["fits_memory"]) == (None, None)
+    wide = "--rl-inference-expert-model-parallel-size 4 --rl-inference-expert-tensor-model-parallel-size 1 --json"
+    assert main([*f"{KIMI_K2} {wide} --expert-tensor-parallel-size 1 --cluster h100_ib400".split()]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["fits_memory"] is False
+    assert captured.err.startswith("error: ")
+    assert main(["--json", "--model", "tiny", "--refit-method", "gloo"]) == 2
+    assert "--json needs --dry-run" in capsys.readouterr().err
 
 
 def test_kimi_k2_on_96_gpus() -> None:

@@ -9,7 +9,7 @@ import pytest
 from refit.config.scenario import Mode, Scenario
 from refit.report import refit_lines
 from refit.report.progress import Progress
-from refit.results.refit import ForwardCheck, RefitResult, WrongWeights
+from refit.results.refit import ForwardCheck, WrongWeights
 from refit.results.result import Environment, Result
 from refit.results.stats import stability
 from tests.report.factories import engine, on_ranks_from, sample, side, small_run, timed
@@ -53,21 +53,16 @@ def test_the_header_of_shared_ranks_and_of_a_run_without_a_bound() -> None:
 
 
 def test_times_and_table_hold_the_share_of_the_bound() -> None:
-    measured, run = replace(engine(EVEN), share_of_lower_bound=0.96), small_run()
-    assert run.refit is not None
-    assert refit_lines.times(measured, run.refit.bound).splitlines() == [
+    measured = replace(engine(EVEN), share_of_lower_bound=0.96)
+    assert refit_lines.times(replace(measured, connect_s=0.1)).splitlines() == [
         "Mean refit time: 40.00 ms",
         "Min refit time:  40.00 ms",
         "Max refit time:  40.00 ms",
-        "Median refit time: 40.00 ms, p95 40.00 ms",
-        "Bottleneck bandwidth: 355.800 GB/s",
-        "Lower bound: 38.40 ms, reached 96 %",
-        "Cold refit: plan 125.00 ms, prepare 250.00 ms, first 500.00 ms",
+        "Cold refit: 875.00 ms (plan 125.00, prepare 250.00, first 500.00); connections before it 100.00 ms",
     ]
-    assert "Lower bound" not in refit_lines.times(measured, None)
     rows = refit_lines.table({"refit": measured, "megatron": engine(EVEN)}).splitlines()
     assert rows[0].split() == [
-        "engine", "median", "mean", "min", "max", "first", "bottleneck", "of", "bound", "staging", "#wrong", "status",
+        "engine", "median", "p95", "min", "max", "cold", "bottleneck", "of", "bound", "staging", "#wrong", "status",
     ]  # fmt: skip
     assert rows[1].split() == ["(ms)"] * 5 + ["(GB/s)", "(%)", "(MiB)"]
     assert rows[2].split() == ["refit", *["40.00"] * 4, "875.00", "355.800", "96", "512.0", "0", "ok"]
@@ -85,30 +80,10 @@ def test_the_start_is_one_figure_beside_its_parts() -> None:
     )
 
 
-def test_a_wrong_result_gives_no_ratio() -> None:
-    ours, wrong = timed([0.1]), timed([0.2], num_wrong=3)
-    for engines, line in (
-        ({"refit": ours, "megatron": wrong}, "Ratio: none: Megatron-Core is WRONG"),
-        ({"refit": wrong, "megatron": ours}, "Ratio: none: refit is WRONG"),
-    ):
-        assert refit_lines.ratio(RefitResult(engines=engines)) == line
-
-
-def test_the_ratio_needs_a_baseline_with_times() -> None:
-    slow = replace(engine([[0.08]] * 5), cold_s={"prepare": 1.0, "first": 0.75})
-    run = small_run(refit=engine(EVEN), megatron=slow)
-    assert run.refit is not None
-    assert refit_lines.ratio(run.refit) == (
-        "Ratio: refit is 2.00 x as fast as Megatron-Core's own (median), 2.00 x on the first refit"
-    )
-    for engines in (
-        {"refit": engine(EVEN)},
-        {"megatron": slow},
-        {"refit": replace(slow, summary=None), "megatron": slow},
-    ):
-        alone = small_run(**engines).refit
-        assert alone is not None
-        assert refit_lines.ratio(alone) == ""
+def test_a_table_without_a_bound_has_no_column_for_it() -> None:
+    rows = refit_lines.table({"refit": engine(EVEN)}).splitlines()
+    assert "bound" not in rows[0]
+    assert rows[2].split() == ["refit", *["40.00"] * 4, "875.00", "355.800", "512.0", "0", "ok"]
 
 
 def test_a_log_ends_with_times_warnings_table_and_verdict() -> None:
@@ -120,7 +95,11 @@ def test_a_log_ends_with_times_warnings_table_and_verdict() -> None:
     assert [line for line in lines if line.startswith("warning: ")] == [
         "warning: 4 measured refits say little about spread: use --num-benchmark-iterations 5 or more"
     ]
-    assert lines[-1] == "PASSED (refit): 600 elements compared over 6 refits, 0 wrong"
+    assert lines[-2:] == [
+        "TP2 EP2 -> TP2 EP1 over nvshmem: 40.0 ms median (40.0-40.0, 4 refits), 356 GB/s = 96 % of the link's bound, "
+        "0 of 600 elements wrong",
+        "PASSED (refit): 600 elements compared over 6 refits, 0 wrong",
+    ]
 
 
 def test_wrong_elements_are_those_of_the_last_refit() -> None:

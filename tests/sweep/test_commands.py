@@ -127,10 +127,13 @@ def test_close_and_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     first, second = path.parent / "run_first", path.parent / "run_second"
     write_status(first, Status.OK, refit=timed([0.04523]))
     closing = ["sweep", "close", str(path)]
-    assert ok(capsys, *closing, "first", "--stem", str(first), "--exit-code", "0") == "first: 45.23 ms, PASSED\n"
+    assert ok(capsys, *closing, "first", "--stem", str(first), "--exit-code", "0") == (
+        "first: TP2 EP2 -> TP2 EP1 over gloo: 45.2 ms median (1 refit), 48.1 GB/s, 0 of 2.00 M elements wrong\n"
+    )
     Path(f"{second}.log").write_text("FAILED: rank 0 failed in phase 'build': no\n")
     line = ok(capsys, *closing, "second", "--stem", str(second), "--exit-code", "137")
-    assert line == "second: FAILED: ended with exit code 137 (killed by signal 9): rank 0 failed in phase 'build': no\n"
+    reason = "FAILED: ended with exit code 137 (killed by signal 9): rank 0 failed in phase 'build': no"
+    assert line == f"second: TP1 EP1 -> TP1 EP1 collocated over shm: {reason}\n"
     text = ok(capsys, "sweep", "end", str(path), code=4)
     summary = path.parent / "run_summary.txt"
     assert text.splitlines()[-1] == f"Summary: {summary}"
@@ -142,7 +145,7 @@ def test_close_of_a_timeout_and_of_a_stranger(tmp_path: Path, capsys: pytest.Cap
     path = begin(capsys, tmp_path)
     ending = ["--stem", str(path.parent / "run_first"), "--exit-code", "124", "--timed-out", "600"]
     line = ok(capsys, "sweep", "close", str(path), "first", *ending)
-    assert line == "first: FAILED: timed out after 600 s\n"
+    assert line == "first: TP2 EP2 -> TP2 EP1 over gloo: FAILED: timed out after 600 s\n"
     assert "no scenario 'third': there are first, second, large" in error(
         capsys, "sweep", "close", str(path), "third", *ending
     )

@@ -1,0 +1,128 @@
+"""The headline of a result: one line per engine with its time, speed and verdict, the same wherever it is printed."""
+
+from __future__ import annotations
+
+from refit import units
+from refit.config.registry import ENGINES
+from refit.config.scenario import Mode, Verify
+from refit.plan.cost import Bound
+from refit.results.outcomes import Outcome
+from refit.results.refit import EngineResult, speed_ratio
+from refit.results.stats import Summary
+from refit.results.status import Status
+
+
+def headlines(outcome: Outcome) -> list[str]:
+    """One headline per engine, then a line for each baseline's ratio or for why there is none."""
+    engines = outcome.refit.engines
+    if not engines:
+        return [headline(outcome, None)]
+    return [*(headline(outcome, name) for name in engines), *ratios(outcome)]
+
+
+def headline(outcome: Outcome, name: str | None) -> str:
+    """The line of the engine `name`; with None, that of a scenario in which no engine ran.
+
+    `TP2 EP2 -> TP2 EP1 over nccl: 61.8 ms median (60.9-63.0, 7 refits), 291 GB/s = 74 % of the link's bound, 0 of
+    96.0 M elements wrong`. A result that does not count says why before its figures, and has no share of the bound.
+    """
+    engine = outcome.refit.engines[name] if name else None
+    problem = problem_of(outcome, engine)
+    figures = _figures(outcome, engine, problem) if engine and engine.summary else ""
+    found = "; ".join(part for part in (problem, figures) if part)
+    return f"{what_ran(outcome, name)}: {found or 'no refit was measured'}"
+
+
+def what_ran(outcome: Outcome, name: str | None) -> str:
+    """`TP2 EP2 -> TP2 EP1 over nccl`, with `collocated` where both sides share GPUs and the name of a baseline."""
+    planned = outcome.planned
+    sides = (planned.source, planned.destination)
+    layouts = " -> ".join(side.title for side in sides if side) or "unknown layouts"
+    shared = " collocated" if planned.mode == Mode.COLLOCATED.value else ""
+    by = f" by {title(name)}" if name is not None and _is_baseline(outcome, name) else ""
+    return f"{layouts}{shared} over {planned.method}{by}"
+
+
+def title(name: str) -> str:
+    """An engine's name for people."""
+    return ENGINES[name].title if name in ENGINES else name
+
+
+def _is_baseline(outcome: Outcome, name: str) -> bool:
+    return name in outcome.refit.baselines or (name in ENGINES and ENGINES[name].is_baseline)
+
+
+def problem_of(outcome: Outcome, engine: EngineResult | None) -> str | None:
+    """Why the engine's figures do not count: `WRONG`, `UNVERIFIED`, `FAILED: reason`, ...; None where they do."""
+    counts = (Status.OK,) if engine is None else (Status.OK, Status.WRONG_DATA)
+    if engine in (None, outcome.tested) and outcome.status not in counts:
+        return f"{outcome.status.text.upper()}: {outcome.reason or 'no reason was recorded'}"
+    if engine is None or engine.doubt is None:
+        return None
+    if engine.status in (Status.FAILED, Status.WAIVED):
+        return f"{engine.doubt.upper()}: {' '.join((engine.reason or 'no reason was recorded').split())}"
+    return engine.doubt.upper()
+
+
+def _figures(outcome: Outcome, engine: EngineResult, problem: str | None) -> str:
+    assert engine.summary is not None
+    num_refits = len(engine.measured_s)
+    parts = [
+        _times(engine.summary, num_refits),
+        _speed(engine, None if problem else outcome.bound),
+        _wrong(outcome, engine),
+    ]
+    if engine.forward is not None and not engine.forward.passed:
+        parts.append("forward check failed")
+    return ", ".join(part for part in parts if part)
+
+
+def _times(summary: Summary, num_refits: int) -> str:
+    """`61.8 ms median (60.9-63.0, 7 refits)`: one unit and as many decimals for all three times."""
+    unit = units.time_unit(summary.median_s)
+    median, low, high = (
+        f"{seconds / unit.seconds:,.{units.decimals(summary.median_s / unit.seconds)}f}"
+        for seconds in (summary.median_s, summary.min_s, summary.max_s)
+    )
+    spread = f"{low}-{high}, {num_refits} refits" if num_refits > 1 else "1 refit"
+    return f"{median} {unit.name} median ({spread})"
+
+
+def _speed(engine: EngineResult, bound: Bound | None) -> str:
+    """`291 GB/s = 74 % of the link's bound`; what is not known, or where nothing crosses a link, is left out."""
+    rate = f"{units.three_digits(engine.bottleneck_gb_per_s)} GB/s" if engine.bottleneck_gb_per_s else ""
+    if bound is None or not bound.seconds or not engine.median_s:
+        return rate
+    percent = 100 * bound.seconds / engine.median_s
+    share = f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
+    return f"{rate} = {share} of the link's bound" if rate else f"{share} of the lower bound"
+
+
+def _wrong(outcome: Outcome, engine: EngineResult) -> str:
+    if not engine.num_compared:
+        return "no element compared"
+    scenario = outcome.result.scenario if outcome.result else None
+    how = " (every 16th row compared)" if scenario and scenario.verify is Verify.SAMPLE else ""
+    return f"{engine.num_wrong:,} of {units.short_count(engine.num_compared)} elements wrong{how}"
+
+
+def ratios(outcome: Outcome) -> list[str]:
+    """How the engine under test compares with each baseline of the same run; nothing unless both have times.
+
+    Where either result does not count, the line says so in place of a ratio.
+    """
+    tested = outcome.tested
+    if tested is None or tested.median_s is None:
+        return []
+    timed = ((name, theirs) for name, theirs in outcome.refit.baselines.items() if theirs.median_s is not None)
+    return [_ratio(outcome, tested, theirs, title(name)) for name, theirs in timed]
+
+
+def _ratio(outcome: Outcome, tested: EngineResult, theirs: EngineResult, name: str) -> str:
+    found = speed_ratio(tested, theirs) if outcome.status is Status.OK else None
+    if found is None:
+        ours = tested.doubt or (None if outcome.status is Status.OK else outcome.status.text)
+        doubts = [f"{who} is {doubt}" for who, doubt in (("refit", ours), (name, theirs.doubt)) if doubt]
+        return f"Ratio: none: {', '.join(doubts) or 'no times'}"
+    cold = f", {theirs.cold_total_s / tested.cold_total_s:.2f} x cold" if tested.cold_s and theirs.cold_s else ""
+    return f"Ratio: refit is {found:.2f} x as fast as {name}'s own (median){cold}"
