@@ -135,7 +135,7 @@ def row(one: Cell, result: Result) -> str:
     """One line of the table: ms (medians), the plan's lower bound, GB/s of the busiest rank, wrong elements, then every
     baseline's median, wrong elements and ratio.
 
-    `first` is planning, preparing and the first refit; `extra` the most device memory beyond both models.
+    `cold` is planning, preparing and the first refit; `extra` the most device memory beyond both models.
     """
     measured = result.refit
     if measured is None or measured.tested is None:

@@ -207,7 +207,7 @@ def _order(engine: EngineResult) -> tuple[bool, float]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """One paragraph: the range of speeds, ratios and first refits over each case's fastest method."""
+    """One paragraph: the range of speeds, ratios and cold refits over each case's fastest method."""
     fastest = [found for group in by_case(outcomes).values() if (found := best(group))]
     tested = [one.tested for one in fastest if one.tested]
     methods = " or ".join(dict.fromkeys(one.planned.method for one in fastest))
@@ -220,7 +220,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         known = [ratio for ratio in ratios if ratio]
         text += f" {markdown_text(engine_title(name))} takes {_range(known, '.2f')} x as long." if known else ""
     firsts = [1e3 * engine.cold_total_s for engine in tested if engine.cold_s]
-    text += f" The first refit, planning included, takes {_range(firsts, '.0f')} ms." if firsts else ""
+    text += (
+        f" A cold refit (planning, preparing and the first refit) takes {_range(firsts, '.0f')} ms." if firsts else ""
+    )
     return wrapped(f"{text} [docs/performance.md](docs/performance.md) has every row and its command.")
 
 

@@ -112,3 +112,11 @@ def _verification(outcome: Outcome, engine: EngineResult) -> list[str]:
     how = " (every 16th row)" if scenario and scenario.verify is Verify.SAMPLE else ""
     verdict = "FAILED" if engine.num_wrong else "PASSED"
     return [f"Verification: {verdict}, {engine.num_compared:,} elements compared{how}, {engine.num_wrong:,} wrong"]
+
+
+def marked_ms(engine: EngineResult | None, doubt: str | None = None) -> str:
+    """`117.70`, or `117.70 (WRONG)` where the result is in doubt, by itself or by `doubt`; empty without times."""
+    if engine is None or engine.median_s is None:
+        return ""
+    reason = engine.doubt or doubt
+    return f"{1e3 * engine.median_s:.2f}" + (f" ({reason})" if reason else "")

@@ -11,7 +11,7 @@ from refit.report.entries import Entry, entries_of
 from refit.report.grid import markdown
 from refit.report.headline import headlines, title
 from refit.report.neutral import markdown_code
-from refit.report.summary import counts_line
+from refit.report.summary import counts_line, marked_ms
 from refit.results.refit import EngineResult
 from refit.results.runs import Run
 from refit.results.sweep import Sweep
@@ -71,11 +71,7 @@ def _engine(entry: Entry) -> str:
 
 
 def _median(entry: Entry) -> str:
-    """`117.70`, or `117.70 (WRONG)` where the result does not count."""
-    if entry.engine is None or entry.median_s is None:
-        return ""
-    doubt = entry.engine.doubt or (None if entry.is_valid else entry.status.text)
-    return f"{1e3 * entry.median_s:.2f}" + (f" ({doubt})" if doubt else "")
+    return marked_ms(entry.engine, None if entry.is_valid else entry.status.text)
 
 
 def _range(entry: Entry) -> str:
