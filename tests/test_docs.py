@@ -23,16 +23,13 @@ from refit.cli.flags import full_parser
 from refit.cli.main import main
 from refit.config.scenario import check_num_ranks
 from refit.errors import UsageError
-from refit.predict.dry_run import DryRunOptions
 from refit.report.export import records, sample_records
 from refit.results.outcomes import judged
 from refit.results.runs import Run
-from refit.results.sweep import Planned
-from refit.sweep.check import check
 from refit.sweep.selection import select_file, select_lines
 from tests import documents, messages
 from tests.documents import ROOT, Command
-from tests.report.factories import result, sweep_of
+from tests.report.factories import planned, result, sweep_of
 
 DOCUMENTS = documents.markdown_files()
 COMMANDS = [command for path in DOCUMENTS for command in documents.commands(path)]
@@ -227,17 +224,11 @@ def test_lines_of_configs_are_scenarios() -> None:
 
 def test_every_column_of_an_exported_table_is_described() -> None:
     described = (ROOT / "docs/output.md").read_text(encoding="utf-8")
-    entry = planned_example()
+    entry = planned("a")
     run = Run(Path("logs"), sweep_of([entry]), (judged(entry, result(entry)),), is_sweep=True)
     columns = [column for rows in (records([run]), sample_records([run])) for column in rows[0]]
     named = [re.sub("^version_.*", "version_torch", column.replace("destination_", "source_")) for column in columns]
     assert [column for column in named if f"`{column}`" not in described] == []
-
-
-def planned_example() -> Planned:
-    return check(
-        select_lines(["1:1:1:1:collocated:gloo:one"], ["--model", "tiny"], None).candidates[0], DryRunOptions()
-    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
