@@ -77,12 +77,15 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], block: Sequ
             grid.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         grid.add_row(*(Text(row[place]) for place in block))
-    # A console without a file to write to: text is the same on terminals and in files.
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(grid)
-    printed = console.file
-    assert isinstance(printed, io.StringIO)
-    return plain_lines(line.rstrip() for line in printed.getvalue().rstrip().split("\n"))
+    return rendered(grid, width)
+
+
+def rendered(grid: Table, width: int | None) -> str:
+    """A rich table as plain text, lines at most `width` wide; None takes the terminal's width."""
+    console = Console(width=width, color_system=None, highlight=False, legacy_windows=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(grid)
+    return plain_lines(line.rstrip() for line in capture.get().rstrip().split("\n"))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
