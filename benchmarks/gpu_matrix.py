@@ -22,7 +22,7 @@ from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.predict.dry_run import DryRunOptions, dry_run
 
-METHODS = ("nccl", "nvshmem")
+METHODS = ("cuda-ipc", "nccl", "nvshmem")
 NVSHMEM_WAYS = (("direct", "--one-sided-buffers direct"), ("put", "--nvshmem-force-put"))
 
 # The model of the speed rows: Kimi K2's widths, fewer experts and layers, so that both sides fit one host.
@@ -60,6 +60,7 @@ class Rows:
 WHOLE = Rows(
     speed=(
         (Sizes(2, 2), Sizes(2, 2), APART),
+        (Sizes(4, 1, 4), Sizes(2, 2), APART),
         (Sizes(4, 1), Sizes(2, 1), APART),
         (Sizes(4, 2), Sizes(2, 4), TOGETHER),
         (Sizes(8, 1), Sizes(4, 2), TOGETHER),
@@ -69,6 +70,7 @@ WHOLE = Rows(
 HALVED = Rows(
     speed=(
         (Sizes(1, 2), Sizes(1, 2), APART),
+        (Sizes(2, 1, 2), Sizes(1, 2), APART),
         (Sizes(2, 1), Sizes(1, 1), APART),
         (Sizes(2, 2), Sizes(1, 4), TOGETHER),
         (Sizes(4, 1), Sizes(2, 2), TOGETHER),

@@ -36,7 +36,7 @@ def test_every_cell_of_one_method_stands_for_the_other_too() -> None:
 def test_fewer_gpus_leave_only_what_fits() -> None:
     assert {one.part for one in cells(4)} == {"speed", "large", "drift", "correctness", "te", "reference"}
     assert all(one.num_ranks <= 4 for one in cells(4))
-    assert len([one for one in cells(8) if one.part == "reference"]) == 20
+    assert len([one for one in cells(8) if one.part == "reference"]) == 30
 
 
 def test_a_row_names_every_baseline() -> None:

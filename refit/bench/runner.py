@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 
 from refit.bench.measurements.base import Measurement
+from refit.bench.method_choice import check_hosts, check_same_method, with_method
 from refit.bench.session import Session, device_for, launched
 from refit.bench.sides import build_side
-from refit.config.registry import ENGINES, MEASUREMENTS, METHODS, load
+from refit.config.registry import ENGINES, MEASUREMENTS, load
 from refit.config.scenario import Scenario
-from refit.errors import UnavailableError
+from refit.copies.batch import start_loading_kernels
 from refit.report.rank_map import rank_map
 from refit.report.warnings import idle_ranks
 from refit.results.result import MeasurementResult, Result, ResultFile, now
@@ -23,9 +23,13 @@ def run(scenario: Scenario) -> int:
 
     Raises UnavailableError, before any process group exists, where something it needs is missing on this machine.
     """
+    scenario = with_method(scenario)
     _check_available(scenario)
+    if device_for(scenario.method, scenario.device).type == "cuda":
+        start_loading_kernels()
     with launched(scenario) as launch:
         try:
+            check_same_method(launch.session)
             return benchmark(launch.session, launch.file).exit_code or 0
         except BaseException as error:
             return launch.watchdog.fail(error)
@@ -83,12 +87,7 @@ class _Record:
 
 
 def _check_available(scenario: Scenario) -> None:
-    method, local = METHODS[scenario.method], os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if method.single_host and int(local) < int(os.environ.get("WORLD_SIZE", local)):
-        raise UnavailableError(
-            f"{scenario.method} needs all ranks on one host, {local} of {os.environ['WORLD_SIZE']} are on this one: "
-            "use gloo"
-        )
+    check_hosts(scenario.method)
     device = device_for(scenario.method, scenario.device)
     for name in scenario.engines:
         if not ENGINES[name].is_baseline:

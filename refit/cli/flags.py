@@ -14,7 +14,7 @@ from refit.cli.flag_parser import FlagParser
 from refit.cli.listing import add_list
 from refit.config import limits
 from refit.config.flag_names import LAYERS_PER_CHUNK_FLAGS, SIZE_FLAGS
-from refit.config.registry import ENGINES, METHODS
+from refit.config.registry import AUTO, ENGINES, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
 from refit.results.stats import CONFIDENCE, STABLE_WIDTH
@@ -271,8 +271,9 @@ def _add_refit_flags(parser: FlagParser) -> None:
     needs = "; ".join(f"{name} needs {method.needs}" for name, method in METHODS.items())
     group.add_argument(
         "--refit-method",
-        choices=list(METHODS),
-        help=f"what moves the bytes; required, except in a dry run. {needs}",
+        choices=[*METHODS, AUTO],
+        help=f"what moves the bytes; required, except in a dry run. {needs}; {AUTO} takes the first of these that can "
+        "run here",
     )
     group.add_argument(
         "--refit-engine",

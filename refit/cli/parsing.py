@@ -19,7 +19,7 @@ from refit.cli.presets import load_preset
 from refit.config.clusters import load_cluster
 from refit.config.flag_names import LAYERS_PER_CHUNK_FLAGS, SIZE_FLAGS, size_flag
 from refit.config.layout import Layout
-from refit.config.registry import ENGINES, METHODS
+from refit.config.registry import AUTO, ENGINES, METHODS
 from refit.config.scenario import Mode, Scenario, Verify
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import SideSpec
@@ -124,7 +124,7 @@ def _virtual_size(side: str, args: argparse.Namespace, layout: Layout, given: in
 
 def _scenario(args: argparse.Namespace) -> Scenario:
     if args.refit_method is None and not args.dry_run:
-        raise UsageError(f"--refit-method missing: choose one of {', '.join(METHODS)}")
+        raise UsageError(f"--refit-method missing: choose one of {', '.join([*METHODS, AUTO])}")
     source, destination = sides = read_sides(args)
     model, notes = _model(args, sides)
     _check_engines(args.refit_engine, sides)
@@ -173,7 +173,7 @@ def _max_iterations(args: argparse.Namespace) -> int | None:
 def _device(args: argparse.Namespace) -> str | None:
     """Raises UsageError where the method moves no weights there."""
     device: str | None = args.device
-    if device is None or args.refit_method is None or device in METHODS[args.refit_method].devices:
+    if device is None or args.refit_method in (None, AUTO) or device in METHODS[args.refit_method].devices:
         return device
     raise UsageError(
         f"--refit-method {args.refit_method} moves weights on {METHODS[args.refit_method].device} only: "

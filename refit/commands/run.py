@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         return main(flags)
     num_ranks = own.nproc_per_node or request.scenario.num_ranks
     check_num_ranks(request.scenario, num_ranks)
-    if (request.scenario.device or METHODS[request.scenario.method].device) == "cpu":
+    method = request.scenario.method
+    if (request.scenario.device or (METHODS[method].device if method in METHODS else None)) == "cpu":
         check.checked(flags, DryRunOptions(), check.this_machine())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
     command += ["--nproc-per-node", str(num_ranks), "-m", "refit.cli", *flags]

@@ -135,9 +135,20 @@ FORMATS = Registry(
     },
 )
 
+AUTO = "auto"
+"""As a refit method: the first row of METHODS that the machine and the scenario allow, so rows are in that order."""
+
 METHODS = Registry(
     "refit method",
     {
+        "cuda-ipc": Method(
+            transport="refit.transport.one_sided.cuda_ipc:CudaIpcTransport",
+            devices=("cuda",),
+            needs="CUDA GPUs of one host with access to each other",
+            one_sided=True,
+            single_host=True,
+            cpu_stand_in="shm",
+        ),
         "nvshmem": Method(
             transport="refit.transport.one_sided.nvshmem:NvshmemTransport",
             devices=("cuda",),
@@ -151,17 +162,17 @@ METHODS = Registry(
             needs="CUDA GPUs",
             cpu_stand_in="gloo",
         ),
-        "gloo": Method(
-            transport="refit.transport.two_sided.gloo:GlooTransport",
-            devices=("cpu", "cuda"),
-            needs="nothing beyond torch",
-        ),
         "shm": Method(
             transport="refit.transport.one_sided.shm:SharedMemoryTransport",
             devices=("cpu",),
             needs="/dev/shm, all ranks on one host",
             one_sided=True,
             single_host=True,
+        ),
+        "gloo": Method(
+            transport="refit.transport.two_sided.gloo:GlooTransport",
+            devices=("cpu", "cuda"),
+            needs="nothing beyond torch",
         ),
     },
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
+from refit.copies.contiguous import split_runs
 from refit.copies.copy import Copy
 from refit.models.weights import LocalWeights, part_within
 from refit.plan.box import Box
@@ -23,14 +27,25 @@ class CopyBatch:
 
     Copies of one dtype between GPU memories that the current GPU can address run in the copy kernel
     (`refit.copies.kernel`): one launch per word size, with at most `num_programs` programs where given. PyTorch
-    executes the others, and all of them where Triton is missing or `kernel` is false. The batch keeps its tensors
-    alive: keep it until its runs have ended.
+    executes the others, and all of them where Triton is missing or `kernel` is false. Contiguous runs of at least
+    `engine_bytes` are left to the GPU's copy engines, one call each; None leaves them nothing. The batch keeps its
+    tensors alive: keep it until its runs have ended.
     """
 
-    def __init__(self, copies: Iterable[Copy], *, kernel: bool = True, num_programs: int | None = None) -> None:
+    def __init__(
+        self,
+        copies: Iterable[Copy],
+        *,
+        kernel: bool = True,
+        num_programs: int | None = None,
+        engine_bytes: int | None = None,
+    ) -> None:
         self._copies = list(copies)
         self.nbytes = sum(copy.nbytes for copy in self._copies)
-        for_kernel, others = _by_executor(self._copies) if kernel else ([], self._copies)
+        split = None if engine_bytes is None else split_runs(self._copies, engine_bytes)
+        self._runs = [] if split is None else split.runs
+        rest = self._copies if split is None else split.others
+        for_kernel, others = _by_executor(rest) if kernel else ([], rest)
         self._destinations = [copy.destination for copy in others]
         self._sources = [copy.source for copy in others]
         self._launched = _kernel_copies(for_kernel, num_programs) if for_kernel else None
@@ -42,6 +57,16 @@ class CopyBatch:
 
     def run(self) -> None:
         """On CPU, execute on the calling thread. On a GPU, enqueue on the current stream."""
+        self.run_pieces()
+        self.run_large()
+
+    def run_large(self) -> None:
+        """The part of `run` that copy engines execute."""
+        for copy in self._runs:
+            copy.destination.copy_(copy.source, non_blocking=True)
+
+    def run_pieces(self) -> None:
+        """The part of `run` that kernels execute."""
         if self._launched is not None:
             self._launched.run()
         # One call for the list costs 2.1 us per small copy on CPU, a Python loop 2.6 us.
@@ -70,6 +95,22 @@ def _kernel_copies(copies: list[Copy], num_programs: int | None) -> KernelCopies
     from refit.copies.kernel import KernelCopies
 
     return KernelCopies(copies, torch.device("cuda", torch.cuda.current_device()), num_programs)
+
+
+def start_loading_kernels() -> None:
+    """Begin, in the background, what the first use of Triton in a process takes longest for.
+
+    Triton hashes its own installation, half a second, before it looks up a compiled kernel. A kernel that is needed
+    meanwhile waits for the rest only.
+    """
+    if find_spec("triton") is not None:
+        threading.Thread(target=_hash_triton, name="triton key", daemon=True).start()
+
+
+def _hash_triton() -> None:
+    # The name of a function inside Triton; without it, the first kernel does the work.
+    with suppress(ImportError, AttributeError):
+        import_module("triton.runtime.cache").triton_key()
 
 
 def load_kernels(device: torch.device) -> None:

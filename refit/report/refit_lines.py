@@ -109,6 +109,7 @@ def times(engine: EngineResult) -> str:
             f"Min refit time:  {1e3 * summary.min_s:.2f} ms",
             f"Max refit time:  {1e3 * summary.max_s:.2f} ms",
             *cold,
+            *([] if engine.connect_s is None else [_first_refit(engine)]),
         ]
     )
 
@@ -128,6 +129,14 @@ def stability_line(name: str, stability: Stability) -> str:
         f"NOT STABLE ({title}) {refits}: {interval}, up to {100 * stability.width:.1f} % away: "
         f"{100 * STABLE_WIDTH:.0f} % was wanted"
     )
+
+
+def _first_refit(engine: EngineResult) -> str:
+    """The first refit as a user meets it, as one figure, and what connecting took."""
+    memory = max(engine.connect_memory_bytes_per_rank, default=0)
+    taken = f", connections take {memory / 2**20:.0f} MiB" if memory > 0 else ""
+    what = f" ({engine.connected}{taken})" if engine.connected else ""
+    return f"First refit with connections: {1e3 * engine.first_with_connections_s:.2f} ms{what}"
 
 
 def start(result: RefitResult) -> str:

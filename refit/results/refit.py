@@ -79,7 +79,8 @@ class EngineResult:
     """The result of one engine. `reason` is why it was waived or failed.
 
     `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is the time of the
-    set-up that a process does once before that: communicators, connections, libraries and kernels. `summary` is over
+    set-up that a process does once before that: communicators, connections, libraries and kernels, and `connected` says
+    what was connected where there was a choice. `summary` is over
     the measured iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1
     where a refit is as fast as the plan allows, None without a bound. `stability` is None without
     `--repeat-until-stable`.
@@ -88,6 +89,7 @@ class EngineResult:
     status: Status = Status.RUNNING
     reason: str | None = None
     connect_s: float | None = None
+    connected: str | None = None
     connect_memory_bytes_per_rank: tuple[int, ...] = ()
     cold_s: dict[str, float] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
@@ -126,6 +128,11 @@ class EngineResult:
     def cold_total_s(self) -> float:
         """Seconds of a cold refit: planning, preparing and the first refit together."""
         return sum(self.cold_s.values())
+
+    @property
+    def first_with_connections_s(self) -> float:
+        """The first refit as a user meets it: connections, planning, preparing and the refit."""
+        return self.first_s + (self.connect_s or 0.0)
 
     @property
     def doubt(self) -> str | None:

@@ -186,7 +186,7 @@ def outline(candidate: Candidate, gpus_per_node: int | None) -> Planned:
 def on_cpus(flags: Sequence[str]) -> tuple[list[str], str]:
     """`flags` with the CPU stand-in of a GPU method, and a note about it; "" where none is needed."""
     method = read_flags(flags).refit_method
-    stand_in = METHODS[method].cpu_stand_in if method else None
+    stand_in = METHODS[method].cpu_stand_in if method in METHODS else None
     if stand_in is None:
         return list(flags), ""
     # The last --refit-method counts.

@@ -80,8 +80,10 @@ class Transport(Protocol):
         """Raise UnavailableError that says what is missing and how to get it. Needs no process group."""
         ...
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
         """Set up what a process needs once for all programs: communicators, connections, libraries, kernels.
+
+        Returns what was connected, in words, where there was a choice.
 
         Collective, over the same ranks as `prepare`, which does this itself where it has not been done.
         """

@@ -34,9 +34,25 @@ class Rendezvous:
         Collective: every rank must call. Raises RefitError, naming the rank, where one does not call in time.
         """
         self._round += 1
+        key = str(self._round)
+        self.publish(key, value)
+        return {rank: self.fetch(rank, key) for rank in (self.ranks if wanted is None else wanted)}
+
+    def publish(self, key: str, value: Any) -> None:
+        """Store `value` under this rank's `key`. A number as `key` is one of `exchange`."""
         packed = zlib.compress(pickle.dumps(value), 1)
-        self._store.set(f"{self._round}/{self.rank}", packed)  # type: ignore[arg-type]  # bytes are accepted
-        return {rank: self._fetch(rank) for rank in (self.ranks if wanted is None else wanted)}
+        self._store.set(f"{key}/{self.rank}", packed)  # type: ignore[arg-type]  # bytes are accepted
+
+    def fetch(self, rank: int, key: str) -> Any:
+        """The value that `rank` has published under `key`. Raises RefitError, naming the rank, after the timeout."""
+        name = f"{key}/{rank}"
+        try:
+            self._store.wait([name], timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            raise RefitError(
+                f"rank {rank} did not come to prepare the refit within {self._timeout_s:g} s (--timeout)"
+            ) from error
+        return pickle.loads(zlib.decompress(self._store.get(name)))
 
     def agree(self, problem: RefitError | None) -> None:
         """Raise the problem of the first rank that has one, on every rank. Collective.
@@ -46,13 +62,3 @@ class Rendezvous:
         problems = [found for found in self.exchange(problem).values() if found is not None]
         if problems:
             raise problems[0]
-
-    def _fetch(self, rank: int) -> Any:
-        key = f"{self._round}/{rank}"
-        try:
-            self._store.wait([key], timedelta(seconds=self._timeout_s))
-        except RuntimeError as error:
-            raise RefitError(
-                f"rank {rank} did not come to prepare the refit within {self._timeout_s:g} s (--timeout)"
-            ) from error
-        return pickle.loads(zlib.decompress(self._store.get(key)))

@@ -452,7 +452,10 @@ BAD_LINES = [
         "--refit-engine megatron refits 1 model chunk per rank, virtual pipeline stages make 2",
     ),
     (f"{TWO_HEADS} --moe-shared-expert-gate", "--moe-shared-expert-gate is not supported"),
-    ("--num-layers 2 --hidden-size 64 --num-attention-heads 4", "--refit-method missing: choose one of nvshmem, nccl"),
+    (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4",
+        "--refit-method missing: choose one of cuda-ipc, nvshmem, nccl",
+    ),
     ("--num-layers 2 --refit-method gloo", "--hidden-size, --num-attention-heads missing"),
     ("--model nosuch --refit-method gloo", "unknown model 'nosuch'"),
     ("--model absent.yaml --refit-method gloo", "absent.yaml cannot be read"),

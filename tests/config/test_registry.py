@@ -18,7 +18,7 @@ from refit.transport.base import Transport
 
 TABLES: list[tuple[Registry[Any], str, str]] = [
     (FORMATS, "side format", "megatron"),
-    (METHODS, "refit method", "gloo, nccl, nvshmem, shm"),
+    (METHODS, "refit method", "cuda-ipc, gloo, nccl, nvshmem, shm"),
     (ENGINES, "refit engine", "megatron, refit"),
     (MEASUREMENTS, "measurement", "refit"),
 ]

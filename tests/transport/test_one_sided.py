@@ -18,10 +18,13 @@ import torch
 from refit.config.layout import Layout
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
+from refit.models.weights import LocalWeights
 from refit.transport.messages import Framing, make_schedule
 from refit.transport.one_sided.executor import OneSidedProgram
+from refit.transport.one_sided.in_place import InPlaceBuffers
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
+from refit.transport.turns import in_turn
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
 TIMEOUT_S = 20.0
@@ -35,6 +38,8 @@ class World:
     heaps: dict[int, torch.Tensor] = field(default_factory=dict)
     counters: dict[tuple[int, Counter, int], int] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
+    published: dict[tuple[int, str], Any] = field(default_factory=dict)
+    num_mapped: int = 0
     gate: threading.Barrier = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +127,26 @@ class QueuedMemory:
             action()
 
 
+class SharedAddresses(QueuedMemory):
+    """`SharedStorages` of threads, which have one address space: a handle is the memory itself. The host waits."""
+
+    def begin(self, has_new_copies: bool) -> None:
+        pass
+
+    def share(self, region: torch.Tensor) -> Any:
+        return region
+
+    def map(self, handles: Sequence[Any]) -> list[torch.Tensor]:
+        self._world.num_mapped += len(handles)
+        return list(handles)
+
+    def publish(self, key: str, value: Any) -> None:
+        self._world.published[self.rank, key] = value
+
+    def fetch(self, rank: int, key: str) -> Any:
+        return self._world.published[rank, key]
+
+
 def _buffers(case: Case, rank: int, kind: str, window: int, slot_bytes: int) -> tuple[ReceiveBuffers, Any]:
     destination = case.memory(case.destination, rank)
     if kind == "direct":
@@ -171,3 +196,54 @@ def test_work_enqueued_in_one_queue_per_rank_ends_and_is_right(case: Case, kind:
     for thread in threads:
         thread.join()
     assert problems == []
+
+
+def _give_new_storage(memory: LocalWeights | None) -> None:
+    for owner in {id(shard.owner): shard.owner for shard in memory or ()}.values():
+        owner.data = owner.data.clone()
+    if memory is not None:
+        memory.refresh()
+
+
+def _rank_in_place(case: Case, rank: int, world: World, moves: bool, problems: list[str]) -> None:
+    """Four runs. With `moves`, the weights of both sides get new storage before the second and the fourth."""
+    plan, memory = case.plan, SharedAddresses(rank, world, mapped=True)
+    try:
+        source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
+        schedule = in_turn(make_schedule(plan, rank, Framing(1 << 62, None)), plan)
+        buffers = InPlaceBuffers(memory, schedule, destination, engine_bytes=64)
+        program = OneSidedProgram(schedule, memory, buffers, source, destination, TIMEOUT_S)
+        for iteration in range(4):
+            if moves and iteration % 2:
+                _give_new_storage(source)
+                _give_new_storage(destination)
+            if source is not None:
+                fill(source, iteration)
+            if destination is not None:
+                poison(destination)
+                time.sleep(0.02)  # lets the sources get a run ahead
+            program.run()
+            if destination is not None:
+                problems += [f"{rank}, run {iteration}: {key}" for key in wrong_tensors(destination, plan, iteration)]
+        assert program.staging_bytes == 0
+        program.close()
+    except Exception as error:
+        problems.append(f"{rank}: {error!r}")
+        world.gate.abort()
+
+
+@pytest.mark.parametrize("case", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize("moves", [False, True])
+def test_weights_are_written_where_they_are_and_found_again_when_they_move(case: Case, moves: bool) -> None:
+    num_ranks = max(case.source.ranks.stop, case.destination.ranks.stop)
+    world, problems = World(num_ranks), list[str]()
+    threads = [
+        threading.Thread(target=_rank_in_place, args=(case, rank, world, moves, problems)) for rank in range(num_ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert bool(world.published) == moves
+    assert max((int(key.split("/")[1]) for _, key in world.published), default=0) == (2 if moves else 0)

@@ -28,8 +28,11 @@ class RefitEngine(Protocol):
         """Raise UnavailableError that names what is missing and how to get it. Needs no process group."""
         ...
 
-    def connect(self, plan: RefitPlan) -> None:
-        """Do the set-up that a process does once. It counts towards no refit. Collective: every rank of the job."""
+    def connect(self, plan: RefitPlan) -> str | None:
+        """Do the set-up that a process does once. It counts towards no refit. Collective: every rank of the job.
+
+        Returns what was connected, in words, where there was a choice.
+        """
         ...
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:

@@ -21,7 +21,12 @@ from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.side import MegatronSide
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport
-from refit.transport.two_sided.nccl import connect_nccl_pairs
+from refit.transport.two_sided.nccl_links import connect_nccl_pairs
+
+SERVICES = ("nccl", "nvshmem", "gloo")
+"""The names of Megatron's copy services on GPUs."""
+
+DEFAULT_SERVICE = "nccl"
 
 
 class GlooCopies(CopyService):  # type: ignore[misc]
@@ -93,7 +98,11 @@ class MegatronEngine:
         return prepare_megatron_refit(_built(source), _built(destination), self._method, device=self._device)
 
     def note(self) -> str | None:
-        if self._device.type == "cuda" or self._method == "gloo":
+        if self._device.type == "cuda":
+            if self._method in SERVICES:
+                return None
+            return f"Megatron-Core's own refit runs over {DEFAULT_SERVICE} here: it has no {self._method}"
+        if self._method == "gloo":
             return None
         return "Megatron-Core's own refit runs over Gloo here: on CPUs it has no other way"
 
@@ -174,7 +183,7 @@ def _service(method: str, cuda: bool) -> str | CopyService:
         return GlooCopies()
     if method == "nvshmem":
         compat.check_nvshmem_kernel()
-    return method
+    return method if method in SERVICES else DEFAULT_SERVICE
 
 
 def _with_stand_ins(modules: list[torch.nn.Module | None]) -> list[torch.nn.Module | None]:

@@ -27,8 +27,8 @@ class PlannedEngine:
     def check_available(self) -> None:
         self._transport.check_available()
 
-    def connect(self, plan: RefitPlan) -> None:
-        self._transport.connect(plan, self._options)
+    def connect(self, plan: RefitPlan) -> str | None:
+        return self._transport.connect(plan, self._options)
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
         return self._transport.prepare(plan, source.weights, destination.weights, self._options)

@@ -114,11 +114,15 @@ class EngineRun:
         session.enter(f"connect {self._name}")
         session.start.enter("connect")
         before = past_torch(session.device)
+        connected: list[str | None] = []
         with self._stopwatch.step("connect"):
-            refusal = self._attempt(lambda: self._engine.connect(self._planned.plan))
+            refusal = self._attempt(lambda: connected.append(self._engine.connect(self._planned.plan)))
         if self._is_refused(refusal):
             return None
-        self._update(connect_memory_bytes_per_rank=self._gathered(past_torch(session.device) - before))
+        self._update(
+            connected=connected[0],
+            connect_memory_bytes_per_rank=self._gathered(past_torch(session.device) - before),
+        )
         return PeakMemory(session.device)
 
     def _prepared(self, memory: PeakMemory) -> Program | None:

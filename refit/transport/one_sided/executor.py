@@ -23,7 +23,7 @@ import torch
 
 from refit.copies.batch import CopyBatch, local_batches
 from refit.errors import RefitError
-from refit.models.weights import LocalWeights, generations
+from refit.models.weights import LocalWeights, generations, refresh_all
 from refit.transport.base import RunReport
 from refit.transport.messages import Channel, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
@@ -147,11 +147,17 @@ class OneSidedProgram:
         """
         moved = False
         for flow in self._sends:
-            if not flow.is_done and self._memory.reached(flow.peer, Counter.CREDIT, flow.total + 1):
+            if flow.is_done:
+                continue
+            if self._memory.reached(flow.peer, Counter.CREDIT, flow.total + 1):
+                self._renew_if_moved(flow)
                 self._memory.send(flow.peer, flow.puts[flow.position], flow.total + 1)
                 flow.advance()
                 clock.lap("put")
                 moved = True
+            elif self._buffers.window is None:
+                # All credit of a run comes at its begin. The order of the sends is worth waiting for it.
+                break
         for receive in self._receives:
             if not receive.is_done and self._memory.reached(receive.peer, Counter.ARRIVED, receive.total + 1):
                 self._memory.unpack(receive.peer, receive.batches[receive.position])
@@ -161,6 +167,11 @@ class OneSidedProgram:
                 moved = True
         return moved
 
+    def _renew_if_moved(self, flow: _Send) -> None:
+        if self._buffers.has_moved(flow.peer):
+            assert self._source is not None
+            flow.puts = self._buffers.puts(flow.channel, self._source)
+
     def _give_credit(self, flow: _Flow) -> None:
         """An unpacked message frees its slot for the message one window later."""
         if self._buffers.window is not None:
@@ -168,6 +179,7 @@ class OneSidedProgram:
 
     def _rebind_if_moved(self) -> bool:
         """Bind again where weights have new storage. Returns whether the run has copies that have not run before."""
+        refresh_all(self._source, self._destination)
         self._buffers.rebind()
         if self._bound_to != generations(self._source, self._destination):
             self._bind()
@@ -175,6 +187,7 @@ class OneSidedProgram:
         return not self._has_run
 
     def _bind(self) -> None:
+        refresh_all(self._source, self._destination)
         self._bound_to = generations(self._source, self._destination)
         for flow in self._sends:
             assert self._source is not None

@@ -14,7 +14,7 @@ from refit.transport.messages import Framing, bucket_bytes, make_schedule
 from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
-from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
+from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
 from refit.transport.rendezvous import Rendezvous
 
 SLOTS_PER_PEER = 2
@@ -39,12 +39,13 @@ class NvshmemTransport:
     def check_available(self) -> None:
         library.check_available()
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
         """Initialise the library and load the copy kernel. Collective: every rank of the default process group."""
         rendezvous = _rendezvous(plan, options)
         rendezvous.agree(library.attempt(self.check_available))
         library.start(rendezvous, _heap_bound(plan, options))
         load_kernels(torch.device("cuda", torch.cuda.current_device()))
+        return None
 
     def prepare(
         self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
@@ -97,7 +98,7 @@ def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
 
 def _buffers(
     plan: RefitPlan, memory: NvshmemMemory, destination: LocalWeights | None, options: TransportOptions
-) -> tuple[ReceiveBuffers, Framing]:
+) -> tuple[RingBuffers | DirectBuffers, Framing]:
     """Collective. All ranks get the same framing."""
     targets = sorted(set(plan.destination[plan.is_wire & (plan.source == memory.rank)].tolist()))
     found = memory.exchange([target for target in targets if not memory.is_mapped(target)])

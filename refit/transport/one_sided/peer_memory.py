@@ -1,4 +1,4 @@
-"""The protocol between the one-sided executor and its substrates: heaps that peers write, counters, and puts."""
+"""The protocols between the one-sided executor and its substrates: memory that peers write, counters, and puts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from refit.copies.batch import CopyBatch
 
 
 class Counter(IntEnum):
-    """The counters that each rank keeps for each of its peers."""
+    """The counters that each rank keeps for each of its peers.
+
+    ARRIVED counts messages, CREDIT those that may be written, MOVED how often the peer's weights have new storage.
+    """
 
     ARRIVED = 0
     CREDIT = 1
+    MOVED = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """The write of one message into a peer's heap.
+    """The write of one message into a peer's memory.
 
-    `batch` writes it there where the heap is mapped. Otherwise `batch` packs it into `packed`, uint8 in this rank's
+    `batch` writes it there where that memory is mapped. Otherwise `batch` packs it into `packed`, uint8 in this rank's
     heap, which is then sent as a whole to byte `offset` of the peer's heap.
     """
 
@@ -48,28 +52,16 @@ class PeerMemory(Protocol):
         """See `Rendezvous.exchange`. Collective."""
         ...
 
-    def is_mapped(self, rank: int) -> bool:
-        """Whether this rank can write the heap of `rank` by copies. If not, `send` needs packed messages for it."""
-        ...
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Allocate this rank's heap, uint8 `[nbytes]`, zeroed. Collective. Raises the same RefitError on all ranks."""
-        ...
-
-    def peer(self, rank: int) -> torch.Tensor:
-        """The heap of `rank`, which must be mapped, as uint8 that this rank can write."""
-        ...
-
     def begin(self, has_new_copies: bool) -> None:
         """Open a run. `has_new_copies`: it includes copies that have not run before."""
         ...
 
     def send(self, peer: int, put: Put, value: int) -> None:
-        """Write a message into the heap of `peer`, then set the ARRIVED that `peer` keeps for this rank to `value`."""
+        """Write a message into the memory of `peer`, then set the ARRIVED that it keeps for this rank to `value`."""
         ...
 
     def unpack(self, peer: int, batch: CopyBatch) -> None:
-        """Copy a message of `peer` out of this rank's heap, before counters that are raised for `peer` later."""
+        """Copy a message of `peer` out of this rank's memory, before counters that are raised for `peer` later."""
         ...
 
     def copy_local(self, batch: CopyBatch) -> None:
@@ -94,4 +86,20 @@ class PeerMemory(Protocol):
 
     def close(self) -> None:
         """Drop all mappings. Tensors in them must not be used afterwards. Collective."""
+        ...
+
+
+class PeerHeap(PeerMemory, Protocol):
+    """Peer memory whose substrate allocates what peers write: one heap per rank."""
+
+    def is_mapped(self, rank: int) -> bool:
+        """Whether this rank can write the heap of `rank` by copies. If not, `send` needs packed messages for it."""
+        ...
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Allocate this rank's heap, uint8 `[nbytes]`, zeroed. Collective. Raises the same RefitError on all ranks."""
+        ...
+
+    def peer(self, rank: int) -> torch.Tensor:
+        """The heap of `rank`, which must be mapped, as uint8 that this rank can write."""
         ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,11 +10,10 @@ import torch
 
 from refit.copies.batch import CopyBatch, weight_copies
 from refit.errors import RefitError
-from refit.models.weights import LocalShard, LocalWeights, span_bytes
-from refit.plan.box import Box
-from refit.plan.sharding import TensorSpec
+from refit.models.weights import LocalWeights, span_bytes
 from refit.transport.messages import Channel, Message, Schedule
-from refit.transport.one_sided.peer_memory import PeerMemory, Put
+from refit.transport.one_sided.peer_memory import PeerHeap, Put
+from refit.transport.one_sided.places import mapped_weights, place_of, strided
 from refit.transport.packing import pack_copies, unpack_copies
 
 HEAP_ALIGNMENT = 64
@@ -23,7 +21,8 @@ HEAP_ALIGNMENT = 64
 
 
 class ReceiveBuffers(Protocol):
-    """The part of a destination's heap that sources write, and the copies at both ends.
+    """The part of a destination's memory that sources write, and the copies at both ends. Attached when constructed or
+    by `attach`, which allocates this rank's heap and learns where in their heaps peers expect messages.
 
     `window` is the credit of each source: the number of its messages that may be written and not yet unpacked. None
     stands for all messages of a run, given when the run begins.
@@ -36,24 +35,27 @@ class ReceiveBuffers(Protocol):
         """Bytes allocated beyond the models."""
         ...
 
-    def attach(self, memory: PeerMemory, schedule: Schedule) -> None:
-        """Allocate this rank's heap, and learn where in their heaps peers expect messages. Collective."""
-        ...
-
     def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
-        """For each message, the copies from this rank's weights into the peer's heap."""
+        """For each message, the copies from this rank's weights into the peer's memory."""
         ...
 
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
-        """For each message, the copies from this rank's heap into its weights."""
+        """For each message, the copies from the memory that sources write into this rank's weights."""
         ...
 
     def rebind(self) -> None:
-        """Where peers write weights directly: move weights with new storage back into the heap."""
+        """Where peers write weights directly: let them find weights that have new storage."""
+        ...
+
+    def has_moved(self, peer: int) -> bool:
+        """Whether the memory of `peer` that this rank writes has changed since the last call: `puts` must be renewed.
+
+        Called once `peer` has given credit.
+        """
         ...
 
     def release(self) -> None:
-        """Drop all references to heaps. Weights in this rank's heap get memory of their own."""
+        """Drop all references to peers' memory. Weights in this rank's heap get memory of their own."""
         ...
 
 
@@ -77,7 +79,11 @@ class RingBuffers:
     """
 
     def __init__(
-        self, destination: LocalWeights | None, window: int, slot_bytes: int, put_programs: int | None = None
+        self,
+        destination: LocalWeights | None,
+        window: int,
+        slot_bytes: int,
+        put_programs: int | None = None,
     ) -> None:
         self.window: int | None = window
         self.staging_bytes = 0
@@ -86,7 +92,8 @@ class RingBuffers:
         self._destination = destination
         self._put_programs = put_programs
 
-    def attach(self, memory: PeerMemory, schedule: Schedule) -> None:
+    def attach(self, memory: PeerHeap, schedule: Schedule) -> None:
+        """Collective: every rank of `memory`."""
         sources = [channel.source for channel in schedule.receives]
         ring_bytes = self._num_slots * self._slot_bytes
         starts = {source: ring_bytes * number for number, source in enumerate(sources)}
@@ -119,6 +126,9 @@ class RingBuffers:
     def rebind(self) -> None:
         """Does nothing: no peer writes weights."""
 
+    def has_moved(self, peer: int) -> bool:
+        return False
+
     def release(self) -> None:
         self._own, self._targets = {}, {}
 
@@ -138,17 +148,6 @@ class RingBuffers:
         return number % self._num_slots * self._slot_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A shard in its rank's heap: its first element is at byte `offset`; `strides` are in elements."""
-
-    tensor: TensorSpec
-    box: Box
-    dtype: torch.dtype
-    offset: int
-    strides: tuple[int, ...]
-
-
 class DirectBuffers:
     """The destination's weights are moved into its heap, and sources write them there without staging.
 
@@ -165,21 +164,22 @@ class DirectBuffers:
         self._put_programs = put_programs
         self._homes: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def attach(self, memory: PeerMemory, schedule: Schedule) -> None:
+    def attach(self, memory: PeerHeap, schedule: Schedule) -> None:
+        """Collective: every rank of `memory`."""
         owners = [] if self._destination is None else _distinct_owners(self._destination)
         sizes = [-(-span_bytes(owner) // HEAP_ALIGNMENT) * HEAP_ALIGNMENT for owner in owners]
         heap = memory.allocate(sum(sizes))
         start = 0
         for owner, size in zip(owners, sizes, strict=True):
-            self._homes.append((owner, _strided(heap, owner.dtype, start, owner.size(), owner.stride())))
+            self._homes.append((owner, strided(heap, owner.dtype, start, owner.size(), owner.stride())))
             start += size
         self._move_into_heap()
-        places = [] if self._destination is None else [_place(shard, heap) for shard in self._destination]
+        places = [] if self._destination is None else [place_of(shard, heap) for shard in self._destination]
         targets = [channel.destination for channel in schedule.sends]
         found = memory.exchange(places, targets)
         # The pieces of a message go to many weights, and one put to an unmapped heap cannot write them all.
         assert all(memory.is_mapped(target) for target in targets)
-        self._peers = {target: _peer_weights(memory.peer(target), found[target]) for target in targets}
+        self._peers = {target: mapped_weights([memory.peer(target)], found[target]) for target in targets}
 
     def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
         target = self._peers[channel.destination]
@@ -201,7 +201,11 @@ class DirectBuffers:
         return [CopyBatch(()) for _ in channel.messages]
 
     def rebind(self) -> None:
+        """Move weights with new storage back into the heap."""
         self._move_into_heap()
+
+    def has_moved(self, peer: int) -> bool:
+        return False
 
     def release(self) -> None:
         self._peers = {}
@@ -230,22 +234,3 @@ def _distinct_owners(memory: LocalWeights) -> list[torch.Tensor]:
         if before.data_ptr() + span_bytes(before) > after.data_ptr():
             raise RefitError("two weights share memory, which direct buffers would part: use --one-sided-buffers ring")
     return owners
-
-
-def _strided(
-    heap: torch.Tensor, dtype: torch.dtype, offset: int, shape: Sequence[int], strides: Sequence[int]
-) -> torch.Tensor:
-    first = heap[offset:]
-    whole = first[: first.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-    return torch.as_strided(whole, shape, strides, whole.storage_offset())
-
-
-def _place(shard: LocalShard, heap: torch.Tensor) -> _Place:
-    view = shard.view
-    return _Place(shard.tensor, shard.box, view.dtype, view.data_ptr() - heap.data_ptr(), view.stride())
-
-
-def _peer_weights(heap: torch.Tensor, places: Sequence[_Place]) -> LocalWeights:
-    return LocalWeights(
-        LocalShard(p.tensor, p.box, heap, _strided(heap, p.dtype, p.offset, p.box.extents, p.strides)) for p in places
-    )

@@ -9,7 +9,7 @@ import platform
 import socket
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from refit.transport.base import IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes, make_schedule
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.peer_memory import Counter, Put
-from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
+from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
 from refit.transport.rendezvous import Rendezvous
 
 DIRECTORY = Path("/dev/shm")
@@ -44,8 +44,9 @@ class SharedMemoryTransport:
         if not (DIRECTORY.is_dir() and os.access(DIRECTORY, os.W_OK)):
             raise UnavailableError(f"shm needs a writable {DIRECTORY} (Linux): use --refit-method gloo")
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
         """Does nothing: shared memory needs no connection."""
+        return None
 
     def prepare(
         self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
@@ -69,7 +70,7 @@ class SharedMemoryTransport:
 
 def _buffers(
     plan: RefitPlan, destination: LocalWeights | None, options: TransportOptions
-) -> tuple[ReceiveBuffers, Framing]:
+) -> tuple[RingBuffers | DirectBuffers, Framing]:
     if options.one_sided_buffers == "direct":
         return DirectBuffers(destination), Framing(DIRECT_BATCH_BYTES, None)
     if options.one_sided_buffers == "ring":
@@ -94,7 +95,9 @@ class SharedMemory:
     enqueues = False
     local_batch_bytes = 4 << 20
 
-    def __init__(self, rendezvous: Rendezvous) -> None:
+    def __init__(self, rendezvous: Rendezvous, method: str = "shm", instead: str = "gloo") -> None:
+        """`method` is named in errors, and `instead` as the method to use in its place."""
+        self._method, self._instead = method, instead
         self.rank = rendezvous.rank
         self._rendezvous = rendezvous
         self._index = {rank: number for number, rank in enumerate(rendezvous.ranks)}
@@ -109,11 +112,11 @@ class SharedMemory:
     def allocate(self, nbytes: int) -> torch.Tensor:
         size = self._counter_bytes + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         requests = self.exchange(_Request(size, _host(), _free_bytes(), uuid.uuid4().hex[:16]))
-        _check_requests(requests)
+        _check_requests(requests, self._method, self._instead)
         paths = {rank: DIRECTORY / f"refit-{request.token}" for rank, request in requests.items()}
         try:
-            self._rendezvous.agree(_attempt(lambda: _create(paths[self.rank], size)))
-            self._rendezvous.agree(_attempt(lambda: self._map(paths)))
+            self._rendezvous.agree(self._attempt(lambda: _create(paths[self.rank], size)))
+            self._rendezvous.agree(self._attempt(lambda: self._map(paths)))
         finally:
             # Names are needed only until all ranks have mapped the segments. Without them, the segments of ranks that
             # die later are freed.
@@ -167,6 +170,17 @@ class SharedMemory:
         """Index, in 8-byte units, of the counter kept for rank `about`. Each has a cache line of its own."""
         return (counter * len(self._index) + self._index[about]) * (CACHE_LINE // 8)
 
+    def _attempt(self, action: Callable[[], None]) -> RefitError | None:
+        """Run `action`. Operating system errors are returned as a RefitError that can be sent to the other ranks."""
+        try:
+            action()
+        except OSError as error:
+            return UnavailableError(
+                f"{self._method} on {_host()}: {error}: all ranks must share one {DIRECTORY}; use {self._instead} "
+                "otherwise"
+            )
+        return None
+
     def _map(self, paths: dict[int, Path]) -> None:
         for rank, path in paths.items():
             with path.open("r+b") as file:
@@ -193,15 +207,6 @@ def _fence() -> None:
 _KEEPS_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 
-def _attempt(action: Any) -> RefitError | None:
-    """Run `action`. Operating system errors are returned as a RefitError that can be sent to the other ranks."""
-    try:
-        action()
-    except OSError as error:
-        return UnavailableError(f"shm on {_host()}: {error}: all ranks must share one {DIRECTORY}; use gloo otherwise")
-    return None
-
-
 def _create(path: Path, nbytes: int) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
@@ -211,19 +216,19 @@ def _create(path: Path, nbytes: int) -> None:
         os.close(descriptor)
 
 
-def _check_requests(requests: dict[int, _Request]) -> None:
+def _check_requests(requests: dict[int, _Request], method: str, instead: str) -> None:
     """Raises UnavailableError where the segments are impossible: the same on every rank."""
     hosts = sorted({request.host for request in requests.values()})
     if len(hosts) > 1:
         raise UnavailableError(
-            f"shm needs all ranks on one host, these are on {len(hosts)} ({hosts[0]}, {hosts[1]}): use gloo"
+            f"{method} needs all ranks on one host, these are on {len(hosts)} ({hosts[0]}, {hosts[1]}): use {instead}"
         )
     needed = sum(request.nbytes for request in requests.values())
     free = min(request.free_bytes for request in requests.values())
     if needed > free:
         raise UnavailableError(
-            f"shm needs {needed / 2**20:.1f} MiB of {DIRECTORY}, {free / 2**20:.1f} MiB are free: enlarge it "
-            f"(mount -o remount,size=..., docker --shm-size), lower --staging-mib, or use --refit-method gloo"
+            f"{method} needs {needed / 2**20:.1f} MiB of {DIRECTORY}, {free / 2**20:.1f} MiB are free: enlarge it "
+            f"(mount -o remount,size=..., docker --shm-size), lower --staging-mib, or use --refit-method {instead}"
         )
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch, local_batches
 from refit.copies.copy import Copy
-from refit.models.weights import LocalWeights, generations
+from refit.models.weights import LocalWeights, generations, refresh_all
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
 from refit.transport.messages import Channel, Framing, Message, Schedule, make_schedule, pair_buckets
@@ -195,10 +195,12 @@ class TwoSidedProgram:
 
     def _rebind_if_moved(self) -> None:
         """Bind again where the model has given a weight new storage."""
+        refresh_all(self._source, self._destination)
         if self._bound_to != generations(self._source, self._destination):
             self._bind()
 
     def _bind(self) -> None:
+        refresh_all(self._source, self._destination)
         self._bound_to = generations(self._source, self._destination)
         schedule = self._schedule
         self._sends = self._rounds(schedule.sends, self._source, pack_copies)

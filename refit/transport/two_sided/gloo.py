@@ -30,8 +30,9 @@ class GlooTransport:
         if not dist.is_gloo_available():
             raise UnavailableError("gloo needs a torch built with Gloo: install torch from its package index")
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
         """Does nothing: the default process group is connected already."""
+        return None
 
     def prepare(
         self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions

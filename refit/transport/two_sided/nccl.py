@@ -15,15 +15,16 @@ from refit.transport.base import TransportOptions
 from refit.transport.streams import late_peers_error, wait_for_events
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams
 from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
+from refit.transport.two_sided.nccl_links import NcclLinks, connect_links
 
 
 class NcclTransport:
-    """Sends and receives over a communicator of the plan's ranks: `connect` creates it, `Program.close` destroys it."""
+    """Sends and receives over the communicators that `connect` creates and `Program.close` destroys."""
 
     name = "nccl"
 
     def __init__(self) -> None:
-        self._group: dist.ProcessGroup | None = None
+        self._links: NcclLinks | None = None
 
     def check_available(self) -> None:
         if not torch.cuda.is_available():
@@ -31,53 +32,52 @@ class NcclTransport:
         if not dist.is_nccl_available():
             raise UnavailableError("nccl needs a torch built with NCCL: install a CUDA build of torch, or use gloo")
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
-        """Create the communicator, connect every pair of the plan, and load the copy kernel. Once; then does nothing.
+    def connect(self, plan: RefitPlan, options: TransportOptions) -> str:
+        """Create the communicators, connect every pair of the plan, and load the copy kernel. Once.
 
         Collective: every rank of the default process group.
         """
-        if self._group is not None:
-            return
-        urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        self._group = dist.new_group(list(plan.ranks), backend="nccl", pg_options=urgent)
-        device = torch.device("cuda", torch.cuda.current_device())
-        connect_nccl_pairs(plan, self._group, device)
-        load_kernels(device)
+        if self._links is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+            self._links = connect_links(plan, device, options.timeout_s)
+            load_kernels(device)
+        return self._links.text
 
     def prepare(
         self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
     ) -> TwoSidedProgram:
         """See `Transport.prepare`. Collective: every rank of the default process group."""
         self.connect(plan, options)
-        assert self._group is not None
+        assert self._links is not None
         device = torch.device("cuda", torch.cuda.current_device())
-        backend = NcclBackend(options.timeout_s, device, self._group)
-        return prepare_program(plan, backend, source, destination, options, lambda: self._disconnect(plan))
+        backend = NcclBackend(options.timeout_s, device, self._links)
+        return prepare_program(plan, backend, source, destination, options, self._disconnect)
 
-    def _disconnect(self, plan: RefitPlan) -> None:
-        if self._group is not None and dist.get_rank() in plan.ranks:
-            dist.destroy_process_group(self._group)
-        self._group = None
+    def _disconnect(self) -> None:
+        if self._links is not None:
+            self._links.close()
+        self._links = None
 
 
 class NcclBackend:
-    """NCCL over CUDA memory: every round is one group of sends and receives, ordered by events. The host only enqueues.
+    """NCCL over CUDA memory: every round is one group of sends and receives per communicator, ordered by events. The
+    host only enqueues.
 
     Round k of every rank holds message k of all its pairs, so all ranks run their groups in the same order. Packing of
     round k + 1, transfer of round k and unpacking of round k - 1 overlap, each on a stream of its own.
     """
 
     # Few, large, packed messages: each costs about 25 us beyond its bytes (0.5 MiB messages reach 20 of 338 GB/s).
-    # A pair gets NCCL's channels divided by the communicator's ranks, 32 / 4 = 8, and more only where a message would
-    # put over 16 MiB on each (NCCL 2.28, addP2pToPlan): on 4 H200, 128 MiB reach 262 GB/s and 256 MiB reach 359.
+    # A pair gets a communicator's channels divided by its ranks, 32 / 4 = 8, and more only where a message would put
+    # over 16 MiB on each (NCCL 2.28, addP2pToPlan): on 4 H200, 128 MiB reach 262 GB/s and 256 MiB reach 359.
     # 64 programs copy 1 TB/s, three times the speed of a link, and leave room for NCCL's kernels to start at once.
     traits = BackendTraits(
         direct_send_threshold=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2, window=2, num_programs=64
     )
 
-    def __init__(self, timeout_s: float, device: torch.device, group: dist.ProcessGroup) -> None:
+    def __init__(self, timeout_s: float, device: torch.device, links: NcclLinks) -> None:
         self._timeout_s = timeout_s
-        self._group = group
+        self._links = links
         self._streams = Streams(device)
 
     def begin(self) -> None:
@@ -95,15 +95,13 @@ class NcclBackend:
                     bound.batch.run()
 
     def post(self, pending: PendingRound, reused: PendingRound | None) -> None:
-        operations = [dist.P2POp(dist.irecv, bound.buffer, bound.peer, self._group) for bound in pending.receives]
-        operations += [dist.P2POp(dist.isend, bound.buffer, bound.peer, self._group) for bound in pending.sends]
-        if not operations:
+        if not pending.receives and not pending.sends:
             return
         self._streams.transfer.wait_stream(self._streams.pack)
         if reused is not None and reused.unpacked is not None:
             self._streams.transfer.wait_event(reused.unpacked)
         with torch.cuda.stream(self._streams.transfer):
-            works = dist.batch_isend_irecv(operations)
+            works = self._links.exchange(pending.sends, pending.receives)
         # A group ends as a whole, so sends and receives wait for the same works.
         pending.send_works = pending.receive_works = works
 
@@ -131,24 +129,3 @@ class NcclBackend:
             first, _ = posted[late[0]]
             raise late_peers_error(dist.get_rank(), first.peers, self._timeout_s)
         self._streams.finish()
-
-
-def connect_nccl_pairs(plan: RefitPlan, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Send one byte between every pair of `plan`, because NCCL connects two ranks at their first message.
-
-    Collective: every rank of `group`. Ranks outside it return at once.
-    """
-    if dist.get_rank(group) < 0:
-        return
-    # The first operation of a group creates its communicator and needs all members at once.
-    dist.all_reduce(torch.zeros(1, device=device), group=group)
-    rank, wire = dist.get_rank(), plan.is_wire
-    byte = torch.zeros(1, dtype=torch.uint8, device=device)
-    targets = sorted(set(plan.destination[wire & (plan.source == rank)].tolist()))
-    origins = sorted(set(plan.source[wire & (plan.destination == rank)].tolist()))
-    operations = [dist.P2POp(dist.irecv, torch.empty_like(byte), origin, group) for origin in origins]
-    operations += [dist.P2POp(dist.isend, byte, target, group) for target in targets]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-    torch.cuda.synchronize(device)

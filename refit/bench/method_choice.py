@@ -1,0 +1,62 @@
+"""`--refit-method auto`: the first method of `METHODS` that the machine and the scenario allow."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from refit.bench.exchange import gather
+from refit.bench.session import Session
+from refit.config.registry import AUTO, METHODS
+from refit.config.scenario import Scenario
+from refit.errors import UnavailableError, UsageError
+from refit.transport.base import get_transport
+
+
+def with_method(scenario: Scenario) -> Scenario:
+    """`scenario` with a method in place of AUTO, and a note on which and why; itself where it names a method.
+
+    The choice depends on torchrun's variables and this rank's machine only. Raises UnavailableError, with the reason
+    for each method, where none can run.
+    """
+    if scenario.method != AUTO:
+        return scenario
+    device = scenario.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = []
+    for name, method in METHODS.items():
+        if device not in method.devices:
+            continue
+        try:
+            check_hosts(name)
+            get_transport(name).check_available()
+        except UnavailableError as error:
+            reasons.append(str(error))
+            continue
+        why = f" ({'; '.join(reasons)})" if reasons else f": the first choice on {device.upper()}s"
+        note = f"--refit-method {AUTO}: {name}{why}"
+        return replace(scenario, method=name, device=device, notes=(*scenario.notes, note))
+    raise UnavailableError(f"--refit-method {AUTO}: no method can run here: {'; '.join(reasons)}")
+
+
+def check_hosts(method: str) -> None:
+    """Raise UnavailableError where `method` needs all ranks on one host and torchrun has started some elsewhere."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    num_ranks = os.environ.get("WORLD_SIZE", local)
+    if METHODS[method].single_host and int(local) < int(num_ranks):
+        device = METHODS[method].device
+        instead = next(name for name, other in METHODS.items() if not other.single_host and device in other.devices)
+        raise UnavailableError(
+            f"{method} needs all ranks on one host, {local} of {num_ranks} are on this one: use {instead}"
+        )
+
+
+def check_same_method(session: Session) -> None:
+    """Raise UsageError where ranks have chosen different methods. Collective: every rank of the job."""
+    for rank, method in enumerate(gather(session.control, session.scenario.method)):
+        if method != session.scenario.method:
+            raise UsageError(
+                f"--refit-method {AUTO} chose {session.scenario.method} on rank {session.rank} and {method} on rank "
+                f"{rank}: name the method"
+            )

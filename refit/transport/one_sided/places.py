@@ -1,0 +1,52 @@
+"""Weights in the memory of a peer: where each shard lies there, and views of them once that memory is mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from refit.models.weights import LocalShard, LocalWeights
+from refit.plan.box import Box
+from refit.plan.sharding import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A shard in memory of its rank: its first element is at byte `offset` of region `region`.
+
+    `strides` are in elements. A heap is one region; weights that stay where they are have one per storage.
+    """
+
+    tensor: TensorSpec
+    box: Box
+    dtype: torch.dtype
+    offset: int
+    strides: tuple[int, ...]
+    region: int = 0
+
+
+def place_of(shard: LocalShard, region: torch.Tensor, number: int = 0) -> Place:
+    """The place of `shard`, which lies in `region` (uint8), the rank's region of that `number`."""
+    view = shard.view
+    return Place(shard.tensor, shard.box, view.dtype, view.data_ptr() - region.data_ptr(), view.stride(), number)
+
+
+def mapped_weights(regions: Sequence[torch.Tensor], places: Iterable[Place]) -> LocalWeights:
+    """The shards at `places`, as views of a peer's mapped `regions`, uint8 each."""
+    return LocalWeights(_mapped_shard(regions[place.region], place) for place in places)
+
+
+def strided(
+    region: torch.Tensor, dtype: torch.dtype, offset: int, shape: Sequence[int], strides: Sequence[int]
+) -> torch.Tensor:
+    """The tensor that begins at byte `offset` of `region`, uint8."""
+    first = region[offset:]
+    whole = first[: first.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+    return torch.as_strided(whole, shape, strides, whole.storage_offset())
+
+
+def _mapped_shard(region: torch.Tensor, place: Place) -> LocalShard:
+    view = strided(region, place.dtype, place.offset, place.box.extents, place.strides)
+    return LocalShard(place.tensor, place.box, region, view)

@@ -1,0 +1,65 @@
+"""`--refit-method auto`: the first method that the machine and the scenario allow, with the reasons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from refit.bench.method_choice import with_method
+from refit.cli.parsing import parse
+from refit.config.scenario import Scenario
+from refit.errors import UnavailableError
+from refit.transport.one_sided.nvshmem import NvshmemTransport
+from refit.transport.one_sided.shm import SharedMemoryTransport
+from refit.transport.two_sided.nccl import NcclTransport
+
+
+def scenario(*flags: str) -> Scenario:
+    return parse(["--model", "tiny", "--refit-method", "auto", *flags]).scenario
+
+
+def test_cpus_of_one_host_take_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = with_method(scenario())
+    assert (chosen.method, chosen.device) == ("shm", "cpu")
+    assert chosen.notes[-1] == "--refit-method auto: shm: the first choice on CPUs"
+
+
+def test_several_hosts_of_cpus_take_gloo_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    chosen = with_method(scenario("--device", "cpu"))
+    assert chosen.method == "gloo"
+    assert "shm needs all ranks on one host, 4 of 8 are on this one" in chosen.notes[-1]
+
+
+def test_gpus_without_peer_access_or_nvshmem_take_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: object) -> None:
+        raise UnavailableError("nvshmem4py is missing")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, peer: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(NvshmemTransport, "check_available", missing)
+    monkeypatch.setattr(NcclTransport, "check_available", lambda _: None)
+    chosen = with_method(scenario())
+    assert (chosen.method, chosen.device) == ("nccl", "cuda")
+    assert "GPU 0 has none to GPU 1" in chosen.notes[-1]
+    assert "nvshmem4py is missing" in chosen.notes[-1]
+
+
+def test_without_any_method_all_reasons_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: object) -> None:
+        raise UnavailableError("no /dev/shm")
+
+    monkeypatch.setattr(SharedMemoryTransport, "check_available", refused)
+    monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: False)
+    with pytest.raises(UnavailableError, match=r"no method can run here: no /dev/shm; gloo needs"):
+        with_method(scenario("--device", "cpu"))
+
+
+def test_a_named_method_stays() -> None:
+    named = parse(["--model", "tiny", "--refit-method", "gloo"]).scenario
+    assert with_method(named) is named
