@@ -34,6 +34,7 @@ ENGINE = EngineResult(
     status=Status.WRONG_DATA,
     reason="a reason",
     connect_s=0.5,
+    connected="one NCCL communicator of 4 ranks",
     connect_memory_bytes_per_rank=(1, 2, 3),
     cold_s={"plan": 0.1, "prepare": 0.2, "first": 0.3},
     samples=(

@@ -20,7 +20,7 @@ from refit.report.plots.pairs import pairs_figure
 from refit.report.plots.phases import median_sample, phases_figure
 from refit.report.plots.rank_bytes import rank_bytes_figure
 from refit.report.plots.scaling import scaling_figure
-from refit.report.plots.style import BASELINE_LOOKS, DOUBTFUL, METHOD_LOOKS, PHASE_LOOKS, Look
+from refit.report.plots.style import BASELINE_LOOKS, DOUBTFUL, METHOD_LOOKS, PHASE_LOOKS, Look, method_look
 from refit.report.plots.times import times_figure
 from refit.report.points import points_of
 from refit.report.scaling import scalings
@@ -92,7 +92,10 @@ def test_times_show_why_a_scenario_or_a_baseline_has_none() -> None:
 
 def test_times_hatch_and_name_a_wrong_baseline() -> None:
     (axes,) = times_figure([outcome("ok", [2.0], baseline=timed([4.0], num_wrong=3))], "").axes
-    assert {bar.get_width(): bar.get_hatch() for bar in axes.patches} == {2.0: None, 4.0: DOUBTFUL.hatch}
+    assert {bar.get_width(): bar.get_hatch() for bar in axes.patches} == {
+        2.0: method_look("nvshmem").hatch,
+        4.0: DOUBTFUL.hatch,
+    }
     assert "Megatron-Core: wrong" in texts(axes)
     assert "not valid" in axes.get_legend_handles_labels()[1]
 
