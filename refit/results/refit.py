@@ -132,7 +132,7 @@ class EngineResult:
     @property
     def first_with_connections_s(self) -> float:
         """The first refit as a user meets it: connections, planning, preparing and the refit."""
-        return self.first_s + (self.connect_s or 0.0)
+        return self.cold_total_s + (self.connect_s or 0.0)
 
     @property
     def doubt(self) -> str | None:

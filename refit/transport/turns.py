@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix, wire_only
-from refit.plan.plan import IntArray, RefitPlan
+from refit.plan.plan import RefitPlan
 from refit.transport.messages import Schedule
 
 

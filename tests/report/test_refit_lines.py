@@ -59,6 +59,7 @@ def test_times_and_table_hold_the_share_of_the_bound() -> None:
         "Min refit time:  40.00 ms",
         "Max refit time:  40.00 ms",
         "Cold refit: 875.00 ms (plan 125.00, prepare 250.00, first 500.00); connections before it 100.00 ms",
+        "First refit with connections: 975.00 ms",
     ]
     rows = refit_lines.table({"refit": measured, "megatron": engine(EVEN)}).splitlines()
     assert rows[0].split() == [
