@@ -1,0 +1,191 @@
+"""The tensors of one model under their Hugging Face names, and the logical tensor and box behind any of their boxes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+
+from refit.config.layout import Layout
+from refit.config.shape import Dtype, ModelShape
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+from refit.plan.box import Box
+from refit.plan.sharding import TensorSpec
+from refit.predict import megatron
+from refit.predict.families.tables import Family, Part, Row, closest_family
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalBox:
+    """A box of the logical tensor `key`."""
+
+    key: str
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`held`, a box of a Hugging Face tensor, and the `box` of the logical tensor `key` with the same elements.
+
+    A single expert's `held` lacks the logical tensor's leading dim, which is 1 in `box`.
+    """
+
+    held: Box
+    key: str
+    box: Box
+
+    def logical(self, part: Box) -> LogicalBox:
+        """The logical box of `part`, a box within `held`."""
+        dims = len(part.extents)
+        moved = zip(part.offsets, self.held.offsets, self.box.offsets[-dims:], strict=True)
+        offsets = (*self.box.offsets[:-dims], *(offset - held + box for offset, held, box in moved))
+        return LogicalBox(self.key, Box(offsets, (*self.box.extents[:-dims], *part.extents)))
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """A tensor of a Hugging Face model. Its pieces are a partition of it in row order; `row` is its entry."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    row: Row
+    pieces: tuple[Piece, ...]
+
+    def pieces_of(self, held: Box) -> Iterator[tuple[Box, LogicalBox]]:
+        """`held`, a box of this tensor, as parts of one logical box each."""
+        for piece in self.pieces:
+            part = piece.held.intersect(held)
+            if part is not None:
+                yield part, piece.logical(part)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A layer, or what is outside the layers: the prefixes of its names in both spaces, and its tensors below them.
+
+    Layers of a kind share one `tensors` object.
+    """
+
+    prefix: str
+    key_prefix: str
+    tensors: tuple[NamedTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A model under Hugging Face names. `logical` are its logical tensors by key, the vocabulary without padding."""
+
+    family: Family
+    blocks: tuple[Block, ...]
+    logical: Mapping[str, TensorSpec]
+
+
+def named_model(shape: ModelShape, dtype: Dtype, *, single_experts: bool = False) -> NamedModel:
+    """The tensors of `shape` under the names of its family.
+
+    `single_experts` names each routed expert's tensors, as published checkpoints do; else all experts are one tensor.
+    Raises UsageError, with both names, where either side has a tensor that the other has no name for.
+    """
+    family = closest_family(shape)
+    if not shape.swiglu:
+        raise UsageError(f"transformers' {family.model_type} has gated MLPs (gate_proj, up_proj): give --swiglu")
+    logical = _logical_tensors(shape, dtype)
+    layers, rest = _by_layer(logical)
+    experts = family.single_experts if single_experts else family.experts
+    kinds = {False: (*family.layer, *family.dense), True: (*family.layer, *family.routed, *experts)}
+    resolved: dict[bool, tuple[NamedTensor, ...]] = {}
+    keys: dict[bool, Set[str]] = {}
+    blocks = [Block("", "", _resolve(family, family.model, rest, shape, "", ""))]
+    for number, tensors in layers.items():
+        routed = shape.experts is not None and shape.experts.layers[number]
+        prefix, key_prefix = f"model.layers.{number}.", f"decoder.layers.{number}."
+        if routed not in resolved:
+            resolved[routed] = _resolve(family, kinds[routed], tensors, shape, prefix, key_prefix)
+            keys[routed] = tensors.keys()
+        assert tensors.keys() == keys[routed], f"layers of a kind differ: {tensors.keys() ^ keys[routed]}"
+        blocks.append(Block(prefix, key_prefix, resolved[routed]))
+    return NamedModel(family, tuple(blocks), logical)
+
+
+def _logical_tensors(shape: ModelShape, dtype: Dtype) -> Mapping[str, TensorSpec]:
+    """What Megatron holds on one rank. Hugging Face models have no padding rows."""
+    alone = SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1), dtype=dtype)
+    return megatron.predict(replace(shape, make_vocab_size_divisible_by=1), alone).tensors
+
+
+def _by_layer(logical: Mapping[str, TensorSpec]) -> tuple[dict[int, dict[str, TensorSpec]], dict[str, TensorSpec]]:
+    """Decoder layer -> its tensors by name below the layer's prefix; and the tensors outside the decoder layers."""
+    layers: dict[int, dict[str, TensorSpec]] = defaultdict(dict)
+    rest: dict[str, TensorSpec] = {}
+    for key, tensor in logical.items():
+        words = key.split(".", 3)
+        if words[:2] == ["decoder", "layers"]:
+            layers[int(words[2])][words[3]] = tensor
+        else:
+            rest[key] = tensor
+    return layers, rest
+
+
+def _resolve(
+    family: Family,
+    rows: Iterable[Row],
+    logical: Mapping[str, TensorSpec],
+    shape: ModelShape,
+    prefix: str,
+    key_prefix: str,
+) -> tuple[NamedTensor, ...]:
+    rows = [row for row in rows if row.key in logical or not row.optional]
+    named = {row.key for row in rows}
+    lacking = [f"the model has no {key_prefix}{row.key} ({prefix}{row.name})" for row in rows if row.key not in logical]
+    unnamed = [f"transformers has no name for {key_prefix}{key}" for key in logical if key not in named]
+    if lacking or unnamed:
+        raise UsageError(
+            f"the model is no {family.model_type} of transformers: {'; '.join([*lacking[:1], *unnamed[:1]])}: "
+            f"{len(lacking)} tensors more and {len(unnamed)} fewer, choose another model (tiny_{family.model_type})"
+        )
+    return tuple(tensor for row in rows for tensor in _tensors(row, logical[row.key], shape))
+
+
+def _tensors(row: Row, logical: TensorSpec, shape: ModelShape) -> Iterator[NamedTensor]:
+    """The tensors of one row: one, or one per routed expert."""
+    whole = Box.whole(logical.shape)
+    if "{expert}" not in row.name:
+        yield _tensor(row, row.name, logical, whole, shape)
+        return
+    for expert in range(logical.shape[0]):
+        yield _tensor(row, row.name.format(expert=expert), logical, whole.narrow(0, expert, expert + 1), shape)
+
+
+def _tensor(row: Row, name: str, logical: TensorSpec, within: Box, shape: ModelShape) -> NamedTensor:
+    """The tensor `name`, which has the rows `row.part` of `within`."""
+    dim = 1 if row.routed else 0
+    begin, pieces = 0, []
+    dropped = 1 if "{expert}" in row.name else 0
+    for first, last in _intervals(row.part, logical.shape[dim], shape):
+        box = within.narrow(dim, first, last)
+        held = Box.whole(box.extents).narrow(dim, 0, last - first)
+        offsets = tuple(begin if axis == dim else 0 for axis in range(len(box.extents)))
+        pieces.append(Piece(Box(offsets[dropped:], held.extents[dropped:]), row.key, box))
+        begin += last - first
+    extents = list(within.extents)
+    extents[dim] = begin
+    return NamedTensor(name, tuple(extents[dropped:]), logical.dtype, row, tuple(pieces))
+
+
+def _intervals(part: Part, num_rows: int, shape: ModelShape) -> list[tuple[int, int]]:
+    """The rows of the logical tensor that a part has: intervals [first, last) in the order of the part."""
+    if part is Part.WHOLE:
+        return [(0, num_rows)]
+    if part in (Part.GATE, Part.UP):
+        half = num_rows // 2
+        return [(0, half)] if part is Part.GATE else [(half, num_rows)]
+    size, queries = shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
+    first, last = {
+        Part.QUERY: (0, queries * size),
+        Part.KEY: (queries * size, (queries + 1) * size),
+        Part.VALUE: ((queries + 1) * size, (queries + 2) * size),
+    }[part]
+    starts = range(0, num_rows, (queries + 2) * size)
+    return [(start + first, start + last) for start in starts]

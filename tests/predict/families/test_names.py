@@ -1,0 +1,166 @@
+"""The tables of the model families: a bijection with the logical tensors, the names of transformers and of mbridge."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refit.cli.parsing import parse
+from refit.config.shape import Dtype, ModelShape
+from refit.errors import UsageError
+from refit.plan.box import Box
+from refit.predict.families.names import NamedModel, named_model
+from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE, Family
+from tests.predict.families.strategies import models
+
+BRIDGES = {
+    QWEN3: "mbridge.models.qwen3:Qwen3Bridge",
+    QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
+    DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
+}
+
+
+def preset(name: str) -> ModelShape:
+    shape = parse(["--dry-run", "--model", name]).scenario.model
+    assert shape is not None
+    return shape
+
+
+@given(models(), st.booleans())
+@settings(max_examples=60)
+def test_the_names_are_a_bijection_onto_the_logical_tensors(shape: ModelShape, single_experts: bool) -> None:
+    """Each element of each Hugging Face tensor is one logical element, and none is left over."""
+    model = named_model(shape, Dtype.BF16, single_experts=single_experts)
+    counts = {key: np.zeros(spec.shape, int) for key, spec in model.logical.items()}
+    for block in model.blocks:
+        for tensor in block.tensors:
+            held = np.zeros(tensor.shape, int)
+            for piece in tensor.pieces:
+                key = block.key_prefix + piece.key
+                assert piece.box.volume == piece.held.volume
+                held[piece.held.slices_within(Box.whole(tensor.shape))] += 1
+                counts[key][piece.box.slices_within(Box.whole(counts[key].shape))] += 1
+            assert (held == 1).all(), tensor.name
+    assert all((count == 1).all() for count in counts.values())
+
+
+@given(models(), st.booleans(), st.data())
+@settings(max_examples=60)
+def test_any_box_is_mapped_element_by_element(shape: ModelShape, single_experts: bool, data: st.DataObject) -> None:
+    model = named_model(shape, Dtype.BF16, single_experts=single_experts)
+    block = data.draw(st.sampled_from(model.blocks))
+    tensor = data.draw(st.sampled_from(block.tensors))
+    bounds = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in tensor.shape]
+    held = Box(tuple(low for low, _ in bounds), tuple(high - low for low, high in bounds))
+    expected = _logical_numbers(model, block.key_prefix, tensor)[held.slices_within(Box.whole(tensor.shape))]
+    found = np.full(held.extents, -1)
+    for part, logical in tensor.pieces_of(held):
+        whole = Box.whole(model.logical[block.key_prefix + logical.key].shape)
+        numbers = np.arange(whole.volume).reshape(whole.extents)[logical.box.slices_within(whole)]
+        found[part.slices_within(held)] = numbers.reshape(part.extents)
+    assert (found == expected).all()
+
+
+def _logical_numbers(model: NamedModel, key_prefix: str, tensor: Any) -> np.ndarray:
+    """The number of the logical element behind each element of `tensor`, joined row by row from its pieces."""
+    dim = 1 if len(tensor.shape) == 3 else 0
+    parts = []
+    for piece in tensor.pieces:
+        whole = Box.whole(model.logical[key_prefix + piece.key].shape)
+        numbers = np.arange(whole.volume).reshape(whole.extents)
+        parts.append(numbers[piece.box.slices_within(whole)].reshape(piece.held.extents))
+    return np.concatenate(parts, axis=dim)
+
+
+def test_rows_of_a_grouped_query_attention() -> None:
+    """Qwen3-30B-A3B: 4 groups of 8 queries, a key and a value, 128 rows each."""
+    tensors = {tensor.name: tensor for tensor in named_model(preset("qwen3_30b_a3b"), Dtype.BF16).blocks[1].tensors}
+    key = tensors["self_attn.k_proj.weight"]
+    assert key.shape == (512, 2048)
+    assert [piece.box.offsets[0] for piece in key.pieces] == [1024, 2304, 3584, 4864]
+    parts = [(part.offsets[0], logical.box) for part, logical in key.pieces_of(Box((100, 0), (50, 2048)))]
+    assert parts == [(100, Box((1124, 0), (28, 2048))), (128, Box((2304, 0), (22, 2048)))]
+
+
+def test_layers_of_a_kind_share_their_tensors() -> None:
+    model = named_model(preset("kimi_k2"), Dtype.BF16)
+    assert len(model.blocks) == 62
+    assert len({id(block.tensors) for block in model.blocks}) == 3
+    assert len(model.logical) == sum(len({p.key for t in b.tensors for p in t.pieces}) for b in model.blocks)
+
+
+@pytest.mark.parametrize("name", ["kimi_k2", "deepseek_v3", "qwen3_30b_a3b", "qwen3_235b_a22b"])
+def test_published_models_are_of_a_family(name: str) -> None:
+    model = named_model(preset(name), Dtype.BF16)
+    elements = sum(Box.whole(t.shape).volume for block in model.blocks for t in block.tensors)
+    assert elements == sum(Box.whole(spec.shape).volume for spec in model.logical.values())
+
+
+def test_a_model_of_no_family_is_refused_with_both_names() -> None:
+    with pytest.raises(UsageError, match=r"no qwen3_moe of transformers: the model has no \S+q_layernorm.weight \(mod"):
+        named_model(preset("tiny"), Dtype.BF16)
+    with_norm = replace(preset("tiny"), qk_layernorm=True)
+    with pytest.raises(UsageError, match=r"transformers has no name for decoder.layers.1.mlp.shared_experts.linear_fc"):
+        named_model(with_norm, Dtype.BF16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"position_embedding_type": "learned_absolute"}, "no name for embedding.position_embeddings.weight"),
+        ({"normalization": "LayerNorm"}, "no name for decoder.final_layernorm.bias"),
+        ({"add_qkv_bias": True}, "no name for decoder.layers.0.self_attention.linear_qkv.bias"),
+        ({"swiglu": False}, "gated MLPs"),
+    ],
+)
+def test_what_a_family_has_no_name_for_is_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        named_model(replace(preset("qwen3_30b_a3b"), **changed), Dtype.BF16)
+
+
+@pytest.mark.parametrize("family", BRIDGES)
+@given(data=st.data())
+@settings(max_examples=5)
+def test_mbridge_has_the_same_names(family: Family, data: st.DataObject) -> None:
+    """mbridge 0.15.1 names the Hugging Face tensors of each Megatron parameter, in the order in which it joins them."""
+    shape = data.draw(models(family))
+    if family is QWEN3_MOE and shape.experts is not None:  # mbridge has no dense layers there
+        shape = replace(shape, experts=replace(shape.experts, layers=(True,) * shape.num_layers))
+    model = named_model(shape, Dtype.BF16, single_experts=True)
+    bridge = _bridge(family)
+    for block in model.blocks:
+        ours: dict[tuple[str, int | None], list[str]] = {}
+        for tensor in block.tensors:
+            expert = tensor.pieces[0].box.offsets[0] if tensor.row.routed else None
+            ours.setdefault((block.key_prefix + tensor.row.key, expert), []).append(block.prefix + tensor.name)
+        for (key, expert), names in ours.items():
+            assert bridge._weight_name_mapping_mcore_to_hf(_parameter(family, key, expert)) == names
+
+
+def _bridge(family: Family) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module, _, name = BRIDGES[family].partition(":")
+        bridge = getattr(importlib.import_module(module), name)
+    return object.__new__(bridge)  # its name maps need no configuration
+
+
+def _parameter(family: Family, key: str, expert: int | None) -> str:
+    """The parameter's name in a model with Transformer Engine layers, from which mbridge translates."""
+    norms = {"self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight"}
+    if family is DEEPSEEK_V3:
+        norms["self_attention.q_layernorm.weight"] = "self_attention.linear_q_up_proj.layer_norm_weight"
+    else:
+        norms[".input_layernorm.weight"] = ".self_attention.linear_qkv.layer_norm_weight"
+    for ours, theirs in norms.items():
+        key = key.replace(ours, theirs)
+    if family is QWEN3:
+        key = key.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    return key if expert is None else f"{key.replace('experts.experts', 'experts')}{expert}"
