@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from functools import partial
 
@@ -9,9 +10,10 @@ from refit.bench.measurements.base import Measurement
 from refit.bench.method_choice import check_hosts, check_same_method, with_method
 from refit.bench.session import Session, device_for, launched
 from refit.bench.sides import build_side
-from refit.config.registry import ENGINES, MEASUREMENTS, load
+from refit.config.registry import ENGINES, FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Scenario
 from refit.copies.batch import start_loading_kernels
+from refit.errors import UnavailableError
 from refit.report.rank_map import rank_map
 from refit.report.warnings import idle_ranks
 from refit.results.result import MeasurementResult, Result, ResultFile, now
@@ -88,6 +90,10 @@ class _Record:
 
 def _check_available(scenario: Scenario) -> None:
     check_hosts(scenario.method)
+    for side in scenario.sides.values():
+        for library, command in FORMATS[side.format].libraries:
+            if importlib.util.find_spec(library) is None:
+                raise UnavailableError(f"{side.format} sides need {library}, which is not installed: {command}")
     device = device_for(scenario.method, scenario.device)
     for name in scenario.engines:
         if not ENGINES[name].is_baseline:

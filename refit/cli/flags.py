@@ -13,8 +13,8 @@ from refit.cli import flag_types, ignored_flags
 from refit.cli.flag_parser import FlagParser
 from refit.cli.listing import add_list
 from refit.config import limits
-from refit.config.flag_names import LAYERS_PER_CHUNK_FLAGS, SIZE_FLAGS
-from refit.config.registry import AUTO, ENGINES, METHODS
+from refit.config.flag_names import FORMAT_FLAGS, LAYERS_PER_CHUNK_FLAGS, OPTION_FLAGS, SIZE_FLAGS
+from refit.config.registry import AUTO, ENGINES, FORMATS, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
 from refit.results.stats import CONFIDENCE, STABLE_WIDTH
@@ -247,6 +247,27 @@ def _add_layout_flags(parser: FlagParser) -> None:
             metavar="N",
             help=f"{side}: layers of a model chunk, another way to give their number; default: all of a stage",
         )
+    _add_format_flags(parser)
+
+
+def _add_format_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("formats")
+    texts = {"replicate_size": "replicas of the sharded model (HSDP); default: 1"}
+    for place, side in enumerate(("source", "destination")):
+        group.add_argument(
+            f"--{FORMAT_FLAGS[place]}",
+            choices=list(FORMATS),
+            default="megatron",
+            help=f"{side}: the library that holds the weights; default: megatron",
+        )
+        for name, options in OPTION_FLAGS.items():
+            for field, flags in options.items():
+                group.add_argument(
+                    f"--{flags[place]}",
+                    type=flag_types.up_to(limits.MAX_RANKS),
+                    metavar="N",
+                    help=f"{side}, {name} only: {texts[field]}",
+                )
 
 
 def _add_refit_flags(parser: FlagParser) -> None:
@@ -255,6 +276,12 @@ def _add_refit_flags(parser: FlagParser) -> None:
         "--model",
         metavar="NAME",
         help="a preset of configs/models, or a YAML file; other flags override it; default: none",
+    )
+    group.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="PATH",
+        help="a config.json of Hugging Face, or its folder, as the preset; default: none",
     )
     group.add_argument(
         "--model-provider",

@@ -66,8 +66,7 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
 def check_no_shape(args: argparse.Namespace) -> None:
     """Raise UsageError where flags describe a model although `--model-provider` builds its own."""
     described = [name for name, value in vars(model_parser().parse_flags([])).items() if getattr(args, name) != value]
-    if args.model is not None:
-        described.append("model")
+    described += [name for name in ("model", "hf_config") if getattr(args, name) is not None]
     if described:
         raise UsageError(f"{_flags(described[:1])} contradicts --model-provider, which builds a model of its own")
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from refit.cli.flags import full_parser, recorded_flags
 from refit.cli.model_flags import (
@@ -15,16 +16,17 @@ from refit.cli.model_flags import (
     wide_experts_note,
     without_unbuildable_biases,
 )
-from refit.cli.presets import load_preset
+from refit.cli.presets import config_flags, load_preset
 from refit.config.clusters import load_cluster
-from refit.config.flag_names import LAYERS_PER_CHUNK_FLAGS, SIZE_FLAGS, size_flag
+from refit.config.flag_names import FORMAT_FLAGS, LAYERS_PER_CHUNK_FLAGS, OPTION_FLAGS, SIZE_FLAGS, size_flag
 from refit.config.layout import Layout
-from refit.config.registry import AUTO, ENGINES, METHODS
+from refit.config.registry import AUTO, ENGINES, FORMATS, METHODS, load
 from refit.config.scenario import Mode, Scenario, Verify
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
+from refit.predict.families.config_json import read_config_json
 from refit.predict.sides import check_side
 from refit.results.stats import LEAST_FOR_INTERVAL
 
@@ -58,7 +60,15 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of a command line, over those of its preset. Raises UsageError for unknown or invalid flags."""
     parser = full_parser()
     args = parser.parse_flags(argv)
-    return args if args.model is None else parser.parse_flags(argv, load_preset(args.model))
+    if args.hf_config is not None:
+        if args.model is not None:
+            raise UsageError(f"--model {args.model} contradicts --hf-config, which describes a model: give one of them")
+        config = read_config_json(args.hf_config)
+        args = parser.parse_flags(argv, config_flags(config))
+        args.hf_config = config
+    elif args.model is not None:
+        args = parser.parse_flags(argv, load_preset(args.model))
+    return args
 
 
 def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
@@ -66,38 +76,71 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
 
     Raises UsageError where the sizes do not divide the ranks. Whether the model can be sharded this way is not checked.
     """
-    tp = args.tensor_model_parallel_size or 1
-    source = _layout("source", args, {"tp": tp, "ep": 1, "etp": tp, "pp": 1}, first_rank=0)
-    tp = args.rl_inference_tensor_model_parallel_size or source.tp
+    source = _side("source", args, first_rank=0)
     first_rank = 0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size
-    defaults = {"tp": tp, "ep": source.ep, "etp": tp, "pp": source.pp}
-    destination = _layout("destination", args, defaults, first_rank=first_rank)
+    return source, _side("destination", args, first_rank=first_rank, like=source.layout)
+
+
+def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout | None = None) -> SideSpec:
+    """The side `name`. Sizes that are not given are those of `like`."""
+    place = name == "destination"
+    given_format = getattr(args, _attribute(FORMAT_FLAGS[place]))
     # A model provider chooses the dtype of what it builds.
     dtype = None if args.model_provider is not None else args.dtype or Dtype.BF16
-    impl = args.transformer_impl or "local"
-    return (
-        SideSpec(source, dtype=dtype, transformer_impl=impl),
-        SideSpec(destination, dtype=dtype, transformer_impl=impl),
+    spec = SideSpec(
+        _layout(name, args, given_format, like, first_rank=first_rank),
+        format=given_format,
+        dtype=dtype,
+        transformer_impl=args.transformer_impl or "local",
     )
+    return dataclasses.replace(spec, **_options(name, args, given_format))
 
 
-def _layout(side: str, args: argparse.Namespace, defaults: dict[str, int], *, first_rank: int) -> Layout:
-    given = {size: getattr(args, names[side == "destination"].replace("-", "_")) for size, names in SIZE_FLAGS.items()}
-    sizes = {size: given[size] or default for size, default in defaults.items()}
+def _options(name: str, args: argparse.Namespace, given_format: str) -> dict[str, Any]:
+    """The field of SideSpec with the settings of its format alone, from its flags. Empty for a format without any.
+
+    Raises UsageError for a flag of another format.
+    """
+    place = name == "destination"
+    given: dict[str, dict[str, int]] = {}
+    for format_name, fields in OPTION_FLAGS.items():
+        values = {field: getattr(args, _attribute(flags[place])) for field, flags in fields.items()}
+        given[format_name] = {field: value for field, value in values.items() if value is not None}
+        if given[format_name] and format_name != given_format:
+            flag = fields[next(iter(given[format_name]))][place]
+            raise UsageError(f"--{flag} needs --{FORMAT_FLAGS[place]} {format_name}, the {name} is {given_format}")
+    options = FORMATS[given_format].options
+    return {given_format: load(options)(**given.get(given_format, {}))} if options is not None else {}
+
+
+def _attribute(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+def _layout(name: str, args: argparse.Namespace, given_format: str, like: Layout | None, *, first_rank: int) -> Layout:
+    given = {size: getattr(args, _attribute(flags[name == "destination"])) for size, flags in SIZE_FLAGS.items()}
+    axes = FORMATS[given_format].axes
+    for size in ("pp", "etp"):
+        if size not in axes and (given[size] or 1) > 1:
+            flag = size_flag(name, size)
+            raise UsageError(f"{flag} {given[size]}: {given_format} sides have {', '.join(axes)} only, leave it out")
+    tp = given["tp"] or (like.tp if like is not None else 1)
+    defaults = {"tp": tp, "ep": like.ep if like else 1, "etp": tp, "pp": like.pp if like else 1}
+    sizes = {size: (given[size] or default) if size in axes else 1 for size, default in defaults.items()}
     stages = {size: given[size] for size in ("first_stage_layers", "last_stage_layers")}
     if sizes["pp"] == 1 and any(stages.values()):
         raise UsageError(
-            f"{side}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
+            f"{name}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
         )
     world_size = given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]
     try:
         layout = Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)
     except UsageError as error:
-        raise UsageError(f"{side}: {error} ({size_flag(side, 'world_size')})") from None
+        raise UsageError(f"{name}: {error} ({size_flag(name, 'world_size')})") from None
     try:
-        return dataclasses.replace(layout, vpp=_virtual_size(side, args, layout, given["vpp"]))
+        return dataclasses.replace(layout, vpp=_virtual_size(name, args, layout, given["vpp"]))
     except UsageError as error:
-        raise UsageError(f"{side}: {error} ({size_flag(side, 'pp')})") from None
+        raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
 
 
 def _virtual_size(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> int:
@@ -145,7 +188,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         profile=args.profile_refit,
         staging_bytes=args.staging_mib << 20,
         timeout_s=args.timeout,
-        model_name=args.model,
+        model_name=str(args.hf_config.path) if args.hf_config is not None else args.model,
         model_provider=args.model_provider,
         output_dir=args.output_dir,
         recorded=recorded_flags(args),
@@ -217,6 +260,7 @@ def _model(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> tuple[
     """The model, checked against both sides, and notes for the user."""
     if args.model_provider is not None:
         check_no_shape(args)
+        _check_provider_formats(sides)
         return None, ()
     shape, bias_note = without_unbuildable_biases(model_shape(args), [side.layout for side in sides])
     check_parameters(shape, [side.layout for side in sides])
@@ -227,4 +271,11 @@ def _model(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> tuple[
                 f"{name}: --padded-vocab-size {args.padded_vocab_size} cannot be divided by TP size {side.layout.tp}: "
                 "give a multiple of it, or --vocab-size"
             )
-    return shape, tuple(note for note in (bias_note, wide_experts_note(args, shape)) if note)
+    config_notes = args.hf_config.notes if args.hf_config is not None else ()
+    return shape, (*config_notes, *(note for note in (bias_note, wide_experts_note(args, shape)) if note))
+
+
+def _check_provider_formats(sides: Sequence[SideSpec]) -> None:
+    other = next((side.format for side in sides if not FORMATS[side.format].takes_provider), None)
+    if other is not None:
+        raise UsageError(f"--model-provider builds a Megatron-Core model, one side is {other}: describe it with flags")

@@ -1,4 +1,4 @@
-"""Model presets: YAML files that hold Megatron-LM's flags without the dashes, `num-layers: 61`."""
+"""Model presets: YAML files that hold Megatron-LM's flags without the dashes, `num-layers: 61`, and config.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from refit.cli.flags import model_parser
 from refit.config import yaml_files
 from refit.errors import UsageError
+from refit.predict.families.config_json import ConfigJson
 
 
 def load_preset(name: str) -> argparse.Namespace:
@@ -19,3 +20,11 @@ def load_preset(name: str) -> argparse.Namespace:
         return model_parser().parse_mapping(yaml_files.read_mapping(path))
     except UsageError as error:
         raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def config_flags(config: ConfigJson) -> argparse.Namespace:
+    """The model flags of a config.json. Raises UsageError for a value that its flag cannot take."""
+    try:
+        return model_parser().parse_mapping(config.flags)
+    except UsageError as error:
+        raise UsageError(f"{config.path}: {error}") from None

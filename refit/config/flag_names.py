@@ -23,6 +23,12 @@ LAYERS_PER_CHUNK_FLAGS = (
 )
 """The same as `vpp`, by the layers of a model chunk."""
 
+FORMAT_FLAGS = ("source-format", "rl-inference-format")
+"""The source's flag and the destination's, without dashes."""
+
+OPTION_FLAGS = {"fsdp2": {"replicate_size": ("fsdp-replicate-size", "rl-inference-fsdp-replicate-size")}}
+"""Format -> field of its options (`SideSpec.options`) -> the source's flag and the destination's, without dashes."""
+
 
 def size_flag(side: str, size: str) -> str:
     """`--expert-model-parallel-size` for ("source", "ep")."""

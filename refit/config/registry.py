@@ -69,13 +69,19 @@ class Format:
     `predict(model, side) -> Sharding` states what every rank holds without building anything; it raises UsageError
     where the model cannot be sharded this way. `check(model, side, name)` raises the same at lower cost.
     `build(scenario, name, side, device) -> ShardedModel` builds this rank's part; see `refit.models.sharded_model`.
-    `searched_sizes` are the sizes of `refit.config.flag_names` that `refit search` varies.
+    `axes` are the parallel sizes of `Layout` that a side may have above 1, and that `refit search` varies. `options` is
+    the class of its settings (`refit.config.side.SideOptions`), None for a format without any. `libraries` are the
+    modules that `build` needs beyond those that are always installed, each with the command that installs it.
+    `takes_provider`: `build` can build the model of `--model-provider`.
     """
 
     predict: str
     check: str
     build: str
-    searched_sizes: tuple[str, ...] = ("tp", "ep", "etp", "pp")
+    axes: tuple[str, ...] = ("tp", "ep", "etp", "pp")
+    options: str | None = None
+    libraries: tuple[tuple[str, str], ...] = ()
+    takes_provider: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,15 @@ FORMATS = Registry(
             predict="refit.predict.megatron:predict",
             check="refit.predict.megatron:check",
             build="refit.models.megatron.side:build_side",
+            takes_provider=True,
+        ),
+        "fsdp2": Format(
+            predict="refit.predict.fsdp2:predict",
+            check="refit.predict.fsdp2:check",
+            build="refit.models.fsdp2.side:build_side",
+            axes=("tp", "ep"),
+            options="refit.config.side:Fsdp2Options",
+            libraries=(("transformers", "pip install 'refit-benchmark[hf]'"),),
         ),
     },
 )

@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+NORM_EPSILON = 1e-6
+ROTARY_BASE = 10000.0
+"""Settings of the forward pass that no weight depends on, the same for the models of every library."""
+
 
 class Dtype(str, Enum):
     """Dtype of the parameters, by the name torch gives it. Buffers such as the router's expert bias stay float32."""

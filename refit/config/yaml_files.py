@@ -63,7 +63,7 @@ def summary(kind: str, name: str) -> str:
 
     Raises UsageError where it cannot be read.
     """
-    lines = itertools.takewhile(lambda line: line.startswith("#"), _text(find(kind, name)).splitlines())
+    lines = itertools.takewhile(lambda line: line.startswith("#"), read_text(find(kind, name)).splitlines())
     return " ".join(line.removeprefix("#").strip() for line in lines).partition(". ")[0].rstrip(".")
 
 
@@ -89,7 +89,7 @@ def read_mapping(path: Path) -> dict[str, object]:
 
     Raises UsageError, with line and column, where the file cannot be read, is something else or exceeds a limit.
     """
-    text = _text(path)
+    text = read_text(path)
     try:
         _check_depth(path, text)
         root = yaml.compose(text, Loader=_Loader)
@@ -111,7 +111,8 @@ def shortened(value: object, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file. Raises UsageError where it is too large, not a file or not UTF-8."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UsageError(f"{path} is a device or a pipe: give a file")

@@ -10,8 +10,8 @@ def rank_map(scenario: Scenario, world_size: int) -> str:
     used = scenario.num_ranks
     lines = [
         f"World size: {world_size} (using {used} GPUs)",
-        f"Source ranks: {_span(scenario.source.ranks)} ({scenario.source.layout.summary})",
-        f"Destination ranks: {_span(scenario.destination.ranks)} ({scenario.destination.layout.summary})",
+        f"Source ranks: {_span(scenario.source.ranks)} ({scenario.source.summary})",
+        f"Destination ranks: {_span(scenario.destination.ranks)} ({scenario.destination.summary})",
     ]
     if used < world_size:
         lines.append(f"Idle ranks: {_span(range(used, world_size))} (not participating)")

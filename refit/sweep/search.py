@@ -179,7 +179,7 @@ def side_flags(
     """
     divisors = [size for size in range(num_gpus, 0, -1) if num_gpus % size == 0]
     for name in formats:
-        searched = FORMATS[name].searched_sizes
+        searched = FORMATS[name].axes
         axes = [[size for size in divisors if axis != "pp" or size <= max_pp] for axis in searched]
         for values in itertools.product(*axes):
             yield layout_flags(side, name, dict(zip(searched, values, strict=True)), num_gpus, num_layers)
@@ -192,7 +192,7 @@ def layout_flags(
 
     Where PP does not divide the layers, the last stage has what the others, rounded up, leave.
     """
-    given = {**{size: 1 for size in FORMATS[name].searched_sizes if size != "etp"}, **sizes}
+    given = {**{size: 1 for size in FORMATS[name].axes if size != "etp"}, **sizes}
     pp = given.get("pp", 1)
     last = num_layers - (pp - 1) * math.ceil(num_layers / pp)
     if num_layers % pp and last > 0:
@@ -210,7 +210,7 @@ def layout_from_text(side: str, text: str, num_gpus: int | None, num_layers: int
     """
     words = text.split()
     name = words.pop(0) if words and words[0] in FORMATS else DEFAULT_FORMAT
-    searched = FORMATS[name].searched_sizes
+    searched = FORMATS[name].axes
     sizes: dict[str, int] = {}
     for word in words:
         match = re.fullmatch(r"([A-Za-z]+)0*([1-9][0-9]{0,8})", word)

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from refit.config.layout import Layout
-from refit.config.shape import Experts, ModelShape
+from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat
@@ -131,6 +131,8 @@ def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
         "num_attention_heads": shape.num_attention_heads,
         "ffn_hidden_size": shape.ffn_hidden_size,
         "normalization": shape.normalization,
+        "layernorm_epsilon": NORM_EPSILON,
+        "rotary_base": ROTARY_BASE,
         "gated_linear_unit": shape.swiglu,
         "activation_func": F.silu if shape.swiglu else F.gelu,
         "add_bias_linear": shape.add_bias_linear,
@@ -164,6 +166,7 @@ def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
         return TransformerConfig(**compat.known_fields(TransformerConfig, values))
     values |= {
         "multi_latent_attention": True,
+        "rope_type": "rope",
         "q_lora_rank": shape.mla.q_lora_rank,
         "kv_lora_rank": shape.mla.kv_lora_rank,
         "qk_head_dim": shape.mla.qk_head_dim,

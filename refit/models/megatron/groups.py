@@ -6,14 +6,13 @@ import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from refit.config.layout import Layout
+from refit.models.process_groups import own_group
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -67,103 +66,21 @@ Those with GTP_REMAT are of 0.19.2.
 """
 
 
-class GroupCache:
-    """This rank's process groups by their ranks, each created once, by its members only.
-
-    A Gloo group keeps a thread that wakes up about 100 times a second. So both sides of a refit, and all models that
-    one process builds, share their groups, and all axes of size 1 share the group of this rank alone: both versions of
-    Megatron take None for the default group. The group of all ranks is the default group.
-    """
-
-    def __init__(self) -> None:
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        self._generation = 0
-
-    def __len__(self) -> int:
-        """Number of groups in whose creation this rank took part."""
-        return len(self._groups)
-
-    def get(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """The group of these ranks, given in ascending order; None on a rank outside it.
-
-        Collective: every rank of the group, with its groups in the same order. Where `is_split_from_default`, every
-        rank of the default group.
-        """
-        key, default = tuple(ranks), dist.group.WORLD
-        if len(key) == dist.get_world_size():
-            return default
-        split = is_split_from_default()
-        if key not in self._groups and (split or dist.get_rank() in key):
-            with _named_by_ranks(self._generation):
-                # On GPUs nothing on the CPU goes through these groups.
-                backend = "nccl" if split else None
-                made = dist.new_group(list(key), backend=backend, use_local_synchronization=not split)
-            self._groups[key] = made if dist.get_rank() in key else None
-        return self._groups.get(key)
-
-    def close(self) -> None:
-        """Destroy the groups that `get` created. The default group stays. Models on these groups become unusable.
-
-        A group's threads end when nothing refers to it any more, models included. Collective: every rank of the default
-        group.
-        """
-        groups, self._groups = self._groups, {}
-        self._generation += 1
-        for group in groups.values():
-            if group is not None:
-                dist.destroy_process_group(group)
-
-
-def is_split_from_default() -> bool:
-    """Whether NCCL makes a new group by `ncclCommSplit`, which every rank of the default group has to call.
-
-    So it is where the default group is bound to a device (`_new_process_group_helper` of torch).
-    """
-    default = dist.group.WORLD
-    return default is not None and default.bound_device_id is not None
-
-
-@contextlib.contextmanager
-def _named_by_ranks(generation: int) -> Iterator[None]:
-    """Groups made in this context are named by their ranks and `generation`.
-
-    torch (2.3 to 2.13) puts the number of groups that this rank has into the name by which members find each other.
-    Ranks that belong to different numbers of groups would never meet.
-    """
-    original = distributed_c10d._hash_ranks_to_str
-    distributed_c10d._hash_ranks_to_str = lambda ranks: f"refit-{generation}-{'_'.join(map(str, ranks))}"
-    try:
-        yield
-    finally:
-        distributed_c10d._hash_ranks_to_str = original
-
-
-_CACHES: WeakKeyDictionary[dist.ProcessGroup, GroupCache] = WeakKeyDictionary()
-"""One cache per default group. It is dropped together with that group."""
-
-
-def group_cache() -> GroupCache:
-    """The cache of the current default group."""
-    default = dist.group.WORLD
-    assert default is not None, "there is no default process group"
-    return _CACHES.setdefault(default, GroupCache())
-
-
 def build_groups(layout: Layout) -> ProcessGroupCollection | None:
     """This rank's process groups for `layout`, or None on a rank outside it.
 
-    Groups come from `group_cache()`. Collective: every rank of the default group, idle ones included, with the same
-    layouts in the same order.
+    Groups come from the cache of `refit.models.process_groups`. Collective: every rank of the default group, idle ones
+    included, with the same layouts in the same order.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     collection = ProcessGroupCollection()
     for name, axes in AXES.items():
-        setattr(collection, name, _own(rank_groups(layout, axes)))
+        setattr(collection, name, own_group(rank_groups(layout, axes)))
     # Tied embeddings are summed over the first and last stage, position embeddings stay on the first.
     pipelines = rank_groups(layout, AXES["pp"])
-    collection.embd = _own([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
-    collection.pos_embd = _own([ranks[:1] for ranks in pipelines])
+    collection.embd = own_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+    collection.pos_embd = own_group([ranks[:1] for ranks in pipelines])
     return collection if dist.get_rank() in layout.ranks else None
 
 
@@ -199,9 +116,3 @@ def rank_groups(layout: Layout, axes: Sequence[str]) -> list[list[int]]:
     spanned = [names.index(axis) for axis in axes]
     grid = np.moveaxis(grid, spanned, range(len(sizes) - len(spanned), len(sizes)))
     return [[int(rank) for rank in ranks] for ranks in grid.reshape(-1, int(np.prod([sizes[dim] for dim in spanned])))]
-
-
-def _own(groups: list[list[int]]) -> dist.ProcessGroup | None:
-    """This rank's group of `groups`, or None. Collective: every rank, with the same groups."""
-    cache = group_cache()
-    return next((group for group in [cache.get(ranks) for ranks in groups] if group is not None), None)

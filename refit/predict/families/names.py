@@ -143,7 +143,8 @@ def _resolve(
     if lacking or unnamed:
         raise UsageError(
             f"the model is no {family.model_type} of transformers: {'; '.join([*lacking[:1], *unnamed[:1]])}: "
-            f"{len(lacking)} tensors more and {len(unnamed)} fewer, choose another model (tiny_{family.model_type})"
+            f"{len(lacking)} names have no tensor, {len(unnamed)} tensors have no name, so choose another model "
+            f"(--model tiny_{family.model_type})"
         )
     return tuple(tensor for row in rows for tensor in _tensors(row, logical[row.key], shape))
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from refit.config.layout import Layout
-from refit.models.megatron.groups import AXES, build_groups, group_cache, rank_groups
+from refit.models.megatron.groups import AXES, build_groups, rank_groups
+from refit.models.process_groups import group_cache
 from tests.models.megatron.small import layout, playing
 from tests.ranks.pool import RankPool
 

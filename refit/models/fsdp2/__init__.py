@@ -1,0 +1,1 @@
+"""transformers models under tensor parallelism and FSDP2."""

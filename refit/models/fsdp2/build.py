@@ -1,0 +1,105 @@
+"""Builds a transformers model of a ModelShape, splits it over TP and EP and shards it with `fully_shard`.
+
+The model is built on the meta device. Each layer gets memory when it is sharded, so that no rank ever holds more than
+one whole layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from refit.config.shape import ModelShape
+from refit.models.fsdp2.experts import split_over_experts
+from refit.models.fsdp2.meshes import Meshes
+from refit.predict.families.config_json import config_values
+from refit.predict.families.names import Block, NamedModel
+from refit.predict.megatron import Split
+
+
+def build_model(shape: ModelShape, named: NamedModel, meshes: Meshes, dtype: torch.dtype, device: torch.device) -> Any:
+    """This rank's part of the model, in eval mode, its weights uninitialised. Collective: every rank of the side."""
+    model = meta_model(shape, named, dtype)
+    _split_over_tp(model, named, meshes, shape.tied_embeddings)
+    split_over_experts(experts_of(model), meshes.ep)
+    if shape.tied_embeddings:  # splitting them has made two parameters of one
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for layer in model.model.layers:
+        for experts in experts_of(layer):
+            _shard(experts, meshes.expert_shards, device)
+        _shard(layer, meshes.dense_shards, device)
+    _shard(model, meshes.dense_shards, device)
+    # Its buffers are computed from the config, and on the meta device they have no values.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    model.eval()
+    return model
+
+
+def meta_model(shape: ModelShape, named: NamedModel, dtype: torch.dtype) -> Any:
+    """The whole model on the meta device, with the dtypes of the named tensors."""
+    values = config_values(shape)
+    config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
+    with torch.device("meta"):
+        # Experts are computed one by one, which any device can: their weights do not depend on how.
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(config, dtype=dtype, experts_implementation="eager")
+    for block in named.blocks:
+        for tensor in block.tensors:
+            if tensor.row.buffer:  # kept in float32, as `from_pretrained` keeps them
+                owner, _, name = f"{block.prefix}{tensor.name}".rpartition(".")
+                module = model.get_submodule(owner)
+                setattr(module, name, getattr(module, name).to(getattr(torch, tensor.dtype)))
+    return model
+
+
+def experts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules within `module` that hold all routed experts of a layer."""
+    return [part for name, part in module.named_modules() if name.endswith("mlp.experts")]
+
+
+def _split_over_tp(model: torch.nn.Module, named: NamedModel, meshes: Meshes, tied: bool) -> None:
+    if meshes.tp.size() == 1:
+        return
+    styles = {module: style for block in named.blocks for module, style in _styles(model, block)}
+    if tied:  # the output layer has no row of its own
+        styles["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, meshes.tp, styles, src_data_rank=None)
+
+
+def _styles(model: torch.nn.Module, block: Block) -> Iterator[tuple[str, ParallelStyle]]:
+    """Module -> how torch splits it, for the tensors that the family's table splits over TP."""
+    for tensor in block.tensors:
+        if tensor.row.routed or tensor.row.split is Split.REPLICATED:
+            continue
+        name = f"{block.prefix}{tensor.name}".removesuffix(".weight")
+        if isinstance(model.get_submodule(name), torch.nn.Embedding):  # whose rows are its inputs
+            yield name, RowwiseParallel(input_layouts=Replicate())
+        elif tensor.row.split is Split.ROW:
+            yield name, RowwiseParallel()
+        else:  # logits are whole on every rank, other outputs stay split
+            yield name, ColwiseParallel(output_layouts=None if block.prefix else Replicate())
+
+
+def _shard(module: torch.nn.Module, mesh: Any, device: torch.device) -> None:
+    """Give the module's parameters memory, and shard those that are not sharded yet."""
+    materialise(module, device)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def materialise(module: torch.nn.Module, device: torch.device) -> None:
+    """Replace parameters and buffers on the meta device by uninitialised ones on `device`; shared ones stay shared."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    if tensor not in made:
+                        empty = torch.empty_like(tensor, device=device)
+                        made[tensor] = torch.nn.Parameter(empty) if held is part._parameters else empty
+                    held[name] = made[tensor]  # type: ignore[assignment]

@@ -1,0 +1,149 @@
+"""What every rank of an FSDP2 side holds, predicted from the flags: no model, no transformers, no torch.
+
+The side is a transformers model under `parallelize_module` (tensor parallelism) and `fully_shard`.
+
+A side's ranks are a mesh [replicate, shard, tp] for dense tensors, tp fastest. Routed experts have the mesh
+[replicate, expert shard, ep] of the same ranks, ep fastest. A tensor is split over tp along its rows or columns, or a
+routed one over ep along its experts, and then over the shards along dim 0. Both splits are those of `torch.chunk`:
+equal parts of ceil(size / parts), the last ones shorter or empty. Buffers are whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from refit.config.flag_names import OPTION_FLAGS, size_flag
+from refit.config.shape import ModelShape
+from refit.config.side import Fsdp2Options, SideSpec
+from refit.errors import UsageError
+from refit.plan.box import Box, coalesce
+from refit.plan.sharding import Sharding, TensorSharding
+from refit.predict.families.config_json import config_values
+from refit.predict.families.names import Block, NamedTensor, named_model
+from refit.predict.megatron import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The sizes of both meshes of a side."""
+
+    replicate: int
+    shard: int
+    tp: int
+    expert_shard: int
+    ep: int
+
+    @classmethod
+    def of(cls, side: SideSpec) -> Mesh:
+        """Raises UsageError, with both numbers, where the ranks cannot be divided into these sizes."""
+        layout, replicate = side.layout, (side.fsdp2 or Fsdp2Options()).replicate_size
+        for size, what in (
+            (replicate * layout.tp, f"HSDP replicas x TP = {replicate} x {layout.tp}"),
+            (replicate * layout.ep, f"HSDP replicas x EP = {replicate} x {layout.ep}"),
+        ):
+            if layout.world_size % size:
+                raise UsageError(f"{layout.world_size} ranks cannot be divided into {what} = {size}")
+        ranks = layout.world_size // replicate
+        return cls(replicate, ranks // layout.tp, layout.tp, ranks // layout.ep, layout.ep)
+
+    @property
+    def dense_sizes(self) -> tuple[int, int, int]:
+        return self.replicate, self.shard, self.tp
+
+    @property
+    def expert_sizes(self) -> tuple[int, int, int]:
+        return self.replicate, self.expert_shard, self.ep
+
+
+def check(shape: ModelShape, side: SideSpec, name: str) -> None:
+    """Raise UsageError where transformers has no such model or it cannot be sharded so; `name` is the side's."""
+    try:
+        mesh = Mesh.of(side)
+    except UsageError as error:
+        place = name == "destination"
+        flags = f"{size_flag(name, 'world_size')}, --{OPTION_FLAGS['fsdp2']['replicate_size'][place]}"
+        raise UsageError(f"{name}: {error} ({flags})") from None
+    divisible = [
+        (shape.num_attention_heads, mesh.tp, "attention heads", "TP size"),
+        (shape.ffn_hidden_size, mesh.tp, "FFN hidden size", "TP size"),
+    ]
+    if shape.mla is None:
+        divisible.append((shape.num_query_groups, mesh.tp, "query groups", "TP size"))
+    if shape.experts is not None:
+        divisible += [
+            (shape.experts.num_experts, mesh.ep, "experts", "EP size"),
+            (shape.experts.shared_ffn_hidden_size or mesh.tp, mesh.tp, "shared expert FFN hidden size", "TP size"),
+        ]
+    elif mesh.ep > 1:
+        raise UsageError(f"{name}: EP size {mesh.ep} needs experts: give --num-experts or set EP to 1")
+    for number, divisor, what, by in divisible:
+        if number % divisor:
+            raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    try:
+        config_values(shape)
+        named_model(shape, side.dtype)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def predict(shape: ModelShape, side: SideSpec) -> Sharding:
+    """What every rank of `side` holds, by canonical keys. Raises UsageError as `check` does."""
+    check(shape, side, "this layout")
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    model, mesh = named_model(shape, side.dtype), Mesh.of(side)
+    by_kind: dict[int, dict[str, TensorSharding]] = {}  # by identity: layers of a kind share their tensors
+    by_key: dict[str, TensorSharding] = {}
+    for block in model.blocks:
+        if id(block.tensors) not in by_kind:
+            by_kind[id(block.tensors)] = _shardings(block, mesh, side.ranks)
+        by_key |= {block.key_prefix + key: sharding for key, sharding in by_kind[id(block.tensors)].items()}
+    return Sharding(tuple(side.ranks), model.logical, by_key)
+
+
+def _shardings(block: Block, mesh: Mesh, ranks: range) -> dict[str, TensorSharding]:
+    """Logical tensor, below the block's prefix -> its sharding."""
+    boxes: dict[str, dict[int, list[Box]]] = defaultdict(lambda: {rank: [] for rank in ranks})
+    for tensor in block.tensors:
+        for local, rank in enumerate(ranks):
+            for key, box in _logical_boxes(tensor, mesh, local):
+                boxes[key][rank].append(box)
+    return {
+        key: TensorSharding.of((rank, coalesce(held)) for rank, held in by_rank.items())
+        for key, by_rank in boxes.items()
+    }
+
+
+def _logical_boxes(tensor: NamedTensor, mesh: Mesh, local: int) -> Iterator[tuple[str, Box]]:
+    held = held_box(tensor, mesh, local)
+    if held is not None:
+        yield from ((logical.key, logical.box) for _, logical in tensor.pieces_of(held))
+
+
+def held_box(tensor: NamedTensor, mesh: Mesh, local: int) -> Box | None:
+    """The part of `tensor` that the side's rank number `local` holds; None for an empty one."""
+    box: Box | None = Box.whole(tensor.shape)
+    if tensor.row.buffer:
+        return box
+    if tensor.row.routed:
+        shards, outer, part, dim = mesh.expert_shard, mesh.ep, local % mesh.ep, 0
+        shard = local // mesh.ep % mesh.expert_shard
+    else:
+        shards, outer, part, dim = mesh.shard, mesh.tp, local % mesh.tp, int(tensor.row.split is Split.ROW)
+        shard = local // mesh.tp % mesh.shard
+        if tensor.row.split is Split.REPLICATED:
+            outer = 1
+    if outer > 1:
+        box = chunk(box, dim, outer, part)
+    return chunk(box, 0, shards, shard)
+
+
+def chunk(box: Box | None, dim: int, parts: int, part: int) -> Box | None:
+    """Part number `part` of `torch.chunk(..., parts, dim)`; None for an empty one."""
+    if box is None:
+        return None
+    size = -(-box.extents[dim] // parts)
+    begin, end = (min(number * size, box.extents[dim]) for number in (part, part + 1))
+    return box.narrow(dim, box.offsets[dim] + begin, box.offsets[dim] + end) if end > begin else None
