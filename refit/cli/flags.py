@@ -17,6 +17,7 @@ from refit.config.flag_names import FORMAT_FLAGS, LAYERS_PER_CHUNK_FLAGS, OPTION
 from refit.config.registry import AUTO, ENGINES, FORMATS, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
+from refit.config.side import MAX_ZERO_STAGE
 from refit.results.stats import CONFIDENCE, STABLE_WIDTH
 
 DEFAULT_REPEATS = 200
@@ -252,7 +253,14 @@ def _add_layout_flags(parser: FlagParser) -> None:
 
 def _add_format_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("formats")
-    texts = {"replicate_size": "replicas of the sharded model (HSDP); default: 1"}
+    texts = {
+        "replicate_size": "replicas of the sharded model (HSDP); default: 1",
+        "zero_stage": "ZeRO stage, 0 to 2; default: 1",
+    }
+    types = {
+        "replicate_size": flag_types.up_to(limits.MAX_RANKS),
+        "zero_stage": flag_types.up_to(MAX_ZERO_STAGE, least=0),
+    }
     for place, side in enumerate(("source", "destination")):
         group.add_argument(
             f"--{FORMAT_FLAGS[place]}",
@@ -264,7 +272,7 @@ def _add_format_flags(parser: FlagParser) -> None:
             for field, flags in options.items():
                 group.add_argument(
                     f"--{flags[place]}",
-                    type=flag_types.up_to(limits.MAX_RANKS),
+                    type=types[field],
                     metavar="N",
                     help=f"{side}, {name} only: {texts[field]}",
                 )

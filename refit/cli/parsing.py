@@ -120,7 +120,7 @@ def _attribute(flag: str) -> str:
 def _layout(name: str, args: argparse.Namespace, given_format: str, like: Layout | None, *, first_rank: int) -> Layout:
     given = {size: getattr(args, _attribute(flags[name == "destination"])) for size, flags in SIZE_FLAGS.items()}
     axes = FORMATS[given_format].axes
-    for size in ("pp", "etp"):
+    for size in ("pp", "ep", "etp"):
         if size not in axes and (given[size] or 1) > 1:
             flag = size_flag(name, size)
             raise UsageError(f"{flag} {given[size]}: {given_format} sides have {', '.join(axes)} only, leave it out")

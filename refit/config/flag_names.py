@@ -26,7 +26,10 @@ LAYERS_PER_CHUNK_FLAGS = (
 FORMAT_FLAGS = ("source-format", "rl-inference-format")
 """The source's flag and the destination's, without dashes."""
 
-OPTION_FLAGS = {"fsdp2": {"replicate_size": ("fsdp-replicate-size", "rl-inference-fsdp-replicate-size")}}
+OPTION_FLAGS = {
+    "fsdp2": {"replicate_size": ("fsdp-replicate-size", "rl-inference-fsdp-replicate-size")},
+    "autotp": {"zero_stage": ("zero-stage", "rl-inference-zero-stage")},
+}
 """Format -> field of its options (`SideSpec.options`) -> the source's flag and the destination's, without dashes."""
 
 

@@ -147,6 +147,14 @@ FORMATS = Registry(
             options="refit.config.side:Fsdp2Options",
             libraries=(("transformers", "pip install 'refit-benchmark[hf]'"),),
         ),
+        "autotp": Format(
+            predict="refit.predict.autotp:predict",
+            check="refit.predict.autotp:check",
+            build="refit.models.autotp.side:build_side",
+            axes=("tp",),
+            options="refit.config.side:AutotpOptions",
+            libraries=tuple((name, "pip install 'refit-benchmark[autotp]'") for name in ("transformers", "deepspeed")),
+        ),
     },
 )
 

@@ -8,6 +8,9 @@ from typing import Protocol
 from refit.config.layout import Layout, short_text
 from refit.config.shape import Dtype
 
+MAX_ZERO_STAGE = 2
+"""DeepSpeed's stage 3 shards the weights too, which AutoTP sides do not."""
+
 
 class SideOptions(Protocol):
     """The settings that one format alone has, a frozen dataclass.
@@ -34,12 +37,23 @@ class Fsdp2Options:
 
 
 @dataclass(frozen=True, slots=True)
+class AutotpOptions:
+    """`zero_stage` is DeepSpeed's: 0 repeats the optimizer's state on all DP ranks, 1 shards it, 2 gradients too."""
+
+    zero_stage: int = 1
+
+    def title(self, layout: Layout) -> str:
+        """DP is the number of replicas of the model."""
+        return f"TP{layout.tp} DP{layout.world_size // layout.tp} ZeRO{self.zero_stage}"
+
+
+@dataclass(frozen=True, slots=True)
 class SideSpec:
     """Which framework holds the weights, sharded how, on which ranks and in which dtype.
 
     `format` is a name of `FORMATS`; `layout` has the parallel sizes and the ranks. `dtype` is that of the parameters,
-    None where a model provider chooses it. `transformer_impl` is Megatron's layer spec. `fsdp2` is for that format
-    alone.
+    None where a model provider chooses it. `transformer_impl` is Megatron's layer spec. `fsdp2` and `autotp` are for
+    the format of that name alone.
     """
 
     layout: Layout
@@ -47,6 +61,7 @@ class SideSpec:
     dtype: Dtype | None = Dtype.BF16
     transformer_impl: str = "local"
     fsdp2: Fsdp2Options | None = None
+    autotp: AutotpOptions | None = None
 
     @property
     def ranks(self) -> range:

@@ -10,18 +10,16 @@ equal parts of ceil(size / parts), the last ones shorter or empty. Buffers are w
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from refit.config.flag_names import OPTION_FLAGS, size_flag
 from refit.config.shape import ModelShape
 from refit.config.side import Fsdp2Options, SideSpec
 from refit.errors import UsageError
-from refit.plan.box import Box, coalesce
-from refit.plan.sharding import Sharding, TensorSharding
-from refit.predict.families.config_json import config_values
-from refit.predict.families.names import Block, NamedTensor, named_model
+from refit.plan.box import Box
+from refit.plan.sharding import Sharding
+from refit.predict.families.names import NamedTensor, named_model
+from refit.predict.families.sharding import check_family, sharding_of
 from refit.predict.megatron import Split
 
 
@@ -81,45 +79,15 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     for number, divisor, what, by in divisible:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
-    assert side.dtype is not None, "flags that describe a model give its dtype"
-    try:
-        config_values(shape)
-        named_model(shape, side.dtype)
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
+    check_family(shape, side, name)
 
 
 def predict(shape: ModelShape, side: SideSpec) -> Sharding:
     """What every rank of `side` holds, by canonical keys. Raises UsageError as `check` does."""
     check(shape, side, "this layout")
     assert side.dtype is not None, "flags that describe a model give its dtype"
-    model, mesh = named_model(shape, side.dtype), Mesh.of(side)
-    by_kind: dict[int, dict[str, TensorSharding]] = {}  # by identity: layers of a kind share their tensors
-    by_key: dict[str, TensorSharding] = {}
-    for block in model.blocks:
-        if id(block.tensors) not in by_kind:
-            by_kind[id(block.tensors)] = _shardings(block, mesh, side.ranks)
-        by_key |= {block.key_prefix + key: sharding for key, sharding in by_kind[id(block.tensors)].items()}
-    return Sharding(tuple(side.ranks), model.logical, by_key)
-
-
-def _shardings(block: Block, mesh: Mesh, ranks: range) -> dict[str, TensorSharding]:
-    """Logical tensor, below the block's prefix -> its sharding."""
-    boxes: dict[str, dict[int, list[Box]]] = defaultdict(lambda: {rank: [] for rank in ranks})
-    for tensor in block.tensors:
-        for local, rank in enumerate(ranks):
-            for key, box in _logical_boxes(tensor, mesh, local):
-                boxes[key][rank].append(box)
-    return {
-        key: TensorSharding.of((rank, coalesce(held)) for rank, held in by_rank.items())
-        for key, by_rank in boxes.items()
-    }
-
-
-def _logical_boxes(tensor: NamedTensor, mesh: Mesh, local: int) -> Iterator[tuple[str, Box]]:
-    held = held_box(tensor, mesh, local)
-    if held is not None:
-        yield from ((logical.key, logical.box) for _, logical in tensor.pieces_of(held))
+    mesh = Mesh.of(side)
+    return sharding_of(named_model(shape, side.dtype), side.ranks, lambda tensor, local: held_box(tensor, mesh, local))
 
 
 def held_box(tensor: NamedTensor, mesh: Mesh, local: int) -> Box | None:

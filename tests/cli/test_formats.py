@@ -67,22 +67,28 @@ def test_what_cannot_be_honoured_is_one_line(flags: list[str], message: str) -> 
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("side", "library", "extra"), [("fsdp2", "transformers", "hf"), ("autotp", "deepspeed", "autotp")]
+)
+def test_a_missing_library_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, side: str, library: str, extra: str
+) -> None:
     find = importlib.util.find_spec
 
     def without(name: str, *rest: Any) -> Any:
-        return None if name == "transformers" else find(name, *rest)
+        return None if name == library else find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(UnavailableError, match=r"transformers, which is not installed: pip install .*\[hf\]") as error:
-        run(parse(FSDP2).scenario)
+    command = rf"{library}, which is not installed: pip install .*\[{extra}\]"
+    with pytest.raises(UnavailableError, match=command) as error:
+        run(parse([*MOE, f"--source-format={side}"]).scenario)
     assert error.value.exit_code == ExitCode.WAIVED
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen3", "tiny_qwen3_moe", "tiny_deepseek_v3"])
 def test_a_dry_run_plans_both_directions(model: str) -> None:
-    """Each element that a Megatron side of one rank holds comes from one FSDP2 rank, and the other way round."""
-    for flags in (["--source-format=fsdp2", "--source-world-size=3"], ["--rl-inference-format=fsdp2"]):
+    """Each element that a Megatron side of one rank holds comes from one FSDP2 rank; and into AutoTP."""
+    for flags in (["--source-format=fsdp2", "--source-world-size=3"], ["--rl-inference-format=autotp"]):
         request = parse(["--dry-run", "--model", model, *flags])
         assert request.dry_run is not None
         planned = dry_run(request.scenario, request.dry_run)

@@ -13,12 +13,11 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from refit.config.shape import ModelShape
 from refit.models.fsdp2.experts import split_over_experts
 from refit.models.fsdp2.meshes import Meshes
-from refit.predict.families.config_json import config_values
+from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
 from refit.predict.families.names import Block, NamedModel
 from refit.predict.megatron import Split
 
@@ -35,26 +34,8 @@ def build_model(shape: ModelShape, named: NamedModel, meshes: Meshes, dtype: tor
             _shard(experts, meshes.expert_shards, device)
         _shard(layer, meshes.dense_shards, device)
     _shard(model, meshes.dense_shards, device)
-    # Its buffers are computed from the config, and on the meta device they have no values.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    compute_rotary_buffers(model, device)
     model.eval()
-    return model
-
-
-def meta_model(shape: ModelShape, named: NamedModel, dtype: torch.dtype) -> Any:
-    """The whole model on the meta device, with the dtypes of the named tensors."""
-    values = config_values(shape)
-    config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
-    with torch.device("meta"):
-        # Experts are computed one by one, which any device can: their weights do not depend on how.
-        build: Any = AutoModelForCausalLM.from_config
-        model = build(config, dtype=dtype, experts_implementation="eager")
-    for block in named.blocks:
-        for tensor in block.tensors:
-            if tensor.row.buffer:  # kept in float32, as `from_pretrained` keeps them
-                owner, _, name = f"{block.prefix}{tensor.name}".rpartition(".")
-                module = model.get_submodule(owner)
-                setattr(module, name, getattr(module, name).to(getattr(torch, tensor.dtype)))
     return model
 
 
@@ -90,16 +71,3 @@ def _shard(module: torch.nn.Module, mesh: Any, device: torch.device) -> None:
     """Give the module's parameters memory, and shard those that are not sharded yet."""
     materialise(module, device)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-
-def materialise(module: torch.nn.Module, device: torch.device) -> None:
-    """Replace parameters and buffers on the meta device by uninitialised ones on `device`; shared ones stay shared."""
-    made: dict[torch.Tensor, torch.Tensor] = {}
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and tensor.is_meta:
-                    if tensor not in made:
-                        empty = torch.empty_like(tensor, device=device)
-                        made[tensor] = torch.nn.Parameter(empty) if held is part._parameters else empty
-                    held[name] = made[tensor]  # type: ignore[assignment]

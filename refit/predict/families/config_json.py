@@ -234,6 +234,8 @@ def config_values(shape: ModelShape) -> dict[str, Any]:
         )
     values = {key.name: attrgetter(key.attribute)(shape) for key in KEYS[family]}
     values |= {**NUMERICS, "model_type": family.model_type, "tie_word_embeddings": shape.tied_embeddings}
+    if shape.mla is not None:
+        values["num_key_value_heads"] = shape.num_attention_heads  # as published ones have it, DeepSpeed reads it
     if shape.experts is not None:
         values |= _EXPERT_VALUES[family](shape.experts)
     return values

@@ -64,11 +64,12 @@ class Family:
 QKV = "self_attention.linear_qkv.weight"
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
 EXPERTS, SHARED = "mlp.experts.experts", "mlp.shared_experts"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 MODEL = (
-    Row("model.embed_tokens.weight", "embedding.word_embeddings.weight", Split.COLUMN),
+    Row("model.embed_tokens.weight", EMBEDDING, Split.COLUMN),
     Row("model.norm.weight", "decoder.final_layernorm.weight"),
-    Row("lm_head.weight", "output_layer.weight", Split.COLUMN, optional=True),  # absent where embeddings are tied
+    Row("lm_head.weight", OUTPUT, Split.COLUMN, optional=True),  # absent where embeddings are tied
 )
 NORMS = (
     Row("input_layernorm.weight", "input_layernorm.weight"),

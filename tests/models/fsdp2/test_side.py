@@ -20,10 +20,12 @@ from refit.bench.sides import Side
 from refit.bench.sides import build_side as build_checked_side
 from refit.cli.parsing import parse
 from refit.config.shape import Dtype, ModelShape
-from refit.models.fsdp2.build import build_model, materialise, meta_model
+from refit.models.fsdp2.build import build_model
 from refit.models.fsdp2.meshes import build_meshes
 from refit.models.fsdp2.side import Fsdp2Side
-from refit.models.fsdp2.weights import read_weights
+from refit.models.fsdp2.weights import held_of
+from refit.models.huggingface.model import materialise, meta_model
+from refit.models.huggingface.weights import read_weights
 from refit.models.megatron.side import MegatronSide
 from refit.plan.planner import plan_refit
 from refit.predict.families.names import named_model
@@ -51,7 +53,7 @@ def differences(rank: int, shape: ModelShape, sizes: dict[str, int]) -> list[str
     if meshes is None:
         return []
     named = named_model(shape, Dtype.BF16)
-    weights = read_weights(build_model(shape, named, meshes, torch.bfloat16, CPU), named)
+    weights = read_weights(build_model(shape, named, meshes, torch.bfloat16, CPU), named, held_of)
     predicted = predict(shape, spec)
     found = predicted.of_rank(rank).differences(weights.rank_sharding)
     return found if weights.nbytes == predicted.bytes_per_rank[rank] else [*found, f"{weights.nbytes} bytes held"]
@@ -106,7 +108,12 @@ EXPERTS = ["--source-format=fsdp2", "--source-world-size=4", "--expert-model-par
 )
 def test_refits_arrive_and_both_libraries_give_the_same_logits(ranks: RankPool, model: str, flags: list[str]) -> None:
     """In float32, so that both libraries' routers choose the same experts."""
-    (answer, *_) = ranks.run(run_scenario, ["--model", model, "--fp32", "--check-forward", *RUN, *flags])
+    assert_verified(ranks, ["--model", model, *flags])
+
+
+def assert_verified(ranks: RankPool, flags: list[str]) -> None:
+    """A run of these flags passes, and both sides give the same logits."""
+    (answer, *_) = ranks.run(run_scenario, ["--fp32", "--check-forward", *RUN, *flags])
     result: RefitResult = answer.measurements["refit"]
     engine = result.engines["refit"]
     assert (answer.exit_code, engine.status, engine.num_wrong) == (0, "ok", 0)

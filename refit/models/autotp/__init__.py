@@ -1,0 +1,1 @@
+"""transformers models under DeepSpeed's automatic tensor parallelism (AutoTP) and ZeRO."""

@@ -1,0 +1,103 @@
+"""Puts a transformers model under `deepspeed.initialize`, split by AutoTP over the ranks of one side."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from refit.config.shape import Dtype, ModelShape
+from refit.config.side import AutotpOptions, SideSpec
+from refit.errors import RefitError
+from refit.models.autotp.groups import ParallelGroups, told_to
+from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
+from refit.predict.autotp import is_split
+from refit.predict.families.names import NamedModel
+from refit.predict.megatron import Split
+
+PRECISION: dict[Dtype, dict[str, Any]] = {
+    Dtype.BF16: {"bf16": {"enabled": True}},
+    Dtype.FP16: {"fp16": {"enabled": True}},
+    Dtype.FP32: {},
+}
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """The module `deepspeed`, for sides on `device`."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when it is imported
+    import deepspeed
+
+    # Its all-reduce through shared memory is compiled at first use, and waits for all ranks of the job.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def whole_model(shape: ModelShape, named: NamedModel, side: SideSpec) -> Any:
+    """The model before it is split, in eval mode, its weights uninitialised.
+
+    It is in host memory, where pages take none before they are written: a rank keeps its parts only.
+    """
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    host = torch.device("cpu")
+    model = meta_model(shape, named, getattr(torch, side.dtype.value))
+    materialise(model, host)
+    compute_rotary_buffers(model, host)
+    model.eval()
+    return model
+
+
+def build_engine(
+    model: Any, shape: ModelShape, named: NamedModel, side: SideSpec, groups: ParallelGroups, device: torch.device
+) -> Any:
+    """The DeepSpeedEngine of this rank's parts of `model`, a whole one. Collective: every rank of the side.
+
+    Raises RefitError where DeepSpeed refuses the model.
+    """
+    deepspeed = load_deepspeed(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = _config(deepspeed, model, named, shape, side)
+    try:
+        with told_to(deepspeed, groups):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    except (ValueError, NotImplementedError) as error:
+        raise RefitError(f"DeepSpeed cannot split the model: {error}") from error
+    if side.layout.tp > 1:
+        # It compares the first batch within a TP group, whose first rank it computes as if all ranks were the side's.
+        engine.first_dataloader_check.remove()
+    return engine
+
+
+def _config(deepspeed: Any, model: Any, named: NamedModel, shape: ModelShape, side: SideSpec) -> dict[str, Any]:
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    specs = [*_split_layers(named, shape), *_summed_gradients(deepspeed, model)]
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": (side.autotp or AutotpOptions()).zero_stage},
+        "tensor_parallel": {
+            "autotp_size": side.layout.tp,
+            "vocab_parallel_lm_head": side.layout.tp > 1,
+            "partition_config": {"use_default_specs": False, "layer_specs": specs},
+        },
+        **PRECISION[side.dtype],
+    }
+
+
+def _split_layers(named: NamedModel, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    """The layers that the family's table splits, as DeepSpeed wants them told. The output layer has its own setting."""
+    names = {tensor.name: tensor for block in named.blocks if block.prefix for tensor in block.tensors}
+    for name, tensor in names.items():
+        if is_split(tensor, shape):
+            kind = "row" if tensor.row.split is Split.ROW else "column"
+            yield {"patterns": [rf"model\.layers\.\d+\.{re.escape(name)}$"], "partition_type": kind}
+
+
+def _summed_gradients(deepspeed: Any, model: Any) -> Iterator[dict[str, Any]]:
+    """Whole parameters of which each rank computes part of the gradient, as transformers' own plan names them."""
+    plan = deepspeed.runtime.tensor_parallel.config._get_hf_tp_plan(model) or {}
+    for pattern, style in plan.items():
+        if style == "replicated_with_grad_allreduce":
+            name = re.escape(pattern).replace(r"\*", r"\d+")
+            yield {"patterns": [rf"(model\.)?{name}\.weight$"], "partition_type": "skip", "grad_allreduce": True}

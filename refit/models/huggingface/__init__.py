@@ -1,0 +1,1 @@
+"""What all sides with a transformers model share."""

@@ -1,0 +1,47 @@
+"""Builds a transformers model of a ModelShape on the meta device, and gives it memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from refit.config.shape import ModelShape
+from refit.predict.families.config_json import config_values
+from refit.predict.families.names import NamedModel
+
+
+def meta_model(shape: ModelShape, named: NamedModel, dtype: torch.dtype) -> Any:
+    """The whole model on the meta device, with the dtypes of the named tensors."""
+    values = config_values(shape)
+    config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
+    with torch.device("meta"):
+        # Experts are computed one by one, which any device can: their weights do not depend on how.
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(config, dtype=dtype, experts_implementation="eager")
+    for block in named.blocks:
+        for tensor in block.tensors:
+            if tensor.row.buffer:  # kept in float32, as `from_pretrained` keeps them
+                owner, _, name = f"{block.prefix}{tensor.name}".rpartition(".")
+                module = model.get_submodule(owner)
+                setattr(module, name, getattr(module, name).to(getattr(torch, tensor.dtype)))
+    return model
+
+
+def materialise(module: torch.nn.Module, device: torch.device) -> None:
+    """Replace parameters and buffers on the meta device by uninitialised ones on `device`; shared ones stay shared."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    if tensor not in made:
+                        empty = torch.empty_like(tensor, device=device)
+                        made[tensor] = torch.nn.Parameter(empty) if held is part._parameters else empty
+                    held[name] = made[tensor]  # type: ignore[assignment]
+
+
+def compute_rotary_buffers(model: Any, device: torch.device) -> None:
+    """Replace the buffers of the rotary embeddings: the config gives their values, the meta device has none."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)

@@ -1,0 +1,78 @@
+"""What every rank of a DeepSpeed AutoTP side holds, predicted from the flags: no model, no DeepSpeed, no torch.
+
+The side is a transformers model under `deepspeed.initialize`. Its ranks are [dp, tp], tp fastest; each group of tp
+ranks holds the model once. ZeRO stages 0 to 2 shard no weights. AutoTP splits the projections of attention, of dense
+MLPs and of shared experts, and the output layer by rows. Embeddings are split where they are the output layer's (tied),
+else whole, as are norms, routers, latent down projections, routed experts and buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+from refit.plan.box import Box
+from refit.plan.sharding import Sharding
+from refit.predict.families.names import NamedTensor, named_model
+from refit.predict.families.sharding import check_family, sharding_of
+from refit.predict.families.tables import EMBEDDING, OUTPUT
+from refit.predict.megatron import Split
+
+
+def check(shape: ModelShape, side: SideSpec, name: str) -> None:
+    """Raise UsageError where transformers has no such model or AutoTP cannot split it; `name` is the side's."""
+    check_family(shape, side, name)
+    if shape.vocab_size < side.layout.tp:
+        raise UsageError(
+            f"{name}: AutoTP wants a part of the vocabulary on every rank, it has {shape.vocab_size} rows for TP size "
+            f"{side.layout.tp}"
+        )
+
+
+def predict(shape: ModelShape, side: SideSpec) -> Sharding:
+    """What every rank of `side` holds, by canonical keys. Raises UsageError as `check` does."""
+    check(shape, side, "this layout")
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    tp = side.layout.tp
+    model = named_model(shape, side.dtype)
+    return sharding_of(model, side.ranks, lambda tensor, local: held_box(tensor, shape, tp, local % tp))
+
+
+def held_box(tensor: NamedTensor, shape: ModelShape, tp: int, tp_rank: int) -> Box | None:
+    """The part of `tensor` that rank `tp_rank` of a TP group holds; None for an empty one."""
+    box = Box.whole(tensor.shape)
+    if tp == 1 or not is_split(tensor, shape):
+        return box
+    dim = int(tensor.row.split is Split.ROW)
+    sizes = part_sizes(box.extents[dim], tp, _split_by_heads(tensor, shape))
+    begin = sum(sizes[:tp_rank])
+    return box.narrow(dim, begin, begin + sizes[tp_rank]) if sizes[tp_rank] else None
+
+
+def is_split(tensor: NamedTensor, shape: ModelShape) -> bool:
+    """Whether AutoTP splits `tensor`. DeepSpeed cannot split a whole layer's experts in one tensor."""
+    if tensor.row.routed or tensor.row.split is Split.REPLICATED:
+        return False
+    return tensor.row.key != EMBEDDING or shape.tied_embeddings
+
+
+def part_sizes(size: int, tp: int, num_heads: int | None) -> Sequence[int]:
+    """How AutoTP divides `size` rows or columns over `tp` ranks; the first ranks get what is over.
+
+    Whole key-value heads with their queries, else single rows. Source: `get_shard_size` of
+    deepspeed/module_inject/tp_shard.py, with a `tp_grain_size` of 1.
+    """
+    units = num_heads or size
+    return [size // units * (units // tp + (rank < units % tp)) for rank in range(tp)]
+
+
+def _split_by_heads(tensor: NamedTensor, shape: ModelShape) -> int | None:
+    """The key-value heads that `tensor` is divided by; None outside attention."""
+    attention = "mlp" not in tensor.name and tensor.row.key not in (EMBEDDING, OUTPUT)
+    return _num_key_value_heads(shape) if attention else None
+
+
+def _num_key_value_heads(shape: ModelShape) -> int:
+    return shape.num_query_groups if shape.mla is None else shape.num_attention_heads

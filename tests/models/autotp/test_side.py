@@ -1,0 +1,216 @@
+"""AutoTP sides on ranks: the prediction is what DeepSpeed states, refits arrive, its own cut and gather agree."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from refit.bench.engines.refit import PlannedEngine
+from refit.bench.session import new_session
+from refit.bench.sides import build_side as build_checked_side
+from refit.cli.parsing import parse
+from refit.config.shape import Dtype, ModelShape
+from refit.config.side import SideSpec
+from refit.models.autotp.engine import _split_layers, build_engine, load_deepspeed, whole_model
+from refit.models.autotp.groups import build_groups, told_to
+from refit.models.autotp.side import AutotpSide
+from refit.models.autotp.weights import held_of
+from refit.models.huggingface.model import meta_model
+from refit.models.huggingface.weights import read_weights
+from refit.plan.planner import plan_refit
+from refit.predict.autotp import predict
+from refit.predict.families.names import named_model
+from tests.models.fsdp2.test_side import CPU, FAMILY, RUN, assert_verified
+from tests.predict.families.strategies import models
+from tests.predict.test_autotp import side
+from tests.predict.test_fsdp2 import preset
+from tests.ranks.pool import RankPool
+
+
+def built_engine(spec: SideSpec, shape: ModelShape, model: Any = None) -> Any:
+    """A side's engine, of `model` or of uninitialised weights; None on a rank outside it."""
+    groups = build_groups(spec)
+    if groups is None:
+        return None
+    assert spec.dtype is not None
+    named = named_model(shape, spec.dtype)
+    model = model if model is not None else whole_model(shape, named, spec)
+    return build_engine(model, shape, named, spec, groups, CPU)
+
+
+# --- The prediction --------------------------------------------------------------------------------------------------
+
+
+def differences(rank: int, shape: ModelShape, sizes: dict[str, int]) -> list[str]:
+    """How DeepSpeed's metadata of this rank differs from the prediction."""
+    spec = side(**sizes)
+    groups, engine = build_groups(spec), built_engine(spec, shape)
+    if groups is None:
+        return []
+    weights = read_weights(engine.module, named_model(shape, Dtype.BF16), partial(held_of, tp=groups.tp))
+    predicted = predict(shape, spec)
+    found = predicted.of_rank(rank).differences(weights.rank_sharding)
+    return found if weights.nbytes == predicted.bytes_per_rank[rank] else [*found, f"{weights.nbytes} bytes held"]
+
+
+@given(st.data())
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+def test_the_prediction_is_what_deepspeed_states(ranks: RankPool, data: st.DataObject) -> None:
+    """Uneven and empty parts, tied embeddings, replicas and any first rank, on random models of each family."""
+    shape = data.draw(models())
+    tp = data.draw(st.integers(1, min(4, shape.vocab_size)))
+    world_size = tp * data.draw(st.integers(1, 8 // tp))
+    sizes = {
+        "tp": tp,
+        "first_rank": data.draw(st.integers(0, 8 - world_size)),
+        "zero_stage": data.draw(st.integers(0, 2)),
+    }
+    assert ranks.run(differences, shape, {"world_size": world_size, **sizes}) == [[]] * 8
+
+
+@pytest.mark.parametrize("name", ["tiny_qwen3", "tiny_qwen3_moe"])
+def test_layers_are_split_as_the_plan_of_transformers_says(name: str) -> None:
+    """What DeepSpeed would take by itself for a dense model; of experts it refuses the plan, with its reason."""
+    load_deepspeed(CPU)
+    from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+
+    shape = preset(name)
+    named = named_model(shape, Dtype.BF16)
+    plan = meta_model(shape, named, torch.bfloat16)._tp_plan
+    if shape.experts is not None:
+        with pytest.raises(ValueError, match=r"moe_tp_experts.*packed_colwise.*partition_config"):
+            TPPlanConverter.convert(plan)
+        return
+    specs = TPPlanConverter.convert(plan)
+    own = [(spec["patterns"][0], spec["partition_type"]) for spec in _split_layers(named, shape)]
+    for block in named.blocks[1:]:
+        for tensor in block.tensors:
+            full = block.prefix + tensor.name
+            theirs = [spec.partition_type.value for spec in specs if spec.matches(full)]
+            mine = [kind for pattern, kind in own if re.match(pattern, full)]
+            assert mine == [kind for kind in theirs if kind != "skip"]
+
+
+# --- Refits ----------------------------------------------------------------------------------------------------------
+
+AUTOTP = ["--source-format=autotp", "--rl-inference-format=autotp"]
+TP, RL_TP = "--tensor-model-parallel-size", "--rl-inference-tensor-model-parallel-size"
+FROM_AUTOTP = [AUTOTP[0], "--source-world-size=4", f"{TP}=2"]
+TO_AUTOTP = [AUTOTP[1], "--destination-world-size=4", f"{RL_TP}=2"]
+SHARED_RANKS = ["--refit-mode=collocated", "--source-world-size=6", f"{TP}=3", f"{RL_TP}=2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("tiny_qwen3", FROM_AUTOTP),
+        ("tiny_deepseek_v3", [AUTOTP[1], f"{TP}=2", f"{RL_TP}=3"]),
+        ("tiny_qwen3", [*AUTOTP, f"{TP}=5", f"{RL_TP}=3"]),
+        ("tiny_qwen3", [*AUTOTP, *SHARED_RANKS, "--zero-stage=2", "--rl-inference-zero-stage=0"]),
+        ("tiny_qwen3_moe", [*FROM_AUTOTP, "--rl-inference-format=fsdp2", "--destination-world-size=4"]),
+        ("tiny_qwen3", ["--source-format=fsdp2", "--source-world-size=3", *TO_AUTOTP]),
+    ],
+)
+def test_refits_arrive_and_both_sides_give_the_same_logits(ranks: RankPool, model: str, flags: list[str]) -> None:
+    """In float32, so that both libraries' routers choose the same experts."""
+    assert_verified(ranks, ["--model", model, *flags])
+
+
+# --- Without the suite's oracle, metadata and tables -----------------------------------------------------------------
+
+
+def refit_of_a_state_dict(rank: int, argv: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """DeepSpeed cuts a seeded model, it is refitted, DeepSpeed gathers it: the seeded state dict and the gathered."""
+    scenario = parse(argv).scenario
+    assert dist.group.WORLD is not None
+    assert scenario.model is not None
+    session = new_session(scenario, CPU, dist.group.WORLD)
+    source, destination = (build_checked_side(session, name) for name in ("source", "destination"))
+    seeded = whole_model(scenario.model, named_model(scenario.model, Dtype.FP32), scenario.source)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in seeded.state_dict().values():
+        tensor.normal_(generator=generator)
+    full = {name: tensor.clone() for name, tensor in seeded.state_dict().items()}
+    cut = built_engine(scenario.source, scenario.model, seeded)
+    assert isinstance(source.model, AutotpSide)
+    if cut is not None:
+        own = source.model.engine.module.state_dict()
+        for name, part in cut.module.state_dict().items():
+            own[name].copy_(part)
+    plan = plan_refit(source.sharding, destination.sharding)
+    engine = PlannedEngine(scenario, CPU)
+    engine.connect(plan)
+    program = engine.prepare(plan, source, destination)
+    program.run()
+    program.close()
+    assert isinstance(destination.model, AutotpSide)
+    return {"seeded": full, "gathered": _gathered(destination.model)}
+
+
+def _gathered(built: AutotpSide) -> dict[str, torch.Tensor]:
+    """The side's full state dict, as DeepSpeed gathers it for a checkpoint."""
+    if built.groups is None:
+        return {}
+    layers = load_deepspeed(CPU).module_inject.layers
+    state: dict[str, torch.Tensor] = {}
+    for prefix, module in built.engine.module.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        with layers.GatherReplacedLayerParams(parameters, module, enabled=True):
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            state |= {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in tensors}
+    return state
+
+
+@pytest.mark.parametrize("model", FAMILY.values())
+def test_a_full_state_dict_arrives_in_other_parts(ranks: RankPool, model: str) -> None:
+    flags = [*AUTOTP, f"{TP}=2", f"{RL_TP}=3"]
+    answers = ranks.run(refit_of_a_state_dict, ["--model", model, "--fp32", *RUN, *flags])
+    for answer in answers[2:5]:
+        assert answer["seeded"].keys() <= answer["gathered"].keys()
+        for name, expected in answer["seeded"].items():
+            assert torch.equal(answer["gathered"][name], expected), name
+
+
+# --- The engine ------------------------------------------------------------------------------------------------------
+
+
+def step(rank: int, shape: ModelShape, sizes: dict[str, int]) -> dict[str, Any]:
+    """A training step of this rank: ZeRO's stage, elements of the weights and of their master copies, what changed."""
+    spec = side(**sizes)
+    groups, engine = build_groups(spec), built_engine(spec, shape)
+    if groups is None:
+        return {}
+    torch.manual_seed(0)
+    for tensor in engine.module.state_dict().values():
+        tensor.normal_(std=0.1)
+    engine.optimizer.refresh_fp32_params()  # the master copies, from the weights
+    parameters = list(engine.module.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    tokens = torch.arange(8).view(1, 8)
+    engine.module.train()
+    with told_to(load_deepspeed(CPU), groups):
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+    master = sum(part.numel() for part in getattr(engine.optimizer, "single_partition_of_fp32_groups", []))
+    return {
+        "stage": engine.zero_optimization_stage(),
+        "master": master,
+        "held": sum(parameter.numel() for parameter in parameters),
+        "changed": not any(torch.equal(*pair) for pair in zip(parameters, before, strict=True)),
+    }
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_the_engine_trains_and_zero_shards_its_optimizer_over_the_replicas(ranks: RankPool, zero_stage: int) -> None:
+    sizes = {"world_size": 4, "tp": 2, "first_rank": 3, "zero_stage": zero_stage}
+    answers = ranks.run(step, preset("tiny_qwen3"), sizes)
+    for answer in answers[3:7]:
+        assert (answer["stage"], answer["changed"]) == (zero_stage, True)
+        assert zero_stage == 0 or abs(answer["master"] - answer["held"] / 2) < 64
