@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from refit.errors import ExitCode, UsageError
-from refit.report.grid import FILE_WIDTH, Column, fitted
-from refit.report.neutral import plain_lines
+from refit.report.grid import Column, fitted
+from refit.report.neutral import FILE_WIDTH, plain_lines
 from refit.report.tables import wrong_text
 from refit.results.outcomes import Outcome
 from refit.results.plain import plain

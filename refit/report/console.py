@@ -10,12 +10,8 @@ import textwrap
 from collections.abc import Callable
 from typing import TextIO
 
-from rich.console import Console
-from rich.text import Text
-
 from refit.report import live
-from refit.report.grid import FILE_WIDTH
-from refit.report.neutral import MAX_LINE
+from refit.report.neutral import FILE_WIDTH, MAX_LINE
 from refit.results.plain import plain
 
 MIN_WIDTH = 40
@@ -82,6 +78,9 @@ def _wrapped_line(line: str, width: int) -> list[str]:
 
 def _coloured(text: str, stream: TextIO) -> str:
     """The text with a terminal's colour codes, unless NO_COLOR or TERM asks for none."""
+    from rich.console import Console  # by commands that colour text only: it takes a tenth of a second
+    from rich.text import Text
+
     console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
     styled = Text(text)
     for pattern, style in STYLES.items():

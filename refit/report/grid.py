@@ -12,11 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refit.report.neutral import MAX_CELL, csv_cell, plain_lines
+from refit.report.neutral import FILE_WIDTH, MAX_CELL, csv_cell, plain_lines
 from refit.results.plain import plain
-
-FILE_WIDTH = 120
-"""Width of tables in files, in characters."""
 
 FOLD_WIDTH = 16
 """Text columns are folded to no less than this."""
@@ -41,9 +38,11 @@ def fitted(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int 
     """A table with lines at most `width` wide, its cells made plain.
 
     Where the columns do not fit beside each other, the rest follow in a second table that repeats the first column.
+    The first column names the rows: it is folded only where it takes more than half of the width.
     """
     cells = [[plain(cell, MAX_CELL) for cell in row] for row in rows]
     needed = [_needed(column, [row[place] for row in cells]) for place, column in enumerate(columns)]
+    needed[0] = min(max(map(cell_len, (columns[0].title, *(row[0] for row in cells)))), max(width // 2, needed[0]))
     return "\n\n".join(_table(columns, cells, block, width) for block in _blocks(needed, width))
 
 

@@ -13,6 +13,9 @@ HTML_SIGNS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What spreadsheets take for the start of a formula, or drop before one."""
 
+FILE_WIDTH = 120
+"""Width of tables in files, in characters."""
+
 MAX_LINE = 20_000
 """Characters of a line, which may list the names of a sweep."""
 

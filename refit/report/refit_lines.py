@@ -10,9 +10,9 @@ from refit.config.scenario import Mode, Scenario
 from refit.plan.cost import Cost
 from refit.report import warnings
 from refit.report.console import table_width
-from refit.report.grid import FILE_WIDTH, Column, fitted
+from refit.report.grid import Column, fitted
 from refit.report.headline import headlines, title
-from refit.report.neutral import plain_lines
+from refit.report.neutral import FILE_WIDTH, plain_lines
 from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample
 from refit.results.result import Environment, Result
 from refit.results.runs import outcome_of

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from refit import units
 from refit.config.scenario import Mode, ranks_text
-from refit.report.grid import FILE_WIDTH, Column, fitted
+from refit.report.grid import Column, fitted
 from refit.report.headline import headlines
-from refit.report.neutral import plain_lines
+from refit.report.neutral import FILE_WIDTH, plain_lines
 from refit.results.outcomes import judged
 from refit.results.result import Result
 from refit.results.status import Status
@@ -63,8 +63,8 @@ LARGE, SMALL = _Units("GB", 1e9, "s", 1.0), _Units("MB", 1e6, "ms", 1e-3)
 def _table(sweep: Sweep, width: int) -> str:
     largest = max((planned.cost.payload_bytes for planned in sweep.scenarios if planned.cost), default=0)
     scale = LARGE if largest >= 10e9 else SMALL
-    columns = [Column(title, is_text=True) for title in ("scenario", "source", "destination", "mode", "method")]
-    columns += [
+    columns = [
+        Column("scenario", is_text=True),
         Column("GPUs"),
         Column("nodes"),
         Column("payload", f"({scale.moved})"),
@@ -73,6 +73,8 @@ def _table(sweep: Sweep, width: int) -> str:
         Column("rank"),
         Column("bound", f"({scale.time})"),
         Column("status", is_text=True),
+        # Last, as a name mostly says it: where the width is short they go into a second table.
+        *(Column(title, is_text=True) for title in ("layouts", "mode", "method")),
     ]
     return fitted(columns, [_cells(planned, scale) for planned in sweep.scenarios], width)
 
@@ -81,10 +83,6 @@ def _cells(planned: Planned, scale: _Units) -> list[str]:
     cost, bound = planned.cost, planned.bound
     return [
         planned.name,
-        planned.source.title if planned.source else "-",
-        planned.destination.title if planned.destination else "-",
-        planned.mode,
-        planned.method,
         _gpus(planned),
         str(planned.nodes or "-"),
         f"{cost.payload_bytes / scale.num_bytes:,.2f}" if cost else "-",
@@ -93,6 +91,9 @@ def _cells(planned: Planned, scale: _Units) -> list[str]:
         f"{cost.busiest.rank} {cost.busiest.direction}" if cost else "-",
         f"{bound.seconds / scale.num_seconds:.4g}" if bound else "-",
         planned.status.value,
+        " -> ".join(side.title if side else "?" for side in (planned.source, planned.destination)),
+        planned.mode,
+        planned.method,
     ]
 
 

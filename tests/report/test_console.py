@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from refit.cli.main import main as benchmark
 from refit.commands import main
 from refit.report.console import show, show_text, table_width, wrapped
-from refit.report.grid import FILE_WIDTH, Column, fitted
+from refit.report.grid import Column, fitted
+from refit.report.neutral import FILE_WIDTH
 from refit.report.refit_lines import closing_lines
 from tests.report.factories import engine, small_run
 from tests.report.test_summary import full_run
