@@ -22,33 +22,39 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.extra_bytes: int | None = 0
-        self._baseline = self._used()
+        self._baseline = used_bytes(device)
         self._past_torch = past_torch(device)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        if not self._reset():
+        if not reset_peak(self._device):
             self.extra_bytes = None
         yield
         if self.extra_bytes is not None:
             taken = past_torch(self._device) - self._past_torch
-            self.extra_bytes = max(self.extra_bytes, self._peak() - self._baseline + taken)
+            self.extra_bytes = max(self.extra_bytes, peak_bytes(self._device) - self._baseline + taken)
 
-    def _used(self) -> int:
-        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else _status_bytes("VmRSS")
 
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _status_bytes("VmHWM")
+def used_bytes(device: torch.device) -> int:
+    """Bytes in use now: of torch's allocator on a GPU, resident memory of the process on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
 
-    def _reset(self) -> bool:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return True
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes in use since `reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Start a new peak. False where that is not allowed."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def past_torch(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,6 +75,16 @@ def fill(memory: LocalWeights, iteration: int) -> None:
     for shard in memory:
         for block in _blocks(shard):
             block.data.copy_(_values(shard.tensor, block, iteration))
+
+
+def spread(memory: LocalWeights) -> Iterator[tuple[LocalShard, torch.Tensor, torch.Tensor]]:
+    """For every block of every shard: the shard, the block `[rows, columns]`, and values of iteration 0 for it.
+
+    The values are float32, whatever the tensor's dtype, so they are the same at every side.
+    """
+    for shard in memory:
+        for block in _blocks(shard):
+            yield shard, block.data, _values(replace(shard.tensor, dtype="float32"), block, 0)
 
 
 def poison(memory: LocalWeights) -> None:

@@ -14,6 +14,7 @@ from refit.config.registry import ENGINES, FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Scenario
 from refit.copies.batch import start_loading_kernels
 from refit.errors import UnavailableError
+from refit.report.cycle import cycle_lines
 from refit.report.rank_map import rank_map
 from refit.report.warnings import idle_ranks
 from refit.results.result import MeasurementResult, Result, ResultFile, now
@@ -95,6 +96,9 @@ def _check_available(scenario: Scenario) -> None:
             if importlib.util.find_spec(library) is None:
                 raise UnavailableError(f"{side.format} sides need {library}, which is not installed: {command}")
     device = device_for(scenario.method, scenario.device)
+    for side in scenario.sides.values():
+        if scenario.steps is not None and (steps := FORMATS[side.format].steps) is not None:
+            load(steps.available)(scenario, device)
     for name in scenario.engines:
         if not ENGINES[name].is_baseline:
             load(ENGINES[name].engine)(scenario, device).check_available()
@@ -104,4 +108,4 @@ def _closing_lines(session: Session, result: Result) -> list[str]:
     lines = [idle_ranks(session.scenario, session.world_size)]
     for name, found in result.measurements.items():
         lines += load(MEASUREMENTS[name].closing_lines)(found, result)
-    return lines
+    return [*lines, *cycle_lines(result)]

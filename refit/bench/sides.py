@@ -9,7 +9,7 @@ from refit.bench.session import Session
 from refit.config.registry import FORMATS, load
 from refit.config.side import SideSpec
 from refit.errors import ShardingError
-from refit.models.sharded_model import ShardedModel
+from refit.models.sharded_model import NotBuilt, ShardedModel
 from refit.models.weights import LocalWeights
 from refit.plan.sharding import Sharding
 from refit.predict.sides import predict_side
@@ -30,12 +30,14 @@ class Side:
 
 
 def build_side(session: Session, name: str) -> Side:
-    """Build the side called `name` and determine its sharding.
+    """Build the side called `name` and determine its sharding. One that no measurement uses is not built.
 
     Collective: every rank of the job. Raises ShardingError where the live model's sharding is not the predicted one.
     """
     scenario = session.scenario
     spec = scenario.sides[name]
+    if name not in scenario.used_sides:
+        return Side(spec, NotBuilt(), Sharding((), {}, {}))
     session.enter(f"build {name} model")
     session.start.enter("imports")
     build = load(FORMATS[spec.format].build)

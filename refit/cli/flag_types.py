@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from refit.config import limits
-from refit.config.registry import ENGINES
+from refit.config.registry import ENGINES, MEASUREMENTS
 from refit.config.yaml_files import shortened
 
 MAX_PATTERN_TEXT = 10_000
@@ -103,6 +103,26 @@ def engines(text: str) -> tuple[str, ...]:
     if unknown is not None:
         raise argparse.ArgumentTypeError(f"invalid choice: {unknown!r} (choose from {', '.join((*ENGINES, 'both'))})")
     return names
+
+
+def measurements(text: str) -> tuple[str, ...]:
+    """`refit,train-step`: names of `MEASUREMENTS`, each once, in that table's order."""
+    words = text.split(",")
+    unknown = next((word for word in words if word not in MEASUREMENTS), None)
+    if unknown is not None:
+        raise argparse.ArgumentTypeError(f"invalid choice: {unknown!r} (choose from {', '.join(MEASUREMENTS)})")
+    return tuple(name for name in MEASUREMENTS if name in words)
+
+
+def rate(text: str) -> float:
+    """A number from 0 up to 1000: a learning rate, a decay, a norm."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {shortened(text)}") from None
+    if not 0 <= number <= 1000:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1000, got {text}")
+    return number
 
 
 def file_stem(text: str) -> str:

@@ -12,9 +12,10 @@ import refit
 from refit.cli import flag_types, ignored_flags
 from refit.cli.flag_parser import FlagParser
 from refit.cli.listing import add_list
+from refit.cli.step_flags import STEP_FLAGS, add_step_flags, runs_steps
 from refit.config import limits
 from refit.config.flag_names import FORMAT_FLAGS, LAYERS_PER_CHUNK_FLAGS, OPTION_FLAGS, SIZE_FLAGS
-from refit.config.registry import AUTO, ENGINES, FORMATS, METHODS
+from refit.config.registry import AUTO, ENGINES, FORMATS, MEASUREMENTS, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
 from refit.config.side import MAX_ZERO_STAGE
@@ -88,6 +89,7 @@ def _add_model_flags(parser: FlagParser) -> None:
     _add_style_flags(parser)
     _add_expert_flags(parser)
     _add_latent_attention_flags(parser)
+    add_step_flags(parser)
     _add_ignored_flags(parser)
 
 
@@ -98,9 +100,18 @@ def _resembles_known_flag(flag: str) -> bool:
 
 
 def recorded_flags(args: argparse.Namespace) -> dict[str, object]:
-    """The flags given that change no weight, by name without dashes in front, with their values as given."""
-    named = {*ignored_flags.NAMED, *ignored_flags.REFUSED_VALUES}
-    return {name: value for name, value in vars(args).items() if name in named or ignored_flags.in_family(name)}
+    """The flags given that change no weight, by name without dashes in front, with their values as given.
+
+    Those of a step are among them where no step is measured.
+    """
+    named = {*ignored_flags.NAMED, *ignored_flags.REFUSED_VALUES, *STEP_FLAGS}
+    if runs_steps(args.measure):
+        named -= STEP_FLAGS.keys()
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name in named or (name not in STEP_FLAGS and ignored_flags.in_family(name))
+    }
 
 
 def _add_ignored_flags(parser: FlagParser) -> None:
@@ -321,6 +332,13 @@ def _add_refit_flags(parser: FlagParser) -> None:
 
 def _add_measurement_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("measurement")
+    group.add_argument(
+        "--measure",
+        type=flag_types.measurements,
+        default=("refit",),
+        metavar="NAME[,NAME]",
+        help=f"what to measure: {', '.join(MEASUREMENTS)}, in this order whichever is named first; default: refit",
+    )
     group.add_argument(
         "--verify",
         choices=[verify.value for verify in Verify],

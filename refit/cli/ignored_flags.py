@@ -16,13 +16,12 @@ NAMED: dict[str, str] = dict(
         """
         cp-comm-type* cuda-graph-modules* cuda-graph-scope* data-path*
         ddp-param-name-patterns-for-fp32-local-accumulation* decoder-seq-length# encoder-seq-length# finetune
-        global-batch-size# high-priority-stream-groups* hysteresis= iterations-to-skip* load= local-rank= lr=
-        micro-batch-size# mock-data moe-aux-loss-coeff* moe-flex-dispatcher-backend= moe-router-load-balancing-type*
-        moe-router-score-function= moe-token-dispatcher-type= mrope-section* no-rl-inference-logprobs-is-correction
-        offload-modules* optimizer= profile profile-ranks* rampup-batch-size* recompute-modules*
-        rl-inference-logprobs-is-correction rl-inference-model-unified-memory-level= rl-inference-parsers* save= seed=
-        seq-length# sequence-parallel sft split= test-data-path* tokenizer-special-tokens* train-data-path* train-iters#
-        train-samples# valid-data-path* validation-set-names* verify-integrity warmup=
+        high-priority-stream-groups* hysteresis= iterations-to-skip* load= local-rank= mock-data
+        moe-aux-loss-coeff* moe-router-load-balancing-type* moe-router-score-function= mrope-section*
+        no-rl-inference-logprobs-is-correction offload-modules* optimizer= profile profile-ranks*
+        rampup-batch-size* rl-inference-logprobs-is-correction rl-inference-model-unified-memory-level=
+        rl-inference-parsers* save= sft split= test-data-path* tokenizer-special-tokens* train-data-path*
+        train-iters# train-samples# valid-data-path* validation-set-names* verify-integrity warmup=
         """,
     )
 )

@@ -17,6 +17,7 @@ from refit.cli.model_flags import (
     without_unbuildable_biases,
 )
 from refit.cli.presets import config_flags, load_preset
+from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
 from refit.config.flag_names import FORMAT_FLAGS, LAYERS_PER_CHUNK_FLAGS, OPTION_FLAGS, SIZE_FLAGS, size_flag
 from refit.config.layout import Layout
@@ -171,6 +172,8 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     source, destination = sides = read_sides(args)
     model, notes = _model(args, sides)
     _check_engines(args.refit_engine, sides)
+    recorded = recorded_flags(args)
+    steps = step_settings(args, sides, model, recorded)
     if args.check_forward and model is not None:
         _check_forward_flags(args, model)
     return Scenario(
@@ -180,6 +183,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         mode=Mode(args.refit_mode),
         method=args.refit_method or DRY_RUN_METHOD,
         engines=args.refit_engine,
+        measurements=args.measure,
         num_warmup=args.num_benchmark_warmup,
         num_iterations=args.num_benchmark_iterations,
         max_iterations=_max_iterations(args),
@@ -191,13 +195,14 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         model_name=str(args.hf_config.path) if args.hf_config is not None else args.model,
         model_provider=args.model_provider,
         output_dir=args.output_dir,
-        recorded=recorded_flags(args),
+        recorded=recorded,
         notes=notes,
         device=_device(args),
         one_sided_buffers=args.one_sided_buffers,
         nvshmem_force_put=args.nvshmem_force_put,
         cluster=load_cluster(args.cluster) if args.cluster else None,
         run_name=args.run_name,
+        steps=steps,
     )
 
 
@@ -244,10 +249,9 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
 def _check_forward_flags(args: argparse.Namespace, model: ModelShape) -> None:
     """Raise UsageError for a flag that a plain refit only records, and that the forward pass would not honour."""
     biased = model.experts is not None and model.experts.expert_bias
-    runs_with = {
-        "moe-token-dispatcher-type": "allgather",
-        "moe-router-score-function": "sigmoid" if biased else "softmax",
-    }
+    runs_with = {"moe-router-score-function": "sigmoid" if biased else "softmax"}
+    if not runs_steps(args.measure):
+        runs_with["moe-token-dispatcher-type"] = "allgather"
     for name, value in runs_with.items():
         given = getattr(args, name, value)
         if given != value:

@@ -63,6 +63,20 @@ def load(reference: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSupport:
+    """Training steps and forward passes of one format.
+
+    `check(model, side, steps, trains, name)` raises UsageError, naming the framework's rule, for settings that cannot
+    run. `memory(model, side, sharding, steps)` estimates what each rank needs beside its weights to train.
+    `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for them.
+    """
+
+    check: str
+    memory: str
+    available: str
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """How one framework holds a model.
 
@@ -72,7 +86,8 @@ class Format:
     `axes` are the parallel sizes of `Layout` that a side may have above 1, and that `refit search` varies. `options` is
     the class of its settings (`refit.config.side.SideOptions`), None for a format without any. `libraries` are the
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
-    `takes_provider`: `build` can build the model of `--model-provider`.
+    `takes_provider`: `build` can build the model of `--model-provider`. `steps` is how it trains and runs forward; None
+    where it does not.
     """
 
     predict: str
@@ -82,6 +97,7 @@ class Format:
     options: str | None = None
     libraries: tuple[tuple[str, str], ...] = ()
     takes_provider: bool = False
+    steps: StepSupport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +139,14 @@ class Engine:
 @dataclass(frozen=True, slots=True)
 class MeasurementKind:
     """A kind of measurement. `measurement` is the class (`refit.bench.measurements.base`). `result` is the type that it
-    returns and that result files hold. `closing_lines(result, run)` gives the last lines of a log."""
+    returns and that result files hold. `closing_lines(result, run)` gives the last lines of a log. Rows are in the order
+    in which a run takes its measurements. `runs_steps` ones need the settings of steps. `sides` are those it uses."""
 
     measurement: str
     result: str
     closing_lines: str
+    runs_steps: bool = False
+    sides: tuple[str, ...] = ("source", "destination")
 
 
 FORMATS = Registry(
@@ -138,6 +157,11 @@ FORMATS = Registry(
             check="refit.predict.megatron:check",
             build="refit.models.megatron.side:build_side",
             takes_provider=True,
+            steps=StepSupport(
+                check="refit.predict.megatron_steps:check_steps",
+                memory="refit.predict.training_memory:training_memory",
+                available="refit.models.megatron.dispatchers:check_available",
+            ),
         ),
         "fsdp2": Format(
             predict="refit.predict.fsdp2:predict",
@@ -217,10 +241,24 @@ ENGINES = Registry(
 MEASUREMENTS = Registry(
     "measurement",
     {
+        "train-step": MeasurementKind(
+            measurement="refit.bench.measurements.train_step:TrainStepMeasurement",
+            result="refit.results.step:StepResult",
+            closing_lines="refit.report.step_lines:train_closing_lines",
+            runs_steps=True,
+            sides=("source",),
+        ),
         "refit": MeasurementKind(
             measurement="refit.bench.measurements.refit:RefitMeasurement",
             result="refit.results.refit:RefitResult",
             closing_lines="refit.report.refit_lines:closing_lines",
+        ),
+        "forward": MeasurementKind(
+            measurement="refit.bench.measurements.forward:ForwardMeasurement",
+            result="refit.results.step:ForwardResult",
+            closing_lines="refit.report.step_lines:forward_closing_lines",
+            runs_steps=True,
+            sides=("destination",),
         ),
     },
 )

@@ -10,8 +10,10 @@ from typing import Any
 
 from refit.config.clusters import Cluster
 from refit.config.flag_names import size_flag
+from refit.config.registry import MEASUREMENTS
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
+from refit.config.steps import StepSettings
 from refit.errors import UsageError
 
 
@@ -37,6 +39,7 @@ class Scenario:
     `model` is None where `model_provider` builds a model of its own. `method`, `engines` and `measurements` are names
     of the tables in `refit.config.registry`. `recorded` holds accepted flags that this run does not use
     (`--seq-length`, ...), for the result file. `run_name` names the result file; None uses time and scenario.
+    `steps` are the settings of training steps and forward passes, None where neither is measured.
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
     "cuda" where the user chose it; None uses the method's default. `notes` are lines for the log on choices made for
     the user. `max_iterations` is set where refits go on until the median is stable: the most that are timed.
@@ -67,6 +70,22 @@ class Scenario:
     nvshmem_force_put: bool = False
     cluster: Cluster | None = None
     run_name: str | None = None
+    steps: StepSettings | None = None
+
+    def trains(self, name: str) -> bool:
+        """Whether the side called `name` is trained: the source, where a training step is measured."""
+        return name == "source" and "train-step" in self.measurements
+
+    def steps_of(self, name: str) -> StepSettings | None:
+        """The settings of the steps that the side called `name` runs; None where it is only refitted.
+
+        A side that is not trained has no part in what only a backward pass has: recomputation and sequence parallelism.
+        """
+        if self.steps is None or self.trains(name):
+            return self.steps
+        if name == "destination" and "forward" not in self.measurements:
+            return None
+        return self.steps.forward_only
 
     @property
     def sides(self) -> dict[str, SideSpec]:
@@ -79,9 +98,15 @@ class Scenario:
         return self.max_iterations or self.num_iterations
 
     @property
+    def used_sides(self) -> tuple[str, ...]:
+        """The sides that the measurements use. The others are not built."""
+        used = {name for kind in self.measurements for name in MEASUREMENTS[kind].sides}
+        return tuple(name for name in self.sides if name in used)
+
+    @property
     def num_ranks(self) -> int:
-        """Number of ranks that take part: those of both sides, with shared ranks counted once."""
-        return max(self.source.ranks.stop, self.destination.ranks.stop)
+        """Number of ranks that take part: those of the sides that are used, with shared ranks counted once."""
+        return max(self.sides[name].ranks.stop for name in self.used_sides)
 
     @property
     def title(self) -> str:
@@ -91,6 +116,8 @@ class Scenario:
     @property
     def num_ranks_text(self) -> str:
         """`8 + 4 = 12`, in collocated mode `max(8, 4) = 8`."""
+        if self.used_sides == ("source",):
+            return str(self.source.world_size)
         return ranks_text(self.mode, self.source, self.destination)
 
     @property

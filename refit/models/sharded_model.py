@@ -1,12 +1,58 @@
-"""ShardedModel: the protocol of one live side of a refit on this rank, for any framework."""
+"""ShardedModel: the protocol of one live side on this rank, for any framework."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from refit.models.weights import LocalWeights
+
+
+class Recorder(Protocol):
+    """Times named parts of a step. A part may begin and end many times; its times add up."""
+
+    def start(self, name: str) -> None: ...
+
+    def stop(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one training step gave on this rank. `loss` is the mean over this replica's tokens, on the ranks that
+    compute it; `grad_norm` is the gradients' norm over the whole model, before clipping."""
+
+    loss: float | None = None
+    grad_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """What a live model runs with: the classes of its token dispatchers, joined by "+", and its framework's whole
+    configuration as text."""
+
+    dispatcher: str | None = None
+    config: dict[str, str] = field(default_factory=dict)
+
+
+class Trainer(Protocol):
+    """Trains one side. `optimizer` is what reports call its optimizer."""
+
+    optimizer: str
+
+    def weights_changed(self) -> None:
+        """Take over weights that were written from outside. Collective: every rank of the side."""
+        ...
+
+    def step(self, tokens: torch.Tensor, recorder: Recorder | None = None) -> StepReport:
+        """Train on `tokens` `[global_batch_size, seq_length + 1]`, the same on every rank: each takes its replica's.
+
+        The recorder gets the parts `forward`, `backward`, `gradient sync` and `optimizer`, and of routed experts
+        `route`, `dispatch`, `experts` and `combine`, each with ` forward` or ` backward` behind it.
+        Collective: every rank of the side.
+        """
+        ...
 
 
 class ShardedModel(Protocol):
@@ -22,6 +68,16 @@ class ShardedModel(Protocol):
         """Views of this rank's parameters and persistent buffers; None on ranks outside the side."""
         ...
 
+    @property
+    def trainer(self) -> Trainer | None:
+        """What trains the side; None on ranks outside it and where the scenario does not train this side."""
+        ...
+
+    @property
+    def settings(self) -> LiveSettings:
+        """Empty on ranks outside the side."""
+        ...
+
     def check_forward(self) -> None:
         """Raise UnavailableError, the same on every rank of the side, where no forward pass can run."""
         ...
@@ -29,7 +85,30 @@ class ShardedModel(Protocol):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Logits `[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`.
 
-        None on ranks without logits and on ranks outside the side. Vocabulary padding is removed.
-        Collective: every rank of the side. Raises RefitError where the pass fails.
+        None on ranks without logits and on ranks outside the side. Vocabulary padding is removed. Tokens go to the
+        experts that the router chooses, also where steps force them. Collective: every rank of the side. Raises
+        RefitError where the pass fails.
         """
         ...
+
+    def infer(self, tokens: torch.Tensor) -> None:
+        """Run `tokens` `[batch, sequence]` forward as a step does, each data-parallel replica its part of the batch.
+
+        Logits stay where they are computed. Collective: every rank of the side.
+        """
+        ...
+
+
+class NotBuilt:
+    """The `ShardedModel` of a side that no measurement uses, and of ranks outside a side: it has nothing."""
+
+    weights: LocalWeights | None = None
+    trainer: Trainer | None = None
+    settings = LiveSettings()
+
+    def check_forward(self) -> None: ...
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        return None
+
+    def infer(self, tokens: torch.Tensor) -> None: ...

@@ -15,7 +15,8 @@ from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
 from refit.plan.planner import plan_refit
-from refit.predict.sides import predict_side
+from refit.predict.sides import predict_side, training_bytes
+from refit.predict.training_memory import TrainingMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class DryRun:
     """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
 
     `matrix` has the bytes from each rank (row) to each rank (column). `bound` is None without a cluster, and
-    where the cluster has no speed for bytes that cross its nodes.
+    where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside their
+    weights to train; empty where no training step is measured.
     """
 
     scenario: Scenario
@@ -55,20 +57,27 @@ class DryRun:
     matrix: IntArray
     traffic: Traffic
     bound: Bound | None
+    training: Mapping[int, TrainingMemory]
     predict_s: float
     plan_s: float
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes on the fullest GPU: its weights, of both sides where they share it, and the staging limit."""
+        """Bytes on the fullest GPU: what it holds of both sides where they share it, and the staging limit."""
         return max(max(held.values()) for held in self.held_bytes.values()) + self.scenario.staging_bytes
 
     @property
     def held_bytes(self) -> dict[str, Mapping[int, int]]:
-        """Bytes of weights on each rank, of `source` and `destination`, or of `both` where they share GPUs."""
-        if self.scenario.mode is Mode.NON_COLLOCATED:
-            return {"source": self.source_bytes, "destination": self.destination_bytes}
-        sides = (self.source_bytes, self.destination_bytes)
+        """Bytes on each rank, of `source` and `destination`, or of `both` where they share GPUs.
+
+        They are weights and, on a side that trains, what training needs.
+        """
+        training = {rank: needed.total_bytes for rank, needed in self.training.items()}
+        source = {rank: held + training.get(rank, 0) for rank, held in self.source_bytes.items()}
+        if self.scenario.mode is Mode.NON_COLLOCATED or not self.destination_bytes:
+            held: dict[str, Mapping[int, int]] = {"source": source, "destination": self.destination_bytes}
+            return {name: held[name] for name in self.scenario.used_sides}
+        sides = (source, self.destination_bytes)
         return {"both": {rank: sum(side.get(rank, 0) for side in sides) for rank in range(self.scenario.num_ranks)}}
 
 
@@ -86,12 +95,13 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         num_gpus=num_gpus,
         num_parameters=figures.num_parameters,
         num_tensors=figures.num_tensors,
-        source_bytes=figures.source_bytes,
-        destination_bytes=figures.destination_bytes,
+        source_bytes=figures.source_bytes if "source" in scenario.used_sides else {},
+        destination_bytes=figures.destination_bytes if "destination" in scenario.used_sides else {},
         cost=figures.cost,
         matrix=figures.matrix,
         traffic=split_traffic(figures.matrix, options.gpus_per_domain),
         bound=lower_bound(figures.matrix, options.cluster) if options.cluster else None,
+        training=training_bytes(scenario),
         predict_s=figures.predict_s,
         plan_s=figures.plan_s,
     )

@@ -11,7 +11,7 @@ from refit.config.flag_names import size_flag
 from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun
-from refit.predict.sides import check_side, predict_side
+from refit.predict.sides import check_side, predict_side, training_bytes
 
 MAX_EP_FACTOR = 64
 """Largest factor by which EP is raised in search of a layout that fits."""
@@ -38,7 +38,9 @@ def check_memory(run: DryRun) -> None:
         return
     staging = run.scenario.staging_bytes
     for side, held in run.held_bytes.items():
-        weights = max(held.values())
+        weights, what = max(held.values()), "weights"
+        if run.training and side != "destination":
+            what = "weights and training"
         if weights + staging <= cluster.gpu_memory_bytes:
             continue
         subject = f"both sides ({run.scenario.title}) need" if side == "both" else f"the {side} needs"
@@ -47,7 +49,7 @@ def check_memory(run: DryRun) -> None:
             *_fitting_layouts(run, side, cluster.gpu_memory_bytes),
         ]
         raise UsageError(
-            f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of weights, {units.gb(staging)} of "
+            f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of {what}, {units.gb(staging)} of "
             f"staging), {cluster.name} has {units.gb(cluster.gpu_memory_bytes)}: "
             f"{', or '.join(remedies) or 'raise TP, EP or PP, or use GPUs with more memory'}"
         )
@@ -79,9 +81,17 @@ def _can_be_built(run: DryRun, change: _Change) -> bool:
 
 def _needed(run: DryRun, change: _Change) -> int:
     """Bytes on the fullest GPU with this change."""
-    sides = (replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items())
-    fullest = [max(predict_side(run.model, side).bytes_per_rank.values()) for side in sides]
-    return sum(fullest) + run.scenario.staging_bytes
+    scenario = replace(
+        run.scenario,
+        **{name: replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items()},
+    )
+    fullest = 0
+    for name in change.layouts:
+        sharding = predict_side(run.model, scenario.sides[name])
+        training = training_bytes(scenario) if name == "source" else {}
+        extra = {rank: needed.total_bytes for rank, needed in training.items()}
+        fullest += max(held + extra.get(rank, 0) for rank, held in sharding.bytes_per_rank.items())
+    return fullest + run.scenario.staging_bytes
 
 
 def _etp_at_tp(run: DryRun, sides: list[str]) -> Iterator[_Change]:

@@ -63,6 +63,7 @@ def _figures(run: DryRun) -> list[str]:
         "Model": f"{run.scenario.model_name or 'by flags'}, {units.count(run.num_parameters)} parameters "
         f"({run.num_parameters:,} with buffers) in {run.num_tensors:,} tensors, {dtypes}",
         **_memory(run),
+        **_training(run),
         "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
         "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
         "Local": f"{units.gb(cost.local_bytes)} within a GPU",
@@ -85,10 +86,31 @@ def _memory(run: DryRun) -> dict[str, str]:
     staging = run.scenario.staging_bytes
     labels = {"both": "Memory per GPU", "source": "Memory per source GPU", "destination": "Memory per destination GPU"}
     return {
-        labels[side]: f"{units.gib(max(held.values()) + staging)} (weights {units.gib(max(held.values()))}, "
+        labels[side]: f"{units.gib(max(held.values()) + staging)} ({_what(run, side)} {units.gib(max(held.values()))}, "
         f"staging up to {units.gib(staging)}){_too_much(run, max(held.values()) + staging)}"
         for side, held in run.held_bytes.items()
     }
+
+
+def _what(run: DryRun, side: str) -> str:
+    return "weights and training" if run.training and side != "destination" else "weights"
+
+
+def _training(run: DryRun) -> dict[str, str]:
+    """What the fullest GPU of the source needs to train, an estimate."""
+    if not run.training:
+        return {}
+    rank = max(run.training, key=lambda rank: run.training[rank].total_bytes + run.source_bytes[rank])
+    needed = run.training[rank]
+    parts = (
+        ("weights", run.source_bytes[rank]),
+        ("gradients", needed.gradient_bytes),
+        ("optimizer", needed.optimizer_bytes),
+        ("activations", needed.activation_bytes),
+    )
+    total = needed.total_bytes + run.source_bytes[rank]
+    texts = ", ".join(f"{name} {units.gib(nbytes)}" for name, nbytes in parts)
+    return {"Training (estimate)": f"{units.gib(total)} on rank {rank}: {texts}"}
 
 
 def _too_much(run: DryRun, nbytes: int) -> str:

@@ -209,9 +209,9 @@ def _number(value: float | None) -> str:
     return "nan" if value is None else f"{value:g}"
 
 
-def forward_line(name: str, forward: ForwardCheck) -> str:
-    """The result of `--check-forward`."""
-    title = ENGINES[name].title
+def forward_line(name: str, forward: ForwardCheck, weights: str = "") -> str:
+    """The result of `--check-forward`, or of the same check with `weights` other than the oracle's."""
+    title = ", ".join(filter(None, (ENGINES[name].title, weights)))
     if forward.skipped is not None:
         return f"Forward check ({title}) waived: {forward.skipped}"
     return (

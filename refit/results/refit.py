@@ -83,7 +83,8 @@ class EngineResult:
     what was connected where there was a choice. `summary` is over
     the measured iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1
     where a refit is as fast as the plan allows, None without a bound. `stability` is None without
-    `--repeat-until-stable`.
+    `--repeat-until-stable`. `trained` compares the logits of both sides after one more refit, of the weights that
+    training steps left.
     """
 
     status: Status = Status.RUNNING
@@ -101,6 +102,7 @@ class EngineResult:
     staging_bytes_per_rank: tuple[int, ...] = ()
     extra_memory_bytes_per_rank: tuple[int | None, ...] = ()
     forward: ForwardCheck | None = None
+    trained: ForwardCheck | None = None
     profile: tuple[tuple[Activity, ...], ...] = ()
 
     @property
@@ -135,10 +137,14 @@ class EngineResult:
         return self.cold_total_s + (self.connect_s or 0.0)
 
     @property
+    def wrong_logits(self) -> bool:
+        """Whether the logits of both sides were compared and differ."""
+        return any(check is not None and not check.passed for check in (self.forward, self.trained))
+
+    @property
     def doubt(self) -> str | None:
         """Why its times are no result: `WRONG`, the status, or `unverified`. None where every element was right."""
-        forward_failed = self.forward is not None and not self.forward.passed
-        if self.num_wrong or forward_failed or self.status is Status.WRONG_DATA:
+        if self.num_wrong or self.wrong_logits or self.status is Status.WRONG_DATA:
             return "WRONG"
         if self.status is not Status.OK:
             return self.status.text

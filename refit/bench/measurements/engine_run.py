@@ -14,6 +14,7 @@ from refit.bench.exchange import gather
 from refit.bench.forward_check import compare_forward
 from refit.bench.memory import PeakMemory, past_torch
 from refit.bench.profile import profiled
+from refit.bench.saved_weights import SavedWeights
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.config.registry import ENGINES
@@ -51,7 +52,10 @@ class _Refusal:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRefit:
-    """Two sides and the plan between them. `plan_s` is the time that planning took on this rank."""
+    """Two sides and the plan between them. `plan_s` is the time that planning took on this rank.
+
+    `trained` are the source's weights after training, None where it was not trained.
+    """
 
     source: Side
     destination: Side
@@ -59,6 +63,7 @@ class PlannedRefit:
     cost: Cost
     bound: Bound | None
     plan_s: float
+    trained: SavedWeights | None = None
 
 
 class EngineRun:
@@ -105,6 +110,7 @@ class EngineRun:
         self._summarise()
         self._check_forward()
         self._profile(program)
+        self._move_trained(program)
         self._session.enter(f"close {self._name}")
         program.close()
 
@@ -219,6 +225,20 @@ class EngineRun:
         forward = compare_forward(self._session, self._planned.source, self._planned.destination)
         self._update(forward=forward)
         self._session.say(refit_lines.forward_line(self._name, forward))
+
+    def _move_trained(self, program: Program) -> None:
+        """Refit the weights that training left, and compare the logits. Both sides then hold these weights."""
+        trained, destination = self._planned.trained, self._planned.destination
+        if trained is None:
+            return
+        self._session.enter(f"refit of the trained weights with {self._name}")
+        trained.restore(self._planned.source.weights)
+        if destination.weights is not None:
+            oracle.poison(destination.weights)
+        time_run(program, self._session.control, self._session.device)
+        forward = compare_forward(self._session, self._planned.source, destination)
+        self._update(trained=forward)
+        self._session.say(refit_lines.forward_line(self._name, forward, "trained weights"))
 
     def _profile(self, program: Program) -> None:
         if not self._scenario.profile:

@@ -10,6 +10,7 @@ import torch
 from refit.bench.clock import Stopwatch
 from refit.bench.exchange import gather
 from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
+from refit.bench.saved_weights import SavedWeights
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.config.clusters import Cluster, choose_cluster
@@ -42,7 +43,8 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
     bound = cost.lower_bound(cost.bytes_matrix(plan), cluster) if cluster else None
-    planned = PlannedRefit(source, destination, plan, cost.cost_of(plan), bound, stopwatch.seconds["plan"])
+    trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
+    planned = PlannedRefit(source, destination, plan, cost.cost_of(plan), bound, stopwatch.seconds["plan"], trained)
     result = RefitResult(model=_facts(destination.sharding), plan=planned.cost, bound=bound)
     engines = {name: load(ENGINES[name].engine)(session.scenario, session.device) for name in session.scenario.engines}
     notes = (*session.scenario.notes, *(note for engine in engines.values() if (note := engine.note())))
@@ -102,5 +104,4 @@ def _status(result: RefitResult) -> Status:
     """The status of the engine under test. Errors of a baseline beside it do not change it."""
     tested = result.tested
     assert tested is not None
-    wrong_logits = tested.forward is not None and not tested.forward.passed
-    return Status.WRONG_DATA if wrong_logits and tested.status is Status.OK else tested.status
+    return Status.WRONG_DATA if tested.wrong_logits and tested.status is Status.OK else tested.status

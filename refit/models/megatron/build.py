@@ -17,9 +17,11 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from refit.config.layout import Layout
 from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, ModelShape
 from refit.config.side import SideSpec
+from refit.config.steps import StepSettings
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat
 from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts
+from refit.models.megatron.on_cpu import trainable_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,12 @@ class BuiltModel:
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
-def build_model(shape: ModelShape, side: SideSpec, groups: Any, *, device: torch.device | str) -> BuiltModel | None:
+def build_model(
+    shape: ModelShape, side: SideSpec, groups: Any, *, device: torch.device | str, steps: StepSettings | None = None
+) -> BuiltModel | None:
     """Build this rank's part; None where `groups` (of `build_groups`) is None: the rank is outside the side.
 
+    `steps` are the settings of the steps that the model will run, None for a model that is only refitted and checked.
     Weights are not initialised. Collective: every rank of the layout, where embeddings are tied over stages. Raises
     UnavailableError where the side's layers cannot be built here.
     """
@@ -60,8 +65,8 @@ def build_model(shape: ModelShape, side: SideSpec, groups: Any, *, device: torch
         return None
     # No random numbers are drawn without initialisation. The inference tracker works without CUDA.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-    with compat.running_on(groups, device, layout.vpp):
-        chunks = tuple(_build_chunk(shape, side, groups, number) for number in range(layout.vpp))
+    with compat.running_on(groups, device, layout.vpp), trainable_on(device), compat.norms_know_sequence_parallel():
+        chunks = tuple(_build_chunk(shape, side, groups, number, steps) for number in range(layout.vpp))
     with torch.no_grad():
         for parameter in itertools.chain(*(chunk.parameters() for chunk in chunks)):
             # torch's norms are built in float32 on the CPU, whatever the config says. Buffers (expert_bias) stay
@@ -70,9 +75,11 @@ def build_model(shape: ModelShape, side: SideSpec, groups: Any, *, device: torch
     return BuiltModel(chunks, groups, layout, shape)
 
 
-def _build_chunk(shape: ModelShape, side: SideSpec, groups: Any, number: int) -> torch.nn.Module:
+def _build_chunk(
+    shape: ModelShape, side: SideSpec, groups: Any, number: int, steps: StepSettings | None
+) -> torch.nn.Module:
     """This rank's model chunk number `number`: its embedding, layers and output layer, as far as they lie there."""
-    layout, config = side.layout, transformer_config(shape, side)
+    layout, config = side.layout, transformer_config(shape, side, steps)
     stage = layout.coordinates(torch.distributed.get_rank()).pp
     local = side.transformer_impl == "local"
     place = {"vp_stage": number if layout.vpp > 1 else None, "pp_rank": stage}
@@ -97,7 +104,7 @@ def _build_chunk(shape: ModelShape, side: SideSpec, groups: Any, number: int) ->
             post_process=is_last,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type=shape.position_embedding_type,
-            parallel_output=False,
+            parallel_output=True,
             mtp_block_spec=mtp_spec,
             pg_collection=groups,
             vp_stage=place["vp_stage"],
@@ -122,8 +129,8 @@ def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
         )
 
 
-def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
-    """Megatron's config for this model in this layout, for inference and without weight initialisation."""
+def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | None = None) -> Any:
+    """Megatron's config for this model in this layout, without weight initialisation; for inference without `steps`."""
     layout, dtype = side.layout, _torch_dtype(side)
     values: dict[str, object] = {
         "num_layers": shape.num_layers,
@@ -152,7 +159,12 @@ def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
         "attention_dropout": 0.0,
     }
     if layout.vpp > 1:
-        values["virtual_pipeline_model_parallel_size"] = layout.vpp
+        # As Megatron-LM's arguments.py has it: in one batch, two stages would mix up what they send forward and back.
+        values |= {
+            "virtual_pipeline_model_parallel_size": layout.vpp,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
     if shape.mtp_num_layers:
         values["mtp_num_layers"] = shape.mtp_num_layers
     if layout.pp > 1:
@@ -161,6 +173,8 @@ def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
     values.update(_without_initialisation())
     if shape.experts is not None:
         values.update(_expert_fields(shape.experts))
+    if steps is not None:
+        values.update(_step_fields(steps, routed=shape.experts is not None))
     if shape.mla is None:
         values |= {"num_query_groups": shape.num_query_groups, "kv_channels": shape.kv_channels}
         return TransformerConfig(**compat.known_fields(TransformerConfig, values))
@@ -174,6 +188,27 @@ def transformer_config(shape: ModelShape, side: SideSpec) -> Any:
         "v_head_dim": shape.mla.v_head_dim,
     }
     return MLATransformerConfig(**compat.known_fields(MLATransformerConfig, values))
+
+
+def _step_fields(steps: StepSettings, routed: bool) -> dict[str, object]:
+    recompute, dispatch = steps.recompute, steps.dispatch
+    values: dict[str, object] = {
+        "sequence_parallel": steps.sequence_parallel,
+        "recompute_granularity": recompute.granularity,
+        "recompute_method": recompute.method,
+        "recompute_num_layers": recompute.num_layers,
+        "recompute_modules": list(recompute.modules) or None,
+    }
+    if not routed:
+        return values
+    values |= {
+        "moe_token_dispatcher_type": dispatch.dispatcher,
+        "overlap_moe_expert_parallel_comm": dispatch.overlap,
+        "delay_wgrad_compute": dispatch.delay_wgrad,
+        "moe_router_force_load_balancing": dispatch.balanced,
+        "moe_router_dtype": dispatch.router_dtype,
+    }
+    return values | ({"moe_flex_dispatcher_backend": dispatch.backend} if dispatch.backend else {})
 
 
 def _torch_dtype(side: SideSpec) -> torch.dtype:
@@ -194,7 +229,7 @@ def _without_initialisation() -> dict[str, object]:
 
 
 def _expert_fields(experts: Experts) -> dict[str, object]:
-    # The all-to-all dispatcher needs CUDA streams, the all-gather one does not. Weights do not depend on it.
+    # Weights do not depend on the dispatcher. That of a step replaces this one.
     return {
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.topk,

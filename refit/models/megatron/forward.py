@@ -1,4 +1,4 @@
-"""One forward pass of a built model, for comparing the logits of both sides."""
+"""Forward passes of a built model: for comparing the logits of both sides, and to be timed."""
 
 from __future__ import annotations
 
@@ -10,47 +10,71 @@ import torch.distributed as dist
 from refit.errors import RefitError
 from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
+from refit.models.megatron.on_cpu import trainable_on
 
 
 def forward_logits(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor | None:
     """Logits `[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`, on the last stage; else None.
 
-    Vocabulary padding is removed, so that layouts compare. Attention is causal, positions start at 0.
-    Multi-token prediction layers do not take part. Collective: every rank of the model's layout must call, with the
-    same tokens. Raises RefitError where it fails.
+    Vocabulary padding is removed, so that layouts compare. Attention is causal, positions start at 0. Routing is the
+    router's own. Multi-token prediction layers do not take part. Collective: every rank of the model's layout must
+    call, with the same tokens. Raises RefitError where it fails.
     """
-    try:
-        with torch.no_grad(), compat.running_on(model.groups, model.device, len(model.chunks)):
-            output = _forward(model, tokens.to(model.device))
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        raise RefitError(f"the forward pass failed: {type(error).__name__}: {error}") from error
+    # A model of this suite leaves its logits in parts, as training wants them. A provider's may take no such option.
+    options = {} if model.shape is None else {"runtime_gather_output": True}
+    with compat.unforced_routing(model.chunks):
+        output = _run(model, tokens, options)
     if output is None:
         return None
     vocab_size = output.size(-1) if model.shape is None else model.shape.vocab_size
     return output[..., :vocab_size].float()
 
 
-def _forward(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor | None:
+def run_forward(model: BuiltModel, tokens: torch.Tensor) -> None:
+    """Run `tokens` `[batch, sequence]` forward, each data-parallel replica its part. Logits stay in parts.
+
+    Collective: every rank of the model's layout must call, with the same tokens. Raises RefitError where it fails.
+    """
+    layout = model.layout
+    _run(model, tokens.chunk(layout.dp)[layout.coordinates(dist.get_rank()).dp], {})
+
+
+def _run(model: BuiltModel, tokens: torch.Tensor, options: dict[str, Any]) -> torch.Tensor | None:
+    try:
+        with (
+            torch.no_grad(),
+            compat.running_on(model.groups, model.device, len(model.chunks)),
+            trainable_on(model.device),
+        ):
+            return _forward(model, tokens.to(model.device), options)
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        raise RefitError(f"the forward pass failed: {type(error).__name__}: {error}") from error
+
+
+def _forward(model: BuiltModel, tokens: torch.Tensor, options: dict[str, Any]) -> torch.Tensor | None:
     """Chunk after chunk, and in each pass stage after stage: the output of the last chunk on the last stage."""
     output = None
     for number in range(len(model.chunks)):
-        output = _forward_chunk(model, number, tokens)
+        output = _forward_chunk(model, number, tokens, options)
     return output
 
 
-def _forward_chunk(model: BuiltModel, number: int, tokens: torch.Tensor) -> torch.Tensor | None:
+def _forward_chunk(
+    model: BuiltModel, number: int, tokens: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor | None:
     """Receive hidden states `[sequence, batch, hidden]` unless this is the first chunk, run it, send its output on."""
     chunk: Any = model.chunks[number]
     pipeline = dist.get_process_group_ranks(model.groups.pp)
     stage, last = pipeline.index(dist.get_rank()), len(pipeline) - 1
     if (stage, number) != (0, 0):
-        shape = (tokens.size(1), tokens.size(0), chunk.config.hidden_size)
+        parts = model.layout.tp if chunk.config.sequence_parallel else 1
+        shape = (tokens.size(1) // parts, tokens.size(0), chunk.config.hidden_size)
         hidden = torch.empty(shape, dtype=chunk.config.params_dtype, device=model.device)
         dist.recv(hidden, src=pipeline[stage - 1], group=model.groups.pp)
         chunk.set_input_tensor(hidden)
     positions = torch.arange(tokens.size(1), device=model.device).expand_as(tokens)
     with compat.without_token_prediction(chunk):
-        output: torch.Tensor = chunk(tokens, positions, None)
+        output: torch.Tensor = chunk(tokens, positions, None, **options)
     if (stage, number) == (last, len(model.chunks) - 1):
         return output
     dist.send(output.contiguous(), dst=pipeline[(stage + 1) % len(pipeline)], group=model.groups.pp)

@@ -31,10 +31,11 @@ AXES: dict[str, tuple[str, ...]] = {
     "expt_dp": ("edp",),
     "tp_ep": ("ep", "etp"),
     "tp_ep_pp": ("pp", "ep", "etp"),
+    "intra_dist_opt": ("pp", "dp", "tp"),
 }
 """Fields of ProcessGroupCollection and the axes each spans.
 
-All fields that building, forward and refit read are here. For a field that is not set, 0.16.1 raises and 0.19.2 takes
+All fields that building, training, forward and refit read are here. For a field that is not set, 0.16.1 raises and 0.19.2 takes
 the default group.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
@@ -20,15 +21,23 @@ from refit.models.megatron.compat import mark_grouped_weight
 class CoreAttention(MegatronModule):  # type: ignore[misc]
     """Causal scaled dot-product attention without parameters, for grouped-query and latent attention alike."""
 
-    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self, config: Any, *_: Any, softmax_scale: float | None = None, pg_collection: Any = None, **__: Any
+    ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.tp_group = getattr(pg_collection, "tp", None)
+        latent = getattr(config, "multi_latent_attention", False)
+        self.num_shared = config.qk_pos_emb_head_dim if latent and config.tensor_model_parallel_size > 1 else 0
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """`query` is `[sequence, batch, heads, size]`, `key` and `value` have as many heads or fewer.
 
         Returns `[sequence, batch, hidden]`.
         """
+        if self.num_shared and key.requires_grad:
+            own, shared = key.split([key.size(-1) - self.num_shared, self.num_shared], dim=-1)
+            key = torch.cat([own, _SharedKey.apply(shared, self.tp_group)], dim=-1)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if k.size(1) != q.size(1):
             repeats = q.size(1) // k.size(1)
@@ -38,6 +47,25 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         return {}
+
+
+class _SharedKey(torch.autograd.Function):
+    """The part of latent attention's keys that all heads share, `[sequence, batch, heads, size]`, one copy per head.
+
+    Its gradient is the sum over the heads of all tensor-parallel ranks. With the local layer spec Megatron sums over
+    the rank's own heads only (multi_latent_attention.py, 0.16.1 and 0.19.2), so the other ranks' are added here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shared: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return shared.view_as(shared)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        total = gradient.mean(dim=2, keepdim=True)  # what follows sums over this rank's heads
+        dist.all_reduce(total, group=ctx.group)
+        return total.expand_as(gradient), None
 
 
 class DuplicatedLinear(torch.nn.Linear):

@@ -1,0 +1,72 @@
+"""The forward measurement: prefill of a batch and passes of a single token, on the destination."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from refit.bench.initial_weights import initialise
+from refit.bench.measurements.step_run import Work, live_settings, run_steps
+from refit.bench.measurements.train_step import tokens_of
+from refit.bench.session import Session
+from refit.bench.sides import Side
+from refit.models.sharded_model import StepReport
+from refit.predict.flops import forward_flops
+from refit.report import step_lines
+from refit.results.status import worst
+from refit.results.step import ForwardResult, StepResult
+
+
+class ForwardMeasurement:
+    """The `Measurement` named `forward`."""
+
+    def run(self, session: Session, source: Side, destination: Side) -> ForwardResult:
+        with torch.no_grad():
+            return _measure(session, destination)
+
+
+def _measure(session: Session, side: Side) -> ForwardResult:
+    steps, measurements = session.scenario.steps, session.scenario.measurements
+    assert steps is not None
+    trained = {"train-step", "refit"} <= set(measurements)
+    if not trained and side.weights is not None:
+        session.enter("initial weights")
+        initialise(side.weights)
+    result = ForwardResult(weights="trained" if trained else "initial")
+    session.say(step_lines.forward_header(session.scenario, result))
+
+    def keep(name: str, found: StepResult) -> None:
+        nonlocal result
+        result = replace(result, **{name: found})
+        session.publish(result)
+
+    for name, length in (("prefill", steps.seq_length), ("token", 1)):
+        keep(name, _passes(session, side, name, length, lambda found, name=name: keep(name, found)))
+    return replace(result, status=worst([each.status for each in (result.prefill, result.token) if each is not None]))
+
+
+def _passes(session: Session, side: Side, name: str, length: int, publish: Callable[[StepResult], None]) -> StepResult:
+    """Passes over sequences of `length` tokens, a micro-batch on each replica."""
+    steps, model = session.scenario.steps, session.scenario.model
+    assert steps is not None
+    assert model is not None
+    num_sequences = steps.micro_batch_size * side.spec.layout.dp
+    settings = live_settings(session, side.model.settings)
+    result = StepResult(
+        dispatcher=settings.dispatcher,
+        num_ranks=side.spec.world_size,
+        num_microbatches=1,
+        sequences_per_step=num_sequences,
+        flops_per_step=forward_flops(model, num_sequences, length),
+        config=settings.config,
+    )
+    wanted = replace(steps, global_batch_size=num_sequences, seq_length=length)
+
+    def run(number: int) -> StepReport:
+        side.model.infer(tokens_of(wanted, number, model.vocab_size)[:, :-1])
+        return StepReport()
+
+    work = Work(f"forward, {name}", steps.num_warmup, steps.num_steps, num_sequences * length)
+    return run_steps(session, work, result, run, publish)

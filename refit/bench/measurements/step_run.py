@@ -1,0 +1,101 @@
+"""Runs and times steps of one side: warm-up, measured steps, their samples, memory and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from refit.bench.clock import Spans, timed
+from refit.bench.exchange import gather
+from refit.bench.memory import peak_bytes, reset_peak, used_bytes
+from refit.bench.session import Session
+from refit.models.sharded_model import LiveSettings, Recorder, StepReport
+from refit.report.step_lines import step_line
+from refit.results.stats import summarise
+from refit.results.status import Status
+from refit.results.step import Breakdown, StepResult, StepSample
+
+TOP_PARTS = ("forward", "backward", "gradient sync", "optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step computes, over all ranks. `label` is what the log calls it."""
+
+    label: str
+    num_warmup: int
+    num_steps: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _RankStep:
+    seconds: float
+    report: StepReport
+
+
+def run_steps(
+    session: Session,
+    work: Work,
+    result: StepResult,
+    step: Callable[[int], StepReport],
+    publish: Callable[[StepResult], None],
+) -> StepResult:
+    """Call `step` with the number of each step, warm-up first, and return `result` completed.
+
+    Collective: every rank of the job; ranks outside the side pass a step that does nothing.
+    """
+    has_peak = reset_peak(session.device)
+    for number in range(work.num_warmup + work.num_steps):
+        session.enter(f"{work.label} {number + 1}")
+        found = timed(lambda number=number: step(number), session.control, session.device)
+        ranks: list[_RankStep] = gather(session.control, _RankStep(found.seconds, found.value))
+        sample = _sample(ranks, number, work)
+        result = replace(result, samples=(*result.samples, sample))
+        publish(result)
+        session.say(step_line(work.label, sample, number + 1, work.num_warmup, work.num_steps))
+    return replace(
+        result,
+        status=Status.OK,
+        summary=summarise([sample.seconds for sample in result.measured]),
+        allocated_bytes_per_rank=tuple(gather(session.control, used_bytes(session.device))),
+        peak_bytes_per_rank=tuple(gather(session.control, peak_bytes(session.device) if has_peak else None)),
+    )
+
+
+def run_recorded(session: Session, label: str, step: Callable[[Recorder], StepReport]) -> Breakdown:
+    """Run one more step with recording on; its parts are those of the slowest rank. Collective: every rank."""
+    session.enter(f"{label}: breakdown")
+    spans = Spans(session.device)
+    found = timed(lambda: step(spans), session.control, session.device)
+    ranks: list[tuple[float, dict[str, float]]] = gather(session.control, (found.seconds, spans.seconds()))
+    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank][0])
+    seconds, parts = ranks[slowest]
+    top = {name: parts[name] for name in TOP_PARTS if name in parts}
+    inner = {name: parts[name] for name in parts if name not in TOP_PARTS}
+    return Breakdown(seconds, slowest, top, seconds - sum(top.values()), inner)
+
+
+def live_settings(session: Session, mine: LiveSettings) -> LiveSettings:
+    """The settings of a side, on every rank: its first rank's configuration and the dispatchers of all its ranks.
+
+    Collective: every rank of the job.
+    """
+    ranks: list[LiveSettings] = gather(session.control, mine)
+    dispatchers = sorted({each.dispatcher for each in ranks if each.dispatcher is not None})
+    return LiveSettings("+".join(dispatchers) or None, next((each.config for each in ranks if each.config), {}))
+
+
+def _sample(ranks: list[_RankStep], number: int, work: Work) -> StepSample:
+    """Replicas have equally many tokens, and their losses as many ranks: the mean over ranks is that over tokens."""
+    losses = [each.report.loss for each in ranks if each.report.loss is not None]
+    norms = [each.report.grad_norm for each in ranks if each.report.grad_norm is not None]
+    return StepSample(
+        step=number,
+        warmup=number < work.num_warmup,
+        seconds_per_rank=tuple(each.seconds for each in ranks),
+        slowest_rank=max(range(len(ranks)), key=lambda rank: ranks[rank].seconds),
+        num_tokens=work.num_tokens,
+        loss=sum(losses) / len(losses) if losses else None,
+        grad_norm=max(norms, default=None),
+    )

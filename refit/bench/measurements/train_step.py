@@ -1,0 +1,59 @@
+"""The train-step measurement: training steps on the source, then one more with recording on for the breakdown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from refit.bench.exchange import gather
+from refit.bench.initial_weights import initialise
+from refit.bench.measurements.step_run import Work, live_settings, run_recorded, run_steps
+from refit.bench.session import Session
+from refit.bench.sides import Side
+from refit.config.steps import StepSettings
+from refit.models.sharded_model import Recorder, StepReport
+from refit.predict.flops import train_flops
+from refit.report import step_lines
+from refit.results.step import StepResult
+
+
+class TrainStepMeasurement:
+    """The `Measurement` named `train-step`."""
+
+    def run(self, session: Session, source: Side, destination: Side) -> StepResult:
+        scenario = session.scenario
+        steps, model = scenario.steps, scenario.model
+        assert steps is not None
+        assert model is not None
+        session.enter("initial weights")
+        trainer = source.model.trainer
+        if source.weights is not None and trainer is not None:
+            with torch.no_grad():
+                initialise(source.weights)
+            trainer.weights_changed()
+
+        def step(number: int, recorder: Recorder | None = None) -> StepReport:
+            return trainer.step(tokens_of(steps, number, model.vocab_size), recorder) if trainer else StepReport()
+
+        settings = live_settings(session, source.model.settings)
+        result = StepResult(
+            optimizer=next(filter(None, gather(session.control, trainer.optimizer if trainer else None))),
+            dispatcher=settings.dispatcher,
+            num_ranks=source.spec.world_size,
+            num_microbatches=steps.num_microbatches(source.spec.layout.dp),
+            sequences_per_step=steps.global_batch_size,
+            flops_per_step=train_flops(model, steps.global_batch_size, steps.seq_length),
+            config=settings.config,
+        )
+        session.say(step_lines.train_header(scenario, steps, result))
+        work = Work("train step", steps.num_warmup, steps.num_steps, steps.tokens_per_step)
+        result = run_steps(session, work, result, step, session.publish)
+        last = steps.num_warmup + steps.num_steps
+        return replace(result, breakdown=run_recorded(session, work.label, lambda spans: step(last, spans)))
+
+
+def tokens_of(steps: StepSettings, number: int, vocab_size: int) -> torch.Tensor:
+    """Mock tokens of step `number`, `[global_batch_size, seq_length + 1]`: the same on every rank and in every run."""
+    generator = torch.Generator().manual_seed(steps.seed + number)
+    return torch.randint(vocab_size, (steps.global_batch_size, steps.seq_length + 1), generator=generator)

@@ -1,0 +1,83 @@
+"""Runs Megatron-Core's training code on CPUs: CUDA's allocations, streams and type names become the CPU's.
+
+What 0.16.1 and 0.19.2 name outright, and which this context replaces: `device="cuda"` in the schedules
+(pipeline_parallel/schedules.py), in gradient clipping (optimizer/clip_grads.py) and in the optimizers;
+`torch.cuda.FloatTensor` in the distributed optimizer (optimizer/distrib_optimizer.py); CUDA streams and the copy of
+split sizes to the CPU in the all-to-all dispatcher (transformer/moe/token_dispatcher.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+ALLOCATE = (torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor)
+
+
+class _OnCpu(TorchFunctionMode):
+    """Allocations on "cuda" go to the CPU. `Tensor.type()` gives the name of the CUDA type."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in ALLOCATE and str(kwargs.get("device")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream and an event whose work is done already, as all of a CPU's is."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def trainable_on(device: torch.device) -> Iterator[None]:
+    """Megatron's training code runs on `device`. Nothing changes on GPUs."""
+    if device.type == "cuda":
+        yield
+        return
+    dispatchers: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    stream = _Stream()
+    with contextlib.ExitStack() as stack:
+        for name, value in (
+            ("Stream", _Stream),
+            ("Event", _Stream),
+            ("current_stream", lambda *_: stream),
+            ("default_stream", lambda *_: stream),
+            ("stream", lambda *_: contextlib.nullcontext()),
+            ("synchronize", lambda *_: None),
+        ):
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        # Megatron compiles small functions with torch.compile, which would run a C++ compiler on every rank.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(patch.object(dispatchers, "maybe_move_tensor_to_cpu", _on_host))
+        stack.enter_context(_OnCpu())
+        yield
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Split sizes as the all-to-all takes them. Megatron's own function converts tensors of a GPU only."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -1,0 +1,149 @@
+"""Trains a built model with Megatron-Core's own schedules, data parallelism and distributed optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from refit.config.steps import StepSettings
+from refit.models.megatron import compat
+from refit.models.megatron.build import BuiltModel
+from refit.models.megatron.on_cpu import trainable_on
+from refit.models.megatron.recording import recorded
+from refit.models.sharded_model import Recorder, StepReport
+
+Loss: TypeAlias = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class MegatronTrainer:
+    """The `Trainer` of a GPTModel on this rank.
+
+    Megatron's data parallelism moves the parameters into buffers of its own: weights are read after this is built.
+    """
+
+    optimizer = "Megatron-Core's distributed optimizer (AdamW)"
+
+    def __init__(self, built: BuiltModel, steps: StepSettings) -> None:
+        """Collective: every rank of the model's layout."""
+        self._built, self._steps = built, steps
+        config: Any = built.chunks[0].config
+        with self._running(), compat.gathering_within(built.groups.intra_dist_opt):
+            data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+            self._chunks: list[Any] = [
+                DistributedDataParallel(
+                    chunk.config, data_parallel, chunk, disable_bucketing=number > 0, pg_collection=built.groups
+                )
+                for number, chunk in enumerate(built.chunks)
+            ]
+            self._optimizer: Any = get_megatron_optimizer(
+                _optimizer_config(config, steps),
+                self._chunks,
+                use_gloo_process_groups=False,
+                pg_collection=built.groups,
+            )
+            self._communicator = P2PCommunicator(built.groups.pp, config)
+        for chunk in built.chunks:
+            chunk_config: Any = chunk.config
+            chunk_config.finalize_model_grads_func = finalize_model_grads
+            chunk_config.grad_scale_func = self._optimizer.scale_loss
+
+    def weights_changed(self) -> None:
+        with self._running():
+            self._optimizer.reload_model_params()
+
+    def step(self, tokens: torch.Tensor, recorder: Recorder | None = None) -> StepReport:
+        with self._running(), recorded(self._built, self._optimizer, recorder):
+            for chunk in self._chunks:
+                chunk.train()
+            try:
+                return self._step(self._micro_batches(tokens), recorder)
+            finally:
+                for chunk in self._chunks:
+                    chunk.eval()
+
+    def _step(self, batches: list[torch.Tensor], recorder: Recorder | None) -> StepReport:
+        layout = self._built.layout
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        schedule = get_forward_backward_func(layout.pp, layout.vpp if layout.vpp > 1 else None)
+        several = len(self._chunks) > 1
+        iterators = [iter(batches) for _ in self._chunks]
+        losses: list[torch.Tensor] = schedule(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if several else iterators[0],
+            model=self._chunks if several else self._chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self._steps.seq_length,
+            micro_batch_size=self._steps.micro_batch_size,
+            forward_only=False,
+            p2p_communicator=self._communicator,
+            pg_collection=self._built.groups,
+        )
+        with _part(recorder, "optimizer"):
+            _, grad_norm, _ = self._optimizer.step()
+        loss = float(torch.stack(losses).mean()) if losses else None
+        return StepReport(loss, float(grad_norm))
+
+    def _micro_batches(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """This replica's part of the global batch, `[micro_batch_size, seq_length + 1]` each."""
+        replica = self._built.layout.coordinates(dist.get_rank()).dp
+        mine = tokens.chunk(self._built.layout.dp)[replica].to(self._built.device)
+        return list(mine.split(self._steps.micro_batch_size))
+
+    def _running(self) -> contextlib.ExitStack:
+        built, stack = self._built, contextlib.ExitStack()
+        stack.enter_context(compat.running_on(built.groups, built.device, len(built.chunks)))
+        stack.enter_context(trainable_on(built.device))
+        return stack
+
+
+def _optimizer_config(config: Any, steps: StepSettings) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=steps.lr,
+        weight_decay=steps.weight_decay,
+        clip_grad=steps.clip_grad,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+
+
+def _forward_step(batches: Iterator[torch.Tensor], chunk: Any, return_schedule_plan: bool = False) -> tuple[Any, Loss]:
+    """The `forward_step_func` of the schedules: the losses `[batch, sequence]`, and what makes one loss of them.
+
+    With `return_schedule_plan`, as the overlapped schedule asks, the plan of the pass in place of its output.
+    """
+    tokens = next(batches)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    positions = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
+    if return_schedule_plan:
+        whole = chunk if hasattr(chunk, "build_schedule_plan") else chunk.module
+        return whole.build_schedule_plan(inputs, positions, None, labels=labels), _mean_loss
+    return chunk(inputs, positions, None, labels=labels), _mean_loss
+
+
+def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = losses.float().mean()
+    return mean, mean.detach().clone()
+
+
+@contextlib.contextmanager
+def _part(recorder: Recorder | None, name: str) -> Iterator[None]:
+    if recorder is None:
+        yield
+        return
+    recorder.start(name)
+    yield
+    recorder.stop(name)

@@ -1,0 +1,152 @@
+"""Estimates what a rank needs beside its weights to train: gradients, optimizer states and activations.
+
+Gradients are float32, and the distributed optimizer keeps 12 bytes per parameter (two moments and the main copy, in
+float32) divided over the data-parallel replicas: `compute_weight_and_optimizer_memory` of Megatron-LM's
+theoretical_memory_usage.py counts the same 6 + 12 / DP bytes beside bf16 weights.
+
+Activations follow Korthikanti et al. 2022 (arXiv:2205.05198), counted tensor by tensor for latent attention and routed
+experts: what the backward pass of each matrix product, norm and activation function reads, in the parameters' dtype.
+Attention scores are not stored (flash attention). Routed tokens are counted balanced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refit.config.layout import Layout
+from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
+from refit.config.steps import StepSettings
+from refit.plan.sharding import ITEMSIZE, Sharding
+
+GRADIENT_BYTES = 4
+OPTIMIZER_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes on one rank beside its weights."""
+
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def training_memory(
+    shape: ModelShape, side: SideSpec, sharding: Sharding, steps: StepSettings
+) -> dict[int, TrainingMemory]:
+    """The estimate for every rank of a Megatron side."""
+    layout = side.layout
+    activations = [_stage_activations(shape, side, steps, stage) for stage in range(layout.pp)]
+    found = {}
+    for rank in sharding.ranks:
+        dense, routed = _parameters(sharding, rank)
+        found[rank] = TrainingMemory(
+            gradient_bytes=GRADIENT_BYTES * (dense + routed),
+            optimizer_bytes=OPTIMIZER_BYTES * dense // layout.dp + OPTIMIZER_BYTES * routed // layout.edp,
+            activation_bytes=activations[layout.coordinates(rank).pp],
+        )
+    return found
+
+
+def _parameters(sharding: Sharding, rank: int) -> tuple[int, int]:
+    """Elements that this rank holds of dense layers and of routed experts."""
+    dense = routed = 0
+    for key, shard in sharding.of_rank(rank).shards.items():
+        volume = sum(box.volume for box in shard.boxes)
+        if ".experts." in key and "shared_experts" not in key:
+            routed += volume
+        else:
+            dense += volume
+    return dense, routed
+
+
+def _stage_activations(shape: ModelShape, side: SideSpec, steps: StepSettings, stage: int) -> int:
+    """Activations of the micro-batches in flight on a pipeline stage.
+
+    1F1B has pp - stage of them in flight (Narayanan et al. 2021, section 2.2); with v chunks per rank the first stage
+    has 1 + (pp - 1) / (pp v) times as many (Korthikanti et al., section 4.2.3).
+    """
+    layout, num_microbatches = side.layout, steps.num_microbatches(side.layout.dp)
+    tokens = steps.micro_batch_size * steps.seq_length
+    assert side.dtype is not None
+    itemsize = ITEMSIZE[side.dtype.value]
+    chunks = layout.chunk_layers(shape.num_layers)[stage]
+    per_microbatch = sum(_layer_values(shape, layer, layout, steps) for chunk in chunks for layer in chunk)
+    in_flight = float(min(layout.pp - stage, num_microbatches))
+    if layout.vpp > 1:
+        in_flight = min(in_flight * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)), num_microbatches)
+    stored = in_flight * per_microbatch
+    if steps.recompute.granularity == "full":  # one layer at a time is computed again
+        stored += max(_all_values(shape, layer, layout, steps) for chunk in chunks for layer in chunk)
+    total = stored * tokens * itemsize
+    if stage == layout.pp - 1:  # logits, and their gradient in float32
+        total += tokens * (itemsize + 4) * shape.padded_vocab_size(layout.tp) / layout.tp
+    return int(total)
+
+
+def _layer_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSettings) -> float:
+    """Values that a layer stores for each token, after recomputation."""
+    recompute = steps.recompute
+    if recompute.granularity == "full":
+        return shape.hidden_size / _sequence_parts(layout, steps)
+    values = _all_values(shape, layer, layout, steps)
+    if recompute.granularity != "selective":
+        return values
+    routed = shape.experts is not None and shape.experts.layers[layer]
+    hidden = shape.hidden_size / _sequence_parts(layout, steps)
+    if routed and "moe" in recompute.modules:
+        values -= _moe_values(shape, layout, steps)
+    if not routed and "mlp" in recompute.modules:
+        values -= _mlp_values(shape.hidden_size, shape.ffn_hidden_size, layout.tp, shape)
+    if "layernorm" in recompute.modules:
+        values -= 2 * hidden
+    return max(values, hidden)
+
+
+def _all_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSettings) -> float:
+    """Values of a layer for each token: two norms and what follows them, without recomputation."""
+    hidden = shape.hidden_size / _sequence_parts(layout, steps)
+    if shape.experts is not None and shape.experts.layers[layer]:
+        mlp = _moe_values(shape, layout, steps)
+    else:
+        mlp = _mlp_values(shape.hidden_size, shape.ffn_hidden_size, layout.tp, shape)
+    return 4 * hidden + _attention_values(shape, layout) + mlp
+
+
+def _attention_values(shape: ModelShape, layout: Layout) -> float:
+    """Queries, keys, values and output of this rank's heads, and latent states where there are any."""
+    heads, mla = shape.num_attention_heads / layout.tp, shape.mla
+    if mla is None:
+        groups = max(shape.num_query_groups / layout.tp, 1)
+        return shape.kv_channels * (2 * heads + 2 * groups)
+    query, value = mla.qk_head_dim + mla.qk_pos_emb_head_dim, mla.v_head_dim
+    latent = 2 * ((mla.q_lora_rank or 0) + mla.kv_lora_rank) + mla.qk_pos_emb_head_dim
+    return latent + heads * (2 * query + 2 * value)
+
+
+def _mlp_values(width: int, ffn: int, tp: int, shape: ModelShape) -> float:
+    """The intermediate states of an MLP: before (gate and up) and after the activation function."""
+    return (3 if shape.swiglu else 2) * ffn / tp
+
+
+def _moe_values(shape: ModelShape, layout: Layout, steps: StepSettings) -> float:
+    """Router scores, dispatched tokens before and after the experts, their intermediate states, shared experts."""
+    experts = shape.experts
+    assert experts is not None
+    parts = _sequence_parts(layout, steps)
+    width = experts.latent_size or shape.hidden_size
+    # A token of this rank goes to topk experts, and as many come here. ETP ranks all receive the tokens of a group.
+    copies = experts.topk / parts * layout.etp
+    routed = copies * (2 * width + _mlp_values(width, experts.ffn_hidden_size, layout.etp, shape))
+    shared = _mlp_values(shape.hidden_size, experts.shared_ffn_hidden_size or 0, layout.tp, shape)
+    return routed + shared + 2 * experts.num_experts / parts
+
+
+def _sequence_parts(layout: Layout, steps: StepSettings) -> int:
+    """Into how many parts sequence parallelism cuts what is not cut by heads or columns."""
+    return layout.tp if steps.sequence_parallel else 1

@@ -1,0 +1,90 @@
+"""The log lines of training steps and forward passes, and of the whole cycle with its refit."""
+
+from __future__ import annotations
+
+from refit import units
+from refit.config.scenario import Scenario
+from refit.config.steps import StepSettings
+from refit.report.neutral import plain_lines
+from refit.results.result import Result
+from refit.results.step import ForwardResult, StepResult, StepSample
+
+
+def train_header(scenario: Scenario, steps: StepSettings, result: StepResult) -> str:
+    """The first lines of the training steps, with `#`."""
+    routing = "forced balanced" if steps.dispatch.balanced else "the router's own"
+    lines = [
+        f"train step of {scenario.source.title}: {steps.global_batch_size} sequences of {steps.seq_length} tokens, "
+        f"micro-batch {steps.micro_batch_size}, {result.num_microbatches} micro-batches per replica, "
+        f"{result.flops_per_step / 1e12:,.4g} TFLOP",
+        f"optimizer: {result.optimizer}, lr {steps.lr:g}; weights drawn by position, mock tokens with seed {steps.seed}",
+    ]
+    lines += [f"dispatcher: {result.dispatcher}; routing {routing}"] if result.dispatcher else []
+    return plain_lines(f"# {line}" for line in lines)
+
+
+def forward_header(scenario: Scenario, result: ForwardResult) -> str:
+    """The first line of the forward passes."""
+    return (
+        f"# forward of {scenario.destination.title}, {result.weights} weights: prefill of a batch, then passes of a "
+        "single token per sequence without a KV cache (it attends to itself alone)"
+    )
+
+
+def step_line(label: str, sample: StepSample, number: int, num_warmup: int, num_steps: int) -> str:
+    """`train step 3/5: 812.4 ms (slowest rank 2), loss 5.6937`."""
+    place = f"warm-up {number}/{num_warmup}" if sample.warmup else f"{number - num_warmup}/{num_steps}"
+    loss = f", loss {sample.loss:.6f}" if sample.loss is not None else ""
+    return f"{label} {place}: {1e3 * sample.seconds:.2f} ms (slowest rank {sample.slowest_rank}){loss}"
+
+
+def train_closing_lines(result: StepResult, run: Result) -> list[str]:
+    """The last lines on training steps: times, speed, memory, breakdown."""
+    return [*_times("Train step", result), *_breakdown(result)]
+
+
+def forward_closing_lines(result: ForwardResult, run: Result) -> list[str]:
+    """The last lines on forward passes, and on the cycle where the run measured all of it."""
+    lines = []
+    if result.prefill is not None:
+        lines += _times(f"Prefill ({result.weights} weights)", result.prefill)
+    if result.token is not None:
+        lines += _times("Single token", result.token)
+    return lines
+
+
+def _times(label: str, result: StepResult) -> list[str]:
+    summary = result.summary
+    if summary is None:
+        return [f"{result.status.value.upper()} ({label}): {result.reason or 'no steps were measured'}"]
+    stalls = f", {result.num_stalls} stalls" if result.num_stalls else ""
+    return [
+        f"{label}: median {1e3 * summary.median_s:.2f} ms, mean {1e3 * summary.mean_s:.2f}, min "
+        f"{1e3 * summary.min_s:.2f}, max {1e3 * summary.max_s:.2f} over {len(result.measured)} steps{stalls}",
+        f"{label}: {result.tokens_per_s:,.1f} tokens/s, {result.samples_per_s:,.3f} sequences/s, "
+        f"{result.tflops_per_gpu:,.4g} TFLOP/s per rank{_memory(result)}",
+    ]
+
+
+def _memory(result: StepResult) -> str:
+    allocated, peak = result.allocated_bytes, result.peak_bytes
+    texts = [f"{units.gib(allocated)} in use"] if allocated else []
+    texts += [f"peak {units.gib(peak)}"] if peak else []
+    return f"; memory of the fullest rank: {', '.join(texts)}" if texts else ""
+
+
+def _breakdown(result: StepResult) -> list[str]:
+    found = result.breakdown
+    if found is None:
+        return []
+    parts = {**found.parts_s, "rest": found.rest_s}
+    shares = ", ".join(f"{name} {_share(seconds, found.seconds)}" for name, seconds in parts.items())
+    lines = [f"Breakdown of one more step ({1e3 * found.seconds:.2f} ms, rank {found.rank}): {shares}"]
+    if found.experts_s:
+        inner = ", ".join(f"{name} {_share(seconds, found.seconds)}" for name, seconds in found.experts_s.items())
+        lines.append(f"Within forward and backward: {inner}")
+    return lines
+
+
+def _share(seconds: float, whole: float) -> str:
+    return f"{1e3 * seconds:.2f} ms ({100 * seconds / whole:.0f} %)" if whole else "-"

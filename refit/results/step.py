@@ -1,0 +1,136 @@
+"""The result types of the train-step and forward measurements, as result files hold them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from refit.results.stats import Summary
+from refit.results.status import Status
+
+STALL = 3.0
+"""A step that takes more than this many times the median is a stall."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One step: seconds of every rank of the job, in rank order. Summaries leave `warmup` samples out.
+
+    `loss` is the mean over the step's tokens, `grad_norm` that before clipping; both None for a forward pass.
+    `num_tokens` are those of the whole step.
+    """
+
+    step: int
+    warmup: bool
+    seconds_per_rank: tuple[float, ...]
+    slowest_rank: int
+    num_tokens: int
+    loss: float | None = None
+    grad_norm: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return max(self.seconds_per_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Seconds of one more step with recording on, on its slowest rank. `parts_s` and `rest_s` add up to `seconds`.
+
+    `experts_s` are parts of forward and backward, summed over layers and micro-batches: `dispatch forward`, ...
+    """
+
+    seconds: float
+    rank: int
+    parts_s: dict[str, float] = field(default_factory=dict)
+    rest_s: float = 0.0
+    experts_s: dict[str, float] = field(default_factory=dict)
+
+    def share(self, part: str) -> float:
+        """The part's share of the step, 0 to 1."""
+        return self.parts_s.get(part, 0.0) / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Steps of one side. `reason` is why it was waived.
+
+    `optimizer` and `dispatcher` name the classes that ran; `dispatcher` is None without experts. `config` is the
+    framework's own configuration, printed whole. `flops_per_step` are those of all ranks (docs/method.md).
+    Memory is in bytes per rank of the job: after the last step and at the peak of all steps; None where not known.
+    """
+
+    status: Status = Status.RUNNING
+    reason: str | None = None
+    optimizer: str | None = None
+    dispatcher: str | None = None
+    num_ranks: int = 0
+    num_microbatches: int = 0
+    sequences_per_step: int = 0
+    flops_per_step: float = 0.0
+    config: dict[str, str] = field(default_factory=dict)
+    samples: tuple[StepSample, ...] = ()
+    summary: Summary | None = None
+    breakdown: Breakdown | None = None
+    allocated_bytes_per_rank: tuple[int | None, ...] = ()
+    peak_bytes_per_rank: tuple[int | None, ...] = ()
+
+    @property
+    def measured(self) -> list[StepSample]:
+        return [sample for sample in self.samples if not sample.warmup]
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step, warm-up included: its curve."""
+        return [sample.loss for sample in self.samples if sample.loss is not None]
+
+    @property
+    def median_s(self) -> float | None:
+        return self.summary.median_s if self.summary else None
+
+    @property
+    def num_stalls(self) -> int:
+        return count_stalls([sample.seconds for sample in self.measured])
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        tokens = self.samples[-1].num_tokens if self.samples else 0
+        return tokens / self.median_s if self.median_s else None
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Sequences per second."""
+        return self.sequences_per_step / self.median_s if self.median_s else None
+
+    @property
+    def tflops_per_gpu(self) -> float | None:
+        return self.flops_per_step / self.median_s / self.num_ranks / 1e12 if self.median_s and self.num_ranks else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return max((nbytes for nbytes in self.peak_bytes_per_rank if nbytes is not None), default=None)
+
+    @property
+    def allocated_bytes(self) -> int | None:
+        return max((nbytes for nbytes in self.allocated_bytes_per_rank if nbytes is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """Forward passes of the destination: `prefill` of a batch, and `token`, a single token per sequence.
+
+    There is no KV cache: the single token attends to itself alone. `weights` are `trained`, refitted after training,
+    or `initial`.
+    """
+
+    status: Status = Status.RUNNING
+    reason: str | None = None
+    weights: str = "initial"
+    prefill: StepResult | None = None
+    token: StepResult | None = None
+
+
+def count_stalls(seconds: Sequence[float]) -> int:
+    """Times above STALL times their median."""
+    return sum(each > STALL * statistics.median(seconds) for each in seconds)
