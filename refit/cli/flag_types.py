@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from refit.config import limits
+from refit.config.pipeline_layout import chunk_sizes
 from refit.config.registry import ENGINES, MEASUREMENTS
 from refit.config.yaml_files import shortened
+from refit.errors import UsageError
 
 MAX_PATTERN_TEXT = 10_000
 """Most characters of a list of layers in `--moe-layer-freq`."""
@@ -112,6 +114,14 @@ def measurements(text: str) -> tuple[str, ...]:
     if unknown is not None:
         raise argparse.ArgumentTypeError(f"invalid choice: {unknown!r} (choose from {', '.join(MEASUREMENTS)})")
     return tuple(name for name in MEASUREMENTS if name in words)
+
+
+def pipeline_layout(text: str) -> tuple[int, ...]:
+    """The layers of every model chunk, from Megatron-LM's text for them."""
+    try:
+        return chunk_sizes(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def rate(text: str) -> float:

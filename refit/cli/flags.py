@@ -14,7 +14,13 @@ from refit.cli.flag_parser import FlagParser
 from refit.cli.listing import add_list
 from refit.cli.step_flags import STEP_FLAGS, add_step_flags, runs_steps
 from refit.config import limits
-from refit.config.flag_names import FORMAT_FLAGS, LAYERS_PER_CHUNK_FLAGS, OPTION_FLAGS, SIZE_FLAGS
+from refit.config.flag_names import (
+    FORMAT_FLAGS,
+    LAYERS_PER_CHUNK_FLAGS,
+    OPTION_FLAGS,
+    PIPELINE_LAYOUT_FLAGS,
+    SIZE_FLAGS,
+)
 from refit.config.registry import AUTO, ENGINES, FORMATS, MEASUREMENTS, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
@@ -258,6 +264,12 @@ def _add_layout_flags(parser: FlagParser) -> None:
             type=flag_types.up_to(limits.MAX_LAYERS),
             metavar="N",
             help=f"{side}: layers of a model chunk, another way to give their number; default: all of a stage",
+        )
+        group.add_argument(
+            f"--{PIPELINE_LAYOUT_FLAGS[place]}",
+            type=flag_types.pipeline_layout,
+            metavar="TEXT",
+            help=f"{side}: layers of every model chunk, like Et*4|t*4|t*3L; default: an even split",
         )
     _add_format_flags(parser)
 

@@ -78,10 +78,6 @@ REFUSED_VALUES = {
     ),
     "hierarchical-context-parallel-sizes": ("", "context parallelism does not cut weights"),
     "mtp-hybrid-override-pattern": ("", "hybrid models are not built"),
-    "pipeline-model-parallel-layout": (
-        "",
-        "give the uneven stages with --decoder-first-pipeline-num-layers and -last-",
-    ),
     "model-parallel-size": ("", "use --tensor-model-parallel-size"),
     "encoder-num-layers": ("", "use --num-layers"),
     "decoder-num-layers": ("", "use --num-layers"),

@@ -19,9 +19,16 @@ from refit.cli.model_flags import (
 from refit.cli.presets import config_flags, load_preset
 from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
-from refit.config.flag_names import FORMAT_FLAGS, LAYERS_PER_CHUNK_FLAGS, OPTION_FLAGS, SIZE_FLAGS, size_flag
+from refit.config.flag_names import (
+    FORMAT_FLAGS,
+    LAYERS_PER_CHUNK_FLAGS,
+    OPTION_FLAGS,
+    PIPELINE_LAYOUT_FLAGS,
+    SIZE_FLAGS,
+    size_flag,
+)
 from refit.config.layout import Layout
-from refit.config.registry import AUTO, ENGINES, FORMATS, METHODS, load
+from refit.config.registry import AUTO, ENGINES, FORMATS, MEASUREMENTS, METHODS, load
 from refit.config.scenario import Mode, Scenario, Verify
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import SideSpec
@@ -78,8 +85,19 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
     Raises UsageError where the sizes do not divide the ranks. Whether the model can be sharded this way is not checked.
     """
     source = _side("source", args, first_rank=0)
+    if not any("destination" in MEASUREMENTS[name].sides for name in args.measure):
+        _check_no_destination(args)
+        return source, source
     first_rank = 0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size
     return source, _side("destination", args, first_rank=first_rank, like=source.layout)
+
+
+def _check_no_destination(args: argparse.Namespace) -> None:
+    """Raise UsageError for a size of the destination where no measurement uses it."""
+    flags = (names[1] for names in (*SIZE_FLAGS.values(), LAYERS_PER_CHUNK_FLAGS, PIPELINE_LAYOUT_FLAGS))
+    given = next((flag for flag in flags if getattr(args, _attribute(flag)) is not None), None)
+    if given is not None:
+        raise UsageError(f"--{given} is for the destination, which --measure {','.join(args.measure)} does not use")
 
 
 def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout | None = None) -> SideSpec:
@@ -139,9 +157,26 @@ def _layout(name: str, args: argparse.Namespace, given_format: str, like: Layout
     except UsageError as error:
         raise UsageError(f"{name}: {error} ({size_flag(name, 'world_size')})") from None
     try:
-        return dataclasses.replace(layout, vpp=_virtual_size(name, args, layout, given["vpp"]))
+        vpp, chunks = _chunks(name, args, layout, given["vpp"])
+        return dataclasses.replace(layout, vpp=vpp, chunk_sizes=chunks)
     except UsageError as error:
         raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
+
+
+def _chunks(
+    side: str, args: argparse.Namespace, layout: Layout, given: int | None
+) -> tuple[int, tuple[int, ...] | None]:
+    """The model chunks of a rank, and the layers of every chunk where they are given one by one."""
+    name = PIPELINE_LAYOUT_FLAGS[side == "destination"]
+    chunks: tuple[int, ...] | None = getattr(args, name.replace("-", "_"))
+    if chunks is None:
+        return _virtual_size(side, args, layout, given), None
+    others = (given, getattr(args, LAYERS_PER_CHUNK_FLAGS[side == "destination"].replace("-", "_")))
+    if any((*others, layout.first_stage_layers, layout.last_stage_layers)):
+        raise UsageError(f"--{name} says how layers are split, and another flag does too: give one of them")
+    if len(chunks) % layout.pp:
+        raise UsageError(f"--{name} has {len(chunks)} stages, which cannot be divided over PP {layout.pp}")
+    return len(chunks) // layout.pp, chunks
 
 
 def _virtual_size(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> int:
@@ -180,7 +215,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         model=model,
         source=source,
         destination=destination,
-        mode=Mode(args.refit_mode),
+        mode=Mode(args.refit_mode) if source != destination else Mode.COLLOCATED,
         method=args.refit_method or DRY_RUN_METHOD,
         engines=args.refit_engine,
         measurements=args.measure,

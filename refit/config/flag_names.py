@@ -23,6 +23,9 @@ LAYERS_PER_CHUNK_FLAGS = (
 )
 """The same as `vpp`, by the layers of a model chunk."""
 
+PIPELINE_LAYOUT_FLAGS = ("pipeline-model-parallel-layout", "rl-inference-pipeline-model-parallel-layout")
+"""The same as `vpp` and the layers of a stage, chunk by chunk."""
+
 FORMAT_FLAGS = ("source-format", "rl-inference-format")
 """The source's flag and the destination's, without dashes."""
 

@@ -54,7 +54,8 @@ class Layout:
 
     world_size = tp * dp * pp = etp * ep * edp * pp. `first_stage_layers` and `last_stage_layers` are the layers on the
     first and last pipeline stage where the split is uneven; None splits evenly. `vpp` is Megatron's virtual pipeline
-    size: each rank holds that many model chunks, one in each pass over the stages.
+    size: each rank holds that many model chunks, one in each pass over the stages. `chunk_sizes` are the
+    layers of each chunk in the order of the layers, where they are given one by one (`refit.config.pipeline_layout`).
     """
 
     tp: int
@@ -66,6 +67,7 @@ class Layout:
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
     vpp: int = 1
+    chunk_sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp", "ep", "etp", "pp", "vpp", "world_size"):
@@ -74,6 +76,11 @@ class Layout:
         if self.vpp > 1 and self.pp == 1:
             raise UsageError(
                 f"{self.vpp} virtual pipeline stages per rank need more than one pipeline stage, PP size is 1"
+            )
+        if self.chunk_sizes is not None and len(self.chunk_sizes) != self.pp * self.vpp:
+            raise UsageError(
+                f"the pipeline layout has {len(self.chunk_sizes)} stages, PP {self.pp} x VPP {self.vpp} = "
+                f"{self.pp * self.vpp} are needed"
             )
         if self.first_rank < 0:
             raise UsageError(f"first_rank must be at least 0, got {self.first_rank}")
@@ -139,6 +146,8 @@ class Layout:
         A stage's layers are cut into `vpp` equal chunks, and layer numbers run over the first chunk of each stage, then
         over the second (`get_transformer_layer_offset` in Megatron-Core). Raises UsageError where they do not divide.
         """
+        if self.chunk_sizes is not None:
+            return self._given_chunks(self.chunk_sizes, num_layers)
         sizes = [len(layers) for layers in self.stage_layers(num_layers)]
         for stage, size in enumerate(sizes):
             if size % self.vpp:
@@ -152,6 +161,13 @@ class Layout:
             tuple(range(first + start, first + start + size) for first in range(0, num_layers, sum(sizes)))
             for start, size in zip(starts, sizes, strict=True)
         )
+
+    def _given_chunks(self, sizes: tuple[int, ...], num_layers: int) -> tuple[tuple[range, ...], ...]:
+        if sum(sizes) != num_layers:
+            raise UsageError(f"the pipeline layout has {sum(sizes)} layers, the model has {num_layers}: list each once")
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        chunks = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        return tuple(tuple(chunks[stage :: self.pp]) for stage in range(self.pp))
 
     def _uneven_sizes(self, num_layers: int) -> list[int]:
         given = [size for size in (self.first_stage_layers, self.last_stage_layers) if size is not None]

@@ -139,8 +139,9 @@ class Engine:
 @dataclass(frozen=True, slots=True)
 class MeasurementKind:
     """A kind of measurement. `measurement` is the class (`refit.bench.measurements.base`). `result` is the type that it
-    returns and that result files hold. `closing_lines(result, run)` gives the last lines of a log. Rows are in the order
-    in which a run takes its measurements. `runs_steps` ones need the settings of steps. `sides` are those it uses."""
+    returns and that result files hold. `closing_lines(result, run)` gives the last lines of a log. Rows are in the
+    order in which a run takes its measurements. `runs_steps` ones need the settings of steps. `sides` are those it
+    uses."""
 
     measurement: str
     result: str

@@ -41,8 +41,8 @@ class DryRun:
     """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
 
     `matrix` has the bytes from each rank (row) to each rank (column). `bound` is None without a cluster, and
-    where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside their
-    weights to train; empty where no training step is measured.
+    where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside
+    their weights to train; empty where no training step is measured.
     """
 
     scenario: Scenario

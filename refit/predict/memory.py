@@ -81,13 +81,11 @@ def _can_be_built(run: DryRun, change: _Change) -> bool:
 
 def _needed(run: DryRun, change: _Change) -> int:
     """Bytes on the fullest GPU with this change."""
-    scenario = replace(
-        run.scenario,
-        **{name: replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items()},
-    )
+    sides = {name: replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items()}
+    scenario = replace(run.scenario, source=sides.get("source", run.scenario.source))
     fullest = 0
     for name in change.layouts:
-        sharding = predict_side(run.model, scenario.sides[name])
+        sharding = predict_side(run.model, sides[name])
         training = training_bytes(scenario) if name == "source" else {}
         extra = {rank: needed.total_bytes for rank, needed in training.items()}
         fullest += max(held + extra.get(rank, 0) for rank, held in sharding.bytes_per_rank.items())

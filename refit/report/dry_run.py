@@ -55,8 +55,6 @@ def dry_run_json(run: DryRun) -> str:
 
 
 def _figures(run: DryRun) -> list[str]:
-    cost = run.cost
-    sender, receiver = cost.busiest_sender, cost.busiest_receiver
     dtypes = " and ".join(dict.fromkeys(side.dtype.value for side in run.scenario.sides.values() if side.dtype))
     figures = {
         "GPUs needed": f"{run.scenario.num_ranks_text}{_nodes(run)}",
@@ -64,16 +62,25 @@ def _figures(run: DryRun) -> list[str]:
         f"({run.num_parameters:,} with buffers) in {run.num_tensors:,} tensors, {dtypes}",
         **_memory(run),
         **_training(run),
+        **(_moved(run) if "refit" in run.scenario.measurements else {}),
+        "Planned in": f"{units.seconds(run.plan_s)}, rank shardings predicted in {units.seconds(run.predict_s)}",
+    }
+    width = max(map(len, figures)) + 1
+    return [f"{label + ':':<{width}} {text}" for label, text in figures.items()]
+
+
+def _moved(run: DryRun) -> dict[str, str]:
+    """What a refit moves."""
+    cost = run.cost
+    sender, receiver = cost.busiest_sender, cost.busiest_receiver
+    return {
         "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
         "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
         "Local": f"{units.gb(cost.local_bytes)} within a GPU",
         "Busiest sender": f"{_busiest(run, sender, 'sent')}, {cost.sender_imbalance:.2f} x mean sender",
         "Busiest receiver": _busiest(run, receiver, "received"),
         "Lower bound": _lower_bound(run),
-        "Planned in": f"{units.seconds(run.plan_s)}, rank shardings predicted in {units.seconds(run.predict_s)}",
     }
-    width = max(map(len, figures)) + 1
-    return [f"{label + ':':<{width}} {text}" for label, text in figures.items()]
 
 
 def _nodes(run: DryRun) -> str:
@@ -158,10 +165,10 @@ def _columns(run: DryRun) -> list[_Column]:
         (run.source_bytes, run.destination_bytes),
         (run.cost.sent_by_rank, run.cost.received_by_rank, run.cost.local_by_rank),
     )
-    large = max(max(loads.values()) for loads in memory) >= 2**30
+    large = max(max(loads.values(), default=0) for loads in memory) >= 2**30
     held_unit, held_scale = ("GiB", 2.0**30) if large else ("MiB", 2.0**20)
     moved_unit, moved_scale = ("GB", 1e9) if large else ("MB", 1e6)
-    return [
+    columns = [
         *(
             _Column(f"{name} {held_unit}", loads, held_scale)
             for name, loads in zip(("source", "dest."), memory, strict=True)
@@ -169,8 +176,10 @@ def _columns(run: DryRun) -> list[_Column]:
         *(
             _Column(f"{name} {moved_unit}", loads, moved_scale)
             for name, loads in zip(("sent", "received", "local"), moved, strict=True)
+            if "refit" in run.scenario.measurements
         ),
     ]
+    return [column for column in columns if column.loads]
 
 
 def _rank_table(run: DryRun) -> list[str]:

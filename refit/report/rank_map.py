@@ -11,8 +11,10 @@ def rank_map(scenario: Scenario, world_size: int) -> str:
     lines = [
         f"World size: {world_size} (using {used} GPUs)",
         f"Source ranks: {_span(scenario.source.ranks)} ({scenario.source.summary})",
-        f"Destination ranks: {_span(scenario.destination.ranks)} ({scenario.destination.summary})",
     ]
+    if "destination" in scenario.used_sides:
+        destination = scenario.destination
+        lines.append(f"Destination ranks: {_span(destination.ranks)} ({destination.summary})")
     if used < world_size:
         lines.append(f"Idle ranks: {_span(range(used, world_size))} (not participating)")
     return "\n".join(lines)

@@ -37,13 +37,14 @@ def _measure(session: Session, side: Side) -> ForwardResult:
     result = ForwardResult(weights="trained" if trained else "initial")
     session.say(step_lines.forward_header(session.scenario, result))
 
-    def keep(name: str, found: StepResult) -> None:
-        nonlocal result
-        result = replace(result, **{name: found})
-        session.publish(result)
+    def keep_prefill(found: StepResult) -> None:
+        session.publish(replace(result, prefill=found))
 
-    for name, length in (("prefill", steps.seq_length), ("token", 1)):
-        keep(name, _passes(session, side, name, length, lambda found, name=name: keep(name, found)))
+    def keep_token(found: StepResult) -> None:
+        session.publish(replace(result, token=found))
+
+    result = replace(result, prefill=_passes(session, side, "prefill", steps.seq_length, keep_prefill))
+    result = replace(result, token=_passes(session, side, "token", 1, keep_token))
     return replace(result, status=worst([each.status for each in (result.prefill, result.token) if each is not None]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,7 @@ def run_steps(
     has_peak = reset_peak(session.device)
     for number in range(work.num_warmup + work.num_steps):
         session.enter(f"{work.label} {number + 1}")
-        found = timed(lambda number=number: step(number), session.control, session.device)
+        found = timed(functools.partial(step, number), session.control, session.device)
         ranks: list[_RankStep] = gather(session.control, _RankStep(found.seconds, found.value))
         sample = _sample(ranks, number, work)
         result = replace(result, samples=(*result.samples, sample))

@@ -170,6 +170,8 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
     if layout.pp > 1:
         values["num_layers_in_first_pipeline_stage"] = layout.first_stage_layers
         values["num_layers_in_last_pipeline_stage"] = layout.last_stage_layers
+    if layout.chunk_sizes is not None:
+        values["pipeline_model_parallel_layout"] = _pipeline_layout(layout.chunk_sizes, shape.mtp_num_layers)
     values.update(_without_initialisation())
     if shape.experts is not None:
         values.update(_expert_fields(shape.experts))
@@ -188,6 +190,14 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         "v_head_dim": shape.mla.v_head_dim,
     }
     return MLATransformerConfig(**compat.known_fields(MLATransformerConfig, values))
+
+
+def _pipeline_layout(chunk_sizes: tuple[int, ...], mtp_num_layers: int) -> list[list[str]]:
+    """Megatron's list of what every model chunk holds (PipelineParallelLayerLayout)."""
+    chunks = [["decoder"] * size for size in chunk_sizes]
+    chunks[0].insert(0, "embedding")
+    chunks[-1] += ["mtp"] * mtp_num_layers + ["loss"]
+    return chunks
 
 
 def _step_fields(steps: StepSettings, routed: bool) -> dict[str, object]:

@@ -173,7 +173,7 @@ def gathering_within(group: dist.ProcessGroup) -> Iterator[None]:
         original(parts, mine, group=within or group)
         found[:] = parts
 
-    dist.all_gather_object = gather
+    dist.all_gather_object = gather  # type: ignore[assignment]
     try:
         yield
     finally:

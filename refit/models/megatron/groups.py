@@ -35,8 +35,8 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 """Fields of ProcessGroupCollection and the axes each spans.
 
-All fields that building, training, forward and refit read are here. For a field that is not set, 0.16.1 raises and 0.19.2 takes
-the default group.
+All fields that building, training, forward and refit read are here. For a field that is not set, 0.16.1 raises and
+0.19.2 takes the default group.
 """
 
 PARALLEL_STATE = {

@@ -36,8 +36,9 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         Returns `[sequence, batch, hidden]`.
         """
         if self.num_shared and key.requires_grad:
-            own, shared = key.split([key.size(-1) - self.num_shared, self.num_shared], dim=-1)
-            key = torch.cat([own, _SharedKey.apply(shared, self.tp_group)], dim=-1)
+            own, shared = key[..., : -self.num_shared], key[..., -self.num_shared :]
+            summed: torch.Tensor = _SharedKey.apply(shared, self.tp_group)  # type: ignore[no-untyped-call]
+            key = torch.cat([own, summed], dim=-1)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if k.size(1) != q.size(1):
             repeats = q.size(1) // k.size(1)
@@ -62,7 +63,7 @@ class _SharedKey(torch.autograd.Function):
         return shared.view_as(shared)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         total = gradient.mean(dim=2, keepdim=True)  # what follows sums over this rank's heads
         dist.all_reduce(total, group=ctx.group)
         return total.expand_as(gradient), None

@@ -102,5 +102,6 @@ def _mark(values: tuple[Any, ...], action: Callable[[], None]) -> tuple[Any, ...
     places = [place for place, value in enumerate(values) if torch.is_tensor(value) and value.requires_grad]
     if not places:
         return values
-    marked = dict(zip(places, _Mark.apply(action, *(values[place] for place in places)), strict=True))
+    passed: tuple[Any, ...] = _Mark.apply(action, *(values[place] for place in places))  # type: ignore[no-untyped-call]
+    marked = dict(zip(places, passed, strict=True))
     return tuple(marked.get(place, value) for place, value in enumerate(values))

@@ -98,7 +98,7 @@ class MegatronTrainer:
         """This replica's part of the global batch, `[micro_batch_size, seq_length + 1]` each."""
         replica = self._built.layout.coordinates(dist.get_rank()).dp
         mine = tokens.chunk(self._built.layout.dp)[replica].to(self._built.device)
-        return list(mine.split(self._steps.micro_batch_size))
+        return list(torch.split(mine, self._steps.micro_batch_size))
 
     def _running(self) -> contextlib.ExitStack:
         built, stack = self._built, contextlib.ExitStack()
