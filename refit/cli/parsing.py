@@ -92,6 +92,11 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
     return source, _side("destination", args, first_rank=first_rank, like=source.layout)
 
 
+def read_mode(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> Mode:
+    """The mode that was asked for; collocated where no measurement uses the destination."""
+    return Mode.COLLOCATED if sides[0] == sides[1] else Mode(args.refit_mode)
+
+
 def _check_no_destination(args: argparse.Namespace) -> None:
     """Raise UsageError for a size of the destination where no measurement uses it."""
     flags = (names[1] for names in (*SIZE_FLAGS.values(), LAYERS_PER_CHUNK_FLAGS, PIPELINE_LAYOUT_FLAGS))
@@ -153,7 +158,7 @@ def _layout(name: str, args: argparse.Namespace, given_format: str, like: Layout
         )
     world_size = given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]
     try:
-        layout = Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)
+        layout = Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)  # type: ignore[arg-type]
     except UsageError as error:
         raise UsageError(f"{name}: {error} ({size_flag(name, 'world_size')})") from None
     try:
@@ -215,7 +220,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         model=model,
         source=source,
         destination=destination,
-        mode=Mode(args.refit_mode) if source != destination else Mode.COLLOCATED,
+        mode=read_mode(args, sides),
         method=args.refit_method or DRY_RUN_METHOD,
         engines=args.refit_engine,
         measurements=args.measure,

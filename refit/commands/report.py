@@ -12,9 +12,11 @@ from typing import Any
 from refit.errors import ExitCode, UnavailableError, UsageError
 from refit.report.analysis import analysis_text
 from refit.report.console import show, show_aside, show_text
+from refit.report.dispatchers import dispatcher_text
 from refit.report.export import Record, csv_text, json_text, records, sample_records
 from refit.report.page import Pictures, page
 from refit.report.plots import draw
+from refit.report.step_tables import write_step_tables
 from refit.report.summary import summary_text
 from refit.report.tables import markdown_text
 from refit.results.reading import UnreadableFile
@@ -42,6 +44,12 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="csv and json have one row per scenario and engine, html is one page with pictures; default: text",
     )
     parser.add_argument("--samples", action="store_true", help="with csv or json: one row per refit and rank")
+    parser.add_argument(
+        "--tables",
+        type=Path,
+        metavar="DIR",
+        help="also write index.csv, one row per run, and the loss curves of runs that measured training steps",
+    )
     parser.set_defaults(run=report)
 
 
@@ -71,6 +79,9 @@ def report(args: argparse.Namespace) -> int:
         show(TABLES[args.format](rows))
     else:
         PAGES[args.format](runs)
+    if args.tables is not None:
+        for path in (each for run in runs for each in write_step_tables(run.outcomes, args.tables, run.sweep.run_id)):
+            show_aside(f"wrote {path}")
     return int(named_skipped(*runs, damaged=damaged))
 
 
@@ -97,8 +108,12 @@ def named_skipped(*runs: Run, damaged: Sequence[UnreadableFile] = ()) -> ExitCod
 
 def _show_summaries(runs: Sequence[Run]) -> None:
     """The summary of each run and its analysis."""
-    parts = [part for run in runs for part in (summary_text(run.sweep, run.outcomes), analysis_text(run.outcomes))]
+    parts = [part for run in runs for part in _parts(run)]
     show_text("\n\n".join(part for part in parts if part))
+
+
+def _parts(run: Run) -> tuple[str, ...]:
+    return summary_text(run.sweep, run.outcomes), dispatcher_text(run.outcomes), analysis_text(run.outcomes)
 
 
 def _show_page(runs: Sequence[Run]) -> None:

@@ -15,6 +15,8 @@ from refit.commands.outcome import add_ending, ending
 from refit.config.limits import MAX_SCENARIOS
 from refit.errors import ExitCode, UsageError
 from refit.report.console import show, show_aside, show_text, table_width
+from refit.report.dispatchers import dispatcher_text
+from refit.report.step_tables import write_step_tables
 from refit.report.summary import summary_text
 from refit.report.sweep_table import outcome_lines, sweep_text
 from refit.results.outcomes import load_outcomes
@@ -227,11 +229,13 @@ def _close(args: argparse.Namespace) -> int:
 def _end(args: argparse.Namespace) -> int:
     sweep, directory = Sweep.read(args.sweep_file), args.sweep_file.absolute().parent
     outcomes = load_outcomes(sweep, directory)
-    text = summary_text(sweep, outcomes)
+    text = "\n\n".join(filter(None, (summary_text(sweep, outcomes), dispatcher_text(outcomes))))
     path = directory / f"{sweep.run_id}_summary.txt"
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     show_text(text.rstrip("\n"))
     show(f"Summary: {path}")
+    for table in write_step_tables(outcomes, directory, sweep.run_id):
+        show(f"Table: {table}")
     return int(_exit_code([outcome.status for outcome in outcomes]))
 
 

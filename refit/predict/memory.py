@@ -124,7 +124,7 @@ def _with_ep(layout: Layout, factor: int) -> Layout | None:
 
 def _with(layout: Layout, **sizes: int) -> Layout | None:
     try:
-        return replace(layout, **sizes)
+        return replace(layout, **sizes)  # type: ignore[arg-type]
     except UsageError:
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from refit import units
 from refit.config.scenario import Scenario
 from refit.config.steps import StepSettings
+from refit.report.cycle import cycle_lines
 from refit.report.neutral import plain_lines
 from refit.results.result import Result
 from refit.results.step import ForwardResult, StepResult, StepSample
@@ -89,3 +90,14 @@ def _breakdown(result: StepResult) -> list[str]:
 
 def _share(seconds: float, whole: float) -> str:
     return f"{1e3 * seconds:.2f} ms ({100 * seconds / whole:.0f} %)" if whole else "-"
+
+
+def summary_lines(result: Result) -> list[str]:
+    """The lines of a sweep's summary on the steps of one scenario, and on the cycle."""
+    train, forward = (result.measurements.get(name) for name in ("train-step", "forward"))
+    lines = []
+    if isinstance(train, StepResult):
+        lines += [*_times("Train step", train), *_breakdown(train)]
+    if isinstance(forward, ForwardResult):
+        lines += forward_closing_lines(forward, result)
+    return [*lines, *cycle_lines(result)]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from refit import units
 from refit.config.scenario import Verify
 from refit.config.side import SideSpec
+from refit.report import step_lines
 from refit.report.headline import headlines
 from refit.report.neutral import plain_lines
 from refit.report.run_spread import run_spread_lines
@@ -78,7 +79,7 @@ def _scenario(outcome: Outcome) -> list[str]:
         lines += [f"Log: {outcome.log}"] if outcome.log else []
     if tested is not None and tested.summary is not None:
         lines += [*_times(tested.summary), *headlines(outcome), *_plan(outcome), *_verification(outcome, tested)]
-    return lines
+    return [*lines, *(step_lines.summary_lines(outcome.result) if outcome.result else [])]
 
 
 def _times(summary: Summary) -> list[str]:

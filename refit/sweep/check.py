@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit import units
-from refit.cli.parsing import parse, read_flags, read_sides
+from refit.cli.parsing import parse, read_flags, read_mode, read_sides
 from refit.config.registry import METHODS
 from refit.config.scenario import Scenario, check_num_ranks, num_nodes
 from refit.config.side import SideSpec
@@ -155,8 +155,9 @@ def check(candidate: Candidate, options: DryRunOptions, machine: Machine | None 
         return planned
     return replace(
         planned,
-        cost=run.cost,
-        bound=run.bound,
+        # Without a refit there are no bytes to move.
+        cost=run.cost if "refit" in scenario.measurements else None,
+        bound=run.bound if "refit" in scenario.measurements else None,
         memory_bytes=run.memory_bytes,
     )
 
@@ -165,16 +166,17 @@ def outline(candidate: Candidate, gpus_per_node: int | None) -> Planned:
     """The part of Planned that needs no check, so that a refused scenario is also shown with its layout."""
     args = read_flags(candidate.flags)
     sides: tuple[SideSpec | None, SideSpec | None] = (None, None)
-    placement = Placement(0, 0, 0)
+    placement, mode = Placement(0, 0, 0), args.refit_mode
     with contextlib.suppress(UsageError):
         source, destination = sides = read_sides(args)
+        mode = read_mode(args, sides).value
         placement = place(max(source.ranks.stop, destination.ranks.stop), gpus_per_node)
     return Planned(
         name=candidate.name,
         flags=tuple(candidate.flags),
         source=sides[0],
         destination=sides[1],
-        mode=args.refit_mode,
+        mode=mode,
         method=args.refit_method or "",
         num_ranks=placement.num_ranks,
         nodes=placement.nodes,

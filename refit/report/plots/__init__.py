@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from refit.report.dispatchers import arm_of
 from refit.report.plots.caption import caption
 from refit.report.plots.iterations import iterations_figure
 from refit.report.plots.pairs import NoPairs, Pairs, pairs_figure
 from refit.report.plots.phases import phases_figure
 from refit.report.plots.rank_bytes import rank_bytes_figure
 from refit.report.plots.scaling import scaling_figure
+from refit.report.plots.steps import crossover_figure, losses_figure
 from refit.report.plots.style import check_available, save
 from refit.report.plots.times import times_figure
 from refit.report.points import points_of
@@ -37,6 +39,9 @@ def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
 def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
     measured = [outcome for outcome in run.outcomes if outcome.tested and outcome.tested.measured_s]
     under = caption(run.outcomes, run.sweep)
+    if arms := [arm for outcome in run.outcomes if (arm := arm_of(outcome)) is not None]:
+        yield save(losses_figure(arms, under), directory / "losses.png")
+        yield save(crossover_figure(arms, under), directory / "crossover.png")
     if not measured:
         yield "no times: no scenario of this run has any"
         return

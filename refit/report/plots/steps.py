@@ -1,0 +1,55 @@
+"""Training steps as pictures: loss curves, and the mean step over micro-batches, where dispatchers cross over."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from refit.report.dispatchers import Arm
+from refit.report.plots.style import METHOD_LOOKS, grid, legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def losses_figure(arms: Sequence[Arm], under: str) -> Figure:
+    """The loss of every step of every run."""
+    figure = new_figure(8, 4.8, "Loss of every training step", under)
+    axes = figure.add_subplot()
+    for number, arm in enumerate(arms):
+        look = METHOD_LOOKS[number % len(METHOD_LOOKS)]
+        losses = arm.result.losses
+        axes.plot(range(1, len(losses) + 1), losses, look.marker, linestyle="-", color=look.color, label=_name(arm))
+    axes.set_xlabel("step, warm-up included")
+    axes.set_ylabel("loss")
+    grid(axes, "both")
+    legend(figure)
+    return figure
+
+
+def crossover_figure(arms: Sequence[Arm], under: str) -> Figure:
+    """The mean step of each dispatcher over micro-batches, with and without overlap."""
+    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for arm in arms:
+        if arm.result.summary is not None:
+            overlap = ", overlap" if arm.steps.dispatch.overlap else ""
+            series[f"{arm.name}{overlap}"].append((arm.steps.micro_batch_size, arm.result.summary.mean_s))
+    figure = new_figure(8, 4.8, "Mean training step by micro-batch, slowest rank", under)
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(sorted(series.items())):
+        look = METHOD_LOOKS[number % len(METHOD_LOOKS)]
+        sizes, means = zip(*sorted(points), strict=True)
+        axes.plot(sizes, [1e3 * mean for mean in means], look.marker, linestyle="-", color=look.color, label=name)
+    axes.set_xticks(sorted({arm.steps.micro_batch_size for arm in arms}))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("sequences of a micro-batch")
+    axes.set_ylabel("mean step (ms)")
+    grid(axes, "both")
+    legend(figure)
+    return figure
+
+
+def _name(arm: Arm) -> str:
+    overlap = ", overlap" if arm.steps.dispatch.overlap else ""
+    return f"{arm.name}, micro-batch {arm.steps.micro_batch_size}{overlap}"

@@ -1,0 +1,75 @@
+"""Training steps as CSV: `index.csv` with one row per run, and `loss_curve.csv` with one row per step of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from refit.report.grid import comma_separated
+from refit.results.outcomes import Outcome
+from refit.results.result import replace_text
+from refit.results.step import StepResult
+
+
+def write_step_tables(outcomes: Sequence[Outcome], directory: Path, run_id: str) -> list[Path]:
+    """Write `<RUN_ID>_index.csv` and `<RUN_ID>_<NAME>_loss_curve.csv` of every run with steps; return their paths.
+
+    Nothing is written where no scenario measures a training step.
+    """
+    if not any(_steps(outcome) for outcome in outcomes):
+        return []
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = {directory / f"{run_id}_index.csv": index_text(outcomes)}
+    for outcome in outcomes:
+        if (found := _steps(outcome)) is not None and found.samples:
+            texts[directory / f"{run_id}_{outcome.planned.name}_loss_curve.csv"] = curve_text(found)
+    for path, text in texts.items():
+        replace_text(path, text)
+    return list(texts)
+
+
+def index_text(outcomes: Sequence[Outcome]) -> str:
+    """One row per run, figures unrounded. Missing values are blank."""
+    rows = [_index_row(outcome) for outcome in outcomes]
+    return comma_separated(tuple(rows[0]), [tuple(row.values()) for row in rows]) if rows else ""
+
+
+def curve_text(result: StepResult) -> str:
+    """One row per step, warm-up included."""
+    header = ("step", "warmup", "loss", "grad_norm", "seconds", "num_tokens")
+    rows = [
+        (each.step, each.warmup, each.loss, each.grad_norm, each.seconds, each.num_tokens) for each in result.samples
+    ]
+    return comma_separated(header, rows)
+
+
+def _steps(outcome: Outcome) -> StepResult | None:
+    found = outcome.result.measurements.get("train-step") if outcome.result else None
+    return found if isinstance(found, StepResult) else None
+
+
+def _index_row(outcome: Outcome) -> dict[str, object]:
+    result = _steps(outcome) or StepResult()
+    scenario = outcome.result.scenario if outcome.result else None
+    steps = scenario.steps if scenario else None
+    summary = result.summary
+    return {
+        "name": outcome.planned.name,
+        "model": scenario.model_name if scenario else None,
+        "arm": steps.dispatch.arm if steps else None,
+        "micro_batch_size": steps.micro_batch_size if steps else None,
+        "overlap": steps.dispatch.overlap if steps else None,
+        "status": outcome.status.value,
+        "reason": outcome.reason,
+        "dispatcher": result.dispatcher,
+        "num_ranks": result.num_ranks or None,
+        "num_steps": len(result.measured),
+        "num_warmup": len(result.samples) - len(result.measured),
+        "mean_s": summary.mean_s if summary else None,
+        "median_s": summary.median_s if summary else None,
+        "tflops_per_gpu": result.tflops_per_gpu,
+        "tokens_per_s": result.tokens_per_s,
+        "stalls": result.num_stalls if result.measured else None,
+        "peak_bytes": result.peak_bytes,
+        "last_loss": result.losses[-1] if result.losses else None,
+    }
