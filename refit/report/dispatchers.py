@@ -89,8 +89,8 @@ def arm_of(outcome: Outcome) -> Arm | None:
     result, scenario = outcome.result, outcome.result.scenario if outcome.result else None
     if result is None or scenario is None or scenario.steps is None or outcome.status is not Status.OK:
         return None
-    found = result.measurements.get("train-step")
-    if not isinstance(found, StepResult) or found.summary is None:
+    found = outcome.train_step
+    if found is None or found.summary is None:
         return None
     return Arm(scenario.steps.dispatch.arm, outcome, scenario.steps, found)
 

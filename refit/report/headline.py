@@ -10,6 +10,7 @@ from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.stats import Summary
 from refit.results.status import Status
+from refit.results.step import StepResult
 
 
 def headlines(outcome: Outcome) -> list[str]:
@@ -30,7 +31,21 @@ def headline(outcome: Outcome, name: str | None) -> str:
     problem = problem_of(outcome, engine)
     figures = _figures(outcome, engine, problem) if engine and engine.summary else ""
     found = "; ".join(part for part in (problem, figures) if part)
+    if not found and (steps := outcome.train_step) is not None:
+        return steps_headline(outcome, steps)
     return f"{what_ran(outcome, name)}: {found or 'no refit was measured'}"
+
+
+def steps_headline(outcome: Outcome, steps: StepResult) -> str:
+    """`TP1 EP8 train step by MoEAlltoAllTokenDispatcher: 812 ms median, 161,000 tokens/s, 412 TFLOP/s per rank`."""
+    source = outcome.planned.source
+    by = f" by {steps.dispatcher}" if steps.dispatcher else ""
+    if steps.summary is None:
+        return f"{source.title if source else 'unknown layout'} train step{by}: no steps were measured"
+    return (
+        f"{source.title if source else 'unknown layout'} train step{by}: {units.seconds(steps.summary.median_s)} median "
+        f"({len(steps.measured)} steps), {steps.tokens_per_s:,.0f} tokens/s, {steps.tflops_per_gpu:,.4g} TFLOP/s per rank"
+    )
 
 
 def what_ran(outcome: Outcome, name: str | None) -> str:

@@ -16,12 +16,12 @@ def write_step_tables(outcomes: Sequence[Outcome], directory: Path, run_id: str)
 
     Nothing is written where no scenario measures a training step.
     """
-    if not any(_steps(outcome) for outcome in outcomes):
+    if not any(outcome.train_step for outcome in outcomes):
         return []
     directory.mkdir(parents=True, exist_ok=True)
     texts = {directory / f"{run_id}_index.csv": index_text(outcomes)}
     for outcome in outcomes:
-        if (found := _steps(outcome)) is not None and found.samples:
+        if (found := outcome.train_step) is not None and found.samples:
             texts[directory / f"{run_id}_{outcome.planned.name}_loss_curve.csv"] = curve_text(found)
     for path, text in texts.items():
         replace_text(path, text)
@@ -43,13 +43,8 @@ def curve_text(result: StepResult) -> str:
     return comma_separated(header, rows)
 
 
-def _steps(outcome: Outcome) -> StepResult | None:
-    found = outcome.result.measurements.get("train-step") if outcome.result else None
-    return found if isinstance(found, StepResult) else None
-
-
 def _index_row(outcome: Outcome) -> dict[str, object]:
-    result = _steps(outcome) or StepResult()
+    result = outcome.train_step or StepResult()
     scenario = outcome.result.scenario if outcome.result else None
     steps = scenario.steps if scenario else None
     summary = result.summary

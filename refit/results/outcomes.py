@@ -11,6 +11,7 @@ from refit.results.reading import UnreadableFile
 from refit.results.refit import EngineResult, RefitResult, speed_ratio
 from refit.results.result import Result, read_result
 from refit.results.status import Status
+from refit.results.step import StepResult
 from refit.results.sweep import Planned, Sweep, attempts
 
 
@@ -33,6 +34,12 @@ class Outcome:
     def refit(self) -> RefitResult:
         """The result of the refit measurement; empty where there is none."""
         return (self.result.refit if self.result else None) or RefitResult()
+
+    @property
+    def train_step(self) -> StepResult | None:
+        """The result of the train-step measurement; None where there is none."""
+        found = self.result.measurements.get("train-step") if self.result else None
+        return found if isinstance(found, StepResult) else None
 
     @property
     def tested(self) -> EngineResult | None:

@@ -11,6 +11,7 @@ from refit.bench.initial_weights import initialise
 from refit.bench.measurements.step_run import Work, live_settings, run_recorded, run_steps
 from refit.bench.session import Session
 from refit.bench.sides import Side
+from refit.config.limits import MAX_RANKS
 from refit.config.steps import StepSettings
 from refit.models.sharded_model import Recorder, StepReport
 from refit.predict.flops import train_flops
@@ -27,6 +28,8 @@ class TrainStepMeasurement:
         assert steps is not None
         assert model is not None
         session.enter("initial weights")
+        # Forced balanced routing draws from torch's generators: equal draws in every run, other ones on every rank.
+        torch.manual_seed(steps.seed * MAX_RANKS + session.rank)
         trainer = source.model.trainer
         if source.weights is not None and trainer is not None:
             with torch.no_grad():

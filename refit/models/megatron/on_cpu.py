@@ -3,7 +3,8 @@
 What 0.16.1 and 0.19.2 name outright, and which this context replaces: `device="cuda"` in the schedules
 (pipeline_parallel/schedules.py), in gradient clipping (optimizer/clip_grads.py) and in the optimizers;
 `torch.cuda.FloatTensor` in the distributed optimizer (optimizer/distrib_optimizer.py); CUDA streams and the copy of
-split sizes to the CPU in the all-to-all dispatcher (transformer/moe/token_dispatcher.py).
+split sizes to the CPU in the all-to-all dispatcher (transformer/moe/token_dispatcher.py); CUDA's random state in
+recomputation (tensor_parallel/random.py).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def trainable_on(device: torch.device) -> Iterator[None]:
         yield
         return
     dispatchers: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    random_state: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     stream = _Stream()
     with contextlib.ExitStack() as stack:
         for name, value in (
@@ -74,6 +76,9 @@ def trainable_on(device: torch.device) -> Iterator[None]:
         # Megatron compiles small functions with torch.compile, which would run a C++ compiler on every rank.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(patch.object(dispatchers, "maybe_move_tensor_to_cpu", _on_host))
+        # Recomputation restores CUDA's random state, which nothing here draws from.
+        stack.enter_context(patch.object(random_state, "_get_cuda_rng_state", lambda *_, **__: None))
+        stack.enter_context(patch.object(random_state, "_set_cuda_rng_state", lambda *_, **__: None))
         stack.enter_context(_OnCpu())
         yield
 
