@@ -111,7 +111,7 @@ def recorded_flags(args: argparse.Namespace) -> dict[str, object]:
     Those of a step are among them where no step is measured.
     """
     named = {*ignored_flags.NAMED, *ignored_flags.REFUSED_VALUES, *STEP_FLAGS}
-    if runs_steps(args.measure):
+    if runs_steps(getattr(args, "measure", ())):
         named -= STEP_FLAGS.keys()
     return {
         name: value

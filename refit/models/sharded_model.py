@@ -99,16 +99,21 @@ class ShardedModel(Protocol):
         ...
 
 
-class NotBuilt:
-    """The `ShardedModel` of a side that no measurement uses, and of ranks outside a side: it has nothing."""
+class WithoutSteps:
+    """The part of a `ShardedModel` that trains and infers, for formats and ranks that do neither."""
 
-    weights: LocalWeights | None = None
     trainer: Trainer | None = None
     settings = LiveSettings()
+
+    def infer(self, tokens: torch.Tensor) -> None: ...
+
+
+class NotBuilt(WithoutSteps):
+    """The `ShardedModel` of a side that no measurement uses: it has nothing."""
+
+    weights: LocalWeights | None = None
 
     def check_forward(self) -> None: ...
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
         return None
-
-    def infer(self, tokens: torch.Tensor) -> None: ...

@@ -40,11 +40,12 @@ def steps_headline(outcome: Outcome, steps: StepResult) -> str:
     """`TP1 EP8 train step by MoEAlltoAllTokenDispatcher: 812 ms median, 161,000 tokens/s, 412 TFLOP/s per rank`."""
     source = outcome.planned.source
     by = f" by {steps.dispatcher}" if steps.dispatcher else ""
+    what = f"{source.title if source else 'unknown layout'} train step{by}"
     if steps.summary is None:
-        return f"{source.title if source else 'unknown layout'} train step{by}: no steps were measured"
+        return f"{what}: no steps were measured"
     return (
-        f"{source.title if source else 'unknown layout'} train step{by}: {units.seconds(steps.summary.median_s)} median "
-        f"({len(steps.measured)} steps), {steps.tokens_per_s:,.0f} tokens/s, {steps.tflops_per_gpu:,.4g} TFLOP/s per rank"
+        f"{what}: {units.seconds(steps.summary.median_s)} median ({len(steps.measured)} steps), "
+        f"{steps.tokens_per_s:,.0f} tokens/s, {steps.tflops_per_gpu:,.4g} TFLOP/s per rank"
     )
 
 

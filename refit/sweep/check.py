@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit import units
-from refit.cli.parsing import parse, read_flags, read_mode, read_sides
+from refit.cli.parsing import parse, read_flags
+from refit.cli.side_flags import read_mode, read_sides
 from refit.config.registry import METHODS
 from refit.config.scenario import Scenario, check_num_ranks, num_nodes
 from refit.config.side import SideSpec

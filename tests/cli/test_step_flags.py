@@ -1,4 +1,4 @@
-"""Flags of steps: honoured where a step is measured, recorded otherwise, and Megatron's rules before anything is built."""
+"""Flags of steps: honoured where a step is measured, else recorded; Megatron's rules before anything is built."""
 
 from __future__ import annotations
 

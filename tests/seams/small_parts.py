@@ -23,6 +23,7 @@ from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.copies.batch import local_batches
 from refit.errors import UsageError
+from refit.models.sharded_model import WithoutSteps
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
@@ -110,7 +111,7 @@ def check_plain(model: ModelShape, side: SideSpec, name: str) -> None:
         raise UsageError(f"{name}: plain tensors are not split, TP is {side.layout.tp}: use 1")
 
 
-class PlainSide:
+class PlainSide(WithoutSteps):
     def __init__(self, weights: LocalWeights | None) -> None:
         self.weights = weights
 

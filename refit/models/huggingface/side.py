@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from refit.errors import RefitError
+from refit.models.sharded_model import WithoutSteps
 from refit.models.weights import LocalWeights
 
 
-class TransformersSide:
+class TransformersSide(WithoutSteps):
     """The `ShardedModel` of a transformers model. `module` is None on ranks outside the side."""
 
     def __init__(self, module: torch.nn.Module | None, weights: LocalWeights | None) -> None:

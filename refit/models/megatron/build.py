@@ -19,9 +19,8 @@ from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, ModelShape
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
 from refit.errors import UnavailableError, UsageError
-from refit.models.megatron import compat
+from refit.models.megatron import compat, compat_steps
 from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts
-from refit.models.megatron.on_cpu import trainable_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,11 @@ def build_model(
         return None
     # No random numbers are drawn without initialisation. The inference tracker works without CUDA.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-    with compat.running_on(groups, device, layout.vpp), trainable_on(device), compat.norms_know_sequence_parallel():
+    with (
+        compat.running_on(groups, device, layout.vpp),
+        compat_steps.trainable_on(device),
+        compat_steps.norms_know_sequence_parallel(),
+    ):
         chunks = tuple(_build_chunk(shape, side, groups, number, steps) for number in range(layout.vpp))
     with torch.no_grad():
         for parameter in itertools.chain(*(chunk.parameters() for chunk in chunks)):

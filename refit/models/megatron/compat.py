@@ -15,7 +15,7 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,73 +129,6 @@ def running_on(groups: Any, device: torch.device, num_chunks: int = 1) -> Iterat
     """
     with in_parallel_state(groups, num_chunks), on_device(device), quiet():
         yield
-
-
-@contextlib.contextmanager
-def norms_know_sequence_parallel() -> Iterator[None]:
-    """Build the norms of the local layer spec under sequence parallelism too, which both versions refuse
-    (torch_norm.py).
-
-    A norm works on its part of the sequence as it is. What is missing is the mark on its parameters that makes
-    `finalize_model_grads` sum their gradients over the tensor-parallel ranks.
-    """
-    norm: Any = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
-    original = norm.__new__
-
-    def marked(cls: Any, config: Any, *args: Any, **options: Any) -> Any:
-        parallel, config.sequence_parallel = config.sequence_parallel, False
-        try:
-            made = original(cls, config, *args, **options)
-        finally:
-            config.sequence_parallel = parallel
-        for parameter in made.parameters():
-            parameter.sequence_parallel = parallel
-        return made
-
-    norm.__new__ = marked
-    try:
-        yield
-    finally:
-        norm.__new__ = original
-
-
-@contextlib.contextmanager
-def gathering_within(group: dist.ProcessGroup) -> Iterator[None]:
-    """Objects gathered from the default group come from `group` alone.
-
-    Both versions compare parameter groups over all ranks of the job (`_get_param_groups` in optimizer/__init__.py), and
-    ranks outside the side would never answer.
-    """
-    original = dist.all_gather_object
-
-    def gather(found: list[Any], mine: Any, within: dist.ProcessGroup | None = None) -> None:
-        parts: list[Any] = [None] * dist.get_world_size(within or group)
-        original(parts, mine, group=within or group)
-        found[:] = parts
-
-    dist.all_gather_object = gather  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        dist.all_gather_object = original
-
-
-@contextlib.contextmanager
-def unforced_routing(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Routers choose experts by their scores, also where the config has them draw experts at random."""
-    configs: dict[int, Any] = {
-        id(module.config): module.config
-        for chunk in chunks
-        for module in chunk.modules()
-        if getattr(getattr(module, "config", None), "moe_router_force_load_balancing", False)
-    }
-    for config in configs.values():
-        config.moe_router_force_load_balancing = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.moe_router_force_load_balancing = True
 
 
 @contextlib.contextmanager

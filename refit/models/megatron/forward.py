@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 
 from refit.errors import RefitError
-from refit.models.megatron import compat
+from refit.models.megatron import compat, compat_steps
 from refit.models.megatron.build import BuiltModel
-from refit.models.megatron.on_cpu import trainable_on
 
 
 def forward_logits(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -22,7 +21,7 @@ def forward_logits(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor | No
     """
     # A model of this suite leaves its logits in parts, as training wants them. A provider's may take no such option.
     options = {} if model.shape is None else {"runtime_gather_output": True}
-    with compat.unforced_routing(model.chunks):
+    with compat_steps.unforced_routing(model.chunks):
         output = _run(model, tokens, options)
     if output is None:
         return None
@@ -44,7 +43,7 @@ def _run(model: BuiltModel, tokens: torch.Tensor, options: dict[str, Any]) -> to
         with (
             torch.no_grad(),
             compat.running_on(model.groups, model.device, len(model.chunks)),
-            trainable_on(model.device),
+            compat_steps.trainable_on(model.device),
         ):
             return _forward(model, tokens.to(model.device), options)
     except (RuntimeError, AttributeError, TypeError, AssertionError) as error:

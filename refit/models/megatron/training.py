@@ -15,9 +15,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from refit.config.steps import StepSettings
-from refit.models.megatron import compat
+from refit.models.megatron import compat, compat_steps
 from refit.models.megatron.build import BuiltModel
-from refit.models.megatron.on_cpu import trainable_on
 from refit.models.megatron.recording import recorded
 from refit.models.sharded_model import Recorder, StepReport
 
@@ -36,7 +35,7 @@ class MegatronTrainer:
         """Collective: every rank of the model's layout."""
         self._built, self._steps = built, steps
         config: Any = built.chunks[0].config
-        with self._running(), compat.gathering_within(built.groups.intra_dist_opt):
+        with self._running(), compat_steps.gathering_within(built.groups.intra_dist_opt):
             data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
             self._chunks: list[Any] = [
                 DistributedDataParallel(
@@ -103,7 +102,7 @@ class MegatronTrainer:
     def _running(self) -> contextlib.ExitStack:
         built, stack = self._built, contextlib.ExitStack()
         stack.enter_context(compat.running_on(built.groups, built.device, len(built.chunks)))
-        stack.enter_context(trainable_on(built.device))
+        stack.enter_context(compat_steps.trainable_on(built.device))
         return stack
 
 

@@ -149,6 +149,6 @@ def dispatchers_of(rank: int) -> list[str | None]:
         check_live(model, Dispatch(name))
         found.append(live_dispatcher(model))
     assert model is not None
-    with pytest.raises(RefitError, match="asked for is flex/deepep .* live model has MoEAlltoAll.* fell back"):
+    with pytest.raises(RefitError, match=r"asked for is flex/deepep .* live model has MoEAlltoAll.* fell back"):
         check_live(model, Dispatch("flex", "deepep"))
     return [*found, "refused"]

@@ -1,6 +1,7 @@
-"""Runs Megatron-Core's training code on CPUs: CUDA's allocations, streams and type names become the CPU's.
+"""Workarounds that training steps and forward passes need, each with the versions and the reason.
 
-What 0.16.1 and 0.19.2 name outright, and which this context replaces: `device="cuda"` in the schedules
+`trainable_on` runs Megatron-Core's training code on CPUs: CUDA's allocations, streams and type names become the CPU's.
+What 0.16.1 and 0.19.2 name outright, and which it replaces: `device="cuda"` in the schedules
 (pipeline_parallel/schedules.py), in gradient clipping (optimizer/clip_grads.py) and in the optimizers;
 `torch.cuda.FloatTensor` in the distributed optimizer (optimizer/distrib_optimizer.py); CUDA streams and the copy of
 split sizes to the CPU in the all-to-all dispatcher (transformer/moe/token_dispatcher.py); CUDA's random state in
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 ALLOCATE = (torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor)
@@ -86,3 +88,70 @@ def trainable_on(device: torch.device) -> Iterator[None]:
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """Split sizes as the all-to-all takes them. Megatron's own function converts tensors of a GPU only."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+@contextlib.contextmanager
+def norms_know_sequence_parallel() -> Iterator[None]:
+    """Build the norms of the local layer spec under sequence parallelism too, which both versions refuse
+    (torch_norm.py).
+
+    A norm works on its part of the sequence as it is. What is missing is the mark on its parameters that makes
+    `finalize_model_grads` sum their gradients over the tensor-parallel ranks.
+    """
+    norm: Any = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    original = norm.__new__
+
+    def marked(cls: Any, config: Any, *args: Any, **options: Any) -> Any:
+        parallel, config.sequence_parallel = config.sequence_parallel, False
+        try:
+            made = original(cls, config, *args, **options)
+        finally:
+            config.sequence_parallel = parallel
+        for parameter in made.parameters():
+            parameter.sequence_parallel = parallel
+        return made
+
+    norm.__new__ = marked
+    try:
+        yield
+    finally:
+        norm.__new__ = original
+
+
+@contextlib.contextmanager
+def gathering_within(group: dist.ProcessGroup) -> Iterator[None]:
+    """Objects gathered from the default group come from `group` alone.
+
+    Both versions compare parameter groups over all ranks of the job (`_get_param_groups` in optimizer/__init__.py), and
+    ranks outside the side would never answer.
+    """
+    original = dist.all_gather_object
+
+    def gather(found: list[Any], mine: Any, within: dist.ProcessGroup | None = None) -> None:
+        parts: list[Any] = [None] * dist.get_world_size(within or group)
+        original(parts, mine, group=within or group)
+        found[:] = parts
+
+    dist.all_gather_object = gather  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dist.all_gather_object = original
+
+
+@contextlib.contextmanager
+def unforced_routing(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Routers choose experts by their scores, also where the config has them draw experts at random."""
+    configs: dict[int, Any] = {
+        id(module.config): module.config
+        for chunk in chunks
+        for module in chunk.modules()
+        if getattr(getattr(module, "config", None), "moe_router_force_load_balancing", False)
+    }
+    for config in configs.values():
+        config.moe_router_force_load_balancing = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.moe_router_force_load_balancing = True

@@ -1,0 +1,149 @@
+"""Reads the layouts of both sides, and their formats, from the flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from refit.config.flag_names import (
+    FORMAT_FLAGS,
+    LAYERS_PER_CHUNK_FLAGS,
+    OPTION_FLAGS,
+    PIPELINE_LAYOUT_FLAGS,
+    SIZE_FLAGS,
+    size_flag,
+)
+from refit.config.layout import Layout
+from refit.config.registry import FORMATS, MEASUREMENTS, load
+from refit.config.scenario import Mode
+from refit.config.shape import Dtype
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+
+
+def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
+    """Source and destination. Sizes not given for the destination are the source's, except ETP, which is its own TP.
+
+    Raises UsageError where the sizes do not divide the ranks. Whether the model can be sharded this way is not checked.
+    """
+    source = _side("source", args, first_rank=0)
+    if not any("destination" in MEASUREMENTS[name].sides for name in args.measure):
+        _check_no_destination(args)
+        return source, source
+    first_rank = 0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size
+    return source, _side("destination", args, first_rank=first_rank, like=source.layout)
+
+
+def read_mode(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> Mode:
+    """The mode that was asked for; collocated where no measurement uses the destination."""
+    return Mode.COLLOCATED if sides[0] == sides[1] else Mode(args.refit_mode)
+
+
+def _check_no_destination(args: argparse.Namespace) -> None:
+    """Raise UsageError for a size of the destination where no measurement uses it."""
+    flags = (names[1] for names in (*SIZE_FLAGS.values(), LAYERS_PER_CHUNK_FLAGS, PIPELINE_LAYOUT_FLAGS))
+    given = next((flag for flag in flags if getattr(args, _attribute(flag)) is not None), None)
+    if given is not None:
+        raise UsageError(f"--{given} is for the destination, which --measure {','.join(args.measure)} does not use")
+
+
+def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout | None = None) -> SideSpec:
+    """The side `name`. Sizes that are not given are those of `like`."""
+    place = name == "destination"
+    given_format = getattr(args, _attribute(FORMAT_FLAGS[place]))
+    # A model provider chooses the dtype of what it builds.
+    dtype = None if args.model_provider is not None else args.dtype or Dtype.BF16
+    spec = SideSpec(
+        _layout(name, args, given_format, like, first_rank=first_rank),
+        format=given_format,
+        dtype=dtype,
+        transformer_impl=args.transformer_impl or "local",
+    )
+    return dataclasses.replace(spec, **_options(name, args, given_format))
+
+
+def _options(name: str, args: argparse.Namespace, given_format: str) -> dict[str, Any]:
+    """The field of SideSpec with the settings of its format alone, from its flags. Empty for a format without any.
+
+    Raises UsageError for a flag of another format.
+    """
+    place = name == "destination"
+    given: dict[str, dict[str, int]] = {}
+    for format_name, fields in OPTION_FLAGS.items():
+        values = {field: getattr(args, _attribute(flags[place])) for field, flags in fields.items()}
+        given[format_name] = {field: value for field, value in values.items() if value is not None}
+        if given[format_name] and format_name != given_format:
+            flag = fields[next(iter(given[format_name]))][place]
+            raise UsageError(f"--{flag} needs --{FORMAT_FLAGS[place]} {format_name}, the {name} is {given_format}")
+    options = FORMATS[given_format].options
+    return {given_format: load(options)(**given.get(given_format, {}))} if options is not None else {}
+
+
+def _attribute(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+def _layout(name: str, args: argparse.Namespace, given_format: str, like: Layout | None, *, first_rank: int) -> Layout:
+    given = {size: getattr(args, _attribute(flags[name == "destination"])) for size, flags in SIZE_FLAGS.items()}
+    axes = FORMATS[given_format].axes
+    for size in ("pp", "ep", "etp"):
+        if size not in axes and (given[size] or 1) > 1:
+            flag = size_flag(name, size)
+            raise UsageError(f"{flag} {given[size]}: {given_format} sides have {', '.join(axes)} only, leave it out")
+    tp = given["tp"] or (like.tp if like is not None else 1)
+    defaults = {"tp": tp, "ep": like.ep if like else 1, "etp": tp, "pp": like.pp if like else 1}
+    sizes = {size: (given[size] or default) if size in axes else 1 for size, default in defaults.items()}
+    stages = {size: given[size] for size in ("first_stage_layers", "last_stage_layers")}
+    if sizes["pp"] == 1 and any(stages.values()):
+        raise UsageError(
+            f"{name}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
+        )
+    world_size = given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]
+    try:
+        layout = Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)  # type: ignore[arg-type]
+    except UsageError as error:
+        raise UsageError(f"{name}: {error} ({size_flag(name, 'world_size')})") from None
+    try:
+        vpp, chunks = _chunks(name, args, layout, given["vpp"])
+        return dataclasses.replace(layout, vpp=vpp, chunk_sizes=chunks)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
+
+
+def _chunks(
+    side: str, args: argparse.Namespace, layout: Layout, given: int | None
+) -> tuple[int, tuple[int, ...] | None]:
+    """The model chunks of a rank, and the layers of every chunk where they are given one by one."""
+    name = PIPELINE_LAYOUT_FLAGS[side == "destination"]
+    chunks: tuple[int, ...] | None = getattr(args, name.replace("-", "_"))
+    if chunks is None:
+        return _virtual_size(side, args, layout, given), None
+    others = (given, getattr(args, LAYERS_PER_CHUNK_FLAGS[side == "destination"].replace("-", "_")))
+    if any((*others, layout.first_stage_layers, layout.last_stage_layers)):
+        raise UsageError(f"--{name} says how layers are split, and another flag does too: give one of them")
+    if len(chunks) % layout.pp:
+        raise UsageError(f"--{name} has {len(chunks)} stages, which cannot be divided over PP {layout.pp}")
+    return len(chunks) // layout.pp, chunks
+
+
+def _virtual_size(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> int:
+    """The model chunks of a rank: as `given`, or from the layers of a chunk.
+
+    Raises UsageError by the rules of Megatron-LM's arguments.py for the layers of a chunk.
+    """
+    name, instead = LAYERS_PER_CHUNK_FLAGS[side == "destination"], size_flag(side, "vpp")
+    layers: int | None = getattr(args, name.replace("-", "_"))
+    if layers is None:
+        return given or 1
+    flag = f"--{name} {layers}"
+    if given is not None:
+        raise UsageError(f"{flag} contradicts {instead} {given}: give one of them")
+    uneven = layout.first_stage_layers or layout.last_stage_layers
+    if uneven is not None:
+        raise UsageError(f"{flag} contradicts {uneven} layers on an uneven stage: give {instead}")
+    if args.num_layers is None:
+        raise UsageError(f"{flag} needs --num-layers: give {instead}")
+    if args.num_layers % (layout.pp * layers):
+        raise UsageError(f"{args.num_layers} layers cannot be divided into chunks of {layers} on PP size {layout.pp}")
+    return int(args.num_layers // (layout.pp * layers))
