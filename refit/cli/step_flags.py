@@ -46,14 +46,24 @@ STEP_FLAGS: dict[str, dict[str, Any]] = {
     "seed": {"type": flag_types.non_negative, "metavar": "N", "help": "seed of the mock tokens; default: 1234"},
     "sequence-parallel": {**SWITCH, "help": "split norms and residuals of the source along the sequence, over TP"},
     "recompute-activations": {**SWITCH, "help": "the same as --recompute-granularity selective"},
-    "recompute-granularity": {"choices": ("selective", "full"), "help": "which activations to compute again"},
-    "recompute-method": {"choices": ("uniform", "block"), "help": "how full recomputation divides the layers"},
+    "recompute-granularity": {
+        "choices": ("selective", "full"),
+        "help": "which activations to compute again; default: none",
+    },
+    "recompute-method": {
+        "choices": ("uniform", "block"),
+        "help": "how full recomputation divides the layers; default: none",
+    },
     "recompute-num-layers": {
         "type": flag_types.up_to(limits.MAX_LAYERS),
         "metavar": "N",
-        "help": "layers of a unit of full recomputation",
+        "help": "layers of a unit of full recomputation; default: none",
     },
-    "recompute-modules": {"nargs": "*", "metavar": "NAME", "help": "modules of selective recomputation"},
+    "recompute-modules": {
+        "nargs": "*",
+        "metavar": "NAME",
+        "help": "modules of selective recomputation; default: core_attn",
+    },
     "moe-token-dispatcher-type": {
         "choices": ("allgather", "alltoall", "flex"),
         "help": "how tokens reach their experts; default: allgather",

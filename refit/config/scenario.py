@@ -100,8 +100,10 @@ class Scenario:
     @property
     def used_sides(self) -> tuple[str, ...]:
         """The sides that the measurements use. The others are not built."""
-        used = {name for kind in self.measurements for name in MEASUREMENTS[kind].sides}
-        return tuple(name for name in self.sides if name in used)
+        # A result file may name a measurement of a later version.
+        kinds = [MEASUREMENTS[kind] for kind in self.measurements if kind in MEASUREMENTS]
+        used = {name for kind in kinds for name in kind.sides}
+        return tuple(name for name in self.sides if name in used or not used)
 
     @property
     def num_ranks(self) -> int:

@@ -24,7 +24,11 @@ def test_help_says_what_a_flag_does_and_its_default(action: argparse.Action) -> 
     assert action.help
     if action.nargs != 0:
         assert "default: " in action.help or "required" in action.help
-    if isinstance(action.default, str | int | float | Path) and action.nargs != 0:
+    if (
+        isinstance(action.default, str | int | float | Path)
+        and action.default != argparse.SUPPRESS
+        and action.nargs != 0
+    ):
         assert (
             f"default: {action.default:g}" if isinstance(action.default, float) else str(action.default) in action.help
         )
@@ -40,7 +44,7 @@ def test_help_names_units() -> None:
 
 
 def test_each_size_of_each_side_has_one_flag() -> None:
-    sizes = {field.name for field in fields(Layout)} - {"first_rank"}
+    sizes = {field.name for field in fields(Layout)} - {"first_rank", "chunk_sizes"}
     assert SIZE_FLAGS.keys() == sizes
     assert len(set(FLAGS)) == 2 * len(sizes)
     assert {f"--{flag}" for flag in FLAGS} <= full_parser()._option_string_actions.keys()

@@ -13,6 +13,7 @@ from refit.cli import ignored_flags
 from refit.cli.flags import full_parser, model_parser, recorded_flags
 from refit.cli.parsing import parse
 from refit.cli.presets import load_preset
+from refit.cli.step_flags import STEP_FLAGS
 from refit.config.flag_names import SIZE_FLAGS
 from refit.errors import UsageError
 from refit.sweep.selection import select_file
@@ -43,6 +44,11 @@ WITHOUT_A_VALUE = """
     use-rope-scaling use-te-activation-func
     """.split()  # noqa: SIM905
 
+IN_STEPS = tuple(STEP_FLAGS)
+"""Flags that a training step honours, with values that are checked. A refit alone records them all the same."""
+
+WITH_A_VALUE = [name for name in WITH_A_VALUE if name not in IN_STEPS]
+WITHOUT_A_VALUE = [name for name in WITHOUT_A_VALUE if name not in IN_STEPS]
 LISTS = [name for name, sign in ignored_flags.NAMED.items() if sign == "*"]
 NUMBERS = [name for name, sign in ignored_flags.NAMED.items() if sign == "#"]
 SIZES = [flag for flags in SIZE_FLAGS.values() for flag in flags]

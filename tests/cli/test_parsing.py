@@ -346,7 +346,7 @@ def test_flags_that_change_no_weight_are_recorded() -> None:
     assert run.recorded is not None
     assert run.recorded["use-mcore-models"] is True
     assert run.recorded["global-batch-size"] == 64
-    assert run.recorded["lr"] == "1e-5"
+    assert run.recorded["lr"] == 1e-5
     assert run.recorded["recompute-modules"] == ["core_attn", "mlp"]
     assert run.recorded["data-path"] == ["a", "b", "c"]
     assert run.recorded["context-parallel-size"] == "1"

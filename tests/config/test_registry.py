@@ -20,14 +20,16 @@ TABLES: list[tuple[Registry[Any], str, str]] = [
     (FORMATS, "side format", "autotp, fsdp2, megatron"),
     (METHODS, "refit method", "cuda-ipc, gloo, nccl, nvshmem, shm"),
     (ENGINES, "refit engine", "megatron, refit"),
-    (MEASUREMENTS, "measurement", "refit"),
+    (MEASUREMENTS, "measurement", "forward, refit, train-step"),
 ]
 REFERENCES = {
-    f"{name}.{field.name}": getattr(row, field.name)
+    f"{name}.{type(row).__name__}.{field.name}": getattr(row, field.name)
     for table, *_ in TABLES
-    for name, row in table.items()
+    for name, entry in table.items()
+    for row in (entry, getattr(entry, "steps", None))
+    if row is not None
     for field in fields(row)
-    if ":" in str(getattr(row, field.name))
+    if isinstance(getattr(row, field.name), str) and ":" in getattr(row, field.name)
 }
 
 

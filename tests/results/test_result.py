@@ -16,6 +16,7 @@ from refit.config.layout import Layout
 from refit.config.scenario import Mode, Scenario, Verify
 from refit.config.shape import Dtype, LatentAttention
 from refit.config.side import SideSpec
+from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import ExitCode, UsageError
 from refit.plan.cost import Bound, Cost
 from refit.results.refit import Activity, EngineResult, ForwardCheck, ModelFacts, RefitResult, Sample, WrongWeights
@@ -49,6 +50,7 @@ ENGINE = EngineResult(
     staging_bytes_per_rank=(1, 2, 3),
     extra_memory_bytes_per_rank=(4, None, 6),
     forward=ForwardCheck(True, None, 0.75, 0.125, 25.5),
+    trained=ForwardCheck(False, None, 0.5, 0.25, 12.5),
     profile=((), (Activity(7, "kernel", 3, 0.1, 0.0, 0.2),)),
 )
 
@@ -108,6 +110,9 @@ FULL = Result(
         nvshmem_force_put=True,
         cluster=Cluster("mine", 391e9, None, 8, None, 80 * 10**9, "H200", "measured"),
         run_name="run",
+        steps=StepSettings(
+            2, 16, 64, recompute=Recompute("selective", modules=("moe", "mlp")), dispatch=Dispatch("flex", "deepep")
+        ),
     ),
     environment=Environment(
         command="benchmark_refit.py --model tiny",
