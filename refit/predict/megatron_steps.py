@@ -68,6 +68,11 @@ def _sequence_rules(model: ModelShape, layout: Layout, steps: StepSettings) -> I
             f"experts train with TP {layout.tp} under sequence parallelism only (Megatron-Core's MoELayer): give "
             "--sequence-parallel"
         )
+    if model.experts is not None and layout.ep == 1 and layout.etp != layout.tp:
+        yield (
+            f"with EP 1 experts train with ETP = TP, here {layout.etp} and {layout.tp}: Megatron-Core sums their "
+            "gradients over the replicas of dense layers (0.16.1): raise EP, or leave ETP out"
+        )
     if steps.sequence_parallel and steps.seq_length % layout.tp:
         yield (
             f"--seq-length {steps.seq_length} is not divisible by TP {layout.tp}, as sequence parallelism needs "

@@ -84,8 +84,8 @@ def _stage_activations(shape: ModelShape, side: SideSpec, steps: StepSettings, s
     if steps.recompute.granularity == "full":  # one layer at a time is computed again
         stored += max(_all_values(shape, layer, layout, steps) for chunk in chunks for layer in chunk)
     total = stored * tokens * itemsize
-    if stage == layout.pp - 1:  # logits, and their gradient in float32
-        total += tokens * (itemsize + 4) * shape.padded_vocab_size(layout.tp) / layout.tp
+    if stage == layout.pp - 1:  # logits, their softmax in float32, and the gradient of the logits
+        total += tokens * (2 * itemsize + 4) * shape.padded_vocab_size(layout.tp) / layout.tp
     return int(total)
 
 

@@ -65,9 +65,14 @@ def _passes(session: Session, side: Side, name: str, length: int, publish: Calla
     )
     wanted = replace(steps, global_batch_size=num_sequences, seq_length=length)
 
-    def run(number: int) -> StepReport:
-        side.model.infer(tokens_of(wanted, number, model.vocab_size)[:, :-1])
-        return StepReport()
+    def prepare(number: int) -> Callable[[], StepReport]:
+        tokens = tokens_of(wanted, number, model.vocab_size)[:, :-1]
+
+        def run() -> StepReport:
+            side.model.infer(tokens)
+            return StepReport()
+
+        return run
 
     work = Work(f"forward, {name}", steps.num_warmup, steps.num_steps, num_sequences * length)
-    return run_steps(session, work, result, run, publish)
+    return run_steps(session, work, result, prepare, publish)

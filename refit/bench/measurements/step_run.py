@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from refit.bench.clock import Spans, timed
 from refit.bench.exchange import gather
 from refit.bench.memory import peak_bytes, reset_peak, used_bytes
 from refit.bench.session import Session
-from refit.models.sharded_model import LiveSettings, Recorder, StepReport
+from refit.models.sharded_model import LiveSettings, StepReport
 from refit.report.step_lines import step_line
 from refit.results.stats import summarise
 from refit.results.status import Status
@@ -39,17 +38,18 @@ def run_steps(
     session: Session,
     work: Work,
     result: StepResult,
-    step: Callable[[int], StepReport],
+    prepare: Callable[[int], Callable[[], StepReport]],
     publish: Callable[[StepResult], None],
 ) -> StepResult:
-    """Call `step` with the number of each step, warm-up first, and return `result` completed.
+    """Run steps, warm-up first, and return `result` completed. `prepare(number)` makes the batch of a step and returns
+    the step itself, which alone is timed.
 
-    Collective: every rank of the job; ranks outside the side pass a step that does nothing.
+    Collective: every rank of the job; on ranks outside the side the step does nothing.
     """
     has_peak = reset_peak(session.device)
     for number in range(work.num_warmup + work.num_steps):
         session.enter(f"{work.label} {number + 1}")
-        found = timed(functools.partial(step, number), session.control, session.device)
+        found = timed(prepare(number), session.control, session.device)
         ranks: list[_RankStep] = gather(session.control, _RankStep(found.seconds, found.value))
         sample = _sample(ranks, number, work)
         result = replace(result, samples=(*result.samples, sample))
@@ -64,11 +64,10 @@ def run_steps(
     )
 
 
-def run_recorded(session: Session, label: str, step: Callable[[Recorder], StepReport]) -> Breakdown:
-    """Run one more step with recording on; its parts are those of the slowest rank. Collective: every rank."""
+def run_recorded(session: Session, label: str, step: Callable[[], StepReport], spans: Spans) -> Breakdown:
+    """Run one more step, which `spans` records; its parts are those of the slowest rank. Collective: every rank."""
     session.enter(f"{label}: breakdown")
-    spans = Spans(session.device)
-    found = timed(lambda: step(spans), session.control, session.device)
+    found = timed(step, session.control, session.device)
     ranks: list[tuple[float, dict[str, float]]] = gather(session.control, (found.seconds, spans.seconds()))
     slowest = max(range(len(ranks)), key=lambda rank: ranks[rank][0])
     seconds, parts = ranks[slowest]

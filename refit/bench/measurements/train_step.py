@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from refit.bench.clock import Spans
 from refit.bench.exchange import gather
 from refit.bench.initial_weights import initialise
 from refit.bench.measurements.step_run import Work, live_settings, run_recorded, run_steps
@@ -36,8 +39,10 @@ class TrainStepMeasurement:
                 initialise(source.weights)
             trainer.weights_changed()
 
-        def step(number: int, recorder: Recorder | None = None) -> StepReport:
-            return trainer.step(tokens_of(steps, number, model.vocab_size), recorder) if trainer else StepReport()
+        def prepare(number: int, recorder: Recorder | None = None) -> Callable[[], StepReport]:
+            if trainer is None:
+                return StepReport
+            return functools.partial(trainer.step, tokens_of(steps, number, model.vocab_size), recorder)
 
         settings = live_settings(session, source.model.settings)
         result = StepResult(
@@ -51,9 +56,10 @@ class TrainStepMeasurement:
         )
         session.say(step_lines.train_header(scenario, steps, result))
         work = Work("train step", steps.num_warmup, steps.num_steps, steps.tokens_per_step)
-        result = run_steps(session, work, result, step, session.publish)
-        last = steps.num_warmup + steps.num_steps
-        return replace(result, breakdown=run_recorded(session, work.label, lambda spans: step(last, spans)))
+        result = run_steps(session, work, result, prepare, session.publish)
+        spans = Spans(session.device)
+        step = prepare(steps.num_warmup + steps.num_steps, spans)
+        return replace(result, breakdown=run_recorded(session, work.label, step, spans))
 
 
 def tokens_of(steps: StepSettings, number: int, vocab_size: int) -> torch.Tensor:

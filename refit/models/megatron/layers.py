@@ -43,7 +43,11 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         if k.size(1) != q.size(1):
             repeats = q.size(1) // k.size(1)
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale).permute(2, 0, 1, 3)
+        # Fused kernels want values as wide as queries; latent attention's are narrower. Zeros change no result.
+        width = v.size(-1)
+        v = F.pad(v, (0, q.size(-1) - width))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        output = output[..., :width].permute(2, 0, 1, 3)
         return output.reshape(output.size(0), output.size(1), -1)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
