@@ -43,8 +43,8 @@ def cases(num_gpus: int, micro_batches: list[int], tp: int, impl: str, cpu: bool
         layouts[f"TP{tp}_EP{num_gpus // tp}"] = [
             f"--tensor-model-parallel-size={tp}",
             f"--expert-model-parallel-size={num_gpus // tp}",
-            "--expert-tensor-parallel-size=1",
             "--sequence-parallel",
+            *(["--expert-tensor-parallel-size=1"] if num_gpus > tp else []),
         ]
     for layout, sizes in layouts.items():
         for micro in micro_batches:

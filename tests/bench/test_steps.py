@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from refit.models.megatron.dispatchers import CLASSES
 from refit.report.cycle import cycle_lines, cycle_of
+from refit.report.dispatchers import pairings
+from refit.results.outcomes import Outcome
 from refit.results.result import Result, read_result
 from refit.results.status import Status
 from refit.results.step import ForwardResult, StepResult
+from refit.sweep.selection import select_file
 from tests.bench.test_runner import TINY, run_scenario
 from tests.ranks.pool import RankPool
+from tests.report.factories import planned
 
 STEPS = ["--seq-length", "16", "--global-batch-size", "8", "--num-train-steps", "2", "--num-train-warmup", "1"]
 CYCLE = [*TINY, *STEPS, "--refit-method", "gloo", "--measure", "forward,refit,train-step"]
@@ -94,3 +99,23 @@ def test_a_training_step_alone_builds_the_source_alone(ranks: RankPool) -> None:
     assert result.measurements["train-step"].dispatcher == "MoEAllGatherTokenDispatcher"
     assert result.scenario is not None
     assert result.scenario.num_ranks == 2
+
+
+def test_the_tiny_list_of_dispatchers_does_equal_work(ranks: RankPool) -> None:
+    """The first cell of dispatcher_tiny, with fewer steps: both arms ran as asked for, and their work is equal."""
+    candidates = [each for each in select_file("dispatcher_tiny", []).candidates if each.name.startswith("EP2_1_")]
+    assert len(candidates) == 2
+    outcomes = []
+    for candidate in candidates:
+        flags = [*candidate.flags, *BALANCED, "--num-train-steps=2", "--num-train-warmup=1", "--num-layers=2"]
+        result: Result = ranks.run(run_scenario, [*flags, "--moe-layer-freq=([0]*1+[1]*1)", "--vocab-size=500"])[0]
+        outcomes.append(Outcome(planned(candidate.name), result.status, None, result))
+    (pair,) = pairings(outcomes)
+    assert pair.work.problems == ()
+    assert pair.work.loss_difference is not None
+    assert pair.work.loss_difference < 1e-4
+    assert {pair.first.result.dispatcher, pair.second.result.dispatcher} == {CLASSES[name] for name in ARMS}
+
+
+ARMS = ("alltoall", "allgather")
+BALANCED = ["--moe-router-force-load-balancing"]
