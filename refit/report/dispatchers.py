@@ -46,6 +46,14 @@ class Arm:
     steps: StepSettings
     result: StepResult
 
+    @property
+    def where(self) -> str:
+        """`kimi_k2 TP2 EP4`: model and layout."""
+        scenario = self.outcome.result.scenario if self.outcome.result else None
+        if scenario is None:
+            return "unknown layout"
+        return " ".join(filter(None, (scenario.model_title, scenario.source.title)))
+
 
 @dataclass(frozen=True, slots=True)
 class Equivalence:
@@ -96,7 +104,7 @@ def arm_of(outcome: Outcome) -> Arm | None:
 
 
 def pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
-    """The pairs of every cell, each arm against the cell's first, by overlap and then by micro-batch."""
+    """The pairs of every cell, each arm against the cell's first, by layout, overlap and micro-batch."""
     cells: dict[str, dict[str, Arm]] = defaultdict(dict)
     for arm in filter(None, map(arm_of, outcomes)):
         assert arm.outcome.result is not None
@@ -106,7 +114,12 @@ def pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
     for arms in cells.values():
         base = next(arms[name] for name in (*FIRST, *arms) if name in arms)
         found += [Pairing(base, arm, judge(base, arm)) for arm in arms.values() if arm is not base]
-    return sorted(found, key=lambda each: (each.first.steps.dispatch.overlap, each.first.steps.micro_batch_size))
+    return sorted(found, key=_order)
+
+
+def _order(pairing: Pairing) -> tuple[str, bool, int]:
+    steps = pairing.first.steps
+    return pairing.first.where, steps.dispatch.overlap, steps.micro_batch_size
 
 
 def _cell(scenario: Scenario) -> str:
@@ -194,7 +207,8 @@ def _routing(found: Sequence[Pairing]) -> str:
 
 def _table(names: tuple[str, str], group: Sequence[Pairing]) -> str:
     columns = [
-        Column("micro-batch"),
+        Column("layout", is_text=True),
+        Column("micro-", "batch"),
         Column("overlap", is_text=True),
         Column(names[0], "(ms)"),
         Column(names[1], "(ms)"),
@@ -215,6 +229,7 @@ def _row(pairing: Pairing) -> list[str]:
     beyond = {True: "yes", False: "no", None: "-"}[pairing.is_beyond_spread]
     delta = pairing.delta
     return [
+        first.where,
         str(first.steps.micro_batch_size),
         "on" if first.steps.dispatch.overlap else "off",
         *(f"{1e3 * mean:.2f}" for mean in means),
@@ -239,7 +254,8 @@ def faster_by(pairing: Pairing, delta: float) -> str:
 def _verdict(pairing: Pairing) -> str:
     """One line on whether two arms did equal work, and how that was found."""
     work, steps = pairing.work, pairing.first.steps
-    cell = f"micro-batch {steps.micro_batch_size}, overlap {'on' if steps.dispatch.overlap else 'off'}, "
+    overlap = "on" if steps.dispatch.overlap else "off"
+    cell = f"{pairing.first.where}, micro-batch {steps.micro_batch_size}, overlap {overlap}, "
     names = f"{pairing.first.name} and {pairing.second.name}"
     if work.problems:
         return f"{cell}{names}: NOT EQUAL work: {'; '.join(work.problems)}"

@@ -83,7 +83,7 @@ def test_the_documents_figures() -> None:
             outcome("flex/deepep", 6.26, 4),
         ]
     )
-    rows = [line.split() for line in text.splitlines() if " off " in line and "work" not in line]
+    rows = [line.split()[2:] for line in text.splitlines() if " off " in line and "work" not in line]
     assert rows[0][:5] == ["1", "off", "12540.00", "14120.00", "+12.6"]
     assert rows[1][:7] == ["4", "off", "9770.00", "6260.00", "-35.9", "flex/deepep", "35.9"]
     assert "micro-batch 4, overlap off, alltoall and flex/deepep: equal work: 3 fields" in text
@@ -165,3 +165,18 @@ def test_results_are_read_as_they_were_written() -> None:
 
 def test_stalls_are_steps_of_more_than_three_medians() -> None:
     assert count_stalls([1.0, 1.0, 1.0, 3.0, 3.1]) == 1
+
+
+def test_pictures_of_steps(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from refit.report.plots.steps import crossover_figure, losses_figure
+
+    cells = [outcome(arm, mean, micro) for micro, mean in ((1, 2.0), (4, 1.0)) for arm in ("alltoall", "allgather")]
+    cells.append(replace(outcome("alltoall", 9.0, 2), planned=planned("alone")))
+    axes = crossover_figure(pairings(cells), "under").axes[0]
+    assert [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()] == [
+        ("TP1 EP2, allgather", [1, 4], [2000.0, 1000.0]),
+        ("TP1 EP2, alltoall", [1, 4], [2000.0, 1000.0]),
+    ]
+    arms = [arm for cell in cells if (arm := arm_of(cell)) is not None]
+    assert len(losses_figure(arms, "under").axes[0].get_lines()) == 5

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from refit.report.dispatchers import arm_of
+from refit.report.dispatchers import arm_of, pairings
 from refit.report.plots.caption import caption
 from refit.report.plots.iterations import iterations_figure
 from refit.report.plots.pairs import NoPairs, Pairs, pairs_figure
@@ -41,7 +41,10 @@ def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
     under = caption(run.outcomes, run.sweep)
     if arms := [arm for outcome in run.outcomes if (arm := arm_of(outcome)) is not None]:
         yield save(losses_figure(arms, under), directory / "losses.png")
-        yield save(crossover_figure(arms, under), directory / "crossover.png")
+        if pairs := pairings(run.outcomes):
+            yield save(crossover_figure(pairs, under), directory / "crossover.png")
+        else:
+            yield "no crossover: no two runs differ in the dispatcher alone"
     if not measured:
         yield "no times: no scenario of this run has any"
         return

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from refit.report.dispatchers import Arm
+from refit.report.dispatchers import Arm, Pairing
 from refit.report.plots.style import METHOD_LOOKS, grid, legend, new_figure
 
 if TYPE_CHECKING:
@@ -28,18 +28,19 @@ def losses_figure(arms: Sequence[Arm], under: str) -> Figure:
     return figure
 
 
-def crossover_figure(arms: Sequence[Arm], under: str) -> Figure:
-    """The mean step of each dispatcher over micro-batches, with and without overlap."""
-    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+def crossover_figure(pairs: Sequence[Pairing], under: str) -> Figure:
+    """The mean step of each dispatcher over micro-batches, by layout, with and without overlap."""
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    arms = [arm for pair in pairs for arm in (pair.first, pair.second)]
     for arm in arms:
         if arm.result.summary is not None:
             overlap = ", overlap" if arm.steps.dispatch.overlap else ""
-            series[f"{arm.name}{overlap}"].append((arm.steps.micro_batch_size, arm.result.summary.mean_s))
+            series[f"{arm.where}, {arm.name}{overlap}"][arm.steps.micro_batch_size] = arm.result.summary.mean_s
     figure = new_figure(8, 4.8, "Mean training step by micro-batch, slowest rank", under)
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(sorted(series.items())):
         look = METHOD_LOOKS[number % len(METHOD_LOOKS)]
-        sizes, means = zip(*sorted(points), strict=True)
+        sizes, means = zip(*sorted(points.items()), strict=True)
         axes.plot(sizes, [1e3 * mean for mean in means], look.marker, linestyle="-", color=look.color, label=name)
     axes.set_xticks(sorted({arm.steps.micro_batch_size for arm in arms}))
     axes.set_ylim(bottom=0)
@@ -52,4 +53,4 @@ def crossover_figure(arms: Sequence[Arm], under: str) -> Figure:
 
 def _name(arm: Arm) -> str:
     overlap = ", overlap" if arm.steps.dispatch.overlap else ""
-    return f"{arm.name}, micro-batch {arm.steps.micro_batch_size}{overlap}"
+    return f"{arm.where}, {arm.name}, micro-batch {arm.steps.micro_batch_size}{overlap}"
