@@ -48,7 +48,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--tables",
         type=Path,
         metavar="DIR",
-        help="also write index.csv, one row per run, and the loss curves of runs that measured training steps",
+        help="also write index.csv, one row per run, and the loss curves of training steps; default: neither",
     )
     parser.set_defaults(run=report)
 

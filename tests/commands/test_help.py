@@ -42,7 +42,8 @@ def test_every_default_and_unit_is_in_the_help(name: str) -> None:
             continue
         stated = text.partition("default: ")[2]
         assert stated or ("required" in text), f"{name} {action.option_strings[0]}: {text}"
-        if isinstance(action.default, int | float | str) and action.dest != "job":  # the environment's
+        given = isinstance(action.default, int | float | str) and action.default != argparse.SUPPRESS
+        if given and action.dest != "job":  # the environment's
             assert stated.startswith(SPELLED.get(action.dest, f"{action.default}")), f"{name}: {text}"
         for metavar, unit in UNITS.items():
             assert action.metavar != metavar or unit in text
