@@ -38,7 +38,8 @@ class StepSample:
 class Breakdown:
     """Seconds of one more step with recording on, on its slowest rank. `parts_s` and `rest_s` add up to `seconds`.
 
-    `experts_s` are parts of forward and backward, summed over layers and micro-batches: `dispatch forward`, ...
+    `experts_s` are parts of forward and backward, summed over layers and micro-batches, on the rank where they take
+    longest: `dispatch forward`, ...
     """
 
     seconds: float

@@ -65,15 +65,20 @@ def run_steps(
 
 
 def run_recorded(session: Session, label: str, step: Callable[[], StepReport], spans: Spans) -> Breakdown:
-    """Run one more step, which `spans` records; its parts are those of the slowest rank. Collective: every rank."""
+    """Run one more step, which `spans` records; Collective: every rank of the job.
+
+    Its parts are those of the slowest rank; those of experts are of the rank where they take longest, since a pipeline
+    stage may have none.
+    """
     session.enter(f"{label}: breakdown")
     found = timed(step, session.control, session.device)
     ranks: list[tuple[float, dict[str, float]]] = gather(session.control, (found.seconds, spans.seconds()))
     slowest = max(range(len(ranks)), key=lambda rank: ranks[rank][0])
     seconds, parts = ranks[slowest]
     top = {name: parts[name] for name in TOP_PARTS if name in parts}
-    inner = {name: parts[name] for name in parts if name not in TOP_PARTS}
-    return Breakdown(seconds, slowest, top, seconds - sum(top.values()), inner)
+    inner = [{name: each[name] for name in each if name not in TOP_PARTS} for _, each in ranks]
+    experts = max(inner, key=lambda each: sum(each.values()))
+    return Breakdown(seconds, slowest, top, seconds - sum(top.values()), experts)
 
 
 def live_settings(session: Session, mine: LiveSettings) -> LiveSettings:
