@@ -160,7 +160,7 @@ def row(one: Cell, result: Result) -> str:
 def _baseline(name: str, engine: EngineResult, tested: EngineResult) -> str:
     title = ENGINES[name].title if name in ENGINES else name
     ratio = speed_ratio(tested, engine)
-    shown = f", {ratio:.2f} x as long" if ratio else ""
+    shown = f", {ratio:.2f} x as long" if ratio else ", partial" if engine.not_moved else ""
     return f"{title} {_text(engine.median_s, 1e3)} ms, wrong {_wrong(engine)}{shown}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -18,7 +19,7 @@ import refit
 from refit.bench.memory import total_memory_bytes
 from refit.results.result import Environment, Gpu
 
-PACKAGES = ("torch", "megatron-core", "numpy", "nvshmem4py-cu13", "transformer-engine", "triton")
+PACKAGES = ("torch", "megatron-core", "numpy", "nccl-extensions", "nvshmem4py-cu13", "transformer-engine", "triton")
 ALLOWED_VARIABLES = re.compile(
     r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
 )
@@ -53,8 +54,22 @@ def _package_versions() -> dict[str, str]:
         versions["megatron-core"] = str(megatron.__version__)
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        versions["nccl"] = ".".join(map(str, loaded_nccl_version() or torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return versions
+
+
+def loaded_nccl_version() -> tuple[int, int, int] | None:
+    """The version of the NCCL in this process, None without one.
+
+    torch's own answer is the NCCL that it was built with. Another one may be preloaded.
+    """
+    try:
+        library = ctypes.CDLL("libnccl.so.2")
+    except OSError:
+        return None
+    code = ctypes.c_int()
+    library.ncclGetVersion(ctypes.byref(code))
+    return code.value // 10000, code.value // 100 % 100, code.value % 100  # NCCL_VERSION of nccl.h, from 2.9 on
 
 
 def _commit() -> str | None:

@@ -11,7 +11,7 @@ an element that was not written is always found.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,8 +93,10 @@ def poison(memory: LocalWeights) -> None:
         shard.view.view(_BITS[shard.view.element_size()]).fill_(255 if shard.view.element_size() == 1 else -1)
 
 
-def check(memory: LocalWeights, source: Mapping[str, TensorSpec], iteration: int, *, sample: bool = False) -> Verdict:
-    """Compare a destination, as bits, with the source's values of `iteration`.
+def check(
+    memory: Iterable[LocalShard], source: Mapping[str, TensorSpec], iteration: int, *, sample: bool = False
+) -> Verdict:
+    """Compare shards of a destination, as bits, with the source's values of `iteration`.
 
     `source` has each tensor's dtype and first dim at the source. Expected values are cast from that dtype to the
     destination's. Beyond that first dim is padding, which must be zero. `sample` compares every 16th row only.

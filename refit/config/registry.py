@@ -236,6 +236,7 @@ ENGINES = Registry(
             formats=("megatron",),
             single_chunk=True,
         ),
+        "nccl-m2n": Engine(engine="refit.bench.engines.nccl_m2n:NcclM2nEngine", title="NCCL M2N", is_baseline=True),
     },
 )
 

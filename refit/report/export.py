@@ -109,6 +109,7 @@ def _measured(entry: Entry) -> Record:
         "gb_per_s": engine.bottleneck_gb_per_s if engine else None,
         "staging_bytes": max(engine.staging_bytes_per_rank, default=None) if engine else None,
         "extra_memory_bytes": _largest(engine.extra_memory_bytes_per_rank) if engine else None,
+        "not_moved_bytes": engine.not_moved_bytes if engine else None,
         "num_compared": engine.num_compared if engine else None,
         "num_wrong": engine.num_wrong if engine else None,
         "ratio": entry.ratio,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from refit import units
 from refit.config.registry import ENGINES
 from refit.config.scenario import Mode, Verify
-from refit.plan.cost import Bound
+from refit.plan.cost import Bound, Cost
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.stats import Summary
@@ -77,7 +77,14 @@ def problem_of(outcome: Outcome, engine: EngineResult | None) -> str | None:
         return None
     if engine.status in (Status.FAILED, Status.WAIVED):
         return f"{engine.doubt.upper()}: {' '.join((engine.reason or 'no reason was recorded').split())}"
-    return engine.doubt.upper()
+    return f"PARTIAL: {moved_text(outcome.cost, engine)}" if engine.doubt == "partial" else engine.doubt.upper()
+
+
+def moved_text(cost: Cost | None, engine: EngineResult) -> str:
+    """`moved 8.66 GB of 9.86 GB`, of a result with tensors that were not moved."""
+    if cost is None:
+        return f"{units.gb(engine.not_moved_bytes)} not moved"
+    return f"moved {units.gb(cost.payload_bytes - engine.not_moved_bytes)} of {units.gb(cost.payload_bytes)}"
 
 
 def _figures(outcome: Outcome, engine: EngineResult, problem: str | None) -> str:

@@ -80,7 +80,7 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
             lines += [times(engine)] if len(engines) == 1 else []
             lines += [stability_line(name, engine.stability)] if engine.stability else []
             lines += warnings.of_engine(name, engine, scenario, result)
-        lines.append(wrong_weights(name, engine))
+        lines += [wrong_weights(name, engine), not_moved(name, engine)]
     lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
     return [*lines, *(verdict(name, engine, scenario.verify.value) for name, engine in engines.items())]
 
@@ -166,10 +166,14 @@ OF_BOUND = 7
 
 def table(engines: Mapping[str, EngineResult], width: int = FILE_WIDTH) -> str:
     """One row per engine; the column of a bound only where there is one."""
-    rows = [[title(name), *_cells(engine), engine.status.text] for name, engine in engines.items()]
+    rows = [[title(name), *_cells(engine), _status(engine)] for name, engine in engines.items()]
     has_bound = any(engine.share_of_lower_bound is not None for engine in engines.values())
     shown = [place for place in range(len(COLUMNS)) if has_bound or place != OF_BOUND]
     return fitted([COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows], width)
+
+
+def _status(engine: EngineResult) -> str:
+    return engine.doubt if engine.doubt == "partial" else engine.status.text
 
 
 def _cells(engine: EngineResult) -> list[str]:
@@ -203,6 +207,16 @@ def wrong_weights(name: str, engine: EngineResult) -> str:
     if len(rows) > MAX_WRONG_LINES:
         lines.append(f"  and {len(rows) - MAX_WRONG_LINES} more (rank, tensor) pairs, all in the result file")
     return "\n".join(lines)
+
+
+def not_moved(name: str, engine: EngineResult) -> str:
+    """The tensors that an engine left as they were, by reason; empty where it moved all."""
+    return "\n".join(
+        f"{ENGINES[name].title}: not moved: {each.num_tensors:,} tensors, {units.gb(each.nbytes)}, "
+        f"{each.num_elements:,} elements: {each.reason} ({', '.join(each.first_keys)}"
+        f"{', ...' if each.num_tensors > len(each.first_keys) else ''})"
+        for each in engine.not_moved
+    )
 
 
 def _number(value: float | None) -> str:
@@ -257,4 +271,5 @@ def verdict(name: str, engine: EngineResult, verify: str) -> str:
     return (
         f"{outcome} ({title}): {engine.num_compared:,} elements compared{how} over {len(engine.samples)} refits, "
         f"{engine.num_wrong:,} wrong"
+        + (f"; {sum(each.num_tensors for each in engine.not_moved):,} tensors not moved" if engine.not_moved else "")
     )

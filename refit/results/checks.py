@@ -53,6 +53,8 @@ def check_rank(rank: int, place: str) -> None:
 def _check_engine(engine: EngineResult, place: str) -> None:
     for number, sample in enumerate(engine.samples):
         _check_sample(sample, f"{place}.samples[{number}]")
+    for each in engine.not_moved:
+        _not_negative(min(each.num_tensors, each.num_elements, each.nbytes), f"{place}.not_moved")
     for name, seconds in engine.cold_s.items():
         _not_negative(seconds, f"{place}.cold_s.{name}")
     for optional in ("connect_s", "bottleneck_gb_per_s", "share_of_lower_bound"):

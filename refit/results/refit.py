@@ -75,6 +75,20 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
+class NotMoved:
+    """Destination tensors that an engine left as they were, for one reason: how many, and the first of their keys.
+
+    Elements and bytes are those of all ranks of the destination, as the payload counts them.
+    """
+
+    reason: str
+    num_tensors: int
+    num_elements: int
+    nbytes: int
+    first_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineResult:
     """The result of one engine. `reason` is why it was waived or failed.
 
@@ -84,11 +98,13 @@ class EngineResult:
     the measured iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1
     where a refit is as fast as the plan allows, None without a bound. `stability` is None without
     `--repeat-until-stable`. `trained` compares the logits of both sides after one more refit, of the weights that
-    training steps left.
+    training steps left. Where some tensors were `not_moved`, the others were timed and compared, and nothing is set
+    against the plan's bytes.
     """
 
     status: Status = Status.RUNNING
     reason: str | None = None
+    not_moved: tuple[NotMoved, ...] = ()
     connect_s: float | None = None
     connected: str | None = None
     connect_memory_bytes_per_rank: tuple[int, ...] = ()
@@ -113,6 +129,10 @@ class EngineResult:
     @property
     def num_wrong(self) -> int:
         return sum(sample.num_wrong for sample in self.samples)
+
+    @property
+    def not_moved_bytes(self) -> int:
+        return sum(each.nbytes for each in self.not_moved)
 
     @property
     def measured_s(self) -> list[float]:
@@ -143,12 +163,17 @@ class EngineResult:
 
     @property
     def doubt(self) -> str | None:
-        """Why its times are no result: `WRONG`, the status, or `unverified`. None where every element was right."""
+        """Why its times are no result: `WRONG`, the status, `unverified`, or `partial` where tensors were not moved.
+
+        None where every element was moved and right.
+        """
         if self.num_wrong or self.wrong_logits or self.status is Status.WRONG_DATA:
             return "WRONG"
         if self.status is not Status.OK:
             return self.status.text
-        return None if self.num_compared else "unverified"
+        if not self.num_compared:
+            return "unverified"
+        return "partial" if self.not_moved else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,8 @@ Each is what a developer would write in one file. The tests register them and ru
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.copies.batch import local_batches
-from refit.errors import UsageError
+from refit.errors import RefitError, UsageError
 from refit.models.sharded_model import WithoutSteps
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
@@ -155,6 +154,9 @@ class GatheringEngine:
     def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
         return GatheringProgram(source, destination)
 
+    def not_moved(self) -> Mapping[str, str]:
+        return {}
+
     def note(self) -> str | None:
         return "the gathering engine is slow"
 
@@ -180,6 +182,57 @@ class GatheringProgram:
     def close(self) -> None: ...
 
 
+LEFT_OUT = "word_embeddings"
+"""What the keys contain that the partial engine does not move."""
+
+
+class PartialEngine(GatheringEngine):
+    """Moves all but the embeddings."""
+
+    def __init__(self, scenario: Scenario, device: torch.device) -> None:
+        self._left_out: dict[str, str] = {}
+
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
+        self._left_out = {key: "embeddings stay" for key in destination.sharding.tensors if LEFT_OUT in key}
+        return PartialProgram(source, destination)
+
+    def not_moved(self) -> Mapping[str, str]:
+        return self._left_out
+
+
+class PartialProgram(GatheringProgram):
+    def run(self) -> RunReport:
+        weights = self._sides[1].weights
+        left = [shard.view for shard in weights if LEFT_OUT in shard.tensor.key] if weights is not None else []
+        before = [view.clone() for view in left]
+        report = super().run()
+        for view, old in zip(left, before, strict=True):
+            view.copy_(old)
+        return report
+
+
+class FailingEngine(GatheringEngine):
+    """Fails in its second refit, on one rank."""
+
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
+        return FailingProgram(source, destination)
+
+
+class FailingProgram(GatheringProgram):
+    def __init__(self, source: Side, destination: Side) -> None:
+        super().__init__(source, destination)
+        self._num_runs = 0
+
+    def run(self) -> RunReport:
+        report = super().run()
+        self._num_runs += 1
+        if self._num_runs == 2 and dist.get_rank() == 1:
+            raise RefitError("the engine broke")
+        return report
+
+
+PARTIAL = Engine(engine=f"{HERE}:PartialEngine", title="partial engine", is_baseline=True)
+FAILING = Engine(engine=f"{HERE}:FailingEngine", title="failing engine", is_baseline=True)
 GATHERING = Engine(engine=f"{HERE}:GatheringEngine", title="gathering", is_baseline=True)
 
 # --- A measurement: counts parameters on every rank -----------------------------------------------------------------
@@ -209,4 +262,4 @@ def count_lines(result: CountResult, run: Result) -> Sequence[str]:
 COUNT = MeasurementKind(
     measurement=f"{HERE}:CountMeasurement", result=f"{HERE}:CountResult", closing_lines=f"{HERE}:count_lines"
 )
-PARTS: dict[str, Any] = {"queue": QUEUE, "plain": PLAIN, "gathering": GATHERING, "count": COUNT}
+ENGINE_PARTS = {"gathering": GATHERING, "partial": PARTIAL, "failing": FAILING}

@@ -21,10 +21,11 @@ from refit.config.registry import ENGINES, FORMATS, MEASUREMENTS, METHODS
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions, dry_run
+from refit.results.refit import speed_ratio
 from refit.results.result import ResultFile, read_result
 from refit.results.status import Status
 from tests.ranks.pool import RankPool
-from tests.seams.small_parts import COUNT, GATHERING, PLAIN, QUEUE, CountResult
+from tests.seams.small_parts import COUNT, ENGINE_PARTS, LEFT_OUT, PLAIN, QUEUE, CountResult
 
 FLAGS = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "500"]
 FLAGS += ["--hidden-size", "64", "--ffn-hidden-size", "128", "--moe-ffn-hidden-size", "32", "--num-query-groups", "8"]
@@ -40,7 +41,7 @@ def registered() -> Any:
         for table, name, row in (
             (METHODS, "queue", QUEUE),
             (FORMATS, "plain", PLAIN),
-            (ENGINES, "gathering", GATHERING),
+            *((ENGINES, name, row) for name, row in ENGINE_PARTS.items()),
             (MEASUREMENTS, "count", COUNT),
         ):
             stack.enter_context(table.added(name, row))  # type: ignore[attr-defined]
@@ -89,6 +90,37 @@ def test_an_engine_beside_ours(ranks: RankPool) -> None:
     assert set(result.refit.baselines) == {"gathering"}
     assert "# note: the gathering engine is slow" in output
     assert "x as fast as gathering's own" in output
+
+
+def test_an_engine_that_leaves_tensors_out_is_partial(ranks: RankPool, tmp_path: Path) -> None:
+    flags = [*LAYOUTS, "--refit-method", "gloo", "--refit-engine", "refit,partial,gathering", "--check-forward"]
+    result, stored, output = ranks.run(run_scenario, flags, {}, str(tmp_path))[0]
+    whole, partial = (result.refit.engines[name] for name in ("gathering", "partial"))
+    (left_out,) = partial.not_moved
+    assert (left_out.reason, left_out.num_tensors) == ("embeddings stay", 1)
+    assert LEFT_OUT in left_out.first_keys[0]
+    assert partial.num_compared == whole.num_compared - left_out.num_elements * len(partial.samples)
+    assert left_out.nbytes == 2 * left_out.num_elements
+    assert (result.exit_code, partial.status, partial.num_wrong, partial.doubt) == (0, Status.OK, 0, "partial")
+    assert (partial.bottleneck_gb_per_s, speed_ratio(result.refit.tested, partial)) == (None, None)
+    assert partial.forward.skipped == "1 tensors were not moved"
+    assert (whole.doubt, whole.not_moved) == (None, ())
+    assert stored.refit.engines["partial"] == partial
+    assert "by partial engine: PARTIAL: moved" in output
+    assert "partial engine: not moved: 1 tensors" in output
+    assert "Ratio: none: partial engine is partial" in output
+    assert "x as fast as gathering's own" in output
+    assert "0 wrong; 1 tensors not moved" in output
+
+
+def test_a_baseline_that_fails_in_a_refit_is_recorded_and_the_next_one_runs(ranks: RankPool) -> None:
+    flags = [*LAYOUTS, "--refit-method", "gloo", "--refit-engine", "refit,failing,gathering"]
+    result, _, output = ranks.run(run_scenario, flags, {})[0]
+    failing = result.refit.engines["failing"]
+    assert (failing.status, failing.reason, len(failing.samples)) == (Status.FAILED, "the engine broke", 1)
+    assert result.refit.engines["gathering"].status is Status.OK
+    assert result.exit_code == 0
+    assert "FAILED (failing engine): the engine broke" in output
 
 
 def test_a_measurement_that_counts(ranks: RankPool, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -37,6 +38,13 @@ class RefitEngine(Protocol):
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
         """Bind the refit to both models. Collective: every rank of the job."""
+        ...
+
+    def not_moved(self) -> Mapping[str, str]:
+        """The keys of the tensors that the prepared refit leaves as they are, each with the reason.
+
+        The same on every rank. A result with such tensors is partial: they are neither compared nor in any ratio.
+        """
         ...
 
     def note(self) -> str | None:

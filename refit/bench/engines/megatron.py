@@ -6,6 +6,7 @@ implementation of Megatron's CopyService interface. Megatron's results are neith
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -96,6 +97,9 @@ class MegatronEngine:
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> MegatronProgram:
         return prepare_megatron_refit(_built(source), _built(destination), self._method, device=self._device)
+
+    def not_moved(self) -> Mapping[str, str]:
+        return {}
 
     def note(self) -> str | None:
         if self._device.type == "cuda":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from refit.bench.sides import Side
@@ -32,6 +34,9 @@ class PlannedEngine:
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
         return self._transport.prepare(plan, source.weights, destination.weights, self._options)
+
+    def not_moved(self) -> Mapping[str, str]:
+        return {}
 
     def note(self) -> str | None:
         return None

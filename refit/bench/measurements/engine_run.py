@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from refit.bench import oracle
@@ -22,15 +24,20 @@ from refit.config.scenario import Verify
 from refit.errors import RefitError, UnavailableError
 from refit.plan.cost import Bound, Cost
 from refit.plan.plan import RefitPlan
+from refit.plan.sharding import Sharding
 from refit.report import refit_lines
 from refit.report.progress import Progress
-from refit.results.refit import EngineResult, Sample, WrongWeights
+from refit.results.refit import EngineResult, ForwardCheck, NotMoved, Sample, WrongWeights
 from refit.results.stats import stability, summarise
 from refit.results.status import Status
 from refit.transport.base import Program
 
 MAX_WRONG_PER_RANK = 100
 """Most wrong tensors that a rank reports per iteration. Counts of wrong elements are always complete."""
+
+
+MAX_KEYS = 8
+"""Most keys of tensors that were not moved that a result names per reason. Their number is always complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class EngineRun:
         self._engine = engine
         self._keep = keep
         self._result = EngineResult()
+        self._not_moved: Mapping[str, str] = {}
         self._stopwatch = Stopwatch()
         if engine.uses_plan:
             self._stopwatch.seconds["plan"] = planned.plan_s
@@ -101,7 +109,9 @@ class EngineRun:
         program = self._prepared(memory)
         if program is None:
             return
-        self._iterate(program, memory)
+        self._leave_out(self._engine.not_moved())
+        if not self._iterate(program, memory):
+            return
         gathered = self._gathered
         self._update(
             extra_memory_bytes_per_rank=gathered(memory.extra_bytes),
@@ -164,7 +174,17 @@ class EngineRun:
             self._update(status=refused.status, reason=refused.reason)
         return refused is not None
 
-    def _iterate(self, program: Program, memory: PeakMemory) -> None:
+    def _leave_out(self, not_moved: Mapping[str, str]) -> None:
+        """Record the tensors that are not moved. They are not compared."""
+        self._not_moved = not_moved
+        destination = self._planned.destination.sharding
+        keys: dict[str, list[str]] = defaultdict(list)
+        for key, reason in not_moved.items():
+            keys[reason].append(key)
+        self._update(not_moved=tuple(_left_out(reason, keys[reason], destination) for reason in keys))
+
+    def _iterate(self, program: Program, memory: PeakMemory) -> bool:
+        """Whether all refits ran; False where a baseline failed, which is then recorded."""
         scenario, session = self._scenario, self._session
         progress = Progress(self._name, scenario)
         while not self._is_enough():
@@ -178,17 +198,26 @@ class EngineRun:
                 oracle.poison(self._planned.destination.weights)
             session.enter(f"{self._name} iteration {iteration + 1}: move", shown)
             session.start.enter("first refit")
+            timings: list[Timing] = []
             with memory.watch():
-                timing = time_run(program, session.control, session.device)
+                refusal = self._attempt(partial(self._time, program, timings))
             session.start.stop()
             session.enter(f"{self._name} iteration {iteration + 1}: check", shown)
-            mine = _RankSample(session.rank, timing, self._check(iteration))
-            ranks: list[_RankSample] = gather(session.control, mine)
+            mine = refusal or _RankSample(session.rank, timings[0], self._check(iteration))
+            answers: list[_RankSample | _Refusal] = gather(session.control, mine)
+            if refused := next((each for each in answers if isinstance(each, _Refusal)), None):
+                self._update(status=refused.status, reason=refused.reason)
+                return False
+            ranks = [each for each in answers if isinstance(each, _RankSample)]
             sample = _sample(ranks, iteration, iteration < scenario.num_warmup)
             self._update(
                 samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *_wrong(ranks, iteration))
             )
             session.say(progress.line(sample))
+        return True
+
+    def _time(self, program: Program, timings: list[Timing]) -> None:
+        timings.append(time_run(program, self._session.control, self._session.device))
 
     def _is_enough(self) -> bool:
         """Whether no refit is left to time. All ranks hold the times of all ranks, so all decide alike."""
@@ -201,13 +230,16 @@ class EngineRun:
         weights, verify = self._planned.destination.weights, self._scenario.verify
         if weights is None or verify is Verify.OFF:
             return oracle.Verdict(0, ())
-        return oracle.check(weights, self._planned.source.sharding.tensors, iteration, sample=verify is Verify.SAMPLE)
+        moved = (shard for shard in weights if shard.tensor.key not in self._not_moved)
+        return oracle.check(moved, self._planned.source.sharding.tensors, iteration, sample=verify is Verify.SAMPLE)
 
     def _summarise(self) -> None:
         result = self._result
         slowest = {name: max(self._gathered(seconds)) for name, seconds in self._stopwatch.seconds.items()}
         summary = summarise(result.measured_s)
         busiest, bound = self._planned.cost.busiest.nbytes, self._planned.bound
+        if self._not_moved:  # the plan's bytes are not those that were moved
+            busiest, bound = 0, None
         self._update(
             status=Status.WRONG_DATA if result.num_wrong else Status.OK,
             connect_s=slowest.pop("connect"),
@@ -222,7 +254,10 @@ class EngineRun:
         if not self._scenario.check_forward:
             return
         self._session.enter(f"forward after {self._name}")
-        forward = compare_forward(self._session, self._planned.source, self._planned.destination)
+        if self._not_moved:
+            forward = ForwardCheck(passed=True, skipped=f"{len(self._not_moved)} tensors were not moved")
+        else:
+            forward = compare_forward(self._session, self._planned.source, self._planned.destination)
         self._update(forward=forward)
         self._session.say(refit_lines.forward_line(self._name, forward))
 
@@ -253,6 +288,12 @@ class EngineRun:
 
     def _gathered(self, mine: Any) -> tuple[Any, ...]:
         return tuple(gather(self._session.control, mine))
+
+
+def _left_out(reason: str, keys: Sequence[str], destination: Sharding) -> NotMoved:
+    held = [int(destination.by_key[key].boxes.volumes[destination.by_key[key].holders.box].sum()) for key in keys]
+    nbytes = sum(volume * destination.tensors[key].itemsize for key, volume in zip(keys, held, strict=True))
+    return NotMoved(reason, len(keys), sum(held), nbytes, tuple(keys[:MAX_KEYS]))
 
 
 def _sample(ranks: list[_RankSample], iteration: int, warmup: bool) -> Sample:
