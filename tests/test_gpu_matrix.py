@@ -41,9 +41,9 @@ def test_fewer_gpus_leave_only_what_fits() -> None:
 
 def test_a_row_names_every_baseline() -> None:
     one, entry = next(iter(cells(8))), planned("a")
-    engines = {"refit": timed([0.05]), "megatron": timed([0.1]), "nccl-m2n": timed([0.2], num_wrong=3)}
+    engines = {"refit": timed([0.05]), "megatron": timed([0.1]), "other-engine": timed([0.2], num_wrong=3)}
     text = row(one, result(entry, engines=engines))
-    assert "Megatron-Core 100.0 ms, wrong 0, 2.00 x as long; nccl-m2n 200.0 ms, wrong 6" in text
+    assert "Megatron-Core 100.0 ms, wrong 0, 2.00 x as long; other-engine 200.0 ms, wrong 6" in text
 
 
 def test_no_two_cells_share_a_name_in_a_file() -> None:

@@ -12,10 +12,10 @@ from refit.commands import main
 from refit.config.scenario import Verify
 from refit.plan.cost import Bound
 from refit.report import refit_lines
-from refit.report.headline import headlines
+from refit.report.headline import headlines, moved_text
 from refit.report.sweep_table import outcome_lines
 from refit.results.outcomes import Outcome, judged
-from refit.results.refit import EngineResult, ForwardCheck, RefitResult
+from refit.results.refit import EngineResult, ForwardCheck, NotMoved, RefitResult
 from refit.results.result import Failure
 from refit.results.runs import outcome_of
 from refit.results.status import Status
@@ -153,3 +153,14 @@ def test_a_wrong_result_gives_no_ratio() -> None:
 def test_a_bound_known_before_the_run_is_used() -> None:
     entry = replace(ENTRY, bound=Bound("h200_nvlink", BOUND_S, "rank 4 receives ..."))
     assert headlines(judged(entry, result(entry, engines={"refit": MEASURED}))) == [LINE]
+
+
+def test_a_partial_result_says_what_was_moved_and_has_no_ratio() -> None:
+    left_out = (NotMoved("the dtype changes", 1, 512, 1024, ("output_layer.weight",)),)
+    partial = replace(timed([0.2] * 3, gb_per_s=None), not_moved=left_out)
+    _, theirs, ratio = lines(**{"refit": MEASURED, "nccl-m2n": partial})
+    cost = result(ENTRY).refit.plan  # type: ignore[union-attr]
+    assert f"by NCCL M2N: PARTIAL: {moved_text(cost, partial)}; 200 ms median" in theirs
+    assert "of the link's bound" not in theirs
+    assert ratio == "Ratio: none: NCCL M2N is partial"
+    assert moved_text(None, partial) == "1.02 kB not moved"

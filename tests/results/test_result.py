@@ -19,7 +19,16 @@ from refit.config.side import SideSpec
 from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import ExitCode, UsageError
 from refit.plan.cost import Bound, Cost
-from refit.results.refit import Activity, EngineResult, ForwardCheck, ModelFacts, RefitResult, Sample, WrongWeights
+from refit.results.refit import (
+    Activity,
+    EngineResult,
+    ForwardCheck,
+    ModelFacts,
+    NotMoved,
+    RefitResult,
+    Sample,
+    WrongWeights,
+)
 from refit.results.refit import tested_engine as judged_engine
 from refit.results.result import Environment, Failure, Gpu, Result, ResultFile, decoded_result, encoded, read_result
 from refit.results.stats import stability, summarise
@@ -34,6 +43,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ENGINE = EngineResult(
     status=Status.WRONG_DATA,
     reason="a reason",
+    not_moved=(NotMoved("the dtype changes", 2, 100, 200, ("a", "b")),),
     connect_s=0.5,
     connected="one NCCL communicator of 4 ranks",
     connect_memory_bytes_per_rank=(1, 2, 3),
