@@ -409,7 +409,7 @@ BAD_LINES = [
     (f"{TWO_HEADS} --refit-mode both", "--refit-mode: invalid choice: 'both'"),
     (
         f"{TWO_HEADS} --refit-engine refit,rfit",
-        "--refit-engine: invalid choice: 'rfit' (choose from refit, megatron, both)",
+        "--refit-engine: invalid choice: 'rfit' (choose from refit, megatron, nccl-m2n, both)",
     ),
     (f"{TWO_HEADS} --position-embedding-type alibi", "--position-embedding-type: invalid choice: 'alibi'"),
     (f"{TWO_HEADS} --context-parallel-size 2", "--context-parallel-size: 2 is not supported"),
