@@ -81,5 +81,7 @@ def test_engines(text: str, names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "refit,", "refit,rfit", "refit megatron", "Refit"])
 def test_an_unknown_engine_lists_the_known_ones(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"invalid choice: '.*' \(choose from refit, megatron, both\)"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"invalid choice: '.*' \(choose from refit, megatron, nccl-m2n, both\)"
+    ):
         flag_types.engines(text)
