@@ -32,6 +32,11 @@ def gb(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
+def signed_gb(nbytes: float) -> str:
+    """`+65.93 GB`, `-23.4 MB`, `+0 bytes`."""
+    return f"{'-' if nbytes < 0 else '+'}{gb(abs(nbytes))}"
+
+
 def gib(nbytes: float) -> str:
     """`61.40 GiB` or `8.6 MiB`, for memory."""
     return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.1f} MiB"

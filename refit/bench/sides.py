@@ -53,6 +53,24 @@ def build_side(session: Session, name: str) -> Side:
     return Side(spec, model, sharding)
 
 
+def rearranged(session: Session, name: str, side: Side) -> Side | None:
+    """`side` with its experts placed anew, in the same memory; None for a side that keeps its placement.
+
+    Raises ShardingError where the live model's sharding is not the predicted one.
+    """
+    spec, shape = side.spec.rearranged, session.scenario.model
+    if spec is None or shape is None:
+        return None
+    session.enter(f"rearrange {name} model")
+    build = FORMATS[spec.format].rearrange
+    assert build is not None, f"{spec.format} sides keep their placement"
+    model: ShardedModel = load(build)(side.model, session.scenario, spec)
+    sharding = predict_side(shape, spec)
+    if model.weights is not None:
+        _check_prediction(name, session.rank, sharding, model.weights)
+    return Side(spec, model, sharding)
+
+
 def _check_prediction(name: str, rank: int, sharding: Sharding, weights: LocalWeights) -> None:
     differences = sharding.of_rank(rank).differences(weights.rank_sharding)
     if differences:

@@ -21,6 +21,7 @@ from refit.config.flag_names import (
     PIPELINE_LAYOUT_FLAGS,
     SIZE_FLAGS,
 )
+from refit.config.placement import read_placement
 from refit.config.registry import AUTO, ENGINES, FORMATS, MEASUREMENTS, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
@@ -274,31 +275,49 @@ def _add_layout_flags(parser: FlagParser) -> None:
     _add_format_flags(parser)
 
 
+_OPTION_FLAGS: dict[str, dict[str, Any]] = {
+    "replicate_size": {"metavar": "N", "help": "replicas of the sharded model (HSDP); default: 1"},
+    "zero_stage": {
+        "type": flag_types.up_to(MAX_ZERO_STAGE, least=0),
+        "metavar": "N",
+        "help": "ZeRO stage, 0 to 2; default: 1",
+    },
+    "data_parallel_size": {"metavar": "N", "help": "ranks of an engine with the same dense weights; default: 1"},
+    "replicas": {"metavar": "N", "help": "equal engines, each on ranks of its own; default: 1"},
+    "num_redundant_experts": {
+        "type": flag_types.up_to(limits.MAX_EXPERTS),
+        "metavar": "N",
+        "help": "second copies of experts in each layer of an engine; default: none",
+    },
+    "placement": {
+        "type": read_placement,
+        "metavar": "PLACEMENT",
+        "help": "experts on ranks: linear, round_robin or a JSON file with a physical_to_logical_map; default: linear",
+    },
+    "placement_next": {
+        "type": read_placement,
+        "metavar": "PLACEMENT",
+        "help": "the placement that an engine changes to between two refits; default: none",
+    },
+}
+"""Field of a format's options -> how its flags are added. A number is at most MAX_RANKS unless a type is given."""
+
+
 def _add_format_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("formats")
-    texts = {
-        "replicate_size": "replicas of the sharded model (HSDP); default: 1",
-        "zero_stage": "ZeRO stage, 0 to 2; default: 1",
-    }
-    types = {
-        "replicate_size": flag_types.up_to(limits.MAX_RANKS),
-        "zero_stage": flag_types.up_to(MAX_ZERO_STAGE, least=0),
-    }
     for place, side in enumerate(("source", "destination")):
         group.add_argument(
             f"--{FORMAT_FLAGS[place]}",
-            choices=list(FORMATS),
+            choices=[name for name, row in FORMATS.items() if place or not row.destination_only],
             default="megatron",
             help=f"{side}: the library that holds the weights; default: megatron",
         )
         for name, options in OPTION_FLAGS.items():
             for field, flags in options.items():
-                group.add_argument(
-                    f"--{flags[place]}",
-                    type=types[field],
-                    metavar="N",
-                    help=f"{side}, {name} only: {texts[field]}",
-                )
+                added: dict[str, Any] = {"type": flag_types.up_to(limits.MAX_RANKS), **_OPTION_FLAGS[field]}
+                added["help"] = f"{side}, {name} only: {added['help']}"
+                if flags[place] is not None:
+                    group.add_argument(f"--{flags[place]}", **added)
 
 
 def _add_refit_flags(parser: FlagParser) -> None:

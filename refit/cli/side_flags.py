@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from refit.config.flag_names import (
@@ -18,7 +19,7 @@ from refit.config.layout import Layout
 from refit.config.registry import FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Mode
 from refit.config.shape import Dtype
-from refit.config.side import SideSpec
+from refit.config.side import SideSpec, Sized, default_sizes
 from refit.errors import UsageError
 
 
@@ -54,61 +55,60 @@ def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout 
     given_format = getattr(args, _attribute(FORMAT_FLAGS[place]))
     # A model provider chooses the dtype of what it builds.
     dtype = None if args.model_provider is not None else args.dtype or Dtype.BF16
-    spec = SideSpec(
-        _layout(name, args, given_format, like, first_rank=first_rank),
-        format=given_format,
-        dtype=dtype,
-        transformer_impl=args.transformer_impl or "local",
-    )
-    return dataclasses.replace(spec, **_options(name, args, given_format))
+    given = {size: getattr(args, _attribute(flags[place])) for size, flags in SIZE_FLAGS.items()}
+    stages = {size: given[size] for size in ("first_stage_layers", "last_stage_layers")}
+    try:
+        sized = _sized(name, args, given_format, given, like)
+        layout = Layout(**sized.sizes, first_rank=first_rank, **stages)  # type: ignore[arg-type]
+    except UsageError as error:
+        raise UsageError(f"{name}: {error} ({size_flag(name, 'world_size')})") from None
+    if layout.pp == 1 and any(stages.values()):
+        raise UsageError(
+            f"{name}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
+        )
+    try:
+        vpp, chunks = _chunks(name, args, layout, given["vpp"])
+        layout = dataclasses.replace(layout, vpp=vpp, chunk_sizes=chunks)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
+    spec = SideSpec(layout, format=given_format, dtype=dtype, transformer_impl=args.transformer_impl or "local")
+    options: dict[str, Any] = {given_format: sized.options} if sized.options is not None else {}
+    return dataclasses.replace(spec, **options)
+
+
+def _sized(
+    name: str, args: argparse.Namespace, given_format: str, given: Mapping[str, int | None], like: Layout | None
+) -> Sized:
+    """The settings of a side's format and its sizes. Raises UsageError where they contradict each other."""
+    row, given_options = FORMATS[given_format], _options(name, args, given_format)
+    for size in ("pp", "ep", "etp"):
+        if size not in row.axes and (given[size] or 1) > 1:
+            flag, axes = size_flag(name, size), ", ".join(row.axes)
+            raise UsageError(f"{flag} {given[size]}: {given_format} sides have {axes} only, leave it out")
+    tp = given["tp"] or (like.tp if like is not None else 1)
+    defaults = {"tp": tp, "ep": like.ep if like else 1, "etp": tp, "pp": like.pp if like else 1}
+    sizes = {size: (given[size] or default) if size in row.axes else 1 for size, default in defaults.items()}
+    if row.options is None:
+        return Sized(None, default_sizes(sizes, given))
+    sized: Sized = load(row.options).complete(given_options, sizes, given)
+    return sized
 
 
 def _options(name: str, args: argparse.Namespace, given_format: str) -> dict[str, Any]:
-    """The field of SideSpec with the settings of its format alone, from its flags. Empty for a format without any.
-
-    Raises UsageError for a flag of another format.
-    """
+    """The given settings of the side's format. Raises UsageError for a flag of another format."""
     place = name == "destination"
-    given: dict[str, dict[str, int]] = {}
+    given: dict[str, dict[str, Any]] = {}
     for format_name, fields in OPTION_FLAGS.items():
-        values = {field: getattr(args, _attribute(flags[place])) for field, flags in fields.items()}
+        values = {field: getattr(args, _attribute(flag)) for field, flags in fields.items() if (flag := flags[place])}
         given[format_name] = {field: value for field, value in values.items() if value is not None}
         if given[format_name] and format_name != given_format:
             flag = fields[next(iter(given[format_name]))][place]
             raise UsageError(f"--{flag} needs --{FORMAT_FLAGS[place]} {format_name}, the {name} is {given_format}")
-    options = FORMATS[given_format].options
-    return {given_format: load(options)(**given.get(given_format, {}))} if options is not None else {}
+    return given.get(given_format, {})
 
 
 def _attribute(flag: str) -> str:
     return flag.replace("-", "_")
-
-
-def _layout(name: str, args: argparse.Namespace, given_format: str, like: Layout | None, *, first_rank: int) -> Layout:
-    given = {size: getattr(args, _attribute(flags[name == "destination"])) for size, flags in SIZE_FLAGS.items()}
-    axes = FORMATS[given_format].axes
-    for size in ("pp", "ep", "etp"):
-        if size not in axes and (given[size] or 1) > 1:
-            flag = size_flag(name, size)
-            raise UsageError(f"{flag} {given[size]}: {given_format} sides have {', '.join(axes)} only, leave it out")
-    tp = given["tp"] or (like.tp if like is not None else 1)
-    defaults = {"tp": tp, "ep": like.ep if like else 1, "etp": tp, "pp": like.pp if like else 1}
-    sizes = {size: (given[size] or default) if size in axes else 1 for size, default in defaults.items()}
-    stages = {size: given[size] for size in ("first_stage_layers", "last_stage_layers")}
-    if sizes["pp"] == 1 and any(stages.values()):
-        raise UsageError(
-            f"{name}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
-        )
-    world_size = given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]
-    try:
-        layout = Layout(**sizes, world_size=world_size, first_rank=first_rank, **stages)  # type: ignore[arg-type]
-    except UsageError as error:
-        raise UsageError(f"{name}: {error} ({size_flag(name, 'world_size')})") from None
-    try:
-        vpp, chunks = _chunks(name, args, layout, given["vpp"])
-        return dataclasses.replace(layout, vpp=vpp, chunk_sizes=chunks)
-    except UsageError as error:
-        raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
 
 
 def _chunks(

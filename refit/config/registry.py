@@ -86,8 +86,11 @@ class Format:
     `axes` are the parallel sizes of `Layout` that a side may have above 1, and that `refit search` varies. `options` is
     the class of its settings (`refit.config.side.SideOptions`), None for a format without any. `libraries` are the
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
-    `takes_provider`: `build` can build the model of `--model-provider`. `steps` is how it trains and runs forward; None
-    where it does not.
+    `takes_provider`: `build` can build the model of `--model-provider`. `destination_only`: no trainer holds a model
+    this way. `steps` is how it trains and runs forward; None where it does not.
+
+    `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
+    experts placed as the new `side` says.
     """
 
     predict: str
@@ -98,6 +101,8 @@ class Format:
     libraries: tuple[tuple[str, str], ...] = ()
     takes_provider: bool = False
     steps: StepSupport | None = None
+    destination_only: bool = False
+    rearrange: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +184,15 @@ FORMATS = Registry(
             axes=("tp",),
             options="refit.config.side:AutotpOptions",
             libraries=tuple((name, "pip install 'refit-benchmark[autotp]'") for name in ("transformers", "deepspeed")),
+        ),
+        "vllm": Format(
+            predict="refit.predict.vllm:predict",
+            check="refit.predict.vllm:check",
+            build="refit.models.vllm.side:build_side",
+            axes=("tp", "ep", "pp"),
+            options="refit.config.side:VllmOptions",
+            destination_only=True,
+            rearrange="refit.models.vllm.side:rearranged",
         ),
     },
 )

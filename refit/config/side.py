@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from refit.config.layout import Layout, short_text
+from refit.config.placement import ExpertPlacement
 from refit.config.shape import Dtype
+from refit.errors import UsageError
 
 MAX_ZERO_STAGE = 2
 """DeepSpeed's stage 3 shards the weights too, which AutoTP sides do not."""
@@ -23,6 +27,28 @@ class SideOptions(Protocol):
         """The sizes of a side, for titles and the rank map: `TP2 EP1 FSDP4`."""
         ...
 
+    @classmethod
+    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
+        """The settings and sizes of a side. `options` and `given` are the fields and sizes that flags gave.
+
+        `sizes` has the same sizes with defaults in place of None, less `world_size`. Raises UsageError where they
+        contradict each other.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """The settings of a side's format and its sizes, `world_size` among them."""
+
+    options: SideOptions | None
+    sizes: dict[str, int]
+
+
+def default_sizes(sizes: Mapping[str, int], given: Mapping[str, int | None]) -> dict[str, int]:
+    """`sizes` on as many ranks as given, or on TP x EP x PP."""
+    return {**sizes, "world_size": given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]}
+
 
 @dataclass(frozen=True, slots=True)
 class Fsdp2Options:
@@ -35,6 +61,64 @@ class Fsdp2Options:
         hsdp = f" HSDP{self.replicate_size}" if self.replicate_size > 1 else ""
         return f"TP{layout.tp} EP{layout.ep} FSDP{layout.world_size // (layout.tp * self.replicate_size)}{hsdp}"
 
+    @classmethod
+    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
+        return Sized(cls(**options), default_sizes(sizes, given))
+
+
+@dataclass(frozen=True, slots=True)
+class VllmOptions:
+    """Equal engines of vLLM, each on TP x DP x PP ranks.
+
+    `data_parallel_size` is the number of ranks with the same dense weights (attention data parallelism); experts are
+    divided over all ranks of a stage, whole ones with expert parallelism (EP = TP x DP), else slices of each.
+    `replicas` is the number of engines. `num_redundant_experts` are the second copies of a layer in an engine; None is
+    0, or what the placement's file has. `placement_next` replaces `placement` between two refits.
+    """
+
+    data_parallel_size: int = 1
+    replicas: int = 1
+    num_redundant_experts: int | None = None
+    placement: ExpertPlacement = field(default_factory=ExpertPlacement)
+    placement_next: ExpertPlacement | None = None
+
+    def title(self, layout: Layout) -> str:
+        """`TP2 DP4 EP8`, and what is not the default: `PP2 round_robin +8 x2` has 8 redundant experts, 2 engines."""
+        words = [f"TP{layout.tp}", f"EP{layout.ep}"]
+        if self.data_parallel_size > 1:
+            words.insert(1, f"DP{self.data_parallel_size}")
+        if layout.pp > 1:
+            words.append(f"PP{layout.pp}")
+        if self.placement != ExpertPlacement():
+            words.append("placed" if self.placement.is_file else self.placement.name)
+        if self.num_redundant_experts:
+            words.append(f"+{self.num_redundant_experts}")
+        if self.replicas > 1:
+            words.append(f"x{self.replicas}")
+        return " ".join(words)
+
+    @classmethod
+    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
+        """Where ranks are given and DP is not, DP is what fills them. Experts are whole where the source has EP."""
+        tp, pp, world = sizes["tp"], sizes["pp"], given["world_size"]
+        replicas = options.get("replicas", 1)
+        dp = options.get("data_parallel_size", world // (tp * pp * replicas) or 1 if world else 1)
+        ranks = tp * dp * pp * replicas
+        if world not in (None, ranks):
+            raise UsageError(
+                f"{world} ranks are no TP x DP x PP x engines = {tp} x {dp} x {pp} x {replicas} = {ranks}: "
+                f"give {ranks}, or leave them out"
+            )
+        ep = given["ep"] or (tp * dp if sizes["ep"] > 1 else 1)
+        if ep not in (1, tp * dp):
+            raise UsageError(
+                f"EP size {ep} of an engine with TP x DP = {tp} x {dp}: vLLM has whole experts on all {tp * dp} ranks "
+                f"or slices of each, give EP {tp * dp} or 1"
+            )
+        etp = tp * dp // ep
+        fitted = {**sizes, "ep": ep, "etp": etp, "world_size": ranks}
+        return Sized(cls(**{**options, "data_parallel_size": dp}), fitted)
+
 
 @dataclass(frozen=True, slots=True)
 class AutotpOptions:
@@ -46,14 +130,18 @@ class AutotpOptions:
         """DP is the number of replicas of the model."""
         return f"TP{layout.tp} DP{layout.world_size // layout.tp} ZeRO{self.zero_stage}"
 
+    @classmethod
+    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
+        return Sized(cls(**options), default_sizes(sizes, given))
+
 
 @dataclass(frozen=True, slots=True)
 class SideSpec:
     """Which framework holds the weights, sharded how, on which ranks and in which dtype.
 
     `format` is a name of `FORMATS`; `layout` has the parallel sizes and the ranks. `dtype` is that of the parameters,
-    None where a model provider chooses it. `transformer_impl` is Megatron's layer spec. `fsdp2` and `autotp` are for
-    the format of that name alone.
+    None where a model provider chooses it. `transformer_impl` is Megatron's layer spec. `fsdp2`, `autotp` and `vllm`
+    are for the format of that name alone.
     """
 
     layout: Layout
@@ -62,6 +150,7 @@ class SideSpec:
     transformer_impl: str = "local"
     fsdp2: Fsdp2Options | None = None
     autotp: AutotpOptions | None = None
+    vllm: VllmOptions | None = None
 
     @property
     def ranks(self) -> range:
@@ -76,6 +165,29 @@ class SideSpec:
         """The settings of this side's format; None for a format without any."""
         options: SideOptions | None = getattr(self, self.format, None)
         return options
+
+    @property
+    def rearranged(self) -> SideSpec | None:
+        """This side with its experts placed as `placement_next` says; None for a side that keeps its placement."""
+        if self.vllm is None or self.vllm.placement_next is None:
+            return None
+        options = dataclasses.replace(self.vllm, placement=self.vllm.placement_next, placement_next=None)
+        return dataclasses.replace(self, vllm=options)
+
+    @property
+    def places_experts(self) -> bool:
+        """Whether this side's format lets a user place experts."""
+        return self.vllm is not None
+
+    @property
+    def linear(self) -> SideSpec | None:
+        """This side with its experts in order and none twice; None for a side that has them so."""
+        if self.vllm is None:
+            return None
+        if self.vllm.placement == ExpertPlacement() and not self.vllm.num_redundant_experts:
+            return None
+        options = VllmOptions(self.vllm.data_parallel_size, self.vllm.replicas)
+        return dataclasses.replace(self, vllm=options)
 
     @property
     def title(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refit.config.clusters import Cluster
 from refit.config.scenario import Mode, Scenario, check_num_ranks
@@ -15,7 +15,8 @@ from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
 from refit.plan.planner import plan_refit
-from refit.predict.sides import predict_side, training_bytes
+from refit.predict.expert_map import ExpertMap, expert_maps
+from refit.predict.sides import check_side, predict_side, training_bytes
 from refit.predict.training_memory import TrainingMemory
 
 
@@ -42,7 +43,9 @@ class DryRun:
 
     `matrix` has the bytes from each rank (row) to each rank (column). `bound` is None without a cluster, and
     where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside
-    their weights to train; empty where no training step is measured.
+    their weights to train; empty where no training step is measured. `expert_maps` are the destination's, empty for a
+    format that does not let users place experts. `linear` is the same scenario with experts in order and none twice,
+    `rearranged` with those of the next placement; both None where they are not another.
     """
 
     scenario: Scenario
@@ -60,6 +63,9 @@ class DryRun:
     training: Mapping[int, TrainingMemory]
     predict_s: float
     plan_s: float
+    expert_maps: tuple[ExpertMap, ...] = ()
+    linear: DryRun | None = None
+    rearranged: DryRun | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -104,6 +110,9 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         training=training_bytes(scenario),
         predict_s=figures.predict_s,
         plan_s=figures.plan_s,
+        expert_maps=figures.expert_maps,
+        linear=_with_destination(scenario, _linear(scenario.model, scenario.destination), options),
+        rearranged=_with_destination(scenario, scenario.destination.rearranged, options),
     )
 
 
@@ -119,6 +128,7 @@ class _Figures:
     matrix: IntArray
     predict_s: float
     plan_s: float
+    expert_maps: tuple[ExpertMap, ...]
 
 
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
@@ -138,4 +148,21 @@ def _planned(model: ModelShape, source: SideSpec, destination: SideSpec, ranks_p
         matrix=matrix,
         predict_s=predicted_s - start_s,
         plan_s=planned_s - predicted_s,
+        expert_maps=expert_maps(shardings[1]) if destination.places_experts else (),
     )
+
+
+def _linear(model: ModelShape, side: SideSpec) -> SideSpec | None:
+    """`side.linear`; None too where there are more ranks than experts, which then need redundant ones."""
+    linear = side.linear
+    if linear is None:
+        return None
+    try:
+        check_side(model, linear, "destination")
+    except UsageError:
+        return None
+    return linear
+
+
+def _with_destination(scenario: Scenario, destination: SideSpec | None, options: DryRunOptions) -> DryRun | None:
+    return dry_run(replace(scenario, destination=destination), options) if destination is not None else None

@@ -11,6 +11,7 @@ from refit import units
 from refit.plan.cost import BusiestRank
 from refit.predict.dry_run import DryRun
 from refit.report.bound import bound_text
+from refit.report.expert_map import expert_lines
 from refit.report.rank_map import rank_map
 from refit.results.result import encoded
 
@@ -25,7 +26,7 @@ def dry_run_text(run: DryRun) -> str:
     """Rank map, notes, figures and a table, as plain text without a newline at the end."""
     notes = [f"Note: {note}" for note in run.scenario.notes]
     table = _rank_table(run) if run.scenario.num_ranks <= MAX_TABLE_RANKS else _summary_table(run)
-    return "\n".join([rank_map(run.scenario, run.num_gpus), *notes, "", *_figures(run), "", *table])
+    return "\n".join([rank_map(run.scenario, run.num_gpus), *notes, "", *_figures(run), "", *table, *expert_lines(run)])
 
 
 def dry_run_json(run: DryRun) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from refit import units
 from refit.config.registry import ENGINES
@@ -82,7 +83,11 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
             lines += warnings.of_engine(name, engine, scenario, result)
         lines += [wrong_weights(name, engine), not_moved(name, engine)]
     lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
-    return [*lines, *(verdict(name, engine, scenario.verify.value) for name, engine in engines.items())]
+    lines += (verdict(name, engine, scenario.verify.value) for name, engine in engines.items())
+    if result.rearranged is not None:
+        after = replace(run, measurements={**run.measurements, "refit": result.rearranged})
+        lines += ["After the experts were placed anew:", *closing_lines(result.rearranged, after)]
+    return lines
 
 
 def iteration_line(engine: str, sample: Sample, number: str) -> str:

@@ -18,6 +18,8 @@ def check_refit(result: RefitResult) -> None:
         _not_negative(seconds, f"start_s.{phase}")
     for name, engine in result.engines.items():
         _check_engine(engine, f"engines.{name}")
+    if result.rearranged is not None:
+        check_refit(result.rearranged)
 
 
 def check_cost(cost: Cost, place: str) -> None:

@@ -191,6 +191,7 @@ class RefitResult:
 
     `start_s` is the time from the start of the processes to the end of the first refit, by phase, each on the rank that
     took longest; empty where there was none, and in files of versions that did not measure it.
+    `rearranged` are the refits after the destination placed its experts anew, None where it did not.
     """
 
     status: Status = Status.RUNNING
@@ -199,6 +200,7 @@ class RefitResult:
     bound: Bound | None = None
     start_s: dict[str, float] = field(default_factory=dict)
     engines: dict[str, EngineResult] = field(default_factory=dict)
+    rearranged: RefitResult | None = None
 
     @property
     def tested(self) -> EngineResult | None:

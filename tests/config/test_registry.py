@@ -17,7 +17,7 @@ from refit.errors import UsageError
 from refit.transport.base import Transport
 
 TABLES: list[tuple[Registry[Any], str, str]] = [
-    (FORMATS, "side format", "autotp, fsdp2, megatron"),
+    (FORMATS, "side format", "autotp, fsdp2, megatron, vllm"),
     (METHODS, "refit method", "cuda-ipc, gloo, nccl, nvshmem, shm"),
     (ENGINES, "refit engine", "megatron, nccl-m2n, refit"),
     (MEASUREMENTS, "measurement", "forward, refit, train-step"),

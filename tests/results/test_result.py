@@ -13,9 +13,10 @@ import pytest
 from refit.commands import main
 from refit.config.clusters import Cluster
 from refit.config.layout import Layout
+from refit.config.placement import ExpertPlacement
 from refit.config.scenario import Mode, Scenario, Verify
 from refit.config.shape import Dtype, LatentAttention
-from refit.config.side import SideSpec
+from refit.config.side import Fsdp2Options, SideSpec, VllmOptions
 from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import ExitCode, UsageError
 from refit.plan.cost import Bound, Cost
@@ -83,7 +84,9 @@ REFIT = RefitResult(
     bound=Bound("mine", 0.15, "rank 0 sends 200 bytes within its node at 391 GB/s"),
     start_s={"imports": 3.0, "first refit": 0.25},
     engines={"refit": ENGINE, "megatron": EngineResult(Status.WAIVED, "no")},
+    rearranged=RefitResult(status=Status.OK, engines={"refit": EngineResult(Status.OK)}),
 )
+PLACED = VllmOptions(2, 3, 4, ExpertPlacement("a.json", ((0, 1), (1, 0))), ExpertPlacement("round_robin"))
 
 FULL = Result(
     run_id="run",
@@ -97,7 +100,13 @@ FULL = Result(
     scenario=Scenario(
         model=replace(MODEL, mla=LatentAttention(None, 512, 128, 64, 128)),
         source=SideSpec(Layout(1, 1, 1, 1, 1, 0)),
-        destination=SideSpec(Layout(1, 2, 1, 1, 2, 1, 3, 4), dtype=Dtype.FP32, transformer_impl="transformer_engine"),
+        destination=SideSpec(
+            Layout(1, 2, 1, 1, 2, 1, 3, 4),
+            dtype=Dtype.FP32,
+            transformer_impl="transformer_engine",
+            fsdp2=Fsdp2Options(2),
+            vllm=PLACED,
+        ),
         mode=Mode.NON_COLLOCATED,
         method="nccl",
         engines=("refit", "megatron"),

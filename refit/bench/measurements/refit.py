@@ -12,7 +12,7 @@ from refit.bench.exchange import gather
 from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
 from refit.bench.saved_weights import SavedWeights
 from refit.bench.session import Session
-from refit.bench.sides import Side
+from refit.bench.sides import Side, rearranged
 from refit.config.clusters import Cluster, choose_cluster
 from refit.config.registry import ENGINES, load
 from refit.errors import PlanError
@@ -23,7 +23,8 @@ from refit.plan.sharding import Sharding
 from refit.report import refit_lines
 from refit.report.bound import bound_text
 from refit.results.refit import EngineResult, ModelFacts, RefitResult
-from refit.results.status import Status
+from refit.results.result import MeasurementResult
+from refit.results.status import Status, worst
 
 
 class RefitMeasurement:
@@ -31,7 +32,23 @@ class RefitMeasurement:
 
     def run(self, session: Session, source: Side, destination: Side) -> RefitResult:
         with torch.no_grad():
-            return _measure(session, source, destination)
+            result = _measure(session, source, destination)
+            moved = rearranged(session, "destination", destination)
+            return result if moved is None else _after_rearranging(session, source, moved, result)
+
+
+def _after_rearranging(session: Session, source: Side, moved: Side, before: RefitResult) -> RefitResult:
+    """`before`, with the refits of the destination whose experts are placed anew."""
+
+    def publish(found: MeasurementResult) -> None:
+        assert isinstance(found, RefitResult)
+        session.publish(replace(before, rearranged=found))
+
+    scenario = replace(session.scenario, destination=moved.spec)
+    session.say(f"# experts placed anew: {moved.spec.title}")
+    after = _measure(replace(session, scenario=scenario, publish=publish), source, moved)
+    after = replace(after, start_s={})  # what came before the first refit is in `before`
+    return replace(before, rearranged=after, status=worst([before.status, after.status]))
 
 
 def _measure(session: Session, source: Side, destination: Side) -> RefitResult:

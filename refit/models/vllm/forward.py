@@ -1,0 +1,205 @@
+"""A forward pass over the parameters of an engine, in plain torch: what the fused layout means.
+
+It uses each tensor as vLLM's layer of that name does (`QKVParallelLinear`, `MergedColumnParallelLinear`, `FusedMoE`,
+`MultiHeadLatentAttentionWrapper`), with attention written out. A wrong order within a fused tensor, a wrong cut or a
+wrong expert in a slot changes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, LatentAttention, ModelShape
+from refit.models.vllm.groups import Groups
+from refit.predict.placement import Slots
+from refit.predict.vllm import Engine, Engines
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceForward:
+    """One rank's part of a forward pass. Collective: every rank of an engine calls, with the same tokens."""
+
+    shape: ModelShape
+    engines: Engines
+    groups: Groups
+    parameters: Mapping[str, torch.Tensor]
+
+    @property
+    def engine(self) -> Engine:
+        return self.engines.engine
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """`[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`; None before the last stage."""
+        some = next(iter(self.parameters.values()))
+        tokens = tokens.to(some.device)
+        hidden = self._embedded(tokens) if self.groups.previous is None else self._received(tokens, some)
+        for number in self.engines.stages[self.groups.place.stage]:
+            hidden = self._layer(number, hidden)
+        if self.groups.next is not None:
+            dist.send(hidden.contiguous(), dst=self.groups.next)
+            return None
+        hidden = self._norm("model.norm.weight", hidden)
+        name = "model.embed_tokens.weight" if self.shape.tied_embeddings else "lm_head.weight"
+        part = F.linear(hidden, self.parameters[name]).float()
+        parts = [torch.empty_like(part) for _ in range(self.engine.tp)]
+        dist.all_gather(parts, part, group=self.groups.tp)
+        return torch.cat(parts, dim=-1)[..., : self.shape.vocab_size]
+
+    def _received(self, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        dtype = self.parameters[f"{self._first_layer()}input_layernorm.weight"].dtype
+        hidden = torch.empty((*tokens.shape, self.shape.hidden_size), dtype=dtype, device=like.device)
+        dist.recv(hidden, src=self.groups.previous)
+        return hidden
+
+    def _first_layer(self) -> str:
+        name = next(name for name in self.parameters if name.startswith("model.layers."))
+        return ".".join(name.split(".")[:3]) + "."
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        weight = self.parameters["model.embed_tokens.weight"]
+        local = tokens - self.groups.place.tp * weight.size(0)
+        outside = (local < 0) | (local >= weight.size(0))
+        found = F.embedding(local.masked_fill(outside, 0), weight).masked_fill(outside[..., None], 0)
+        return self._summed(found, self.groups.tp)
+
+    def _summed(self, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        part = part.contiguous()
+        dist.all_reduce(part, group=group)
+        return part
+
+    def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        weight = self.parameters[name]
+        return F.rms_norm(hidden.float(), (weight.size(0),), weight.float(), NORM_EPSILON).to(hidden.dtype)
+
+    def _linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.parameters[f"{name}.weight"])
+
+    def _layer(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        prefix = f"model.layers.{number}."
+        normed = self._norm(f"{prefix}input_layernorm.weight", hidden)
+        attended = self._attention(f"{prefix}self_attn.", normed)
+        hidden = hidden + self._summed(self._linear(f"{prefix}self_attn.o_proj", attended), self.groups.tp)
+        normed = self._norm(f"{prefix}post_attention_layernorm.weight", hidden)
+        if number in self.engines.placed:
+            return hidden + self._mixture(f"{prefix}mlp.", normed, self.engines.placed[number])
+        return hidden + self._summed(self._mlp(f"{prefix}mlp.", normed), self.groups.tp)
+
+    # --- Attention ----------------------------------------------------------------------------------------------
+
+    def _attention(self, prefix: str, hidden: torch.Tensor) -> torch.Tensor:
+        """The heads of this rank, `[batch, sequence, heads * width]`."""
+        split = self._grouped_queries if self.shape.mla is None else self._latent
+        query, key, value = split(prefix, hidden)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * query.size(-1) ** -0.5
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, value.float()).flatten(2).to(hidden.dtype)
+
+    def _grouped_queries(self, prefix: str, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        size = self.shape.kv_channels
+        heads = self.shape.num_attention_heads // self.engine.tp
+        groups = max(1, self.shape.num_query_groups // self.engine.tp)
+        fused = self._linear(f"{prefix}qkv_proj", hidden)
+        parts = fused.tensor_split([heads * size, (heads + groups) * size], dim=-1)
+        query, key, value = (_by_head(part, part.size(-1) // size) for part in parts)
+        query = _rotated(self._norm(f"{prefix}q_norm.weight", query))
+        key = _rotated(self._norm(f"{prefix}k_norm.weight", key))
+        return query, *(part.repeat_interleave(heads // groups, dim=2) for part in (key, value))
+
+    def _latent(self, prefix: str, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mla, heads = self.shape.mla, self.shape.num_attention_heads // self.engine.tp
+        assert mla is not None
+        query, latent = self._projected_down(prefix, hidden, mla)
+        compressed, key_position = latent.tensor_split([mla.kv_lora_rank], dim=-1)
+        up = self._linear(f"{prefix}kv_b_proj", self._norm(f"{prefix}kv_a_layernorm.weight", compressed))
+        key, value = _by_head(up, heads).tensor_split([mla.qk_head_dim], dim=-1)
+        query, query_position = _by_head(query, heads).tensor_split([mla.qk_head_dim], dim=-1)
+        key_position = _rotated(_deinterleaved(key_position[:, :, None])).expand(-1, -1, heads, -1)
+        query_position = _rotated(_deinterleaved(query_position))
+        return torch.cat([query, query_position], dim=-1), torch.cat([key, key_position], dim=-1), value
+
+    def _projected_down(
+        self, prefix: str, hidden: torch.Tensor, mla: LatentAttention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's queries, and the latent keys and values with their rotary part."""
+        if mla.q_lora_rank is None:
+            return self._linear(f"{prefix}q_proj", hidden), self._linear(f"{prefix}kv_a_proj_with_mqa", hidden)
+        down, latent = self._linear(f"{prefix}fused_qkv_a_proj", hidden).tensor_split([mla.q_lora_rank], dim=-1)
+        normed = self._norm(f"{prefix}q_a_layernorm.weight", down)
+        return self._linear(f"{prefix}q_b_proj", normed), latent
+
+    # --- MLPs ---------------------------------------------------------------------------------------------------
+
+    def _mlp(self, prefix: str, hidden: torch.Tensor) -> torch.Tensor:
+        """The part of this rank, before the sum over TP."""
+        return self._linear(f"{prefix}down_proj", _gated(self._linear(f"{prefix}gate_up_proj", hidden)))
+
+    def _mixture(self, prefix: str, hidden: torch.Tensor, slots: Slots) -> torch.Tensor:
+        experts = self.shape.experts
+        assert experts is not None
+        flat = hidden.flatten(0, 1)
+        weights = self._routing(prefix, flat, experts)
+        found = self._summed(self._local_experts(prefix, flat, weights, slots), self.groups.experts).view_as(hidden)
+        if experts.shared_ffn_hidden_size is not None:
+            shared = self._mlp(f"{prefix}shared_experts.", hidden)
+            found = found + (shared if self.engine.replicates_shared_experts else self._summed(shared, self.groups.tp))
+        return found
+
+    def _routing(self, prefix: str, hidden: torch.Tensor, experts: Experts) -> torch.Tensor:
+        """The weight of every expert for every token, `[tokens, num_experts]` in float32: 0 where it is not chosen."""
+        logits = F.linear(hidden.float(), self.parameters[f"{prefix}gate.weight"].float())
+        if experts.expert_bias:
+            scores = logits.sigmoid()
+            bias = self.parameters[f"{prefix}gate.e_score_correction_bias"]
+            chosen = (scores + bias).topk(experts.topk, dim=-1).indices
+        else:
+            scores = logits.softmax(dim=-1)
+            chosen = scores.topk(experts.topk, dim=-1).indices
+        kept = scores.gather(-1, chosen)
+        if experts.topk > 1:
+            kept = kept / kept.sum(dim=-1, keepdim=True)
+        return torch.zeros_like(scores).scatter(-1, chosen, kept)
+
+    def _local_experts(self, prefix: str, hidden: torch.Tensor, weights: torch.Tensor, slots: Slots) -> torch.Tensor:
+        """What the slots of this rank add. Of several copies of an expert, token `t` goes to number `t % copies`."""
+        first, second = (self.parameters[f"{prefix}experts.{name}_weight"] for name in ("w13", "w2"))
+        rank = self.groups.place.expert if self.engine.ep > 1 else 0
+        holders = [(expert, other) for other, held in enumerate(slots) for expert in held]
+        result = torch.zeros_like(hidden)
+        for slot, expert in enumerate(slots[rank]):
+            copies = [other for held, other in holders if held == expert]
+            turn = torch.arange(hidden.size(0), device=hidden.device) % len(copies) == copies.index(rank)
+            tokens = torch.nonzero(turn & (weights[:, expert] > 0)).flatten()
+            out = F.linear(_gated(F.linear(hidden[tokens], first[slot])), second[slot])
+            result.index_add_(0, tokens, (out.float() * weights[tokens, expert, None]).to(out.dtype))
+        return result
+
+
+def _gated(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _deinterleaved(heads: torch.Tensor) -> torch.Tensor:
+    """DeepSeek's rotary pairs are neighbours: put the first of all pairs before the second of all."""
+    return heads.reshape(*heads.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
+
+
+def _by_head(columns: torch.Tensor, heads: int) -> torch.Tensor:
+    """`[batch, sequence, heads * width]` as `[batch, sequence, heads, width]`."""
+    return columns.reshape(*columns.shape[:-1], heads, -1)
+
+
+def _rotated(heads: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of `[batch, sequence, heads, width]`, positions from 0, pairs half a width apart."""
+    width = heads.size(-1)
+    powers = torch.arange(0, width, 2, device=heads.device, dtype=torch.float32) / width
+    angles = torch.arange(heads.size(1), device=heads.device, dtype=torch.float32)[:, None] / ROTARY_BASE**powers
+    cos, sin = (torch.cat([part, part], dim=-1)[:, None] for part in (angles.cos(), angles.sin()))
+    first, second = heads.float().chunk(2, dim=-1)
+    return (heads.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(heads.dtype)
