@@ -115,9 +115,7 @@ class VllmOptions:
                 f"EP size {ep} of an engine with TP x DP = {tp} x {dp}: vLLM has whole experts on all {tp * dp} ranks "
                 f"or slices of each, give EP {tp * dp} or 1"
             )
-        etp = tp * dp // ep
-        fitted = {**sizes, "ep": ep, "etp": etp, "world_size": ranks}
-        return Sized(cls(**{**options, "data_parallel_size": dp}), fitted)
+        return Sized(cls(**{**options, "data_parallel_size": dp}), {**sizes, "ep": ep, "world_size": ranks})
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,8 @@ class Engine:
     def of(cls, side: SideSpec) -> Engine:
         """Raises UsageError, with both numbers, where the layout is none of such engines."""
         layout, options = side.layout, side.vllm or VllmOptions()
-        engine = cls(layout.tp, options.data_parallel_size, layout.pp, layout.ep, layout.etp)
+        shared = layout.tp * options.data_parallel_size
+        engine = cls(layout.tp, options.data_parallel_size, layout.pp, layout.ep, shared // layout.ep)
         ranks = engine.num_ranks * options.replicas
         if layout.vpp > 1:
             raise UsageError(f"vLLM has 1 model chunk per rank, not {layout.vpp}: leave virtual pipeline stages out")
@@ -77,11 +78,10 @@ class Engine:
             raise UsageError(
                 f"{layout.world_size} ranks are no {options.replicas} engines of {engine.num_ranks}: give {ranks}"
             )
-        shared = engine.tp * engine.dp
-        if (engine.ep, engine.expert_tp) not in ((1, shared), (shared, 1)):
+        if layout.ep not in (1, shared):
             raise UsageError(
-                f"experts in EP {engine.ep} x ETP {engine.expert_tp} on TP x DP = {shared} ranks: vLLM has whole ones "
-                f"(EP {shared}) or slices of each (EP 1)"
+                f"EP size {layout.ep} of an engine with TP x DP = {shared}: give EP {shared} (whole experts) or 1 "
+                "(slices)"
             )
         return engine
 

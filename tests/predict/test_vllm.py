@@ -28,8 +28,7 @@ FLAGS = ["--dry-run", "--rl-inference-format=vllm"]
 def side(
     tp: int = 1, dp: int = 1, pp: int = 1, *, ep: bool = False, replicas: int = 1, first_rank: int = 0, **options: Any
 ) -> SideSpec:
-    shared, ranks = tp * dp, tp * dp * pp * replicas
-    sizes = Layout(tp, shared if ep else 1, 1 if ep else shared, pp, ranks, first_rank)
+    sizes = Layout(tp, tp * dp if ep else 1, 1, pp, tp * dp * pp * replicas, first_rank)
     return SideSpec(sizes, format="vllm", dtype=Dtype.BF16, vllm=VllmOptions(dp, replicas, **options))
 
 
