@@ -21,7 +21,7 @@ RENDERERS = {"text": text.as_text, "csv": text.as_csv, "json": text.as_json}
 GPUS_PER_HOST = 8
 """Ranks of a host, by which the planner prefers replicas nearby; the dry run's default."""
 
-SEARCHED = tuple(name for name, form in FORMATS.items() if form.axes)
+SEARCHED = tuple(name for name, form in FORMATS.items() if form.serves)
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:

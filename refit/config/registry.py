@@ -87,7 +87,8 @@ class Format:
     the class of its settings (`refit.config.side.SideOptions`), None for a format without any. `libraries` are the
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
     `takes_provider`: `build` can build the model of `--model-provider`. `destination_only`: no trainer holds a model
-    this way. `steps` is how it trains and runs forward; None where it does not.
+    this way. `steps` is how it trains and runs forward; None where it does not. `serves`: `refit search` looks for such
+    destinations, and varies the settings `searched_options` beside the axes.
 
     `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
     experts placed as the new `side` says.
@@ -102,6 +103,8 @@ class Format:
     takes_provider: bool = False
     steps: StepSupport | None = None
     destination_only: bool = False
+    serves: bool = False
+    searched_options: tuple[str, ...] = ()
     rearrange: str | None = None
 
 
@@ -163,6 +166,7 @@ FORMATS = Registry(
             check="refit.predict.megatron:check",
             build="refit.models.megatron.side:build_side",
             takes_provider=True,
+            serves=True,
             steps=StepSupport(
                 check="refit.predict.megatron_steps:check_steps",
                 memory="refit.predict.training_memory:training_memory",
@@ -192,6 +196,8 @@ FORMATS = Registry(
             axes=("tp", "ep", "pp"),
             options="refit.config.side:VllmOptions",
             destination_only=True,
+            serves=True,
+            searched_options=("replicas",),
             rearrange="refit.models.vllm.side:rearranged",
         ),
     },

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from refit.cli.parsing import parse
 from refit.config.clusters import Cluster
-from refit.config.flag_names import size_flag
+from refit.config.flag_names import OPTION_FLAGS, SIZE_FLAGS, size_flag
 from refit.config.registry import FORMATS
 from refit.config.scenario import Mode, Scenario
 from refit.errors import UsageError
@@ -179,7 +179,7 @@ def side_flags(
     """
     divisors = [size for size in range(num_gpus, 0, -1) if num_gpus % size == 0]
     for name in formats:
-        searched = FORMATS[name].axes
+        searched = (*FORMATS[name].axes, *(FORMATS[name].searched_options if side == "destination" else ()))
         axes = [[size for size in divisors if axis != "pp" or size <= max_pp] for axis in searched]
         for values in itertools.product(*axes):
             yield layout_flags(side, name, dict(zip(searched, values, strict=True)), num_gpus, num_layers)
@@ -200,7 +200,12 @@ def layout_flags(
     if num_gpus is not None:
         given["world_size"] = num_gpus
     form = (f"{FORMAT_FLAGS[side]}={name}",) if name != DEFAULT_FORMAT else ()
-    return (*form, *(f"{size_flag(side, size)}={value}" for size, value in given.items()))
+    return (*form, *(f"{_flag(side, name, size)}={value}" for size, value in given.items()))
+
+
+def _flag(side: str, name: str, size: str) -> str:
+    """The flag of a size, or of a setting of the format `name`."""
+    return size_flag(side, size) if size in SIZE_FLAGS else f"--{OPTION_FLAGS[name][size][side == 'destination']}"
 
 
 def layout_from_text(side: str, text: str, num_gpus: int | None, num_layers: int) -> tuple[str, ...]:

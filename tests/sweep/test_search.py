@@ -50,6 +50,15 @@ def test_every_layout_that_can_be_built_is_found_once(small: Findings) -> None:
     assert len(expected) == small.num_built > 10
 
 
+def test_engines_are_searched_with_attention_replicas_and_several_engines() -> None:
+    tiny = ("--model=tiny_qwen3_moe",)
+    found = search(common=tiny, source="TP2", destination_formats=("vllm",), max_plans=1000).run().found
+    titles = {one.destination for one in found}
+    assert {"vllm TP4 EP4", "vllm TP1 DP4 EP4", "vllm TP2 DP2 EP1", "vllm TP1 EP1 x4", "vllm TP2 EP2 x2"} <= titles
+    assert len(titles) == len(found)
+    assert all(one.destination_ranks == 4 for one in found)
+
+
 def test_found_layouts_come_in_the_order_of_their_bounds(small: Findings) -> None:
     bounds = [found.bound_s for found in small.found]
     assert bounds == sorted(bounds)
