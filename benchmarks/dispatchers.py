@@ -1,6 +1,6 @@
 """Token dispatchers and the whole cycle on the GPUs of one host, with Kimi K2's widths: one command, resumable.
 
-    python benchmarks/dispatchers.py --num-gpus 4 --output-dir dispatcher_results
+    python -m benchmarks.dispatchers --num-gpus 4 --output-dir dispatcher_results
 
 Every run is a process group of its own and writes one small result file; one that is there and ok is not run again.
 `--cpu` runs the same list with the tiny model on CPU ranks, as a rehearsal. At the end the report is printed and

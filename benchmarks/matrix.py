@@ -94,6 +94,7 @@ def run_all(cells: Iterable[Cell], directory: Path, machine: str, num_ranks: int
 
     Returns 0 if every cell was right or waived, else 1. The collections are up to date after every cell.
     """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     parts: dict[str, list[Result]] = {}
     lines, failed, number = [HEADER], 0, 0
     for number, one in enumerate(cells, 1):
@@ -113,7 +114,8 @@ def run(one: Cell, directory: Path, num_ranks: int) -> Result:
     """Run a cell and return its result, a failed one where it wrote none. Its log is `<directory>/log`."""
     directory.mkdir(parents=True, exist_ok=True)
     started_s = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command += ["--nproc-per-node", str(num_ranks)]
     command += [str(ROOT / "benchmark_refit.py"), *one.flags, "--output-dir", str(directory)]
     command += ["--timeout", str(one.timeout_s // 2)]
     with (directory / "log").open("w") as log:
@@ -121,9 +123,11 @@ def run(one: Cell, directory: Path, num_ranks: int) -> Result:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             process.wait(one.timeout_s)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # the cell's own timeout, or the end of the whole matrix
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
     written = max(directory.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, default=None)
     if written is None or written.stat().st_mtime < started_s or not written.stat().st_size:
         failure = Failure(f"exit code {process.returncode}, no result: see its log")

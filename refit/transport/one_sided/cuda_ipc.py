@@ -64,11 +64,11 @@ class CudaIpcTransport:
         here = _here()
         probe = torch.full((1,), rendezvous.rank % 256, dtype=torch.uint8, device=here)
         torch.cuda.synchronize(here)
-        handles: list[Any] = []
-        rendezvous.agree(_attempt(lambda: handles.append(_handle(probe))))
-        offered = rendezvous.exchange(handles[0])
-        del offered[rendezvous.rank]
-        rendezvous.agree(_attempt(lambda: _check_probes(offered)))
+        peers = [rank for rank in rendezvous.ranks if rank != rendezvous.rank]
+        handles: dict[int, Any] = {}
+        rendezvous.agree(_attempt(lambda: handles.update(_handles(probe, peers))))
+        offered = rendezvous.exchange(handles, peers)
+        rendezvous.agree(_attempt(lambda: _check_probes({peer: offered[peer][rendezvous.rank] for peer in peers})))
         load_kernels(here)
         return None
 
@@ -127,9 +127,9 @@ class IpcMemory:
     def fetch(self, rank: int, key: str) -> Any:
         return self._rendezvous.fetch(rank, key)
 
-    def share(self, region: torch.Tensor) -> Any:
+    def share(self, region: torch.Tensor, peers: Sequence[int]) -> dict[int, Any]:
         self._shared.append(_alias(region))
-        return _handle(self._shared[-1])
+        return _handles(self._shared[-1], peers)
 
     def map(self, handles: Sequence[Any]) -> list[torch.Tensor]:
         return [_open(handle) for handle in handles]
@@ -199,29 +199,23 @@ def _rendezvous(plan: RefitPlan, options: TransportOptions) -> Rendezvous:
     return Rendezvous(f"cuda-ipc/{plan.digest}", plan.ranks, options.timeout_s)
 
 
-@dataclass(frozen=True, slots=True)
-class _Alias:
-    """Memory of this rank for `torch.as_tensor`, which does not take ownership of it."""
-
-    address: int
-    nbytes: int
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 2}
-
-
 def _alias(region: torch.Tensor) -> torch.Tensor:
-    """The memory of `region` as a storage of its own.
+    """The memory of `region` as a storage of its own, which does not own it.
 
-    PyTorch ties a shared storage to its peers for as long as it lives. A model's storages must stay free of that.
+    PyTorch ties a shared storage to its peers for as long as it lives. A model's storages must stay free of that. A
+    storage that owned a Python object would need the interpreter to be freed, perhaps after its end.
     """
-    return torch.as_tensor(_Alias(region.data_ptr(), region.numel()), device=region.device)
+    address, nbytes = region.data_ptr(), region.numel()
+    storage = torch._C._construct_storage_from_data_pointer(address, region.device, nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=region.device).set_(storage)
 
 
-def _handle(shared: torch.Tensor) -> Any:
-    """What rebuilds `shared` in another process. `shared` must live until all peers have closed it."""
-    return reduce_tensor(shared)  # type: ignore[no-untyped-call]
+def _handles(shared: torch.Tensor, peers: Sequence[int]) -> dict[int, Any]:
+    """Peer -> what rebuilds `shared` there. `shared` must live until all peers have closed it.
+
+    PyTorch counts one user per handle and frees the memory when that one has closed it, so every peer gets its own.
+    """
+    return {peer: reduce_tensor(shared) for peer in peers}  # type: ignore[no-untyped-call]
 
 
 def _open(handle: Any) -> torch.Tensor:

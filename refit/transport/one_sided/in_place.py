@@ -19,8 +19,8 @@ from refit.transport.one_sided.places import Place, mapped_weights, place_of
 class SharedStorages(PeerMemory, Protocol):
     """Peer memory whose substrate maps memory that others have allocated."""
 
-    def share(self, region: torch.Tensor) -> Any:
-        """A handle, to be pickled, by which peers can map `region`, uint8, a whole storage of this rank."""
+    def share(self, region: torch.Tensor, peers: Sequence[int]) -> dict[int, Any]:
+        """Peer -> a handle, to be pickled, by which it can map `region`, uint8, a whole storage of this rank."""
         ...
 
     def map(self, handles: Sequence[Any]) -> list[torch.Tensor]:
@@ -38,9 +38,9 @@ class SharedStorages(PeerMemory, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a destination tells its sources: handles of its storages, and where its shards lie in them."""
+    """What a destination tells its sources: of each of its storages a handle per source, and where its shards lie."""
 
-    handles: tuple[Any, ...]
+    handles: tuple[dict[int, Any], ...]
     places: tuple[Place, ...]
 
 
@@ -115,10 +115,10 @@ class InPlaceBuffers:
             if number == len(regions):
                 regions.append(_all_bytes(storage))
             places.append(place_of(shard, regions[number], number))
-        return Offer(tuple(self._memory.share(region) for region in regions), tuple(places))
+        return Offer(tuple(self._memory.share(region, self._sources) for region in regions), tuple(places))
 
     def _mapped(self, offer: Offer) -> LocalWeights:
-        return mapped_weights(self._memory.map(offer.handles), offer.places)
+        return mapped_weights(self._memory.map([handles[self._memory.rank] for handles in offer.handles]), offer.places)
 
 
 def _copies(message: Message, source: LocalWeights, peer: LocalWeights) -> Iterator[Copy]:
