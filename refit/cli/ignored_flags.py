@@ -66,7 +66,12 @@ _FAMILY = re.compile(rf"-(?:{'|'.join(sorted(FAMILIES.split(), key=len, reverse=
 
 
 def in_family(name: str) -> bool:
-    """Whether a flag, without dashes in front, is in a family. Those of the destination, `rl-inference-`, are not."""
+    """Whether a flag, without dashes in front, is in a family. Those of the destination, `rl-inference-`, are not.
+
+    Nor are two letters alone, which are a misspelt `--lr` or `--bf16` rather than a flag.
+    """
+    if len(name) <= 2:
+        return False
     rest, num_found = _FAMILY.subn("", f"-{name}-")
     return num_found > 0 and "rl-inference-" not in name and set(SIZES.split()).isdisjoint(rest.split("-"))
 
