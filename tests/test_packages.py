@@ -11,14 +11,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "refit").rglob("*.py"))
 
-ORDER = ("errors", "units", "config", "plan", "predict", "models", "copies", "transport", "results", "report", "bench")
-ORDER = (*ORDER, "cli", "sweep", "commands")
+ORDER = ("errors", "units", "config", "plan", "predict", "models", "copies", "transport", "quantise")
+ORDER = (*ORDER, "results", "report", "bench", "cli", "sweep", "commands")
 """The packages of `refit` from the bottom up: each imports only those before it."""
 
 TORCH_FREE = ("config", "plan", "predict", "results", "report", "cli", "sweep", "commands")
 """Packages that load on a login node without torch. Functions may import matplotlib, and `cli` starts `bench`."""
 
-HEAVY = ("torch", "megatron", "triton", "nvshmem", "refit.models", "refit.copies", "refit.transport", "refit.bench")
+HEAVY = (
+    "torch",
+    "megatron",
+    "triton",
+    "nvshmem",
+    "refit.models",
+    "refit.copies",
+    "refit.transport",
+    "refit.quantise",
+    "refit.bench",
+)
 MAY_IMPORT_MEGATRON = ("refit/models/megatron/", "refit/bench/engines/megatron.py")
 LATER = {"refit/cli/main.py": {"refit.bench.runner.run"}}
 """What a function of a torch-free package imports when it is called."""

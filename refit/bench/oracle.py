@@ -6,29 +6,29 @@ finite (2**-7 <= |value| < 2), so that a filled model can also run a forward pas
 (float16) or 27 bits (float32) of the hash: an element that came from a wrong place or iteration is found with
 probability 1 - 2**-11 or better, so counts of misplaced elements are low by at most 0.05 %. Poison is never a value, so
 an element that was not written is always found.
+
+Of a quantised tensor every code and every scale is compared with those that the named rule gives, in plain torch, for
+the source's values of the whole block. Such values differ in magnitude from block to block (`values`).
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from refit.bench.values import SAMPLE_STRIDE, Rows, row_numbers, rows_of, values
+from refit.config.quantisation import Quantisation, scale_key
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
+from refit.plan.quantised import Grid
 from refit.plan.sharding import TensorSpec
+from refit.quantise.batch import STRIP_ELEMENTS
+from refit.quantise.reference import quantise
+from refit.quantise.weights import matrices_of, matrix_of
 
-# (integer view, hash bits kept, bits set) per float dtype: sign, mantissa and the low three exponent bits vary.
-_PATTERNS = {
-    torch.bfloat16: (torch.int16, 0x83FF, 0x3C00),
-    torch.float16: (torch.int16, 0x9FFF, 0x2000),
-    torch.float32: (torch.int32, 0x83FFFFFF, 0x3C000000),
-}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SAMPLE_STRIDE = 16
-"""`--verify sample` compares every 16th row of each shard, another 16th each iteration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +61,36 @@ class Verdict:
         return sum(tensor.num_wrong for tensor in self.wrong)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows of a shard as a matrix: `data` `[rows, columns]`; `row_numbers` `[rows]`, int64; first logical column."""
+@dataclass(slots=True)
+class _Tally:
+    """Collects the differences of one destination."""
 
-    row_numbers: torch.Tensor
-    first_column: int
-    data: torch.Tensor
+    num_compared: int = 0
+    wrong: dict[str, WrongTensor] = field(default_factory=dict)
+
+    def add(
+        self, key: str, expected: torch.Tensor, found: torch.Tensor, index: Callable[[int, int], tuple[int, ...]]
+    ) -> None:
+        """Compare `[rows, columns]` as bits. `index` gives the logical index of a place in them."""
+        bits = _BITS[found.element_size()]
+        differs = found.view(bits) != expected.view(bits)
+        self.num_compared += differs.numel()
+        num_wrong = int(differs.sum())
+        if num_wrong:
+            before = self.wrong.get(key)
+            first = before.first if before else _first(expected, found, differs, index)
+            self.wrong[key] = WrongTensor(key, num_wrong + (before.num_wrong if before else 0), first)
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict(self.num_compared, tuple(self.wrong.values()))
 
 
-def fill(memory: LocalWeights, iteration: int) -> None:
-    """Write the values of `iteration` to every element of a source."""
+def fill(memory: LocalWeights, iteration: int, quantisation: Quantisation | None = None) -> None:
+    """Write the values of `iteration` to every element of a source that is refitted to `quantisation`."""
     for shard in memory:
-        for block in _blocks(shard):
-            block.data.copy_(_values(shard.tensor, block, iteration))
+        for block in rows_of(shard):
+            block.data.copy_(values(shard.tensor, block, iteration, quantisation))
 
 
 def spread(memory: LocalWeights) -> Iterator[tuple[LocalShard, torch.Tensor, torch.Tensor]]:
@@ -83,8 +99,8 @@ def spread(memory: LocalWeights) -> Iterator[tuple[LocalShard, torch.Tensor, tor
     The values are float32, whatever the tensor's dtype, so they are the same at every side.
     """
     for shard in memory:
-        for block in _blocks(shard):
-            yield shard, block.data, _values(replace(shard.tensor, dtype="float32"), block, 0)
+        for block in rows_of(shard):
+            yield shard, block.data, values(replace(shard.tensor, dtype="float32"), block, 0)
 
 
 def poison(memory: LocalWeights) -> None:
@@ -94,48 +110,99 @@ def poison(memory: LocalWeights) -> None:
 
 
 def check(
-    memory: Iterable[LocalShard], source: Mapping[str, TensorSpec], iteration: int, *, sample: bool = False
+    memory: Iterable[LocalShard],
+    source: Mapping[str, TensorSpec],
+    iteration: int,
+    *,
+    sample: bool = False,
+    quantisation: Quantisation | None = None,
 ) -> Verdict:
     """Compare shards of a destination, as bits, with the source's values of `iteration`.
 
     `source` has each tensor's dtype and first dim at the source. Expected values are cast from that dtype to the
-    destination's. Beyond that first dim is padding, which must be zero. `sample` compares every 16th row only.
+    destination's, or quantised by `quantisation`. Beyond that first dim is padding, which must be zero. `sample`
+    compares every 16th row only, of quantised tensors every 16th row of blocks.
     """
-    compared = 0
-    wrong: dict[str, WrongTensor] = {}
-    for shard in memory:
-        for block in _blocks(shard, start=iteration % SAMPLE_STRIDE if sample else None):
-            expected = _expected(source[shard.tensor.key], shard, block, iteration)
-            bits = _BITS[block.data.element_size()]
-            differs = block.data.view(bits) != expected.view(bits)
-            compared += differs.numel()
-            num_wrong = int(differs.sum())
-            if num_wrong:
-                before = wrong.get(shard.tensor.key)
-                first = before.first if before else _first(shard, block, expected, differs)
-                total = num_wrong + (before.num_wrong if before else 0)
-                wrong[shard.tensor.key] = WrongTensor(shard.tensor.key, total, first)
-    return Verdict(compared, tuple(wrong.values()))
+    tally = _Tally()
+    held = LocalWeights(memory)
+    scales = {scale_key(key) for key in source}
+    start = iteration % SAMPLE_STRIDE if sample else None
+    for shard in held:
+        key = shard.tensor.key
+        if quantisation is not None and quantisation.quantises(key, shard.tensor.shape):
+            _check_codes(tally, held, shard, source[key], iteration, start, quantisation)
+        elif key not in scales:
+            for block in rows_of(shard, start):
+                expected = _expected(source[key], shard, block, iteration)
+                tally.add(key, expected, block.data, _index_in(block, shard.tensor.shape))
+    return tally.verdict
 
 
-def _expected(source: TensorSpec, shard: LocalShard, block: _Block, iteration: int) -> torch.Tensor:
-    values = _values(source, block, iteration).to(block.data.dtype)
+def _expected(source: TensorSpec, shard: LocalShard, block: Rows, iteration: int) -> torch.Tensor:
+    expected = values(source, block, iteration).to(block.data.dtype)
     if source.shape[0] < shard.box.ends[0]:
         rows_per_index = _rows_per_leading_index(shard.tensor.shape)
-        values[block.row_numbers >= source.shape[0] * rows_per_index] = 0
-    return values
+        expected[block.row_numbers >= source.shape[0] * rows_per_index] = 0
+    return expected
 
 
-def _first(shard: LocalShard, block: _Block, expected: torch.Tensor, differs: torch.Tensor) -> Mismatch:
+def _check_codes(
+    tally: _Tally,
+    memory: LocalWeights,
+    shard: LocalShard,
+    source: TensorSpec,
+    iteration: int,
+    start: int | None,
+    quantisation: Quantisation,
+) -> None:
+    """Compare the codes of `shard` and their scales, strip by strip of whole blocks."""
+    grid, scales = Grid(source.shape, quantisation.format), scale_key(source.key)
+    for part in matrices_of(shard.box):
+        for strip in _strips(part, quantisation.format.rows, start):
+            (codes,) = memory.views(source.key, strip)
+            (scale,) = memory.views(scales, grid.scales(strip))
+            rows = Rows(row_numbers(source.shape, strip, codes.data.device), strip.offsets[-1], matrix_of(codes.data))
+            expected = quantise(values(source, rows, iteration, quantisation), quantisation)
+            tally.add(source.key, expected.codes, rows.data, _index_from(strip))
+            tally.add(scales, expected.scales, matrix_of(scale.data), _index_from(scale.box))
+
+
+def _strips(matrix: Box, block_rows: int, start: int | None) -> list[Box]:
+    """Strips of whole rows of blocks that together are `matrix`. With `start`: every 16th row of blocks from there."""
+    dim = len(matrix.offsets) - 2
+    begin, end = matrix.offsets[dim], matrix.ends[dim]
+    if start is None:
+        step = height = max(1, STRIP_ELEMENTS // matrix.extents[-1] // block_rows) * block_rows
+    else:
+        step, height = SAMPLE_STRIDE * block_rows, block_rows
+        begin += min(start, -(-(end - begin) // block_rows) - 1) * block_rows
+    return [matrix.narrow(dim, row, min(row + height, end)) for row in range(begin, end, step)]
+
+
+def _first(
+    expected: torch.Tensor, found: torch.Tensor, differs: torch.Tensor, index: Callable[[int, int], tuple[int, ...]]
+) -> Mismatch:
     row, column = (int(i) for i in differs.nonzero()[0])
-    number, leading = int(block.row_numbers[row]), shard.tensor.shape[:-1]
-    index = [block.first_column + column]
-    for size in reversed(leading[1:]):
-        number, last = divmod(number, size)
-        index.insert(0, last)
-    if leading:
-        index.insert(0, number)
-    return Mismatch(tuple(index), float(expected[row, column]), float(block.data[row, column]))
+    return Mismatch(index(row, column), float(expected[row, column]), float(found[row, column]))
+
+
+def _index_from(box: Box) -> Callable[[int, int], tuple[int, ...]]:
+    """For a matrix that is `box`."""
+    return lambda row, column: (*box.offsets[:-2], box.offsets[-2] + row, box.offsets[-1] + column)
+
+
+def _index_in(block: Rows, shape: tuple[int, ...]) -> Callable[[int, int], tuple[int, ...]]:
+    """For rows of a tensor of `shape`."""
+
+    def index(row: int, column: int) -> tuple[int, ...]:
+        number, leading = int(block.row_numbers[row]), shape[:-1]
+        found = [block.first_column + column]
+        for size in reversed(leading[1:]):
+            number, last = divmod(number, size)
+            found.insert(0, last)
+        return (number, *found) if leading else tuple(found)
+
+    return index
 
 
 def _rows_per_leading_index(shape: tuple[int, ...]) -> int:
@@ -143,84 +210,3 @@ def _rows_per_leading_index(shape: tuple[int, ...]) -> int:
     for size in shape[1:-1]:
         rows *= size
     return rows
-
-
-def _blocks(shard: LocalShard, start: int | None = None) -> Iterator[_Block]:
-    """Split a shard into blocks that fit a CPU's cache or fill a GPU. With `start`: every 16th row from there."""
-    # Hashing allocates int32 temporaries of a block's size. Small blocks keep them in a core's cache; on a GPU large
-    # blocks need fewer launches.
-    limit = 1 << 18 if shard.view.device.type == "cpu" else 1 << 26
-    for box, matrix in _matrices(shard.box, shard.view):
-        numbers = _row_numbers(shard.tensor.shape, box, matrix.device)
-        if start is not None:
-            first = min(start, len(numbers) - 1)
-            numbers, matrix = numbers[first::SAMPLE_STRIDE], matrix[first::SAMPLE_STRIDE]
-        rows = max(1, limit // max(1, matrix.shape[1]))
-        for begin in range(0, len(matrix), rows):
-            yield _Block(
-                numbers[begin : begin + rows], box.offsets[-1] if box.offsets else 0, matrix[begin : begin + rows]
-            )
-
-
-def _matrices(box: Box, view: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
-    """`view` as matrices `[rows, last dim]` that alias it, each with the box it covers."""
-    if view.ndim <= 1:
-        yield box, view.reshape(1, -1)
-        return
-    try:
-        yield box, view.view(-1, view.shape[-1])
-    except RuntimeError:  # no single matrix has these strides: take the first dim index by index
-        for index in range(view.shape[0]):
-            part = box.narrow(0, box.offsets[0] + index, box.offsets[0] + index + 1)
-            yield from ((part, matrix) for _, matrix in _matrices(part, view[index]))
-
-
-def _row_numbers(shape: tuple[int, ...], box: Box, device: torch.device) -> torch.Tensor:
-    """Number of each row of `box` in the global tensor, `[rows]`: row-major over all dims but the last."""
-    numbers = torch.zeros(1, dtype=torch.int64, device=device)
-    for size, offset, extent in zip(shape[:-1], box.offsets[:-1], box.extents[:-1], strict=True):
-        steps = torch.arange(offset, offset + extent, dtype=torch.int64, device=device)
-        numbers = (numbers[:, None] * size + steps[None, :]).reshape(-1)
-    return numbers
-
-
-def _values(tensor: TensorSpec, block: _Block, iteration: int) -> torch.Tensor:
-    """Values of a block `[rows, columns]`, in the dtype of `tensor`."""
-    bits = _hash(_seed(tensor.key, iteration), block)
-    dtype: torch.dtype = getattr(torch, tensor.dtype)
-    if dtype in _PATTERNS:
-        view, keep, fixed = _PATTERNS[dtype]
-        if view is torch.int16:
-            bits = bits.bitwise_right_shift_(16).to(torch.int16)
-        return bits.bitwise_and_(_signed(keep, view)).bitwise_or_(fixed).view(dtype)
-    if dtype is torch.bool:
-        return bits < 0
-    return bits.to(dtype)  # integers, and float64 with whole values
-
-
-def _signed(pattern: int, dtype: torch.dtype) -> int:
-    width = torch.iinfo(dtype).bits
-    return pattern - (1 << width) if pattern >> (width - 1) else pattern
-
-
-def _seed(key: str, iteration: int) -> int:
-    return zlib.crc32(key.encode()) * 0x1_0000_0001 + iteration * 0x5851F42D4C957F2D
-
-
-def _hash(seed: int, block: _Block) -> torch.Tensor:
-    """32 hash bits per element `[rows, columns]`, int32.
-
-    Rows are seeded with the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), columns mixed in with multiply and
-    xor-shift (the finaliser of MurmurHash3); int64 and int32 arithmetic wraps in torch as it does in C.
-    """
-    row = block.row_numbers * _signed(0x9E3779B97F4A7C15, torch.int64) + _signed(seed & (2**64 - 1), torch.int64)
-    row = (row ^ ((row >> 30) & 0x3_FFFF_FFFF)) * _signed(0xBF58476D1CE4E5B9, torch.int64)
-    row = (row ^ ((row >> 27) & 0x1F_FFFF_FFFF)) * _signed(0x94D049BB133111EB, torch.int64)
-    row_seeds = (row >> 32).to(torch.int32)
-    columns = torch.arange(block.data.shape[1], dtype=torch.int64, device=row.device) + block.first_column
-    column_seeds = (columns * 0x9E3779B1).bitwise_and_(0xFFFFFFFF)
-    column_seeds = torch.where(column_seeds >= 2**31, column_seeds - 2**32, column_seeds).to(torch.int32)
-    bits = row_seeds[:, None] + column_seeds[None, :]
-    bits.mul_(_signed(0x85EBCA6B, torch.int32))
-    bits.bitwise_xor_(bits >> 15)
-    return bits.mul_(_signed(0xC2B2AE35, torch.int32))

@@ -13,6 +13,7 @@ from refit.models.sharded_model import NotBuilt, ShardedModel
 from refit.models.weights import LocalWeights
 from refit.plan.sharding import Sharding
 from refit.predict.sides import predict_side
+from refit.quantise.weights import QuantisedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ def build_side(session: Session, name: str) -> Side:
     session.start.enter("check")
     if scenario.model is None:
         return Side(spec, model, _gathered_sharding(session, spec, model.weights))
+    if spec.quantisation is not None:
+        model = QuantisedModel(model, spec.quantisation)
     sharding = predict_side(scenario.model, spec)
     if model.weights is not None:
         _check_prediction(name, session.rank, sharding, model.weights)

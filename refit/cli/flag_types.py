@@ -64,6 +64,14 @@ def seconds(text: str) -> float:
     return number
 
 
+def key_parts(text: str) -> tuple[str, ...]:
+    """`router,norm`: parts of tensor keys."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"expected parts of tensor keys such as router,norm, got {shortened(text)}")
+    return parts
+
+
 def layer_frequency(text: str) -> int | tuple[bool, ...]:
     """`N` (every N-th layer has experts) or a list such as `([0]*1+[1]*60)`, one entry per layer.
 

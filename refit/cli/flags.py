@@ -22,6 +22,7 @@ from refit.config.flag_names import (
     SIZE_FLAGS,
 )
 from refit.config.placement import read_placement
+from refit.config.quantisation import BLOCK_FORMATS, KEPT, Place
 from refit.config.registry import AUTO, ENGINES, FORMATS, MEASUREMENTS, METHODS
 from refit.config.scenario import Mode, Verify
 from refit.config.shape import Dtype
@@ -83,6 +84,7 @@ def full_parser() -> BenchmarkParser:
     add_list(parser)
     _add_refit_flags(parser)
     _add_layout_flags(parser)
+    _add_quantisation_flags(parser)
     _add_measurement_flags(parser)
     _add_transport_flags(parser)
     _add_output_flags(parser)
@@ -318,6 +320,32 @@ def _add_format_flags(parser: FlagParser) -> None:
                 added["help"] = f"{side}, {name} only: {added['help']}"
                 if flags[place] is not None:
                     group.add_argument(f"--{flags[place]}", **added)
+
+
+def _add_quantisation_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("inference dtype")
+    rules = "; ".join(f"{name}: {', '.join(block.rules)}" for name, block in BLOCK_FORMATS.items())
+    group.add_argument(
+        "--rl-inference-dtype",
+        choices=("bf16", *BLOCK_FORMATS),
+        help="destination: bf16, or FP8 codes (e4m3) with a scale per block of 128x128 or 1x32; default: the source's",
+    )
+    group.add_argument(
+        "--fp8-scale-rule",
+        choices=[rule for block in BLOCK_FORMATS.values() for rule in block.rules],
+        help=f"how a block's scale follows from its largest value; default: the first of its dtype ({rules})",
+    )
+    group.add_argument(
+        "--fp8-keep-bf16",
+        type=flag_types.key_parts,
+        metavar="PART[,PART]",
+        help=f"tensors with one of these in their keys stay BF16; default: {','.join(KEPT)}",
+    )
+    group.add_argument(
+        "--quantise",
+        choices=[place.value for place in Place],
+        help="which side quantises; auto: the source where it holds whole blocks, else the destination; default: auto",
+    )
 
 
 def _add_refit_flags(parser: FlagParser) -> None:

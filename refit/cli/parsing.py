@@ -141,6 +141,9 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
                 f"--refit-engine {name} refits {' and '.join(formats or ())} sides only, one side is {other}: "
                 "leave it out"
             )
+        quantised = next((side.quantisation.dtype for side in sides if side.quantisation is not None), None)
+        if quantised is not None and not ENGINES[name].quantises:
+            raise UsageError(f"--refit-engine {name} cannot refit to {quantised}: leave one of them out")
         chunks = max(side.layout.vpp for side in sides)
         if ENGINES[name].single_chunk and chunks > 1:
             raise UsageError(

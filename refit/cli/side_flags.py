@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from refit.cli.quantisation_flags import with_inference_dtype
 from refit.config.flag_names import (
     FORMAT_FLAGS,
     LAYERS_PER_CHUNK_FLAGS,
@@ -42,9 +43,10 @@ def read_mode(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> Mod
 
 
 def _check_no_destination(args: argparse.Namespace) -> None:
-    """Raise UsageError for a size of the destination where no measurement uses it."""
+    """Raise UsageError for a size or dtype of the destination where no measurement uses it."""
     flags = (names[1] for names in (*SIZE_FLAGS.values(), LAYERS_PER_CHUNK_FLAGS, PIPELINE_LAYOUT_FLAGS))
-    given = next((flag for flag in flags if getattr(args, _attribute(flag)) is not None), None)
+    own = ("rl-inference-dtype", "fp8-scale-rule", "fp8-keep-bf16", "quantise")
+    given = next((flag for flag in (*flags, *own) if getattr(args, _attribute(flag)) is not None), None)
     if given is not None:
         raise UsageError(f"--{given} is for the destination, which --measure {','.join(args.measure)} does not use")
 
@@ -73,7 +75,8 @@ def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout 
         raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
     spec = SideSpec(layout, format=given_format, dtype=dtype, transformer_impl=args.transformer_impl or "local")
     options: dict[str, Any] = {given_format: sized.options} if sized.options is not None else {}
-    return dataclasses.replace(spec, **options)
+    spec = dataclasses.replace(spec, **options)
+    return with_inference_dtype(spec, args) if place else spec
 
 
 def _sized(

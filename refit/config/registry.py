@@ -88,7 +88,8 @@ class Format:
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
     `takes_provider`: `build` can build the model of `--model-provider`. `destination_only`: no trainer holds a model
     this way. `steps` is how it trains and runs forward; None where it does not. `serves`: `refit search` looks for such
-    destinations, and varies the settings `searched_options` beside the axes.
+    destinations, and varies the settings `searched_options` beside the axes. `quantises`: its logical tensors can be
+    FP8 codes and scales, in the cuts of its weights.
 
     `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
     experts placed as the new `side` says.
@@ -105,6 +106,7 @@ class Format:
     destination_only: bool = False
     serves: bool = False
     searched_options: tuple[str, ...] = ()
+    quantises: bool = False
     rearrange: str | None = None
 
 
@@ -135,6 +137,7 @@ class Engine:
 
     A baseline is measured beside the engine under test. It decides the exit code only where it runs alone.
     `formats` are the sides it can refit; None stands for all. `single_chunk` ones refit one model chunk per rank.
+    `quantises`: it can refit to FP8 destinations.
     """
 
     engine: str
@@ -142,6 +145,7 @@ class Engine:
     is_baseline: bool = False
     formats: tuple[str, ...] | None = None
     single_chunk: bool = False
+    quantises: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,7 @@ FORMATS = Registry(
             predict="refit.predict.megatron:predict",
             check="refit.predict.megatron:check",
             build="refit.models.megatron.side:build_side",
+            quantises=True,
             takes_provider=True,
             serves=True,
             steps=StepSupport(
@@ -177,6 +182,7 @@ FORMATS = Registry(
             predict="refit.predict.fsdp2:predict",
             check="refit.predict.fsdp2:check",
             build="refit.models.fsdp2.side:build_side",
+            quantises=True,
             axes=("tp", "ep"),
             options="refit.config.side:Fsdp2Options",
             libraries=(("transformers", "pip install 'refit-benchmark[hf]'"),),
@@ -248,7 +254,7 @@ METHODS = Registry(
 ENGINES = Registry(
     "refit engine",
     {
-        "refit": Engine(engine="refit.bench.engines.refit:PlannedEngine", title="refit"),
+        "refit": Engine(engine="refit.bench.engines.refit:PlannedEngine", title="refit", quantises=True),
         "megatron": Engine(
             engine="refit.bench.engines.megatron:MegatronEngine",
             title="Megatron-Core",

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from refit.config.layout import Layout, short_text
 from refit.config.placement import ExpertPlacement
+from refit.config.quantisation import Quantisation
 from refit.config.shape import Dtype
 from refit.errors import UsageError
 
@@ -139,7 +140,8 @@ class SideSpec:
 
     `format` is a name of `FORMATS`; `layout` has the parallel sizes and the ranks. `dtype` is that of the parameters,
     None where a model provider chooses it. `transformer_impl` is Megatron's layer spec. `fsdp2`, `autotp` and `vllm`
-    are for the format of that name alone.
+    are for the format of that name alone. With `quantisation` the side holds codes and scales in place of the weights
+    that it names.
     """
 
     layout: Layout
@@ -149,6 +151,7 @@ class SideSpec:
     fsdp2: Fsdp2Options | None = None
     autotp: AutotpOptions | None = None
     vllm: VllmOptions | None = None
+    quantisation: Quantisation | None = None
 
     @property
     def ranks(self) -> range:
@@ -191,7 +194,8 @@ class SideSpec:
     def title(self) -> str:
         """`TP2 EP2`; PP and ETP where they are not 1 and TP; the format where it is not Megatron's."""
         text = self.options.title(self.layout) if self.options is not None else short_text(self.layout)
-        return text if self.format == "megatron" else f"{self.format} {text}"
+        text = text if self.format == "megatron" else f"{self.format} {text}"
+        return text if self.quantisation is None else f"{text} {self.quantisation.dtype}"
 
     @property
     def summary(self) -> str:

@@ -26,6 +26,8 @@ ITEMSIZE = {
     "int8": 1,
     "uint8": 1,
     "bool": 1,
+    "float8_e4m3fn": 1,
+    "float8_e8m0fnu": 1,
 }
 """Bytes of one element, by torch's name of the dtype."""
 

@@ -13,10 +13,9 @@ from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box_array import IntArray
-from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, cost_of, lower_bound, split_traffic
-from refit.plan.planner import plan_refit
+from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, lower_bound, split_traffic
 from refit.predict.expert_map import ExpertMap, expert_maps
-from refit.predict.sides import check_side, predict_side, training_bytes
+from refit.predict.sides import check_side, plan_sides, predict_side, training_bytes
 from refit.predict.training_memory import TrainingMemory
 
 
@@ -40,6 +39,7 @@ class DryRunOptions:
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
+    `quantising_bytes` are those of the ranks that need memory to quantise.
 
     `matrix` has the bytes from each rank (row) to each rank (column). `bound` is None without a cluster, and
     where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside
@@ -56,6 +56,7 @@ class DryRun:
     num_tensors: int
     source_bytes: dict[int, int]
     destination_bytes: dict[int, int]
+    quantising_bytes: dict[int, int]
     cost: Cost
     matrix: IntArray
     traffic: Traffic
@@ -76,14 +77,18 @@ class DryRun:
     def held_bytes(self) -> dict[str, Mapping[int, int]]:
         """Bytes on each rank, of `source` and `destination`, or of `both` where they share GPUs.
 
-        They are weights and, on a side that trains, what training needs.
+        They are weights, what quantising needs and, on a side that trains, what training needs.
         """
+        extra = self.quantising_bytes
         training = {rank: needed.total_bytes for rank, needed in self.training.items()}
-        source = {rank: held + training.get(rank, 0) for rank, held in self.source_bytes.items()}
+        source = {rank: held + training.get(rank, 0) + extra.get(rank, 0) for rank, held in self.source_bytes.items()}
         if self.scenario.mode is Mode.NON_COLLOCATED or not self.destination_bytes:
-            held: dict[str, Mapping[int, int]] = {"source": source, "destination": self.destination_bytes}
+            destination = {rank: nbytes + extra.get(rank, 0) for rank, nbytes in self.destination_bytes.items()}
+            held: dict[str, Mapping[int, int]] = {"source": source, "destination": destination}
             return {name: held[name] for name in self.scenario.used_sides}
-        sides = (source, self.destination_bytes)
+        # A rank's extra bytes are already counted once, with its source's.
+        extra = {rank: nbytes for rank, nbytes in extra.items() if rank not in source}
+        sides = (source, self.destination_bytes, extra)
         return {"both": {rank: sum(side.get(rank, 0) for side in sides) for rank in range(self.scenario.num_ranks)}}
 
 
@@ -103,6 +108,7 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         num_tensors=figures.num_tensors,
         source_bytes=figures.source_bytes if "source" in scenario.used_sides else {},
         destination_bytes=figures.destination_bytes if "destination" in scenario.used_sides else {},
+        quantising_bytes=figures.quantising_bytes,
         cost=figures.cost,
         matrix=figures.matrix,
         traffic=split_traffic(figures.matrix, options.gpus_per_domain),
@@ -124,6 +130,7 @@ class _Figures:
     num_tensors: int
     source_bytes: dict[int, int]
     destination_bytes: dict[int, int]
+    quantising_bytes: dict[int, int]
     cost: Cost
     matrix: IntArray
     predict_s: float
@@ -136,15 +143,16 @@ def _planned(model: ModelShape, source: SideSpec, destination: SideSpec, ranks_p
     start_s = time.perf_counter()
     shardings = [predict_side(model, side) for side in (source, destination)]
     predicted_s = time.perf_counter()
-    plan = plan_refit(*shardings, ranks_per_node=ranks_per_node)
-    matrix = bytes_matrix(plan)
+    planned = plan_sides(shardings[0], shardings[1], destination, ranks_per_node)
+    matrix = bytes_matrix(planned.plan)
     planned_s = time.perf_counter()
     return _Figures(
         num_parameters=shardings[0].num_parameters,
         num_tensors=len(shardings[0].tensors),
         source_bytes=dict(shardings[0].bytes_per_rank),
         destination_bytes=dict(shardings[1].bytes_per_rank),
-        cost=cost_of(plan),
+        quantising_bytes=planned.quantising_bytes,
+        cost=planned.cost,
         matrix=matrix,
         predict_s=predicted_s - start_s,
         plan_s=planned_s - predicted_s,

@@ -1,12 +1,21 @@
-"""Predicts the sharding of a side, for any format."""
+"""Predicts the sharding of a side, for any format, and plans the refit between two."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from refit.config.quantisation import CODES_DTYPE, scale_key
 from refit.config.registry import FORMATS, load
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
+from refit.plan.cost import Cost, cost_of
+from refit.plan.plan import RefitPlan
+from refit.plan.planner import plan_refit
+from refit.plan.quantised import UNQUANTISED_SUFFIX, WireShardings, quantised_sharding, wire_shardings
 from refit.plan.sharding import Sharding
 from refit.predict.training_memory import TrainingMemory
 
@@ -14,7 +23,7 @@ from refit.predict.training_memory import TrainingMemory
 def predict_side(model: ModelShape, side: SideSpec) -> Sharding:
     """The boxes that every rank of `side` holds. Raises UsageError where the model cannot be sharded this way."""
     sharding: Sharding = load(FORMATS[side.format].predict)(model, side)
-    return sharding
+    return sharding if side.quantisation is None else quantised_sharding(sharding, side.quantisation)
 
 
 def training_bytes(scenario: Scenario) -> dict[int, TrainingMemory]:
@@ -35,3 +44,55 @@ def check_side(model: ModelShape, side: SideSpec, name: str) -> None:
         if axis not in axes and size > 1:
             raise UsageError(f"{name}: {side.format} sides have {', '.join(axes)} only, not {axis} {size}")
     load(FORMATS[side.format].check)(model, side, name)
+    if side.quantisation is not None:
+        quantised_sharding(predict_side(model, replace(side, quantisation=None)), side.quantisation, name)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSides:
+    """A refit between two sides. `plan` and `wire` are of what crosses the wire, `cost` counts the sides' own weights.
+
+    `wire` is None where nothing is quantised: the plan is then that of the two sides.
+    """
+
+    plan: RefitPlan
+    cost: Cost
+    wire: WireShardings | None = None
+
+    @property
+    def quantising_bytes(self) -> dict[int, int]:
+        """Memory for quantising on each rank: codes and scales at a source, what waits to be quantised elsewhere.
+
+        A source keeps what it sends, and what it sends to several ranks once: at most the codes of all that it holds.
+        """
+        if self.wire is None:
+            return {}
+        plan, tensors = self.plan, self.wire.tensors
+        scales = {scale_key(key) for key in tensors}
+        made = np.array(
+            [each.tensors[0].dtype == CODES_DTYPE or each.tensors[0].key in scales for each in plan.classes]
+        )
+        waits = np.array([each.tensors[0].key.endswith(UNQUANTISED_SUFFIX) for each in plan.classes])
+        needed = np.zeros(1 + plan.ranks[-1], np.int64)
+        np.add.at(needed, plan.source[made[plan.tensor_class]], plan.nbytes[made[plan.tensor_class]])
+        made_of = {key: each for key, each in self.wire.source.by_key.items() if key in scales or key in tensors}
+        held = Sharding(self.wire.source.ranks, self.wire.source.tensors, made_of).bytes_per_rank
+        for rank, nbytes in held.items():
+            needed[rank] = min(needed[rank], nbytes)
+        np.add.at(needed, plan.destination[waits[plan.tensor_class]], plan.nbytes[waits[plan.tensor_class]])
+        return {rank: int(nbytes) for rank, nbytes in enumerate(needed) if nbytes}
+
+
+def plan_sides(source: Sharding, destination: Sharding, side: SideSpec, ranks_per_node: int | None) -> PlannedSides:
+    """Plan the refit from `source` to `destination`, the sharding of `side`. Raises PlanError as `plan_refit` does."""
+    if side.quantisation is None:
+        plan = plan_refit(source, destination, ranks_per_node=ranks_per_node)
+        return PlannedSides(plan, cost_of(plan))
+    wire = wire_shardings(source, destination, side.quantisation)
+    plan = plan_refit(wire.source, wire.destination, ranks_per_node=ranks_per_node)
+    cost = replace(
+        cost_of(plan),
+        source_weights_by_rank=dict(source.bytes_per_rank),
+        destination_weights_by_rank=dict(destination.bytes_per_rank),
+    )
+    return PlannedSides(plan, cost, wire)

@@ -14,7 +14,7 @@ from refit.report.console import table_width
 from refit.report.grid import Column, fitted
 from refit.report.headline import headlines, title
 from refit.report.neutral import FILE_WIDTH, plain_lines
-from refit.results.refit import EngineResult, ForwardCheck, RefitResult, Sample
+from refit.results.refit import EngineResult, ForwardCheck, QuantisedRefit, RefitResult, Sample
 from refit.results.result import Environment, Result
 from refit.results.runs import outcome_of
 from refit.results.stats import STABLE_WIDTH, Stability
@@ -51,8 +51,22 @@ def header(
     if plan.casts:
         key, (before, after) = next(iter(plan.casts.items()))
         lines.append(f"cast: {len(plan.casts)} tensors change dtype, {key} from {before} to {after}")
+    lines += quantised_lines(result.quantised) if result.quantised else []
     lines += [f"note: {note}" for note in notes]
     return plain_lines(f"# {line}" for line in lines)
+
+
+def quantised_lines(quantised: QuantisedRefit) -> list[str]:
+    """The dtype, rule and blocks of an FP8 destination, where they were quantised, and what stays BF16."""
+    blocks = (quantised.blocks_at_source, quantised.blocks_at_destination)
+    lines = [
+        f"{quantised.dtype}: {quantised.num_tensors} tensors in blocks of {quantised.block}, rule {quantised.rule} "
+        f"({quantised.rule_source})",
+        f"quantised at the source: {blocks[0]:,} blocks, at the destination: {blocks[1]:,}; "
+        f"{quantised.num_kept} tensors stay BF16 ({', '.join(quantised.kept)}, and those of one dim)",
+    ]
+    reasons = "; ".join(f"{reason}: {count} tensors" for reason, count in quantised.reasons.items())
+    return [*lines, f"quantised at the destination because of {reasons}"] if reasons else lines
 
 
 def _mapping(scenario: Scenario, world_size: int) -> str:
@@ -237,6 +251,7 @@ def forward_line(name: str, forward: ForwardCheck, weights: str = "") -> str:
         f"Forward check ({title}) {'passed' if forward.passed else 'FAILED'}: logits agree at "
         f"{100 * (forward.agreement or 0):.0f} % of tokens, largest difference {forward.max_difference:.3g} "
         f"beside logits up to {forward.max_logit:.3g}"
+        + (f" (tolerance {forward.tolerance:g} of them)" if forward.tolerance is not None else "")
     )
 
 

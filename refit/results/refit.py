@@ -49,13 +49,17 @@ class WrongWeights:
 
 @dataclass(frozen=True, slots=True)
 class ForwardCheck:
-    """`agreement` is the share of tokens with equal logits. `skipped` is the reason why no forward pass ran."""
+    """`agreement` is the share of tokens whose logits differ by at most `tolerance` times the largest.
+
+    `skipped` is the reason why no forward pass ran.
+    """
 
     passed: bool
     skipped: str | None = None
     agreement: float | None = None
     max_difference: float | None = None
     max_logit: float | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,27 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisedRefit:
+    """How an FP8 destination was quantised: `block` is `128x128`; `rule_source` says who uses the rule.
+
+    `num_tensors` became codes and scales, `num_kept` did not, among them those with one of `kept` in their keys. Blocks
+    are counted over all destination ranks. `reasons` says why blocks were quantised at the destination, and of how many
+    tensors.
+    """
+
+    dtype: str
+    block: str
+    rule: str
+    rule_source: str
+    kept: tuple[str, ...]
+    num_tensors: int
+    num_kept: int
+    blocks_at_source: int
+    blocks_at_destination: int
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class RefitResult:
     """One plan and the result of each engine on it. `bound` is None without a cluster's speeds.
 
@@ -198,6 +223,7 @@ class RefitResult:
     model: ModelFacts | None = None
     plan: Cost | None = None
     bound: Bound | None = None
+    quantised: QuantisedRefit | None = None
     start_s: dict[str, float] = field(default_factory=dict)
     engines: dict[str, EngineResult] = field(default_factory=dict)
     rearranged: RefitResult | None = None

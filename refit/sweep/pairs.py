@@ -6,8 +6,7 @@ from refit.cli.parsing import parse
 from refit.errors import RefitError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix
-from refit.plan.planner import plan_refit
-from refit.predict.sides import predict_side
+from refit.predict.sides import plan_sides, predict_side
 from refit.report.plots.pairs import NoPairs
 from refit.results.outcomes import Outcome
 
@@ -26,7 +25,7 @@ def pair_bytes(outcome: Outcome, gpus_per_node: int) -> IntArray:
         # A run on one node plans without nodes, and a cluster's NVLink domain may be larger than a host.
         domain = scenario.cluster.gpus_per_node if scenario.cluster else gpus_per_node
         for ranks_per_node in dict.fromkeys((domain, planned.ranks_per_node, None)):
-            plan = plan_refit(source, destination, ranks_per_node=ranks_per_node)
+            plan = plan_sides(source, destination, scenario.destination, ranks_per_node).plan
             if digest in ("", plan.digest):
                 return bytes_matrix(plan)
     except RefitError as error:

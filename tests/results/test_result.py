@@ -26,6 +26,7 @@ from refit.results.refit import (
     ForwardCheck,
     ModelFacts,
     NotMoved,
+    QuantisedRefit,
     RefitResult,
     Sample,
     WrongWeights,
@@ -60,12 +61,15 @@ ENGINE = EngineResult(
     wrong=(WrongWeights(1, 2, "decoder.weight", 7, (4, 0, 1), 0.25, -0.5),),
     staging_bytes_per_rank=(1, 2, 3),
     extra_memory_bytes_per_rank=(4, None, 6),
-    forward=ForwardCheck(True, None, 0.75, 0.125, 25.5),
+    forward=ForwardCheck(True, None, 0.75, 0.125, 25.5, 0.05),
     trained=ForwardCheck(False, None, 0.5, 0.25, 12.5),
     profile=((), (Activity(7, "kernel", 3, 0.1, 0.0, 0.2),)),
 )
 
 REFIT = RefitResult(
+    quantised=QuantisedRefit(
+        "mxfp8", "1x32", "ceil", "Megatron-Core", ("router",), 3, 4, 50, 6, {"33-column shards of 32-column blocks": 1}
+    ),
     status=Status.WRONG_DATA,
     model=ModelFacts(1000, 10, ("bfloat16", "float32")),
     plan=Cost(

@@ -10,6 +10,7 @@ import torch
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
 from refit.plan.plan import RefitPlan
+from refit.plan.quantised import WireShardings
 from refit.transport.base import Program
 
 
@@ -36,8 +37,11 @@ class RefitEngine(Protocol):
         """
         ...
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
-        """Bind the refit to both models. Collective: every rank of the job."""
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> Program:
+        """Bind the refit to both models. `wire` is what `plan` moves where the destination is quantised, else None.
+
+        Collective: every rank of the job.
+        """
         ...
 
     def not_moved(self) -> Mapping[str, str]:

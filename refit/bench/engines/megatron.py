@@ -21,6 +21,7 @@ from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.side import MegatronSide
 from refit.plan.plan import RefitPlan
+from refit.plan.quantised import WireShardings
 from refit.transport.base import RunReport
 from refit.transport.two_sided.nccl_links import connect_nccl_pairs
 
@@ -95,7 +96,8 @@ class MegatronEngine:
             assert dist.group.WORLD is not None
             connect_nccl_pairs(plan, dist.group.WORLD, self._device)
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> MegatronProgram:
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> MegatronProgram:
+        assert wire is None, "its row of ENGINES does not quantise"
         return prepare_megatron_refit(_built(source), _built(destination), self._method, device=self._device)
 
     def not_moved(self) -> Mapping[str, str]:

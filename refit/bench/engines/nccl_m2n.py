@@ -24,6 +24,7 @@ from refit.errors import RefitError, UnavailableError
 from refit.models.weights import LocalWeights, generations
 from refit.plan.meshes import Mesh, MeshLimits, Reshard, mesh_refit
 from refit.plan.plan import RefitPlan
+from refit.plan.quantised import WireShardings
 from refit.plan.sharding import TensorSpec
 from refit.transport.base import RunReport
 from refit.transport.streams import new_stream, wait_for_events
@@ -93,7 +94,7 @@ class NcclM2nEngine:
             raise RefitError(f"nccl_m2n: no communicator could be made: {error}") from error
         return None
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> M2nProgram:
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> M2nProgram:
         """Describe every tensor that meshes can describe. Collective: every rank of the job.
 
         Raises UnavailableError where there is none.

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
+from refit.models.weights import LocalWeights
 from refit.plan.plan import RefitPlan
+from refit.plan.quantised import WireShardings
+from refit.quantise.program import QuantisingProgram
 from refit.transport.base import Program, TransportOptions, get_transport
 
 
@@ -32,8 +36,14 @@ class PlannedEngine:
     def connect(self, plan: RefitPlan) -> str | None:
         return self._transport.connect(plan, self._options)
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side) -> Program:
-        return self._transport.prepare(plan, source.weights, destination.weights, self._options)
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> Program:
+        def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
+            return self._transport.prepare(plan, sent, received, self._options)
+
+        weights, quantisation = (source.weights, destination.weights), destination.spec.quantisation
+        if wire is None or quantisation is None:
+            return prepare(*weights)
+        return QuantisingProgram(plan, wire, quantisation, dist.get_rank(), *weights, prepare)
 
     def not_moved(self) -> Mapping[str, str]:
         return {}

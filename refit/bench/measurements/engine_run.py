@@ -24,6 +24,7 @@ from refit.config.scenario import Verify
 from refit.errors import RefitError, UnavailableError
 from refit.plan.cost import Bound, Cost
 from refit.plan.plan import RefitPlan
+from refit.plan.quantised import WireShardings
 from refit.plan.sharding import Sharding
 from refit.report import refit_lines
 from refit.report.progress import Progress
@@ -59,7 +60,7 @@ class _Refusal:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRefit:
-    """Two sides and the plan between them. `plan_s` is the time that planning took on this rank.
+    """Two sides and the plan between them, `wire` where it quantises. `plan_s` is the time that planning took here.
 
     `trained` are the source's weights after training, None where it was not trained.
     """
@@ -67,6 +68,7 @@ class PlannedRefit:
     source: Side
     destination: Side
     plan: RefitPlan
+    wire: WireShardings | None
     cost: Cost
     bound: Bound | None
     plan_s: float
@@ -87,6 +89,7 @@ class EngineRun:
         self._session = session
         self._scenario = session.scenario
         self._planned = planned
+        self._quantisation = planned.destination.spec.quantisation
         self._name = name
         self._engine = engine
         self._keep = keep
@@ -149,7 +152,7 @@ class EngineRun:
         planned = self._planned
 
         def prepare() -> None:
-            made.append(self._engine.prepare(planned.plan, planned.source, planned.destination))
+            made.append(self._engine.prepare(planned.plan, planned.source, planned.destination, planned.wire))
 
         with self._stopwatch.step("prepare"), memory.watch():
             refusal = self._attempt(prepare)
@@ -193,7 +196,7 @@ class EngineRun:
             session.enter(f"{self._name} iteration {iteration + 1}: fill", shown)
             session.start.enter("fill")
             if self._planned.source.weights is not None:
-                oracle.fill(self._planned.source.weights, iteration)
+                oracle.fill(self._planned.source.weights, iteration, self._quantisation)
             if self._planned.destination.weights is not None:
                 oracle.poison(self._planned.destination.weights)
             session.enter(f"{self._name} iteration {iteration + 1}: move", shown)
@@ -231,7 +234,8 @@ class EngineRun:
         if weights is None or verify is Verify.OFF:
             return oracle.Verdict(0, ())
         moved = (shard for shard in weights if shard.tensor.key not in self._not_moved)
-        return oracle.check(moved, self._planned.source.sharding.tensors, iteration, sample=verify is Verify.SAMPLE)
+        tensors, sample = self._planned.source.sharding.tensors, verify is Verify.SAMPLE
+        return oracle.check(moved, tensors, iteration, sample=sample, quantisation=self._quantisation)
 
     def _summarise(self) -> None:
         result = self._result

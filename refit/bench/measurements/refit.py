@@ -18,11 +18,11 @@ from refit.config.registry import ENGINES, load
 from refit.errors import PlanError
 from refit.plan import cost
 from refit.plan.plan import RefitPlan
-from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
+from refit.predict.sides import PlannedSides, plan_sides
 from refit.report import refit_lines
 from refit.report.bound import bound_text
-from refit.results.refit import EngineResult, ModelFacts, RefitResult
+from refit.results.refit import EngineResult, ModelFacts, QuantisedRefit, RefitResult
 from refit.results.result import MeasurementResult
 from refit.results.status import Status, worst
 
@@ -56,13 +56,20 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     session.start.enter("plan")
     stopwatch = Stopwatch()
     with stopwatch.step("plan"):
-        plan = plan_refit(source.sharding, destination.sharding, ranks_per_node=session.ranks_per_node)
+        sides = plan_sides(source.sharding, destination.sharding, destination.spec, session.ranks_per_node)
+    plan = sides.plan
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
     bound = cost.lower_bound(cost.bytes_matrix(plan), cluster) if cluster else None
     trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
-    planned = PlannedRefit(source, destination, plan, cost.cost_of(plan), bound, stopwatch.seconds["plan"], trained)
-    result = RefitResult(model=_facts(destination.sharding), plan=planned.cost, bound=bound)
+    plan_s = stopwatch.seconds["plan"]
+    planned = PlannedRefit(source, destination, plan, sides.wire, sides.cost, bound, plan_s, trained)
+    result = RefitResult(
+        model=_facts(source.sharding, destination.sharding),
+        plan=planned.cost,
+        bound=bound,
+        quantised=_quantised(sides, destination),
+    )
     engines = {name: load(ENGINES[name].engine)(session.scenario, session.device) for name in session.scenario.engines}
     notes = (*session.scenario.notes, *(note for engine in engines.values() if (note := engine.note())))
     lower_bound = bound_text(bound, cluster) if cluster else remedy
@@ -112,9 +119,32 @@ def _choose_cluster(session: Session) -> tuple[Cluster | None, str]:
     return choice.cluster, choice.remedy
 
 
-def _facts(sharding: Sharding) -> ModelFacts:
-    dtypes = sorted({tensor.dtype for tensor in sharding.tensors.values()})
-    return ModelFacts(sharding.num_parameters, len(sharding.tensors), tuple(dtypes))
+def _facts(source: Sharding, destination: Sharding) -> ModelFacts:
+    """The parameters are counted without the scales of FP8 codes, which only the destination has."""
+    held = [tensor for key, tensor in destination.tensors.items() if key in source.tensors]
+    dtypes = sorted({tensor.dtype for tensor in destination.tensors.values()})
+    return ModelFacts(sum(math.prod(tensor.shape) for tensor in held), len(held), tuple(dtypes))
+
+
+def _quantised(sides: PlannedSides, destination: Side) -> QuantisedRefit | None:
+    quantisation, wire = destination.spec.quantisation, sides.wire
+    if quantisation is None or wire is None:
+        return None
+    reasons: dict[str, int] = {}
+    for reason in wire.reasons.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return QuantisedRefit(
+        dtype=quantisation.dtype,
+        block=quantisation.format.text,
+        rule=quantisation.rule,
+        rule_source=quantisation.source,
+        kept=quantisation.kept,
+        num_tensors=len(wire.tensors),
+        num_kept=len(destination.sharding.tensors) - 2 * len(wire.tensors),
+        blocks_at_source=wire.num_at_source,
+        blocks_at_destination=wire.num_at_destination,
+        reasons=reasons,
+    )
 
 
 def _status(result: RefitResult) -> Status:

@@ -1,0 +1,150 @@
+"""Values that encode their position: a hash of the tensor's key, the row, the column and the iteration.
+
+Any shard can be filled or checked without building the whole tensor, on any device.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from refit.config.quantisation import Quantisation
+from refit.models.weights import LocalShard
+from refit.plan.box import Box
+from refit.plan.quantised import Grid
+from refit.plan.sharding import TensorSpec
+
+# (integer view, hash bits kept, bits set) per float dtype: sign, mantissa and the low three exponent bits vary.
+_PATTERNS = {
+    torch.bfloat16: (torch.int16, 0x83FF, 0x3C00),
+    torch.float16: (torch.int16, 0x9FFF, 0x2000),
+    torch.float32: (torch.int32, 0x83FFFFFF, 0x3C000000),
+}
+SAMPLE_STRIDE = 16
+"""`--verify sample` compares every 16th row of each shard, another 16th each iteration."""
+
+# What the values of a block are multiplied by: zeros, subnormals (2**-126), or what a forward pass can use.
+_MAGNITUDES = (0.0, 2.0**-126, *(2.0**-exponent for exponent in range(7)), *(2.0**-exponent for exponent in range(7)))
+_OUTLIER = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a shard as a matrix: `data` `[rows, columns]`; `row_numbers` `[rows]`, int64; first logical column."""
+
+    row_numbers: torch.Tensor
+    first_column: int
+    data: torch.Tensor
+
+
+def rows_of(shard: LocalShard, start: int | None = None) -> Iterator[Rows]:
+    """Split a shard into blocks that fit a CPU's cache or fill a GPU. With `start`: every 16th row from there."""
+    # Hashing allocates int32 temporaries of a block's size. Small blocks keep them in a core's cache; on a GPU large
+    # blocks need fewer launches.
+    limit = 1 << 18 if shard.view.device.type == "cpu" else 1 << 26
+    for box, matrix in _matrices(shard.box, shard.view):
+        numbers = row_numbers(shard.tensor.shape, box, matrix.device)
+        if start is not None:
+            first = min(start, len(numbers) - 1)
+            numbers, matrix = numbers[first::SAMPLE_STRIDE], matrix[first::SAMPLE_STRIDE]
+        rows = max(1, limit // max(1, matrix.shape[1]))
+        for begin in range(0, len(matrix), rows):
+            yield Rows(
+                numbers[begin : begin + rows], box.offsets[-1] if box.offsets else 0, matrix[begin : begin + rows]
+            )
+
+
+def _matrices(box: Box, view: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
+    """`view` as matrices `[rows, last dim]` that alias it, each with the box it covers."""
+    if view.ndim <= 1:
+        yield box, view.reshape(1, -1)
+        return
+    try:
+        yield box, view.view(-1, view.shape[-1])
+    except RuntimeError:  # no single matrix has these strides: take the first dim index by index
+        for index in range(view.shape[0]):
+            part = box.narrow(0, box.offsets[0] + index, box.offsets[0] + index + 1)
+            yield from ((part, matrix) for _, matrix in _matrices(part, view[index]))
+
+
+def row_numbers(shape: tuple[int, ...], box: Box, device: torch.device) -> torch.Tensor:
+    """Number of each row of `box` in the global tensor, `[rows]`: row-major over all dims but the last."""
+    numbers = torch.zeros(1, dtype=torch.int64, device=device)
+    for size, offset, extent in zip(shape[:-1], box.offsets[:-1], box.extents[:-1], strict=True):
+        steps = torch.arange(offset, offset + extent, dtype=torch.int64, device=device)
+        numbers = (numbers[:, None] * size + steps[None, :]).reshape(-1)
+    return numbers
+
+
+def values(tensor: TensorSpec, block: Rows, iteration: int, quantisation: Quantisation | None = None) -> torch.Tensor:
+    """Values `[rows, columns]`, in the dtype of `tensor`.
+
+    Those of tensors that `quantisation` names differ in magnitude from block to block, with zeros, subnormals, and in
+    every fourth block a largest value in a corner.
+    """
+    found = _hashed(tensor, block, iteration)
+    if quantisation is None or not quantisation.quantises(tensor.key, tensor.shape):
+        return found
+    return _varied(found, tensor, block, iteration, Grid(tensor.shape, quantisation.format))
+
+
+def _varied(found: torch.Tensor, tensor: TensorSpec, block: Rows, iteration: int, grid: Grid) -> torch.Tensor:
+    device, (rows, columns) = found.device, grid.steps[-2:]
+    row = block.row_numbers % tensor.shape[-2]
+    column = torch.arange(found.shape[1], device=device) + block.first_column
+    block_row = block.row_numbers // tensor.shape[-2] * grid.scale_shape[-2] + row // rows
+    block_column = column // columns
+    first = block.first_column // columns
+    shape = torch.empty(len(row), int(block_column[-1]) + 1 - first, device="meta")
+    bits = _hash(_seed(tensor.key + " block", iteration), Rows(block_row, first, shape))
+    factor = (1 + (bits & 0x7F) / 128) * torch.tensor(_MAGNITUDES, device=device)[(bits >> 7) & 15]
+    place = block_column - first
+    bits, factor = bits[:, place], factor[:, place]
+    corner_row = torch.where((bits >> 13) & 1 == 1, rows - 1, 0) == (row % rows)[:, None]
+    corner_column = torch.where((bits >> 14) & 1 == 1, columns - 1, 0) == (column % columns)[None, :]
+    outlier = ((bits >> 11) & 3 == 0) & corner_row & corner_column
+    return (found.float() * factor * torch.where(outlier, _OUTLIER, 1.0)).to(found.dtype)
+
+
+def _hashed(tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
+    bits = _hash(_seed(tensor.key, iteration), block)
+    dtype: torch.dtype = getattr(torch, tensor.dtype)
+    if dtype in _PATTERNS:
+        view, keep, fixed = _PATTERNS[dtype]
+        if view is torch.int16:
+            bits = bits.bitwise_right_shift_(16).to(torch.int16)
+        return bits.bitwise_and_(_signed(keep, view)).bitwise_or_(fixed).view(dtype)
+    if dtype is torch.bool:
+        return bits < 0
+    return bits.to(dtype)  # integers, and float64 with whole values
+
+
+def _signed(pattern: int, dtype: torch.dtype) -> int:
+    width = torch.iinfo(dtype).bits
+    return pattern - (1 << width) if pattern >> (width - 1) else pattern
+
+
+def _seed(key: str, iteration: int) -> int:
+    return zlib.crc32(key.encode()) * 0x1_0000_0001 + iteration * 0x5851F42D4C957F2D
+
+
+def _hash(seed: int, block: Rows) -> torch.Tensor:
+    """32 hash bits per element `[rows, columns]`, int32.
+
+    Rows are seeded with the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), columns mixed in with multiply and
+    xor-shift (the finaliser of MurmurHash3); int64 and int32 arithmetic wraps in torch as it does in C.
+    """
+    row = block.row_numbers * _signed(0x9E3779B97F4A7C15, torch.int64) + _signed(seed & (2**64 - 1), torch.int64)
+    row = (row ^ ((row >> 30) & 0x3_FFFF_FFFF)) * _signed(0xBF58476D1CE4E5B9, torch.int64)
+    row = (row ^ ((row >> 27) & 0x1F_FFFF_FFFF)) * _signed(0x94D049BB133111EB, torch.int64)
+    row_seeds = (row >> 32).to(torch.int32)
+    columns = torch.arange(block.data.shape[1], dtype=torch.int64, device=row.device) + block.first_column
+    column_seeds = (columns * 0x9E3779B1).bitwise_and_(0xFFFFFFFF)
+    column_seeds = torch.where(column_seeds >= 2**31, column_seeds - 2**32, column_seeds).to(torch.int32)
+    bits = row_seeds[:, None] + column_seeds[None, :]
+    bits.mul_(_signed(0x85EBCA6B, torch.int32))
+    bits.bitwise_xor_(bits >> 15)
+    return bits.mul_(_signed(0xC2B2AE35, torch.int32))

@@ -1,0 +1,51 @@
+"""Reads the destination's own dtype from the flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from refit.cli.step_flags import runs_steps
+from refit.config.quantisation import BLOCK_FORMATS, Place, Quantisation
+from refit.config.registry import FORMATS
+from refit.config.shape import Dtype
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+
+
+def with_inference_dtype(side: SideSpec, args: argparse.Namespace) -> SideSpec:
+    """The destination in its own dtype. Raises UsageError for flags of FP8 without it, and where it cannot be FP8."""
+    dtype = args.rl_inference_dtype
+    check_no_settings(args)
+    if dtype is None:
+        return side
+    if side.dtype is None:
+        raise UsageError(f"--rl-inference-dtype {dtype} contradicts --model-provider, which chooses the dtype")
+    if dtype not in BLOCK_FORMATS:
+        return dataclasses.replace(side, dtype=Dtype.BF16)
+    if side.dtype is not Dtype.BF16:
+        raise UsageError(f"--rl-inference-dtype {dtype} quantises BF16 weights, the source has {side.dtype.value}")
+    if not FORMATS[side.format].quantises:
+        names = " or ".join(name for name, row in FORMATS.items() if row.quantises)
+        raise UsageError(f"--rl-inference-dtype {dtype}: {side.format} sides hold no FP8, use {names}")
+    if runs_steps(args.measure):
+        raise UsageError(
+            f"--rl-inference-dtype {dtype} contradicts --measure {','.join(args.measure)}: {dtype} sides run no steps"
+        )
+    rule = args.fp8_scale_rule or next(iter(BLOCK_FORMATS[dtype].rules))
+    settings = {"kept": args.fp8_keep_bf16, "place": args.quantise and Place(args.quantise)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return dataclasses.replace(side, quantisation=Quantisation(dtype, rule, **given))
+
+
+def check_no_settings(args: argparse.Namespace) -> None:
+    """Raise UsageError for settings of FP8 without an FP8 dtype."""
+    if args.rl_inference_dtype in BLOCK_FORMATS:
+        return
+    for flag, value in (
+        ("--fp8-scale-rule", args.fp8_scale_rule),
+        ("--fp8-keep-bf16", args.fp8_keep_bf16),
+        ("--quantise", args.quantise),
+    ):
+        if value is not None:
+            raise UsageError(f"{flag} needs --rl-inference-dtype {' or '.join(BLOCK_FORMATS)}")

@@ -1,0 +1,152 @@
+"""The quantising kernel: thousands of strided matrices in one Triton launch. Importing this module needs Triton.
+
+It rounds to float8_e4m3fn with integer arithmetic, so it runs on GPUs without FP8 conversion as well, and in Triton's
+interpreter. Its results equal those of `refit.quantise.reference` to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from refit.config.quantisation import BlockFormat, Quantisation
+from refit.plan.box_array import IntArray
+from refit.quantise.matrix import Matrix
+from refit.quantise.reference import RECIPROCAL_BITS
+
+TILE = 128
+"""Rows and columns of a tile. A block of `fp8-block` is one tile; a tile of `mxfp8` has 128 x 4 blocks."""
+
+
+class KernelQuantise:
+    """Quantises `matrices` on their device, in one launch. Keeps no tensor alive.
+
+    `flags` `[num_matrices]`, int32, is set to 1 where a matrix has NaN or infinity, and never cleared.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], quantisation: Quantisation, flags: torch.Tensor) -> None:
+        block = quantisation.format
+        self._rule = quantisation.rule
+        self._group = 0 if block.rows > 1 else block.columns
+        rows = [_tiles(matrix, block, flags.data_ptr() + 4 * number) for number, matrix in enumerate(matrices)]
+        self._table = torch.from_numpy(np.concatenate(rows)).to(flags.device)
+
+    @property
+    def table_bytes(self) -> int:
+        return self._table.numel() * self._table.element_size()
+
+    def run(self) -> None:
+        """Enqueue on the device's current stream."""
+        with torch.cuda.device_of(self._table):  # type: ignore[no-untyped-call]
+            _quantise_tiles[(len(self._table),)](
+                self._table, RULE=self._rule, GROUP=self._group, RECIPROCAL=RECIPROCAL_BITS, TILE=TILE, num_warps=8
+            )
+
+
+def _tiles(matrix: Matrix, block: BlockFormat, flag: int) -> IntArray:
+    """A row per tile: addresses of weights, codes, scales, flag; rows, columns; row strides of the first three."""
+    weights, codes, scales = matrix.weights, matrix.codes, matrix.scales
+    num_rows, num_columns = weights.shape
+    row, column = (each.ravel() for each in np.mgrid[0:num_rows:TILE, 0:num_columns:TILE])
+    table = np.empty((len(row), 9), np.int64)
+    for place, (tensor, rows, columns) in enumerate(
+        ((weights, row, column), (codes, row, column), (scales, row // block.rows, column // block.columns))
+    ):
+        table[:, place] = tensor.data_ptr() + (rows * tensor.stride(0) + columns) * tensor.element_size()
+        table[:, 6 + place] = tensor.stride(0)
+    table[:, 3] = flag
+    table[:, 4], table[:, 5] = np.minimum(TILE, num_rows - row), np.minimum(TILE, num_columns - column)
+    return table
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _e4m3(value: tl.tensor) -> tl.tensor:
+    """Float32 up to 448 in magnitude, as the bits of float8_e4m3fn: to the nearest, ties to even."""
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Adding half a unit, less one where the last bit kept is 0, rounds ties to even. 120 is the difference of biases.
+    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) - (120 << 23)) >> 20
+    # A unit of float32 at 2**14 is 2**-9, the step of subnormal codes: the addition rounds.
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
+    return code | ((bits >> 24) & 0x80)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _over(dividend: tl.constexpr, divisor: tl.tensor) -> tl.tensor:
+    """`dividend / divisor`, rounded to nearest as IEEE 754 says; `/` is approximate on GPUs."""
+    return tl.div_rn(tl.full(divisor.shape, dividend, tl.float32), divisor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantise_tiles(
+    table: tl.tensor, RULE: tl.constexpr, GROUP: tl.constexpr, RECIPROCAL: tl.constexpr, TILE: tl.constexpr
+) -> None:
+    """Program p quantises tile p. GROUP is the columns of a block in one row; 0 stands for one block per tile."""
+    entry = table + tl.program_id(0).to(tl.int64) * 9
+    source = tl.load(entry).to(tl.pointer_type(tl.int16))
+    codes = tl.load(entry + 1).to(tl.pointer_type(tl.uint8))
+    flag = tl.load(entry + 3).to(tl.pointer_type(tl.int32))
+    num_rows, num_columns = tl.load(entry + 4), tl.load(entry + 5)
+    row, column = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
+    present = (row < num_rows) & (column < num_columns)
+    bits = tl.load(source + row * tl.load(entry + 6) + column, mask=present, other=0).to(tl.int32)
+    groups: tl.constexpr = TILE // GROUP if GROUP else 1
+    magnitudes = bits & 0x7FFF
+    if GROUP:
+        largest = tl.max(tl.reshape(magnitudes, (TILE, groups, GROUP)), axis=2)
+        overall = tl.max(tl.max(largest, axis=1), axis=0)
+    else:
+        overall = tl.max(tl.max(magnitudes, axis=1), axis=0)
+        largest = tl.full((1, 1), 0, tl.int32) + overall
+    is_finite = largest < 0x7F80
+    tl.store(flag, 1, mask=overall >= 0x7F80)
+    amax = (largest << 16).to(tl.float32, bitcast=True)
+    if GROUP:
+        if RULE == "ceil":
+            reciprocal = tl.full(amax.shape, RECIPROCAL, tl.int32).to(tl.float32, bitcast=True)
+            product = (amax * reciprocal).to(tl.int32, bitcast=True)
+            exponent, mantissa = product >> 23, product & 0x7FFFFF
+            stored = exponent + tl.where(exponent == 0, mantissa > 0x400000, mantissa > 0).to(tl.int32)
+        else:
+            tl.static_assert(RULE == "ocp-floor")
+            stored = (largest >> 7) - 8
+        stored = tl.minimum(tl.maximum(stored, 0), 254)
+        factor = tl.where(stored == 254, 1 << 22, (254 - stored) << 23).to(tl.float32, bitcast=True)
+        scales = tl.load(entry + 2).to(tl.pointer_type(tl.uint8))
+        group = tl.arange(0, groups)[None, :]
+        tl.store(
+            scales + row * tl.load(entry + 8) + group,
+            tl.where(is_finite, stored, 0xFF).to(tl.uint8),
+            mask=(row < num_rows) & (group * GROUP < num_columns),
+        )
+    else:
+        if RULE == "amax":
+            scale = tl.div_rn(tl.maximum(amax, 1e-10), tl.full(amax.shape, 448.0, tl.float32))
+            factor = _over(1.0, scale)
+        else:
+            factor = _over(448.0, amax) if RULE == "pow2" else _over(1.0, amax) * 448.0
+            factor = tl.where(amax == 0.0, 1.0, tl.minimum(factor, 3.4028234663852886e38))
+            if RULE == "pow2":
+                factor = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            else:
+                tl.static_assert(RULE == "amax-inverse")
+            scale = _over(1.0, factor)
+        nothing = tl.full(amax.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
+        scales = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+        corner = tl.arange(0, 1)
+        tl.store(scales + corner[:, None] + corner[None, :], tl.where(is_finite, scale, nothing))
+    weights = (bits << 16).to(tl.float32, bitcast=True)
+    if GROUP:
+        scaled = tl.reshape(tl.reshape(weights, (TILE, groups, GROUP)) * factor[:, :, None], (TILE, TILE))
+        finite = tl.reshape(tl.broadcast_to(is_finite.to(tl.int32)[:, :, None], (TILE, groups, GROUP)), (TILE, TILE))
+    else:
+        scaled = weights * factor
+        finite = tl.broadcast_to(is_finite.to(tl.int32), (TILE, TILE))
+    code = _e4m3(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
+    code = tl.where(finite > 0, code, 0x7F)
+    tl.store(codes + row * tl.load(entry + 7) + column, code.to(tl.uint8), mask=present)

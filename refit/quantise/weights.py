@@ -1,0 +1,119 @@
+"""The weights of an FP8 destination: codes and scales in memory of their own, and the model that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from refit.config.quantisation import CODES_DTYPE, Quantisation
+from refit.models.sharded_model import ShardedModel, WithoutSteps
+from refit.models.weights import LocalShard, LocalWeights, part_within
+from refit.plan.box import Box
+from refit.plan.quantised import Grid, scale_spec
+from refit.plan.sharding import TensorSpec
+from refit.quantise.reference import dequantise
+
+
+class QuantisedModel(WithoutSteps):
+    """A ShardedModel that holds codes and scales in place of the weights of `model` that `quantisation` names.
+
+    The memory of those weights is given back. `forward` takes it again and fills it with codes x scales.
+    """
+
+    def __init__(self, model: ShardedModel, quantisation: Quantisation) -> None:
+        self._model = model
+        self._block = quantisation.format
+        weights = model.weights
+        self._weights: LocalWeights | None = None
+        self._replaced: list[LocalShard] = []
+        if weights is None:
+            return
+        kept: list[LocalShard] = []
+        for shard in weights:
+            quantised = quantisation.quantises(shard.tensor.key, shard.tensor.shape)
+            (self._replaced if quantised else kept).append(shard)
+        held = weights.rank_sharding.shards
+        keys = dict.fromkeys(shard.tensor.key for shard in self._replaced)
+        made = (part for key in keys for box in held[key].boxes for part in self._allocated(held[key].tensor, box))
+        self._weights = LocalWeights((*kept, *made))
+        in_use = {shard.view.untyped_storage().data_ptr() for shard in kept}
+        storages = {shard.view.untyped_storage().data_ptr(): shard.view.untyped_storage() for shard in self._replaced}
+        self._released = [storage for address, storage in storages.items() if address not in in_use]
+        self._sizes = [storage.nbytes() for storage in self._released]
+        self._release()
+
+    @property
+    def weights(self) -> LocalWeights | None:
+        return self._weights
+
+    def check_forward(self) -> None:
+        self._model.check_forward()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The logits of the model with codes x scales, rounded to its dtype, as weights."""
+        if self._weights is None:
+            return self._model.forward(tokens)
+        for storage, size in zip(self._released, self._sizes, strict=True):
+            storage.resize_(size)
+        with torch.no_grad():
+            for shard in self._replaced:
+                self._fill(self._weights, shard)
+        logits = self._model.forward(tokens)
+        self._release()
+        return logits
+
+    def _release(self) -> None:
+        for storage in self._released:
+            storage.resize_(0)
+
+    def _allocated(self, tensor: TensorSpec, box: Box) -> Iterator[LocalShard]:
+        """New codes and scales of `box`."""
+        device, grid = self._replaced[0].view.device, Grid(tensor.shape, self._block)
+        codes = TensorSpec(tensor.key, tensor.shape, CODES_DTYPE, stacked=tensor.stacked, padded=tensor.padded)
+        for spec, part in ((codes, box), (scale_spec(tensor, grid), grid.scales(box))):
+            yield new_shard(spec, part, device)
+
+    def _fill(self, weights: LocalWeights, shard: LocalShard) -> None:
+        grid = Grid(shard.tensor.shape, self._block)
+        for part in matrices_of(shard.box):
+            whole = grid.hull(part)
+            codes = assembled(weights, shard.tensor.key, whole)
+            scales = assembled(weights, scale_spec(shard.tensor, grid).key, grid.scales(whole))
+            values = part_within(
+                dequantise(matrix_of(codes), matrix_of(scales), self._block).view(codes.shape), whole, part
+            )
+            part_within(shard.view.detach(), shard.box, part).copy_(values)
+
+
+def matrices_of(box: Box) -> Iterator[Box]:
+    """`box`, index by index in all dims but the last two."""
+    if all(extent == 1 for extent in box.extents[:-2]):
+        yield box
+        return
+    dim = box.leading_dim
+    assert dim is not None
+    for index in range(box.offsets[dim], box.ends[dim]):
+        yield from matrices_of(box.narrow(dim, index, index + 1))
+
+
+def assembled(weights: LocalWeights, key: str, box: Box) -> torch.Tensor:
+    """`box` as one tensor: the weights themselves where they are in one view, else a copy."""
+    views = weights.views(key, box)
+    if len(views) == 1:
+        return views[0].data
+    whole = torch.empty(box.extents, dtype=views[0].data.dtype, device=views[0].data.device)
+    for view in views:
+        part_within(whole, box, view.box).copy_(view.data)
+    return whole
+
+
+def matrix_of(data: torch.Tensor) -> torch.Tensor:
+    """`data` `[1, ..., rows, columns]` without its leading dims. Not a copy."""
+    return data[(0,) * (data.ndim - 2)]
+
+
+def new_shard(tensor: TensorSpec, box: Box, device: torch.device) -> LocalShard:
+    """`box` of `tensor` in new memory."""
+    data = torch.empty(box.extents, dtype=getattr(torch, tensor.dtype), device=device)
+    return LocalShard(tensor, box, data, data)

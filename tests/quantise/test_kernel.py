@@ -1,0 +1,50 @@
+"""The quantising kernel, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).parent / "kernel_cases.py"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.timeout(170)
+def test_the_kernel_quantises_as_plain_torch_does() -> None:
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "120", str(CASES)]
+    done = subprocess.run(
+        command, cwd=CASES.parents[2], env={**os.environ, **interpreted}, capture_output=True, text=True, timeout=160
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("rule", ["amax", "pow2", "ceil", "ocp-floor"])
+def test_the_kernel_compiles_for_gpus_with_and_without_fp8(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling needs no GPU; the interpreter takes kernels that the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from refit.quantise import kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    group = 32 if rule in ("ceil", "ocp-floor") else 0
+    constants = {"RULE": rule, "GROUP": group, "RECIPROCAL": kernel.RECIPROCAL_BITS, "TILE": kernel.TILE}
+    signature = {"table": "*i64"} | dict.fromkeys(constants, "constexpr")
+    for capability in (80, 90):
+        source = ASTSource(kernel._quantise_tiles, signature, constants, {(0,): [["tt.divisibility", 16]]})
+        assembly = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 8}).asm["ptx"]
+        # A fused multiply-add or an approximate division would round differently.
+        assert "fma.rn.f32" not in assembly
+        assert "div.full" not in assembly
+        assert "div.approx" not in assembly
