@@ -30,8 +30,8 @@ def candidates() -> tuple[Candidate, ...]:
 
 def test_scenarios_of_equal_layouts_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    real = dry_run.plan_refit
-    monkeypatch.setattr(dry_run, "plan_refit", lambda *sides, **options: plans.append(sides) or real(*sides, **options))
+    real = dry_run.plan_sides
+    monkeypatch.setattr(dry_run, "plan_sides", lambda *sides: plans.append(sides) or real(*sides))
     dry_run._planned.cache_clear()
     found = plan_all(candidates(), PLAN)
     assert [planned.name for planned in found] == ["a", "b", "c", "refused"]
