@@ -152,7 +152,7 @@ class GatheringEngine:
 
     def connect(self, plan: RefitPlan) -> None: ...
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> Program:
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
         return GatheringProgram(source, destination)
 
     def not_moved(self) -> Mapping[str, str]:
@@ -193,7 +193,7 @@ class PartialEngine(GatheringEngine):
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
         self._left_out: dict[str, str] = {}
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> Program:
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
         self._left_out = {key: "embeddings stay" for key in destination.sharding.tensors if LEFT_OUT in key}
         return PartialProgram(source, destination)
 
@@ -215,7 +215,7 @@ class PartialProgram(GatheringProgram):
 class FailingEngine(GatheringEngine):
     """Fails in its second refit, on one rank."""
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> Program:
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
         return FailingProgram(source, destination)
 
 

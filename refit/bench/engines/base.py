@@ -37,7 +37,7 @@ class RefitEngine(Protocol):
         """
         ...
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> Program:
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
         """Bind the refit to both models. `wire` is what `plan` moves where the destination is quantised, else None.
 
         Collective: every rank of the job.

@@ -96,7 +96,9 @@ class MegatronEngine:
             assert dist.group.WORLD is not None
             connect_nccl_pairs(plan, dist.group.WORLD, self._device)
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> MegatronProgram:
+    def prepare(
+        self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None
+    ) -> MegatronProgram:
         assert wire is None, "its row of ENGINES does not quantise"
         return prepare_megatron_refit(_built(source), _built(destination), self._method, device=self._device)
 

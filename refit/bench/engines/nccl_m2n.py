@@ -94,7 +94,9 @@ class NcclM2nEngine:
             raise RefitError(f"nccl_m2n: no communicator could be made: {error}") from error
         return None
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> M2nProgram:
+    def prepare(
+        self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None
+    ) -> M2nProgram:
         """Describe every tensor that meshes can describe. Collective: every rank of the job.
 
         Raises UnavailableError where there is none.

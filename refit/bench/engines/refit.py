@@ -36,7 +36,7 @@ class PlannedEngine:
     def connect(self, plan: RefitPlan) -> str | None:
         return self._transport.connect(plan, self._options)
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None) -> Program:
+    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
         def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
             return self._transport.prepare(plan, sent, received, self._options)
 
