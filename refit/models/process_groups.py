@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,6 @@ class GroupCache:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        self._generation = 0
 
     def __len__(self) -> int:
         """Number of groups in whose creation this rank took part."""
@@ -37,7 +37,7 @@ class GroupCache:
             return default
         split = is_split_from_default()
         if key not in self._groups and (split or dist.get_rank() in key):
-            with _named_by_ranks(self._generation):
+            with _named_by_ranks(key):
                 # On GPUs nothing on the CPU goes through these groups.
                 backend = "nccl" if split else None
                 made = dist.new_group(list(key), backend=backend, use_local_synchronization=not split)
@@ -51,7 +51,6 @@ class GroupCache:
         group.
         """
         groups, self._groups = self._groups, {}
-        self._generation += 1
         for group in groups.values():
             if group is not None:
                 dist.destroy_process_group(group)
@@ -66,15 +65,22 @@ def is_split_from_default() -> bool:
     return default is not None and default.bound_device_id is not None
 
 
+_NUM_MADE: Counter[tuple[int, ...]] = Counter()
+"""How many groups of these ranks this process has made: the same number on all of them, as they make them together."""
+
+
 @contextlib.contextmanager
-def _named_by_ranks(generation: int) -> Iterator[None]:
-    """Groups made in this context are named by their ranks and `generation`.
+def _named_by_ranks(ranks: tuple[int, ...]) -> Iterator[None]:
+    """The group made in this context is named by its ranks and how often they have had one.
 
     torch (2.3 to 2.13) puts the number of groups that this rank has into the name by which members find each other.
-    Ranks that belong to different numbers of groups would never meet.
+    Ranks that belong to different numbers of groups would never meet. It also looks groups up by name, so a name is
+    never used twice: the end of the older group would hide the newer one.
     """
     original = distributed_c10d._hash_ranks_to_str
-    distributed_c10d._hash_ranks_to_str = lambda ranks: f"refit-{generation}-{'_'.join(map(str, ranks))}"
+    name = f"refit-{_NUM_MADE[ranks]}-{'_'.join(map(str, ranks))}"
+    _NUM_MADE[ranks] += 1
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name
     try:
         yield
     finally:

@@ -67,6 +67,9 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
         (shape.num_attention_heads, mesh.tp, "attention heads", "TP size"),
         (shape.ffn_hidden_size, mesh.tp, "FFN hidden size", "TP size"),
     ]
+    if mesh.shard > 1:
+        # Of uneven parts that are sharded again, DTensor states other rows than it holds (torch 2.13).
+        divisible.append((shape.vocab_size, mesh.tp, "tokens of the vocabulary, sharded by FSDP too,", "TP size"))
     if shape.mla is None:
         divisible.append((shape.num_query_groups, mesh.tp, "query groups", "TP size"))
     if shape.experts is not None:

@@ -81,11 +81,19 @@ def test_experts_have_a_mesh_of_their_own() -> None:
     assert [(shard.box, shard.ranks) for shard in bias.shards] == [(Box((0,), (8,)), tuple(range(8)))]
 
 
+def test_a_vocabulary_that_tp_does_not_divide_is_refused_where_fsdp_shards_it_further() -> None:
+    shape = replace(preset("tiny_qwen3"), vocab_size=150)
+    with pytest.raises(UsageError, match=r"150 tokens of the vocabulary.* cannot be divided by TP size 4"):
+        predict(shape, side(8, tp=4))
+    assert predict(shape, side(4, tp=4)).tensors
+
+
 @given(models(), st.data())
 @settings(max_examples=60)
 def test_every_element_is_held_once_per_replica(shape: ModelShape, data: st.DataObject) -> None:
     experts = shape.experts.num_experts if shape.experts else 1
     tp = data.draw(st.sampled_from([n for n in (1, 2, 3) if _splits(shape, n)]))
+    shape = replace(shape, vocab_size=shape.vocab_size * tp)
     ep = data.draw(st.sampled_from([n for n in (1, 2, 3) if experts % n == 0]))
     replicate, shards = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
     spec = side(replicate * shards * tp * ep, tp=tp, ep=ep, replicate=replicate)
