@@ -19,6 +19,7 @@ from refit.report.plots import draw
 from refit.report.step_tables import write_step_tables
 from refit.report.summary import summary_text
 from refit.report.tables import markdown_text
+from refit.report.trainers import trainer_text
 from refit.results.reading import UnreadableFile
 from refit.results.runs import Run, find_run
 from refit.sweep.layouts import with_layouts
@@ -48,7 +49,8 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--tables",
         type=Path,
         metavar="DIR",
-        help="also write index.csv, one row per run, and the loss curves of training steps; default: neither",
+        help="also write index.csv, one row per run, and of each run's training steps the loss curve and a JSON; "
+        "default: none",
     )
     parser.set_defaults(run=report)
 
@@ -113,7 +115,8 @@ def _show_summaries(runs: Sequence[Run]) -> None:
 
 
 def _parts(run: Run) -> tuple[str, ...]:
-    return summary_text(run.sweep, run.outcomes), dispatcher_text(run.outcomes), analysis_text(run.outcomes)
+    outcomes = run.outcomes
+    return summary_text(run.sweep, outcomes), dispatcher_text(outcomes), trainer_text(outcomes), analysis_text(outcomes)
 
 
 def _show_page(runs: Sequence[Run]) -> None:

@@ -19,6 +19,7 @@ from refit.report.dispatchers import dispatcher_text
 from refit.report.step_tables import write_step_tables
 from refit.report.summary import summary_text
 from refit.report.sweep_table import outcome_lines, sweep_text
+from refit.report.trainers import trainer_text
 from refit.results.outcomes import load_outcomes
 from refit.results.plain import plain
 from refit.results.status import Status
@@ -229,7 +230,8 @@ def _close(args: argparse.Namespace) -> int:
 def _end(args: argparse.Namespace) -> int:
     sweep, directory = Sweep.read(args.sweep_file), args.sweep_file.absolute().parent
     outcomes = load_outcomes(sweep, directory)
-    text = "\n\n".join(filter(None, (summary_text(sweep, outcomes), dispatcher_text(outcomes))))
+    texts = summary_text(sweep, outcomes), dispatcher_text(outcomes), trainer_text(outcomes)
+    text = "\n\n".join(filter(None, texts))
     path = directory / f"{sweep.run_id}_summary.txt"
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     show_text(text.rstrip("\n"))

@@ -68,12 +68,13 @@ class StepSupport:
 
     `check(model, side, steps, trains, name)` raises UsageError, naming the framework's rule, for settings that cannot
     run. `memory(model, side, sharding, steps)` estimates what each rank needs beside its weights to train.
-    `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for them.
+    `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for them; None
+    where building a side needs as much.
     """
 
     check: str
     memory: str
-    available: str
+    available: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,10 @@ FORMATS = Registry(
             axes=("tp", "ep"),
             options="refit.config.side:Fsdp2Options",
             libraries=(("transformers", "pip install 'refit-benchmark[hf]'"),),
+            steps=StepSupport(
+                check="refit.predict.transformers_steps:check_steps",
+                memory="refit.predict.transformers_steps:fsdp2_memory",
+            ),
         ),
         "autotp": Format(
             predict="refit.predict.autotp:predict",
@@ -194,6 +199,10 @@ FORMATS = Registry(
             axes=("tp",),
             options="refit.config.side:AutotpOptions",
             libraries=tuple((name, "pip install 'refit-benchmark[autotp]'") for name in ("transformers", "deepspeed")),
+            steps=StepSupport(
+                check="refit.predict.transformers_steps:check_steps",
+                memory="refit.predict.transformers_steps:autotp_memory",
+            ),
         ),
         "vllm": Format(
             predict="refit.predict.vllm:predict",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,6 +18,17 @@ class Recorder(Protocol):
     def start(self, name: str) -> None: ...
 
     def stop(self, name: str) -> None: ...
+
+
+@contextmanager
+def part(recorder: Recorder | None, name: str) -> Iterator[None]:
+    """The part `name` of a step runs within this context."""
+    if recorder is None:
+        yield
+        return
+    recorder.start(name)
+    yield
+    recorder.stop(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +50,11 @@ class LiveSettings:
 
 
 class Trainer(Protocol):
-    """Trains one side. `optimizer` is what reports call its optimizer."""
+    """Trains one side. `optimizer` is what reports call its optimizer, `vocabulary` says which of embedding, output
+    layer and loss are parallel over the vocabulary."""
 
     optimizer: str
+    vocabulary: str
 
     def weights_changed(self) -> None:
         """Take over weights that were written from outside. Collective: every rank of the side."""
@@ -53,6 +68,15 @@ class Trainer(Protocol):
         Collective: every rank of the side.
         """
         ...
+
+
+def vocabulary_text(tp: int, *parallel: str, besides: str = "") -> str:
+    """What `Trainer.vocabulary` says: the parts that are `parallel` over `tp` ranks, and `besides`, why others are
+    not."""
+    if tp == 1:
+        return "whole on every rank, TP is 1"
+    text = f"split over TP {tp}: {', '.join(parallel)}"
+    return f"{text}; {besides}" if besides else text
 
 
 class ShardedModel(Protocol):

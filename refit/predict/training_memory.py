@@ -41,7 +41,7 @@ def training_memory(
 ) -> dict[int, TrainingMemory]:
     """The estimate for every rank of a Megatron side."""
     layout = side.layout
-    activations = [_stage_activations(shape, side, steps, stage) for stage in range(layout.pp)]
+    activations = [activation_bytes(shape, side, steps, stage) for stage in range(layout.pp)]
     found = {}
     for rank in sharding.ranks:
         dense, routed = _parameters(sharding, rank)
@@ -65,7 +65,7 @@ def _parameters(sharding: Sharding, rank: int) -> tuple[int, int]:
     return dense, routed
 
 
-def _stage_activations(shape: ModelShape, side: SideSpec, steps: StepSettings, stage: int) -> int:
+def activation_bytes(shape: ModelShape, side: SideSpec, steps: StepSettings, stage: int = 0) -> int:
     """Activations of the micro-batches in flight on a pipeline stage.
 
     1F1B has pp - stage of them in flight (Narayanan et al. 2021, section 2.2); with v chunks per rank the first stage

@@ -143,15 +143,15 @@ def _problems(first: Arm, second: Arm, difference: float | None) -> Iterator[str
         if not arm.result.config:
             yield f"{arm.name} has no configuration on record"
         yield from (f"{arm.name} may drop tokens: {name} is set" for name in DROPS if _is_set(arm.result, name))
-    others = _differences(results[0].config, results[1].config)
+    others = differences(results[0].config, results[1].config)
     if others:
         yield f"configurations differ in more than the dispatcher: {', '.join(others[:4])}"
     tokens = [[sample.num_tokens for sample in result.samples] for result in results]
     if tokens[0] != tokens[1]:
         yield f"tokens differ: {sum(tokens[0]):,} and {sum(tokens[1]):,} over all steps"
-    versions = [_conditions(arm.outcome) for arm in (first, second)]
+    versions = [conditions(arm.outcome) for arm in (first, second)]
     if versions[0] != versions[1]:
-        yield f"versions or GPUs differ: {', '.join(_differences(*versions))}"
+        yield f"versions or GPUs differ: {', '.join(differences(*versions))}"
     if difference is None:
         yield "there are no losses to compare"
     elif difference > LOSS_BAR:
@@ -162,13 +162,14 @@ def _is_set(result: StepResult, name: str) -> bool:
     return result.config.get(name, "None") != "None"
 
 
-def _differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
+def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
     """`name: VALUE / VALUE` of all fields that differ, without those that choose the dispatcher."""
     names = sorted((first.keys() | second.keys()) - set(SELECTOR))
     return [f"{name}: {first.get(name)} / {second.get(name)}" for name in names if first.get(name) != second.get(name)]
 
 
-def _conditions(outcome: Outcome) -> dict[str, str]:
+def conditions(outcome: Outcome) -> dict[str, str]:
+    """The versions and GPUs of a run."""
     environment = outcome.result.environment if outcome.result else None
     if environment is None:
         return {}

@@ -20,6 +20,7 @@ def train_header(scenario: Scenario, steps: StepSettings, result: StepResult) ->
         f"{result.flops_per_step / 1e12:,.4g} TFLOP",
         f"optimizer: {result.optimizer}, lr {steps.lr:g}; initial weights drawn by position, mock tokens with seed "
         f"{steps.seed}",
+        f"vocabulary: {result.vocabulary}",
     ]
     lines += [f"dispatcher: {result.dispatcher}; routing {routing}"] if result.dispatcher else []
     return plain_lines(f"# {line}" for line in lines)

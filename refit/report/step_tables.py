@@ -1,4 +1,7 @@
-"""Training steps as CSV: `index.csv` with one row per run, and `loss_curve.csv` with one row per step of a run."""
+"""Training steps as CSV: `index.csv` with one row per run, and `loss_curve.csv` with one row per step of a run.
+
+`steps.json` has a run in the format of `step_document`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refit.report.grid import comma_separated
+from refit.report.step_document import document_text
 from refit.results.outcomes import Outcome
 from refit.results.result import replace_text
 from refit.results.step import StepResult
 
 
 def write_step_tables(outcomes: Sequence[Outcome], directory: Path, run_id: str) -> list[Path]:
-    """Write `<RUN_ID>_index.csv` and `<RUN_ID>_<NAME>_loss_curve.csv` of every run with steps; return their paths.
+    """Write `<RUN_ID>_index.csv`, and `<RUN_ID>_<NAME>_loss_curve.csv` and `_steps.json` of every run with steps.
 
+    Returns their paths.
     Nothing is written where no scenario measures a training step.
     """
     if not any(outcome.train_step for outcome in outcomes):
@@ -22,7 +27,11 @@ def write_step_tables(outcomes: Sequence[Outcome], directory: Path, run_id: str)
     texts = {directory / f"{run_id}_index.csv": index_text(outcomes)}
     for outcome in outcomes:
         if (found := outcome.train_step) is not None and found.samples:
-            texts[directory / f"{run_id}_{outcome.planned.name}_loss_curve.csv"] = curve_text(found)
+            stem = f"{run_id}_{outcome.planned.name}"
+            texts[directory / f"{stem}_loss_curve.csv"] = curve_text(found)
+            scenario = outcome.result.scenario if outcome.result else None
+            if found.measured and scenario is not None:
+                texts[directory / f"{stem}_steps.json"] = document_text(scenario, found)
     for path, text in texts.items():
         replace_text(path, text)
     return list(texts)
@@ -51,6 +60,7 @@ def _index_row(outcome: Outcome) -> dict[str, object]:
     return {
         "name": outcome.planned.name,
         "model": scenario.model_name if scenario else None,
+        "trainer": scenario.source.format if scenario else None,
         "arm": steps.dispatch.arm if steps else None,
         "micro_batch_size": steps.micro_batch_size if steps else None,
         "overlap": steps.dispatch.overlap if steps else None,

@@ -57,7 +57,8 @@ class Breakdown:
 class StepResult:
     """Steps of one side. `reason` is why it was waived.
 
-    `optimizer` and `dispatcher` name the classes that ran; `dispatcher` is None without experts. `config` is the
+    `optimizer` and `dispatcher` name the classes that ran; `dispatcher` is None without experts. `vocabulary` says what
+    is parallel over the vocabulary, None for a forward pass. `config` is the
     framework's own configuration, printed whole. `flops_per_step` are those of all ranks (docs/method.md).
     Memory is in bytes per rank of the job: after the last step and at the peak of all steps; None where not known.
     """
@@ -65,6 +66,7 @@ class StepResult:
     status: Status = Status.RUNNING
     reason: str | None = None
     optimizer: str | None = None
+    vocabulary: str | None = None
     dispatcher: str | None = None
     num_ranks: int = 0
     num_microbatches: int = 0

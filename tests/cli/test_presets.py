@@ -37,6 +37,7 @@ def num_elements(shape: ModelShape) -> int:
         ("deepseek_v3", 684_489_830_400 - 2 * 129280 * 7168, 59 * 256),
         ("qwen3_235b_a22b", 235_093_634_560, 0),
         ("qwen3_30b_a3b", 30_532_122_624, 0),
+        ("qwen3_32b", 32_762_123_264, 0),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, num_parameters: int, num_buffers: int) -> None:
@@ -58,7 +59,7 @@ def test_tiny_is_small_and_exercises_what_a_refit_must_get_right() -> None:
 
 def test_all_presets_load() -> None:
     names = yaml_files.names("models")
-    assert {"tiny", "kimi_k2", "deepseek_v3", "qwen3_235b_a22b", "qwen3_30b_a3b"} <= set(names)
+    assert {"tiny", "kimi_k2", "deepseek_v3", "qwen3_235b_a22b", "qwen3_30b_a3b", "qwen3_32b"} <= set(names)
     for name in names:
         shape_of(name)
 

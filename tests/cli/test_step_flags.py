@@ -113,6 +113,36 @@ def test_rules_are_checked_before_anything_is_built(flags: list[str], rule: str)
         scenario(*TRAIN, "--seq-length", "64", *flags)
 
 
+@pytest.mark.parametrize("library", ["fsdp2", "autotp"])
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--global-batch-size=3"], "--global-batch-size 3 is not divisible by micro-batch 1 x DP 2 = 2: give a mul"),
+        (["--seq-length=1024"], "--seq-length 1024 is more than the 512 positions"),
+        (["--sequence-parallel"], "--sequence-parallel is Megatron-Core's"),
+        (["--recompute-activations"], "recomputation is Megatron-Core's"),
+        (["--moe-token-dispatcher-type=alltoall"], "no token dispatcher of Megatron-Core"),
+        (["--fp16"], "without loss scaling"),
+        (["--model=tiny_qwen3_moe"], "train dense models here.*--source-format megatron"),
+    ],
+)
+def test_rules_of_transformers_sides(library: str, flags: list[str], rule: str) -> None:
+    dense = ["--model=tiny_qwen3", "--refit-method=gloo", "--measure=train-step", "--source-world-size=4"]
+    dense += ["--tensor-model-parallel-size=2", f"--source-format={library}"]
+    steps = scenario(*dense, "--micro-batch-size=2", "--global-batch-size=8").steps
+    assert steps is not None
+    assert steps.num_microbatches(2) == 2
+    with pytest.raises(UsageError, match=f"source: .*{rule}"):
+        scenario(*dense, *flags)
+
+
+def test_deepspeeds_16_bit_optimizer_is_not_trained() -> None:
+    flags = ["--model=tiny_qwen3", "--refit-method=gloo", "--measure=train-step", "--source-format=autotp"]
+    with pytest.raises(UsageError, match=r"ZeRO stage 0 trains in 32 bit only.*--zero-stage 1"):
+        scenario(*flags, "--zero-stage=0")
+    assert scenario(*flags, "--zero-stage=0", "--fp32").steps is not None
+
+
 @pytest.mark.parametrize("flag", [["--expert-model-parallel-size", "1"], []])
 def test_deepep_needs_several_ranks(flag: list[str]) -> None:
     flags = [*TRAIN, "--seq-length", "64", "--moe-token-dispatcher-type", "flex", "--moe-router-dtype", "fp32", *flag]

@@ -146,7 +146,9 @@ def test_tables_have_a_row_for_every_run_and_step(tmp_path: Path) -> None:
     ]
     assert float(rows[0]["tflops_per_gpu"]) == 0.25
     paths = write_step_tables(cells, tmp_path, "run")
-    assert [path.name for path in paths] == ["run_index.csv", "run_off_1_alltoall_loss_curve.csv"]
+    assert [path.name for path in paths] == [
+        "run_index.csv", "run_off_1_alltoall_loss_curve.csv", "run_off_1_alltoall_steps.json",
+    ]  # fmt: skip
     curve = list(csv.DictReader(paths[1].open()))
     assert [row["loss"] for row in curve] == ["5.0", "4.0", "3.0"]
     assert write_step_tables([missing], tmp_path, "none") == []

@@ -45,8 +45,13 @@ class TrainStepMeasurement:
             return functools.partial(trainer.step, tokens_of(steps, number, model.vocab_size), recorder)
 
         settings = live_settings(session, source.model.settings)
+        trainers: list[tuple[str, str] | None] = gather(
+            session.control, (trainer.optimizer, trainer.vocabulary) if trainer else None
+        )
+        optimizer, vocabulary = next(filter(None, trainers))
         result = StepResult(
-            optimizer=next(filter(None, gather(session.control, trainer.optimizer if trainer else None))),
+            optimizer=optimizer,
+            vocabulary=vocabulary,
             dispatcher=settings.dispatcher,
             num_ranks=source.spec.world_size,
             num_microbatches=steps.num_microbatches(source.spec.layout.dp),

@@ -11,9 +11,11 @@ import torch
 
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import AutotpOptions, SideSpec
+from refit.config.steps import StepSettings
 from refit.errors import RefitError
 from refit.models.autotp.groups import ParallelGroups, told_to
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
+from refit.models.huggingface.training import adamw
 from refit.predict.autotp import is_split
 from refit.predict.families.names import NamedModel
 from refit.predict.megatron import Split
@@ -50,15 +52,22 @@ def whole_model(shape: ModelShape, named: NamedModel, side: SideSpec) -> Any:
 
 
 def build_engine(
-    model: Any, shape: ModelShape, named: NamedModel, side: SideSpec, groups: ParallelGroups, device: torch.device
+    model: Any,
+    shape: ModelShape,
+    named: NamedModel,
+    side: SideSpec,
+    groups: ParallelGroups,
+    device: torch.device,
+    steps: StepSettings | None = None,
 ) -> Any:
-    """The DeepSpeedEngine of this rank's parts of `model`, a whole one. Collective: every rank of the side.
+    """The DeepSpeedEngine of this rank's parts of `model`, a whole one; with `steps` for training by those.
 
-    Raises RefitError where DeepSpeed refuses the model.
+    Collective: every rank of the side. Raises RefitError where DeepSpeed refuses the model.
     """
     deepspeed = load_deepspeed(device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    config = _config(deepspeed, model, named, shape, side)
+    parameters = model.parameters()
+    optimizer = adamw(parameters, steps) if steps is not None else torch.optim.AdamW(parameters)
+    config = {**_config(deepspeed, model, named, shape, side), **_batch(side, steps)}
     try:
         with told_to(deepspeed, groups):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -74,7 +83,6 @@ def _config(deepspeed: Any, model: Any, named: NamedModel, shape: ModelShape, si
     assert side.dtype is not None, "flags that describe a model give its dtype"
     specs = [*_split_layers(named, shape), *_summed_gradients(deepspeed, model)]
     return {
-        "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": (side.autotp or AutotpOptions()).zero_stage},
         "tensor_parallel": {
             "autotp_size": side.layout.tp,
@@ -82,6 +90,16 @@ def _config(deepspeed: Any, model: Any, named: NamedModel, shape: ModelShape, si
             "partition_config": {"use_default_specs": False, "layer_specs": specs},
         },
         **PRECISION[side.dtype],
+    }
+
+
+def _batch(side: SideSpec, steps: StepSettings | None) -> dict[str, Any]:
+    if steps is None:
+        return {"train_micro_batch_size_per_gpu": 1}
+    return {
+        "train_micro_batch_size_per_gpu": steps.micro_batch_size,
+        "gradient_accumulation_steps": steps.num_microbatches(side.layout.dp),
+        "gradient_clipping": steps.clip_grad,
     }
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from refit.config.layout import Layout
 from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
 from refit.models.autotp.engine import build_engine, whole_model
 from refit.models.autotp.groups import ParallelGroups, build_groups
+from refit.models.autotp.training import AutotpTrainer
 from refit.models.autotp.weights import held_of, metadata_of
 from refit.models.huggingface.side import TransformersSide
 from refit.models.huggingface.weights import read_weights
@@ -23,11 +25,19 @@ class AutotpSide(TransformersSide):
     """The `ShardedModel` of a DeepSpeedEngine. `engine` and `groups` are None on ranks outside the side.
 
     Weights are the model's parameters, views of ZeRO's flat buffers at stages 1 and 2. Whoever writes them leaves the
-    optimizer's float32 master copies as they were, and its next step would write those back.
+    optimizer's float32 master copies as they were, and its next step would write those back: `weights_changed` of the
+    trainer takes them over.
     """
 
-    def __init__(self, engine: Any, groups: ParallelGroups | None, weights: LocalWeights | None) -> None:
-        super().__init__(engine.module if engine is not None else None, weights)
+    def __init__(
+        self,
+        layout: Layout,
+        engine: Any = None,
+        groups: ParallelGroups | None = None,
+        weights: LocalWeights | None = None,
+        trainer: AutotpTrainer | None = None,
+    ) -> None:
+        super().__init__(layout, engine.module if engine is not None else None, weights, trainer)
         self.engine = engine
         self.groups = groups
 
@@ -47,10 +57,13 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     """Build this rank's part of the scenario's model. Collective: every rank of the job."""
     groups = build_groups(side)
     if groups is None:
-        return AutotpSide(None, None, None)
+        return AutotpSide(side.layout)
     assert scenario.model is not None, "a model provider builds Megatron models only"
     assert side.dtype is not None, "flags that describe a model give its dtype"
     named = named_model(scenario.model, side.dtype)
     model = whole_model(scenario.model, named, side)
-    engine = build_engine(model, scenario.model, named, side, groups, device)
-    return AutotpSide(engine, groups, read_weights(engine.module, named, partial(held_of, tp=groups.tp)))
+    steps = scenario.steps if scenario.trains(name) else None
+    engine = build_engine(model, scenario.model, named, side, groups, device, steps)
+    weights = read_weights(engine.module, named, partial(held_of, tp=groups.tp))
+    trainer = AutotpTrainer(engine, groups, side, steps, device) if steps is not None else None
+    return AutotpSide(side.layout, engine, groups, weights, trainer)

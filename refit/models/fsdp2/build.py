@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from refit.config.shape import ModelShape
@@ -49,7 +49,7 @@ def _split_over_tp(model: torch.nn.Module, named: NamedModel, meshes: Meshes, ti
         return
     styles = {module: style for block in named.blocks for module, style in _styles(model, block)}
     if tied:  # the output layer has no row of its own
-        styles["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+        styles["lm_head"] = _output_style()
     parallelize_module(model, meshes.tp, styles, src_data_rank=None)
 
 
@@ -63,11 +63,19 @@ def _styles(model: torch.nn.Module, block: Block) -> Iterator[tuple[str, Paralle
             yield name, RowwiseParallel(input_layouts=Replicate())
         elif tensor.row.split is Split.ROW:
             yield name, RowwiseParallel()
-        else:  # logits are whole on every rank, other outputs stay split
-            yield name, ColwiseParallel(output_layouts=None if block.prefix else Replicate())
+        else:
+            yield name, ColwiseParallel() if block.prefix else _output_style()
+
+
+def _output_style() -> ParallelStyle:
+    """Logits stay split over the vocabulary, as a DTensor, so that their loss can be computed in parts."""
+    return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
 
 
 def _shard(module: torch.nn.Module, mesh: Any, device: torch.device) -> None:
-    """Give the module's parameters memory, and shard those that are not sharded yet."""
+    """Give the module's parameters memory, and shard those that are not sharded yet. Gradients are summed in
+    float32."""
     materialise(module, device)
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(
+        module, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    )

@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from refit.config.layout import Layout
 from refit.errors import RefitError
-from refit.models.sharded_model import WithoutSteps
+from refit.models.huggingface.training import TransformersTrainer
+from refit.models.micro_batches import replica_part
+from refit.models.sharded_model import LiveSettings, Trainer
 from refit.models.weights import LocalWeights
 
 
-class TransformersSide(WithoutSteps):
+class TransformersSide:
     """The `ShardedModel` of a transformers model. `module` is None on ranks outside the side."""
 
-    def __init__(self, module: torch.nn.Module | None, weights: LocalWeights | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        module: Any = None,
+        weights: LocalWeights | None = None,
+        trainer: TransformersTrainer | None = None,
+    ) -> None:
         self.module = module
-        self._weights = weights
+        self._layout, self._weights, self._trainer = layout, weights, trainer
 
     @property
     def weights(self) -> LocalWeights | None:
         return self._weights
 
+    @property
+    def trainer(self) -> Trainer | None:
+        return self._trainer
+
+    @property
+    def settings(self) -> LiveSettings:
+        """The model's config, as transformers writes it into `config.json`."""
+        if self.module is None:
+            return LiveSettings()
+        values: dict[str, Any] = self.module.config.to_dict()
+        return LiveSettings(config={name: str(value) for name, value in sorted(values.items())})
+
     def check_forward(self) -> None:
         """All models of the families run forward on any ranks."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        logits = self._run(tokens)
+        return self._all_columns(logits).float() if logits is not None else None
+
+    def infer(self, tokens: torch.Tensor) -> None:
+        if self.module is not None:
+            self._run(replica_part(tokens, self._layout))
+
+    def _run(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The logits that this rank's module gives; None on ranks outside the side."""
         if self.module is None or self._weights is None:
             return None
         try:
             with torch.no_grad():
-                logits = self._all_columns(self.module(input_ids=tokens.to(self._weights.device)).logits)
+                logits: torch.Tensor = self.module(input_ids=tokens.to(self._weights.device)).logits
         except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
             raise RefitError(f"the forward pass failed: {type(error).__name__}: {error}") from error
-        return logits.float()
+        return logits
 
     def _all_columns(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of all of the vocabulary, from what this rank's module gives."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from refit.errors import RefitError
 from refit.models.megatron import compat, compat_steps
 from refit.models.megatron.build import BuiltModel
+from refit.models.micro_batches import replica_part
 
 
 def forward_logits(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -35,7 +36,7 @@ def run_forward(model: BuiltModel, tokens: torch.Tensor) -> None:
     Collective: every rank of the model's layout must call, with the same tokens. Raises RefitError where it fails.
     """
     layout = model.layout
-    _run(model, tokens.chunk(layout.dp)[layout.coordinates(dist.get_rank()).dp], {})
+    _run(model, replica_part(tokens, layout), {})
 
 
 def _run(model: BuiltModel, tokens: torch.Tensor, options: dict[str, Any]) -> torch.Tensor | None:

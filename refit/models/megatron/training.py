@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -18,7 +17,8 @@ from refit.config.steps import StepSettings
 from refit.models.megatron import compat, compat_steps
 from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.recording import recorded
-from refit.models.sharded_model import Recorder, StepReport
+from refit.models.micro_batches import micro_batches
+from refit.models.sharded_model import Recorder, StepReport, part, vocabulary_text
 
 Loss: TypeAlias = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -34,6 +34,7 @@ class MegatronTrainer:
     def __init__(self, built: BuiltModel, steps: StepSettings) -> None:
         """Collective: every rank of the model's layout."""
         self._built, self._steps = built, steps
+        self.vocabulary = vocabulary_text(built.layout.tp, "embedding", "output layer", "loss")
         config: Any = built.chunks[0].config
         with self._running(), compat_steps.gathering_within(built.groups.intra_dist_opt):
             data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
@@ -64,7 +65,8 @@ class MegatronTrainer:
             for chunk in self._chunks:
                 chunk.train()
             try:
-                return self._step(self._micro_batches(tokens), recorder)
+                batch = tokens.to(self._built.device)
+                return self._step(micro_batches(batch, self._built.layout, self._steps.micro_batch_size), recorder)
             finally:
                 for chunk in self._chunks:
                     chunk.eval()
@@ -88,16 +90,10 @@ class MegatronTrainer:
             p2p_communicator=self._communicator,
             pg_collection=self._built.groups,
         )
-        with _part(recorder, "optimizer"):
+        with part(recorder, "optimizer"):
             _, grad_norm, _ = self._optimizer.step()
         loss = float(torch.stack(losses).mean()) if losses else None
         return StepReport(loss, float(grad_norm))
-
-    def _micro_batches(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """This replica's part of the global batch, `[micro_batch_size, seq_length + 1]` each."""
-        replica = self._built.layout.coordinates(dist.get_rank()).dp
-        mine = tokens.chunk(self._built.layout.dp)[replica].to(self._built.device)
-        return list(torch.split(mine, self._steps.micro_batch_size))
 
     def _running(self) -> contextlib.ExitStack:
         built, stack = self._built, contextlib.ExitStack()
@@ -136,13 +132,3 @@ def _forward_step(batches: Iterator[torch.Tensor], chunk: Any, return_schedule_p
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean = losses.float().mean()
     return mean, mean.detach().clone()
-
-
-@contextlib.contextmanager
-def _part(recorder: Recorder | None, name: str) -> Iterator[None]:
-    if recorder is None:
-        yield
-        return
-    recorder.start(name)
-    yield
-    recorder.stop(name)

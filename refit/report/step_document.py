@@ -1,0 +1,96 @@
+"""Training steps of one run as the JSON of a tensor-parallelism benchmark: `config`, `steps` and `summary`.
+
+The names are those of that format. Parts of a step are timed in one more step, not in every one, so that recording does
+not disturb the others: they are under `timing_breakdown`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from refit.config.scenario import Scenario
+from refit.config.side import AutotpOptions
+from refit.config.steps import StepSettings
+from refit.results.step import StepResult, StepSample
+
+GB = 1 << 30
+"""Bytes of what the format calls a GB (torch's allocator divided by 1024 three times)."""
+
+
+def document_text(scenario: Scenario, result: StepResult) -> str:
+    """The JSON text of a run with measured steps."""
+    assert scenario.steps is not None, "training steps have settings"
+    document = {
+        "config": _config(scenario, scenario.steps, result),
+        "steps": [_step(sample, result) for sample in result.measured],
+        "summary": _summary(result),
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _config(scenario: Scenario, steps: StepSettings, result: StepResult) -> dict[str, Any]:
+    side = scenario.source
+    options = {"zero_stage": (side.autotp or AutotpOptions()).zero_stage} if side.autotp is not None else {}
+    return {
+        "model_name": scenario.model_title,
+        "impl": side.format,
+        "tp_size": side.layout.tp,
+        "dp_size": side.layout.dp,
+        **options,
+        "batch_size": steps.micro_batch_size,
+        "seq_length": steps.seq_length,
+        "gradient_accumulation_steps": result.num_microbatches,
+        "num_training_steps": steps.num_warmup + steps.num_steps,
+        "warmup_steps": steps.num_warmup,
+        "learning_rate": steps.lr,
+        "weight_decay": steps.weight_decay,
+        "max_grad_norm": steps.clip_grad,
+        "dtype": side.dtype.value if side.dtype is not None else None,
+        "seed": steps.seed,
+        "optimizer": result.optimizer,
+        "vocab_parallel": result.vocabulary,
+    }
+
+
+def _step(sample: StepSample, result: StepResult) -> dict[str, Any]:
+    return {
+        "step": sample.step,
+        "loss": sample.loss,
+        "step_time_s": sample.seconds,
+        "tokens_per_sec": sample.num_tokens / sample.seconds,
+        "samples_per_sec": result.sequences_per_step / sample.seconds,
+    }
+
+
+def _summary(result: StepResult) -> dict[str, Any]:
+    seconds, losses = ([sample.seconds for sample in result.measured], [sample.loss for sample in result.measured])
+    known = [loss for loss in losses if loss is not None]
+    return {
+        "num_steps": len(seconds),
+        "avg_step_time_ms": 1e3 * statistics.fmean(seconds),
+        "std_step_time_ms": 1e3 * statistics.pstdev(seconds),
+        "avg_tokens_per_sec": statistics.fmean(sample.num_tokens / sample.seconds for sample in result.measured),
+        "avg_samples_per_sec": statistics.fmean(result.sequences_per_step / each for each in seconds),
+        "avg_loss": statistics.fmean(known) if known else None,
+        "final_loss": known[-1] if known else None,
+        "memory_allocated_gb": _gb(result.allocated_bytes),
+        "peak_memory_gb": _gb(result.peak_bytes),
+        "timing_breakdown": _breakdown(result),
+    }
+
+
+def _breakdown(result: StepResult) -> dict[str, float] | None:
+    """Shares of the recorded step, and its times. Gradient sync is part of `other`, as is waiting."""
+    found = result.breakdown
+    if found is None:
+        return None
+    parts = {part: found.parts_s.get(part, 0.0) for part in ("forward", "backward", "optimizer")}
+    parts["other"] = found.seconds - sum(parts.values())
+    shares = {f"{part}_pct": 100 * seconds / found.seconds for part, seconds in parts.items()}
+    return {**shares, **{f"{part}_time_s": seconds for part, seconds in parts.items()}, "step_time_s": found.seconds}
+
+
+def _gb(nbytes: int | None) -> float | None:
+    return nbytes / GB if nbytes is not None else None

@@ -1,0 +1,38 @@
+"""Memory of training by FSDP2 and AutoTP, against counts by hand: bytes of a parameter over what divides them."""
+
+from __future__ import annotations
+
+import pytest
+
+from refit.cli.parsing import parse
+from refit.predict.sides import predict_side, training_bytes
+from refit.predict.training_memory import TrainingMemory
+
+FLAGS = ["--model=tiny_qwen3", "--measure=train-step", "--refit-method=gloo", "--source-world-size=4"]
+FLAGS += ["--tensor-model-parallel-size=2", "--dry-run"]
+
+
+def memory(*flags: str) -> tuple[TrainingMemory, int]:
+    """The estimate for the first rank, and the elements that it holds."""
+    scenario = parse([*FLAGS, *flags]).scenario
+    assert scenario.model is not None
+    shards = predict_side(scenario.model, scenario.source).of_rank(0).shards.values()
+    return training_bytes(scenario)[0], sum(box.volume for shard in shards for box in shard.boxes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "gradients", "states"),
+    [
+        (["--source-format=fsdp2", "--global-batch-size=2"], 4, 12),
+        (["--source-format=fsdp2", "--global-batch-size=4"], 8, 12),  # adds up what both shards have
+        (["--source-format=fsdp2", "--global-batch-size=2", "--fp32"], 4, 8),
+        (["--source-format=autotp"], 2, 6),
+        (["--source-format=autotp", "--zero-stage=2"], 1, 6),
+        (["--source-format=autotp", "--zero-stage=0", "--fp32"], 4, 8),
+    ],
+)
+def test_bytes_of_a_parameter(flags: list[str], gradients: int, states: int) -> None:
+    found, held = memory(*flags)
+    assert found.gradient_bytes == gradients * held
+    assert found.optimizer_bytes == states * held
+    assert found.activation_bytes > 0

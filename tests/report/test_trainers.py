@@ -1,0 +1,117 @@
+"""Rankings of trainers: which runs are ranked together, when their work counts as equal, and the JSON of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from refit.config.layout import Layout
+from refit.config.scenario import Mode, Scenario
+from refit.config.shape import Dtype
+from refit.config.side import AutotpOptions, Fsdp2Options, SideSpec
+from refit.config.steps import StepSettings
+from refit.report.step_document import document_text
+from refit.report.trainers import LOSS_BAR, rankings, trainer_text
+from refit.results.outcomes import Outcome
+from refit.results.result import Result
+from refit.results.stats import summarise
+from refit.results.status import Status
+from refit.results.step import Breakdown, StepResult, StepSample
+from tests.report.factories import ENVIRONMENT, MODEL, planned
+
+DENSE = replace(MODEL, experts=None)
+LIBRARIES: dict[str, dict[str, Any]] = {
+    "megatron": {},
+    "fsdp2": {"fsdp2": Fsdp2Options()},
+    "autotp": {"autotp": AutotpOptions(zero_stage=2)},
+}
+
+
+def outcome(library: str, mean_s: float, *, tp: int = 2, loss: float = 5.0, tokens: int = 512) -> Outcome:
+    """A run on four ranks: one warm-up step and two steps of `mean_s` seconds, half of it forward."""
+    layout = Layout(tp, 1, tp if library == "megatron" else 1, 1, 4)
+    side = SideSpec(layout, format=library, dtype=Dtype.BF16, **LIBRARIES[library])
+    samples = tuple(StepSample(n, n == 0, (mean_s,) * 4, 0, tokens, loss - n / 10, 1.0) for n in range(3))
+    steps = StepSettings(1, 8, 64, num_warmup=1, num_steps=2)
+    result = StepResult(
+        status=Status.OK,
+        optimizer="AdamW",
+        vocabulary="split over TP 2: loss",
+        num_ranks=4,
+        num_microbatches=4,
+        sequences_per_step=8,
+        flops_per_step=4e12,
+        samples=samples,
+        summary=summarise([mean_s, mean_s]),
+        breakdown=Breakdown(1.0, 0, {"forward": 0.5, "backward": 0.25, "gradient sync": 0.125}, 0.125),
+        allocated_bytes_per_rank=(1 << 30, 2 << 30, 0, 0),
+        peak_bytes_per_rank=(3 << 30, None, 0, 0),
+    )
+    scenario = Scenario(
+        DENSE, side, side, Mode.COLLOCATED, "gloo", measurements=("train-step",), steps=steps, run_name=library,
+        model_name="tiny_qwen3",
+    )  # fmt: skip
+    run = Result(
+        library, status=Status.OK, exit_code=0, scenario=scenario, environment=ENVIRONMENT,
+        measurements={"train-step": result},
+    )  # fmt: skip
+    return Outcome(planned(library), Status.OK, None, run)
+
+
+def test_libraries_are_ranked_by_their_mean_step() -> None:
+    cells = [outcome("autotp", 3.0), outcome("megatron", 2.0), outcome("fsdp2", 2.5)]
+    ((*ranking,),) = rankings(cells)
+    assert [each.title for each in ranking] == ["megatron TP2 EP1", "fsdp2 TP2 EP1 FSDP2", "autotp TP2 DP2 ZeRO2"]
+    text = trainer_text(cells)
+    assert "Trainers of tiny_qwen3: 4 ranks, 8 sequences of 64 tokens, micro-batch 1" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith(("megatron", "fsdp2", "autotp"))]
+    assert [row[-1] for row in rows if "+25.0" in row] != []
+    assert "+50.0" in text
+    assert "autotp TP2 DP2 ZeRO2: AdamW; vocabulary split over TP 2: loss; equal work" in text
+
+
+def test_other_layouts_and_a_single_library_are_not_ranked() -> None:
+    assert rankings([outcome("megatron", 2.0), outcome("fsdp2", 2.5, tp=4)]) == []
+    assert rankings([outcome("fsdp2", 2.0), outcome("fsdp2", 2.5)]) == []
+    assert trainer_text([outcome("fsdp2", 2.0)]) == ""
+    failed = replace(outcome("fsdp2", 2.0), status=Status.FAILED)
+    assert rankings([outcome("megatron", 2.0), failed]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"loss": 5.0 * (1 + 2 * LOSS_BAR[Dtype.BF16])}, "losses differ by 2.1e-03, more than 1.0e-03"),
+        ({"loss": float("nan")}, "losses differ by nan"),
+        ({"tokens": 256}, "tokens differ: 1,536 and 768"),
+    ],
+)
+def test_unequal_work_has_no_delta(change: dict[str, Any], reason: str) -> None:
+    text = trainer_text([outcome("megatron", 2.0), outcome("fsdp2", 3.0, **change)])
+    assert reason in text
+    assert "NOT EQUAL" in text
+    assert "+50.0" not in text
+
+
+def test_the_json_of_a_run_has_the_fields_of_the_format() -> None:
+    found = outcome("autotp", 2.0)
+    assert found.result is not None
+    assert found.result.scenario is not None
+    document = json.loads(document_text(found.result.scenario, found.result.measurements["train-step"]))
+    config, summary = document["config"], document["summary"]
+    assert (config["impl"], config["tp_size"], config["dp_size"], config["batch_size"]) == ("autotp", 2, 2, 1)
+    assert (config["zero_stage"], config["gradient_accumulation_steps"], config["dtype"]) == (2, 4, "bfloat16")
+    assert [step["step"] for step in document["steps"]] == [1, 2]  # warm-up is left out
+    assert document["steps"][0] == {
+        "step": 1, "loss": 4.9, "step_time_s": 2.0, "tokens_per_sec": 256.0, "samples_per_sec": 4.0,
+    }  # fmt: skip
+    assert (summary["num_steps"], summary["avg_step_time_ms"], summary["std_step_time_ms"]) == (2, 2000.0, 0.0)
+    assert (summary["avg_tokens_per_sec"], summary["avg_samples_per_sec"]) == (256.0, 4.0)
+    assert (summary["avg_loss"], summary["final_loss"]) == (pytest.approx(4.85), 4.8)
+    assert (summary["memory_allocated_gb"], summary["peak_memory_gb"]) == (2.0, 3.0)
+    parts = summary["timing_breakdown"]
+    shares = {name: parts[name] for name in parts if name.endswith("_pct")}
+    assert shares == {"forward_pct": 50.0, "backward_pct": 25.0, "optimizer_pct": 0.0, "other_pct": 25.0}
