@@ -29,6 +29,8 @@ class AutotpTrainer(TransformersTrainer):
         self._groups, self._deepspeed = groups, load_deepspeed(device)
         self.optimizer = f"DeepSpeed {type(engine.optimizer).__name__}, ZeRO stage {engine.zero_optimization_stage()}"
         self.optimizer += " (torch AdamW)"
+        output = metadata_of(engine.module.lm_head.weight)
+        self._columns: list[int] = output["partition_sizes"] if output is not None else []
         parts = ["output layer", "loss (DeepSpeed's vocab_parallel_cross_entropy)"]
         is_split = metadata_of(engine.module.get_input_embeddings().weight) is not None
         parts = ["embedding", *parts] if is_split else parts
@@ -48,8 +50,15 @@ class AutotpTrainer(TransformersTrainer):
         logits = self._module(input_ids=inputs).logits
         if self._layout.tp == 1:
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        # Stated, since DeepSpeed refuses to guess uneven parts.
+        begin, end = sum(self._columns[: self._groups.tp.rank()]), sum(self._columns[: self._groups.tp.rank() + 1])
         loss: torch.Tensor = self._deepspeed.sequence.vocab_parallel_cross_entropy(
-            logits, labels, tp_group=self._groups.tp
+            logits,
+            labels,
+            tp_group=self._groups.tp,
+            vocab_start_index=begin,
+            vocab_end_index=end,
+            global_vocab_size=sum(self._columns),
         )
         return loss
 
