@@ -30,7 +30,7 @@ class RankPool:
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 170.0) -> list[Any]:
         if not self._processes:
             self._start()
         for pipe in self._pipes:
