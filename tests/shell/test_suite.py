@@ -110,7 +110,7 @@ def test_cancelled_half_way_and_gone_on_with(job: Shell, send: signal.Signals) -
     process = job.start(KIMI, *arguments)
     wait_until(lambda: any("stub" in path.read_text() for path in job.logs.glob("*_hang.log")))
     process.send_signal(send)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=90)
     assert process.returncode == 143, output
     summary = job.only("*_summary.txt").read_text()
     assert "FAILED: phase 'refit iteration 1: wire': cancelled" in summary

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from refit.config.layout import Layout
+from refit.models import process_groups
 from refit.models.megatron.groups import AXES, build_groups, rank_groups
 from refit.models.process_groups import group_cache
 from tests.models.megatron.small import layout, playing
@@ -126,10 +127,18 @@ def test_ranks_in_different_numbers_of_groups_meet(ranks: RankPool) -> None:
 
 
 def sums_over_two_sides(rank: int) -> int | None:
-    build_groups(layout(tp=2, ep=2))
-    first = sum_over_window(rank)
-    group_cache().close()
-    assert sum_over_window(rank) == first
+    """With a cache of its own: torch keeps device meshes of earlier tests, whose groups must not end."""
+    default = dist.group.WORLD
+    assert default is not None
+    shared, process_groups._CACHES[default] = group_cache(), process_groups.GroupCache()
+    try:
+        build_groups(layout(tp=2, ep=2))
+        first = sum_over_window(rank)
+        group_cache().close()
+        assert sum_over_window(rank) == first
+        group_cache().close()
+    finally:
+        process_groups._CACHES[default] = shared
     return first
 
 
