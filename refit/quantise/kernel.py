@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 from refit.config.quantisation import BlockFormat, Quantisation
 from refit.plan.box_array import IntArray
@@ -21,9 +22,14 @@ from refit.quantise.reference import RECIPROCAL_BITS
 TILE = 128
 """Rows and columns of a tile. A block of `fp8-block` is one tile; a tile of `mxfp8` has 128 x 4 blocks."""
 
+VECTOR = 16
+"""Bytes of a GPU's widest access, and the codes that it stores. A tile whose addresses, row strides and columns are all
+multiples of it is read and written so: with 12 memory instructions per thread in place of 128."""
+
 
 class KernelQuantise:
-    """Quantises `matrices` on their device, in one launch. Keeps no tensor alive.
+    """Quantises `matrices` on their device: a launch for tiles that are aligned, and one for the others where there are
+    any. Keeps no tensor alive.
 
     `flags` `[num_matrices]`, int32, is set to 1 where a matrix has NaN or infinity, and never cleared.
     """
@@ -33,18 +39,30 @@ class KernelQuantise:
         self._rule = quantisation.rule
         self._group = 0 if block.rows > 1 else block.columns
         rows = [_tiles(matrix, block, flags.data_ptr() + 4 * number) for number, matrix in enumerate(matrices)]
-        self._table = torch.from_numpy(np.concatenate(rows)).to(flags.device)
+        tiles = np.concatenate(rows)
+        aligned = _are_aligned(tiles)
+        # By whether the tiles are aligned.
+        self._tables = {
+            kind: torch.from_numpy(tiles[aligned == kind]).to(flags.device) for kind in np.unique(aligned).tolist()
+        }
 
     @property
     def table_bytes(self) -> int:
-        return self._table.numel() * self._table.element_size()
+        return sum(table.numel() * table.element_size() for table in self._tables.values())
 
     def run(self) -> None:
         """Enqueue on the device's current stream."""
-        with torch.cuda.device_of(self._table):  # type: ignore[no-untyped-call]
-            _quantise_tiles[(len(self._table),)](
-                self._table, RULE=self._rule, GROUP=self._group, RECIPROCAL=RECIPROCAL_BITS, TILE=TILE, num_warps=8
-            )
+        for aligned, table in self._tables.items():
+            with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+                _quantise_tiles[(len(table),)](
+                    table,
+                    ALIGNED=aligned,
+                    RULE=self._rule,
+                    GROUP=self._group,
+                    RECIPROCAL=RECIPROCAL_BITS,
+                    TILE=TILE,
+                    num_warps=8,
+                )
 
 
 def _tiles(matrix: Matrix, block: BlockFormat, flag: int) -> IntArray:
@@ -61,6 +79,12 @@ def _tiles(matrix: Matrix, block: BlockFormat, flag: int) -> IntArray:
     table[:, 3] = flag
     table[:, 4], table[:, 5] = np.minimum(TILE, num_rows - row), np.minimum(TILE, num_columns - column)
     return table
+
+
+def _are_aligned(tiles: IntArray) -> NDArray[np.bool_]:
+    """Which rows of `_tiles` can be read and written 16 bytes at a time."""
+    is_aligned: NDArray[np.bool_] = np.all(tiles[:, [0, 1, 5, 6, 7]] % VECTOR == 0, axis=1)
+    return is_aligned
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -84,17 +108,30 @@ def _over(dividend: tl.constexpr, divisor: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantise_tiles(
-    table: tl.tensor, RULE: tl.constexpr, GROUP: tl.constexpr, RECIPROCAL: tl.constexpr, TILE: tl.constexpr
+    table: tl.tensor,
+    ALIGNED: tl.constexpr,
+    RULE: tl.constexpr,
+    GROUP: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
-    """Program p quantises tile p. GROUP is the columns of a block in one row; 0 stands for one block per tile."""
+    """Program p quantises tile p. GROUP is the columns of a block in one row; 0 stands for one block per tile.
+
+    ALIGNED promises `_are_aligned` of every tile.
+    """
     entry = table + tl.program_id(0).to(tl.int64) * 9
     source = tl.load(entry).to(tl.pointer_type(tl.int16))
     codes = tl.load(entry + 1).to(tl.pointer_type(tl.uint8))
     flag = tl.load(entry + 3).to(tl.pointer_type(tl.int32))
     num_rows, num_columns = tl.load(entry + 4), tl.load(entry + 5)
+    source_stride, codes_stride = tl.load(entry + 6), tl.load(entry + 7)
+    if ALIGNED:
+        source, codes = tl.multiple_of(source, 16), tl.multiple_of(codes, 16)
+        num_columns = tl.multiple_of(num_columns, 16)
+        source_stride, codes_stride = tl.multiple_of(source_stride, 16), tl.multiple_of(codes_stride, 16)
     row, column = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
     present = (row < num_rows) & (column < num_columns)
-    bits = tl.load(source + row * tl.load(entry + 6) + column, mask=present, other=0).to(tl.int32)
+    bits = tl.load(source + row * source_stride + column, mask=present, other=0).to(tl.int32)
     groups: tl.constexpr = TILE // GROUP if GROUP else 1
     magnitudes = bits & 0x7FFF
     if GROUP:
@@ -149,4 +186,4 @@ def _quantise_tiles(
         finite = tl.broadcast_to(is_finite.to(tl.int32), (TILE, TILE))
     code = _e4m3(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
     code = tl.where(finite > 0, code, 0x7F)
-    tl.store(codes + row * tl.load(entry + 7) + column, code.to(tl.uint8), mask=present)
+    tl.store(codes + row * codes_stride + column, code.to(tl.uint8), mask=present)

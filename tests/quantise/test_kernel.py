@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -26,9 +27,10 @@ def test_the_kernel_quantises_as_plain_torch_does() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("rule", ["amax", "pow2", "ceil", "ocp-floor"])
 def test_the_kernel_compiles_for_gpus_with_and_without_fp8(
-    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule: str, aligned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiling needs no GPU; the interpreter takes kernels that the compiler refuses."""
     import triton
@@ -39,7 +41,8 @@ def test_the_kernel_compiles_for_gpus_with_and_without_fp8(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     group = 32 if rule in ("ceil", "ocp-floor") else 0
-    constants = {"RULE": rule, "GROUP": group, "RECIPROCAL": kernel.RECIPROCAL_BITS, "TILE": kernel.TILE}
+    constants = {"ALIGNED": aligned, "RULE": rule, "GROUP": group}
+    constants |= {"RECIPROCAL": kernel.RECIPROCAL_BITS, "TILE": kernel.TILE}
     signature = {"table": "*i64"} | dict.fromkeys(constants, "constexpr")
     for capability in (80, 90):
         source = ASTSource(kernel._quantise_tiles, signature, constants, {(0,): [["tt.divisibility", 16]]})
@@ -48,3 +51,5 @@ def test_the_kernel_compiles_for_gpus_with_and_without_fp8(
         assert "fma.rn.f32" not in assembly
         assert "div.full" not in assembly
         assert "div.approx" not in assembly
+        accesses = re.findall(r"(?:ld|st)\.global\.(?:v4\.b32|b16)\b", assembly)
+        assert set(accesses) == ({"ld.global.v4.b32", "st.global.v4.b32"} if aligned else {"ld.global.b16"})
