@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from refit.errors import UnavailableError
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.meshes import Mesh, Reshard
+from refit.plan.plan import RefitPlan
 from refit.plan.sharding import TensorSpec
 
 FC1 = TensorSpec("experts.linear_fc1.weight", (2, 8, 3), "bfloat16", stacked=True)
@@ -65,6 +67,28 @@ def test_the_version_is_that_of_the_loaded_library(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: {"libnccl.so.2": Library()}[name])
     assert environment.loaded_nccl_version() == (2, 30, 7)
+
+
+@pytest.mark.parametrize(("gin_type", "words"), [(0, "a call per tensor, because"), (3, "calls in groups")])
+def test_calls_are_grouped_only_where_gpus_reach_the_network(
+    gin_type: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Communicator:
+        properties = SimpleNamespace(gin_type=gin_type)
+
+        @classmethod
+        def init(cls, world_size: int, rank: int, unique_id: object) -> Communicator:
+            return cls()
+
+    ids = SimpleNamespace(from_bytes=bytes)
+    core = SimpleNamespace(get_unique_id=lambda: b"id", UniqueId=ids, Communicator=Communicator)
+    monkeypatch.setattr(nccl_m2n.importlib, "import_module", lambda name: core)
+    monkeypatch.setattr(NcclM2nEngine, "_check_everywhere", lambda self: None)
+    for name, value in {"get_rank": 0, "get_world_size": 4, "broadcast_object_list": None}.items():
+        monkeypatch.setattr(nccl_m2n.dist, name, lambda *args, value=value: value)
+    connected = engine("cuda").connect(cast(RefitPlan, None))
+    assert connected is not None
+    assert connected.startswith(f"one communicator of 4 ranks, {words}")
 
 
 def weights(*views: torch.Tensor, boxes: list[Box]) -> LocalWeights:

@@ -1,8 +1,11 @@
 """A baseline: NVIDIA's nccl_m2n (package nccl-extensions), which reshards tensors between two meshes of ranks.
 
-It moves every tensor that two meshes describe (`refit.plan.meshes`), as one group of calls per refit, over a
-communicator of all ranks of the job. The rest is left as it is and reported. Its settings are those of the library,
-except for staging buffers that are too small for a tensor of the model.
+It moves every tensor that two meshes describe (`refit.plan.meshes`), a call each, over a communicator of all ranks of
+the job. The rest is left as it is and reported. Its settings are those of the library, except for staging buffers that
+are too small for a tensor of the model.
+
+Calls in a group are packed together by a kernel whose device communicator needs GIN, NCCL's networking from the GPU. A
+host without a network adapter that has it cannot make one. A call of its own goes through copy engines there.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ class NcclM2nEngine:
         self._timeout_s = scenario.timeout_s
         self._device = device
         self._communicator: Any = None
+        self._has_gin = False
         self._not_moved: dict[str, str] = {}
 
     def check_available(self) -> None:
@@ -92,7 +96,10 @@ class NcclM2nEngine:
             self._communicator = core.Communicator.init(world_size, rank, core.UniqueId.from_bytes(shared[0]))
         except Exception as error:
             raise RefitError(f"nccl_m2n: no communicator could be made: {error}") from error
-        return None
+        # NcclGinType.NONE is 0.
+        self._has_gin = bool(self._communicator.properties.gin_type)
+        calls = "calls in groups" if self._has_gin else "a call per tensor, because groups of calls need GIN"
+        return f"one communicator of {world_size} ranks, {calls}"
 
     def prepare(
         self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None
@@ -112,7 +119,7 @@ class NcclM2nEngine:
         calls = [call for call in calls if call.tensor.key not in scattered]
         if not calls:
             raise UnavailableError(f"nccl_m2n can move no tensor of this refit: {next(iter(self._not_moved.values()))}")
-        return M2nProgram(self._communicator, calls, ends, self._timeout_s, self._device)
+        return M2nProgram(self._communicator, calls, ends, self._timeout_s, self._device, grouped=self._has_gin)
 
     def not_moved(self) -> Mapping[str, str]:
         return self._not_moved
@@ -173,9 +180,17 @@ class M2nProgram:
     """All calls of a refit, bound to this rank's weights."""
 
     def __init__(
-        self, communicator: Any, calls: list[_Call], ends: _Ends, timeout_s: float, device: torch.device
+        self,
+        communicator: Any,
+        calls: list[_Call],
+        ends: _Ends,
+        timeout_s: float,
+        device: torch.device,
+        *,
+        grouped: bool,
     ) -> None:
         self._communicator = communicator
+        self._group_size = MAX_GROUP if grouped else 1
         self._calls = calls
         self._ends = ends
         self._timeout_s = timeout_s
@@ -197,9 +212,9 @@ class M2nProgram:
         starts.append(time.perf_counter())
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
-            for begin in range(0, len(self._bound), MAX_GROUP):
+            for begin in range(0, len(self._bound), self._group_size):
                 with self._library.group():
-                    for source, destination in self._bound[begin : begin + MAX_GROUP]:
+                    for source, destination in self._bound[begin : begin + self._group_size]:
                         self._handle.reshard(self._communicator, source, destination, stream=self._stream)
         except Exception as error:
             raise RefitError(f"nccl_m2n failed: {error}") from error
