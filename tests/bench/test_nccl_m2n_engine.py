@@ -82,11 +82,12 @@ def test_calls_are_grouped_only_where_gpus_reach_the_network(
 
     ids = SimpleNamespace(from_bytes=bytes)
     core = SimpleNamespace(get_unique_id=lambda: b"id", UniqueId=ids, Communicator=Communicator)
+    under_test = engine("cuda")
     monkeypatch.setattr(nccl_m2n.importlib, "import_module", lambda name: core)
     monkeypatch.setattr(NcclM2nEngine, "_check_everywhere", lambda self: None)
     for name, value in {"get_rank": 0, "get_world_size": 4, "broadcast_object_list": None}.items():
         monkeypatch.setattr(nccl_m2n.dist, name, lambda *args, value=value: value)
-    connected = engine("cuda").connect(cast(RefitPlan, None))
+    connected = under_test.connect(cast(RefitPlan, None))
     assert connected is not None
     assert connected.startswith(f"one communicator of 4 ranks, {words}")
 
