@@ -1,18 +1,20 @@
-"""From parsed flags to a ModelShape, with Megatron-LM's defaults (`validate_args` in its training/arguments.py)."""
+"""The flags of a model and the ModelShape they describe, with Megatron-LM's defaults.
+
+The defaults are those of `validate_args` in its training/arguments.py.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Sequence
 
-from refit import units
-from refit.cli.flags import DEFAULT_VOCAB_SIZE, model_parser
-from refit.config import yaml_files
-from refit.config.layout import Layout
-from refit.config.limits import MAX_PARAMETERS
-from refit.config.shape import Experts, LatentAttention, ModelShape
+from refit.cli import flag_types
+from refit.cli.flag_parser import FlagParser
+from refit.config import limits, yaml_files
+from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
 from refit.errors import UsageError
+
+DEFAULT_VOCAB_SIZE = 32768
+"""Where no vocabulary is given: a power of two, so that both sides hold the same rows at any TP size up to 256."""
 
 EXPERT_FLAGS = (
     "moe_router_topk",
@@ -26,8 +28,109 @@ EXPERT_FLAGS = (
 LATENT_FLAGS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 GROUP_FLAGS = ("num_query_groups", "group_query_attention")
 
-MANY_EXPERTS = 16
-"""With more experts than this, experts as wide as the dense MLP are probably an oversight."""
+
+def add_model_flags(parser: FlagParser) -> None:
+    _add_size_flags(parser)
+    _add_style_flags(parser)
+    _add_expert_flags(parser)
+    _add_latent_attention_flags(parser)
+
+
+def _add_size_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("model sizes")
+    for name, text in (
+        ("num-layers", "transformer layers; required without a preset"),
+        ("hidden-size", "width of the residual stream; required without a preset"),
+        ("num-attention-heads", "attention heads; required without a preset"),
+        (
+            "num-query-groups",
+            "groups of heads that share keys and values; default: one per head, 1 with --group-query-attention",
+        ),
+        ("kv-channels", "width of a head; default: hidden size / heads"),
+        ("ffn-hidden-size", "width of the dense MLP; default: 4 x hidden, with --swiglu 8/3 x hidden in steps of 64"),
+        ("vocab-size", f"tokens before padding; default: {DEFAULT_VOCAB_SIZE}"),
+        ("padded-vocab-size", "tokens after padding; default: --vocab-size, padded"),
+        ("make-vocab-size-divisible-by", "pad the vocabulary to a multiple of N x TP; default: 128"),
+        ("max-position-embeddings", "positions of learned position embeddings; default: 4096"),
+    ):
+        most = limits.MAX_LAYERS if name == "num-layers" else limits.MAX_SIZE
+        group.add_argument(f"--{name}", type=flag_types.up_to(most), metavar="N", help=text)
+    group.add_argument(
+        "--mtp-num-layers",
+        type=flag_types.up_to(limits.MAX_LAYERS, least=0),
+        metavar="N",
+        help="multi-token prediction layers behind the last layer, as in DeepSeek-V3; default: 0",
+    )
+    group.add_argument("--group-query-attention", action="store_true", help="share keys and values between heads")
+
+
+def _add_style_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("model style")
+    # Rotary variants (yarn, mrope) have no weights either, but need settings that this parser only records.
+    group.add_argument(
+        "--position-embedding-type",
+        choices=("learned_absolute", "rope", "none"),
+        help="position embeddings; default: learned_absolute",
+    )
+    group.add_argument(
+        "--use-rotary-position-embeddings",
+        action="store_const",
+        const="rope",
+        dest="position_embedding_type",
+        help="the same as --position-embedding-type rope",
+    )
+    group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), help="norm layers; default: LayerNorm")
+    group.add_argument("--swiglu", action="store_true", help="gated MLPs with SiLU")
+    group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
+    group.add_argument(
+        "--add-qkv-bias", action="store_true", help="a bias in the QKV projection, even with --disable-bias-linear"
+    )
+    group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a separate output layer")
+    group.add_argument("--qk-layernorm", action="store_true", help="norms on queries and keys")
+    group.add_argument("--transformer-impl", choices=("local", "transformer_engine"), help="layer spec; default: local")
+    precision = parser.add_mutually_exclusive_group()
+    for flag, dtype in (("--bf16", Dtype.BF16), ("--fp16", Dtype.FP16), ("--fp32", Dtype.FP32)):
+        precision.add_argument(
+            flag, action="store_const", const=dtype, dest="dtype", help=f"{dtype.value} parameters; default: --bf16"
+        )
+
+
+def _add_expert_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("mixture of experts")
+    for name, text in (
+        ("num-experts", "routed experts per MoE layer; default: none, only dense MLPs"),
+        ("moe-router-topk", "experts per token; default: 2, or all where there are fewer"),
+        ("moe-ffn-hidden-size", "width of a routed expert; default: --ffn-hidden-size"),
+        ("moe-shared-expert-intermediate-size", "width of the shared experts together; default: none"),
+        ("moe-latent-size", "width that routed experts work in, between projections; default: --hidden-size"),
+    ):
+        most = limits.MAX_EXPERTS if name in ("num-experts", "moe-router-topk") else limits.MAX_SIZE
+        group.add_argument(f"--{name}", type=flag_types.up_to(most), metavar="N", help=text)
+    group.add_argument(
+        "--moe-layer-freq",
+        type=flag_types.layer_frequency,
+        metavar="FREQ",
+        help="which layers have experts: every N-th, or a list like ([0]*1+[1]*60); default: 1",
+    )
+    group.add_argument(
+        "--moe-router-enable-expert-bias", action="store_true", help="an expert bias in the router, in float32"
+    )
+    group.add_argument("--moe-grouped-gemm", action="store_true", help="experts as a grouped GEMM, not one MLP each")
+
+
+def _add_latent_attention_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("multi-latent attention")
+    group.add_argument(
+        "--multi-latent-attention", action="store_true", help="multi-latent attention, as in DeepSeek-V2"
+    )
+    for name, text in (
+        ("q-lora-rank", "rank of the queries; default: one full projection"),
+        ("kv-lora-rank", "rank of keys and values; default: 32"),
+        ("qk-head-dim", "width of a query or key head; default: 128"),
+        ("qk-pos-emb-head-dim", "width of the rotary part of a query or key head; default: 64"),
+        ("v-head-dim", "width of a value head; default: 128"),
+    ):
+        group.add_argument(f"--{name}", type=flag_types.up_to(limits.MAX_SIZE), metavar="N", help=text)
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:
@@ -65,7 +168,9 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
 
 def check_no_shape(args: argparse.Namespace) -> None:
     """Raise UsageError where flags describe a model although `--model-provider` builds its own."""
-    described = [name for name, value in vars(model_parser().parse_flags([])).items() if getattr(args, name) != value]
+    parser = FlagParser(add_help=False)
+    add_model_flags(parser)
+    described = [name for name, value in vars(parser.parse_flags([])).items() if getattr(args, name) != value]
     described += [name for name in ("model", "hf_config") if getattr(args, name) is not None]
     if described:
         raise UsageError(f"{_flags(described[:1])} contradicts --model-provider, which builds a model of its own")
@@ -151,63 +256,3 @@ def _expert_layers(args: argparse.Namespace) -> tuple[bool, ...]:
             f"--moe-layer-freq lists {len(frequency)} layers, the model has {args.num_layers}: list each once"
         )
     return frequency
-
-
-def without_unbuildable_biases(shape: ModelShape, layouts: Sequence[Layout]) -> tuple[ModelShape, str | None]:
-    """`shape`, without linear biases where Megatron cannot build them, and a note that says so.
-
-    Megatron-Core refuses biases in shared experts (`SharedExpertMLP`) and in routed experts with ETP > 1
-    (`TransformerConfig`). `--disable-bias-linear` is for the whole model, so both sides lose all biases.
-    """
-    if shape.experts is None or not shape.add_bias_linear:
-        return shape, None
-    etp = max(layout.etp for layout in layouts)
-    if shape.experts.shared_ffn_hidden_size is not None:
-        reason = "shared experts"
-    elif etp > 1:
-        reason = f"routed experts with ETP > 1 (here {etp})"
-    else:
-        return shape, None
-    note = f"linear layers are built without biases: Megatron cannot build {reason} with them (--disable-bias-linear)"
-    return dataclasses.replace(shape, add_bias_linear=False), note
-
-
-def check_parameters(shape: ModelShape, layouts: Sequence[Layout]) -> None:
-    """Raise UsageError for a model of more than MAX_PARAMETERS, estimated from its matrices."""
-    hidden, heads, matrices = shape.hidden_size, shape.num_attention_heads, 3 if shape.swiglu else 2
-    if shape.mla is None:
-        attention = 2 * hidden * shape.kv_channels * (heads + shape.num_query_groups)
-    else:
-        mla = shape.mla
-        query_width = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim)
-        attention = (mla.q_lora_rank or 0) * (hidden + query_width) + (0 if mla.q_lora_rank else hidden * query_width)
-        attention += mla.kv_lora_rank * (hidden + heads * (mla.qk_head_dim + mla.v_head_dim))
-        attention += hidden * (mla.qk_pos_emb_head_dim + heads * mla.v_head_dim)
-    mlp = matrices * hidden * shape.ffn_hidden_size
-    if shape.experts is not None:
-        experts, latent = shape.experts, shape.experts.latent_size or hidden
-        routed = matrices * latent * experts.num_experts * experts.ffn_hidden_size + 2 * hidden * latent
-        mlp = max(mlp, routed + matrices * hidden * (experts.shared_ffn_hidden_size or 0))
-    vocabulary = max(shape.padded_vocab_size(layout.tp) for layout in layouts)
-    parameters = shape.num_layers * (attention + mlp) + hidden * (2 * vocabulary + shape.max_position_embeddings)
-    parameters += shape.mtp_num_layers * (attention + mlp + 2 * hidden * hidden)
-    if parameters > MAX_PARAMETERS:
-        raise UsageError(
-            f"the model has about {parameters:.1e} parameters, {MAX_PARAMETERS:.0e} are the most: "
-            "lower its widths, layers or experts"
-        )
-
-
-def wide_experts_note(args: argparse.Namespace, shape: ModelShape) -> str | None:
-    """A warning where there are many experts, as wide as the dense MLP because `--moe-ffn-hidden-size` is missing."""
-    experts = shape.experts
-    if experts is None or args.moe_ffn_hidden_size is not None or experts.num_experts <= MANY_EXPERTS:
-        return None
-    matrices = 3 if shape.swiglu else 2
-    layers = sum(experts.layers)
-    width = experts.latent_size or shape.hidden_size
-    parameters = layers * experts.num_experts * matrices * width * experts.ffn_hidden_size
-    return (
-        f"without --moe-ffn-hidden-size each of {experts.num_experts} experts is as wide as the dense MLP, "
-        f"{experts.ffn_hidden_size}: {units.count(parameters)} parameters in the routed experts alone"
-    )

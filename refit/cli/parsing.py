@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refit.cli.flags import full_parser, recorded_flags
-from refit.cli.model_flags import (
-    check_no_shape,
-    check_parameters,
-    model_shape,
-    wide_experts_note,
-    without_unbuildable_biases,
-)
+from refit.cli.model_checks import check_parameters, wide_experts_note, without_unbuildable_biases
+from refit.cli.model_flags import check_no_shape, model_shape
 from refit.cli.presets import config_flags, load_preset
 from refit.cli.side_flags import read_mode, read_sides
 from refit.cli.step_flags import runs_steps, step_settings

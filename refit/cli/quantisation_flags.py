@@ -1,16 +1,44 @@
-"""Reads the destination's own dtype from the flags."""
+"""The flags of the destination's own dtype, and what they mean."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 
+from refit.cli import flag_types
+from refit.cli.flag_parser import FlagParser
 from refit.cli.step_flags import runs_steps
-from refit.config.quantisation import BLOCK_FORMATS, Place, Quantisation
+from refit.config.quantisation import BLOCK_FORMATS, KEPT, Place, Quantisation
 from refit.config.registry import FORMATS
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec
 from refit.errors import UsageError
+
+
+def add_quantisation_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("inference dtype")
+    rules = "; ".join(f"{name}: {', '.join(block.rules)}" for name, block in BLOCK_FORMATS.items())
+    group.add_argument(
+        "--rl-inference-dtype",
+        choices=("bf16", *BLOCK_FORMATS),
+        help="destination: bf16, or FP8 codes (e4m3) with a scale per block of 128x128 or 1x32; default: the source's",
+    )
+    group.add_argument(
+        "--fp8-scale-rule",
+        choices=[rule for block in BLOCK_FORMATS.values() for rule in block.rules],
+        help=f"how a block's scale follows from its largest value; default: the first of its dtype ({rules})",
+    )
+    group.add_argument(
+        "--fp8-keep-bf16",
+        type=flag_types.key_parts,
+        metavar="PART[,PART]",
+        help=f"tensors with one of these in their keys stay BF16; default: {','.join(KEPT)}",
+    )
+    group.add_argument(
+        "--quantise",
+        choices=[place.value for place in Place],
+        help="which side quantises; auto: the source where it holds whole blocks, else the destination; default: auto",
+    )
 
 
 def with_inference_dtype(side: SideSpec, args: argparse.Namespace) -> SideSpec:

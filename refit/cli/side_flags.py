@@ -1,4 +1,4 @@
-"""Reads the layouts of both sides, and their formats, from the flags."""
+"""The flags of both sides, their layouts and formats, and what they mean."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from refit.cli import flag_types
+from refit.cli.flag_parser import FlagParser
 from refit.cli.quantisation_flags import with_inference_dtype
+from refit.config import limits
 from refit.config.flag_names import (
     FORMAT_FLAGS,
     LAYERS_PER_CHUNK_FLAGS,
@@ -17,11 +20,93 @@ from refit.config.flag_names import (
     size_flag,
 )
 from refit.config.layout import Layout
+from refit.config.placement import read_placement
 from refit.config.registry import FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Mode
 from refit.config.shape import Dtype
-from refit.config.side import SideSpec, Sized, default_sizes
+from refit.config.side import MAX_ZERO_STAGE, SideSpec, Sized, default_sizes
 from refit.errors import UsageError
+
+_OPTION_FLAGS: dict[str, dict[str, Any]] = {
+    "replicate_size": {"metavar": "N", "help": "replicas of the sharded model (HSDP); default: 1"},
+    "zero_stage": {
+        "type": flag_types.up_to(MAX_ZERO_STAGE, least=0),
+        "metavar": "N",
+        "help": "ZeRO stage, 0 to 2; default: 1",
+    },
+    "data_parallel_size": {"metavar": "N", "help": "ranks of an engine with the same dense weights; default: 1"},
+    "replicas": {"metavar": "N", "help": "equal engines, each on ranks of its own; default: 1"},
+    "num_redundant_experts": {
+        "type": flag_types.up_to(limits.MAX_EXPERTS),
+        "metavar": "N",
+        "help": "second copies of experts in each layer of an engine; default: none",
+    },
+    "placement": {
+        "type": read_placement,
+        "metavar": "PLACEMENT",
+        "help": "experts on ranks: linear, round_robin or a JSON file with a physical_to_logical_map; default: linear",
+    },
+    "placement_next": {
+        "type": read_placement,
+        "metavar": "PLACEMENT",
+        "help": "the placement that an engine changes to between two refits; default: none",
+    },
+}
+"""Field of a format's options -> how its flags are added. A number is at most MAX_RANKS unless a type is given."""
+
+
+def add_side_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("layouts")
+    texts = {
+        "tp": ("TP", "1", "the source's"),
+        "pp": ("PP", "1", "the source's"),
+        "ep": ("EP", "1", "the source's"),
+        "etp": ("ETP", "its TP", "its TP"),
+        "vpp": ("model chunks on each rank, in interleaved pipeline stages", "1", "1"),
+        "first_stage_layers": ("layers on the first stage", "an even split", "an even split"),
+        "last_stage_layers": ("layers on the last stage", "an even split", "an even split"),
+        "world_size": ("ranks", "TP x EP x PP", "TP x EP x PP"),
+    }
+    for place, side in enumerate(("source", "destination")):
+        for size, flags in SIZE_FLAGS.items():
+            text, *defaults = texts[size]
+            most = limits.MAX_LAYERS if size.endswith("_layers") else limits.MAX_RANKS
+            group.add_argument(
+                f"--{flags[place]}",
+                type=flag_types.up_to(most),
+                metavar="N",
+                help=f"{side}: {text}; default: {defaults[place]}",
+            )
+        group.add_argument(
+            f"--{LAYERS_PER_CHUNK_FLAGS[place]}",
+            type=flag_types.up_to(limits.MAX_LAYERS),
+            metavar="N",
+            help=f"{side}: layers of a model chunk, another way to give their number; default: all of a stage",
+        )
+        group.add_argument(
+            f"--{PIPELINE_LAYOUT_FLAGS[place]}",
+            type=flag_types.pipeline_layout,
+            metavar="TEXT",
+            help=f"{side}: layers of every model chunk, like Et*4|t*4|t*3L; default: an even split",
+        )
+    _add_format_flags(parser)
+
+
+def _add_format_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("formats")
+    for place, side in enumerate(("source", "destination")):
+        group.add_argument(
+            f"--{FORMAT_FLAGS[place]}",
+            choices=[name for name, row in FORMATS.items() if place or not row.destination_only],
+            default="megatron",
+            help=f"{side}: the library that holds the weights; default: megatron",
+        )
+        for name, options in OPTION_FLAGS.items():
+            for field, flags in options.items():
+                added: dict[str, Any] = {"type": flag_types.up_to(limits.MAX_RANKS), **_OPTION_FLAGS[field]}
+                added["help"] = f"{side}, {name} only: {added['help']}"
+                if flags[place] is not None:
+                    group.add_argument(f"--{flags[place]}", **added)
 
 
 def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:

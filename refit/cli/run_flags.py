@@ -1,0 +1,169 @@
+"""Flags of a run: the refit, what is measured, how bytes move, where results go, the dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from refit.cli import flag_types
+from refit.cli.flag_parser import FlagParser
+from refit.config import limits
+from refit.config.registry import AUTO, ENGINES, MEASUREMENTS, METHODS
+from refit.config.scenario import Mode, Verify
+from refit.results.stats import CONFIDENCE, STABLE_WIDTH
+
+DEFAULT_REPEATS = 200
+"""Most timed refits of `--repeat-until-stable` without a number."""
+
+
+def add_refit_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("refit")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a preset of configs/models, or a YAML file; other flags override it; default: none",
+    )
+    group.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="PATH",
+        help="a config.json of Hugging Face, or its folder, as the preset; default: none",
+    )
+    group.add_argument(
+        "--model-provider",
+        type=flag_types.provider,
+        metavar="MODULE:FUNCTION",
+        help="build the Megatron-Core model with this function, not from model flags; default: none",
+    )
+    group.add_argument(
+        "--refit-mode",
+        choices=[mode.value for mode in Mode],
+        default=Mode.NON_COLLOCATED.value,
+        help="both models on the same ranks, or on disjoint ranks; default: non-collocated",
+    )
+    needs = "; ".join(f"{name} needs {method.needs}" for name, method in METHODS.items())
+    group.add_argument(
+        "--refit-method",
+        choices=[*METHODS, AUTO],
+        help=f"what moves the bytes; required, except in a dry run. {needs}; {AUTO} takes the first of these that can "
+        "run here",
+    )
+    group.add_argument(
+        "--refit-engine",
+        type=flag_types.engines,
+        default=("refit",),
+        metavar="NAME[,NAME]",
+        help=f"engines to run, one after the other: {', '.join(ENGINES)}; both: refit,megatron; default: refit",
+    )
+
+
+def add_run_flags(parser: FlagParser) -> None:
+    _add_measurement_flags(parser)
+    _add_transport_flags(parser)
+    _add_output_flags(parser)
+    _add_dry_run_flags(parser)
+
+
+def _add_measurement_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("measurement")
+    group.add_argument(
+        "--measure",
+        type=flag_types.measurements,
+        default=("refit",),
+        metavar="NAME[,NAME]",
+        help=f"what to measure: {', '.join(MEASUREMENTS)}, in this order whichever is named first; default: refit",
+    )
+    group.add_argument(
+        "--verify",
+        choices=[verify.value for verify in Verify],
+        default=Verify.FULL.value,
+        help="which destination elements are compared after each refit; default: full",
+    )
+    group.add_argument(
+        "--num-benchmark-warmup",
+        type=flag_types.non_negative,
+        default=2,
+        metavar="N",
+        help="refits before the timed ones; default: 2",
+    )
+    group.add_argument(
+        "--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="timed refits; default: 5"
+    )
+    group.add_argument(
+        "--repeat-until-stable",
+        nargs="?",
+        type=flag_types.up_to(limits.MAX_REPEATS),
+        const=DEFAULT_REPEATS,
+        metavar="N",
+        help=f"go on until the {100 * CONFIDENCE:.0f} %% confidence interval of the median is within "
+        f"{100 * STABLE_WIDTH:.0f} %% of it, for at most N timed refits; N without a number: {DEFAULT_REPEATS}; "
+        "default: off",
+    )
+    group.add_argument("--check-forward", action="store_true", help="compare the logits of both models as well")
+    group.add_argument("--profile-refit", action="store_true", help="record the GPU activity of one more refit")
+    group.add_argument(
+        "--timeout",
+        type=flag_types.seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="longest time of one phase of a run, in seconds; default: 300",
+    )
+
+
+def _add_transport_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("transport")
+    group.add_argument(
+        "--staging-mib",
+        type=flag_types.up_to(limits.MAX_STAGING_MIB),
+        default=512,
+        metavar="MIB",
+        help="staging memory per rank, in MiB; default: 512",
+    )
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where gloo finds the models; cuda copies through pinned host memory; default: cpu",
+    )
+    group.add_argument(
+        "--one-sided-buffers",
+        "--nvshmem-buffers",
+        choices=("ring", "direct"),
+        default="ring",
+        help="what nvshmem and shm write into: a ring of bounded size, or the weights themselves; default: ring",
+    )
+    group.add_argument(
+        "--nvshmem-force-put", action="store_true", help="reach ranks on the same node as ranks on other nodes"
+    )
+
+
+def _add_output_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--cluster",
+        metavar="NAME",
+        help="link speeds for the lower bound: a file of configs/clusters; default: chosen by the GPU's name",
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("benchmark_results"),
+        metavar="DIR",
+        help="folder of the results; default: benchmark_results",
+    )
+    group.add_argument(
+        "--run-name",
+        type=flag_types.file_stem,
+        metavar="NAME",
+        help="the result is NAME.json; default: time and scenario",
+    )
+
+
+def _add_dry_run_flags(parser: FlagParser) -> None:
+    group = parser.add_argument_group("dry run")
+    group.add_argument("--dry-run", action="store_true", help="plan and report, in one process and without a GPU")
+    group.add_argument("--json", action="store_true", help="print what the dry run found as JSON, for programs")
+    group.add_argument(
+        "--num-gpus", type=flag_types.positive, metavar="N", help="GPUs available; default: as many as needed"
+    )
+    group.add_argument(
+        "--gpus-per-node", type=flag_types.positive, default=8, metavar="N", help="GPUs per node; default: 8"
+    )
