@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.ranks.pool import RankPool
 
-# By default Hypothesis fails an example that takes longer than 200 ms, as one may beside eight busy ranks.
-settings.register_profile("no deadline", settings(), deadline=None)
-settings.load_profile("no deadline")
+# By default Hypothesis fails an example that takes longer than 200 ms, or longer to draw, as one may on a busy machine.
+settings.register_profile("no clock", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 POOL = RankPool(8)
 
@@ -23,11 +23,7 @@ def needs_ranks(item: pytest.Item | None) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that need ranks together, and on one worker of pytest-xdist: each worker has a pool of its own.
-
-    Tests that start ranks over shared memory by themselves join them with `@pytest.mark.xdist_group("ranks")`, since
-    some tests look at all that is in /dev/shm.
-    """
+    """Keep the tests that need ranks together, and on one worker of pytest-xdist: each worker has a pool of its own."""
     items.sort(key=needs_ranks)
     for item in items:
         if needs_ranks(item):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from refit.bench.session import device_for, launched
 from refit.cli.launch import rank_variables
 from refit.cli.parsing import parse
 from refit.errors import UnavailableError, UsageError
+from tests.ranks.ports import job_with_a_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,9 +104,7 @@ def test_without_scontrol_the_variable_to_set_is_named(tmp_path: Path, monkeypat
 
 def test_ports_of_neighbouring_steps_and_jobs_differ() -> None:
     ports = {
-        rank_variables({**TASK, "MASTER_ADDR": "a", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})[
-            "MASTER_PORT"
-        ]
+        rank_variables({**TASK, "MASTER_ADDR": "a", "SLURM_JOB_ID": job, "SLURM_STEP_ID": str(step)})["MASTER_PORT"]
         for job in range(4200, 4230)
         for step in range(20)
     }
@@ -115,13 +113,11 @@ def test_ports_of_neighbouring_steps_and_jobs_differ() -> None:
 
 @pytest.mark.slow
 def test_tasks_of_a_step_run_a_refit(tmp_path: Path) -> None:
-    """Three processes that know nothing but Slurm's variables."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    """Three processes that know nothing but Slurm's variables. The port follows from the job's number."""
     layout = ["--tensor-model-parallel-size=2", "--rl-inference-tensor-model-parallel-size=1", "--refit-method=gloo"]
     model = ["--model=tiny", "--num-layers=2", "--moe-layer-freq=1"]
-    flags = [*model, *layout, "--num-benchmark-warmup=0", "--num-benchmark-iterations=1", "--timeout=60"]
+    flags = [*model, *layout, "--num-benchmark-warmup=0", "--num-benchmark-iterations=1", "--timeout=100"]
+    job = job_with_a_free_port(int(TASK["SLURM_STEP_ID"]))
     tasks = [
         subprocess.Popen(
             [sys.executable, ROOT / "benchmark_refit.py", *flags, f"--output-dir={tmp_path}", "--run-name=steps.2"],
@@ -132,13 +128,13 @@ def test_tasks_of_a_step_run_a_refit(tmp_path: Path) -> None:
                     if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
                 },
                 **TASK,
+                "SLURM_JOB_ID": job,
                 "SLURM_PROCID": str(rank),
                 "SLURM_LOCALID": str(rank),
                 "SLURM_NODEID": "0",
                 "SLURM_STEP_NUM_TASKS": "3",
                 "SLURM_STEP_TASKS_PER_NODE": "3",
                 "SLURM_STEP_NODELIST": "localhost",
-                "MASTER_PORT": str(port),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -146,7 +142,7 @@ def test_tasks_of_a_step_run_a_refit(tmp_path: Path) -> None:
         )
         for rank in range(3)
     ]
-    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    outputs = [task.communicate(timeout=150)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0, 0], outputs
     assert outputs[0].splitlines()[-1] == f"Result: {tmp_path / 'steps.2.json'}"
     assert "PASSED" in outputs[0]

@@ -105,7 +105,7 @@ def test_a_rank_killed_from_outside_is_named(tmp_path: Path) -> None:
     assert process.stdout is not None
     output = read_until(process.stdout.readline, "/100000:")
     os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=150)
     assert process.returncode == 4, (rest, errors)
     assert "Idle ranks: 2 (not participating)" in output
     told = [line for line in errors.splitlines() if line.startswith("FAILED: rank 1 failed")]
@@ -127,7 +127,7 @@ def started(*flags: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_a_verified_refit(tmp_path: Path) -> None:
     process = started("--output-dir", str(tmp_path))
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 0, errors
     assert "0 wrong" in output
     assert errors == ""
@@ -142,7 +142,7 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path) -
     while "/100000:" not in process.stdout.readline():
         assert process.poll() is None
     os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 4
     (line,) = [line for line in (output + errors).splitlines() if line.startswith(("FAILED", "error"))]
     assert re.fullmatch(r"FAILED: rank 1 failed in phase '.+': killed on \S+ by signal 9 \(SIGKILL\): .*dmesg.*", line)
@@ -160,7 +160,7 @@ def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals) -> None
     while "/100000:" not in process.stdout.readline():
         assert process.poll() is None
     os.kill(process.pid, number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=150)
     assert process.returncode == 4, (output, errors)
     assert "ChildFailedError" not in errors
     assert ranks_left(tmp_path) == []

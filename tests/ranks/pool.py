@@ -18,6 +18,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+PATIENCE_S = 30.0
+"""How long ranks may take to notice that one of them has failed, on a busy machine."""
+
 
 class RankError(AssertionError):
     """One or more ranks failed; the text holds each rank's traceback."""
@@ -46,8 +49,8 @@ class RankPool:
         errors: dict[int, str] = {}
         waiting = dict(zip(self._pipes, range(self.num_ranks), strict=True))
         while waiting:
-            # Once one rank has failed, other ranks may wait for it for ever: wait 5 s for them, then report.
-            ready = wait(list(waiting), timeout=5.0 if errors else timeout_s)
+            # Once one rank has failed, other ranks may wait for it for ever: wait a while for them, then report.
+            ready = wait(list(waiting), timeout=PATIENCE_S if errors else timeout_s)
             if not ready:
                 errors.update(dict.fromkeys(waiting.values(), "no answer in time"))
                 break

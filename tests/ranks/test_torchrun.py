@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def torchrun(num_ranks: int, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 100) -> str:
+def finish(process: subprocess.Popen[str], timeout_s: float = 150) -> str:
     output, _ = process.communicate(timeout=timeout_s)
     return output
 
@@ -87,26 +86,24 @@ def test_too_few_ranks_is_one_line_before_anything_is_built(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("send", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_rank_that_is_gone_ends_the_job_and_keeps_what_was_measured(tmp_path: Path, send: signal.Signals) -> None:
-    flags = [*SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000", "--timeout", "20"]
+    flags = [*SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000"]
     flags += ["--output-dir", str(tmp_path)]
     process = torchrun(3, *flags)
     assert process.stdout is not None
     output = read_until(process.stdout.readline, "/100000:")
-    start = time.monotonic()
-    victim = pid_of_rank(2, tmp_path)
-    os.kill(victim, send)
-    output += read_until(process.stdout.readline, "FAILED:")
-    assert time.monotonic() - start < 30
-    # The launcher gives a rank 30 s to handle SIGTERM, which a stopped one never does: its peers have killed it.
-    output += finish(process, timeout_s=20)
+    (timed,) = re.findall(r"(\d+)/100000:", output)
+    os.kill(pid_of_rank(2, tmp_path), send)
+    output += finish(process)
     assert process.returncode != 0
+    # The launcher gives a rank 30 s to handle SIGTERM, which a stopped one never does: its peers have killed it.
+    assert "forcefully exiting" not in output
     verdicts = [line for line in output.splitlines() if line.startswith("FAILED:")]
     assert len(verdicts) == 1, output
     assert re.search(r"rank 2 failed in phase 'refit iteration \d+: \w+': died or was killed", verdicts[0])
     content = result_in(tmp_path)
     assert (content["status"], content["exit_code"]) == ("failed", 4)
     assert content["failure"]["rank"] == 2
-    assert len(content["measurements"]["refit"]["engines"]["refit"]["samples"]) >= 6
+    assert len(content["measurements"]["refit"]["engines"]["refit"]["samples"]) >= 2 + int(timed)  # 2 warm up
 
 
 @pytest.mark.slow

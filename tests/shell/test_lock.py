@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -40,7 +41,7 @@ def test_a_run_is_gone_on_with_by_one_process(job: Shell) -> None:
     assert output.endswith(": wait until it has ended, or end it\n")
     assert sorted(job.logs.iterdir()) == before
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=100)
     assert not list(job.logs.glob("*.lock"))
 
 
@@ -60,13 +61,19 @@ def test_a_killed_script_holds_its_lock_while_its_ranks_run(job: Shell) -> None:
 
 def end_all(folder: Path) -> None:
     """End the processes that have this test's folder in their environment, as the killed script's steps have."""
-    name = f"STANDIN_FOLDER={folder}".encode()
+    for pid in started_from(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not started_from(folder))
+
+
+def started_from(folder: Path) -> list[int]:
+    name, found = f"STANDIN_FOLDER={folder}".encode(), []
     for entry in Path("/proc").iterdir():
-        try:
+        with contextlib.suppress(OSError):
             if entry.name.isdigit() and name in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
-        except OSError:
-            continue
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.mark.parametrize(("jobs", "code"), [("5", 2), ("", 0)], ids=["still there", "over"])
@@ -112,5 +119,5 @@ def test_jobs_of_an_array_share_a_run_but_no_scenario(job: Shell) -> None:
     assert (code, "2.00 ms median (1 refit)" in output) == (0, True), output
     assert (job.logs / f"{run_id}_sweep.lock").exists(), "another job holds it"
     assert not (job.logs / f"{run_id}_good.lock").exists()
-    holder.communicate("\n", timeout=20)
+    holder.communicate("\n", timeout=100)
     assert not list(job.logs.glob("*.lock"))

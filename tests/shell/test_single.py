@@ -6,10 +6,11 @@ import json
 import re
 import shutil
 import signal
-import time
 
 import pytest
 
+from tests.ranks.ports import job_with_a_free_port
+from tests.ranks.test_torchrun import read_until
 from tests.shell.conftest import ROOT, Shell
 
 SINGLE, SMOKE = "benchmark_refit_sbatch.sh", "test_nvshmem_refit.sh"
@@ -18,7 +19,6 @@ ONE_TO_TWO = ["--refit-method", "gloo", "--rl-inference-expert-model-parallel-si
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has GPUs")
 def test_without_slurm_and_gpus_ranks_run_on_cpus_and_it_says_so(shell: Shell) -> None:
     flags = [*SMALL, "--refit-method", "nvshmem", "--refit-mode", "collocated", "--tensor-model-parallel-size", "2"]
@@ -32,7 +32,6 @@ def test_without_slurm_and_gpus_ranks_run_on_cpus_and_it_says_so(shell: Shell) -
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 def test_on_one_node_a_failure_is_told_in_our_words(shell: Shell) -> None:
     flags = ["--model-provider=math:sqrt", "--refit-method=gloo", "--output-dir=out", "--run-name=broken"]
     code, output = shell.run(SINGLE, *flags)
@@ -65,7 +64,8 @@ def test_a_model_too_large_for_the_cpus_starts_no_rank(shell: Shell) -> None:
 def test_in_an_allocation_with_a_task_per_gpu_slurm_numbers_the_ranks(job: Shell) -> None:
     del job.environ["STANDIN_NODE"]
     flags = ["--refit-method=gloo", "--refit-mode=collocated", "--rl-inference-expert-model-parallel-size=2"]
-    code, output = job.run(SINGLE, *SMALL, *flags, SLURM_GPUS_ON_NODE="1", REFIT_TASKS="gpu")
+    slurm = {"SLURM_JOB_ID": job_with_a_free_port(step=0), "SLURM_GPUS_ON_NODE": "1"}
+    code, output = job.run(SINGLE, *SMALL, *flags, **slurm, REFIT_TASKS="gpu")
     assert code == 0, output
     (call,) = job.calls("srun")
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set(call)
@@ -91,14 +91,13 @@ def test_the_exit_code_is_that_of_the_result(job: Shell, name: str, expected: in
 
 def test_too_long_and_cancelled_runs_are_recorded(job: Shell) -> None:
     flags = [*SMALL, *ONE_TO_TWO, "--run-name"]
-    code, output = job.run(SINGLE, *flags, "hang1", REFIT_SCENARIO_TIMEOUT="1")
-    assert (code, output.splitlines()[-1].rpartition(": ")[2]) == (4, "timed out after 1 s")
+    code, output = job.run(SINGLE, *flags, "hang1", REFIT_SCENARIO_TIMEOUT="5")
+    assert (code, output.splitlines()[-1].rpartition(": ")[2]) == (4, "timed out after 5 s")
     process = job.start(SINGLE, *flags, "hang2")
     assert process.stdout is not None
-    while "stub" not in process.stdout.readline():
-        time.sleep(0.05)
+    read_until(process.stdout.readline, "stub node node 0 of")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=100)
     assert (process.returncode, output.splitlines()[-1].rpartition(": ")[2]) == (143, "cancelled")
 
 

