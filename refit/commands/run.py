@@ -64,7 +64,15 @@ def run(args: argparse.Namespace) -> int:
     method = request.scenario.method
     if (request.scenario.device or (METHODS[method].device if method in METHODS else None)) == "cpu":
         check.checked(flags, DryRunOptions(), check.this_machine())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command = [
+        sys.executable,
+        "-m",
+        "refit.cli.torchrun",
+        str(os.getpid()),
+        "--standalone",
+        "--local-addr",
+        "localhost",
+    ]
     command += ["--nproc-per-node", str(num_ranks), "-m", "refit.cli", *flags]
     own_result = _own_result(request.scenario)
     log: deque[str] = deque(maxlen=KEPT_LINES)

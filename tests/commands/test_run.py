@@ -14,8 +14,9 @@ import pytest
 from refit.commands import main
 from refit.commands.run import show_killed, without_launcher
 from refit.results.result import read_result
+from refit.results.status import Status
 from refit.sweep.close import Cause
-from tests.ranks.test_torchrun import pid_of_rank, read_until
+from tests.ranks.waiting import pid_of_rank, read_until, wait_until
 
 SMALL = [
     "--model",
@@ -139,8 +140,7 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path) -
     flags = ["--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed"]
     process = started(*flags)
     assert process.stdout is not None
-    while "/100000:" not in process.stdout.readline():
-        assert process.poll() is None
+    read_until(process.stdout.readline, "/100000:")
     os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
     output, errors = process.communicate(timeout=150)
     assert process.returncode == 4
@@ -157,13 +157,27 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path) -
 def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals) -> None:
     process = started("--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
     assert process.stdout is not None
-    while "/100000:" not in process.stdout.readline():
-        assert process.poll() is None
+    read_until(process.stdout.readline, "/100000:")
     os.kill(process.pid, number)
     output, errors = process.communicate(timeout=150)
     assert process.returncode == 4, (output, errors)
     assert "ChildFailedError" not in errors
     assert ranks_left(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2)")
+def test_a_kill_ends_the_ranks_too(tmp_path: Path) -> None:
+    """Nobody reads any more what they print, and the result says how they ended all the same."""
+    process = started("--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed")
+    assert process.stdout is not None
+    read_until(process.stdout.readline, "/100000:")
+    assert ranks_left(tmp_path)
+    process.kill()
+    process.communicate(timeout=150)  # ends when the last rank has closed its end of the pipe
+    wait_until(lambda: not ranks_left(tmp_path))
+    result = read_result(tmp_path / "killed.json")
+    assert (result.status, result.exit_code) == (Status.FAILED, 4)
 
 
 def ranks_left(directory: Path) -> list[str]:

@@ -8,11 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ranks.waiting import pid_of_rank, read_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--model", "tiny", "--num-layers", "1", "--moe-layer-freq", "1", "--vocab-size", "512"]
@@ -119,25 +120,3 @@ def test_without_its_launcher_a_job_reports_one_failure(tmp_path: Path) -> None:
     assert output.count("\nResult: ") == 1
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
     assert result_in(tmp_path)["status"] == "failed"
-
-
-def read_until(readline: Callable[[], str], text: str) -> str:
-    lines = []
-    while line := readline():
-        lines.append(line)
-        if text in line:
-            return "".join(lines)
-    raise AssertionError(f"{text!r} never came:\n{''.join(lines)}")
-
-
-def pid_of_rank(rank: int, directory: Path) -> int:
-    """The process that torchrun started as `rank` with this test's output directory."""
-    for entry in Path("/proc").iterdir():
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"RANK={rank}".encode() in environment and str(directory).encode() in words:
-            return int(entry.name)
-    raise AssertionError(f"no process of rank {rank}")

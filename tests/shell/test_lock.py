@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.waiting import wait_until
 from tests.shell.conftest import ROOT, Shell
-from tests.shell.test_suite import KIMI, line, scenarios, wait_until
+from tests.shell.test_suite import KIMI, line, scenarios
 
 ELSEWHERE = "exclusive elsewhere 4711 {job} 2026-01-02 03:04:05\n"
 

@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from tests.ranks.ports import job_with_a_free_port
-from tests.ranks.test_torchrun import read_until
+from tests.ranks.waiting import read_until
 from tests.shell.conftest import ROOT, Shell
 
 SINGLE, SMOKE = "benchmark_refit_sbatch.sh", "test_nvshmem_refit.sh"

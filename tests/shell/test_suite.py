@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.ranks.ports import job_with_a_free_port
+from tests.ranks.waiting import wait_until
 from tests.shell.conftest import ROOT, Shell
 
 KIMI = "benchmark_refit_kimi_k2.sh"
@@ -125,15 +125,6 @@ def test_cancelled_half_way_and_gone_on_with(job: Shell, send: signal.Signals) -
     names = sorted(path.name.removeprefix(f"{run_id}_") for path in job.logs.glob("*.log"))
     assert names == ["good.log", "hang.2.log", "hang.log", "last.log"], "what had a result is not run again"
     assert json.loads(job.only("*_sweep.json").read_text())["jobs"] == ["77", "78"]
-
-
-def wait_until(condition: object, timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if callable(condition) and condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came about")
 
 
 @pytest.mark.slow
