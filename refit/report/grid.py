@@ -76,11 +76,11 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], block: Sequ
             grid.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         grid.add_row(*(Text(row[place]) for place in block))
-    return rendered(grid, width)
+    return _rendered(grid, width)
 
 
-def rendered(grid: Table, width: int | None) -> str:
-    """A rich table as plain text, lines at most `width` wide; None takes the terminal's width."""
+def _rendered(grid: Table, width: int) -> str:
+    """A rich table as plain text, lines at most `width` wide."""
     console = Console(width=width, color_system=None, highlight=False, legacy_windows=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(grid)

@@ -5,36 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from rich import box
-from rich.table import Table
-
 from refit import units
 from refit.config.clusters import Cluster
 from refit.predict.findings import Findings, Found
-from refit.report.grid import comma_separated, rendered
+from refit.report.console import table_width
+from refit.report.grid import Column, comma_separated, fitted
 from refit.results.plain import plain
-
-NUM_BESIDE_SOURCE = 4
-"""Columns of figures that there is room for where each row names its source."""
 
 
 def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
     """What was searched, the `top` layouts with the lowest bounds and those of the Pareto set, and what limits."""
     shown = sorted({*range(min(top, len(findings.found))), *findings.pareto})
     sources = {found.source for found in findings.found}
-    titles = ["source", "destination"] if len(sources) > 1 else ["destination"]
     large = max(found.busiest.nbytes for found in findings.found) >= 1e9
-    numbers = _titles(large)[: NUM_BESIDE_SOURCE if len(sources) > 1 else None]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in ("", *titles):
-        table.add_column(title)
-    for title in numbers:
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for index in shown:
         found = findings.found[index]
-        sides = (plain(getattr(found, title)) for title in titles)
-        table.add_row("*" if index in findings.pareto else "", *sides, *_numbers(found, large)[: len(numbers)])
-    lines = [*_counts(findings, cluster), rendered(table, None), LEGEND]
+        layouts = f"{found.source} -> {found.destination}" if len(sources) > 1 else found.destination
+        rows.append([f"{'*' if index in findings.pareto else ' '} {layouts}", *_figures(found, large)])
+    table = fitted(_columns("destination" if len(sources) == 1 else "layouts", large), rows, table_width())
+    lines = [*_counts(findings, cluster), "", table, "", LEGEND]
     if len(sources) == 1:
         lines.insert(0, f"Source:  {plain(sources.pop())} on {findings.found[0].source_ranks} GPUs")
     best = findings.found[0].bound
@@ -61,12 +51,20 @@ def _counts(findings: Findings, cluster: Cluster) -> list[str]:
     return lines
 
 
-def _titles(large: bool) -> tuple[str, ...]:
-    moved = "GB" if large else "MB"
-    return ("bound ms", f"busiest {moved}", "memory GiB", "KV GiB", "KV tokens", f"wire {moved}")
+def _columns(layouts: str, large: bool) -> list[Column]:
+    moved = "(GB)" if large else "(MB)"
+    return [
+        Column(f"  {layouts}", is_text=True),
+        Column("bound", "(ms)"),
+        Column("busiest", moved),
+        Column("memory", "(GiB)"),
+        Column("KV", "(GiB)"),
+        Column("KV", "(tokens)"),
+        Column("wire", moved),
+    ]
 
 
-def _numbers(found: Found, large: bool) -> tuple[str, ...]:
+def _figures(found: Found, large: bool) -> tuple[str, ...]:
     scale = 1e9 if large else 1e6
     return (
         f"{1e3 * found.bound.seconds:,.{1 if large else 3}f}" if found.bound else "-",

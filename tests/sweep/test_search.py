@@ -132,10 +132,14 @@ def test_the_best_can_be_written_as_a_list_of_scenarios(small: Findings, tmp_pat
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("source", ["TP2 EP2 ETP1", None])
 def test_the_table_fits_the_terminal(width: int, source: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("refit.report.search.table_width", lambda: width)
     text = as_text(search(source=source, source_gpus=2, max_plans=30).run(), CLUSTER, 10)
     assert max(map(len, text.split("\n"))) <= width
     assert "…" not in text
+    first, second, *_ = (line for line in text.split("\n") if " TP" in line and ":" not in line)
+    assert first.startswith("* TP")
+    assert second.startswith(("* TP", "  TP"))
+    assert (" -> " in first) == (source is None)
 
 
 def test_json_and_csv_have_every_layout(small: Findings) -> None:
