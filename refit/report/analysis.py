@@ -18,7 +18,8 @@ from refit.config.registry import METHODS
 from refit.config.scenario import Mode
 from refit.report import evidence
 from refit.report.neutral import plain_lines
-from refit.report.points import Point, points_of
+from refit.report.points import Point, median, points_of
+from refit.report.run_spread import by_scenario
 from refit.report.scaling import scalings
 from refit.results.outcomes import Outcome
 
@@ -46,10 +47,10 @@ def analysis_text(outcomes: Sequence[Outcome]) -> str:
 def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
     """The findings over every scenario with times and without wrong data; empty where there is none.
 
-    A single result answers none of the questions, so it has no findings.
+    A single scenario answers none of the questions, so it has no findings.
     """
     points = points_of(outcomes)
-    if not points or len(outcomes) == 1:
+    if not points or len(by_scenario(outcomes)) == 1:
         return []
     return [
         Finding("EP against TP: which change of layout is faster?", tuple(ep_against_tp(points))),
@@ -69,7 +70,7 @@ def ep_against_tp(points: Sequence[Point]) -> list[str]:
         only_tp = [point for point in group if _changes(point) in ({"tp"}, {"tp", "etp"})]
         if not only_ep or not only_tp:
             continue
-        rates = [_median(point.gb_per_s for point in side) for side in (only_ep, only_tp)]
+        rates = [median(point.gb_per_s for point in side) for side in (only_ep, only_tp)]
         lines += [
             f"{mode}, {method}: only EP changes: {_averages(only_ep)}",
             f"  only TP changes: {_averages(only_tp)}",
@@ -102,19 +103,12 @@ def _changes(point: Point) -> set[str]:
 
 def _averages(points: Sequence[Point]) -> str:
     """`45.20 ms, 49.2 GB/s, 96 % of the lower bound (median of 2: A, B)`."""
-    rate, share = _median(point.gb_per_s for point in points), _median(point.share for point in points)
+    rate, share = median(point.gb_per_s for point in points), median(point.share for point in points)
     parts = [units.seconds(statistics.median(point.median_s for point in points))]
     parts += [f"{rate:.1f} GB/s at the busiest GPU"] if rate else []
     parts += [f"{100 * share:.0f} % of the speed the lower bound allows"] if share else []
     names = ", ".join(point.name for point in points)
     return f"{', '.join(parts)} ({names if len(points) == 1 else f'medians of {len(points)}: {names}'})"
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    """The median; None where a value is missing."""
-    found = list(values)
-    known = [value for value in found if value is not None]
-    return statistics.median(known) if known and len(known) == len(found) else None
 
 
 def separate_sets(points: Sequence[Point]) -> list[str]:

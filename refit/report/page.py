@@ -15,6 +15,7 @@ from refit.report.analysis import analyse
 from refit.report.entries import Entry, entries_of, scenario_entries
 from refit.report.headline import headline, ratios
 from refit.report.neutral import html_text
+from refit.report.run_spread import spread_lines
 from refit.report.summary import counts_line
 from refit.report.tables import SHOWN, run_title, where_text
 from refit.results.outcomes import Outcome
@@ -100,6 +101,7 @@ def _section(run: Run, pictures: Pictures) -> str:
         '<ul class="results">',
         *(_headlines(run, outcome) for outcome in run.outcomes),
         "</ul>",
+        *(f"<p>{html_text(line)}</p>" for line in spread_lines(run.outcomes)),
         "<h3>Results</h3>",
         *_table(entries),
         f'<p class="dim">{LEGEND}</p>',

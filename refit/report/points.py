@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+import statistics
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from refit.config.scenario import Mode
 from refit.config.side import SideSpec
+from refit.report.run_spread import Repeated, by_scenario
 from refit.results.outcomes import Outcome
 from refit.results.result import Environment
 from refit.results.stats import summarise
@@ -62,37 +64,62 @@ class Point:
 
 
 def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
-    """The scenarios that may be compared: without wrong data (verified or unchecked), with times and layouts."""
-    points = []
-    for outcome in outcomes:
-        planned, cost, median_s = outcome.planned, outcome.cost, outcome.median_s
-        source, destination = planned.source, planned.destination
-        comparable = outcome.status is Status.OK and median_s and source and destination
-        if not comparable or cost is None or not cost.payload_bytes:
-            continue
-        assert source
-        assert destination
-        assert median_s
-        points.append(
-            Point(
-                name=planned.name,
-                source=source,
-                destination=destination,
-                mode=planned.mode,
-                method=planned.method,
-                model=_model(outcome),
-                median_s=median_s,
-                samples_s=tuple(outcome.tested.measured_s) if outcome.tested else (),
-                conditions=_conditions(outcome),
-                payload=cost.payload_bytes,
-                wire=cost.wire_bytes,
-                busiest=cost.busiest.nbytes,
-                num_transfers=outcome.refit.plan.num_transfers if outcome.refit.plan else None,
-                gb_per_s=outcome.tested.bottleneck_gb_per_s if outcome.tested else None,
-                share=outcome.share_of_bound,
-            )
-        )
-    return points
+    """The scenarios that may be compared: without wrong data (verified or unchecked), with times and layouts.
+
+    All runs of one scenario are one point, named with their number and spread.
+    """
+    found = ((scenario, list(filter(None, map(_point, scenario.outcomes)))) for scenario in by_scenario(outcomes))
+    return [_joined(scenario, points) if scenario.has_runs else points[0] for scenario, points in found if points]
+
+
+def _joined(scenario: Repeated, runs: Sequence[Point]) -> Point:
+    """The runs of a scenario as one point: the median of their medians, and the refits of all of them."""
+    spread = f", spread {100 * scenario.spread:.1f} %" if len(runs) > 1 else ""
+    names = dict.fromkeys(name for run in runs for name in run.conditions)
+    return replace(
+        runs[0],
+        name=f"{scenario.name} ({scenario.count}{spread})",
+        median_s=statistics.median(run.median_s for run in runs),
+        samples_s=tuple(seconds for run in runs for seconds in run.samples_s),
+        conditions={
+            name: " / ".join(dict.fromkeys(run.conditions.get(name, "none") for run in runs)) for name in names
+        },
+        gb_per_s=median(run.gb_per_s for run in runs),
+        share=median(run.share for run in runs),
+    )
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median; None where a value is missing."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return statistics.median(known) if known and len(known) == len(found) else None
+
+
+def _point(outcome: Outcome) -> Point | None:
+    planned, cost, median_s = outcome.planned, outcome.cost, outcome.median_s
+    source, destination = planned.source, planned.destination
+    if outcome.status is not Status.OK or not median_s or source is None or destination is None:
+        return None
+    if cost is None or not cost.payload_bytes:
+        return None
+    return Point(
+        name=planned.name,
+        source=source,
+        destination=destination,
+        mode=planned.mode,
+        method=planned.method,
+        model=_model(outcome),
+        median_s=median_s,
+        samples_s=tuple(outcome.tested.measured_s) if outcome.tested else (),
+        conditions=_conditions(outcome),
+        payload=cost.payload_bytes,
+        wire=cost.wire_bytes,
+        busiest=cost.busiest.nbytes,
+        num_transfers=outcome.refit.plan.num_transfers if outcome.refit.plan else None,
+        gb_per_s=outcome.tested.bottleneck_gb_per_s if outcome.tested else None,
+        share=outcome.share_of_bound,
+    )
 
 
 def _model(outcome: Outcome) -> Hashable:

@@ -11,7 +11,7 @@ from refit.config.side import SideSpec
 from refit.report import step_lines
 from refit.report.headline import headlines
 from refit.report.neutral import plain_lines
-from refit.report.run_spread import run_spread_lines
+from refit.report.run_spread import by_scenario, run_spread_lines
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult
 from refit.results.stats import Summary
@@ -44,10 +44,12 @@ def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
 
 
 def counts_line(outcomes: Sequence[Outcome]) -> str:
-    """`7 scenarios: 5 ok, 1 failed, 1 refused`."""
+    """`7 scenarios: 5 ok, 1 failed, 1 refused`, or `2 scenarios in 4 runs: 4 ok`."""
     counts = Counter(outcome.status for outcome in outcomes)
     parts = ", ".join(f"{counts[status]} {status.text}" for status in COUNTED if counts[status])
-    return f"{len(outcomes)} scenario{'' if len(outcomes) == 1 else 's'}: {parts or 'none'}"
+    scenarios = by_scenario(outcomes)
+    runs = f" in {len(outcomes)} runs" if any(scenario.has_runs for scenario in scenarios) else ""
+    return f"{len(scenarios)} scenario{'' if len(scenarios) == 1 else 's'}{runs}: {parts or 'none'}"
 
 
 def side_text(side: SideSpec | None, status: Status) -> str:

@@ -11,6 +11,7 @@ from refit.report.entries import Entry, entries_of
 from refit.report.grid import markdown
 from refit.report.headline import headlines, title
 from refit.report.neutral import markdown_code
+from refit.report.run_spread import spread_lines
 from refit.report.summary import counts_line, marked_ms
 from refit.results.refit import EngineResult
 from refit.results.runs import Run
@@ -27,7 +28,7 @@ class Shown:
 
 
 def markdown_text(run: Run) -> str:
-    """A heading, the table and the headlines."""
+    """A heading, the table, the headlines and the spread between runs of one scenario."""
     heading = f"### {neutral.markdown_text(run_title(run.sweep))}"
     rows = [[_markdown_cell(column, entry) for column in SHOWN] for entry in entries_of([run])]
     table = markdown([column.title for column in SHOWN], rows, sum(column.is_text for column in SHOWN))
@@ -36,7 +37,8 @@ def markdown_text(run: Run) -> str:
         for outcome in run.outcomes
         for line in headlines(outcome)
     )
-    parts = [heading, neutral.markdown_text(where_text(run.sweep)), table, lines, counts_line(run.outcomes)]
+    spread = "\n".join(f"- {neutral.markdown_text(line)}" for line in spread_lines(run.outcomes))
+    parts = [heading, neutral.markdown_text(where_text(run.sweep)), table, lines, spread, counts_line(run.outcomes)]
     return "\n\n".join(part for part in parts if part)
 
 

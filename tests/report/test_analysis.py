@@ -42,6 +42,47 @@ def test_the_fit_finds_the_costs_it_was_made_from() -> None:
     assert fit.worst_error == pytest.approx(0, abs=1e-9)
 
 
+def runs_of(name: str, *medians_s: float, **options: Any) -> list[Outcome]:
+    """The runs of one scenario, as `--num-runs` makes them."""
+    found = [
+        outcome(f"{name}_run{number}", *SIDES, median_s, **options) for number, median_s in enumerate(medians_s, 1)
+    ]
+    return [replace(run, planned=replace(run.planned, run_of=name)) for run in found]
+
+
+SIDES = side(2, 2), side(2, 1)
+
+
+def test_runs_of_one_scenario_are_one_point() -> None:
+    """Its time is the median of theirs, its refits are those of all, and its name has their number and spread."""
+    ours = runs_of("ours", 0.1, 0.12, 0.1)
+    (point,) = points_of(ours)
+    assert (point.name, point.median_s) == ("ours (3 runs, spread 20.0 %)", 0.1)
+    assert sorted(point.samples_s) == sorted(seconds for run in ours for seconds in points_of([run])[0].samples_s)
+    wrong = replace(ours[1], status=Status.WRONG_DATA)
+    assert points_of([ours[0], wrong])[0].name == "ours (1 of 2 runs)"
+    assert points_of([wrong]) == []
+
+
+def test_repeated_scenarios_are_compared_once() -> None:
+    ours, other = runs_of("ours", 0.1, 0.1), runs_of("other", 0.2, 0.2, method="nccl")
+    interleaved = [run for pair in zip(ours, other, strict=True) for run in pair]
+    text = analysis_text(interleaved)
+    assert text.count("nvshmem is 2.00 x as fast") == 1
+    assert "2 scenarios" not in text, "a method with one scenario has one point"
+    assert analysis_text(ours) == ""
+
+
+def test_runs_under_other_versions_support_no_conclusion() -> None:
+    ours = runs_of("ours", 0.1, 0.1)
+    assert ours[1].result is not None
+    newer = replace(ENVIRONMENT, versions={**ENVIRONMENT.versions, "torch": "9.9"})
+    ours[1] = replace(ours[1], result=replace(ours[1].result, environment=newer))
+    (line,) = one_sided_against_two_sided(points_of([*ours, *runs_of("other", 0.2, 0.2, method="nccl")]))
+    assert "no conclusion: torch differs: " in line
+    assert " / 9.9" in line
+
+
 def test_the_fit_survives_noise_and_says_how_much_there_is() -> None:
     rng = random.Random(7)
     truth = [(10.0**power, operations) for power in (7, 8, 9, 10) for operations in (100.0, 1000.0, 10_000.0)]

@@ -265,7 +265,7 @@ def test_runs_of_each_scenario_are_interleaved_and_compared(tmp_path: Path, caps
     summary = ok(capsys, "sweep", "end", str(path), code=4)
     assert "first: 105.00 ms, median of 2 runs (100.00, 110.00), spread 9.5 %" in summary
     assert "second: 200.00 ms, median of 2 runs (200.00, 200.00), spread 0.0 %" in summary
-    assert "5 scenarios: 4 ok, 1 refused" in summary
+    assert "3 scenarios in 5 runs: 4 ok, 1 refused" in summary
 
 
 def test_runs_have_names_and_a_number_that_are_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
