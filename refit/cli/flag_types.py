@@ -143,6 +143,17 @@ def rate(text: str) -> float:
     return number
 
 
+def loss_scale(text: str) -> float:
+    """A power of two from 1 to 2**32, Megatron-LM's default: multiplying by it changes no digit of a gradient."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {shortened(text)}") from None
+    if not 1 <= number <= 2**32 or not math.log2(number).is_integer():
+        raise argparse.ArgumentTypeError(f"must be a power of two from 1 to {2**32}, got {text}")
+    return number
+
+
 def file_stem(text: str) -> str:
     """A file's name without its suffix: letters, digits and `_`, then also `-`, `+`, `=` and dots."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):

@@ -43,6 +43,11 @@ STEP_FLAGS: dict[str, dict[str, Any]] = {
     "lr": {"type": flag_types.rate, "metavar": "X", "help": "learning rate of AdamW; default: 1e-4"},
     "weight-decay": {"type": flag_types.rate, "metavar": "X", "help": "weight decay of AdamW; default: 0.01"},
     "clip-grad": {"type": flag_types.rate, "metavar": "X", "help": "largest norm of the gradients; default: 1.0"},
+    "initial-loss-scale": {
+        "type": flag_types.loss_scale,
+        "metavar": "X",
+        "help": "what fp16 multiplies the loss by at first; default: 65536",
+    },
     "seed": {"type": flag_types.non_negative, "metavar": "N", "help": "seed of the mock tokens; default: 1234"},
     "sequence-parallel": {**SWITCH, "help": "split norms and residuals of the source along the sequence, over TP"},
     "recompute-activations": {**SWITCH, "help": "the same as --recompute-granularity selective"},
@@ -164,7 +169,7 @@ def _settings(args: argparse.Namespace, source: SideSpec, model: ModelShape) -> 
             "leave it out"
         )
     optional = {"num-train-steps": "num_steps", "num-train-warmup": "num_warmup", "lr": "lr", "seed": "seed"}
-    optional |= {"weight-decay": "weight_decay", "clip-grad": "clip_grad"}
+    optional |= {"weight-decay": "weight_decay", "clip-grad": "clip_grad", "initial-loss-scale": "initial_loss_scale"}
     return StepSettings(
         micro_batch_size=micro,
         global_batch_size=given.get("global-batch-size", micro * source.layout.dp * source.layout.pp),

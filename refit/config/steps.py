@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+LOSS_SCALE_WINDOW = 1000
+"""Steps without overflow after which the loss scale of float16 is doubled. Each overflow halves it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
@@ -41,7 +44,8 @@ class Dispatch:
 class StepSettings:
     """One training step: `global_batch_size` sequences of `seq_length` tokens, `micro_batch_size` of them at a time.
 
-    `num_warmup` steps come before the `num_steps` measured ones. Tokens are drawn with `seed`.
+    `num_warmup` steps come before the `num_steps` measured ones. Tokens are drawn with `seed`. `initial_loss_scale` is
+    what the loss is multiplied by in float16, before overflows and LOSS_SCALE_WINDOW change it.
     """
 
     micro_batch_size: int
@@ -53,6 +57,7 @@ class StepSettings:
     weight_decay: float = 0.01
     clip_grad: float = 1.0
     seed: int = 1234
+    initial_loss_scale: float = 65536.0
     sequence_parallel: bool = False
     recompute: Recompute = field(default_factory=Recompute)
     dispatch: Dispatch = field(default_factory=Dispatch)

@@ -34,10 +34,12 @@ def part(recorder: Recorder | None, name: str) -> Iterator[None]:
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What one training step gave on this rank. `loss` is the mean over this replica's tokens, on the ranks that
-    compute it; `grad_norm` is the gradients' norm over the whole model, before clipping."""
+    compute it; `grad_norm` is the gradients' norm over the whole model, before clipping. `skipped`: gradients of
+    float16 overflowed, so that the weights stayed as they were and there is no norm."""
 
     loss: float | None = None
     grad_norm: float | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

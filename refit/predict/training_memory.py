@@ -11,12 +11,13 @@ Attention scores are not stored (flash attention). Routed tokens are counted bal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refit.config.layout import Layout
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
-from refit.config.steps import StepSettings
+from refit.config.steps import Recompute, StepSettings
 from refit.plan.sharding import ITEMSIZE, Sharding
 
 GRADIENT_BYTES = 4
@@ -44,7 +45,7 @@ def training_memory(
     activations = [activation_bytes(shape, side, steps, stage) for stage in range(layout.pp)]
     found = {}
     for rank in sharding.ranks:
-        dense, routed = _parameters(sharding, rank)
+        dense, routed = parameters_of(sharding, rank)
         found[rank] = TrainingMemory(
             gradient_bytes=GRADIENT_BYTES * (dense + routed),
             optimizer_bytes=OPTIMIZER_BYTES * dense // layout.dp + OPTIMIZER_BYTES * routed // layout.edp,
@@ -53,7 +54,7 @@ def training_memory(
     return found
 
 
-def _parameters(sharding: Sharding, rank: int) -> tuple[int, int]:
+def parameters_of(sharding: Sharding, rank: int) -> tuple[int, int]:
     """Elements that this rank holds of dense layers and of routed experts."""
     dense = routed = 0
     for key, shard in sharding.of_rank(rank).shards.items():
@@ -76,24 +77,36 @@ def activation_bytes(shape: ModelShape, side: SideSpec, steps: StepSettings, sta
     assert side.dtype is not None
     itemsize = ITEMSIZE[side.dtype.value]
     chunks = layout.chunk_layers(shape.num_layers)[stage]
-    per_microbatch = sum(_layer_values(shape, layer, layout, steps) for chunk in chunks for layer in chunk)
+    units = [unit for chunk in chunks for unit in _units(chunk, steps.recompute)]
+    whole = {layer for chunk in chunks for layer in chunk} - {layer for unit in units for layer in unit}
+    per_microbatch = sum(_layer_values(shape, layer, layout, steps) for layer in whole)
+    per_microbatch += len(units) * shape.hidden_size / _sequence_parts(layout, steps)
     in_flight = float(min(layout.pp - stage, num_microbatches))
     if layout.vpp > 1:
         in_flight = min(in_flight * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)), num_microbatches)
     stored = in_flight * per_microbatch
-    if steps.recompute.granularity == "full":  # one layer at a time is computed again
-        stored += max(_all_values(shape, layer, layout, steps) for chunk in chunks for layer in chunk)
+    # One unit at a time is computed again.
+    stored += max((sum(_all_values(shape, layer, layout, steps) for layer in unit) for unit in units), default=0.0)
     total = stored * tokens * itemsize
     if stage == layout.pp - 1:  # logits, their softmax in float32, and the gradient of the logits
         total += tokens * (2 * itemsize + 4) * shape.padded_vocab_size(layout.tp) / layout.tp
     return int(total)
 
 
+def _units(chunk: Sequence[int], recompute: Recompute) -> list[Sequence[int]]:
+    """The layers of a chunk that are computed again together, from one stored input: units of all layers (`uniform`),
+    or each of the first ones (`block`)."""
+    if recompute.granularity != "full":
+        return []
+    number = recompute.num_layers or 1
+    if recompute.method == "block":
+        return [[layer] for layer in chunk[:number]]
+    return [chunk[begin : begin + number] for begin in range(0, len(chunk), number)]
+
+
 def _layer_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSettings) -> float:
-    """Values that a layer stores for each token, after recomputation."""
+    """Values that a layer stores for each token, after selective recomputation."""
     recompute = steps.recompute
-    if recompute.granularity == "full":
-        return shape.hidden_size / _sequence_parts(layout, steps)
     values = _all_values(shape, layer, layout, steps)
     if recompute.granularity != "selective":
         return values

@@ -10,7 +10,7 @@ from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import UsageError
 from refit.plan.sharding import ITEMSIZE, Sharding
 from refit.predict.fsdp2 import Mesh
-from refit.predict.training_memory import GRADIENT_BYTES, TrainingMemory, activation_bytes
+from refit.predict.training_memory import GRADIENT_BYTES, TrainingMemory, activation_bytes, parameters_of
 
 MOMENTS_BYTES = 8
 """AdamW's two moments of a parameter, in float32."""
@@ -39,22 +39,38 @@ def _rules(model: ModelShape, side: SideSpec, steps: StepSettings, trains: bool)
 
 
 def _training_rules(model: ModelShape, side: SideSpec, steps: StepSettings) -> Iterator[str]:
-    if model.experts is not None:
-        yield f"{side.format} sides train dense models here, this one has experts: --source-format megatron trains it"
-    if side.dtype is Dtype.FP16:
-        yield f"{side.format} sides train without loss scaling here, which fp16 needs: give --bf16 or --fp32"
     if side.autotp is not None and side.autotp.zero_stage == 0 and side.dtype is not Dtype.FP32:
         # Measured: after two steps its losses differ by 0.2 % from those of stages 1 and 2, FSDP2 and Megatron-Core.
         yield "ZeRO stage 0 trains in 32 bit only here, its 16-bit optimizer gives other losses: give --zero-stage 1"
     if steps.sequence_parallel:
         yield f"--sequence-parallel is Megatron-Core's, {side.format} sides train without: leave it out"
-    if steps.recompute != Recompute():
-        yield f"recomputation is Megatron-Core's, {side.format} sides train without: leave --recompute-... out"
+    yield from _recompute_rules(steps.recompute)
     size, parts = steps.global_batch_size, steps.micro_batch_size * side.layout.dp
     if size % parts:
         yield (
             f"--global-batch-size {size} is not divisible by micro-batch {steps.micro_batch_size} x DP "
             f"{side.layout.dp} = {parts}: give a multiple of {parts}"
+        )
+
+
+def _recompute_rules(recompute: Recompute) -> Iterator[str]:
+    rule = "(transformers' GradientCheckpointingLayer)"
+    if recompute.granularity == "selective" or recompute.modules:
+        yield (
+            f"transformers computes whole layers again, no single modules {rule}: give --recompute-granularity full "
+            "--recompute-method uniform --recompute-num-layers 1"
+        )
+    if recompute.granularity is None and (recompute.method is not None or recompute.num_layers is not None):
+        yield "--recompute-method and --recompute-num-layers are for --recompute-granularity full: leave them out"
+    if recompute.granularity == "full" and (recompute.method is None or recompute.num_layers is None):
+        yield (
+            "--recompute-granularity full needs --recompute-method and --recompute-num-layers: give "
+            "--recompute-method uniform --recompute-num-layers 1"
+        )
+    if recompute.method == "uniform" and recompute.num_layers != 1:
+        yield (
+            f"transformers computes each layer again by itself {rule}, units of {recompute.num_layers} are "
+            "Megatron-Core's: give --recompute-num-layers 1"
         )
 
 
@@ -69,10 +85,11 @@ def fsdp2_memory(
     accumulates = steps.num_microbatches(side.layout.dp) > 1
     mesh, found = Mesh.of(side), {}
     for rank in sharding.ranks:
-        own = _held(sharding, rank)
+        dense, routed = parameters_of(sharding, rank)
+        gradients = dense * mesh.shard + routed * mesh.expert_shard if accumulates else dense + routed
         found[rank] = TrainingMemory(
-            gradient_bytes=GRADIENT_BYTES * (own * mesh.shard if accumulates else own),
-            optimizer_bytes=_state_bytes(side) * own,
+            gradient_bytes=GRADIENT_BYTES * gradients,
+            optimizer_bytes=_state_bytes(side) * (dense + routed),
             activation_bytes=activation_bytes(shape, side, steps),
         )
     return found
@@ -89,18 +106,13 @@ def autotp_memory(
     stage, replicas = (side.autotp or AutotpOptions()).zero_stage, side.layout.dp
     found = {}
     for rank in sharding.ranks:
-        held = _held(sharding, rank)
+        held = sum(parameters_of(sharding, rank))
         found[rank] = TrainingMemory(
             gradient_bytes=ITEMSIZE[side.dtype.value] * held // (replicas if stage > 1 else 1),
             optimizer_bytes=_state_bytes(side) * held // (replicas if stage > 0 else 1),
             activation_bytes=activation_bytes(shape, side, steps),
         )
     return found
-
-
-def _held(sharding: Sharding, rank: int) -> int:
-    """Elements that a rank holds."""
-    return sum(box.volume for shard in sharding.of_rank(rank).shards.values() for box in shard.boxes)
 
 
 def _state_bytes(side: SideSpec) -> int:

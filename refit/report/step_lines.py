@@ -38,7 +38,8 @@ def step_line(label: str, sample: StepSample, number: int, num_warmup: int, num_
     """`train step 3/5: 812.4 ms (slowest rank 2), loss 5.6937`."""
     place = f"warm-up {number}/{num_warmup}" if sample.warmup else f"{number - num_warmup}/{num_steps}"
     loss = f", loss {sample.loss:.6f}" if sample.loss is not None else ""
-    return f"{label} {place}: {1e3 * sample.seconds:.2f} ms (slowest rank {sample.slowest_rank}){loss}"
+    skipped = ", overflow: weights unchanged" if sample.skipped else ""
+    return f"{label} {place}: {1e3 * sample.seconds:.2f} ms (slowest rank {sample.slowest_rank}){loss}{skipped}"
 
 
 def train_closing_lines(result: StepResult, run: Result) -> list[str]:
@@ -61,6 +62,7 @@ def _times(label: str, result: StepResult) -> list[str]:
     if summary is None:
         return [f"{result.status.value.upper()} ({label}): {result.reason or 'no steps were measured'}"]
     stalls = f", {result.num_stalls} stalls" if result.num_stalls else ""
+    stalls += f", {result.num_skipped} of all steps skipped by overflow" if result.num_skipped else ""
     return [
         f"{label}: median {1e3 * summary.median_s:.2f} ms, mean {1e3 * summary.mean_s:.2f}, min "
         f"{1e3 * summary.min_s:.2f}, max {1e3 * summary.max_s:.2f} over {len(result.measured)} steps{stalls}",

@@ -18,7 +18,8 @@ class StepSample:
     """One step: seconds of every rank of the job, in rank order. Summaries leave `warmup` samples out.
 
     `loss` is the mean over the step's tokens, `grad_norm` that before clipping; both None for a forward pass.
-    `num_tokens` are those of the whole step.
+    `skipped`: gradients overflowed, so that weights stayed as they were and there is no norm. `num_tokens` are those of
+    the whole step. Memory is that of the fullest rank, as in `StepResult`.
     """
 
     step: int
@@ -28,6 +29,9 @@ class StepSample:
     num_tokens: int
     loss: float | None = None
     grad_norm: float | None = None
+    skipped: bool = False
+    allocated_bytes: int | None = None
+    peak_bytes: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -91,6 +95,11 @@ class StepResult:
     @property
     def median_s(self) -> float | None:
         return self.summary.median_s if self.summary else None
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps, warm-up included, that changed no weights, as gradients overflowed."""
+        return sum(sample.skipped for sample in self.samples)
 
     @property
     def num_stalls(self) -> int:

@@ -113,6 +113,9 @@ def test_rules_are_checked_before_anything_is_built(flags: list[str], rule: str)
         scenario(*TRAIN, "--seq-length", "64", *flags)
 
 
+FULL = ["--recompute-granularity=full"]
+
+
 @pytest.mark.parametrize("library", ["fsdp2", "autotp"])
 @pytest.mark.parametrize(
     ("flags", "rule"),
@@ -120,10 +123,11 @@ def test_rules_are_checked_before_anything_is_built(flags: list[str], rule: str)
         (["--global-batch-size=3"], "--global-batch-size 3 is not divisible by micro-batch 1 x DP 2 = 2: give a mul"),
         (["--seq-length=1024"], "--seq-length 1024 is more than the 512 positions"),
         (["--sequence-parallel"], "--sequence-parallel is Megatron-Core's"),
-        (["--recompute-activations"], "recomputation is Megatron-Core's"),
+        (["--recompute-activations"], "whole layers again, no single modules"),
+        (["--recompute-granularity=full"], "needs --recompute-method and --recompute-num-layers"),
+        (["--recompute-method=uniform"], "are for --recompute-granularity full"),
+        ([*FULL, "--recompute-method=uniform", "--recompute-num-layers=2"], "units of 2 are Megatron-Core's"),
         (["--moe-token-dispatcher-type=alltoall"], "no token dispatcher of Megatron-Core"),
-        (["--fp16"], "without loss scaling"),
-        (["--model=tiny_qwen3_moe"], "train dense models here.*--source-format megatron"),
     ],
 )
 def test_rules_of_transformers_sides(library: str, flags: list[str], rule: str) -> None:
@@ -134,6 +138,15 @@ def test_rules_of_transformers_sides(library: str, flags: list[str], rule: str) 
     assert steps.num_microbatches(2) == 2
     with pytest.raises(UsageError, match=f"source: .*{rule}"):
         scenario(*dense, *flags)
+
+
+@pytest.mark.parametrize("text", ["0", "0.5", "3", "8589934592", "x"])
+def test_a_loss_scale_is_a_power_of_two(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--initial-loss-scale: .*(power of two from 1 to 4294967296|a number)"):
+        scenario(*TRAIN, "--seq-length=64", f"--initial-loss-scale={text}")
+    steps = scenario(*TRAIN, "--seq-length=64", "--initial-loss-scale=1024").steps
+    assert steps is not None
+    assert steps.initial_loss_scale == 1024
 
 
 def test_deepspeeds_16_bit_optimizer_is_not_trained() -> None:

@@ -70,7 +70,12 @@ def test_recomputation_and_smaller_batches_need_less() -> None:
         )  # type: ignore[arg-type]
 
     stored = activations()
-    assert activations(recompute=Recompute("full", "uniform", 1)) < stored / 4
+    least = activations(recompute=Recompute("full", "uniform", 1))
+    assert least < stored / 4
+    assert activations(recompute=Recompute("full", "block", 61)) == least
+    halves = [activations(recompute=Recompute("full", "block", number)) for number in (4, 1)]
+    assert least < halves[0] < halves[1] < stored
+    assert least < activations(recompute=Recompute("full", "uniform", 4)) < halves[0]
     assert activations(recompute=Recompute("selective", modules=("moe",))) < stored
     assert activations(micro_batch_size=4) == pytest.approx(4 * stored, rel=0.01)
     assert activations(sequence_parallel=False) > stored

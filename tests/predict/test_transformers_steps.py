@@ -6,10 +6,13 @@ import pytest
 
 from refit.cli.parsing import parse
 from refit.predict.sides import predict_side, training_bytes
-from refit.predict.training_memory import TrainingMemory
+from refit.predict.training_memory import TrainingMemory, parameters_of
 
 FLAGS = ["--model=tiny_qwen3", "--measure=train-step", "--refit-method=gloo", "--source-world-size=4"]
 FLAGS += ["--tensor-model-parallel-size=2", "--dry-run"]
+
+
+EXPERTS = ["--model=tiny_qwen3_moe", "--expert-model-parallel-size=4"]
 
 
 def memory(*flags: str) -> tuple[TrainingMemory, int]:
@@ -36,3 +39,18 @@ def test_bytes_of_a_parameter(flags: list[str], gradients: int, states: int) -> 
     assert found.gradient_bytes == gradients * held
     assert found.optimizer_bytes == states * held
     assert found.activation_bytes > 0
+
+
+def test_experts_add_up_over_their_own_shards() -> None:
+    """TP2 EP4 on 4 ranks: dense layers have two shards, experts one."""
+    found, held = memory("--source-format=fsdp2", "--global-batch-size=4", *EXPERTS)
+    scenario = parse([*FLAGS, "--source-format=fsdp2", *EXPERTS]).scenario
+    assert scenario.model is not None
+    dense, routed = parameters_of(predict_side(scenario.model, scenario.source), 0)
+    assert dense + routed == held
+    assert found.gradient_bytes == 4 * (2 * dense + routed)
+    again, _ = memory("--source-format=fsdp2", "--global-batch-size=4", *EXPERTS, *RECOMPUTE)
+    assert again.activation_bytes < found.activation_bytes
+
+
+RECOMPUTE = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]

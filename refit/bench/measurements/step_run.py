@@ -32,6 +32,8 @@ class Work:
 class _RankStep:
     seconds: float
     report: StepReport
+    allocated_bytes: int
+    peak_bytes: int | None
 
 
 def run_steps(
@@ -46,11 +48,13 @@ def run_steps(
 
     Collective: every rank of the job; on ranks outside the side the step does nothing.
     """
-    has_peak = reset_peak(session.device)
+    has_peak, ranks = reset_peak(session.device), list[_RankStep]()
     for number in range(work.num_warmup + work.num_steps):
         session.enter(f"{work.label} {number + 1}")
         found = timed(prepare(number), session.control, session.device)
-        ranks: list[_RankStep] = gather(session.control, _RankStep(found.seconds, found.value))
+        peak = peak_bytes(session.device) if has_peak else None
+        mine = _RankStep(found.seconds, found.value, used_bytes(session.device), peak)
+        ranks = gather(session.control, mine)
         sample = _sample(ranks, number, work)
         result = replace(result, samples=(*result.samples, sample))
         publish(result)
@@ -59,8 +63,8 @@ def run_steps(
         result,
         status=Status.OK,
         summary=summarise([sample.seconds for sample in result.measured]),
-        allocated_bytes_per_rank=tuple(gather(session.control, used_bytes(session.device))),
-        peak_bytes_per_rank=tuple(gather(session.control, peak_bytes(session.device) if has_peak else None)),
+        allocated_bytes_per_rank=tuple(each.allocated_bytes for each in ranks),
+        peak_bytes_per_rank=tuple(each.peak_bytes for each in ranks),
     )
 
 
@@ -103,4 +107,7 @@ def _sample(ranks: list[_RankStep], number: int, work: Work) -> StepSample:
         num_tokens=work.num_tokens,
         loss=sum(losses) / len(losses) if losses else None,
         grad_norm=max(norms, default=None),
+        skipped=any(each.report.skipped for each in ranks),
+        allocated_bytes=max(each.allocated_bytes for each in ranks),
+        peak_bytes=max((each.peak_bytes for each in ranks if each.peak_bytes is not None), default=None),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import AutotpOptions, SideSpec
-from refit.config.steps import StepSettings
+from refit.config.steps import LOSS_SCALE_WINDOW, StepSettings
 from refit.errors import RefitError
 from refit.models.autotp.groups import ParallelGroups, told_to
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
@@ -22,7 +23,7 @@ from refit.predict.megatron import Split
 
 PRECISION: dict[Dtype, dict[str, Any]] = {
     Dtype.BF16: {"bf16": {"enabled": True}},
-    Dtype.FP16: {"fp16": {"enabled": True}},
+    Dtype.FP16: {"fp16": {"enabled": True, "loss_scale_window": LOSS_SCALE_WINDOW, "hysteresis": 1}},
     Dtype.FP32: {},
 }
 
@@ -34,6 +35,8 @@ def load_deepspeed(device: torch.device) -> Any:
 
     # Its all-reduce through shared memory is compiled at first use, and waits for all ranks of the job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":  # it refuses fp16 on CPUs without instructions for it, which torch does not need
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
@@ -68,6 +71,8 @@ def build_engine(
     parameters = model.parameters()
     optimizer = adamw(parameters, steps) if steps is not None else torch.optim.AdamW(parameters)
     config = {**_config(deepspeed, model, named, shape, side), **_batch(side, steps)}
+    if "fp16" in config and steps is not None:
+        config["fp16"] = {**config["fp16"], "initial_scale_power": round(math.log2(steps.initial_loss_scale))}
     try:
         with told_to(deepspeed, groups):
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -12,7 +12,7 @@ from refit.config.steps import StepSettings
 from refit.models.autotp.engine import load_deepspeed
 from refit.models.autotp.groups import ParallelGroups, told_to
 from refit.models.autotp.weights import metadata_of
-from refit.models.huggingface.training import TransformersTrainer
+from refit.models.huggingface.training import TrainingGroups, TransformersTrainer
 from refit.models.sharded_model import Recorder, StepReport, vocabulary_text
 
 
@@ -25,7 +25,7 @@ class AutotpTrainer(TransformersTrainer):
     def __init__(
         self, engine: Any, groups: ParallelGroups, side: SideSpec, steps: StepSettings, device: torch.device
     ) -> None:
-        super().__init__(engine, side.layout, steps, device)
+        super().__init__(engine, engine.module, TrainingGroups(groups.side, groups.tp), side.layout, steps, device)
         self._groups, self._deepspeed = groups, load_deepspeed(device)
         self.optimizer = f"DeepSpeed {type(engine.optimizer).__name__}, ZeRO stage {engine.zero_optimization_stage()}"
         self.optimizer += " (torch AdamW)"
@@ -67,10 +67,11 @@ class AutotpTrainer(TransformersTrainer):
         if not is_last:
             self._module.step()  # counts the micro-batch, and no more
 
-    def _update(self) -> float | None:
+    def _update(self) -> StepReport:
         self._module.step()
         norm = self._module.get_global_grad_norm()
-        return float(norm) if norm is not None else None
+        skipped = not self._module.was_step_applied()
+        return StepReport(grad_norm=float(norm) if norm is not None and not skipped else None, skipped=skipped)
 
     def _running(self) -> contextlib.AbstractContextManager[None]:
         return told_to(self._deepspeed, self._groups)

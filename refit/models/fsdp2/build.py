@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from refit.config.shape import ModelShape
-from refit.models.fsdp2.experts import split_over_experts
+from refit.models.fsdp2.experts import experts_of, split_over_experts
 from refit.models.fsdp2.meshes import Meshes
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
 from refit.predict.families.names import Block, NamedModel
@@ -37,11 +37,6 @@ def build_model(shape: ModelShape, named: NamedModel, meshes: Meshes, dtype: tor
     compute_rotary_buffers(model, device)
     model.eval()
     return model
-
-
-def experts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules within `module` that hold all routed experts of a layer."""
-    return [part for name, part in module.named_modules() if name.endswith("mlp.experts")]
 
 
 def _split_over_tp(model: torch.nn.Module, named: NamedModel, meshes: Meshes, tied: bool) -> None:

@@ -11,6 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
+def experts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules within `module` that hold all routed experts of a layer."""
+    return [part for name, part in module.named_modules() if name.endswith("mlp.experts")]
+
+
 def split_over_experts(modules: Iterable[torch.nn.Module], mesh: DeviceMesh) -> None:
     """Split dim 0 of every parameter, the experts, over `mesh`. Parameters are on the meta device."""
     if mesh.size() == 1:
@@ -23,11 +28,10 @@ def split_over_experts(modules: Iterable[torch.nn.Module], mesh: DeviceMesh) -> 
 
 
 class _Forward:
-    """The forward pass of a module of experts whose parameters are split over `mesh`. For inference."""
+    """The forward pass of a module of experts whose parameters are split over `mesh`."""
 
     def __init__(self, module: torch.nn.Module, mesh: DeviceMesh) -> None:
-        self._module = module
-        self._group, self._rank, self._size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        self._module, self._group, self._rank = module, mesh.get_group(), mesh.get_local_rank()
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`hidden` `[tokens, hidden]`, `index` and `weights` `[tokens, topk]`: weighted outputs like `hidden`.
@@ -35,21 +39,64 @@ class _Forward:
         Every rank computes its experts for the tokens of all, and the outputs are summed. Collective: every rank of
         the mesh, with equally many tokens.
         """
-        all_hidden, all_index, all_weights = (self._gathered(part) for part in (hidden, index, weights))
-        local = _LocalExperts(self._module)
-        first = self._rank * local.num_experts
-        own = (all_index >= first) & (all_index < first + local.num_experts)
-        # transformers skips the index one past the last expert.
-        own_index = torch.where(own, all_index - first, local.num_experts)
-        outputs: torch.Tensor = type(self._module).forward(local, all_hidden, own_index, all_weights).contiguous()
-        dist.all_reduce(outputs, group=self._group)
-        tokens = hidden.size(0)
-        return outputs[self._rank * tokens : (self._rank + 1) * tokens]
+        local, group = _LocalExperts(self._module), self._group
+        all_hidden, all_weights = _gathered(hidden, group), _gathered(weights, group)
+        own_index = _gathered(index, group) - self._rank * local.num_experts
+        is_own = (own_index >= 0) & (own_index < local.num_experts)
+        tokens, choices = torch.where(is_own)
+        own_weights = all_weights[tokens, choices]
+        if not len(tokens):  # one token with weight 0: FSDP2 sums gradients that every rank has
+            tokens, choices = tokens.new_zeros(1), choices.new_zeros(1)
+            own_index, own_weights = torch.zeros_like(own_index), 0 * all_weights[0, :1]
+        outputs = type(self._module).forward(
+            local, all_hidden[tokens], own_index[tokens, choices, None], own_weights[:, None]
+        )
+        added = torch.zeros_like(all_hidden).index_add(0, tokens, outputs)
+        summed: torch.Tensor = _ScatteredSum.apply(added, group)  # type: ignore[no-untyped-call]
+        return summed
 
-    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self._size)]
-        dist.all_gather(parts, part.contiguous(), group=self._group)
-        return torch.cat(parts)
+
+def _gathered(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    found: torch.Tensor = _Gathered.apply(part, group)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of all ranks of a group, in their order. The backward pass is that of `_ScatteredSum`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _gather(rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return _scatter_sum(gradients[0], ctx.group), None
+
+
+class _ScatteredSum(torch.autograd.Function):
+    """The sum of all ranks' rows, of which each gets its part."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _scatter_sum(rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return _gather(gradients[0], ctx.group), None
+
+
+def _gather(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    found = rows.new_empty(group.size() * rows.size(0), *rows.shape[1:])
+    dist.all_gather_into_tensor(found, rows.contiguous(), group=group)
+    return found
+
+
+def _scatter_sum(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    found = rows.new_empty(rows.size(0) // group.size(), *rows.shape[1:])
+    dist.reduce_scatter_tensor(found, rows.contiguous(), group=group)
+    return found
 
 
 class _LocalExperts:

@@ -11,15 +11,17 @@ from refit.config.shape import ModelShape
 from refit.predict.families.config_json import config_values
 from refit.predict.families.names import NamedModel
 
+GROUPED = {"experts_implementation": "grouped_mm"}
+"""All experts of a layer in one product. One by one ("eager"), each would allocate the gradient of all of them."""
+
 
 def meta_model(shape: ModelShape, named: NamedModel, dtype: torch.dtype) -> Any:
     """The whole model on the meta device, with the dtypes of the named tensors."""
     values = config_values(shape)
     config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
     with torch.device("meta"):
-        # Experts are computed one by one, which any device can: their weights do not depend on how.
         build: Any = AutoModelForCausalLM.from_config
-        model = build(config, dtype=dtype, experts_implementation="eager")
+        model = build(config, dtype=dtype, **(GROUPED if shape.experts is not None else {}))
     for block in named.blocks:
         for tensor in block.tensors:
             if tensor.row.buffer:  # kept in float32, as `from_pretrained` keeps them

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from refit.config.layout import Layout
-from refit.config.steps import StepSettings
+from refit.config.steps import Recompute, StepSettings
+from refit.models.huggingface.expert_bias import ExpertBiases
+from refit.models.huggingface.rotary_key import sum_rotary_key_gradients
 from refit.models.micro_batches import micro_batches
 from refit.models.sharded_model import Recorder, StepReport, part
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingGroups:
+    """This rank's groups: all ranks of the side, and those that split each layer."""
+
+    side: dist.ProcessGroup
+    tp: dist.ProcessGroup
+
+
 class TransformersTrainer(ABC):
-    """The `Trainer` of a transformers model on this rank: `module` is what is called, with its library around it."""
+    """The `Trainer` of a transformers model on this rank."""
 
     optimizer: str
     vocabulary: str
 
-    def __init__(self, module: Any, layout: Layout, steps: StepSettings, device: torch.device) -> None:
+    def __init__(
+        self, module: Any, model: Any, groups: TrainingGroups, layout: Layout, steps: StepSettings, device: torch.device
+    ) -> None:
+        """`module` is what is called: the transformers `model`, or its library's engine around it."""
         self._module, self._layout, self._steps, self._device = module, layout, steps, device
+        recompute_layers(model, steps.recompute)
+        sum_rotary_key_gradients(model, groups.tp)
+        self._expert_biases = ExpertBiases(model, groups.side)
 
     @abstractmethod
     def weights_changed(self) -> None:
@@ -36,11 +56,8 @@ class TransformersTrainer(ABC):
         """Add the gradients of a micro-batch's loss; with the last one they are summed over the replicas."""
 
     @abstractmethod
-    def _update(self) -> float | None:
-        """Clip the gradients, take the optimizer's step, clear the gradients.
-
-        Returns their norm before clipping, None where the library does not tell.
-        """
+    def _update(self) -> StepReport:
+        """Clip the gradients, take the optimizer's step, clear the gradients. Returns the report without its loss."""
 
     def step(self, tokens: torch.Tensor, recorder: Recorder | None = None) -> StepReport:
         self._module.train()
@@ -58,8 +75,23 @@ class TransformersTrainer(ABC):
             with part(recorder, "backward"):
                 self._backward(loss, is_last=number == len(batches))
         with part(recorder, "optimizer"):
-            norm = self._update()
-        return StepReport(float(torch.stack(losses).mean()), norm)
+            self._expert_biases.update()
+            report = self._update()
+        return replace(report, loss=float(torch.stack(losses).mean()))
+
+
+def recompute_layers(model: Any, recompute: Recompute) -> None:
+    """Have the backward pass compute layers again from their inputs: all (`uniform`), or the first ones (`block`)."""
+    if recompute.granularity is None:
+        return
+    layers = model.model.layers
+    again = layers[: recompute.num_layers] if recompute.method == "block" else layers
+    for layer in again:
+        # The attributes of transformers' GradientCheckpointingLayer. No layer draws random numbers.
+        layer._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
+        layer.gradient_checkpointing = True
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter], steps: StepSettings) -> torch.optim.AdamW:

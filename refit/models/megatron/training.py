@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from refit.config.steps import StepSettings
+from refit.config.steps import LOSS_SCALE_WINDOW, StepSettings
 from refit.models.megatron import compat, compat_steps
 from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.recording import recorded
@@ -91,9 +91,9 @@ class MegatronTrainer:
             pg_collection=self._built.groups,
         )
         with part(recorder, "optimizer"):
-            _, grad_norm, _ = self._optimizer.step()
+            updated, grad_norm, _ = self._optimizer.step()
         loss = float(torch.stack(losses).mean()) if losses else None
-        return StepReport(loss, float(grad_norm))
+        return StepReport(loss, float(grad_norm) if updated else None, skipped=not updated)
 
     def _running(self) -> contextlib.ExitStack:
         built, stack = self._built, contextlib.ExitStack()
@@ -110,6 +110,9 @@ def _optimizer_config(config: Any, steps: StepSettings) -> OptimizerConfig:
         clip_grad=steps.clip_grad,
         bf16=config.bf16,
         fp16=config.fp16,
+        initial_loss_scale=steps.initial_loss_scale,
+        loss_scale_window=LOSS_SCALE_WINDOW,
+        hysteresis=1,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
     )
