@@ -47,6 +47,8 @@ def _config(scenario: Scenario, steps: StepSettings, result: StepResult) -> dict
         "learning_rate": steps.lr,
         "weight_decay": steps.weight_decay,
         "max_grad_norm": steps.clip_grad,
+        "activation_checkpointing": steps.recompute.granularity is not None,
+        "autocast": False,
         "dtype": side.dtype.value if side.dtype is not None else None,
         "seed": steps.seed,
         "optimizer": result.optimizer,
@@ -61,6 +63,8 @@ def _step(sample: StepSample, result: StepResult) -> dict[str, Any]:
         "step_time_s": sample.seconds,
         "tokens_per_sec": sample.num_tokens / sample.seconds,
         "samples_per_sec": result.sequences_per_step / sample.seconds,
+        "memory_allocated_gb": _gb(sample.allocated_bytes),
+        "memory_peak_gb": _gb(sample.peak_bytes),
     }
 
 

@@ -76,11 +76,11 @@ def _scenario(arm: Arm) -> Scenario:
 def _work(scenario: Scenario) -> str:
     """What the runs of a ranking have in common: the scenario without its source's library and that one's settings.
 
-    Layouts have the sizes that every library has, and where results go does not count.
+    Layouts have the sizes that every library has, without those of experts, and where results go does not count.
     """
     layout, alone = scenario.source.layout, scenario.source == scenario.destination
     plain = SideSpec(
-        Layout(layout.tp, layout.ep, layout.tp, layout.pp, layout.world_size, layout.first_rank, vpp=layout.vpp),
+        Layout(layout.tp, 1, 1, layout.pp, layout.world_size, layout.first_rank, vpp=layout.vpp),
         dtype=scenario.source.dtype,
     )
     destination = plain if alone else scenario.destination
@@ -95,6 +95,9 @@ def _problems(base: Arm, arm: Arm, difference: float | None) -> Iterator[str]:
     tokens = [[sample.num_tokens for sample in each.result.samples] for each in (base, arm)]
     if tokens[0] != tokens[1]:
         yield f"tokens differ: {sum(tokens[0]):,} and {sum(tokens[1]):,} over all steps"
+    skipped = [each.result.num_skipped for each in (base, arm)]
+    if skipped[0] != skipped[1]:
+        yield f"overflow skipped {skipped[0]} and {skipped[1]} steps"
     versions = [conditions(each.outcome) for each in (base, arm)]
     if versions[0] != versions[1]:
         yield f"versions or GPUs differ: {', '.join(differences(*versions))}"

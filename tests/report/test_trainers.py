@@ -30,11 +30,14 @@ LIBRARIES: dict[str, dict[str, Any]] = {
 }
 
 
-def outcome(library: str, mean_s: float, *, tp: int = 2, loss: float = 5.0, tokens: int = 512) -> Outcome:
+def outcome(library: str, mean_s: float, *, tp: int = 2, ep: int = 1, loss: float = 5.0, tokens: int = 512) -> Outcome:
     """A run on four ranks: one warm-up step and two steps of `mean_s` seconds, half of it forward."""
-    layout = Layout(tp, 1, tp if library == "megatron" else 1, 1, 4)
+    layout = Layout(tp, ep, tp if library == "megatron" else 1, 1, 4)
     side = SideSpec(layout, format=library, dtype=Dtype.BF16, **LIBRARIES[library])
-    samples = tuple(StepSample(n, n == 0, (mean_s,) * 4, 0, tokens, loss - n / 10, 1.0) for n in range(3))
+    samples = tuple(
+        StepSample(n, n == 0, (mean_s,) * 4, 0, tokens, loss - n / 10, 1.0, allocated_bytes=3 << 29, peak_bytes=5 << 29)
+        for n in range(3)
+    )
     steps = StepSettings(1, 8, 64, num_warmup=1, num_steps=2)
     result = StepResult(
         status=Status.OK,
@@ -73,6 +76,13 @@ def test_libraries_are_ranked_by_their_mean_step() -> None:
     assert "autotp TP2 DP2 ZeRO2: AdamW; vocabulary split over TP 2: loss; equal work" in text
 
 
+def test_each_library_divides_experts_as_it_can() -> None:
+    ((first, *others),) = rankings(
+        [outcome("autotp", 2.0), outcome("megatron", 2.5, ep=2), outcome("fsdp2", 3.0, ep=4)]
+    )
+    assert [each.title for each in (first, *others)][1:] == ["megatron TP2 EP2", "fsdp2 TP2 EP4 FSDP2"]
+
+
 def test_other_layouts_and_a_single_library_are_not_ranked() -> None:
     assert rankings([outcome("megatron", 2.0), outcome("fsdp2", 2.5, tp=4)]) == []
     assert rankings([outcome("fsdp2", 2.0), outcome("fsdp2", 2.5)]) == []
@@ -104,9 +114,11 @@ def test_the_json_of_a_run_has_the_fields_of_the_format() -> None:
     config, summary = document["config"], document["summary"]
     assert (config["impl"], config["tp_size"], config["dp_size"], config["batch_size"]) == ("autotp", 2, 2, 1)
     assert (config["zero_stage"], config["gradient_accumulation_steps"], config["dtype"]) == (2, 4, "bfloat16")
+    assert (config["activation_checkpointing"], config["autocast"]) == (False, False)
     assert [step["step"] for step in document["steps"]] == [1, 2]  # warm-up is left out
     assert document["steps"][0] == {
         "step": 1, "loss": 4.9, "step_time_s": 2.0, "tokens_per_sec": 256.0, "samples_per_sec": 4.0,
+        "memory_allocated_gb": 1.5, "memory_peak_gb": 2.5,
     }  # fmt: skip
     assert (summary["num_steps"], summary["avg_step_time_ms"], summary["std_step_time_ms"]) == (2, 2000.0, 0.0)
     assert (summary["avg_tokens_per_sec"], summary["avg_samples_per_sec"]) == (256.0, 4.0)
