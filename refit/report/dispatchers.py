@@ -39,7 +39,7 @@ FIRST = ("alltoall", "allgather")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One run of a cell. `name` is its dispatcher: `alltoall`, `flex/deepep`."""
+    """One run of a cell. `name` is its dispatcher: `alltoall`, `flex/deepep`, also where the model has no experts."""
 
     name: str
     outcome: Outcome

@@ -50,10 +50,13 @@ def steps_headline(outcome: Outcome, steps: StepResult) -> str:
 
 
 def what_ran(outcome: Outcome, name: str | None) -> str:
-    """`TP2 EP2 -> TP2 EP1 over nccl`, with `collocated` where both sides share GPUs and the name of a baseline."""
+    """`TP2 EP2 -> TP2 EP1 over nccl`, with `collocated` where both sides share GPUs and the name of a baseline; the
+    layouts alone where no refit is measured."""
     planned = outcome.planned
-    sides = (planned.source, planned.destination)
+    sides = (planned.source, planned.destination if planned.uses_destination else None)
     layouts = " -> ".join(side.title for side in sides if side) or "unknown layouts"
+    if not planned.refits:
+        return layouts
     shared = " collocated" if planned.mode == Mode.COLLOCATED.value else ""
     by = f" by {title(name)}" if name is not None and _is_baseline(outcome, name) else ""
     return f"{layouts}{shared} over {planned.method}{by}"

@@ -61,7 +61,7 @@ def _index_row(outcome: Outcome) -> dict[str, object]:
         "name": outcome.planned.name,
         "model": scenario.model_name if scenario else None,
         "trainer": scenario.source.format if scenario else None,
-        "arm": steps.dispatch.arm if steps else None,
+        "arm": steps.dispatch.arm if steps and result.dispatcher else None,
         "micro_batch_size": steps.micro_batch_size if steps else None,
         "overlap": steps.dispatch.overlap if steps else None,
         "status": outcome.status.value,

@@ -16,7 +16,7 @@ from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult
 from refit.results.stats import Summary
 from refit.results.status import COUNTED, Status
-from refit.results.sweep import Sweep
+from refit.results.sweep import Planned, Sweep
 
 
 def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
@@ -53,7 +53,8 @@ def counts_line(outcomes: Sequence[Outcome]) -> str:
 
 
 def side_text(side: SideSpec | None, status: Status) -> str:
-    """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP and VPP where they are not 1.
+    """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP and VPP where they are not 1. The title of a side of another
+    library than Megatron-Core: `fsdp2 TP2 EP1 FSDP2 (4 GPUs)`.
 
     Without a side: the check before the run found no valid layout, or the run ended before it was recorded.
     """
@@ -65,23 +66,26 @@ def side_text(side: SideSpec | None, status: Status) -> str:
     parts += [f"ETP={layout.etp}"] if layout.etp != layout.tp else []
     parts += [f"PP={layout.pp}"] if layout.pp > 1 else []
     parts += [f"VPP={layout.vpp}"] if layout.vpp > 1 else []
-    return f"{', '.join(parts)} ({side.world_size} GPU{'' if side.world_size == 1 else 's'})"
+    text = side.title if side.options is not None else ", ".join(parts)
+    return f"{text} ({side.world_size} GPU{'' if side.world_size == 1 else 's'})"
 
 
 def _scenario(outcome: Outcome) -> list[str]:
     planned, tested = outcome.planned, outcome.tested
-    lines = [
-        f"Config: {planned.name}",
-        f"  Source: {side_text(planned.source, planned.status)}",
-        f"  Target: {side_text(planned.destination, planned.status)}",
-        f"  Mode: {planned.mode}, Method: {planned.method}",
-    ]
+    lines = [f"Config: {planned.name}", f"  Source: {side_text(planned.source, planned.status)}"]
+    if planned.uses_destination:
+        lines.append(f"  Target: {side_text(planned.destination, planned.status)}")
+    lines.append(f"  Mode: {planned.mode}, Method: {planned.method}" if planned.refits else f"  {_measured(planned)}")
     if outcome.status is not Status.OK:
         lines.append(f"{outcome.status.text.upper()}: {outcome.reason}")
         lines += [f"Log: {outcome.log}"] if outcome.log else []
     if tested is not None and tested.summary is not None:
         lines += [*_times(tested.summary), *headlines(outcome), *_plan(outcome), *_verification(outcome, tested)]
     return [*lines, *(step_lines.summary_lines(outcome.result) if outcome.result else [])]
+
+
+def _measured(planned: Planned) -> str:
+    return f"Measured: {', '.join(planned.scenario.measurements)}" if planned.scenario else ""
 
 
 def _times(summary: Summary) -> list[str]:

@@ -81,6 +81,7 @@ def _table(sweep: Sweep, width: int) -> str:
 
 def _cells(planned: Planned, scale: _Units) -> list[str]:
     cost, bound = planned.cost, planned.bound
+    sides = (planned.source, planned.destination) if planned.uses_destination else (planned.source,)
     return [
         planned.name,
         _gpus(planned),
@@ -91,9 +92,9 @@ def _cells(planned: Planned, scale: _Units) -> list[str]:
         f"{cost.busiest.rank} {cost.busiest.direction}" if cost else "-",
         f"{bound.seconds / scale.num_seconds:.4g}" if bound else "-",
         planned.status.value,
-        " -> ".join(side.title if side else "?" for side in (planned.source, planned.destination)),
-        planned.mode,
-        planned.method,
+        " -> ".join(side.title if side else "?" for side in sides),
+        planned.mode if planned.uses_destination else "-",
+        planned.method if planned.refits else "-",
     ]
 
 

@@ -125,6 +125,7 @@ def _block(ranking: Sequence[Trainer]) -> str:
         f"{steps.global_batch_size} sequences of {steps.seq_length} tokens, micro-batch {steps.micro_batch_size}; "
         "mean training step, slowest rank"
     )
+    title += f"; of runs that measure {', '.join(scenario.measurements)}" if len(scenario.measurements) > 1 else ""
     rows = [_row(place, trainer, ranking[0]) for place, trainer in enumerate(ranking, start=1)]
     return "\n\n".join((title, fitted(COLUMNS, rows), "\n".join(_verdict(trainer) for trainer in ranking)))
 

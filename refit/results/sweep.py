@@ -63,6 +63,16 @@ class Planned:
     scenario: Scenario | None = None
     run_of: str | None = None
 
+    @property
+    def uses_destination(self) -> bool:
+        """Whether anything is measured on the destination; True where the flags are refused."""
+        return self.scenario is None or "destination" in self.scenario.used_sides
+
+    @property
+    def refits(self) -> bool:
+        """Whether a refit is measured; True where the flags are refused."""
+        return self.scenario is None or "refit" in self.scenario.measurements
+
 
 @dataclass(frozen=True, slots=True)
 class Sweep:

@@ -14,14 +14,15 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.report.export import csv_text, records
 from refit.report.summary import counts_line, side_text, summary_text
+from refit.report.sweep_table import sweep_text
 from refit.report.tables import markdown_text
-from refit.results.outcomes import load_outcomes
+from refit.results.outcomes import Outcome, load_outcomes
 from refit.results.refit import EngineResult
 from refit.results.result import Failure, Result
 from refit.results.runs import find_run
 from refit.results.status import Status
 from refit.results.sweep import Sweep
-from tests.report.factories import planned, result, side, sweep_of, timed, write_result, write_run
+from tests.report.factories import planned, result, scenario, side, sweep_of, timed, write_result, write_run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -226,3 +227,14 @@ def test_a_side_names_what_is_not_the_default() -> None:
     layout = Layout(tp=2, ep=4, etp=1, pp=2, world_size=16, vpp=3)
     assert side_text(SideSpec(layout), Status.OK) == "TP=2, EP=4, ETP=1, PP=2, VPP=3 (16 GPUs)"
     assert side_text(SideSpec(replace(layout, etp=2, vpp=1)), Status.OK) == "TP=2, EP=4, PP=2 (16 GPUs)"
+
+
+def test_training_steps_alone_have_no_target() -> None:
+    entry = planned("steps", side(2, 1), mode="collocated", method="gloo")
+    entry = replace(entry, cost=None, scenario=replace(scenario(entry), measurements=("train-step",)))
+    text = summary_text(sweep_of([entry]), [Outcome(entry, Status.MISSING, "it was not started", None)])
+    assert "  Source: TP=2, EP=1 (2 GPUs)\n  Measured: train-step\nMISSING" in text
+    row = next(line for line in sweep_text(sweep_of([entry])).splitlines() if line.startswith("steps"))
+    assert row.split()[-4:] == ["TP2", "EP1", "-", "-"]
+    refit = planned("refit", side(2, 1))
+    assert "Target: " in summary_text(sweep_of([refit]), [Outcome(refit, Status.MISSING, "it was not started", None)])

@@ -32,7 +32,7 @@ def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
     check_available()
     directory.mkdir(parents=True, exist_ok=True)
     yield from _run_pictures(run, directory)
-    for outcome in run.outcomes:
+    for outcome in (each for each in run.outcomes if each.planned.refits):
         yield from _scenario_pictures(outcome, pairs, directory)
 
 
@@ -48,7 +48,8 @@ def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
     if not measured:
         yield "no times: no scenario of this run has any"
         return
-    yield save(times_figure(run.outcomes, under), directory / "times.png")
+    refits = [outcome for outcome in run.outcomes if outcome.planned.refits]
+    yield save(times_figure(refits, under), directory / "times.png")
     yield save(iterations_figure(measured, under), directory / "iterations.png")
     yield save(phases_figure(measured, under), directory / "phases.png")
     if groups := scalings(points_of(run.outcomes)):

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from refit.report.dispatchers import Arm, Pairing
-from refit.report.plots.style import METHOD_LOOKS, grid, legend, new_figure
+from refit.report.plots.style import METHOD_LOOKS, grid, legend, new_figure, wrapped_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LABEL_WIDTH = 24
+"""Characters of a line in the legend, so that three labels fit beside each other."""
 
 
 def losses_figure(arms: Sequence[Arm], under: str) -> Figure:
@@ -19,8 +22,8 @@ def losses_figure(arms: Sequence[Arm], under: str) -> Figure:
     axes = figure.add_subplot()
     for number, arm in enumerate(arms):
         look = METHOD_LOOKS[number % len(METHOD_LOOKS)]
-        losses = arm.result.losses
-        axes.plot(range(1, len(losses) + 1), losses, look.marker, linestyle="-", color=look.color, label=_name(arm))
+        losses, name = arm.result.losses, wrapped_text(arm.outcome.planned.name, LABEL_WIDTH)
+        axes.plot(range(1, len(losses) + 1), losses, look.marker, linestyle="-", color=look.color, label=name)
     axes.set_xlabel("step, warm-up included")
     axes.set_ylabel("loss")
     grid(axes, "both")
@@ -41,7 +44,8 @@ def crossover_figure(pairs: Sequence[Pairing], under: str) -> Figure:
     for number, (name, points) in enumerate(sorted(series.items())):
         look = METHOD_LOOKS[number % len(METHOD_LOOKS)]
         sizes, means = zip(*sorted(points.items()), strict=True)
-        axes.plot(sizes, [1e3 * mean for mean in means], look.marker, linestyle="-", color=look.color, label=name)
+        label = wrapped_text(name, LABEL_WIDTH)
+        axes.plot(sizes, [1e3 * mean for mean in means], look.marker, linestyle="-", color=look.color, label=label)
     axes.set_xticks(sorted({arm.steps.micro_batch_size for arm in arms}))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("sequences of a micro-batch")
@@ -49,8 +53,3 @@ def crossover_figure(pairs: Sequence[Pairing], under: str) -> Figure:
     grid(axes, "both")
     legend(figure)
     return figure
-
-
-def _name(arm: Arm) -> str:
-    overlap = ", overlap" if arm.steps.dispatch.overlap else ""
-    return f"{arm.where}, {arm.name}, micro-batch {arm.steps.micro_batch_size}{overlap}"
