@@ -205,8 +205,8 @@ FORMATS = Registry(
             ),
         ),
         "vllm": Format(
-            predict="refit.predict.vllm:predict",
-            check="refit.predict.vllm:check",
+            predict="refit.predict.vllm.sharding:predict",
+            check="refit.predict.vllm.sharding:check",
             build="refit.models.vllm.side:build_side",
             axes=("tp", "ep", "pp"),
             options="refit.config.side:VllmOptions",

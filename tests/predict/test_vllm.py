@@ -18,7 +18,9 @@ from refit.config.side import SideSpec, VllmOptions
 from refit.errors import UsageError
 from refit.plan.planner import plan_refit
 from refit.predict import megatron
-from refit.predict.vllm import Engines, Place, padded_vocab_size, predict, stage_layers
+from refit.predict.vllm.engine import Place, stage_layers
+from refit.predict.vllm.parameters import Engines, padded_vocab_size
+from refit.predict.vllm.sharding import predict
 from tests.predict.families.strategies import models
 from tests.predict.placements import placements
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, LatentAttention, ModelShape
 from refit.models.vllm.groups import Groups
 from refit.predict.placement import Slots
-from refit.predict.vllm import Engine, Engines
+from refit.predict.vllm.engine import Engine
+from refit.predict.vllm.parameters import Engines
 
 
 @dataclass(frozen=True, slots=True)

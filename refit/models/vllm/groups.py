@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from refit.models.process_groups import own_group
-from refit.predict.vllm import Engine, Place
+from refit.predict.vllm.engine import Engine, Place
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from refit.models.vllm.forward import ReferenceForward
 from refit.models.vllm.groups import Groups, build_groups
 from refit.models.weights import LocalShard, LocalWeights, joined
 from refit.plan.sharding import TensorSpec
-from refit.predict.vllm import Engines, Parameter, RankBlock
+from refit.predict.vllm.parameters import Engines, Parameter, RankBlock
 
 
 @dataclass(frozen=True, slots=True)

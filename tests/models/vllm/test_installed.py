@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from refit.predict.families.config_json import config_values
-from refit.predict.vllm import Engines, Place
+from refit.predict.vllm.engine import Place
+from refit.predict.vllm.parameters import Engines
 from tests.predict.test_vllm import preset, side
 
 ARCHITECTURES = {

@@ -297,7 +297,7 @@ def test_the_engines_tensors_and_the_map_give_the_state_dict(
 
 
 def misfused(rank: int, argv: list[str], name: str, members: tuple[str, ...]) -> Any:
-    with mock.patch.dict("refit.predict.vllm.FUSED", {name: members}):
+    with mock.patch.dict("refit.predict.vllm.parameters.FUSED", {name: members}):
         return run_scenario(rank, argv)
 
 

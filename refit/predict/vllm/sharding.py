@@ -1,0 +1,122 @@
+"""The sharding of a vLLM side, predicted from the flags: no model, no vLLM, no torch. And whether there is one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+from refit.plan.box import Box, coalesce
+from refit.plan.sharding import Sharding, TensorSharding
+from refit.predict.families.config_json import config_values
+from refit.predict.families.names import Block
+from refit.predict.vllm.engine import Engine, Place
+from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
+
+
+def check(shape: ModelShape, side: SideSpec, name: str) -> None:
+    """Raise UsageError where vLLM has no such model or cannot shard it so; `name` is the side's in the message."""
+    engine, experts = _engine(side, name), shape.experts
+    divisible = [
+        (shape.num_attention_heads, engine.tp, "attention heads", "TP size"),
+        (shape.ffn_hidden_size, engine.tp, "FFN hidden size", "TP size"),
+        (padded_vocab_size(shape), engine.tp, f"tokens (padded to a multiple of {VOCAB_PADDING})", "TP size"),
+    ]
+    if shape.mla is None:
+        groups = shape.num_query_groups
+        larger, smaller = (groups, engine.tp) if groups > engine.tp else (engine.tp, groups)
+        texts = ("query groups", "TP size") if groups > engine.tp else ("TP size", "query groups")
+        divisible.append((larger, smaller, *texts))
+    if experts is not None:
+        divisible += [
+            (experts.ffn_hidden_size, engine.expert_tp, "expert FFN hidden size", "TP x DP"),
+            (experts.shared_ffn_hidden_size or engine.tp, engine.tp, "shared expert FFN hidden size", "TP size"),
+        ]
+    elif engine.ep > 1:
+        raise UsageError(f"{name}: EP size {engine.ep} needs experts: give --num-experts or set EP to 1")
+    for number, divisor, what, by in divisible:
+        if number % divisor:
+            raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
+    try:
+        config_values(shape)
+        for spec in (side, side.rearranged):
+            if spec is not None:
+                Engines(shape, spec)
+        _check_rearranged(shape, side)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def _engine(side: SideSpec, name: str) -> Engine:
+    try:
+        return Engine.of(side)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def _check_rearranged(shape: ModelShape, side: SideSpec) -> None:
+    """A new placement fills the same memory: every rank has as many experts as before."""
+    if side.rearranged is None:
+        return
+    if shape.experts is None:
+        raise UsageError("a model without experts has none to place: leave --rl-inference-expert-placement-next out")
+    before, after = (Engines(shape, spec).placed for spec in (side, side.rearranged))
+    for layer, slots in before.items():
+        sizes = [[len(held) for held in placed] for placed in (slots, after[layer])]
+        if sizes[0] != sizes[1]:
+            rank = next(rank for rank, pair in enumerate(zip(*sizes, strict=True)) if len(set(pair)) > 1)
+            raise UsageError(
+                f"layer {layer} has {sizes[0][rank]} slots on EP rank {rank}, the next placement needs "
+                f"{sizes[1][rank]}: engines move experts between the slots they have, give as many"
+            )
+
+
+def predict(shape: ModelShape, side: SideSpec) -> Sharding:
+    """What every rank of `side` holds, by canonical keys. Raises UsageError as `check` does.
+
+    Layers of one kind, stage and placement share their TensorShardings.
+    """
+    check(shape, side, "this layout")
+    engines = Engines(shape, side)
+    places = [engines.engine.place(local) for local in range(side.world_size)]
+    held = {place: tuple(engines.blocks_of(place)) for place in dict.fromkeys(places)}
+    by_key: dict[str, TensorSharding] = {}
+    known: dict[object, dict[str, TensorSharding]] = {}
+    for number, block in enumerate(engines.model.blocks):
+        parts = {place: _of_block(held[place], block) for place in held}
+        for routed in (False, True):
+            kind = (id(block.tensors), _stage(engines, number), routed, routed and id(engines.placed.get(number - 1)))
+            if kind not in known:
+                known[kind] = _shardings(parts, places, side.ranks, routed)
+            by_key |= {block.key_prefix + key: sharding for key, sharding in known[kind].items()}
+    tensors = engines.model.logical
+    return Sharding(tuple(side.ranks), tensors, {key: by_key[key] for key in tensors})
+
+
+def _stage(engines: Engines, number: int) -> int | None:
+    """The stage of block `number`; None for what is outside the layers."""
+    return next((stage for stage, layers in enumerate(engines.stages) if number - 1 in layers), None)
+
+
+def _of_block(blocks: Sequence[RankBlock], block: Block) -> RankBlock | None:
+    return next((one for one in blocks if one.block is block), None)
+
+
+def _shardings(
+    parts: Mapping[Place, RankBlock | None], places: Sequence[Place], ranks: range, routed: bool
+) -> dict[str, TensorSharding]:
+    """Logical tensor of a block, below its prefix -> its sharding: the routed experts', or all others."""
+    boxes: dict[str, dict[Place, list[Box]]] = defaultdict(dict)
+    for place, block in parts.items():
+        for parameter in block.parameters if block is not None else ():
+            if parameter.name.startswith("mlp.experts.") is routed:
+                for piece in parameter.pieces:
+                    boxes[piece.key].setdefault(place, []).append(piece.box)
+    found = {}
+    for key, by_place in boxes.items():
+        merged = {place: coalesce(held) for place, held in by_place.items()}
+        pairs = ((rank, merged.get(place, ())) for rank, place in zip(ranks, places, strict=True))
+        found[key] = TensorSharding.of(pairs)
+    return found
