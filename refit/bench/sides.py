@@ -48,7 +48,7 @@ def build_side(session: Session, name: str) -> Side:
     session.start.enter("check")
     if scenario.model is None:
         return Side(spec, model, _gathered_sharding(session, spec, model.weights))
-    if spec.quantisation is not None:
+    if spec.quantisation is not None and not FORMATS[spec.format].builds_codes:
         model = QuantisedModel(model, spec.quantisation)
     sharding = predict_side(scenario.model, spec)
     if model.weights is not None:

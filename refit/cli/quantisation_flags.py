@@ -9,7 +9,6 @@ from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
 from refit.cli.step_flags import runs_steps
 from refit.config.quantisation import BLOCK_FORMATS, KEPT, Place, Quantisation
-from refit.config.registry import FORMATS
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -53,9 +52,6 @@ def with_inference_dtype(side: SideSpec, args: argparse.Namespace) -> SideSpec:
         return dataclasses.replace(side, dtype=Dtype.BF16)
     if side.dtype is not Dtype.BF16:
         raise UsageError(f"--rl-inference-dtype {dtype} quantises BF16 weights, the source has {side.dtype.value}")
-    if not FORMATS[side.format].quantises:
-        names = " or ".join(name for name, row in FORMATS.items() if row.quantises)
-        raise UsageError(f"--rl-inference-dtype {dtype}: {side.format} sides hold no FP8, use {names}")
     if runs_steps(args.measure):
         raise UsageError(
             f"--rl-inference-dtype {dtype} contradicts --measure {','.join(args.measure)}: {dtype} sides run no steps"

@@ -89,8 +89,8 @@ class Format:
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
     `takes_provider`: `build` can build the model of `--model-provider`. `destination_only`: no trainer holds a model
     this way. `steps` is how it trains and runs forward; None where it does not. `serves`: `refit search` looks for such
-    destinations, and varies the settings `searched_options` beside the axes. `quantises`: its logical tensors can be
-    FP8 codes and scales, in the cuts of its weights.
+    destinations, and varies the settings `searched_options` beside the axes. `builds_codes`: an FP8 side comes out of
+    `build` with codes and scales; of other formats the runner puts them in place of the weights, in the same cuts.
 
     `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
     experts placed as the new `side` says.
@@ -107,7 +107,7 @@ class Format:
     destination_only: bool = False
     serves: bool = False
     searched_options: tuple[str, ...] = ()
-    quantises: bool = False
+    builds_codes: bool = False
     rearrange: str | None = None
 
 
@@ -170,7 +170,6 @@ FORMATS = Registry(
             predict="refit.predict.megatron:predict",
             check="refit.predict.megatron:check",
             build="refit.models.megatron.side:build_side",
-            quantises=True,
             takes_provider=True,
             serves=True,
             steps=StepSupport(
@@ -183,7 +182,6 @@ FORMATS = Registry(
             predict="refit.predict.fsdp2:predict",
             check="refit.predict.fsdp2:check",
             build="refit.models.fsdp2.side:build_side",
-            quantises=True,
             axes=("tp", "ep"),
             options="refit.config.side:Fsdp2Options",
             libraries=(("transformers", "pip install 'refit-benchmark[hf]'"),),
@@ -213,6 +211,7 @@ FORMATS = Registry(
             destination_only=True,
             serves=True,
             searched_options=("replicas",),
+            builds_codes=True,
             rearrange="refit.models.vllm.side:rearranged",
         ),
     },

@@ -79,15 +79,18 @@ class Grid:
         """Blocks in aligned boxes."""
         return sum(self.scales(box).volume for box in boxes)
 
+    def unaligned(self, box: Box) -> tuple[int, int]:
+        """The dim, counted from the end, in which `box` is not aligned, and the size of a block there."""
+        for dim in (-2, -1):
+            step = self.steps[dim]
+            if box.offsets[dim] % step or (box.ends[dim] % step and box.ends[dim] != self.shape[dim]):
+                return dim, step
+        raise AssertionError("an aligned box")
+
 
 def _box(offsets: list[int], ends: list[int]) -> Box | None:
     extents = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
     return Box(tuple(offsets), extents) if all(extent > 0 for extent in extents) else None
-
-
-def quantised_keys(sharding: Sharding, quantisation: Quantisation) -> tuple[str, ...]:
-    """The tensors of an unquantised side that become codes and scales, in its order."""
-    return tuple(key for key, tensor in sharding.tensors.items() if quantisation.quantises(key, tensor.shape))
 
 
 def quantised_sharding(sharding: Sharding, quantisation: Quantisation, name: str = "destination") -> Sharding:
@@ -95,24 +98,31 @@ def quantised_sharding(sharding: Sharding, quantisation: Quantisation, name: str
 
     Raises UsageError, calling the side `name`, where a cut does not lie on the grid of blocks.
     """
-    tensors: dict[str, TensorSpec] = {}
     by_key: dict[str, TensorSharding] = {}
     scaled: dict[tuple[int, tuple[int, ...]], TensorSharding] = {}
-    quantised = frozenset(quantised_keys(sharding, quantisation))
     for key, tensor in sharding.tensors.items():
         held = sharding.by_key[key]
-        if key not in quantised:
-            tensors[key], by_key[key] = tensor, held
+        by_key[key] = held
+        if not quantisation.quantises(key, tensor.shape):
             continue
         grid = Grid(tensor.shape, quantisation.format)
         kind = (id(held), tensor.shape)
         if kind not in scaled:
             _check(tensor, held, grid, quantisation, name)
             scaled[kind] = _mapped(held, grid.scales)
-        tensors[key], by_key[key] = replace(tensor, dtype=CODES_DTYPE), held
-        scales = scale_spec(tensor, grid)
-        tensors[scales.key], by_key[scales.key] = scales, scaled[kind]
-    return Sharding(sharding.ranks, tensors, by_key)
+        by_key[scale_key(key)] = scaled[kind]
+    return Sharding(sharding.ranks, quantised_tensors(sharding.tensors, quantisation), by_key)
+
+
+def quantised_tensors(tensors: Mapping[str, TensorSpec], quantisation: Quantisation) -> dict[str, TensorSpec]:
+    """`tensors` with codes and scales in place of those that `quantisation` names, in the same order."""
+    found: dict[str, TensorSpec] = {}
+    for key, tensor in tensors.items():
+        found[key] = tensor
+        if quantisation.quantises(key, tensor.shape):
+            scales = scale_spec(tensor, Grid(tensor.shape, quantisation.format))
+            found |= {key: replace(tensor, dtype=CODES_DTYPE), scales.key: scales}
+    return found
 
 
 def scale_spec(tensor: TensorSpec, grid: Grid) -> TensorSpec:
@@ -131,11 +141,11 @@ def _mapped(held: TensorSharding, function: Callable[[Box], Box | None]) -> Tens
 
 
 def _check(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation: Quantisation, name: str) -> None:
-    block, remedy = grid.format, f"choose other sizes, or keep it in BF16 (--fp8-keep-bf16 {_short(tensor.key)},...)"
+    block, remedy = grid.format, f"choose other sizes, or {keep_text(tensor.key)}"
     if tensor.padded:
         raise UsageError(
             f"{name}: {tensor.key} is padded differently at each TP size, so its blocks are not those of "
-            f"{quantisation.dtype}: keep it in BF16 (--fp8-keep-bf16 {_short(tensor.key)},...)"
+            f"{quantisation.dtype}: {keep_text(tensor.key)}"
         )
     if block.whole and tensor.shape[-1] % block.columns:
         raise UsageError(
@@ -144,7 +154,7 @@ def _check(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation: Q
         )
     for shard in held.shards:
         if not grid.is_aligned(shard.box):
-            dim, step = _unaligned(shard.box, grid)
+            dim, step = grid.unaligned(shard.box)
             raise UsageError(
                 f"{name}: rank {shard.ranks[0]} holds {shard.box.extents[dim]} {('rows', 'columns')[dim]} of "
                 f"{tensor.key} from {shard.box.offsets[dim]} on, which cannot be divided into blocks of {step} "
@@ -152,18 +162,9 @@ def _check(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation: Q
             )
 
 
-def _unaligned(box: Box, grid: Grid) -> tuple[int, int]:
-    """The dim, counted from the end, in which `box` does not lie on the grid, and the size of a block there."""
-    for dim in (-2, -1):
-        step = grid.steps[dim]
-        if box.offsets[dim] % step or (box.ends[dim] % step and box.ends[dim] != grid.shape[dim]):
-            return dim, step
-    raise AssertionError("an aligned box")
-
-
-def _short(key: str) -> str:
-    """`linear_fc1` of `decoder.layers.0.mlp.linear_fc1.weight`."""
-    return key.removesuffix(".weight").rpartition(".")[2]
+def keep_text(key: str) -> str:
+    """The remedy that leaves a tensor as it is: `keep it in BF16 (--fp8-keep-bf16 linear_fc1,...)`."""
+    return f"keep it in BF16 (--fp8-keep-bf16 {key.removesuffix('.weight').rpartition('.')[2]},...)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +304,6 @@ def _disjoint(boxes: Iterable[Box]) -> list[Box]:
 def _cut(source: TensorSharding, grid: Grid) -> str:
     """Why some blocks lie whole in no rank's part: `64-row shards of 128-row blocks`."""
     box = next(shard.box for shard in source.shards if not grid.is_aligned(shard.box))
-    dim, step = _unaligned(box, grid)
+    dim, step = grid.unaligned(box)
     what = ("row", "column")[dim]
     return f"{box.extents[dim]}-{what} shards of {step}-{what} blocks"

@@ -190,10 +190,10 @@ class QuantisingProgram:
             tensor = keys[arrival.tensor.key]
             grid = self._grid(tensor)
             for part in matrices_of(arrival.box):
-                (codes,) = self._destination.views(tensor.key, part)
-                (scales,) = self._destination.views(scale_key(tensor.key), grid.scales(part))
-                weights = part_within(arrival.view, arrival.box, part)
-                yield Matrix(tensor.key, matrix_of(weights), matrix_of(codes.data), matrix_of(scales.data))
+                for codes in self._destination.views(tensor.key, part):  # several where an engine has fused tensors
+                    (scales,) = self._destination.views(scale_key(tensor.key), grid.scales(codes.box))
+                    weights = part_within(arrival.view, arrival.box, codes.box)
+                    yield Matrix(tensor.key, matrix_of(weights), matrix_of(codes.data), matrix_of(scales.data))
 
 
 def _around(one: Box, other: Box) -> Box:

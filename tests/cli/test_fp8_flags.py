@@ -41,7 +41,6 @@ def test_bf16_is_a_cast_of_other_sources() -> None:
         ([BLOCK, "--measure=refit,train-step"], "fp8-block contradicts --measure train-step,refit"),
         ([BLOCK, "--measure=train-step"], "--rl-inference-dtype is for the destination"),
         ([BLOCK, "--refit-engine=nccl-m2n"], "--refit-engine nccl-m2n cannot refit to fp8-block"),
-        ([BLOCK, "--rl-inference-format=autotp"], "fp8-block: autotp sides hold no FP8, use megatron or fsdp2"),
         ([BLOCK, "--refit-engine=megatron"], "--refit-engine megatron cannot refit to fp8-block"),
         (
             [BLOCK, "--rl-inference-tensor-model-parallel-size=4"],

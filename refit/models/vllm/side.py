@@ -11,11 +11,13 @@ from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import RefitError
+from refit.models.vllm.dequantised import Dequantised
 from refit.models.vllm.forward import ReferenceForward
 from refit.models.vllm.groups import Groups, build_groups
 from refit.models.weights import LocalShard, LocalWeights, joined
 from refit.plan.sharding import TensorSpec
 from refit.predict.vllm.parameters import Engines, Parameter, RankBlock
+from refit.predict.vllm.quantised import held_blocks, held_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,10 @@ class VllmSide:
         model = self.model
         if model is None:
             return None
-        run = ReferenceForward(model.shape, model.engines, model.groups, model.parameters)
+        parameters, quantisation = model.parameters, model.engines.quantisation
+        if quantisation is not None:
+            parameters = Dequantised(parameters, quantisation)
+        run = ReferenceForward(model.shape, model.engines, model.groups, parameters)
         try:
             with torch.no_grad():
                 return run.logits(tokens)
@@ -63,7 +68,7 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     groups = build_groups(engines.engine, side.ranks)
     if groups is None:
         return VllmSide(None)
-    blocks = tuple(engines.blocks_of(groups.place))
+    blocks = tuple(held_blocks(engines, groups.place))
     parameters = {name: _empty(parameter, device) for name, parameter in _named(blocks)}
     return VllmSide(RankModel(scenario.model, engines, groups, blocks, parameters))
 
@@ -74,13 +79,13 @@ def rearranged(side: VllmSide, scenario: Scenario, spec: SideSpec) -> VllmSide:
         return VllmSide(None)
     before = side.model
     engines = Engines(before.shape, spec)
-    blocks = tuple(engines.blocks_of(before.groups.place))
+    blocks = tuple(held_blocks(engines, before.groups.place))
     return VllmSide(RankModel(before.shape, engines, before.groups, blocks, before.parameters))
 
 
 def read_weights(model: RankModel) -> LocalWeights:
     """Every parameter as shards of logical tensors, views of its memory."""
-    logical = model.engines.model.logical
+    logical = held_tensors(model.engines)
     shards = [
         shard
         for block in model.blocks

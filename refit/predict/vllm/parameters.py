@@ -66,7 +66,7 @@ class Engines:
     def __init__(self, shape: ModelShape, side: SideSpec) -> None:
         """Raises UsageError where an expert placement is none of this model's."""
         assert side.dtype is not None, "flags that describe a model give its dtype"
-        self.shape, self.engine = shape, Engine.of(side)
+        self.shape, self.engine, self.quantisation = shape, Engine.of(side), side.quantisation
         self.model = padded_model(shape, side.dtype)
         options = side.vllm or VllmOptions()
         self.placed: Mapping[int, Slots] = {}
@@ -77,7 +77,7 @@ class Engines:
         self._known: dict[object, tuple[Parameter, ...]] = {}
 
     def blocks_of(self, place: Place) -> Iterator[RankBlock]:
-        """What the rank at `place` holds, in the order of the model."""
+        """What the rank at `place` holds, unquantised, in the order of the model."""
         outer, *layers = self.model.blocks
         yield RankBlock(outer, self._outer(outer, place), None)
         for number in self.stages[place.stage]:

@@ -14,6 +14,7 @@ from refit.predict.families.config_json import config_values
 from refit.predict.families.names import Block
 from refit.predict.vllm.engine import Engine, Place
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
+from refit.predict.vllm.quantised import held_blocks
 
 
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:
@@ -43,7 +44,7 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
         config_values(shape)
         for spec in (side, side.rearranged):
             if spec is not None:
-                Engines(shape, spec)
+                _check_engines(Engines(shape, spec))
         _check_rearranged(shape, side)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
@@ -54,6 +55,14 @@ def _engine(side: SideSpec, name: str) -> Engine:
         return Engine.of(side)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def _check_engines(engines: Engines) -> None:
+    """Raise UsageError where the parameters of a stage cannot be FP8. Ranks of a stage have equal cuts."""
+    if engines.quantisation is not None:
+        for stage in range(engines.engine.pp):
+            for _ in held_blocks(engines, Place(stage, 0, 0, 0)):
+                pass
 
 
 def _check_rearranged(shape: ModelShape, side: SideSpec) -> None:
@@ -74,7 +83,7 @@ def _check_rearranged(shape: ModelShape, side: SideSpec) -> None:
 
 
 def predict(shape: ModelShape, side: SideSpec) -> Sharding:
-    """What every rank of `side` holds, by canonical keys. Raises UsageError as `check` does.
+    """What every rank of `side` holds, unquantised, by canonical keys. Raises UsageError as `check` does.
 
     Layers of one kind, stage and placement share their TensorShardings.
     """
