@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-from refit.bench import oracle
-from refit.models.weights import LocalWeights
+from dataclasses import replace
+
+import torch
+
+from refit.bench.strips import strips_of
+from refit.bench.values import Rows, rows_of, values
+from refit.config.quantisation import Quantisation, scale_key
+from refit.models.weights import LocalShard, LocalWeights
+from refit.quantise.reference import quantise
 
 STANDARD_DEVIATION = 0.02
-ORACLE_RMS = 0.6236
+VALUES_RMS = 0.6236
 """Root mean square of the oracle's values: magnitudes 2**e x [1, 2) for e from -7 to 0, all equally likely."""
 
 
-def initialise(memory: LocalWeights) -> None:
+def initialise(memory: LocalWeights, quantisation: Quantisation | None = None) -> None:
     """Norms are 1, biases 0, all other weights spread around 0 with a standard deviation of 0.02.
 
-    0.02 is Megatron-LM's `--init-method-std`.
+    0.02 is Megatron-LM's `--init-method-std`. With `quantisation` the weights that it names get the codes and scales
+    of these values.
     """
-    for shard, block, values in oracle.spread(memory):
-        name = shard.tensor.key
-        if name.endswith("norm.weight"):
-            block.fill_(1)
-        elif name.endswith("bias"):
-            block.fill_(0)
-        else:
-            block.copy_(values.mul_(STANDARD_DEVIATION / ORACLE_RMS))
+    coded = {
+        shard.tensor.key
+        for shard in memory
+        if quantisation is not None and quantisation.quantises(shard.tensor.key, shard.tensor.shape)
+    }
+    scales = {scale_key(key) for key in coded}
+    for shard in memory:
+        if quantisation is not None and shard.tensor.key in coded:
+            for strip in strips_of(memory, shard, quantisation):
+                done = quantise(_spread(shard, strip.codes).to(torch.bfloat16), quantisation)
+                strip.codes.data.copy_(done.codes)
+                strip.scales.copy_(done.scales)
+        elif shard.tensor.key not in scales:
+            for block in rows_of(shard):
+                _fill(shard, block)
+
+
+def _fill(shard: LocalShard, block: Rows) -> None:
+    if shard.tensor.key.endswith("norm.weight"):
+        block.data.fill_(1)
+    elif shard.tensor.key.endswith("bias"):
+        block.data.fill_(0)
+    else:
+        block.data.copy_(_spread(shard, block))
+
+
+def _spread(shard: LocalShard, block: Rows) -> torch.Tensor:
+    """Float32, whatever the tensor's dtype, so they are the same at every side."""
+    return values(replace(shard.tensor, dtype="float32"), block, 0).mul_(STANDARD_DEVIATION / VALUES_RMS)

@@ -13,20 +13,18 @@ the source's values of the whole block. Such values differ in magnitude from blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from refit.bench.values import SAMPLE_STRIDE, Rows, row_numbers, rows_of, values
+from refit.bench.strips import strips_of
+from refit.bench.values import SAMPLE_STRIDE, Rows, rows_of, values
 from refit.config.quantisation import Quantisation, scale_key
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
-from refit.plan.quantised import Grid
 from refit.plan.sharding import TensorSpec
-from refit.quantise.batch import STRIP_ELEMENTS
 from refit.quantise.reference import quantise
-from refit.quantise.weights import matrices_of, matrix_of
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -93,16 +91,6 @@ def fill(memory: LocalWeights, iteration: int, quantisation: Quantisation | None
             block.data.copy_(values(shard.tensor, block, iteration, quantisation))
 
 
-def spread(memory: LocalWeights) -> Iterator[tuple[LocalShard, torch.Tensor, torch.Tensor]]:
-    """For every block of every shard: the shard, the block `[rows, columns]`, and values of iteration 0 for it.
-
-    The values are float32, whatever the tensor's dtype, so they are the same at every side.
-    """
-    for shard in memory:
-        for block in rows_of(shard):
-            yield shard, block.data, values(replace(shard.tensor, dtype="float32"), block, 0)
-
-
 def poison(memory: LocalWeights) -> None:
     """Overwrite every element of a destination with all-ones bits (NaN), which no value has."""
     for shard in memory:
@@ -156,27 +144,10 @@ def _check_codes(
     quantisation: Quantisation,
 ) -> None:
     """Compare the codes of `shard` and their scales, strip by strip of whole blocks."""
-    grid, scales = Grid(source.shape, quantisation.format), scale_key(source.key)
-    for part in matrices_of(shard.box):
-        for strip in _strips(part, quantisation.format.rows, start):
-            (codes,) = memory.views(source.key, strip)
-            (scale,) = memory.views(scales, grid.scales(strip))
-            rows = Rows(row_numbers(source.shape, strip, codes.data.device), strip.offsets[-1], matrix_of(codes.data))
-            expected = quantise(values(source, rows, iteration, quantisation), quantisation)
-            tally.add(source.key, expected.codes, rows.data, _index_from(strip))
-            tally.add(scales, expected.scales, matrix_of(scale.data), _index_from(scale.box))
-
-
-def _strips(matrix: Box, block_rows: int, start: int | None) -> list[Box]:
-    """Strips of whole rows of blocks that together are `matrix`. With `start`: every 16th row of blocks from there."""
-    dim = len(matrix.offsets) - 2
-    begin, end = matrix.offsets[dim], matrix.ends[dim]
-    if start is None:
-        step = height = max(1, STRIP_ELEMENTS // matrix.extents[-1] // block_rows) * block_rows
-    else:
-        step, height = SAMPLE_STRIDE * block_rows, block_rows
-        begin += min(start, -(-(end - begin) // block_rows) - 1) * block_rows
-    return [matrix.narrow(dim, row, min(row + height, end)) for row in range(begin, end, step)]
+    for strip in strips_of(memory, shard, quantisation, start):
+        expected = quantise(values(source, strip.codes, iteration, quantisation), quantisation)
+        tally.add(source.key, expected.codes, strip.codes.data, _index_from(strip.box))
+        tally.add(scale_key(source.key), expected.scales, strip.scales, _index_from(strip.scale_box))
 
 
 def _first(

@@ -7,7 +7,6 @@ import dataclasses
 
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
-from refit.cli.step_flags import runs_steps
 from refit.config.quantisation import BLOCK_FORMATS, KEPT, Place, Quantisation
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec
@@ -52,9 +51,10 @@ def with_inference_dtype(side: SideSpec, args: argparse.Namespace) -> SideSpec:
         return dataclasses.replace(side, dtype=Dtype.BF16)
     if side.dtype is not Dtype.BF16:
         raise UsageError(f"--rl-inference-dtype {dtype} quantises BF16 weights, the source has {side.dtype.value}")
-    if runs_steps(args.measure):
+    if "refit" not in args.measure:
         raise UsageError(
-            f"--rl-inference-dtype {dtype} contradicts --measure {','.join(args.measure)}: {dtype} sides run no steps"
+            f"--rl-inference-dtype {dtype} needs a refit: forward passes run on dequantised weights, whose times are "
+            "those of BF16: add refit to --measure, or leave the dtype out"
         )
     rule = args.fp8_scale_rule or next(iter(BLOCK_FORMATS[dtype].rules))
     settings = {"kept": args.fp8_keep_bf16, "place": args.quantise and Place(args.quantise)}

@@ -117,6 +117,10 @@ class ShardedModel(Protocol):
         """
         ...
 
+    def prepare_infer(self) -> None:
+        """Derive what `infer` computes with from the weights as they are now; until they change, once is enough."""
+        ...
+
     def infer(self, tokens: torch.Tensor) -> None:
         """Run `tokens` `[batch, sequence]` forward as a step does, each data-parallel replica its part of the batch.
 
@@ -130,6 +134,8 @@ class WithoutSteps:
 
     trainer: Trainer | None = None
     settings = LiveSettings()
+
+    def prepare_infer(self) -> None: ...
 
     def infer(self, tokens: torch.Tensor) -> None: ...
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from refit.config.quantisation import CODES_DTYPE, Quantisation
-from refit.models.sharded_model import ShardedModel, WithoutSteps
+from refit.models.sharded_model import LiveSettings, ShardedModel, Trainer
 from refit.models.weights import LocalShard, LocalWeights, part_within
 from refit.plan.box import Box
 from refit.plan.quantised import Grid, scale_spec
@@ -15,11 +15,14 @@ from refit.plan.sharding import TensorSpec
 from refit.quantise.reference import dequantise
 
 
-class QuantisedModel(WithoutSteps):
+class QuantisedModel:
     """A ShardedModel that holds codes and scales in place of the weights of `model` that `quantisation` names.
 
-    The memory of those weights is given back. `forward` takes it again and fills it with codes x scales.
+    The memory of those weights is given back, but for what shares its storage with other tensors (ZeRO's flat buffers).
+    Passes take it again and fill it with codes x scales, rounded to the model's dtype.
     """
+
+    trainer: Trainer | None = None
 
     def __init__(self, model: ShardedModel, quantisation: Quantisation) -> None:
         self._model = model
@@ -27,6 +30,7 @@ class QuantisedModel(WithoutSteps):
         weights = model.weights
         self._weights: LocalWeights | None = None
         self._replaced: list[LocalShard] = []
+        self._released: list[torch.UntypedStorage] = []
         if weights is None:
             return
         kept: list[LocalShard] = []
@@ -47,21 +51,31 @@ class QuantisedModel(WithoutSteps):
     def weights(self) -> LocalWeights | None:
         return self._weights
 
+    @property
+    def settings(self) -> LiveSettings:
+        return self._model.settings
+
     def check_forward(self) -> None:
         self._model.check_forward()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """The logits of the model with codes x scales, rounded to its dtype, as weights."""
+        self.prepare_infer()
+        logits = self._model.forward(tokens)
+        self._release()
+        return logits
+
+    def prepare_infer(self) -> None:
+        """Multiply codes by scales. The memory that this takes stays in use until `forward` has given logits."""
         if self._weights is None:
-            return self._model.forward(tokens)
+            return
         for storage, size in zip(self._released, self._sizes, strict=True):
             storage.resize_(size)
         with torch.no_grad():
             for shard in self._replaced:
                 self._fill(self._weights, shard)
-        logits = self._model.forward(tokens)
-        self._release()
-        return logits
+
+    def infer(self, tokens: torch.Tensor) -> None:
+        self._model.infer(tokens)
 
     def _release(self) -> None:
         for storage in self._released:

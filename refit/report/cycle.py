@@ -50,8 +50,11 @@ def cycle_lines(result: Result) -> list[str]:
         return []
     parts = (("training step", cycle.train_s), ("refit", cycle.refit_s), ("forward", cycle.forward_s))
     texts = (f"{name} {units.seconds(part)} ({100 * part / cycle.seconds:.1f} %)" for name, part in parts)
+    forward = result.measurements["forward"]
+    how = ", in BF16" if isinstance(forward, ForwardResult) and forward.dequantised else ""
     return [
-        f"Cycle of {units.seconds(cycle.seconds)}: {', '.join(texts)}; the forward is the prefill of the step's tokens",
+        f"Cycle of {units.seconds(cycle.seconds)}: {', '.join(texts)}; the forward is the prefill of the step's "
+        f"tokens{how}",
         f"The refit is {100 * cycle.refit_share:.1f} % of it. To improve first: {_first(cycle, result)}",
     ]
 

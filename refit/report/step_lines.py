@@ -29,9 +29,13 @@ def train_header(scenario: Scenario, steps: StepSettings, result: StepResult) ->
 def forward_header(scenario: Scenario, result: ForwardResult) -> str:
     """The first line of the forward passes."""
     return (
-        f"# forward of {scenario.destination.title}, {result.weights} weights: prefill of a batch, then passes of a "
+        f"# forward of {scenario.destination.title}, {_weights(result)}: prefill of a batch, then passes of a "
         "single token per sequence without a KV cache (it attends to itself alone)"
     )
+
+
+def _weights(result: ForwardResult) -> str:
+    return f"{result.weights} weights{', dequantised to BF16 beforehand' if result.dequantised else ''}"
 
 
 def step_line(label: str, sample: StepSample, number: int, num_warmup: int, num_steps: int) -> str:
@@ -51,7 +55,7 @@ def forward_closing_lines(result: ForwardResult, run: Result) -> list[str]:
     """The last lines on forward passes, and on the cycle where the run measured all of it."""
     lines = []
     if result.prefill is not None:
-        lines += _times(f"Prefill ({result.weights} weights)", result.prefill)
+        lines += _times(f"Prefill ({_weights(result)})", result.prefill)
     if result.token is not None:
         lines += _times("Single token", result.token)
     return lines

@@ -6,8 +6,12 @@ from importlib.util import find_spec
 
 import pytest
 
+from refit.report.cycle import cycle_lines
 from refit.results.refit import RefitResult
-from tests.bench.test_runner import refit, run_scenario, sizes
+from refit.results.result import Result
+from refit.results.status import Status
+from refit.results.step import ForwardResult
+from tests.bench.test_runner import TINY, refit, run_scenario, sizes
 from tests.ranks.pool import RankPool
 
 WIDE = ["--hidden-size=256", "--ffn-hidden-size=768", "--moe-ffn-hidden-size=256", "--num-query-groups=8"]
@@ -71,6 +75,52 @@ def test_mxfp8_at_a_named_place(ranks: RankPool, place: str) -> None:
         place == "source",
         place == "destination",
     )
+
+
+CYCLE = ["--seq-length=16", "--global-batch-size=4", "--num-train-steps=1", "--num-train-warmup=1"]
+
+
+def test_a_cycle_with_an_fp8_destination(ranks: RankPool) -> None:
+    """Logits agree within FP8's tolerance after training, and passes run on dequantised weights."""
+    flags = [*TINY, *WIDE, *CYCLE, *sizes(1, 2, 1, 2), *sizes(2, 2, 1, 1, "rl-inference-"), "--refit-method=gloo"]
+    flags += ["--measure=train-step,refit,forward", "--rl-inference-dtype=fp8-block"]
+    result: Result = ranks.run(run_scenario, flags)[0]
+    assert result.status is Status.OK
+    assert result.refit is not None
+    checked(result.refit)
+    trained = result.refit.engines["refit"].trained
+    assert trained is not None
+    assert (trained.passed, trained.skipped, trained.tolerance) == (True, None, 0.25)
+    assert trained.max_difference is not None
+    assert trained.max_difference > 0
+    forward = result.measurements["forward"]
+    assert isinstance(forward, ForwardResult)
+    assert (forward.weights, forward.dequantised) == ("trained", True)
+    assert forward.prefill is not None
+    assert forward.prefill.dispatcher is not None
+    assert "in BF16" in cycle_lines(result)[0]
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_autotp_sides_quantise_and_run_forward(ranks: RankPool, zero_stage: int) -> None:
+    """At stage 1 the weights are views of ZeRO's buffers, beside norms that stay BF16."""
+    flags = ["--model=tiny_qwen3", "--kv-channels=128", "--num-layers=2", "--vocab-size=500", "--refit-method=gloo"]
+    flags += ["--num-benchmark-iterations=1", "--num-benchmark-warmup=0", "--check-forward", *CYCLE[:1]]
+    flags += ["--tensor-model-parallel-size=2", "--rl-inference-format=autotp", "--destination-world-size=4"]
+    flags += [f"--rl-inference-zero-stage={zero_stage}", "--rl-inference-dtype=fp8-block", "--measure=refit,forward"]
+    result: Result = ranks.run(run_scenario, flags)[0]
+    assert result.status is Status.OK
+    assert result.refit is not None
+    assert result.refit.engines["refit"].num_wrong == 0
+    assert result.refit.quantised is not None
+    assert result.refit.quantised.blocks_at_source > 0
+    check = result.refit.engines["refit"].forward
+    assert check is not None
+    assert (check.passed, check.skipped, check.tolerance) == (True, None, 0.25)
+    forward = result.measurements["forward"]
+    assert isinstance(forward, ForwardResult)
+    assert (forward.weights, forward.dequantised, forward.status) == ("initial", True, Status.OK)
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")

@@ -38,7 +38,7 @@ def test_bf16_is_a_cast_of_other_sources() -> None:
         ([BLOCK, "--fp8-scale-rule=ceil"], "ceil is a rule of mxfp8: fp8-block has amax, amax-inverse, pow2"),
         (["--rl-inference-dtype=mxfp8", "--fp8-scale-rule=pow2"], "pow2 is a rule of fp8-block: mxfp8 has ceil, ocp"),
         ([BLOCK, "--fp16"], "fp8-block quantises BF16 weights, the source has float16"),
-        ([BLOCK, "--measure=refit,train-step"], "fp8-block contradicts --measure train-step,refit"),
+        ([BLOCK, "--measure=forward"], "--rl-inference-dtype fp8-block needs a refit: forward passes run on deq"),
         ([BLOCK, "--measure=train-step"], "--rl-inference-dtype is for the destination"),
         ([BLOCK, "--refit-engine=nccl-m2n"], "--refit-engine nccl-m2n cannot refit to fp8-block"),
         ([BLOCK, "--refit-engine=megatron"], "--refit-engine megatron cannot refit to fp8-block"),

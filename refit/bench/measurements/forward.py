@@ -33,8 +33,11 @@ def _measure(session: Session, side: Side) -> ForwardResult:
     trained = {"train-step", "refit"} <= set(measurements)
     if not trained and side.weights is not None:
         session.enter("initial weights")
-        initialise(side.weights)
-    result = ForwardResult(weights="trained" if trained else "initial")
+        initialise(side.weights, side.spec.quantisation)
+    session.enter("prepare forward passes")
+    side.model.prepare_infer()
+    dequantised = side.spec.quantisation is not None
+    result = ForwardResult(weights="trained" if trained else "initial", dequantised=dequantised)
     session.say(step_lines.forward_header(session.scenario, result))
 
     def keep_prefill(found: StepResult) -> None:

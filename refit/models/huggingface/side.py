@@ -50,6 +50,9 @@ class TransformersSide:
         logits = self._run(tokens)
         return self._all_columns(logits).float() if logits is not None else None
 
+    def prepare_infer(self) -> None:
+        """Passes compute with the weights themselves."""
+
     def infer(self, tokens: torch.Tensor) -> None:
         if self.module is not None:
             self._run(replica_part(tokens, self._layout))

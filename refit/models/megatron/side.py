@@ -46,6 +46,9 @@ class MegatronSide:
     def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
         return forward_logits(self.built, tokens) if self.built is not None else None
 
+    def prepare_infer(self) -> None:
+        """Passes compute with the weights themselves."""
+
     def infer(self, tokens: torch.Tensor) -> None:
         if self.built is not None:
             run_forward(self.built, tokens)
