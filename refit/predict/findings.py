@@ -12,7 +12,7 @@ from refit.plan.cost import Bound, BusiestRank
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One planned candidate. `kv_room_bytes` is the GPU memory left beside weights and staging, `kv_tokens` the tokens
+    """One planned candidate. `kv_room_bytes` is the GPU memory left beside `memory_bytes`, `kv_tokens` the tokens
     whose cache fits there on one replica of the attention; both None where the cluster's memory is not known.
     `bound` is None where the cluster has no speed for bytes that cross its nodes.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from refit import units
@@ -11,7 +11,7 @@ from refit.config.flag_names import size_flag
 from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun
-from refit.predict.sides import check_side, predict_side, training_bytes
+from refit.predict.sides import check_side, most_quantising_bytes, predict_side, training_bytes
 
 MAX_EP_FACTOR = 64
 """Largest factor by which EP is raised in search of a layout that fits."""
@@ -38,9 +38,11 @@ def check_memory(run: DryRun) -> None:
         return
     staging = run.scenario.staging_bytes
     for side, held in run.held_bytes.items():
-        weights, what = max(held.values()), "weights"
+        weights, what = max(held.values()), ["weights"]
+        if run.quantising_bytes:
+            what.append("quantising")
         if run.training and side != "destination":
-            what = "weights and training"
+            what.append("training")
         if weights + staging <= cluster.gpu_memory_bytes:
             continue
         subject = f"both sides ({run.scenario.title}) need" if side == "both" else f"the {side} needs"
@@ -49,8 +51,8 @@ def check_memory(run: DryRun) -> None:
             *_fitting_layouts(run, side, cluster.gpu_memory_bytes),
         ]
         raise UsageError(
-            f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of {what}, {units.gb(staging)} of "
-            f"staging), {cluster.name} has {units.gb(cluster.gpu_memory_bytes)}: "
+            f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of {' and '.join(what)}, "
+            f"{units.gb(staging)} of staging), {cluster.name} has {units.gb(cluster.gpu_memory_bytes)}: "
             f"{', or '.join(remedies) or 'raise TP, EP or PP, or use GPUs with more memory'}"
         )
 
@@ -65,7 +67,7 @@ def _fitting_layouts(run: DryRun, side: str, available: int) -> list[str]:
     sides = ["source", "destination"] if side == "both" else [side]
     kinds = (_etp_at_tp(run, sides), _higher_ep(run, sides))
     built = (itertools.islice((change for change in kind if _can_be_built(run, change)), MAX_TRIES) for kind in kinds)
-    first = (next((change for change in kind if _needed(run, change) <= available), None) for kind in built)
+    first = (next((change for change in kind if _fits(run, change, available)), None) for kind in built)
     return [change.text for change in first if change]
 
 
@@ -79,16 +81,28 @@ def _can_be_built(run: DryRun, change: _Change) -> bool:
     return True
 
 
+def _fits(run: DryRun, change: _Change, available: int) -> bool:
+    try:
+        return _needed(run, change) <= available
+    except UsageError:  # --quantise source, and blocks that no source rank holds whole
+        return False
+
+
 def _needed(run: DryRun, change: _Change) -> int:
-    """Bytes on the fullest GPU with this change."""
-    sides = {name: replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items()}
-    scenario = replace(run.scenario, source=sides.get("source", run.scenario.source))
+    """Bytes on the fullest GPU with this change, or a little more."""
+    changed = {name: replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items()}
+    scenario = replace(run.scenario, source=changed.get("source", run.scenario.source))
+    sides = {**run.scenario.sides, **changed}
+    quantisation, quantising = sides["destination"].quantisation, dict[str, Mapping[int, int]]()
+    if quantisation is not None:
+        source, destination = (predict_side(run.model, sides[name]) for name in ("source", "destination"))
+        quantising = most_quantising_bytes(source, destination, quantisation)
     fullest = 0
-    for name in change.layouts:
-        sharding = predict_side(run.model, sides[name])
+    for name in changed:
         training = training_bytes(scenario) if name == "source" else {}
         extra = {rank: needed.total_bytes for rank, needed in training.items()}
-        fullest += max(held + extra.get(rank, 0) for rank, held in sharding.bytes_per_rank.items())
+        more, held = quantising.get(name, {}), predict_side(run.model, sides[name]).bytes_per_rank
+        fullest += max(nbytes + extra.get(rank, 0) + more.get(rank, 0) for rank, nbytes in held.items())
     return fullest + run.scenario.staging_bytes
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refit.config.quantisation import CODES_DTYPE, scale_key
+from refit.config.quantisation import CODES_DTYPE, Quantisation, scale_key
 from refit.config.registry import FORMATS, load
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
@@ -75,12 +76,33 @@ class PlannedSides:
         waits = np.array([each.tensors[0].key.endswith(UNQUANTISED_SUFFIX) for each in plan.classes])
         needed = np.zeros(1 + plan.ranks[-1], np.int64)
         np.add.at(needed, plan.source[made[plan.tensor_class]], plan.nbytes[made[plan.tensor_class]])
-        made_of = {key: each for key, each in self.wire.source.by_key.items() if key in scales or key in tensors}
-        held = Sharding(self.wire.source.ranks, self.wire.source.tensors, made_of).bytes_per_rank
-        for rank, nbytes in held.items():
+        for rank, nbytes in _made_bytes(self.wire).items():
             needed[rank] = min(needed[rank], nbytes)
         np.add.at(needed, plan.destination[waits[plan.tensor_class]], plan.nbytes[waits[plan.tensor_class]])
         return {rank: int(nbytes) for rank, nbytes in enumerate(needed) if nbytes}
+
+
+def most_quantising_bytes(
+    source: Sharding, destination: Sharding, quantisation: Quantisation
+) -> dict[str, Mapping[int, int]]:
+    """What quantising needs at most on each rank, by the name of the side: all codes that a source can make.
+
+    Found without a plan. Raises UsageError as `wire_shardings` does.
+    """
+    wire = wire_shardings(source, destination, quantisation)
+    waiting = _bytes_of(wire.destination, lambda key: key.endswith(UNQUANTISED_SUFFIX))
+    return {"source": _made_bytes(wire), "destination": waiting}
+
+
+def _made_bytes(wire: WireShardings) -> Mapping[int, int]:
+    """Codes and scales that each source rank holds of what is quantised at the source."""
+    scales = {scale_key(key) for key in wire.tensors}
+    return _bytes_of(wire.source, lambda key: key in scales or key in wire.tensors)
+
+
+def _bytes_of(sharding: Sharding, chosen: Callable[[str], bool]) -> Mapping[int, int]:
+    held = {key: each for key, each in sharding.by_key.items() if chosen(key)}
+    return Sharding(sharding.ranks, sharding.tensors, held).bytes_per_rank
 
 
 def plan_sides(source: Sharding, destination: Sharding, side: SideSpec, ranks_per_node: int | None) -> PlannedSides:

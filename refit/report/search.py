@@ -33,9 +33,9 @@ def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
 
 LEGEND = """\
 bound: lower bound of the refit. busiest: most bytes a rank sends or gets.
-memory: weights and staging on the fullest GPU. KV: what is left of it, and the
-tokens whose BF16 cache fits there on one replica. *: none is as good in
-both bound and memory."""
+memory: weights, staging and what quantising needs on the fullest GPU. KV: what
+is left of it, and the tokens whose BF16 cache fits there on one replica.
+*: none is as good in both bound and memory."""
 
 
 def _counts(findings: Findings, cluster: Cluster) -> list[str]:

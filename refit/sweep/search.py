@@ -3,7 +3,8 @@
 1. `side_flags` lists a side's layouts as flags: every combination of the sizes that its format searches.
 2. `candidates` keeps the pairs that can be built and that fit the cluster's memory. Each has a floor below its bound,
    found without a plan.
-3. `Search.run` plans the pairs with the lowest floors and sorts them by bound. What was left out is counted.
+3. `Search.run` plans the pairs with the lowest floors and sorts them by bound. Those that do not fit with what
+   quantising needs, which the plan says, are left out. What was left out is counted.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ FORMAT_FLAGS = {"source": "--source-format", "destination": "--rl-inference-form
 class Candidate:
     """A pair of layouts that fits. `flags` are its whole command line, less the refit method.
 
-    `memory_bytes` are those of the fullest GPU that serves: weights, of both sides where they share it, and staging.
-    `floor_s` is a lower bound of the plan's lower bound: no plan was needed for it.
+    `memory_bytes` are those of the fullest GPU that serves: weights, of both sides where they share it, and staging;
+    what quantising needs comes on top. `floor_s` is a lower bound of the plan's lower bound: no plan was needed for it.
     """
 
     flags: tuple[str, ...]
@@ -72,13 +73,15 @@ class Search:
             raise UsageError(refusal)
         fitting.sort(key=lambda candidate: (candidate.floor_s, candidate.memory_bytes))
         planned, left = fitting[: self.max_plans], fitting[self.max_plans :]
-        found = sorted(
-            plan_all(planned, self.plan), key=lambda one: (one.bound_s, one.busiest.nbytes, one.memory_bytes)
-        )
+        every = plan_all(planned, self.plan)
+        found = [one for one in every if self._fits(one.memory_bytes)]
+        if not found:
+            raise UsageError(self._nothing_fits(num_built, min(one.memory_bytes for one in every)))
+        found.sort(key=lambda one: (one.bound_s, one.busiest.nbytes, one.memory_bytes))
         return Findings(
             found=tuple(found),
             num_built=num_built,
-            num_too_large=num_built - len(fitting),
+            num_too_large=num_built - len(found) - len(left),
             num_unplanned=len(left),
             unplanned_floor_s=left[0].floor_s if left else None,
         )
@@ -88,8 +91,10 @@ class Search:
         scenario = parse([*candidate.flags, "--dry-run"]).scenario
         run = dry_run(scenario, DryRunOptions(None, self.gpus_per_node, self.cluster))
         room = tokens = None
+        held = run.held_bytes
+        memory = max(held.get("both", held.get("destination", {})).values()) + scenario.staging_bytes
         if self.cluster.gpu_memory_bytes is not None:
-            room = self.cluster.gpu_memory_bytes - candidate.memory_bytes
+            room = self.cluster.gpu_memory_bytes - memory
             tokens = room // kv_bytes_per_token(run.model, scenario.destination.layout)
         return Found(
             flags=candidate.flags,
@@ -101,7 +106,7 @@ class Search:
             wire_bytes=run.cost.wire_bytes,
             busiest=run.cost.busiest,
             sender_imbalance=run.cost.sender_imbalance,
-            memory_bytes=candidate.memory_bytes,
+            memory_bytes=memory,
             kv_room_bytes=room,
             kv_tokens=tokens,
             bound=run.bound,
@@ -127,14 +132,20 @@ class Search:
                     held[own] = dict(sharding.bytes_per_rank)
             candidate = self._candidate(flags, scenario, list(held[source].values()), list(held[destination].values()))
             least = min(least, candidate.memory_bytes)
-            if self.cluster.gpu_memory_bytes is None or candidate.memory_bytes <= self.cluster.gpu_memory_bytes:
+            if self._fits(candidate.memory_bytes):
                 fitting.append(candidate)
         if num_built:
-            refusal = (
-                f"none of {num_built} layouts fits: the smallest needs {least / 1e9:.1f} GB per GPU, "
-                f"{self.cluster.name} has {(self.cluster.gpu_memory_bytes or 0) / 1e9:.1f} GB: raise --gpus"
-            )
+            refusal = self._nothing_fits(num_built, least)
         return fitting, num_built, refusal or "no layout has these sizes"
+
+    def _fits(self, memory_bytes: int) -> bool:
+        return self.cluster.gpu_memory_bytes is None or memory_bytes <= self.cluster.gpu_memory_bytes
+
+    def _nothing_fits(self, num_built: int, least_bytes: float) -> str:
+        return (
+            f"none of {num_built} layouts fits: the smallest needs {least_bytes / 1e9:.1f} GB per GPU, "
+            f"{self.cluster.name} has {(self.cluster.gpu_memory_bytes or 0) / 1e9:.1f} GB: raise --gpus"
+        )
 
     def _fastest_link(self, source_ranks: int) -> float:
         """Bytes per second of the fastest link from any source rank to any rank of a destination behind them."""

@@ -20,6 +20,14 @@ SOURCE_ETP_1 = "--expert-tensor-parallel-size 1"
 DESTINATION_ETP_1 = "--rl-inference-expert-tensor-model-parallel-size 1"
 
 
+FP8 = "--model kimi_k2 --dry-run --expert-model-parallel-size 64 --rl-inference-dtype fp8-block"
+VLLM = f"{FP8} --rl-inference-format vllm --rl-inference-tensor-model-parallel-size 8 --destination-world-size 32"
+LATE = (
+    f"{FP8} --rl-inference-tensor-model-parallel-size 1 --rl-inference-expert-model-parallel-size 16 "
+    "--quantise destination"
+)
+
+
 def planned(line: str) -> DryRun:
     request = parse(line.split())
     assert request.dry_run is not None
@@ -47,6 +55,16 @@ def test_etp_below_tp_is_named_with_what_fits() -> None:
     assert "the destination needs" in refusal(f"{KIMI_K2} {DESTINATION_ETP_1} --cluster h100_ib400")
 
 
+def test_quantising_is_counted_where_it_happens() -> None:
+    """Codes and scales at the source; at the destination BF16 weights, beside codes that would fit alone."""
+    assert "the source needs 123.39 GB per GPU (122.85 GB of weights and quantising, 536.87 MB of" in refusal(
+        f"{VLLM} --expert-model-parallel-size 32 --cluster h100_ib400"
+    )
+    line = f"{LATE} --cluster h100_ib400"
+    assert "the destination needs" in refusal(line)
+    assert max(planned(line).destination_bytes.values()) < 80e9
+
+
 def test_etp_is_not_named_where_it_is_not_the_cause() -> None:
     message = refusal(f"{KIMI_K2} --refit-mode collocated --cluster h100_ib400")
     assert message.startswith("both sides (TP8 EP8 -> TP8 EP4) need 102.11 GB per GPU")
@@ -64,6 +82,9 @@ def test_etp_is_not_named_where_it_is_not_the_cause() -> None:
         pytest.param(f"{KIMI_K2} {DESTINATION_ETP_1}", marks=pytest.mark.slow),
         f"{KIMI_K2} --refit-mode collocated",
         pytest.param(f"{KIMI_K2} --staging-mib 30000", marks=pytest.mark.slow),
+        f"{VLLM} --expert-model-parallel-size 32",
+        LATE,
+        f"{VLLM} --quantise source --expert-model-parallel-size 32",
     ],
 )
 def test_every_remedy_holds(line: str) -> None:

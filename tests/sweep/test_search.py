@@ -75,6 +75,48 @@ def test_the_bound_is_that_of_a_dry_run(small: Findings) -> None:
         assert found.wire_bytes == run.cost.wire_bytes
 
 
+WIDE = ("--model=tiny_qwen3_moe", "--kv-channels=128", "--hidden-size=512", "--ffn-hidden-size=2048")
+WIDE += ("--moe-ffn-hidden-size=256", "--staging-mib=1")
+FP8 = ("--rl-inference-dtype=fp8-block",)
+
+
+@pytest.mark.parametrize("mode", ["collocated", "non-collocated"])
+def test_fp8_destinations_are_half_as_large_and_leave_more_for_the_cache(mode: str) -> None:
+    from refit.predict.dry_run import DryRunOptions, dry_run
+
+    asked = search(common=(*WIDE, f"--refit-mode={mode}"), source="TP2", destination_formats=("vllm",))
+    plain, quantised = (
+        {found.destination.removesuffix(" fp8-block"): found for found in each.run().found}
+        for each in (asked, replace(asked, common=(*asked.common, *FP8)))
+    )
+    assert quantised.keys() <= plain.keys()
+    assert len(quantised) > 4
+    for title, found in quantised.items():
+        run = dry_run(parse([*found.flags, "--dry-run"]).scenario, DryRunOptions(None, 8, CLUSTER))
+        held = run.held_bytes["both" if mode == "collocated" else "destination"]
+        assert found.memory_bytes == max(held.values()) + run.scenario.staging_bytes
+        assert found.bound == run.bound
+        if mode == "non-collocated":
+            assert found.memory_bytes < 0.8 * plain[title].memory_bytes
+            assert (found.kv_tokens or 0) > (plain[title].kv_tokens or 0)
+
+
+@pytest.mark.parametrize("mode", ["collocated", "non-collocated"])
+def test_what_fits_by_its_weights_but_cannot_quantise_is_left_out(mode: str) -> None:
+    """All blocks are quantised where they arrive, so their BF16 weights wait there."""
+    common = (*WIDE, *FP8, "--quantise=destination", f"--refit-mode={mode}")
+    everything = search(common=common, source="TP2", destination_formats=("vllm",)).run()
+    needed = sorted(found.memory_bytes for found in everything.found)
+    limit = needed[len(needed) // 2]
+    small = replace(CLUSTER, gpu_memory_bytes=limit)
+    some = search(common=common, source="TP2", destination_formats=("vllm",), cluster=small).run()
+    assert sorted(found.memory_bytes for found in some.found) == [nbytes for nbytes in needed if nbytes <= limit]
+    assert some.num_too_large == len(needed) - len(some.found)
+    least = replace(CLUSTER, gpu_memory_bytes=needed[0] - 1)
+    with pytest.raises(UsageError, match=f"the smallest needs {needed[0] / 1e9:.1f} GB per GPU"):
+        search(common=common, source="TP2", destination_formats=("vllm",), cluster=least).run()
+
+
 @pytest.mark.parametrize("mode", ["collocated", "non-collocated"])
 def test_what_was_not_planned_has_no_lower_bound_than_stated(mode: str) -> None:
     asked = search(common=("--model=tiny", f"--refit-mode={mode}"))
