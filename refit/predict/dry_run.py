@@ -91,6 +91,15 @@ class DryRun:
         sides = (source, self.destination_bytes, extra)
         return {"both": {rank: sum(side.get(rank, 0) for side in sides) for rank in range(self.scenario.num_ranks)}}
 
+    def held_text(self, side: str) -> str:
+        """What `held_bytes` of `side` are: `weights`, `weights, quantising and training`."""
+        what = ["weights"]
+        if any(rank in self.quantising_bytes for rank in self.held_bytes[side]):
+            what.append("quantising")
+        if self.training and side != "destination":
+            what.append("training")
+        return " and ".join(part for part in (", ".join(what[:-1]), what[-1]) if part)
+
 
 def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     """Plan `scenario` on predicted rank shardings. Raises UsageError where there are too few GPUs."""

@@ -38,11 +38,7 @@ def check_memory(run: DryRun) -> None:
         return
     staging = run.scenario.staging_bytes
     for side, held in run.held_bytes.items():
-        weights, what = max(held.values()), ["weights"]
-        if run.quantising_bytes:
-            what.append("quantising")
-        if run.training and side != "destination":
-            what.append("training")
+        weights = max(held.values())
         if weights + staging <= cluster.gpu_memory_bytes:
             continue
         subject = f"both sides ({run.scenario.title}) need" if side == "both" else f"the {side} needs"
@@ -51,7 +47,7 @@ def check_memory(run: DryRun) -> None:
             *_fitting_layouts(run, side, cluster.gpu_memory_bytes),
         ]
         raise UsageError(
-            f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of {' and '.join(what)}, "
+            f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of {run.held_text(side)}, "
             f"{units.gb(staging)} of staging), {cluster.name} has {units.gb(cluster.gpu_memory_bytes)}: "
             f"{', or '.join(remedies) or 'raise TP, EP or PP, or use GPUs with more memory'}"
         )

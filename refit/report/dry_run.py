@@ -93,15 +93,12 @@ def _memory(run: DryRun) -> dict[str, str]:
     """Memory of the fullest GPU of each side, or of both sides together where they share GPUs."""
     staging = run.scenario.staging_bytes
     labels = {"both": "Memory per GPU", "source": "Memory per source GPU", "destination": "Memory per destination GPU"}
+    fullest = {side: max(held.values()) for side, held in run.held_bytes.items()}
     return {
-        labels[side]: f"{units.gib(max(held.values()) + staging)} ({_what(run, side)} {units.gib(max(held.values()))}, "
-        f"staging up to {units.gib(staging)}){_too_much(run, max(held.values()) + staging)}"
-        for side, held in run.held_bytes.items()
+        labels[side]: f"{units.gib(nbytes + staging)} ({run.held_text(side)} {units.gib(nbytes)}, staging up to "
+        f"{units.gib(staging)}){_too_much(run, nbytes + staging)}"
+        for side, nbytes in fullest.items()
     }
-
-
-def _what(run: DryRun, side: str) -> str:
-    return "weights and training" if run.training and side != "destination" else "weights"
 
 
 def _training(run: DryRun) -> dict[str, str]:

@@ -80,4 +80,6 @@ def test_a_dry_run_counts_codes_scales_and_memory_to_quantise() -> None:
     assert set(late.quantising_bytes) == set(range(64, 192))
     assert max(quantised.quantising_bytes.values()) <= 0.53 * max(quantised.source_bytes.values())
     assert sum(late.quantising_bytes.values()) < late.cost.wire_bytes
+    assert [quantised.held_text(side) for side in ("source", "destination")] == ["weights and quantising", "weights"]
+    assert [late.held_text(side) for side in ("source", "destination")] == ["weights", "weights and quantising"]
     assert quantised.memory_bytes > plain.memory_bytes, "a source, here the fuller side, keeps codes and scales"
