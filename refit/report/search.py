@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from refit import units
 from refit.config.clusters import Cluster
+from refit.config.quantisation import BLOCK_FORMATS
 from refit.predict.findings import Findings, Found
 from refit.report.console import table_width
 from refit.report.grid import Column, comma_separated, fitted
@@ -17,18 +18,28 @@ def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
     """What was searched, the `top` layouts with the lowest bounds and those of the Pareto set, and what limits."""
     shown = sorted({*range(min(top, len(findings.found))), *findings.pareto})
     sources = {found.source for found in findings.found}
+    dtype = _quantised(findings)
     large = max(found.busiest.nbytes for found in findings.found) >= 1e9
     rows = []
     for index in shown:
         found = findings.found[index]
-        layouts = f"{found.source} -> {found.destination}" if len(sources) > 1 else found.destination
+        destination = found.destination.removesuffix(f" {dtype}")
+        layouts = f"{found.source} -> {destination}" if len(sources) > 1 else destination
         rows.append([f"{'*' if index in findings.pareto else ' '} {layouts}", *_figures(found, large)])
     table = fitted(_columns("destination" if len(sources) == 1 else "layouts", large), rows, table_width())
     lines = [*_counts(findings, cluster), "", table, "", LEGEND]
+    if dtype is not None:
+        lines.insert(0, f"Dtype:   {dtype} at the destination")
     if len(sources) == 1:
         lines.insert(0, f"Source:  {plain(sources.pop())} on {findings.found[0].source_ranks} GPUs")
     best = findings.found[0].bound
     return "\n".join([*lines, f"First row: {best.limited_by}."] if best else lines)
+
+
+def _quantised(findings: Findings) -> str | None:
+    """The FP8 dtype that all destinations name in their titles; None where they are not FP8."""
+    destinations = [found.destination for found in findings.found]
+    return next((name for name in BLOCK_FORMATS if all(each.endswith(f" {name}") for each in destinations)), None)
 
 
 LEGEND = """\

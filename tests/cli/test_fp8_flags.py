@@ -12,6 +12,7 @@ from refit.predict.dry_run import dry_run
 
 TINY = ["--model", "tiny", "--refit-method", "gloo"]
 BLOCK = "--rl-inference-dtype=fp8-block"
+AUTOTP = ["--model=tiny_qwen3", "--kv-channels=128", "--rl-inference-format=autotp"]
 
 
 def test_the_destination_alone_is_quantised() -> None:
@@ -41,6 +42,10 @@ def test_bf16_is_a_cast_of_other_sources() -> None:
         ([BLOCK, "--measure=forward"], "--rl-inference-dtype fp8-block needs a refit: forward passes run on deq"),
         ([BLOCK, "--measure=train-step"], "--rl-inference-dtype is for the destination"),
         ([BLOCK, "--refit-engine=nccl-m2n"], "--refit-engine nccl-m2n cannot refit to fp8-block"),
+        (
+            [*AUTOTP, BLOCK, "--rl-inference-tensor-model-parallel-size=4"],
+            r"destination: rank \d+ holds 192 rows of \S*linear_fc1.weight from 0 on, .* blocks of 128",
+        ),
         ([BLOCK, "--refit-engine=megatron"], "--refit-engine megatron cannot refit to fp8-block"),
         (
             [BLOCK, "--rl-inference-tensor-model-parallel-size=4"],

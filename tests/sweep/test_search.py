@@ -184,6 +184,13 @@ def test_the_table_fits_the_terminal(width: int, source: str | None, monkeypatch
     assert (" -> " in first) == (source is None)
 
 
+def test_an_fp8_dtype_is_said_once_not_in_every_row(small: Findings) -> None:
+    common = (*WIDE, *FP8)
+    text = as_text(search(common=common, source="TP2", destination_formats=("vllm",)).run(), CLUSTER, 10)
+    assert text.count("fp8-block") == 1
+    assert "fp8-block" not in as_text(small, CLUSTER, 10)
+
+
 def test_json_and_csv_have_every_layout(small: Findings) -> None:
     import csv
     import io

@@ -39,6 +39,7 @@ DEEPSEEK = ["--model=tiny_deepseek_v3", "--num-layers=3", "--moe-layer-freq=([0]
 DEEPSEEK += ["--qk-pos-emb-head-dim=32", "--moe-ffn-hidden-size=256", "--moe-shared-expert-intermediate-size=256"]
 """96 rows of `kv_a_proj_with_mqa`, behind the 128 of `q_a_proj`: its block is a smaller one. So is that of 64 columns
 of `kv_b_proj`."""
+SHARED_MEMORY = ["--refit-mode=collocated", "--refit-method=shm"]
 QWEN = ["--model=tiny_qwen3", "--num-layers=2", "--kv-channels=128"]
 QWEN_MOE = ["--model=tiny_qwen3_moe", "--kv-channels=128", "--moe-ffn-hidden-size=256"]
 
@@ -60,7 +61,7 @@ def check(result: RefitResult, *, forward: bool = True) -> tuple[int, int]:
     [
         [BLOCK, *DEEPSEEK, *MEGATRON, *engine(2, 2, ep=True)],
         [BLOCK, *DEEPSEEK, *FSDP2, *engine(1, 4, ep=True), "--rl-inference-num-redundant-experts=4"],
-        [BLOCK, *DEEPSEEK, *MEGATRON, *engine(1, 2, 2, ep=True, replicas=2), "--refit-mode=collocated"],
+        [BLOCK, *DEEPSEEK, *MEGATRON, *engine(1, 2, 2, ep=True, replicas=2), *SHARED_MEMORY],
         [BLOCK, *QWEN_MOE, *MEGATRON, *engine(2), "--fp8-scale-rule=pow2", "--quantise=destination"],
         [MX, *QWEN_MOE, *MEGATRON, *engine(2, 2, ep=True), "--quantise=source"],
         [MX, *QWEN, *FSDP2, *engine(2, replicas=2), "--verify=sample"],
