@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from refit.bench.session import device_for, launched
-from refit.cli.launch import rank_variables
+from refit.cli.launch import check_launch, rank_variables
+from refit.cli.main import main
 from refit.cli.parsing import parse
+from refit.config.scenario import check_num_ranks
 from refit.errors import UnavailableError, UsageError
+from tests.cli.lines import SMALL, TWO_HEADS, scenario, sizes
 from tests.ranks.ports import job_with_a_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +183,54 @@ def test_ranks_of_torchrun_do_not_share_one_gpu(one_gpu: pytest.MonkeyPatch) -> 
     one_gpu.setenv("SLURM_LOCALID", "0")
     with pytest.raises(UnavailableError, match="needs one per rank, this machine has 1"):
         device_for("nccl")
+
+
+@pytest.mark.parametrize(
+    ("line", "available", "message"),
+    [
+        (
+            sizes(8, 1, 4, 1, "non-collocated", "nccl"),
+            8,
+            "8 + 4 = 12 GPUs needed > 8 available: lower --tensor-model-parallel-size or "
+            "--rl-inference-tensor-model-parallel-size, or start 12 ranks",
+        ),
+        (
+            sizes(4, 2, 4, 1, "collocated", "nccl"),
+            4,
+            "max(8, 4) = 8 GPUs needed > 4 available: lower --tensor-model-parallel-size or "
+            "--expert-model-parallel-size, or start 8 ranks",
+        ),
+        (
+            sizes(1, 1, 1, 1, "non-collocated", "nccl") + " --source-world-size 4",
+            4,
+            "4 + 1 = 5 GPUs needed > 4 available: lower --source-world-size, or start 5 ranks",
+        ),
+    ],
+)
+def test_too_few_ranks(line: str, available: int, message: str) -> None:
+    run = scenario(f"{line} {SMALL} --moe-ffn-hidden-size 512")
+    with pytest.raises(UsageError) as error:
+        check_num_ranks(run, available)
+    assert str(error.value) == message
+    check_num_ranks(run, run.num_ranks)
+
+
+def test_a_launch_is_checked_by_what_torchrun_sets() -> None:
+    run = scenario(f"{sizes(4, 1, 2, 1, 'non-collocated', 'nccl')} {SMALL}")
+    check_launch(run, {"RANK": "0", "WORLD_SIZE": "8"}, 8)
+    with pytest.raises(UsageError, match=r"4 \+ 2 = 6 GPUs needed > 4 available"):
+        check_launch(run, {"RANK": "0", "WORLD_SIZE": "4"}, 8)
+    with pytest.raises(UsageError, match=r"torchrun --nproc-per-node 6 benchmark_refit.py"):
+        check_launch(run, {}, 8)
+    with pytest.raises(UsageError, match=r"torchrun --nnodes 2 --nproc-per-node 4 benchmark_refit.py"):
+        check_launch(run, {}, 4)
+
+
+def test_too_few_ranks_end_main_before_anything_is_built(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "refit.bench.runner", None)
+    assert main(f"{TWO_HEADS} --tensor-model-parallel-size 2".split()) == 2
+    assert "2 + 2 = 4 GPUs needed > 2 available" in capsys.readouterr().err
