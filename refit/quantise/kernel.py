@@ -61,7 +61,8 @@ class KernelQuantise:
                     GROUP=self._group,
                     RECIPROCAL=RECIPROCAL_BITS,
                     TILE=TILE,
-                    num_warps=8,
+                    # At 16 bytes per access, 8 warps keep two to four tiles on a multiprocessor; at 2 they would spill.
+                    num_warps=8 if aligned else 16,
                 )
 
 
@@ -107,6 +108,105 @@ def _over(dividend: tl.constexpr, divisor: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _float(bits: tl.tensor) -> tl.tensor:
+    """The float32 of these bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _powers_of_two(largest: tl.tensor, RULE: tl.constexpr, RECIPROCAL: tl.constexpr) -> tl.tensor:
+    """The E8M0 bits, int32, of the scales of blocks whose largest magnitude has the bfloat16 bits `largest`."""
+    if RULE == "ceil":
+        product = (_float(largest << 16) * _float(tl.full(largest.shape, RECIPROCAL, tl.int32))).to(
+            tl.int32, bitcast=True
+        )
+        exponent, mantissa = product >> 23, product & 0x7FFFFF
+        scale = exponent + tl.where(exponent == 0, mantissa > 0x400000, mantissa > 0).to(tl.int32)
+    else:
+        tl.static_assert(RULE == "ocp-floor")
+        scale = (largest >> 7) - 8
+    return tl.minimum(tl.maximum(scale, 0), 254)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _power_factor(scale: tl.tensor) -> tl.tensor:
+    """What weights are multiplied by: the reciprocal of a scale of E8M0. It may be subnormal: 2**-127 for 254."""
+    return _float(tl.where(scale == 254, 1 << 22, (254 - scale) << 23))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _factor(amax: tl.tensor, RULE: tl.constexpr) -> tl.tensor:
+    """What weights of a block are multiplied by, under a rule with float32 scales. `amax` is the largest magnitude."""
+    if RULE == "amax":
+        factor = _over(1.0, _amax_scale(amax))
+    else:
+        factor = _over(448.0, amax) if RULE == "pow2" else _over(1.0, amax) * 448.0
+        factor = tl.where(amax == 0.0, 1.0, tl.minimum(factor, 3.4028234663852886e38))
+        if RULE == "pow2":
+            factor = _float(factor.to(tl.int32, bitcast=True) & 0x7F800000)
+        else:
+            tl.static_assert(RULE == "amax-inverse")
+    return factor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _amax_scale(amax: tl.tensor) -> tl.tensor:
+    return tl.div_rn(tl.maximum(amax, 1e-10), tl.full(amax.shape, 448.0, tl.float32))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale(amax: tl.tensor, factor: tl.tensor, RULE: tl.constexpr) -> tl.tensor:
+    """The float32 scale to store of a block with this `_factor`."""
+    return _amax_scale(amax) if RULE == "amax" else _over(1.0, factor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows_scaled(
+    bits: tl.tensor,
+    entry: tl.tensor,
+    RULE: tl.constexpr,
+    GROUP: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Store the E8M0 scales of a tile whose blocks are GROUP columns of a row.
+
+    Returns the weights over their scales, whether their blocks are finite, and the bits of the largest magnitude.
+    """
+    groups: tl.constexpr = TILE // GROUP
+    largest = tl.max(tl.reshape(bits & 0x7FFF, (TILE, groups, GROUP)), axis=2)
+    is_finite = largest < 0x7F80
+    scale = _powers_of_two(largest, RULE, RECIPROCAL)
+    row, group = tl.arange(0, TILE)[:, None], tl.arange(0, groups)[None, :]
+    tl.store(
+        tl.load(entry + 2).to(tl.pointer_type(tl.uint8)) + row * tl.load(entry + 8) + group,
+        tl.where(is_finite, scale, 0xFF).to(tl.uint8),
+        mask=(row < tl.load(entry + 4)) & (group * GROUP < tl.load(entry + 5)),
+    )
+    weights = tl.reshape(_float(bits << 16), (TILE, groups, GROUP))
+    scaled = tl.reshape(weights * _power_factor(scale)[:, :, None], (TILE, TILE))
+    finite = tl.broadcast_to(is_finite.to(tl.int32)[:, :, None], (TILE, groups, GROUP))
+    return scaled, tl.reshape(finite, (TILE, TILE)), tl.max(tl.max(largest, axis=1), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile_scaled(
+    bits: tl.tensor, entry: tl.tensor, RULE: tl.constexpr, TILE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """As `_rows_scaled`, of a tile that is one block, with a float32 scale."""
+    largest = tl.max(tl.max(bits & 0x7FFF, axis=1), axis=0)
+    is_finite = largest < 0x7F80
+    amax = _float(tl.full((1, 1), 0, tl.int32) + (largest << 16))
+    factor = _factor(amax, RULE)
+    corner = tl.arange(0, 1)
+    tl.store(
+        tl.load(entry + 2).to(tl.pointer_type(tl.float32)) + corner[:, None] + corner[None, :],
+        tl.where(is_finite, _scale(amax, factor, RULE), _float(tl.full((1, 1), 0x7FC00000, tl.int32))),
+    )
+    return _float(bits << 16) * factor, tl.broadcast_to(is_finite.to(tl.int32), (TILE, TILE)), largest
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _quantise_tiles(
     table: tl.tensor,
     ALIGNED: tl.constexpr,
@@ -117,12 +217,11 @@ def _quantise_tiles(
 ) -> None:
     """Program p quantises tile p. GROUP is the columns of a block in one row; 0 stands for one block per tile.
 
-    ALIGNED promises `_are_aligned` of every tile.
+    ALIGNED promises `_are_aligned` of every tile. Strides are int64, so offsets are, whatever the size of a tensor.
     """
     entry = table + tl.program_id(0).to(tl.int64) * 9
     source = tl.load(entry).to(tl.pointer_type(tl.int16))
     codes = tl.load(entry + 1).to(tl.pointer_type(tl.uint8))
-    flag = tl.load(entry + 3).to(tl.pointer_type(tl.int32))
     num_rows, num_columns = tl.load(entry + 4), tl.load(entry + 5)
     source_stride, codes_stride = tl.load(entry + 6), tl.load(entry + 7)
     if ALIGNED:
@@ -132,58 +231,10 @@ def _quantise_tiles(
     row, column = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
     present = (row < num_rows) & (column < num_columns)
     bits = tl.load(source + row * source_stride + column, mask=present, other=0).to(tl.int32)
-    groups: tl.constexpr = TILE // GROUP if GROUP else 1
-    magnitudes = bits & 0x7FFF
     if GROUP:
-        largest = tl.max(tl.reshape(magnitudes, (TILE, groups, GROUP)), axis=2)
-        overall = tl.max(tl.max(largest, axis=1), axis=0)
+        scaled, finite, largest = _rows_scaled(bits, entry, RULE, GROUP, RECIPROCAL, TILE)
     else:
-        overall = tl.max(tl.max(magnitudes, axis=1), axis=0)
-        largest = tl.full((1, 1), 0, tl.int32) + overall
-    is_finite = largest < 0x7F80
-    tl.store(flag, 1, mask=overall >= 0x7F80)
-    amax = (largest << 16).to(tl.float32, bitcast=True)
-    if GROUP:
-        if RULE == "ceil":
-            reciprocal = tl.full(amax.shape, RECIPROCAL, tl.int32).to(tl.float32, bitcast=True)
-            product = (amax * reciprocal).to(tl.int32, bitcast=True)
-            exponent, mantissa = product >> 23, product & 0x7FFFFF
-            stored = exponent + tl.where(exponent == 0, mantissa > 0x400000, mantissa > 0).to(tl.int32)
-        else:
-            tl.static_assert(RULE == "ocp-floor")
-            stored = (largest >> 7) - 8
-        stored = tl.minimum(tl.maximum(stored, 0), 254)
-        factor = tl.where(stored == 254, 1 << 22, (254 - stored) << 23).to(tl.float32, bitcast=True)
-        scales = tl.load(entry + 2).to(tl.pointer_type(tl.uint8))
-        group = tl.arange(0, groups)[None, :]
-        tl.store(
-            scales + row * tl.load(entry + 8) + group,
-            tl.where(is_finite, stored, 0xFF).to(tl.uint8),
-            mask=(row < num_rows) & (group * GROUP < num_columns),
-        )
-    else:
-        if RULE == "amax":
-            scale = tl.div_rn(tl.maximum(amax, 1e-10), tl.full(amax.shape, 448.0, tl.float32))
-            factor = _over(1.0, scale)
-        else:
-            factor = _over(448.0, amax) if RULE == "pow2" else _over(1.0, amax) * 448.0
-            factor = tl.where(amax == 0.0, 1.0, tl.minimum(factor, 3.4028234663852886e38))
-            if RULE == "pow2":
-                factor = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            else:
-                tl.static_assert(RULE == "amax-inverse")
-            scale = _over(1.0, factor)
-        nothing = tl.full(amax.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True)
-        scales = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
-        corner = tl.arange(0, 1)
-        tl.store(scales + corner[:, None] + corner[None, :], tl.where(is_finite, scale, nothing))
-    weights = (bits << 16).to(tl.float32, bitcast=True)
-    if GROUP:
-        scaled = tl.reshape(tl.reshape(weights, (TILE, groups, GROUP)) * factor[:, :, None], (TILE, TILE))
-        finite = tl.reshape(tl.broadcast_to(is_finite.to(tl.int32)[:, :, None], (TILE, groups, GROUP)), (TILE, TILE))
-    else:
-        scaled = weights * factor
-        finite = tl.broadcast_to(is_finite.to(tl.int32), (TILE, TILE))
+        scaled, finite, largest = _tile_scaled(bits, entry, RULE, TILE)
+    tl.store(tl.load(entry + 3).to(tl.pointer_type(tl.int32)), 1, mask=largest >= 0x7F80)
     code = _e4m3(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
-    code = tl.where(finite > 0, code, 0x7F)
-    tl.store(codes + row * codes_stride + column, code.to(tl.uint8), mask=present)
+    tl.store(codes + row * codes_stride + column, tl.where(finite > 0, code, 0x7F).to(tl.uint8), mask=present)
