@@ -1,6 +1,7 @@
-"""Runs four layouts of the tiny model over every CPU method, with the baselines beside them.
+"""Runs layouts of the tiny model over every CPU method: with the baselines beside them, and into FP8.
 
-    python -m benchmarks.cpu_matrix            about four minutes on two cores
+    python -m benchmarks.cpu_matrix            about six minutes on two cores
+    python -m benchmarks.cpu_matrix --only fp8 a part: tiny, fp8
     python -m benchmarks.cpu_matrix --list     what would run
 
 It shows that the suite works and what its reports look like; at this size the times are those of Python and of the
@@ -17,7 +18,7 @@ from benchmarks.matrix import APART, NAME_WIDTH, TOGETHER, Cell, Sizes, add_argu
 from refit.config.registry import METHODS
 
 # Grouped experts, which the baseline refits correctly where ETP does not change.
-MODEL = "--model tiny --moe-grouped-gemm --num-benchmark-iterations 9 --refit-engine both"
+MODEL = "--model tiny --moe-grouped-gemm --num-benchmark-iterations 9"
 PAIRINGS = (
     (Sizes(2, 2, 2), Sizes(2, 1, 2), APART),
     (Sizes(1, 2), Sizes(1, 1), APART),
@@ -30,7 +31,16 @@ def cells() -> Iterator[Cell]:
     """Every pairing over every method whose default device is the CPU."""
     for method, row in METHODS.items():
         if row.device == "cpu":
-            yield from (cell("tiny", *pairing, method, MODEL) for pairing in PAIRINGS)
+            yield from (cell("tiny", *pairing, method, MODEL, "--refit-engine both") for pairing in PAIRINGS)
+            yield from _quantised(method)
+
+
+def _quantised(method: str) -> Iterator[Cell]:
+    """Block FP8 quantised at the source where blocks lie whole there, and where it arrives; MXFP8."""
+    for pairing in PAIRINGS[1:3]:
+        for dtype in ("bf16", "fp8-block", "mxfp8", "fp8-block --quantise destination"):
+            label = dtype.replace("--quantise", "at the")
+            yield cell("fp8", *pairing, method, MODEL, f"--rl-inference-dtype {dtype}", label=label)
 
 
 def main() -> int:

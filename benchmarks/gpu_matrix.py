@@ -1,7 +1,8 @@
 """Runs the speed rows and the reference's 8-GPU configurations on the GPUs of this machine, one scenario each.
 
     python -m benchmarks.gpu_matrix                    all cells, a few minutes on 8 H200
-    python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, te, reference
+    python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, te, reference, fp8,
+                                                       fp8-large
     python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs, the speed rows halved
     python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
@@ -23,6 +24,7 @@ from refit.config.clusters import load_cluster
 from refit.predict.dry_run import DryRunOptions, dry_run
 
 METHODS = ("cuda-ipc", "nccl", "nvshmem")
+DTYPES = ("bf16", "fp8-block --quantise source", "mxfp8 --quantise source")
 NVSHMEM_WAYS = (("direct", "--one-sided-buffers direct"), ("put", "--nvshmem-force-put"))
 
 # The model of the speed rows: Kimi K2's widths, fewer experts and layers, so that both sides fit one host.
@@ -88,6 +90,7 @@ def cells(num_gpus: int) -> Iterator[Cell]:
             _correctness(rows, method),
             _transformer_engine(method),
             _reference(method),
+            _quantised(rows, method),
         ):
             yield from (one for one in part_cells if one.num_ranks <= num_gpus)
 
@@ -134,6 +137,24 @@ def _reference(method: str) -> Iterator[Cell]:
         (Sizes(2, 2), Sizes(2, 1), TOGETHER),
     ):
         yield cell("reference", source, destination, mode, method, REFERENCE_MODEL)
+
+
+def _quantised(rows: Rows, method: str) -> Iterator[Cell]:
+    """The speed rows in BF16 and quantised at the source, where all blocks lie whole, and one where it arrives.
+
+    In BF16 stay a quarter of the speed rows' weights, vocabulary above all, and 6 % of those with 384 experts.
+    """
+    model = (SPEED_MODEL, "--moe-grouped-gemm")
+    cases = [(pairing, dtype) for pairing in rows.speed for dtype in DTYPES]
+    for pairing, dtype in [*cases, (rows.speed[0], "fp8-block --quantise destination")]:
+        yield cell("fp8", *pairing, method, *model, f"--rl-inference-dtype {dtype}", label=_label(dtype))
+    for dtype in DTYPES:
+        flags = f"--num-experts 384 --rl-inference-dtype {dtype}"
+        yield cell("fp8-large", *rows.speed[0], method, *model, flags, label=f"384 experts {_label(dtype)}")
+
+
+def _label(dtype: str) -> str:
+    return dtype.replace("--quantise", "at the")
 
 
 def predicted(one: Cell) -> str:

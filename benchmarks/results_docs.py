@@ -51,6 +51,8 @@ BLOCKS = (
     Block("docs/performance.md", "gpu4_drift", ("gpu4_drift",), results_text.section),
     Block("docs/performance.md", "gpu4_correctness", ("gpu4_correctness",), results_text.section),
     Block("docs/performance.md", "gpu4_te", ("gpu4_te",), results_text.section),
+    Block("docs/performance.md", "gpu4_fp8", ("gpu4_fp8",), results_text.quantised_section),
+    Block("docs/performance.md", "gpu4_fp8-large", ("gpu4_fp8-large",), results_text.quantised_section),
     Block("docs/performance.md", "cpu_tiny", ("cpu_tiny",), results_text.section),
 )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from refit import units
@@ -64,10 +66,14 @@ def by_case(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """One row per result, and two columns for each baseline. Columns without figures are left out."""
     groups = by_case(outcomes).values()
-    rows = [_row(outcome, is_first=outcome is group[0]) for group in groups for outcome in group]
+    return _markdown([_row(outcome, is_first=outcome is group[0]) for group in groups for outcome in group], 2)
+
+
+def _markdown(rows: Sequence[dict[str, str]], num_texts: int) -> str:
+    """A table of the columns that are not empty, text in the first `num_texts`."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     used = [name for name in columns if any(row.get(name) for row in rows)]
-    return markdown(used, [[row.get(name, "") for name in used] for row in rows], 2)
+    return markdown(used, [[row.get(name, "") for name in used] for row in rows], num_texts)
 
 
 def _row(outcome: Outcome, *, is_first: bool) -> dict[str, str]:
@@ -92,7 +98,53 @@ def _row(outcome: Outcome, *, is_first: bool) -> dict[str, str]:
     return row
 
 
-def section(outcomes: Sequence[Outcome]) -> str:
+def quantised_table(outcomes: Sequence[Outcome]) -> str:
+    """One row per result, with its speed over that of the BF16 refit of the same case and method in these results."""
+    rows: list[dict[str, str]] = []
+    for group in by_case([_unquantised(outcome) for outcome in outcomes]).values():
+        plain = {method(outcome): outcome.tested for outcome in group if outcome.refit.quantised is None}
+        for outcome in group:
+            tested, base = outcome.tested or EngineResult(), plain.get(method(outcome))
+            row = _row(outcome, is_first=outcome is group[0])
+            row = {"case": row.pop("case"), "method": row.pop("method"), "destination": _destination(outcome), **row}
+            if outcome.refit.quantised and base and (ratio := speed_ratio(tested, base)):
+                row["x as fast as BF16"] = f"{ratio:.2f}" if differs(tested, base) else NOISE
+            row["hidden ms"] = _hidden_ms(tested)
+            rows.append(row)
+    return _markdown(rows, 3)
+
+
+def _unquantised(outcome: Outcome) -> Outcome:
+    """With a destination whose title is that of a BF16 one."""
+    planned = outcome.planned
+    if planned.destination is None:
+        return outcome
+    return replace(outcome, planned=replace(planned, destination=replace(planned.destination, quantisation=None)))
+
+
+def _destination(outcome: Outcome) -> str:
+    """The destination's dtype, and where it was quantised."""
+    quantised = outcome.refit.quantised
+    if quantised is None:
+        return "BF16"
+    at_source, at_destination = quantised.blocks_at_source, quantised.blocks_at_destination
+    share = f"{100 * at_source / (at_source + at_destination):.0f} % at the source"
+    where = "at the source" if not at_destination else "at the destination" if not at_source else share
+    return f"{quantised.dtype}, {where}"
+
+
+def _hidden_ms(tested: EngineResult) -> str:
+    """The quantising that a GPU did beside the transfer, median over the refits' slowest ranks."""
+    found = [sum(sample.beside_s.values()) for sample in tested.samples if not sample.warmup]
+    return f"{1e3 * statistics.median(found):.1f}" if any(found) else ""
+
+
+def quantised_section(outcomes: Sequence[Outcome]) -> str:
+    """As `section`, with a `quantised_table`."""
+    return section(outcomes, quantised_table)
+
+
+def section(outcomes: Sequence[Outcome], tabulate: Callable[[Sequence[Outcome]], str] = table) -> str:
     """What was measured and on what, the table, and the reason of every result that is not ok."""
     reasons = [
         f"- {markdown_code(outcome.planned.name)} {outcome.status.text}: {markdown_text(outcome.reason or '')}"
@@ -100,7 +152,7 @@ def section(outcomes: Sequence[Outcome]) -> str:
         if outcome.status is not Status.OK
     ]
     reasons += [f"- {line}: {count} of {len(outcomes)} rows" for line, count in _baseline_reasons(outcomes).items()]
-    rows = table(outcomes)
+    rows = tabulate(outcomes)
     noise = (
         f" *{NOISE}*: no ratio, as the refits vary by more than {100 * MAX_CV:.0f} % (cv) or as much as they differ."
     )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import results_docs, results_text
 from benchmarks.results_docs import BLOCKS, OPENING, PICTURE, RESULTS, ROOT, differences, documents, draw_opening
+from refit.config.quantisation import Quantisation
 from refit.results.collection import write_collection
 from refit.results.outcomes import Outcome, judged
-from refit.results.refit import EngineResult
+from refit.results.refit import EngineResult, QuantisedRefit
 from refit.results.result import Failure
 from refit.results.status import Status
 from tests.report.factories import planned, result, side, timed
@@ -92,6 +94,44 @@ def test_a_table_has_columns_for_every_baseline() -> None:
     assert cells[2]["Megatron-Core #wrong"] == "14 of 2,000,000"
     assert cells[2]["another ms"] == "waived"
     assert cells[3]["ms"] == "failed"
+
+
+def quantised(label: str, times_s: list[float], blocks: tuple[int, int], hidden_s: float = 0.0) -> Outcome:
+    """A refit of one case into FP8."""
+    spec = replace(side(1, 2), quantisation=Quantisation("fp8-block", "amax"))
+    entry, tested = planned(label, side(1, 2), spec, method="cuda-ipc"), timed(times_s)
+    tested = replace(
+        tested,
+        samples=tuple(replace(each, beside_s={"quantise": hidden_s} if hidden_s else {}) for each in tested.samples),
+    )
+    made = result(entry, bound_s=0.029, engines={"refit": tested})
+    assert made.refit is not None
+    how = QuantisedRefit("fp8-block", "128x128", "amax", "slime", (), 22, 14, *blocks, {})
+    return judged(entry, replace(made, measurements={"refit": replace(made.refit, quantised=how)}))
+
+
+def test_a_quantised_table_compares_with_bf16_of_the_same_case() -> None:
+    entry = planned("bf16", side(1, 2), side(1, 2), method="cuda-ipc")
+    plain = judged(entry, result(entry, bound_s=0.046, engines={"refit": timed([0.0476, 0.0477, 0.0478])}))
+    found = [
+        plain,
+        quantised("source", [0.0300, 0.0301, 0.0302], (320, 0), hidden_s=0.0061),
+        quantised("destination", [0.0470, 0.0477, 0.0484], (0, 320)),
+        quantised("both", [0.0318] * 3, (240, 80)),
+    ]
+    header, _, *rows = results_text.quantised_table(found).splitlines()
+    titles = [cell.strip() for cell in header.strip("|").split("|")]
+    cells = [dict(zip(titles, (cell.strip() for cell in row.strip("|").split("|")), strict=True)) for row in rows]
+    assert [row["case"] for row in cells] == ["TP1 EP2 -> TP1 EP2 (2+2)", "", "", ""]
+    assert [row["destination"] for row in cells] == [
+        "BF16",
+        "fp8-block, at the source",
+        "fp8-block, at the destination",
+        "fp8-block, 75 % at the source",
+    ]
+    assert [row["x as fast as BF16"] for row in cells] == ["", "1.58", "noise", "1.50"]
+    assert [row["hidden ms"] for row in cells] == ["", "6.1", "", ""]
+    assert [row["% of bound"] for row in cells] == ["96", "96", "61", "91"]
 
 
 def test_a_section_gives_the_reasons() -> None:
