@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import RankSharding, TensorSpec
+
+Part = tuple[str, Box]
+"""A box of the tensor of that key."""
+
+Hook = Callable[[], None]
+"""Called on the thread that copies, with the CUDA stream that copies as the current one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,9 @@ class View:
 
 class LocalWeights:
     """All live shards of one side on this rank, addressed by tensor key and box."""
+
+    is_pipelined = False
+    """Whether the weights are made, or used, while others move: `before_reading` or `after_writing` has hooks."""
 
     def __init__(self, shards: Iterable[LocalShard]) -> None:
         self._shards: dict[str, list[LocalShard]] = defaultdict(list)
@@ -115,6 +124,14 @@ class LocalWeights:
         self._addresses = addresses
         self.generation += 1
         return True
+
+    def before_reading(self, parts: Iterable[Part]) -> Hook | None:
+        """What to call before copies read these parts in a refit; None for nothing. Equal parts have one hook."""
+        return None
+
+    def after_writing(self, parts: Iterable[Part]) -> Hook | None:
+        """What to call, once in a refit, after copies have written these parts; None for nothing."""
+        return None
 
     def _candidates(self, key: str, box: Box) -> list[LocalShard]:
         """Shards that may overlap `box`. The index avoids a search through the hundreds of experts of one key."""

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refit.config.quantisation import Quantisation
-from refit.errors import RefitError
+from refit.config.quantisation import CODES_DTYPE, Quantisation
 from refit.quantise.matrix import Matrix
 from refit.quantise.reference import quantise
 
@@ -24,14 +23,15 @@ class QuantiseBatch:
     """Quantises `matrices` together. Built once, run many times. Keeps its tensors alive.
 
     On a GPU with Triton the kernel does it, in one launch, on the current stream. Otherwise plain torch does.
+    `flags` `[num_matrices]`, int32, on the matrices' device, is set to 1 where a matrix has NaN or infinity, and never
+    cleared.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], quantisation: Quantisation) -> None:
+    def __init__(self, matrices: Sequence[Matrix], quantisation: Quantisation, flags: torch.Tensor) -> None:
         self._matrices = tuple(matrices)
         self._quantisation = quantisation
-        device = self._matrices[0].weights.device if self._matrices else torch.device("cpu")
-        self._flags = torch.zeros(len(self._matrices), dtype=torch.int32, device=device)
-        self._launched = self._kernel() if device.type == "cuda" and find_spec("triton") is not None else None
+        self._flags = flags
+        self._launched = self._kernel() if flags.is_cuda and find_spec("triton") is not None else None
 
     def run(self) -> None:
         """Quantise all matrices. On a GPU: enqueue."""
@@ -41,20 +41,10 @@ class QuantiseBatch:
         for number, matrix in enumerate(self._matrices):
             self._run_in_torch(matrix, self._flags[number : number + 1])
 
-    def check_finite(self) -> None:
-        """Raise RefitError, naming the tensors, where runs so far have met NaN or infinity. Waits for the device."""
-        found = torch.nonzero(self._flags).flatten().tolist()
-        if found:
-            keys = sorted({self._matrices[number].key for number in found})
-            raise RefitError(
-                f"{len(keys)} tensors have NaN or infinity, which FP8 codes cannot hold: {', '.join(keys[:3])}: "
-                "check the source's weights"
-            )
-
     def _kernel(self) -> KernelQuantise | None:
         from refit.quantise.kernel import KernelQuantise
 
-        if not all(_suits_kernel(matrix) for matrix in self._matrices):
+        if not self._matrices or not all(_suits_kernel(matrix) for matrix in self._matrices):
             return None
         return KernelQuantise(self._matrices, self._quantisation, self._flags)
 
@@ -68,6 +58,19 @@ class QuantiseBatch:
             first = begin // block.rows
             matrix.scales[first : first + len(done.scales)].copy_(done.scales)
             flag.logical_or_(~done.is_finite.all())
+
+
+def load_quantise_kernel(device: torch.device, quantisation: Quantisation) -> None:
+    """Compile and load what a batch of this rule runs, which may wait for all work of a GPU."""
+    block, flags = quantisation.format, torch.zeros(2, dtype=torch.int32, device=device)
+    scales = torch.empty(1, 1, dtype=getattr(torch, block.scale_dtype), device=device)
+    weights = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
+    codes = torch.empty(1, 64, dtype=getattr(torch, CODES_DTYPE), device=device)
+    for first in (0, 1):  # aligned to vectors and not
+        part = slice(first, first + 32)
+        QuantiseBatch([Matrix("", weights[:, part], codes[:, part], scales)], quantisation, flags[:1]).run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _suits_kernel(matrix: Matrix) -> bool:

@@ -1,26 +1,29 @@
-"""A refit that quantises: before the transfer what lies whole at the source, after it what arrived unquantised.
+"""A refit that quantises: what lies whole at the source before it is sent, the rest where it has arrived.
 
-Between the two any transport moves codes and scales, as tensors of the wire's shardings (`plan.quantised`).
+Any transport moves codes and scales, as tensors of the wire's shardings (`plan.quantised`). It asks the weights that it
+is given what to do before it reads them and after it has written them, so both happen beside the transfer
+(`quantise.pipeline`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from refit.config.quantisation import CODES_DTYPE, Quantisation, scale_key
-from refit.models.weights import LocalShard, LocalWeights, generations, part_within, refresh_all
+from refit.models.weights import LocalShard, LocalWeights, Part, generations, part_within, refresh_all
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan, Transfer
 from refit.plan.quantised import Grid, WireShardings, scale_spec, unquantised
 from refit.plan.sharding import TensorSpec
-from refit.quantise.batch import QuantiseBatch
+from refit.quantise.batch import load_quantise_kernel
 from refit.quantise.matrix import Matrix
+from refit.quantise.pipeline import Gather, Groups, Job, OnArrival, OnDemand, PipelinedWeights
 from refit.quantise.weights import matrices_of, matrix_of, new_shard
 from refit.transport.base import Program, RunReport
-from refit.transport.phases import PhaseClock
 
 AT_SOURCE, AT_DESTINATION = "quantise", "quantise arrived"
 """Phases of a run, beside the transport's."""
@@ -39,15 +42,6 @@ class _Shadow:
     scales: LocalShard
 
 
-@dataclass(frozen=True, slots=True)
-class _Gather:
-    """Weights of several views whose seams cut blocks, to be copied together before they are quantised."""
-
-    whole: torch.Tensor
-    parts: tuple[torch.Tensor, ...]
-    views: tuple[torch.Tensor, ...]
-
-
 class QuantisingProgram:
     """The `Program` of one rank. `prepare` is called with the weights that the wire sees."""
 
@@ -64,67 +58,81 @@ class QuantisingProgram:
         """`plan` is the plan of `wire`. Collective, as `prepare` is."""
         self._quantisation = quantisation
         self._tensors = wire.tensors
-        self._source, self._destination = source, destination
+        self._destination = destination
         held = source if source is not None else destination
         self._device = torch.device("cpu") if held is None else held.device
         part = plan.for_rank(rank)
         self._shadows = [] if source is None else list(self._new_shadows(source, (*part.sends, *part.local)))
-        self._arrivals = [] if destination is None else list(self._new_arrivals(wire, rank))
-        self._gathers: list[_Gather] = []
-        self._bind()
-        self._program = prepare(
-            None if source is None else LocalWeights(self._sent(source)),
-            None if destination is None else LocalWeights((*destination, *self._arrivals)),
-        )
+        at_source, at_destination = (Groups(name, self._device, quantisation) for name in (AT_SOURCE, AT_DESTINATION))
+        self._demand = OnDemand(at_source, self._sent_weights(), self._source_jobs)
+        self._arrival = OnArrival(at_destination, self._arrived_weights(), self._destination_jobs)
+        self._pipelines = (self._demand, self._arrival)
+        self._sent = self._received = None
+        if source is not None:
+            self._sent = PipelinedWeights(self._sent_shards(source), self._demand)
+        if destination is not None:
+            self._received = PipelinedWeights((*destination, *self._new_arrivals(wire, rank)), self._arrival)
+        if self._device.type == "cuda":
+            load_quantise_kernel(self._device, quantisation)
+        self._program = prepare(self._sent, self._received)
+        refresh_all(destination)
+        for pipeline in self._pipelines:
+            pipeline.begin()  # makes the groups, now that the transport has said what it copies
 
     @property
     def staging_bytes(self) -> int:
         """The transport's staging, codes and scales at a source, and weights that wait to be quantised."""
-        own = [*self._arrivals, *(shard for shadow in self._shadows for shard in (shadow.codes, shadow.scales))]
-        views = [*(shard.view for shard in own), *(gather.whole for gather in self._gathers)]
-        nbytes: int = sum(view.numel() * view.element_size() for view in views)
+        own = [*self._arrivals(), *(shard for shadow in self._shadows for shard in (shadow.codes, shadow.scales))]
+        gathered = (job.gather.whole for job in self._demand.jobs if job.gather is not None)
+        nbytes: int = sum(view.numel() * view.element_size() for view in (*(shard.view for shard in own), *gathered))
         return self._program.staging_bytes + nbytes
 
     def run(self) -> RunReport:
-        """Quantise, transfer, quantise. Raises RefitError where weights have NaN or infinity, and as transports do."""
+        """Quantise and transfer. Raises RefitError where weights have NaN or infinity, and as transports do."""
         with torch.no_grad():
-            clock = PhaseClock()
-            refresh_all(self._source, self._destination)
-            if self._bound_to != generations(self._source, self._destination):
-                self._bind()
-            for gather in self._gathers:
-                torch._foreach_copy_(gather.parts, gather.views)
-            self._at_source.run()
-            # Transports read on streams of their own, which do not wait for this one.
-            self._synchronise()
-            clock.lap(AT_SOURCE)
+            for pipeline in self._pipelines:
+                pipeline.begin()
+            generation = generations(self._received)
             report = self._program.run()
-            clock.lap("transfer")
-            self._at_destination.run()
-            self._synchronise()
-            self._at_source.check_finite()
-            self._at_destination.check_finite()
-            clock.lap(AT_DESTINATION)
-        phases = {AT_SOURCE: clock.phases_s[AT_SOURCE], **report.phases_s}
-        return replace(report, phases_s={**phases, AT_DESTINATION: clock.phases_s[AT_DESTINATION]})
+            moved = time.perf_counter()
+            if generations(self._received) != generation:
+                refresh_all(self._destination)
+            for pipeline in self._pipelines:
+                pipeline.groups.finish()
+        rest_s = time.perf_counter() - moved
+        phases = {AT_SOURCE: 0.0, AT_DESTINATION: 0.0, **report.phases_s}
+        phases[AT_DESTINATION] += rest_s
+        return replace(report, phases_s=phases, beside_s=self._beside_s(rest_s))
 
     def close(self) -> None:
         self._program.close()
-        self._shadows, self._arrivals, self._gathers = [], [], []
-        self._at_source = self._at_destination = QuantiseBatch((), self._quantisation)
+        refresh_all(self._destination)
+        self._shadows, self._sent, self._received = [], None, None
+        for pipeline in self._pipelines:
+            pipeline.close()
 
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _beside_s(self, rest_s: float) -> dict[str, float]:
+        """Of a GPU's quantising, what ran beside the transfer: neither for its first message nor after its last."""
+        sent, arrived = self._demand.groups, self._arrival.groups
+        beside = {AT_SOURCE: sent.busy_s - sent.first_s, AT_DESTINATION: arrived.busy_s - rest_s}
+        return {phase: seconds for phase, seconds in beside.items() if seconds > 0.0}
 
-    def _bind(self) -> None:
-        """Find the views to quantise from and into."""
-        self._bound_to = generations(self._source, self._destination)
-        self._gathers = []
-        self._at_source = QuantiseBatch(
-            [matrix for shadow in self._shadows for matrix in self._matrices_of(shadow)], self._quantisation
-        )
-        self._at_destination = QuantiseBatch(list(self._arrived_matrices()), self._quantisation)
+    def _sent_weights(self) -> Callable[[Part], Part | None]:
+        """Of a part that is sent, the weights that it is made of: those of codes, or of scales."""
+        of_scales = {scale_key(key): key for key in self._tensors}
+
+        def weights(part: Part) -> Part | None:
+            key, box = part
+            if key in of_scales:
+                return of_scales[key], self._grid(self._tensors[of_scales[key]]).elements(box)
+            return part if key in self._tensors else None
+
+        return weights
+
+    def _arrived_weights(self) -> Callable[[Part], Part | None]:
+        """Of a part that has arrived, the weights to quantise."""
+        keys = {unquantised(tensor).key: key for key, tensor in self._tensors.items()}
+        return lambda part: (keys[part[0]], part[1]) if part[0] in keys else None
 
     def _grid(self, tensor: TensorSpec) -> Grid:
         return Grid(tensor.shape, self._quantisation.format)
@@ -158,7 +166,12 @@ class QuantisingProgram:
             if shard is not None:
                 yield from (new_shard(shard.tensor, box, self._device) for box in shard.boxes)
 
-    def _sent(self, source: LocalWeights) -> Iterator[LocalShard]:
+    def _arrivals(self) -> Iterator[LocalShard]:
+        """The weights that this rank receives unquantised."""
+        keys = {unquantised(tensor).key for tensor in self._tensors.values()}
+        return (shard for shard in self._received or () if shard.tensor.key in keys)
+
+    def _sent_shards(self, source: LocalWeights) -> Iterator[LocalShard]:
         """The source as the wire sees it: codes and scales, and weights under the keys that they are sent under."""
         for shard in source:
             quantised = shard.tensor.key in self._tensors
@@ -166,34 +179,41 @@ class QuantisingProgram:
         for shadow in self._shadows:
             yield from (shadow.codes, shadow.scales)
 
-    def _matrices_of(self, shadow: _Shadow) -> Iterator[Matrix]:
-        assert self._source is not None
+    def _source_jobs(self) -> Iterator[Job]:
+        for shadow in self._shadows:
+            yield from self._jobs_of(shadow)
+
+    def _jobs_of(self, shadow: _Shadow) -> Iterator[Job]:
+        assert self._sent is not None
         grid = self._grid(shadow.tensor)
         for part in matrices_of(shadow.box):
-            views = self._source.views(shadow.tensor.key, part)
+            views = self._sent.views(unquantised(shadow.tensor).key, part)
+            gather = None
             if all(grid.is_aligned(view.box) for view in views):
                 pieces = [(view.box, view.data) for view in views]
             else:
                 whole = torch.empty(part.extents, dtype=views[0].data.dtype, device=self._device)
                 parts = tuple(part_within(whole, part, view.box) for view in views)
-                self._gathers.append(_Gather(whole, parts, tuple(view.data for view in views)))
+                gather = Gather(whole, parts, tuple(view.data for view in views))
                 pieces = [(part, whole)]
             for box, data in pieces:
                 codes = part_within(shadow.codes.view, shadow.box, box)
                 scales = part_within(shadow.scales.view, shadow.scales.box, grid.scales(box))
-                yield Matrix(shadow.tensor.key, matrix_of(data), matrix_of(codes), matrix_of(scales))
+                matrix = Matrix(shadow.tensor.key, matrix_of(data), matrix_of(codes), matrix_of(scales))
+                yield Job(box, matrix, gather)
 
-    def _arrived_matrices(self) -> Iterator[Matrix]:
+    def _destination_jobs(self) -> Iterator[Job]:
         keys = {unquantised(tensor).key: tensor for tensor in self._tensors.values()}
-        for arrival in self._arrivals:
-            assert self._destination is not None
+        for arrival in self._arrivals():
+            assert self._received is not None
             tensor = keys[arrival.tensor.key]
             grid = self._grid(tensor)
             for part in matrices_of(arrival.box):
-                for codes in self._destination.views(tensor.key, part):  # several where an engine has fused tensors
-                    (scales,) = self._destination.views(scale_key(tensor.key), grid.scales(codes.box))
+                for codes in self._received.views(tensor.key, part):  # several where an engine has fused tensors
+                    (scales,) = self._received.views(scale_key(tensor.key), grid.scales(codes.box))
                     weights = part_within(arrival.view, arrival.box, codes.box)
-                    yield Matrix(tensor.key, matrix_of(weights), matrix_of(codes.data), matrix_of(scales.data))
+                    matrix = Matrix(tensor.key, matrix_of(weights), matrix_of(codes.data), matrix_of(scales.data))
+                    yield Job(codes.box, matrix)
 
 
 def _around(one: Box, other: Box) -> Box:

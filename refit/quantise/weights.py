@@ -130,4 +130,5 @@ def matrix_of(data: torch.Tensor) -> torch.Tensor:
 def new_shard(tensor: TensorSpec, box: Box, device: torch.device) -> LocalShard:
     """`box` of `tensor` in new memory."""
     data = torch.empty(box.extents, dtype=getattr(torch, tensor.dtype), device=device)
-    return LocalShard(tensor, box, data, data)
+    # An alias, since a transport may give the owner other memory, and views follow it by their distance.
+    return LocalShard(tensor, box, data, data.detach())

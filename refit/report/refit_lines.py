@@ -105,13 +105,15 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
 
 
 def iteration_line(engine: str, sample: Sample, number: str) -> str:
-    """`refit 3/5: 12.34 ms (slowest rank 4: pack 1.20, wire 10.00, rest 1.14)`."""
+    """`refit 3/5: 12.34 ms (slowest rank 4: pack 1.20, wire 10.00, rest 1.14; beside them quantise 3.20)`."""
     label = f"warm-up {number}" if sample.warmup else number
     phases = "".join(f"{name} {1e3 * seconds:.2f}, " for name, seconds in sample.phases_s.items())
+    beside = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in sample.beside_s.items())
+    beside = f"; beside them {beside}" if beside else ""
     wrong = f"  {sample.num_wrong:,} WRONG" if sample.num_wrong else ""
     return (
         f"{ENGINES[engine].title} {label}: {1e3 * sample.seconds:.2f} ms "
-        f"(slowest rank {sample.slowest_rank}: {phases}rest {1e3 * sample.unattributed_s:.2f}){wrong}"
+        f"(slowest rank {sample.slowest_rank}: {phases}rest {1e3 * sample.unattributed_s:.2f}{beside}){wrong}"
     )
 
 

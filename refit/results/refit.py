@@ -14,7 +14,8 @@ from refit.results.status import Status
 class Sample:
     """One refit: seconds of every rank of the job, in rank order. Phases are those of the slowest rank.
 
-    `unattributed_s` is that rank's time outside all phases. Summaries leave `warmup` samples out.
+    `unattributed_s` is that rank's time outside all phases, `beside_s` the time of its GPU's work that was hidden
+    beside them. Summaries leave `warmup` samples out.
     """
 
     iteration: int
@@ -25,6 +26,7 @@ class Sample:
     unattributed_s: float
     num_compared: int
     num_wrong: int
+    beside_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:

@@ -18,25 +18,30 @@ class TransportOptions:
     `one_sided_buffers` says where one-sided transports write: "ring", into a bounded ring of buffers that the
     destination unpacks; "direct", into the destination's weights, which are moved into shared memory for that.
     `one_sided_force_put` treats peers with mapped memory like peers on other nodes (nvshmem only).
+    `is_pipelined` is whether weights are pipelined on any rank (`LocalWeights.is_pipelined`): a transport that sends
+    all of a pair's weights as one message then sends several, so that something can be done beside them.
     """
 
     staging_bytes: int = 512 << 20
     timeout_s: float = 300.0
     one_sided_buffers: str = "ring"
     one_sided_force_put: bool = False
+    is_pipelined: bool = False
 
 
 @dataclass(slots=True)
 class RunReport:
     """What one `Program.run` did on this rank: seconds by phase, and bytes.
 
-    Phases are those of the main thread. They do not overlap, and add up to nearly all of the run.
+    Phases are those of the main thread. They do not overlap, and add up to nearly all of the run. `beside_s` is the
+    time of a GPU's work that was hidden beside the transfer.
     """
 
     phases_s: dict[str, float] = field(default_factory=dict)
     wire_bytes_sent: int = 0
     wire_bytes_received: int = 0
     local_bytes: int = 0
+    beside_s: dict[str, float] = field(default_factory=dict)
 
 
 class Program(Protocol):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refit.errors import UsageError
+from refit.models.weights import Part
 from refit.plan.box import Box
 from refit.plan.cost import bytes_matrix, wire_only
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
@@ -68,6 +69,11 @@ class Message:
 
     pieces: tuple[Piece, ...]
     nbytes: int
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """What it holds."""
+        return ((piece.tensor.key, piece.box) for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,21 @@ def pair_buckets(plan: RefitPlan, staging_bytes: int, slots_per_peer: int, limit
     )
     sizes = np.minimum(limit, MIN_BUCKET_BYTES + shares).astype(np.int64) // ALIGNMENT * ALIGNMENT
     return dict(zip(zip(sources.tolist(), destinations.tolist(), strict=True), sizes.tolist(), strict=True))
+
+
+def even_framing(plan: RefitPlan, message_bytes: int) -> Framing:
+    """Messages of up to about `message_bytes`, about equally many for every pair.
+
+    Each round of messages is then the whole refit in small: an order of destinations that is good for the whole is good
+    for every round, and no pair ends long before the others.
+    """
+    matrix = wire_only(bytes_matrix(plan))
+    num_messages = max(1, -(-int(matrix.max()) // message_bytes))
+    sizes = {
+        (source, destination): max(MIN_BUCKET_BYTES, -(-int(matrix[source, destination]) // num_messages))
+        for source, destination in np.argwhere(matrix).tolist()
+    }
+    return Framing(max(sizes.values(), default=message_bytes), None, sizes)
 
 
 def make_schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_APART: dict[str, float] = defaultdict(float)
+"""Seconds since the last lap that belong to phases of their own."""
 
 
 class PhaseClock:
@@ -11,10 +16,22 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self.phases_s: dict[str, float] = defaultdict(float)
+        _APART.clear()
         self._since = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """Count the time since the previous lap as `phase`."""
+        """Count the time since the previous lap as `phase`, except for what `counted_apart` has counted."""
         now = time.perf_counter()
-        self.phases_s[phase] += now - self._since
+        self.phases_s[phase] += now - self._since - sum(_APART.values())
+        for name, seconds in _APART.items():
+            self.phases_s[name] += seconds
+        _APART.clear()
         self._since = now
+
+
+@contextmanager
+def counted_apart(phase: str) -> Iterator[None]:
+    """Count the time of this context as `phase`, whatever the phase around it. For hooks, which know no clock."""
+    begin = time.perf_counter()
+    yield
+    _APART[phase] += time.perf_counter() - begin

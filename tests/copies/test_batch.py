@@ -71,7 +71,7 @@ def test_experts_are_found_by_number() -> None:
 def test_zeros_and_batching() -> None:
     target = _whole(SPEC, torch.ones(8, 6))
     rows = [Transfer(SPEC, "float32", Box((row, 0), (1, 6)), -1, 0) for row in (6, 7)]
-    assert len(list(zero_copies(rows[0], target))) == 1
+    assert len(list(zero_copies(SPEC, rows[0].box, target))) == 1
     batches = local_batches((), rows, None, target, batch_bytes=24)
     assert len(batches) == 2
     for batch in batches:

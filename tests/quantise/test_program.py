@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,14 +19,16 @@ from refit.config.layout import Layout
 from refit.config.quantisation import BLOCK_FORMATS, Place, Quantisation
 from refit.config.side import SideSpec
 from refit.models.sharded_model import WithoutSteps
-from refit.models.weights import LocalShard, LocalWeights
+from refit.models.weights import LocalShard, LocalWeights, refresh_all
 from refit.plan.box import Box
 from refit.plan.quantised import quantised_sharding
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 from refit.predict.sides import plan_sides
+from refit.quantise.batch import QuantiseBatch
 from refit.quantise.program import QuantisingProgram
 from refit.quantise.weights import QuantisedModel
 from refit.transport.base import TransportOptions, get_transport
+from refit.transport.two_sided.gloo import GlooBackend
 from tests.ranks.pool import RankPool
 
 RANKS = 8
@@ -87,12 +93,23 @@ def live(sharding: Sharding, rank: int, pieces: int) -> LocalWeights | None:
         for box in shard.boxes:
             for part in box.split(pieces):
                 data = torch.zeros(part.extents, dtype=torch.bfloat16)
-                shards.append(LocalShard(shard.tensor, part, data, data))
+                shards.append(LocalShard(shard.tensor, part, data, data.detach()))
     return LocalWeights(shards)
 
 
-def refit_twice(rank: int, seed: int, method: str, quantisation: Quantisation, spoil: str = "") -> Any:
-    """Wrong elements of two refits on this rank, by tensor, and the blocks quantised at each place."""
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A program of one rank, the weights it moves, and the unquantised tensors of their shardings."""
+
+    program: QuantisingProgram
+    mine: LocalWeights | None
+    theirs: LocalWeights | None
+    tensors: Mapping[str, TensorSpec]
+    num_blocks: tuple[int, int]
+
+
+def prepared(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisation, spoil: str = "") -> Case:
+    """`spoil` is a rule to follow in place of the named one."""
     source, destination = random_sides(seed, quantisation)
     held = quantised_sharding(destination, quantisation)
     side = SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1), quantisation=quantisation)
@@ -102,8 +119,8 @@ def refit_twice(rank: int, seed: int, method: str, quantisation: Quantisation, s
     theirs = QuantisedModel(Model(live(destination, rank, pieces=1)), quantisation).weights
     if theirs is not None:
         assert held.of_rank(rank).differences(theirs.rank_sharding) == []
-    transport = get_transport(method)
-    options = TransportOptions(staging_bytes=1 << 16, timeout_s=60.0)
+    transport = get_transport(way[0])
+    options = TransportOptions(staging_bytes=1 << 16, timeout_s=60.0, one_sided_buffers=way[1], is_pipelined=True)
     rule = quantisation if not spoil else replace(quantisation, rule=spoil)
     program = QuantisingProgram(
         planned.plan,
@@ -114,32 +131,47 @@ def refit_twice(rank: int, seed: int, method: str, quantisation: Quantisation, s
         theirs,
         lambda a, b: transport.prepare(planned.plan, a, b, options),
     )
+    return Case(program, mine, theirs, source.tensors, (planned.wire.num_at_source, planned.wire.num_at_destination))
+
+
+def refit_twice(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisation, spoil: str = "") -> Any:
+    """Wrong elements of two refits on this rank, by tensor, and the blocks quantised at each place.
+
+    Before the second refit all weights move into new memory.
+    """
+    case = prepared(rank, seed, way, quantisation, spoil)
     wrong: dict[str, int] = {}
     for iteration in range(2):
-        if mine is not None:
-            oracle.fill(mine, iteration, quantisation)
-        if theirs is not None:
-            oracle.poison(theirs)
+        if iteration:
+            for shard in (*(case.mine or ()), *(case.theirs or ())):
+                shard.owner.data = shard.owner.data.clone()
+        refresh_all(case.mine, case.theirs)
+        if case.mine is not None:
+            oracle.fill(case.mine, iteration, quantisation)
+        if case.theirs is not None:
+            oracle.poison(case.theirs)
         dist.barrier()
-        report = program.run()
+        report = case.program.run()
         dist.barrier()
         assert {"quantise", "quantise arrived"} <= set(report.phases_s)
-        if theirs is not None:
-            verdict = oracle.check(theirs, source.tensors, iteration, quantisation=quantisation)
-            elements = sum(shard.view.numel() for shard in theirs)
-            assert verdict.num_compared == elements
+        if case.theirs is not None:
+            verdict = oracle.check(case.theirs, case.tensors, iteration, quantisation=quantisation)
+            assert verdict.num_compared == sum(shard.view.numel() for shard in case.theirs)
             wrong |= {each.key: each.num_wrong for each in verdict.wrong}
-    program.close()
-    return wrong, (planned.wire.num_at_source, planned.wire.num_at_destination)
+    case.program.close()
+    return wrong, case.num_blocks
 
 
-@pytest.mark.parametrize("method", ["gloo", "shm"])
-def test_random_layouts_arrive_as_the_rule_says(ranks: RankPool, method: str) -> None:
+WAYS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_random_layouts_arrive_as_the_rule_says(ranks: RankPool, way: tuple[str, str]) -> None:
     rules = [Quantisation(name, rule) for name, block in BLOCK_FORMATS.items() for rule in block.rules]
     places = [0, 0]
     for seed, quantisation in enumerate([*rules, *rules]):
         place = Place.DESTINATION if seed == 7 else Place.AUTO
-        answers = ranks.run(refit_twice, seed, method, replace(quantisation, place=place))
+        answers = ranks.run(refit_twice, seed, way, replace(quantisation, place=place))
         assert [wrong for wrong, _ in answers] == [{}] * RANKS, (seed, quantisation)
         places = [have + more for have, more in zip(places, answers[0][1], strict=True)]
     assert min(places) > 100, "both places were tried"
@@ -147,5 +179,39 @@ def test_random_layouts_arrive_as_the_rule_says(ranks: RankPool, method: str) ->
 
 @pytest.mark.parametrize(("rule", "other"), [("amax", "amax-inverse"), ("amax", "pow2"), ("pow2", "amax")])
 def test_another_rule_than_the_named_one_is_caught(ranks: RankPool, rule: str, other: str) -> None:
-    answers = ranks.run(refit_twice, 3, "gloo", Quantisation("fp8-block", rule), other)
+    answers = ranks.run(refit_twice, 3, WAYS[0], Quantisation("fp8-block", rule), other)
     assert any(key.endswith("_scale_inv") for wrong, _ in answers for key in wrong)
+
+
+def order_of_work(rank: int, seed: int, quantisation: Quantisation) -> list[str]:
+    """What this rank does in a refit, in order: `quantise` a group, `post` a round of messages, `unpack` one."""
+    case = prepared(rank, seed, WAYS[0], quantisation)
+    done: list[str] = []
+    with ExitStack() as stack:
+        for owner, name, label in ((QuantiseBatch, "run", "quantise"), *STEPS):
+            original = getattr(owner, name)
+            noted = partial(_noted, done, label, original)
+            stack.enter_context(mock.patch.object(owner, name, lambda *args, noted=noted: noted(*args)))
+        case.program.run()
+    case.program.close()
+    return done
+
+
+STEPS = ((GlooBackend, "post", "post"), (GlooBackend, "unpack", "unpack"))
+
+
+def _noted(done: list[str], label: str, function: Callable[..., None], *args: Any) -> None:
+    done.append(label)
+    function(*args)
+
+
+@pytest.mark.parametrize("place", [Place.AUTO, Place.DESTINATION])
+def test_quantising_takes_turns_with_the_wire(ranks: RankPool, place: Place) -> None:
+    """Sources post messages before they quantise all, destinations quantise before the last message has come."""
+    num_beside = 0
+    for seed in (1, 5, 6):
+        for done in ranks.run(order_of_work, seed, Quantisation("fp8-block", "amax", place=place)):
+            moves = [number for number, step in enumerate(done) if step != "quantise"]
+            quantised = [number for number, step in enumerate(done) if step == "quantise"]
+            num_beside += sum(moves[0] < number < moves[-1] for number in quantised) if moves else 0
+    assert num_beside > 20

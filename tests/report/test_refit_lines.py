@@ -164,6 +164,10 @@ def test_the_last_warm_up_is_no_last_line() -> None:
     )
     assert not progress.line(sample([0.1], 1, warmup=True))
     assert progress.line(sample([0.1], 2)) == "refit 1/1: 100.00 ms (slowest rank 0: wire 75.00, rest 0.00)"
+    beside = replace(sample([0.1], 2), beside_s={"quantise": 0.0125})
+    assert progress.line(beside) == (
+        "refit 1/1: 100.00 ms (slowest rank 0: wire 75.00, rest 0.00; beside them quantise 12.50)"
+    )
 
 
 def test_a_refit_with_wrong_elements_always_has_its_line() -> None:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, ReplicatedShard, Sharding, TensorSharding, TensorSpec
-from refit.transport.messages import ALIGNMENT, Framing, Message, bucket_bytes, make_schedule, num_peers, pair_buckets
+from refit.transport.messages import (
+    ALIGNMENT,
+    MIN_BUCKET_BYTES,
+    Channel,
+    Framing,
+    Message,
+    bucket_bytes,
+    even_framing,
+    make_schedule,
+    num_peers,
+    pair_buckets,
+)
 from tests.transport.synthetic import Case
 
 CASE = Case(Layout(4, 4, 1, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4), hidden=96, ffn=192)
@@ -41,6 +54,27 @@ def test_messages_cover_the_plan_within_the_bucket(framing: Framing, rank: int) 
         assert any(t.tensor == piece.tensor and t.box.contains(piece.box) for t in wanted)
         assert all(piece.box.intersect(other) is None for other in boxes.setdefault(piece.tensor.key, []))
         boxes[piece.tensor.key].append(piece.box)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2000, 200_000))
+def test_even_framing_cuts_every_pair_into_as_many_messages(message_bytes: int) -> None:
+    framing = even_framing(CASE.plan, message_bytes)
+    assert framing.pair_bytes is not None
+    sent = [channel for rank in range(6) for channel in make_schedule(CASE.plan, rank, framing).sends]
+    totals = {_pair(channel): sum(message.nbytes for message in channel.messages) for channel in sent}
+    num_messages = -(-max(totals.values()) // message_bytes)
+    for channel in sent:
+        assert all(message.nbytes <= framing.pair_bytes[_pair(channel)] for message in channel.messages)
+        # A piece that does not fit leaves its message short.
+        assert len(channel.messages) <= 2 * num_messages
+        assert len(channel.messages) >= min(num_messages, totals[_pair(channel)] // MIN_BUCKET_BYTES)
+    received = [c for rank in range(6) for c in make_schedule(CASE.plan, rank, framing).receives]
+    assert sorted(received, key=_pair) == sorted(sent, key=_pair)
+
+
+def _pair(channel: Channel) -> tuple[int, int]:
+    return channel.source, channel.destination
 
 
 def test_pieces_of_a_bucket_are_aligned_and_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,12 @@ class PlannedEngine:
         return self._transport.connect(plan, self._options)
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
-        def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
-            return self._transport.prepare(plan, sent, received, self._options)
-
         weights, quantisation = (source.weights, destination.weights), destination.spec.quantisation
+        options = replace(self._options, is_pipelined=wire is not None)
+
+        def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
+            return self._transport.prepare(plan, sent, received, options)
+
         if wire is None or quantisation is None:
             return prepare(*weights)
         return QuantisingProgram(plan, wire, quantisation, dist.get_rank(), *weights, prepare)

@@ -302,16 +302,17 @@ def _left_out(reason: str, keys: Sequence[str], destination: Sharding) -> NotMov
 
 def _sample(ranks: list[_RankSample], iteration: int, warmup: bool) -> Sample:
     slowest = max(ranks, key=lambda each: each.timing.seconds)
-    phases = slowest.timing.report.phases_s
+    report = slowest.timing.report
     return Sample(
         iteration=iteration,
         warmup=warmup,
         seconds_per_rank=tuple(each.timing.seconds for each in ranks),
         slowest_rank=slowest.rank,
-        phases_s=dict(phases),
-        unattributed_s=slowest.timing.seconds - sum(phases.values()),
+        phases_s=dict(report.phases_s),
+        unattributed_s=slowest.timing.seconds - sum(report.phases_s.values()),
         num_compared=sum(each.verdict.num_compared for each in ranks),
         num_wrong=sum(each.verdict.num_wrong for each in ranks),
+        beside_s=dict(report.beside_s),
     )
 
 

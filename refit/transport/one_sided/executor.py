@@ -169,8 +169,21 @@ class OneSidedProgram:
 
     def _renew_if_moved(self, flow: _Send) -> None:
         if self._buffers.has_moved(flow.peer):
-            assert self._source is not None
-            flow.puts = self._buffers.puts(flow.channel, self._source)
+            flow.puts = self._puts(flow.channel)
+
+    def _puts(self, channel: Channel) -> list[Put]:
+        assert self._source is not None
+        puts = self._buffers.puts(channel, self._source)
+        for put, message in zip(puts, channel.messages, strict=True):
+            put.batch.before = self._source.before_reading(message.parts)
+        return puts
+
+    def _unpack_batches(self, channel: Channel) -> list[CopyBatch]:
+        assert self._destination is not None
+        batches = self._buffers.unpack_batches(channel)
+        for batch, message in zip(batches, channel.messages, strict=True):
+            batch.after = self._destination.after_writing(message.parts)
+        return batches
 
     def _give_credit(self, flow: _Flow) -> None:
         """An unpacked message frees its slot for the message one window later."""
@@ -190,10 +203,9 @@ class OneSidedProgram:
         refresh_all(self._source, self._destination)
         self._bound_to = generations(self._source, self._destination)
         for flow in self._sends:
-            assert self._source is not None
-            flow.puts = self._buffers.puts(flow.channel, self._source)
+            flow.puts = self._puts(flow.channel)
         for receive in self._receives:
-            receive.batches = self._buffers.unpack_batches(receive.channel)
+            receive.batches = self._unpack_batches(receive.channel)
         schedule, batch_bytes = self._schedule, self._memory.local_batch_bytes
         self._local = local_batches(schedule.local, schedule.zeros, self._source, self._destination, batch_bytes)
 

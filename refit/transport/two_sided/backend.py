@@ -36,8 +36,8 @@ class BoundMessage:
     """One message bound to this rank's memory.
 
     `buffer` (uint8, contiguous, on the weights' device) is sent or received into: the weights themselves, or a slot
-    that `batch` packs or unpacks. `host` is the slot's copy in pinned memory where the backend cannot read the device.
-    `reuses` is the round that used the slot before, -1 for none.
+    that `batch` packs or unpacks. `batch` also has the hooks of the weights. `host` is the slot's copy in pinned memory
+    where the backend cannot read the device. `reuses` is the round that used the slot before, -1 for none.
     """
 
     peer: int

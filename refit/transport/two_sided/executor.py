@@ -221,9 +221,23 @@ class TwoSidedProgram:
             assert memory is not None
             peer = channel.destination if copies is pack_copies else channel.source
             ring = self._rings[channel.source, channel.destination]
-            for number, bound in enumerate(ring.bind(channel.messages, peer, memory, copies)):
-                rounds[number].append(bound)
+            bound = list(ring.bind(channel.messages, peer, memory, copies))
+            for step, message, one in zip(rounds, channel.messages, bound, strict=False):
+                _attach(one, message, memory, sends=copies is pack_copies)
+                step.append(one)
         return rounds
+
+
+def _attach(bound: BoundMessage, message: Message, memory: LocalWeights, *, sends: bool) -> None:
+    """Let the copies of `bound` call the hooks of `memory`. A message that needs no copies gets a batch for them."""
+    hook = memory.before_reading(message.parts) if sends else memory.after_writing(message.parts)
+    if hook is None:
+        return
+    bound.batch = bound.batch or CopyBatch(())
+    if sends:
+        bound.batch.before = hook
+    else:
+        bound.batch.after = hook
 
 
 def _shares(batches: Sequence[CopyBatch], num_steps: int) -> Iterator[Sequence[CopyBatch]]:
