@@ -346,7 +346,9 @@ plan() {
         echo "To submit: a job array of the scenarios above that are ready, and a summary job, with --submit --array"
     else
         suite_job
-        echo "To submit: ${job[*]@Q}"
+        printf 'To submit:'
+        printf ' %q' "${job[@]}"
+        echo
     fi
     return "$code"
 }

@@ -42,16 +42,16 @@ def show_text(text: str) -> None:
 
 
 def _for_people(text: str, stream: TextIO) -> str:
-    width = _terminal_width(stream)
+    width = terminal_width(stream)
     return text if width is None else _coloured(wrapped(text, width), stream)
 
 
 def table_width(stream: TextIO | None = None) -> int:
     """Characters that a line of a table may have: the terminal's width, in files FILE_WIDTH."""
-    return _terminal_width(stream or sys.stdout) or FILE_WIDTH
+    return terminal_width(stream or sys.stdout) or FILE_WIDTH
 
 
-def _terminal_width(stream: TextIO) -> int | None:
+def terminal_width(stream: TextIO) -> int | None:
     """The width of the terminal behind a stream, COLUMNS first; None for a file or a pipe."""
     if not stream.isatty():
         return None

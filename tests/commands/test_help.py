@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from refit import commands
 from refit.cli.flags import full_parser
+from refit.cli.listing import listing
 from refit.config import yaml_files
 
 UNITS = {"MIB": "MiB", "SECONDS": "seconds"}
@@ -88,3 +90,11 @@ def test_a_command_imports_itself_alone() -> None:
     code = "import sys; from refit.commands import command_parser; command_parser('completion'); "
     code += "sys.exit(' '.join({'numpy', 'rich', 'msgspec', 'refit.commands.report'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+def test_a_list_on_a_terminal_is_broken_below_its_sentences() -> None:
+    whole, broken = listing(), listing(width=60)
+    assert max(map(len, broken.splitlines())) <= 60 < max(map(len, whole.splitlines()))
+    assert broken.split() == whole.split()
+    named = {line.split()[0] for line in broken.splitlines() if re.match(r"  \S", line)}
+    assert named == {name for kind in ("models", "clusters", "scenarios") for name in yaml_files.names(kind)}

@@ -17,7 +17,7 @@ def test_the_environment_wins_over_the_site_file(shell: Shell) -> None:
     site.write_text('REFIT_ACCOUNT="of the file"\nREFIT_PARTITION=of_the_file\n')
     code, output = shell.run(*DRY_RUN, REFIT_PARTITION="of_the_environment")
     assert code == 0, output
-    assert "'--account=of the file' '--partition=of_the_environment'" in output
+    assert r"--account=of\ the\ file --partition=of_the_environment" in output
 
 
 @pytest.mark.parametrize(
