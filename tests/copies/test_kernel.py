@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -19,19 +18,15 @@ from hypothesis import strategies as st
 from refit.copies.batch import CopyBatch
 from refit.copies.copy import Copy
 from refit.copies.table import TILE_BYTES, Dim, Ints, Runs, build_tables, runs_of, tiles_of
+from tests.copies.interpreted import LIMIT_S, run_cases
 
 CASES = Path(__file__).parent / "kernel_cases.py"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.timeout(170)
+@pytest.mark.timeout(LIMIT_S)
 def test_the_kernel_copies_what_pytorch_copies() -> None:
-    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "120", str(CASES)]
-    done = subprocess.run(
-        command, cwd=CASES.parents[2], env={**os.environ, **interpreted}, capture_output=True, text=True, timeout=160
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases(CASES)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.copies.interpreted import LIMIT_S, run_cases
 
 CASES = Path(__file__).parent / "kernel_cases.py"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.timeout(170)
+@pytest.mark.timeout(LIMIT_S)
 def test_the_kernel_quantises_as_plain_torch_does() -> None:
-    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "120", str(CASES)]
-    done = subprocess.run(
-        command, cwd=CASES.parents[2], env={**os.environ, **interpreted}, capture_output=True, text=True, timeout=160
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases(CASES)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -19,6 +19,7 @@ from refit.config.layout import Layout
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
 from refit.models.weights import LocalWeights
+from refit.plan.plan import RefitPlan
 from refit.transport.messages import Framing, make_schedule
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.in_place import InPlaceBuffers
@@ -154,6 +155,19 @@ def _buffers(case: Case, rank: int, kind: str, window: int, slot_bytes: int) -> 
     return RingBuffers(destination, window, slot_bytes), destination
 
 
+def _run(
+    program: OneSidedProgram, source: LocalWeights | None, destination: Any, plan: RefitPlan, iteration: int
+) -> list[str]:
+    """One run of this rank, and the tensors that are wrong after it."""
+    if source is not None:
+        fill(source, iteration)
+    if destination is not None:
+        poison(destination)
+        time.sleep(0.02)  # lets the sources get a run ahead
+    program.run()
+    return wrong_tensors(destination, plan, iteration) if destination is not None else []
+
+
 def _rank(case: Case, rank: int, world: World, kind: str, window: int, problems: list[str]) -> None:
     """Four runs. A rank starts the next one as soon as it can."""
     slot_bytes = 1 << 10
@@ -165,14 +179,9 @@ def _rank(case: Case, rank: int, world: World, kind: str, window: int, problems:
         buffers.attach(memory, schedule)
         program = OneSidedProgram(schedule, memory, buffers, source, destination, TIMEOUT_S)
         for iteration in range(4):
-            if source is not None:
-                fill(source, iteration)
-            if destination is not None:
-                poison(destination)
-                time.sleep(0.02)  # lets the sources get a run ahead
-            program.run()
-            if destination is not None:
-                problems += [f"{rank}, run {iteration}: {key}" for key in wrong_tensors(destination, plan, iteration)]
+            problems += [
+                f"{rank}, run {iteration}: {key}" for key in _run(program, source, destination, plan, iteration)
+            ]
         program.close()
     except Exception as error:
         problems.append(f"{rank}: {error!r}")
@@ -217,14 +226,9 @@ def _rank_in_place(case: Case, rank: int, world: World, moves: bool, problems: l
             if moves and iteration % 2:
                 _give_new_storage(source)
                 _give_new_storage(destination)
-            if source is not None:
-                fill(source, iteration)
-            if destination is not None:
-                poison(destination)
-                time.sleep(0.02)  # lets the sources get a run ahead
-            program.run()
-            if destination is not None:
-                problems += [f"{rank}, run {iteration}: {key}" for key in wrong_tensors(destination, plan, iteration)]
+            problems += [
+                f"{rank}, run {iteration}: {key}" for key in _run(program, source, destination, plan, iteration)
+            ]
         assert program.staging_bytes == 0
         program.close()
     except Exception as error:

@@ -10,7 +10,7 @@ from refit.config.layout import Layout
 from refit.errors import RefitError
 from refit.models.huggingface.training import TransformersTrainer
 from refit.models.micro_batches import replica_part
-from refit.models.sharded_model import LiveSettings, Trainer
+from refit.models.sharded_model import LiveSettings
 from refit.models.weights import LocalWeights
 
 
@@ -24,16 +24,8 @@ class TransformersSide:
         weights: LocalWeights | None = None,
         trainer: TransformersTrainer | None = None,
     ) -> None:
-        self.module = module
-        self._layout, self._weights, self._trainer = layout, weights, trainer
-
-    @property
-    def weights(self) -> LocalWeights | None:
-        return self._weights
-
-    @property
-    def trainer(self) -> Trainer | None:
-        return self._trainer
+        self.module, self.weights, self.trainer = module, weights, trainer
+        self._layout = layout
 
     @property
     def settings(self) -> LiveSettings:
@@ -59,11 +51,11 @@ class TransformersSide:
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The logits that this rank's module gives; None on ranks outside the side."""
-        if self.module is None or self._weights is None:
+        if self.module is None or self.weights is None:
             return None
         try:
             with torch.no_grad():
-                logits: torch.Tensor = self.module(input_ids=tokens.to(self._weights.device)).logits
+                logits: torch.Tensor = self.module(input_ids=tokens.to(self.weights.device)).logits
         except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
             raise RefitError(f"the forward pass failed: {type(error).__name__}: {error}") from error
         return logits

@@ -16,8 +16,7 @@ from refit.models.megatron.groups import build_groups
 from refit.models.megatron.provider import build_from_provider, load_provider
 from refit.models.megatron.sharding import read_weights
 from refit.models.megatron.training import MegatronTrainer
-from refit.models.sharded_model import LiveSettings, Trainer
-from refit.models.weights import LocalWeights
+from refit.models.sharded_model import LiveSettings
 
 
 class MegatronSide:
@@ -25,16 +24,8 @@ class MegatronSide:
 
     def __init__(self, built: BuiltModel | None, trainer: MegatronTrainer | None = None) -> None:
         self.built = built
-        self._trainer = trainer
-        self._weights = read_weights(built) if built is not None else None
-
-    @property
-    def weights(self) -> LocalWeights | None:
-        return self._weights
-
-    @property
-    def trainer(self) -> Trainer | None:
-        return self._trainer
+        self.trainer = trainer
+        self.weights = read_weights(built) if built is not None else None
 
     @property
     def settings(self) -> LiveSettings:

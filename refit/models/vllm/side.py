@@ -36,11 +36,7 @@ class VllmSide:
 
     def __init__(self, model: RankModel | None) -> None:
         self.model = model
-        self._weights = read_weights(model) if model is not None else None
-
-    @property
-    def weights(self) -> LocalWeights | None:
-        return self._weights
+        self.weights = read_weights(model) if model is not None else None
 
     def check_forward(self) -> None:
         """The reference forward pass runs every model of the families, in any layout."""

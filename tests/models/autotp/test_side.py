@@ -12,7 +12,6 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from refit.bench.engines.refit import PlannedEngine
 from refit.bench.session import new_session
 from refit.bench.sides import build_side as build_checked_side
 from refit.cli.parsing import parse
@@ -24,10 +23,9 @@ from refit.models.autotp.side import AutotpSide
 from refit.models.autotp.weights import held_of
 from refit.models.huggingface.model import meta_model
 from refit.models.huggingface.weights import read_weights
-from refit.plan.planner import plan_refit
 from refit.predict.autotp import predict
 from refit.predict.families.names import named_model
-from tests.models.fsdp2.test_side import CPU, FAMILY, RUN, assert_verified
+from tests.models.huggingface.sides import CPU, FAMILY, RUN, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
 from tests.predict.test_autotp import side
 from tests.predict.test_fsdp2 import preset
@@ -55,9 +53,7 @@ def differences(rank: int, shape: ModelShape, sizes: dict[str, int]) -> list[str
     if groups is None:
         return []
     weights = read_weights(engine.module, named_model(shape, Dtype.BF16), partial(held_of, tp=groups.tp))
-    predicted = predict(shape, spec)
-    found = predicted.of_rank(rank).differences(weights.rank_sharding)
-    return found if weights.nbytes == predicted.bytes_per_rank[rank] else [*found, f"{weights.nbytes} bytes held"]
+    return unlike(predict(shape, spec), rank, weights)
 
 
 @given(st.data())
@@ -144,12 +140,7 @@ def refit_of_a_state_dict(rank: int, argv: list[str]) -> dict[str, dict[str, tor
         own = source.model.engine.module.state_dict()
         for name, part in cut.module.state_dict().items():
             own[name].copy_(part)
-    plan = plan_refit(source.sharding, destination.sharding)
-    engine = PlannedEngine(scenario, CPU)
-    engine.connect(plan)
-    program = engine.prepare(plan, source, destination)
-    program.run()
-    program.close()
+    refit_once(scenario, source, destination)
     assert isinstance(destination.model, AutotpSide)
     return {"seeded": full, "gathered": _gathered(destination.model)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from refit.bench.engines.refit import PlannedEngine
-from refit.bench.runner import benchmark
 from refit.bench.session import new_session
 from refit.bench.sides import Side
 from refit.bench.sides import build_side as build_checked_side
@@ -28,21 +25,14 @@ from refit.models.fsdp2.weights import held_of
 from refit.models.huggingface.model import materialise, meta_model
 from refit.models.huggingface.weights import read_weights
 from refit.models.megatron.side import MegatronSide
-from refit.plan.planner import plan_refit
 from refit.predict.families.names import named_model
-from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE, Family
+from refit.predict.families.tables import Family
 from refit.predict.fsdp2 import predict
-from refit.results.refit import RefitResult
+from tests.models.huggingface.sides import CPU, FAMILY, RUN, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
 from tests.predict.families.test_names import BRIDGES, _bridge, _parameter
 from tests.predict.test_fsdp2 import _splits, side
 from tests.ranks.pool import RankPool
-
-CPU = torch.device("cpu")
-SMALL = ["--hidden-size=64", "--ffn-hidden-size=96", "--vocab-size=150", "--make-vocab-size-divisible-by=1"]
-FAMILY = {QWEN3: "tiny_qwen3", QWEN3_MOE: "tiny_qwen3_moe", DEEPSEEK_V3: "tiny_deepseek_v3"}
-RUN = ["--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1", *SMALL]
-
 
 # --- The prediction --------------------------------------------------------------------------------------------------
 
@@ -55,9 +45,7 @@ def differences(rank: int, shape: ModelShape, sizes: dict[str, int]) -> list[str
         return []
     named = named_model(shape, Dtype.BF16)
     weights = read_weights(build_model(shape, named, meshes, torch.bfloat16, CPU), named, held_of)
-    predicted = predict(shape, spec)
-    found = predicted.of_rank(rank).differences(weights.rank_sharding)
-    return found if weights.nbytes == predicted.bytes_per_rank[rank] else [*found, f"{weights.nbytes} bytes held"]
+    return unlike(predict(shape, spec), rank, weights)
 
 
 @given(st.data())
@@ -78,12 +66,6 @@ def test_the_prediction_is_what_dtensor_states(ranks: RankPool, data: st.DataObj
 
 
 # --- Refits ----------------------------------------------------------------------------------------------------------
-
-
-def run_scenario(rank: int, argv: list[str]) -> Any:
-    scenario = parse(argv).scenario
-    assert dist.group.WORLD is not None
-    return benchmark(new_session(scenario, CPU, dist.group.WORLD))
 
 
 FSDP_TO_MEGATRON = ["--source-format=fsdp2", "--source-world-size=4", "--tensor-model-parallel-size=2"]
@@ -113,17 +95,6 @@ def test_refits_arrive_and_both_libraries_give_the_same_logits(ranks: RankPool, 
     assert_verified(ranks, ["--model", model, *flags])
 
 
-def assert_verified(ranks: RankPool, flags: list[str]) -> None:
-    """A run of these flags passes, and both sides give the same logits."""
-    (answer, *_) = ranks.run(run_scenario, ["--fp32", "--check-forward", *RUN, *flags])
-    result: RefitResult = answer.measurements["refit"]
-    engine = result.engines["refit"]
-    assert (answer.exit_code, engine.status, engine.num_wrong) == (0, "ok", 0)
-    assert engine.forward is not None
-    assert engine.forward.skipped is None
-    assert engine.forward.agreement == 1.0
-
-
 # --- Without the suite's oracle --------------------------------------------------------------------------------------
 
 
@@ -140,12 +111,7 @@ def refit_of_a_state_dict(rank: int, argv: list[str]) -> dict[str, dict[str, tor
         assert source.model.module is not None
         options = StateDictOptions(full_state_dict=True, strict=True)
         set_model_state_dict(source.model.module, dict(full), options=options)
-    plan = plan_refit(source.sharding, destination.sharding)
-    engine = PlannedEngine(scenario, CPU)
-    engine.connect(plan)
-    program = engine.prepare(plan, source, destination)
-    program.run()
-    program.close()
+    refit_once(scenario, source, destination)
     return {"seeded": full, "held": _held(destination)}
 
 

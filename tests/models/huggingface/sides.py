@@ -1,0 +1,48 @@
+"""What the tests of sides with a transformers model share: small runs, what a side should hold, one refit by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from refit.bench.engines.refit import PlannedEngine
+from refit.bench.sides import Side
+from refit.config.scenario import Scenario
+from refit.models.weights import LocalWeights
+from refit.plan.planner import plan_refit
+from refit.plan.sharding import Sharding
+from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE
+from refit.results.refit import RefitResult
+from tests.bench.test_runner import run_scenario
+from tests.ranks.pool import RankPool
+
+CPU = torch.device("cpu")
+FAMILY = {QWEN3: "tiny_qwen3", QWEN3_MOE: "tiny_qwen3_moe", DEEPSEEK_V3: "tiny_deepseek_v3"}
+SMALL = ["--hidden-size=64", "--ffn-hidden-size=96", "--vocab-size=150", "--make-vocab-size-divisible-by=1"]
+RUN = ["--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1", *SMALL]
+
+
+def unlike(predicted: Sharding, rank: int, weights: LocalWeights) -> list[str]:
+    """How the weights that `rank` holds differ from the prediction."""
+    found = predicted.of_rank(rank).differences(weights.rank_sharding)
+    return found if weights.nbytes == predicted.bytes_per_rank[rank] else [*found, f"{weights.nbytes} bytes held"]
+
+
+def assert_verified(ranks: RankPool, flags: list[str]) -> None:
+    """A run of these flags passes, and both sides give the same logits."""
+    (answer, *_) = ranks.run(run_scenario, ["--fp32", "--check-forward", *RUN, *flags])
+    result: RefitResult = answer.measurements["refit"]
+    engine = result.engines["refit"]
+    assert (answer.exit_code, engine.status, engine.num_wrong) == (0, "ok", 0)
+    assert engine.forward is not None
+    assert engine.forward.skipped is None
+    assert engine.forward.agreement == 1.0
+
+
+def refit_once(scenario: Scenario, source: Side, destination: Side) -> None:
+    """One refit without the oracle. Collective: every rank of the job."""
+    plan = plan_refit(source.sharding, destination.sharding)
+    engine = PlannedEngine(scenario, CPU)
+    engine.connect(plan)
+    program = engine.prepare(plan, source, destination)
+    program.run()
+    program.close()
