@@ -20,8 +20,9 @@ from refit.plan.plan import RefitPlan, Transfer
 from refit.plan.quantised import Grid, WireShardings, scale_spec, unquantised
 from refit.plan.sharding import TensorSpec
 from refit.quantise.batch import load_quantise_kernel
+from refit.quantise.groups import Gather, Groups, Job
 from refit.quantise.matrix import Matrix
-from refit.quantise.pipeline import Gather, Groups, Job, OnArrival, OnDemand, PipelinedWeights
+from refit.quantise.pipeline import OnArrival, OnDemand, PipelinedWeights
 from refit.quantise.weights import matrices_of, matrix_of, new_shard
 from refit.transport.base import Program, RunReport
 

@@ -99,6 +99,8 @@ class Transport(Protocol):
     ) -> Program:
         """Bind `plan` to this rank's weights. `source` or `destination` is None where this rank is not in that side.
 
+        A run calls what `source.before_reading` and `destination.after_writing` return for the parts that it copies.
+
         Ranks are those of the default process group. Collective: every rank of the plan; for "nccl" and "nvshmem" every
         rank of the default process group, because they create a group of their own. Idle ranks may always call, with
         both sides None.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
 from refit.copies.batch import CopyBatch, local_batches, weight_copies, zero_copies
 from refit.copies.copy import Copy
-from refit.models.weights import LocalShard, LocalWeights, generations
+from refit.models.weights import Hook, LocalShard, LocalWeights, Part, generations
 from refit.plan.box import Box
 from refit.plan.plan import Transfer
 from refit.plan.sharding import TensorSpec
@@ -89,3 +91,53 @@ def test_generations_tell_every_asker_that_memory_has_moved() -> None:
     assert memory.refresh()
     assert generations(memory, None) != before
     assert memory.views("p", Box((0, 0), (2, 3)))[0].data.data_ptr() == owner[2:].data_ptr()
+
+
+class Noting(LocalWeights):
+    """Weights whose hooks note the parts, and the value of the first element when they are called."""
+
+    is_pipelined = True
+
+    def __init__(self, shards: Iterable[LocalShard], noted: list[tuple[str, list[Box], float]]) -> None:
+        super().__init__(shards)
+        self._noted = noted
+
+    def before_reading(self, parts: Iterable[Part]) -> Hook:
+        return self._hook("before", parts)
+
+    def after_writing(self, parts: Iterable[Part]) -> Hook:
+        return self._hook("after", parts)
+
+    def _hook(self, name: str, parts: Iterable[Part]) -> Hook:
+        boxes, data = [box for _, box in parts], next(iter(self)).view
+        return lambda: self._noted.append((name, boxes, data[boxes[0].offsets].item()))
+
+
+def test_local_copies_call_the_hooks_of_what_they_read_and_write() -> None:
+    noted: list[tuple[str, list[Box], float]] = []
+    whole = Box((0, 0), (8, 6))
+    source = Noting([LocalShard(SPEC, whole, *[torch.full((8, 6), 7.0)] * 2)], noted)
+    target = Noting([LocalShard(SPEC, whole, *[torch.zeros(8, 6)] * 2)], noted)
+    rows = [Transfer(SPEC, "float32", Box((row, 0), (1, 6)), 0, 0) for row in range(3)]
+    zeros = [Transfer(SPEC, "float32", Box((7, 0), (1, 6)), -1, 0)]
+    batches = local_batches(rows, zeros, source, target, batch_bytes=48)
+    for batch in batches:
+        batch.run()
+    first, second = [rows[0].box, rows[1].box], [rows[2].box]
+    assert noted == [
+        ("before", first, 7.0),
+        ("after", first, 7.0),
+        ("before", second, 7.0),
+        ("after", [*second, zeros[0].box], 7.0),
+    ]
+
+
+def test_both_parts_of_a_batch_wait_for_what_they_read() -> None:
+    batch = CopyBatch(
+        [Copy(torch.zeros(64), torch.ones(64)), Copy(torch.zeros(2, 2).t(), torch.ones(2, 2))], engine_bytes=64
+    )
+    called: list[str] = []
+    batch.before = lambda: called.append("before")
+    batch.run_large()
+    batch.run_pieces()
+    assert called == ["before"] * 2

@@ -14,8 +14,9 @@ from refit.config.quantisation import Quantisation
 from refit.errors import RefitError
 from refit.models.weights import Part
 from refit.plan.box import Box
+from refit.quantise.groups import Gather, Groups, Job
 from refit.quantise.matrix import Matrix
-from refit.quantise.pipeline import Gather, Groups, Job, OnArrival, OnDemand
+from refit.quantise.pipeline import OnArrival, OnDemand
 from refit.quantise.reference import quantise
 from tests.quantise.weights import special_values
 
