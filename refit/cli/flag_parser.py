@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from refit.errors import UsageError
 
+REQUIRED = "the following arguments are required: "
+"""What argparse says of arguments that were left out."""
+
 
 class _Help(argparse.HelpFormatter):
     """Fills each line of a description on its own. Indented lines, which are examples, stay as they are."""
@@ -27,7 +30,10 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(" ".join(message.removeprefix("argument ").split()))
+        text = " ".join(message.removeprefix("argument ").split())
+        if text.startswith(REQUIRED):
+            raise UsageError(f"{text.removeprefix(REQUIRED)} missing: {self.prog} --help says what it is")
+        raise UsageError(text)
 
     def parse_flags(self, argv: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         """Like `parse_args`; raises UsageError that names the nearest known flag for an unknown one."""

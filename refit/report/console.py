@@ -29,6 +29,13 @@ STYLES = {
 }
 """Words that have a colour on terminals."""
 
+UNITS = r"%|(?:[mun]?s|x|bytes|[kMGT]?B(?:/s)?|[KMG]iB|[KMBT]|GPUs?)(?![\w-])"
+BEFORE_UNIT = re.compile(rf"(?<=\d) (?={UNITS})|(?<=s) (?=median\b)")
+"""The blank between a figure and its unit (`refit.units`), and before what has a style with them."""
+
+KEPT_BLANK = "\xa0"
+"""Stands for it while a line is broken: no place to break at."""
+
 
 def show(text: str) -> None:
     """Print to standard output as it is, for programs and files, and flush."""
@@ -64,7 +71,10 @@ def terminal_width(stream: TextIO) -> int | None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Lines of at most `width` characters, broken at blanks: the rest of a line is indented. Words stay whole."""
+    """Lines of at most `width` characters, broken at blanks: the rest of a line is indented. Words stay whole.
+
+    Figures stay on the line of their units.
+    """
     return "\n".join(part for line in text.split("\n") for part in _wrapped_line(line, width))
 
 
@@ -73,7 +83,9 @@ def _wrapped_line(line: str, width: int) -> list[str]:
         return [line]
     start = re.match(r"(# )?\s*", line)
     indent = f"{start[0] if start else ''}  "
-    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    whole = BEFORE_UNIT.sub(KEPT_BLANK, line)
+    parts = textwrap.wrap(whole, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [part.replace(KEPT_BLANK, " ") for part in parts]
 
 
 def _coloured(text: str, stream: TextIO) -> str:

@@ -166,6 +166,19 @@ def test_the_rest_of_a_line_is_indented() -> None:
     assert wrapped("  a b c d", 6).split("\n") == ["  a b", "    c", "    d"]
 
 
+@pytest.mark.parametrize(
+    "figure", ["66.64 GB", "102.4 %", "1.63 GB/s", "62.56 GiB", "63.0 M", "1.00 x", "61.5 ms median"]
+)
+def test_a_figure_stays_on_the_line_of_its_unit(figure: str) -> None:
+    text = f"rank 64 receives {figure} between nodes"
+    for width in range(20, 50):
+        lines = wrapped(text, width).split("\n")
+        assert sum(figure in line for line in lines) == 1
+        assert max(map(len, lines)) <= width
+        assert " ".join(line.strip() for line in lines) == text
+    assert wrapped("it has 5 small parts", 8).split("\n")[:2] == ["it has 5", "  small"]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(40, 200), st.text("ab_", min_size=1, max_size=120))
 def test_a_table_of_any_width_keeps_every_cell(width: int, name: str) -> None:
