@@ -192,7 +192,7 @@ def check_scenarios(name: str) -> None:
 
 @cache
 def help_text(script: Path) -> str:
-    return subprocess.run([script, "--help"], capture_output=True, text=True, check=True, timeout=20).stdout
+    return subprocess.run([script, "--help"], capture_output=True, text=True, check=True, timeout=100).stdout
 
 
 CHECKS: Mapping[str, Callable[[list[str]], None]] = {

@@ -15,7 +15,7 @@ from refit.report.analysis import analyse
 from refit.report.entries import Entry, entries_of, scenario_entries
 from refit.report.headline import headline, ratios
 from refit.report.neutral import html_text
-from refit.report.run_spread import spread_lines
+from refit.report.run_spread import by_scenario, spread_lines
 from refit.report.summary import counts_line
 from refit.report.tables import SHOWN, run_title, where_text
 from refit.results.outcomes import Outcome
@@ -106,7 +106,7 @@ def _section(run: Run, pictures: Pictures) -> str:
         *_table(entries),
         f'<p class="dim">{LEGEND}</p>',
         *_analysis(run.outcomes),
-        *_pictures(pictures, [outcome.planned.name for outcome in run.outcomes]),
+        *_pictures(pictures, [scenario.name for scenario in by_scenario(run.outcomes)]),
         *_environments(run.outcomes),
     ]
     return "\n".join(parts)

@@ -75,7 +75,7 @@ def test_a_closed_pipe_ends_a_dry_run_quietly() -> None:
     os.close(reader)
     argv = [sys.executable, str(ROOT / "benchmark_refit.py"), *TINY.split()]
     try:
-        done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=150, check=False)
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

@@ -115,5 +115,5 @@ def test_flags_that_contradict(flags: list[str], message: str) -> None:
 
 def test_needs_neither_torch_nor_deepspeed() -> None:
     code = "import sys, refit.predict.autotp; print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)
     assert result.stdout == "set()\n"

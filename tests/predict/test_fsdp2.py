@@ -157,5 +157,5 @@ def test_mesh_sizes() -> None:
 
 def test_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, refit.predict.fsdp2; print({'torch', 'megatron', 'transformers'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)
     assert result.stdout == "set()\n"

@@ -282,5 +282,5 @@ def test_a_rank_sharding_equals_one_made_of_parts() -> None:
 
 def test_needs_neither_torch_nor_megatron() -> None:
     code = "import sys, refit.predict.megatron; print({'torch', 'megatron'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)
     assert result.stdout == "set()\n"

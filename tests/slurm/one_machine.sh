@@ -79,14 +79,14 @@ remove_hosts() {
 
 wait_until_idle() {
     local idle=0
-    for _ in {1..60}; do
+    for _ in {1..240}; do
         idle=$(sinfo --noheader --Node --format=%T 2>/dev/null | grep -c '^idle$') || true
         ((idle == NUM_NODES)) && return
         sleep 0.5
     done
     sinfo --Node --long >&2 || true
     tail -n 5 "$folder"/log/*.log >&2 || true
-    echo "error: Slurm did not come up within 30 s: $idle of $NUM_NODES nodes are idle" >&2
+    echo "error: Slurm did not come up within 120 s: $idle of $NUM_NODES nodes are idle" >&2
     return 1
 }
 

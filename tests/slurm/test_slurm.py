@@ -90,7 +90,7 @@ def test_a_suite_that_is_cancelled_half_way_and_gone_on_with(cluster: dict[str, 
     job, logs = job.strip(), folder / "out" / "logs"
     wait_until(lambda: bool(list(logs.glob("*_two_nodes.log"))), "the second scenario")
     run(cluster, folder, "scancel", job)
-    wait_until(lambda: job_is_over(cluster, folder, job), "the end of the cancelled job", 45)
+    wait_until(lambda: job_is_over(cluster, folder, job), "the end of the cancelled job")
     (sweep,) = logs.glob("*_sweep.json")
     run_id = sweep.name.removesuffix("_sweep.json")
     assert status_of(logs / f"{run_id}_one_node.json") == "ok"

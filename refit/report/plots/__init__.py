@@ -19,6 +19,7 @@ from refit.report.plots.steps import crossover_figure, losses_figure
 from refit.report.plots.style import check_available, save
 from refit.report.plots.times import times_figure
 from refit.report.points import points_of
+from refit.report.run_spread import by_scenario
 from refit.report.scaling import scalings
 from refit.results.outcomes import Outcome
 from refit.results.runs import Run
@@ -32,8 +33,10 @@ def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
     check_available()
     directory.mkdir(parents=True, exist_ok=True)
     yield from _run_pictures(run, directory)
-    for outcome in (each for each in run.outcomes if each.planned.refits):
-        yield from _scenario_pictures(outcome, pairs, directory)
+    for scenario in by_scenario(outcome for outcome in run.outcomes if outcome.planned.refits):
+        # All runs of a scenario have one plan.
+        outcome = next((each for each in scenario.outcomes if each.refit.plan), scenario.outcomes[0])
+        yield from _scenario_pictures(scenario.name, outcome, pairs, directory)
 
 
 def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
@@ -58,8 +61,8 @@ def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
         yield "no time against bytes: needs two scenarios of one mode, method and model that are ok"
 
 
-def _scenario_pictures(outcome: Outcome, pairs: Pairs, directory: Path) -> Iterator[Path | str]:
-    name, plan = outcome.planned.name, outcome.refit.plan
+def _scenario_pictures(name: str, outcome: Outcome, pairs: Pairs, directory: Path) -> Iterator[Path | str]:
+    plan = outcome.refit.plan
     if plan is None:
         yield f"{name}: no bytes: {outcome.reason or 'its result has none'}"
         return

@@ -17,6 +17,7 @@ from refit.plan.cost import Cost, cost_of
 from refit.plan.planner import plan_refit
 from refit.predict.sides import predict_side
 from refit.report import plots
+from refit.report.page import Pictures, page
 from refit.report.plots.pairs import NoPairs
 from refit.results.outcomes import Outcome, judged
 from refit.results.result import Failure, Result
@@ -103,6 +104,19 @@ def test_every_picture_of_a_run(tmp_path: Path) -> None:
         "other: no bytes between pairs of ranks: its flags cannot be planned: unknown flag --no-such-flag: "
         "no known flag is close to it, --help lists them",
     ]
+
+
+def test_runs_of_one_scenario_have_one_picture_of_its_plan(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    entry, plan = really_planned("twice", "collocated")
+    runs = [replace(entry, name=f"twice_run{number}", run_of="twice") for number in (1, 2)]
+    failed = result(runs[0], status=Status.FAILED, measurements={}, failure=Failure("killed"))
+    results = {runs[0].name: failed, runs[1].name: result(runs[1], plan=plan)}
+    run = find_run(write_run(tmp_path, sweep_of(runs), results))
+    drawn = plots.draw(run, tmp_path / "pictures", PAIRS)
+    own = [path for path in drawn if isinstance(path, Path) and path.stem.startswith("twice")]
+    assert [path.stem for path in own] == ["twice_bytes", "twice_pairs"]
+    assert page([run], [Pictures(tuple(own))]).count('<div class="small">\n<figure>') == 1
 
 
 def test_a_run_without_times_says_so(tmp_path: Path) -> None:
