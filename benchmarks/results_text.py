@@ -157,7 +157,7 @@ def section(outcomes: Sequence[Outcome], tabulate: Callable[[Sequence[Outcome]],
         f" *{NOISE}*: no ratio, as the refits vary by more than {100 * MAX_CV:.0f} % (cv) or as much as they differ."
     )
     closing = wrapped(verified(outcomes) + (noise if f" {NOISE} " in rows else ""))
-    parts = [_conditions(outcomes), rows, closing, *(["\n".join(reasons)] if reasons else [])]
+    parts = [conditions(outcomes), rows, closing, *(["\n".join(reasons)] if reasons else [])]
     return "\n\n".join(parts)
 
 
@@ -171,7 +171,7 @@ def _baseline_reasons(outcomes: Sequence[Outcome]) -> Counter[str]:
     )
 
 
-def _conditions(outcomes: Sequence[Outcome]) -> str:
+def conditions(outcomes: Sequence[Outcome]) -> str:
     """Hardware, model, date, versions and settings, each with all its values where results differ."""
     environments = [outcome.result.environment for outcome in outcomes if outcome.result and outcome.result.environment]
     versions = _all_values([environment.versions for environment in environments])

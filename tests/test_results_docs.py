@@ -17,6 +17,7 @@ from refit.results.refit import EngineResult, QuantisedRefit
 from refit.results.result import Failure
 from refit.results.status import Status
 from tests.report.factories import planned, result, side, timed
+from tests.report.test_dispatchers import outcome as dispatched
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -62,6 +63,27 @@ def test_new_results_change_the_documents_and_the_picture(tmp_path: Path) -> Non
     assert PICTURE.as_posix() in readme
     assert "takes 45.2 ms over nvshmem, 88 % of" in " ".join(readme.split())
     assert "another" in (root / "docs/performance.md").read_text()
+
+
+def test_dispatchers_have_a_table_once_they_are_measured(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    cells = [
+        dispatched(arm, mean_s, micro) for micro, mean_s in ((1, 2.0), (4, 1.0)) for arm in ("alltoall", "allgather")
+    ]
+    cells += [dispatched("alltoall", 1.0, 2), dispatched("allgather", 0.5, 2, losses=(5.0, 4.0, 3.1))]
+    file = root / RESULTS / "gpu4_dispatchers.jsonl"
+    write_collection(file, [replace(one.result, run_id=one.planned.name) for one in cells if one.result])
+    page = root / "docs/performance.md"
+    assert "Not measured yet" in page.read_text()
+    text = documents(root)[page]
+    assert "Not measured yet" not in text
+    assert (
+        "| TP1 EP2 | 4 | alltoall | 1000.0 | allgather | 1000.0 | +0.0 | within the spread | 0.0e+00 | equal |" in text
+    )
+    assert "| NOT EQUAL: losses differ by 3.3e-02, more than 4.1e-04 |" in text
+    assert "| TP1 EP2 | 1 | allgather | 2000.0 | 0.25 |" in text
+    write_collection(file, [replace(cells[0].result, run_id="alone")] if cells[0].result else [])
+    assert "| allgather |" not in documents(root)[page]
 
 
 def outcomes() -> list[Outcome]:

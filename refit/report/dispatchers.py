@@ -48,11 +48,12 @@ class Arm:
 
     @property
     def where(self) -> str:
-        """`kimi_k2 TP2 EP4`: model and layout."""
+        """`kimi_k2 TP2 EP4`: model and layout, and Transformer Engine's layers where they are used."""
         scenario = self.outcome.result.scenario if self.outcome.result else None
         if scenario is None:
             return "unknown layout"
-        return " ".join(filter(None, (scenario.model_title, scenario.source.title)))
+        engine = scenario.source.transformer_impl == "transformer_engine"
+        return " ".join(filter(None, (scenario.model_title, scenario.source.title, "TE" if engine else None)))
 
 
 @dataclass(frozen=True, slots=True)

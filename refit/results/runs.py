@@ -168,6 +168,7 @@ def _planned(name: str, result: Result) -> Planned:
         nodes=math.ceil(num_ranks / per_node),
         ranks_per_node=min(per_node, max(num_ranks, 1)),
         status=Status.READY,
+        scenario=scenario,
     )
 
 
