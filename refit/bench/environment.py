@@ -19,9 +19,20 @@ import refit
 from refit.bench.memory import total_memory_bytes
 from refit.results.result import Environment, Gpu
 
-PACKAGES = ("torch", "megatron-core", "numpy", "nccl-extensions", "nvshmem4py-cu13", "transformer-engine", "triton")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "numpy",
+    "nccl-extensions",
+    "nvshmem4py-cu13",
+    "transformer-engine",
+    "triton",
+    "transformers",
+    "deepspeed",
+)
 ALLOWED_VARIABLES = re.compile(
-    r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
+    r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|PYTORCH_ALLOC_CONF$|PYTORCH_CUDA_ALLOC_CONF$|"
+    r"OMP_NUM_THREADS$|CUDA_DEVICE_MAX_CONNECTIONS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
 )
 """Environment variables stored in a result: those that change performance. Others may hold tokens or paths."""
 

@@ -57,6 +57,12 @@ def reset_peak(device: torch.device) -> bool:
     return True
 
 
+def release_cached(device: torch.device) -> None:
+    """Give a GPU's memory that torch's allocator has, but no tensor, to whoever allocates beside it: NCCL, CUDA IPC."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def past_torch(device: torch.device) -> int:
     """Bytes in use on a GPU outside torch's allocator; 0 on a CPU."""
     if device.type != "cuda":

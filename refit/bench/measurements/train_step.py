@@ -12,6 +12,7 @@ from refit.bench.clock import Spans
 from refit.bench.exchange import gather
 from refit.bench.initial_weights import initialise
 from refit.bench.measurements.step_run import Work, live_settings, run_recorded, run_steps
+from refit.bench.memory import release_cached
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.config.limits import MAX_RANKS
@@ -64,7 +65,9 @@ class TrainStepMeasurement:
         result = run_steps(session, work, result, prepare, session.publish)
         spans = Spans(session.device)
         step = prepare(steps.num_warmup + steps.num_steps, spans)
-        return replace(result, breakdown=run_recorded(session, work.label, step, spans))
+        result = replace(result, breakdown=run_recorded(session, work.label, step, spans))
+        release_cached(session.device)
+        return result
 
 
 def tokens_of(steps: StepSettings, number: int, vocab_size: int) -> torch.Tensor:

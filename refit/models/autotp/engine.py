@@ -69,7 +69,7 @@ def build_engine(
     """
     deepspeed = load_deepspeed(device)
     parameters = model.parameters()
-    optimizer = adamw(parameters, steps) if steps is not None else torch.optim.AdamW(parameters)
+    optimizer = adamw(parameters, steps, device) if steps is not None else torch.optim.AdamW(parameters)
     config = {**_config(deepspeed, model, named, shape, side), **_batch(side, steps)}
     if "fp16" in config and steps is not None:
         config["fp16"] = {**config["fp16"], "initial_scale_power": round(math.log2(steps.initial_loss_scale))}

@@ -73,7 +73,7 @@ class Fsdp2Trainer(TransformersTrainer):
         super().__init__(module, module, groups, layout, steps, device)
         self._groups = groups
         self._parts = [*_parts(module, layout)]
-        self._adamw = adamw((part.main for part in self._parts), steps)
+        self._adamw = adamw((part.main for part in self._parts), steps, device)
         self._scaler = torch.amp.GradScaler(
             device.type,
             init_scale=steps.initial_loss_scale,

@@ -51,6 +51,6 @@ def _counting(load: torch.Tensor) -> Any:
     def count(router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         if router.training:
             chosen = output[2].detach().flatten()
-            load.add_(torch.bincount(chosen, minlength=load.numel()))
+            load.index_add_(0, chosen, load.new_ones(chosen.numel()))  # torch.bincount would wait for the GPU
 
     return count

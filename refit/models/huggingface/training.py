@@ -94,11 +94,15 @@ def recompute_layers(model: Any, recompute: Recompute) -> None:
         layer.gradient_checkpointing = True
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter], steps: StepSettings) -> torch.optim.AdamW:
-    """torch's AdamW, with Megatron-Core's default rule for weight decay: vectors (norms, biases) have none."""
+def adamw(parameters: Iterable[torch.nn.Parameter], steps: StepSettings, device: torch.device) -> torch.optim.AdamW:
+    """torch's AdamW for parameters that are on `device` when it steps.
+
+    Weight decay follows Megatron-Core's default rule: vectors (norms, biases) have none. On GPUs it is fused: torch's
+    default there takes as much memory again as all parameters in float32.
+    """
     matrices: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": steps.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=steps.lr)
+    return torch.optim.AdamW(groups, lr=steps.lr, fused=device.type == "cuda" or None)
