@@ -208,6 +208,20 @@ def test_trained_weights_are_refitted(ranks: RankPool, library: list[str]) -> No
     assert sum(breakdown.parts_s.values()) + breakdown.rest_s == pytest.approx(breakdown.seconds)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("library", [[*FSDP2, EP2], AUTOTP], ids=["fsdp2", "autotp"])
+def test_trained_experts_are_refitted(ranks: RankPool, library: list[str]) -> None:
+    """In float32, to Megatron-Core with experts over all ranks: biases that training has moved are refitted too."""
+    flags = [*EXPERTS, *MODELS["tiny_deepseek_v3"], *library, "--measure=train-step,refit,forward"]
+    flags += ["--refit-mode=collocated", "--num-benchmark-iterations=1", "--rl-inference-expert-model-parallel-size=4"]
+    found = trained(ranks, *flags, base=())
+    tested = found.refit.tested if found.refit else None
+    assert tested is not None
+    assert tested.num_wrong == 0 < tested.num_compared
+    assert tested.trained is not None
+    assert tested.trained.agreement == 1.0
+
+
 def test_forward_passes_of_both_libraries(ranks: RankPool) -> None:
     for library in ("fsdp2", "autotp"):
         flags = ["--measure=forward", f"--rl-inference-format={library}", "--refit-mode=collocated"]
