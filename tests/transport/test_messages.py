@@ -56,7 +56,7 @@ def test_messages_cover_the_plan_within_the_bucket(framing: Framing, rank: int) 
         boxes[piece.tensor.key].append(piece.box)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(2000, 200_000))
 def test_even_framing_cuts_every_pair_into_as_many_messages(message_bytes: int) -> None:
     framing = even_framing(CASE.plan, message_bytes)
