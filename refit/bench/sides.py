@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ def _keep_imports() -> None:
     among a million objects would stop planning, or a refit, for half a second."""
     if gc.get_freeze_count() == 0:
         gc.freeze()
+        # Libraries report objects that are left at the end as leaks.
+        atexit.register(gc.unfreeze)
 
 
 def _check_prediction(name: str, rank: int, sharding: Sharding, weights: LocalWeights) -> None:
