@@ -131,7 +131,15 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
     dist.broadcast_object_list(shared, group=control)
     path = shared[0]
     assert path is not None
-    watchdog = Watchdog(_own_store(), rank, num_ranks, scenario.timeout_s, lambda failure: _report(path, failure))
+
+    def mark(failure: Failure) -> None:
+        # Rank 0 may have written a measurement over what another rank has marked.
+        if file is not None:
+            file.mark_failed(failure.exit_code, _recorded(failure))
+
+    watchdog = Watchdog(
+        _own_store(), rank, num_ranks, scenario.timeout_s, lambda failure: _report(path, failure), on_exit=mark
+    )
     watchdog.start()
     try:
         session = new_session(scenario, device, control, watchdog.phase)
@@ -163,7 +171,7 @@ def _report(file: ResultFile, failure: Failure) -> None:
     Ranks that have lost the store cannot agree on the one that reports, so the first to mark the result file does.
     """
     try:
-        if not file.mark_failed(failure.exit_code, result.Failure(failure.message, failure.rank, failure.phase)):
+        if not file.mark_failed(failure.exit_code, _recorded(failure)):
             return
     except OSError as error:  # a full disk, or a folder that only the first node has
         live.clear(others=True)
@@ -173,6 +181,10 @@ def _report(file: ResultFile, failure: Failure) -> None:
     live.clear(others=True)
     show_aside(f"FAILED: {failure}")
     show_text(f"Result: {file.path}")
+
+
+def _recorded(failure: Failure) -> result.Failure:
+    return result.Failure(failure.message, failure.rank, failure.phase)
 
 
 def _file_name(scenario: Scenario) -> str:

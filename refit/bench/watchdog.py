@@ -32,7 +32,12 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 SILENCE_S = 15.0
-"""A rank without a heartbeat for this long counts as gone. A busy machine may delay a live rank, so it is long."""
+"""A rank without a heartbeat for this long counts as gone. A busy machine may delay a live rank, so it is long.
+
+With more than RANKS_PER_CORE ranks it is longer in proportion: 32 ranks per core went silent for 15 s while they
+imported their libraries, which hold the interpreter's lock for tenths of a second of CPU time.
+"""
+RANKS_PER_CORE = 8
 ROLL_CALL_S = 2.5
 """After a first sign of failure, a rank without a heartbeat for this long is taken as the cause."""
 
@@ -54,7 +59,8 @@ class Failure:
 class Watchdog:
     """Watches from `start()` to `stop()`.
 
-    `on_failure` is called on the one rank that records the failure, or without a store on every rank.
+    `on_failure` is called on the one rank that records the failure, or without a store on every rank. `on_exit` is
+    called on every rank, with the recorded failure, right before the process ends.
     """
 
     def __init__(
@@ -64,12 +70,14 @@ class Watchdog:
         num_ranks: int,
         timeout_s: float,
         on_failure: Callable[[Failure], None],
+        on_exit: Callable[[Failure], None] = lambda _: None,
     ) -> None:
         self._store = store
         self._rank = rank
         self._num_ranks = num_ranks
         self._timeout_s = timeout_s
         self._on_failure = on_failure
+        self._on_exit = on_exit
         self._phase = "start"
         self._phase_since = time.monotonic()
         self._beats = 0
@@ -133,7 +141,7 @@ class Watchdog:
             return Failure(self._rank, self._phase, f"took longer than the timeout of {self._timeout_s:g} s")
         # Rank 0 checks all ranks, and all others check rank 0: traffic is linear in the number of ranks.
         peers = range(self._num_ranks) if self._rank == 0 else (0,)
-        return self._silent(peers, seen, SILENCE_S)
+        return self._silent(peers, seen, silence_s())
 
     def _silent(
         self, peers: range | tuple[int, ...], seen: dict[int, tuple[str, float]], limit_s: float
@@ -210,6 +218,8 @@ class Watchdog:
             # Exit late, so that a launcher does not report this rank as the first to fail. Rank 0 hosts the store.
             if self._rank == 0 or verdict != mine:
                 time.sleep(BEAT_S * 2)
+            with contextlib.suppress(Exception):
+                self._on_exit(_verdict(verdict))
             os._exit(_verdict(verdict).exit_code)
 
     def _kill_silent(self, failure: Failure) -> None:
@@ -221,6 +231,12 @@ class Watchdog:
         pid = int(name.rsplit(" ", 1)[1])
         if _process_name(pid) == name:
             os.kill(pid, signal.SIGKILL)
+
+
+def silence_s() -> float:
+    """After how many seconds without a heartbeat a rank counts as gone, with the ranks and cores of this machine."""
+    ranks_per_core = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / len(os.sched_getaffinity(0))
+    return SILENCE_S * max(1.0, ranks_per_core / RANKS_PER_CORE)
 
 
 def _verdict(stored: bytes) -> Failure:

@@ -7,6 +7,7 @@ run ends. docs/output.md describes every field.
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -154,10 +155,16 @@ def read_result(path: Path) -> Result:
 
 
 class ResultFile:
-    """The file of one run's result."""
+    """The file of one run's result. Pickled by its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # The thread that watches a run marks a failure while the main thread may be writing a measurement.
+        self._writing = threading.Lock()
+        self._is_marked = False
+
+    def __reduce__(self) -> tuple[type[ResultFile], tuple[Path]]:
+        return ResultFile, (self.path,)
 
     @classmethod
     def create(cls, directory: Path, name: str) -> ResultFile:
@@ -177,8 +184,13 @@ class ResultFile:
         return self.path.stem
 
     def write(self, result: Result) -> None:
-        """Replace the file's content in one step: readers see the old or the new result, never half of one."""
-        replace_text(self.path, encoded(result))
+        """Replace the file's content in one step: readers see the old or the new result, never half of one.
+
+        Does nothing once this object has been asked to mark a failure.
+        """
+        with self._writing:
+            if not self._is_marked:
+                replace_text(self.path, encoded(result))
 
     def read(self) -> Result:
         """The file's result, or a new one. A file that cannot be read is set aside as `<name>.json.damaged`."""
@@ -194,6 +206,8 @@ class ResultFile:
 
         False, and nothing is changed, where another process has recorded one or is doing so. Raises OSError.
         """
+        with self._writing:
+            self._is_marked = True
         claim = self.path.with_name(f"{self.path.name}.failing")
         try:
             claim.open("x").close()
@@ -203,7 +217,8 @@ class ResultFile:
             result = self.read()
             if result.status is Status.FAILED:
                 return False
-            self.write(replace(result, status=Status.FAILED, exit_code=exit_code, failure=failure, finished=now()))
+            failed = replace(result, status=Status.FAILED, exit_code=exit_code, failure=failure, finished=now())
+            replace_text(self.path, encoded(failed))
         finally:
             claim.unlink()
         return True

@@ -13,6 +13,7 @@ from refit.results.outcomes import Outcome, judged, load_outcomes
 from refit.results.reading import UnreadableFile
 from refit.results.result import Environment, Result, read_result
 from refit.results.status import Status
+from refit.results.step import STEPS_SUFFIX
 from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, sweep_file
 
 
@@ -120,7 +121,8 @@ def _single_results(folder: Path, paths: list[Path]) -> Run:
         try:
             named[path.stem] = read_result(path)
         except UnreadableFile as error:
-            skipped.append(error)
+            if not path.name.endswith(STEPS_SUFFIX):
+                skipped.append(error)
     if not named:
         raise _none_readable(skipped)
     run_id = paths[0].stem if len(paths) == 1 else folder.resolve().name

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from refit.results.stats import Summary
 from refit.results.status import Status
 
+STEPS_SUFFIX = "_steps.json"
+"""Of a run's steps as other benchmarks write them (`report.step_document`), beside result files but none of them."""
+
 STALL = 3.0
 """A step that takes more than this many times the median is a stall."""
 

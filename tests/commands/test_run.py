@@ -14,6 +14,7 @@ import pytest
 from refit.commands import main
 from refit.commands.run import show_killed, without_launcher
 from refit.results.result import read_result
+from refit.results.status import Status
 from refit.sweep.close import Cause
 from tests.ranks.waiting import pid_of_rank, read_until, wait_until
 
@@ -167,7 +168,7 @@ def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals) -> None
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2)")
 def test_a_kill_ends_the_ranks_too(tmp_path: Path) -> None:
-    """Nobody reads any more what they print. The result has what was measured before."""
+    """Nobody reads any more what they print, and the result says how they ended all the same."""
     process = started("--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed")
     assert process.stdout is not None
     read_until(process.stdout.readline, "/100000:")
@@ -175,9 +176,10 @@ def test_a_kill_ends_the_ranks_too(tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=150)  # ends when the last rank has closed its end of the pipe
     wait_until(lambda: not ranks_left(tmp_path))
-    refit = read_result(tmp_path / "killed.json").refit
-    assert refit is not None
-    assert refit.engines["refit"].samples
+    result = read_result(tmp_path / "killed.json")
+    assert (result.status, result.exit_code) == (Status.FAILED, 4)
+    assert result.refit is not None
+    assert result.refit.engines["refit"].samples
 
 
 def ranks_left(directory: Path) -> list[str]:

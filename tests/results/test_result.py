@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def test_a_run_records_what_it_was_asked_for_before_it_builds_anything(
     file.mark_failed(4, Failure("too large", 0, "build"))
     found = read_result(file.path)
     assert (found.status, found.scenario, found.environment) == (Status.FAILED, FULL.scenario, FULL.environment)
+
+
+def test_what_is_still_being_measured_does_not_hide_a_failure(tmp_path: Path) -> None:
+    """The rank that writes is told of the failure by another one, which has marked the file already."""
+    running = replace(FULL, status=Status.RUNNING, exit_code=None, failure=None)
+    file = ResultFile(written(running, tmp_path))
+    other: ResultFile = pickle.loads(pickle.dumps(file))
+    assert other.mark_failed(4, Failure("killed", 2))
+    file.write(running)
+    assert file.mark_failed(4, Failure("killed", 2)), "the other mark was written over"
+    file.write(running)
+    assert read_result(file.path).failure == Failure("killed", 2)
 
 
 def test_a_failure_noted_by_another_rank_keeps_the_measurements(tmp_path: Path) -> None:
