@@ -12,7 +12,7 @@ from refit.report.grid import comma_separated
 from refit.report.step_document import document_text
 from refit.results.outcomes import Outcome
 from refit.results.result import replace_text
-from refit.results.step import StepResult
+from refit.results.step import STEPS_SUFFIX, StepResult
 
 
 def write_step_tables(outcomes: Sequence[Outcome], directory: Path, run_id: str) -> list[Path]:
@@ -31,7 +31,7 @@ def write_step_tables(outcomes: Sequence[Outcome], directory: Path, run_id: str)
             texts[directory / f"{stem}_loss_curve.csv"] = curve_text(found)
             scenario = outcome.result.scenario if outcome.result else None
             if found.measured and scenario is not None:
-                texts[directory / f"{stem}_steps.json"] = document_text(scenario, found)
+                texts[directory / f"{stem}{STEPS_SUFFIX}"] = document_text(scenario, found)
     for path, text in texts.items():
         replace_text(path, text)
     return list(texts)

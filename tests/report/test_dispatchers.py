@@ -16,6 +16,7 @@ from refit.report.dispatchers import LOSS_BAR, arm_of, dispatcher_text, faster_b
 from refit.report.step_tables import curve_text, index_text, write_step_tables
 from refit.results.outcomes import Outcome, judged
 from refit.results.result import Result, converted, encoded
+from refit.results.runs import find_run
 from refit.results.stats import summarise
 from refit.results.status import Status
 from refit.results.step import StepResult, StepSample, count_stalls
@@ -153,6 +154,16 @@ def test_tables_have_a_row_for_every_run_and_step(tmp_path: Path) -> None:
     assert [row["loss"] for row in curve] == ["5.0", "4.0", "3.0"]
     assert write_step_tables([missing], tmp_path, "none") == []
     assert curve_text(StepResult()).count("\n") == 0
+
+
+def test_tables_beside_single_results_are_not_taken_for_results(tmp_path: Path) -> None:
+    found = outcome("alltoall", 2.0)
+    assert found.result is not None
+    (tmp_path / "off_1_alltoall.json").write_text(encoded(found.result))
+    write_step_tables([found], tmp_path, "run")
+    run = find_run(tmp_path)
+    assert [each.planned.name for each in run.outcomes] == ["off_1_alltoall"]
+    assert not run.skipped
 
 
 def test_results_are_read_as_they_were_written() -> None:
