@@ -14,6 +14,8 @@ from refit.results.step import ForwardResult
 from tests.bench.test_runner import TINY, refit, run_scenario, sizes
 from tests.ranks.pool import RankPool
 
+pytestmark = pytest.mark.slow
+
 WIDE = ["--hidden-size=256", "--ffn-hidden-size=768", "--moe-ffn-hidden-size=256", "--num-query-groups=8"]
 WIDE += ["--moe-shared-expert-intermediate-size=256"]
 COLLOCATED = "--refit-mode=collocated"

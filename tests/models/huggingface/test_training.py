@@ -23,6 +23,8 @@ from tests.bench.test_runner import run_scenario
 from tests.ranks.pool import RankPool
 from tests.report.factories import planned
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--model=tiny_qwen3", "--num-layers=2", "--hidden-size=64", "--ffn-hidden-size=96", "--refit-method=gloo"]
 STEPS = [
     "--seq-length=16",

@@ -57,6 +57,7 @@ def with_dispatcher(name: str) -> StepSettings:
     return replace(STEPS, dispatch=Dispatch(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "cases"),
     [

@@ -32,6 +32,8 @@ from tests.models.vllm.test_side import (
 )
 from tests.ranks.pool import RankPool
 
+pytestmark = pytest.mark.slow
+
 RUN = ["--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1", "--vocab-size=500"]
 RUN += ["--rl-inference-format=vllm"]
 BLOCK, MX = "--rl-inference-dtype=fp8-block", "--rl-inference-dtype=mxfp8"

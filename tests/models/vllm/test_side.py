@@ -143,6 +143,7 @@ def random_refit(rank: int, scenario: Scenario) -> int:
     return oracle.check(destination.weights, source.sharding.tensors, 1).num_wrong
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
 def test_random_placements_of_random_models_arrive(ranks: RankPool, data: st.DataObject) -> None:
