@@ -22,7 +22,7 @@ demo: $(READY)
 # Each worker process runs whole groups of tests; all that need ranks are one group (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-## test: style, types and the quick tests, in under four minutes on two cores
+## test: style, types and the quick tests, in some five minutes on two cores
 test: check
 	$(PYTEST) -m "not slow"
 

@@ -75,6 +75,7 @@ FSDP_TO_FSDP += ["--rl-inference-tensor-model-parallel-size=2", "--destination-w
 EXPERTS = ["--source-format=fsdp2", "--source-world-size=4", "--expert-model-parallel-size=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "flags"),
     [

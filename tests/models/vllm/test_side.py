@@ -110,6 +110,7 @@ def test_refits_arrive_and_logits_agree(ranks: RankPool, flags: list[str]) -> No
     check(answer.measurements["refit"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [MEGATRON, FSDP2], ids=["megatron", "fsdp2"])
 @pytest.mark.parametrize("model", [QWEN_MOE, DEEPSEEK], ids=["qwen3_moe", "deepseek_v3"])
 def test_experts_move_between_two_refits(
@@ -261,6 +262,7 @@ def dense(shape: ModelShape, last: str, parts: list[torch.Tensor]) -> list[tuple
     return [(last if last == "e_score_correction_bias" else f"{last}.weight", parts[0])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "tp", "dp"),
     [
