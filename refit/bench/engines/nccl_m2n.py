@@ -4,8 +4,8 @@ It moves every tensor that two meshes describe (`refit.plan.meshes`), a call eac
 the job. The rest is left as it is and reported. Its settings are those of the library, except for staging buffers that
 are too small for a tensor of the model.
 
-Calls in a group are packed together by a kernel whose device communicator needs GIN, NCCL's networking from the GPU. A
-host without a network adapter that has it cannot make one. A call of its own goes through copy engines there.
+Calls in a group are packed together by a kernel whose device communicator needs GIN, NCCL's networking from the GPU.
+Where no network adapter supports GIN, that communicator cannot be made. Single calls go through copy engines there.
 """
 
 from __future__ import annotations
