@@ -31,9 +31,10 @@ from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.result import Result, read_result
 from refit.results.status import Status
 
-WIDTHS = ["--model=kimi_k2", "--num-layers=4", "--moe-layer-freq=([0]*1+[1]*3)", "--num-experts=64"]
+WIDTHS = ["--model=kimi_k2", "--num-layers=4", "--moe-layer-freq=([0]*1+[1]*3)"]
 WIDTHS += ["--moe-grouped-gemm", "--moe-router-dtype=fp32", "--moe-router-force-load-balancing", "--seq-length=4096"]
 TINY = ["--model=tiny", "--moe-router-dtype=fp32", "--moe-router-force-load-balancing", "--seq-length=32"]
+EXPERTS_PER_GPU = 16
 ARMS = ("alltoall", "allgather")
 IMPLEMENTATIONS = {"local": "", "transformer_engine": "TE_"}
 """Layers of Megatron-Core, and what names of runs with them begin with."""
@@ -96,7 +97,7 @@ class Campaign:
 
     def _common(self, impl: str, micro: int, arm: str) -> list[str]:
         return [
-            *(TINY if self.cpu else WIDTHS),
+            *(TINY if self.cpu else [*WIDTHS, f"--num-experts={EXPERTS_PER_GPU * self.num_gpus}"]),
             f"--transformer-impl={impl}",
             f"--refit-method={'gloo' if self.cpu else 'nccl'}",
             f"--global-batch-size={max(self.micro_batches) * self.num_gpus}",

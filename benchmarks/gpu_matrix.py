@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_matrix                    all cells, a few minutes on 8 H200
     python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, te, reference, fp8,
                                                        fp8-large
-    python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs, the speed rows halved
+    python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs or two, with speed rows of their own
     python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
 `--output-dir` gets one JSON and one log per cell, a table of all cells, and one `gpu<N>_<PART>.jsonl` per part. Copied
@@ -53,10 +53,14 @@ Pairing = tuple[Sizes, Sizes, str]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Source, destination and mode of the cells that depend on how many GPUs there are; `speed[0]` has equal sides."""
+    """Source, destination and mode of the cells that depend on how many GPUs there are; `speed[0]` has equal sides.
+
+    `large_experts` are as many as fit a GPU of 139 GiB in that row.
+    """
 
     speed: tuple[Pairing, ...]
     correctness: tuple[Pairing, ...]
+    large_experts: int = 384
 
 
 WHOLE = Rows(
@@ -79,11 +83,20 @@ HALVED = Rows(
     ),
     correctness=((Sizes(4, 1, 2), Sizes(4, 1, 4), TOGETHER), (Sizes(2, 2), Sizes(1, 4), TOGETHER)),
 )
+PAIR = Rows(
+    speed=(
+        (Sizes(1, 1), Sizes(1, 1), APART),
+        (Sizes(2, 1, 2), Sizes(1, 2), TOGETHER),
+        (Sizes(2, 1), Sizes(1, 2), TOGETHER),
+    ),
+    correctness=((Sizes(2, 1, 2), Sizes(1, 2), TOGETHER), (Sizes(1, 2), Sizes(2, 1, 2), TOGETHER)),
+    large_experts=192,
+)
 
 
 def cells(num_gpus: int) -> Iterator[Cell]:
-    """The cells that fit `num_gpus`. With fewer than 8 GPUs the speed rows' sizes are halved."""
-    rows = WHOLE if num_gpus >= 8 else HALVED
+    """The cells that fit `num_gpus`. The speed rows of fewer than 8 GPUs have smaller sizes."""
+    rows = WHOLE if num_gpus >= 8 else HALVED if num_gpus >= 4 else PAIR
     for method in METHODS:
         for part_cells in (
             _speed(rows, method),
@@ -103,7 +116,8 @@ def _speed(rows: Rows, method: str) -> Iterator[Cell]:
     equal = rows.speed[0]
     for label, way in NVSHMEM_WAYS if method == "nvshmem" else ():
         yield cell("speed", *equal, method, *model, way, label=label)
-    yield cell("large", *equal, method, *model, "--num-experts 384", label="384 experts")
+    large = rows.large_experts
+    yield cell("large", *equal, method, *model, f"--num-experts {large}", label=f"{large} experts")
     yield cell("drift", *equal, method, *model, "--num-benchmark-iterations 50", label="50 iterations")
 
 
@@ -117,6 +131,7 @@ def _transformer_engine(method: str) -> Iterator[Cell]:
         (Sizes(1, 2), Sizes(1, 1), APART),
         (Sizes(1, 1), Sizes(1, 2), APART),
         (Sizes(2, 1, 2), Sizes(1, 2, 1), APART),
+        (Sizes(2, 1, 2), Sizes(1, 2, 1), TOGETHER),
         (Sizes(2, 2, 2), Sizes(4, 1, 4), TOGETHER),
         (Sizes(4, 1, 1), Sizes(2, 2, 2), TOGETHER),
     ):
@@ -142,15 +157,16 @@ def _reference(method: str) -> Iterator[Cell]:
 def _quantised(rows: Rows, method: str) -> Iterator[Cell]:
     """The speed rows in BF16 and quantised at the source, where all blocks lie whole, and one where it arrives.
 
-    In BF16 stay a quarter of the speed rows' weights, vocabulary above all, and 6 % of those with 384 experts.
+    In BF16 stay a quarter of the speed rows' weights, vocabulary above all, and 6 % of the large ones.
     """
     model = (SPEED_MODEL, "--moe-grouped-gemm")
     cases = [(pairing, dtype) for pairing in rows.speed for dtype in DTYPES]
     for pairing, dtype in [*cases, (rows.speed[0], "fp8-block --quantise destination")]:
         yield cell("fp8", *pairing, method, *model, f"--rl-inference-dtype {dtype}", label=_label(dtype))
     for dtype in DTYPES:
-        flags = f"--num-experts 384 --rl-inference-dtype {dtype}"
-        yield cell("fp8-large", *rows.speed[0], method, *model, flags, label=f"384 experts {_label(dtype)}")
+        flags = f"--num-experts {rows.large_experts} --rl-inference-dtype {dtype}"
+        label = f"{rows.large_experts} experts {_label(dtype)}"
+        yield cell("fp8-large", *rows.speed[0], method, *model, flags, label=label)
 
 
 def _label(dtype: str) -> str:

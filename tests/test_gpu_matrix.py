@@ -17,7 +17,7 @@ from refit.results.status import Status
 from refit.results.sweep import check_name
 from tests.report.factories import planned, result, timed
 
-ALL = {one.name: one for num_gpus in (4, 8) for one in cells(num_gpus)}
+ALL = {one.name: one for num_gpus in (2, 4, 8) for one in cells(num_gpus)}
 
 
 @pytest.mark.parametrize("one", [one for one in ALL.values() if "nccl" in one.name], ids=lambda one: one.name)

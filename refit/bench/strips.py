@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from refit.bench.values import SAMPLE_STRIDE, Rows, row_numbers
+from refit.bench.values import GPU_BLOCK_ELEMENTS, SAMPLE_STRIDE, Rows, row_numbers
 from refit.config.quantisation import Quantisation, scale_key
 from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
@@ -32,20 +32,22 @@ def strips_of(
     """The strips of `shard`, codes in `memory`, which has their scales too. With `start`: every 16th row of blocks."""
     key, shape = shard.tensor.key, shard.tensor.shape
     grid = Grid(shape, quantisation.format)
+    limit = STRIP_ELEMENTS if shard.view.device.type == "cpu" else GPU_BLOCK_ELEMENTS
     for part in matrices_of(shard.box):
-        for box in _boxes(part, quantisation.format.rows, start):
+        for box in _boxes(part, quantisation.format.rows, limit, start):
             (codes,) = memory.views(key, box)
             (scales,) = memory.views(scale_key(key), grid.scales(box))
             rows = Rows(row_numbers(shape, box, codes.data.device), box.offsets[-1], matrix_of(codes.data))
             yield Strip(box, rows, scales.box, matrix_of(scales.data))
 
 
-def _boxes(matrix: Box, block_rows: int, start: int | None) -> list[Box]:
-    """Strips of whole rows of blocks that together are `matrix`. With `start`: every 16th row of blocks from there."""
+def _boxes(matrix: Box, block_rows: int, limit: int, start: int | None) -> list[Box]:
+    """Strips of whole rows of blocks, of `limit` elements each, that together are `matrix`. With `start`: every 16th
+    row of blocks from there."""
     dim = len(matrix.offsets) - 2
     begin, end = matrix.offsets[dim], matrix.ends[dim]
     if start is None:
-        step = height = max(1, STRIP_ELEMENTS // matrix.extents[-1] // block_rows) * block_rows
+        step = height = max(1, limit // matrix.extents[-1] // block_rows) * block_rows
     else:
         step, height = SAMPLE_STRIDE * block_rows, block_rows
         begin += min(start, -(-(end - begin) // block_rows) - 1) * block_rows

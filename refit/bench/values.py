@@ -26,6 +26,8 @@ _PATTERNS = {
 SAMPLE_STRIDE = 16
 """`--verify sample` compares every 16th row of each shard, another 16th each iteration."""
 
+CPU_BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 1 << 18, 1 << 26
+
 # What the values of a block are multiplied by: zeros, subnormals (2**-126), or what a forward pass can use.
 _MAGNITUDES = (0.0, 2.0**-126, *(2.0**-exponent for exponent in range(7)), *(2.0**-exponent for exponent in range(7)))
 _OUTLIER = 8.0
@@ -44,7 +46,7 @@ def rows_of(shard: LocalShard, start: int | None = None) -> Iterator[Rows]:
     """Split a shard into blocks that fit a CPU's cache or fill a GPU. With `start`: every 16th row from there."""
     # Hashing allocates int32 temporaries of a block's size. Small blocks keep them in a core's cache; on a GPU large
     # blocks need fewer launches.
-    limit = 1 << 18 if shard.view.device.type == "cpu" else 1 << 26
+    limit = CPU_BLOCK_ELEMENTS if shard.view.device.type == "cpu" else GPU_BLOCK_ELEMENTS
     for box, matrix in _matrices(shard.box, shard.view):
         numbers = row_numbers(shard.tensor.shape, box, matrix.device)
         if start is not None:

@@ -87,7 +87,8 @@ def _spread(per_block: torch.Tensor, block: BlockFormat, shape: torch.Size) -> t
 
 
 def _amax(amax: torch.Tensor) -> _Scales:
-    scale = amax.clamp(min=1e-10) / LARGEST
+    # Not `/ LARGEST`: by a number, torch divides on GPUs as it multiplies by the number's reciprocal.
+    scale = amax.clamp(min=1e-10) / torch.full_like(amax, LARGEST)
     return _Scales(scale, scale.reciprocal())
 
 

@@ -44,6 +44,10 @@ ENGINE_BYTES = 16 << 20
 """Contiguous runs from here on go by copy engine. On H200, into a peer: 16 MiB 362 GB/s, 28 MiB 373, 56 MiB 381,
 256 MiB 389; the kernel 363 whatever the size; both at once 376."""
 
+PUT_PROGRAMS = 132
+"""Programs that write to a peer at the same time. Without a limit they would take the whole GPU, wait for the link in
+all of it, and let local copies begin only after them."""
+
 LOCAL_BATCH_BYTES = 4 << 30
 """In one launch: on H200, copy engines keep 365 of their 368 GB/s beside local copies at full speed."""
 
@@ -90,7 +94,7 @@ class CudaIpcTransport:
         memory = IpcMemory(rendezvous, options.timeout_s)
         framing = even_framing(plan, PIPELINED_BYTES) if options.is_pipelined else WHOLE_CHANNEL
         schedule = in_turn(make_schedule(plan, rendezvous.rank, framing), plan)
-        buffers = InPlaceBuffers(memory, schedule, destination, ENGINE_BYTES)
+        buffers = InPlaceBuffers(memory, schedule, destination, ENGINE_BYTES, PUT_PROGRAMS)
         return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)
 
 

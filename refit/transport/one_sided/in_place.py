@@ -55,12 +55,18 @@ class InPlaceBuffers:
     staging_bytes = 0
 
     def __init__(
-        self, memory: SharedStorages, schedule: Schedule, destination: LocalWeights | None, engine_bytes: int | None
+        self,
+        memory: SharedStorages,
+        schedule: Schedule,
+        destination: LocalWeights | None,
+        engine_bytes: int | None,
+        put_programs: int | None = None,
     ) -> None:
-        """`engine_bytes`: see `CopyBatch`. Collective: every rank of `memory`."""
+        """`engine_bytes`: see `CopyBatch`. `put_programs`: see `RingBuffers`. Collective: every rank of `memory`."""
         self._memory = memory
         self._destination = destination
         self._engine_bytes = engine_bytes
+        self._put_programs = put_programs
         self._sources = [channel.source for channel in schedule.receives]
         self._num_offers = 0
         targets = [channel.destination for channel in schedule.sends]
@@ -71,7 +77,11 @@ class InPlaceBuffers:
     def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
         peer = self._peers[channel.destination]
         return [
-            Put(CopyBatch(_copies(message, source, peer), engine_bytes=self._engine_bytes))
+            Put(
+                CopyBatch(
+                    _copies(message, source, peer), engine_bytes=self._engine_bytes, num_programs=self._put_programs
+                )
+            )
             for message in channel.messages
         ]
 
