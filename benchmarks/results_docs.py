@@ -33,7 +33,7 @@ DIGEST = "Results SHA-256"
 OPENING = ("gpu8_speed", "gpu4_speed", "cpu_tiny")
 """Files that the README's opening may be made from: the first that exists is."""
 
-DISPATCHERS = ("gpu8_dispatchers", "gpu4_dispatchers")
+DISPATCHERS = ("gpu8_dispatchers", "gpu4_dispatchers", "gpu2_dispatchers")
 """Files that the table of token dispatchers may be made from, as above."""
 
 
@@ -57,6 +57,8 @@ BLOCKS = (
     Block("docs/performance.md", "gpu4_te", ("gpu4_te",), results_text.section),
     Block("docs/performance.md", "gpu4_fp8", ("gpu4_fp8",), results_text.quantised_section),
     Block("docs/performance.md", "gpu4_fp8-large", ("gpu4_fp8-large",), results_text.quantised_section),
+    Block("docs/performance.md", "gpu2_speed", ("gpu2_speed",), results_text.section),
+    Block("docs/performance.md", "gpu2_fp8", ("gpu2_fp8",), results_text.quantised_section),
     Block("docs/performance.md", "dispatchers", DISPATCHERS, results_dispatchers.section),
     Block("docs/performance.md", "cpu_tiny", ("cpu_tiny",), results_text.section),
 )
