@@ -219,6 +219,7 @@ ranks_command() {
 wait_for() {
     local seconds=$1 code=0 started=$SECONDS
     shift
+    step=starting # a signal may come before the next line but one
     timeout --signal=TERM --kill-after=40 "$seconds" "$@" </dev/null >&3 2>&1 &
     step=$!
     wait "$step" || code=$?
@@ -231,6 +232,7 @@ wait_for() {
 # Ends the step that wait_for waits for. Slurm gives a cancelled job some 30 s (KillWait), so the wait is short.
 stop_step() {
     [[ -n $step ]] || return 0
+    [[ $step != starting ]] || step=${!:-}
     kill -TERM "$step" 2>/dev/null || true
     for _ in {1..60}; do
         kill -0 "$step" 2>/dev/null || break
