@@ -1,8 +1,8 @@
-"""Answers four questions from a sweep's results, in sentences with figures.
+"""Answers questions from a sweep's results, in sentences with figures.
 
-EP against TP, the cost of separate GPU sets, how time scales with bytes, one-sided against two-sided transport. Where
-results are missing for an answer, the answer names them. Where versions, spread or fit do not support a conclusion
-(`evidence`), one line says why.
+EP against TP, the cost of separate GPU sets, how time scales with bytes, one-sided against two-sided transport, and
+what quantising saves where a destination quantises. Where results are missing for an answer, the answer names them.
+Where versions, spread or fit do not support a conclusion (`evidence`), one line says why.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
     points = points_of(outcomes)
     if not points or len(by_scenario([outcome for outcome in outcomes if outcome.planned.refits])) == 1:
         return []
-    return [
+    findings = [
         Finding("EP against TP: which change of layout is faster?", tuple(ep_against_tp(points))),
         Finding("Non-collocated overhead: what do separate GPU sets cost?", tuple(separate_sets(points))),
         Finding("Scaling: is the time proportional to the bytes?", tuple(scaling(points))),
@@ -60,12 +60,17 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
             "NVSHMEM against NCCL: which is faster for the same layouts?", tuple(one_sided_against_two_sided(points))
         ),
     ]
+    if any(point.quantisation for point in points):
+        findings.append(Finding("FP8: how much faster is a refit that quantises?", tuple(quantised(points))))
+    return findings
 
 
 def ep_against_tp(points: Sequence[Point]) -> list[str]:
     """Compare GB/s and share of the bound: only EP changes against only TP (and ETP with it) changes."""
     lines = []
-    for (mode, method, _), group in _grouped(points, lambda point: (point.mode, point.method, point.model)):
+    for (mode, method, *_), group in _grouped(
+        points, lambda point: (point.mode, point.method, point.model, point.quantisation)
+    ):
         only_ep = [point for point in group if _changes(point) == {"ep"}]
         only_tp = [point for point in group if _changes(point) in ({"tp"}, {"tp", "etp"})]
         if not only_ep or not only_tp:
@@ -132,7 +137,7 @@ def separate_sets(points: Sequence[Point]) -> list[str]:
 
 def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
     lines, rates, groups = [], {}, {}
-    for (mode, model), group in _grouped(points, lambda point: (point.mode, point.model)):
+    for (mode, model), group in _grouped(points, lambda point: (point.mode, (point.model, point.quantisation))):
         groups[model, mode] = group
         rates[model, mode] = statistics.median(point.s_per_gb for point in group)
         wire = sum(point.wire for point in group) / sum(point.payload for point in group)
@@ -196,6 +201,28 @@ def one_sided_against_two_sided(points: Sequence[Point]) -> list[str]:
                     f"{units.seconds(times[1])}: {conclusion}."
                 )
     return lines or ["Not answered: no layouts were run with both methods in the same mode."]
+
+
+def quantised(points: Sequence[Point]) -> list[str]:
+    """Compare each scenario whose destination is quantised with the one that differs only in that it is not."""
+    lines = []
+    for (_, mode, method, _), group in _grouped(
+        points, lambda point: (point.unquantised_layouts, point.mode, point.method, point.model)
+    ):
+        plain = next((point for point in group if point.quantisation is None), None)
+        for point in group:
+            if plain is None or point.quantisation is None:
+                continue
+            reason = evidence.no_difference([plain], [point])
+            conclusion = f"no conclusion: {reason}" if reason else f"{plain.median_s / point.median_s:.2f} x as fast"
+            share = f", with {100 * point.busiest / plain.busiest:.0f} % of the busiest GPU's bytes" * bool(
+                plain.busiest
+            )
+            lines.append(
+                f"{plain.title}, {mode}, {method}: {point.quantisation.dtype} {units.seconds(point.median_s)}, without "
+                f"{units.seconds(plain.median_s)}: {conclusion}{share}."
+            )
+    return lines or ["Not answered: no layouts were run with and without --rl-inference-dtype in the same mode."]
 
 
 def rivals() -> list[tuple[str, str]]:

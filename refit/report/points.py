@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from refit.config.quantisation import Quantisation
 from refit.config.scenario import Mode
 from refit.config.side import SideSpec
 from refit.report.run_spread import Repeated, by_scenario
@@ -42,6 +43,16 @@ class Point:
     def layouts(self) -> Hashable:
         """Both layouts without their rank numbers."""
         return tuple((side.title, side.world_size) for side in (self.source, self.destination))
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """Of the destination."""
+        return self.destination.quantisation
+
+    @property
+    def unquantised_layouts(self) -> Hashable:
+        """As `layouts`, those of a destination in the source's dtype."""
+        return replace(self, destination=replace(self.destination, quantisation=None)).layouts
 
     @property
     def title(self) -> str:

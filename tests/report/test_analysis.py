@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from refit.config.quantisation import Quantisation
 from refit.config.side import SideSpec
 from refit.report.analysis import analyse, analysis_text, ep_against_tp, one_sided_against_two_sided, scaling
 from refit.report.analysis import separate_sets as separate
@@ -264,3 +265,31 @@ def test_a_fit_that_is_far_off_gives_no_conclusion() -> None:
     (line,) = scaling(points_of(outcomes))
     assert "no conclusion: the best fit to 4 scenarios is off by" in line
     assert line.endswith("more than 15 %.")
+
+
+def test_quantising_is_compared_with_the_same_refit_without_it() -> None:
+    source, plain = side(2, 2), side(2, 1)
+    block = replace(plain, quantisation=Quantisation("fp8-block", "amax"))
+    refits = [outcome("bf16", source, plain, 0.1, busiest=100), outcome("fp8", source, block, 0.06, busiest=58)]
+    question = "FP8: how much faster is a refit that quantises?"
+    (line,) = {finding.question: finding.answer for finding in analyse(refits)}[question]
+    assert line.startswith(
+        "TP2 EP2 -> TP2 EP1, non-collocated, nvshmem: fp8-block 60 ms, without 100 ms: 1.67 x as fast"
+    )
+    assert line.endswith("with 58 % of the busiest GPU's bytes.")
+    noisy = [refits[0], outcome("fp8", source, block, 0.06, spread=0.9)]
+    (line,) = {finding.question: finding.answer for finding in analyse(noisy)}[question]
+    assert "no conclusion" in line
+    alone = [refits[1], outcome("other", source, replace(block, layout=side(1, 1).layout), 0.06)]
+    (line,) = {finding.question: finding.answer for finding in analyse(alone)}[question]
+    assert line.startswith("Not answered")
+    assert question not in {finding.question for finding in analyse([refits[0], outcome("b", source, source, 0.1)])}
+
+
+def test_dtypes_are_not_mixed_in_what_layouts_and_modes_are_compared_by() -> None:
+    """Only EP changes in BF16 and only TP in FP8: that answers nothing."""
+    block = replace(side(1, 2), quantisation=Quantisation("fp8-block", "amax"))
+    points = points_of([outcome("ep", side(2, 2), side(2, 1), 0.1), outcome("tp", side(2, 2), block, 0.05)])
+    assert ep_against_tp(points)[0].startswith("Not answered")
+    points = points_of([outcome("a", side(2, 2), side(2, 1), 0.1), outcome("b", side(2, 2), block, 0.05, "collocated")])
+    assert separate(points) == ["Not answered: needs scenarios of the same model in both modes."]
