@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.results_text import conditions, wrapped
+from refit.report.arms import Arm, StepRun
 from refit.report.cycle import cycle_lines
-from refit.report.dispatchers import Arm, Pairing, faster_by, pairings
+from refit.report.dispatchers import Pairing, faster_by, pairings
 from refit.report.grid import markdown
 from refit.report.neutral import markdown_text
 from refit.results.outcomes import Outcome
@@ -19,7 +20,7 @@ EXPERT_PARTS = ("route", "dispatch", "experts", "combine")
 def section(outcomes: Sequence[Outcome]) -> str:
     """What was measured and on what, the pairs of dispatchers, the parts of every run's step, and the cycle."""
     pairs = pairings(outcomes)
-    arms = list({arm.outcome.planned.name: arm for pair in pairs for arm in (pair.first, pair.second)}.values())
+    arms = list({arm.repeated.name: arm for pair in pairs for arm in (pair.first, pair.second)}.values())
     parts = [conditions(outcomes), *([_pairs(pairs), _legend(pairs), _steps(arms)] if pairs else [])]
     cycles = [line for outcome in outcomes if outcome.result for line in cycle_lines(outcome.result)]
     return "\n\n".join([*parts, *map(wrapped, map(markdown_text, cycles))])
@@ -36,18 +37,14 @@ def _pair(pair: Pairing) -> list[str]:
         markdown_text(pair.first.where),
         str(pair.first.steps.micro_batch_size),
         pair.first.name,
-        _mean(pair.first),
+        f"{1e3 * pair.first.mean_s:.1f}",
         pair.second.name,
-        _mean(pair.second),
+        f"{1e3 * pair.second.mean_s:.1f}",
         "" if delta is None else f"{100 * delta:+.1f}",
         "" if delta is None else faster_by(pair, delta) if pair.is_beyond_spread else "within the spread",
         "" if difference is None else f"{difference:.1e}",
         "equal" if pair.work.is_equal else markdown_text(f"NOT EQUAL: {'; '.join(pair.work.problems)}"),
     ]
-
-
-def _mean(arm: Arm) -> str:
-    return f"{1e3 * arm.result.summary.mean_s:.1f}" if arm.result.summary else ""
 
 
 def _legend(pairs: Sequence[Pairing]) -> str:
@@ -67,11 +64,11 @@ def _legend(pairs: Sequence[Pairing]) -> str:
 
 def _steps(arms: Sequence[Arm]) -> str:
     header = ["layout", "micro-batch", "dispatcher", "median ms", "TFLOP/s per GPU", "peak GiB"]
-    return markdown([*header, *TOP_PARTS, "rest", *EXPERT_PARTS], [_step(arm) for arm in arms])
+    return markdown([*header, *TOP_PARTS, "rest", *EXPERT_PARTS], [_step(arm, run) for arm in arms for run in arm.runs])
 
 
-def _step(arm: Arm) -> list[str]:
-    result, found = arm.result, arm.result.breakdown
+def _step(arm: Arm, run: StepRun) -> list[str]:
+    result, found = run.result, run.result.breakdown
     return [
         markdown_text(arm.where),
         str(arm.steps.micro_batch_size),

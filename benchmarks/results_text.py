@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from refit import units
 from refit.config.registry import METHODS
-from refit.report.compare import exceeds_spread
 from refit.report.evidence import MAX_CV
 from refit.report.grid import markdown
 from refit.report.neutral import markdown_code, markdown_text
 from refit.report.plots.caption import caption, hardware, model
 from refit.report.plots.style import check_available, engine_title
 from refit.report.plots.times import Bar, bars_figure, baseline_bar, tested_bar
+from refit.report.run_spread import exceeds_spread
 from refit.report.summary import marked_ms
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
@@ -228,7 +228,7 @@ def opening(outcomes: Sequence[Outcome], picture: str) -> str:
 def differs(ours: EngineResult, theirs: EngineResult) -> bool:
     """Whether a ratio of two medians may be quoted: neither's refits are noisy, and the difference is beyond them."""
     noise = [engine.summary.cv for engine in (ours, theirs) if engine.summary]
-    return max(noise, default=0.0) <= MAX_CV and bool(exceeds_spread(ours.measured_s, theirs.measured_s))
+    return max(noise, default=0.0) <= MAX_CV and bool(exceeds_spread([ours.measured_s], [theirs.measured_s]))
 
 
 def opening_figure(outcomes: Sequence[Outcome]) -> Figure:

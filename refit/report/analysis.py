@@ -19,7 +19,7 @@ from refit.config.scenario import Mode
 from refit.report import evidence
 from refit.report.neutral import plain_lines
 from refit.report.points import Point, median, points_of
-from refit.report.run_spread import by_scenario
+from refit.report.run_spread import Samples, by_scenario
 from refit.report.scaling import scalings
 from refit.results.outcomes import Outcome
 
@@ -93,9 +93,10 @@ def ep_against_tp(points: Sequence[Point]) -> list[str]:
     return lines or [f"Not answered: {missing}."]
 
 
-def _rates(point: Point) -> list[float]:
-    """GB/s of each measured refit."""
-    return [(point.gb_per_s or 0.0) * point.median_s / seconds for seconds in point.samples_s if seconds]
+def _rates(point: Point) -> Samples:
+    """GB/s of each measured refit, by run."""
+    gigabytes = (point.gb_per_s or 0.0) * point.median_s
+    return [[gigabytes / seconds for seconds in run if seconds] for run in point.samples_s]
 
 
 def _changes(point: Point) -> set[str]:
@@ -158,9 +159,9 @@ def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
     return [*lines, *ratios, "No layouts were run both ways, so layouts and methods differ too: an indication only."]
 
 
-def _s_per_gb(point: Point) -> list[float]:
-    """Seconds per GB into each destination GPU, of each measured refit."""
-    return [point.s_per_gb * seconds / point.median_s for seconds in point.samples_s]
+def _s_per_gb(point: Point) -> Samples:
+    """Seconds per GB into each destination GPU, of each measured refit, by run."""
+    return [[point.s_per_gb * seconds / point.median_s for seconds in run] for run in point.samples_s]
 
 
 def _wire(point: Point) -> str:

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from refit.errors import ExitCode, UsageError
 from refit.report.grid import Column, fitted
 from refit.report.neutral import FILE_WIDTH, plain_lines
+from refit.report.run_spread import Repeated, by_scenario, exceeds_spread, left_out_lines, times_line
 from refit.report.tables import wrong_text
 from refit.results.outcomes import Outcome
 from refit.results.plain import plain
 from refit.results.runs import Run
 from refit.results.status import Status
 
-MIN_SAMPLES = 3
-"""With fewer samples, spread is not judged."""
-
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One scenario in both runs."""
+    """One scenario in both sweeps, each time with all its runs."""
 
     name: str
-    old: Outcome
-    new: Outcome
+    old: Repeated
+    new: Repeated
 
     @property
     def change(self) -> float | None:
         """New median over old median, minus 1: 0.1 is 10 % slower. None unless both have times."""
         old_s, new_s = self.old.median_s, self.new.median_s
         return new_s / old_s - 1 if old_s and new_s else None
+
+    @property
+    def is_beyond_spread(self) -> bool | None:
+        """Whether the medians differ by more than spread explains, within runs and between them; None where that is
+        not judged."""
+        return exceeds_spread(self.old.samples_s, self.new.samples_s) if self.change is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,14 @@ class Comparison:
 def compare_runs(old: Run, new: Run) -> Comparison:
     """Match two sweeps by scenario name, and single results by layouts, mode, method and model.
 
-    Of several results that match, the last one counts. Two runs of one result each are always a pair. Raises UsageError
-    where nothing matches.
+    A scenario is matched with all runs that `--num-runs` made of it. Of several results that match, the last one
+    counts. Two runs of one result each are always a pair. Raises UsageError where nothing matches.
     """
     warnings: list[str] = []
     if _lone(old) and _lone(new):
-        pairs = [Pair(new.outcomes[0].planned.name, old.outcomes[0], new.outcomes[0])]
-        warnings += _other_scenario(old.outcomes[0], new.outcomes[0])
+        (ours,), (theirs,) = by_scenario(old.outcomes), by_scenario(new.outcomes)
+        pairs = [Pair(theirs.name, ours, theirs)]
+        warnings += _other_scenario(ours.first, theirs.first)
         only_old, only_new = [], []
     else:
         by_name = old.is_sweep and new.is_sweep
@@ -76,13 +80,13 @@ def _lone(run: Run) -> bool:
     return not run.is_sweep and len(run.outcomes) == 1
 
 
-def _keyed(run: Run, by_name: bool, warnings: list[str]) -> dict[str, Outcome]:
-    keyed: dict[str, Outcome] = {}
-    for outcome in run.outcomes:
-        key = outcome.planned.name if by_name else _what_ran(outcome)
+def _keyed(run: Run, by_name: bool, warnings: list[str]) -> dict[str, Repeated]:
+    keyed: dict[str, Repeated] = {}
+    for scenario in by_scenario(run.outcomes):
+        key = scenario.name if by_name else _what_ran(scenario.first)
         if key in keyed:
-            warnings.append(f"{run.sweep.run_id} has several results of {key}: the last is {outcome.planned.name}")
-        keyed[key] = outcome
+            warnings.append(f"{run.sweep.run_id} has several results of {key}: the last is {scenario.name}")
+        keyed[key] = scenario
     return keyed
 
 
@@ -101,11 +105,11 @@ def _other_scenario(old: Outcome, new: Outcome) -> list[str]:
 
 
 def _environment_warnings(pair: Pair) -> Iterator[str]:
-    """What differs between the machines, versions and sizes of two results, one line each."""
-    ours, theirs = (_conditions(outcome) for outcome in (pair.old, pair.new))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours and theirs and ours.get(name) != theirs.get(name):
-            yield f"{name} differs: {ours.get(name, 'none')} / {theirs.get(name, 'none')}"
+    """What differs between the machines, versions and sizes of the runs that count, one line each."""
+    for ours, theirs in itertools.product(*(map(_conditions, each.counted) for each in (pair.old, pair.new))):
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours and theirs and ours.get(name) != theirs.get(name):
+                yield f"{name} differs: {ours.get(name, 'none')} / {theirs.get(name, 'none')}"
 
 
 def _conditions(outcome: Outcome) -> dict[str, str]:
@@ -126,37 +130,18 @@ def _conditions(outcome: Outcome) -> dict[str, str]:
     return found
 
 
-def exceeds_spread(old_s: Sequence[float], new_s: Sequence[float]) -> bool | None:
-    """Whether two medians differ by more than their samples' spread explains; None with fewer than MIN_SAMPLES.
-
-    They do where the intervals median +- 1.57 x interquartile range / sqrt(n) do not overlap: the notches of McGill,
-    Tukey and Larsen, "Variations of Box Plots" (1978). This is about a 95 % test and robust against one outlier. It
-    covers the spread within each run, not the spread between runs.
-    """
-    if min(len(old_s), len(new_s)) < MIN_SAMPLES:
-        return None
-    distance = abs(statistics.median(new_s) - statistics.median(old_s))
-    return distance > notch(old_s) + notch(new_s)
-
-
-def notch(samples_s: Sequence[float]) -> float:
-    """Half the width of the interval around a median: 1.57 x interquartile range / sqrt(n)."""
-    lower, _, upper = statistics.quantiles(samples_s, n=4, method="inclusive")
-    return 1.57 * (upper - lower) / math.sqrt(len(samples_s))
-
-
 def exit_code(old: Run, new: Run, comparison: Comparison, max_slowdown: float) -> ExitCode:
     """The exit code of a comparison; `max_slowdown` is a share of the old median (0.05: 5 %).
 
-    WRONG_DATA where the new run has wrong data; else FAILED where a scenario was ok and no longer is (in two sweeps, a
-    scenario that is gone too) or where a damaged file was skipped; else SLOWER where a median grew by more than
-    `max_slowdown`; else OK.
+    WRONG_DATA where the new run has wrong data; else FAILED where a scenario was ok and no longer is, of several runs
+    a smaller share (in two sweeps, a scenario that is gone too), or where a damaged file was skipped; else SLOWER where
+    a median grew by more than `max_slowdown`; else OK.
     """
     if any(outcome.status is Status.WRONG_DATA for outcome in new.outcomes):
         return ExitCode.WRONG_DATA
-    if any(pair.old.status is Status.OK and pair.new.status is not Status.OK for pair in comparison.pairs):
+    if any(pair.new.share_ok < pair.old.share_ok for pair in comparison.pairs):
         return ExitCode.FAILED
-    were_ok = {outcome.planned.name for outcome in old.outcomes if outcome.status is Status.OK}
+    were_ok = {scenario.name for scenario in by_scenario(old.outcomes) if scenario.share_ok}
     gone = old.is_sweep and new.is_sweep and not were_ok.isdisjoint(comparison.only_old)
     if gone or old.skipped or new.skipped:
         return ExitCode.FAILED
@@ -175,6 +160,8 @@ COLUMNS = (
     Column("status", is_text=True),
 )
 
+RUNS_LEGEND = "Several runs: the median of their medians. The notch reaches at least to the farthest run's median."
+
 
 def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float, width: int = FILE_WIDTH) -> str:
     """Warnings, the table with a legend, the scenarios in only one run, and the verdict."""
@@ -185,31 +172,48 @@ def compare_text(old: Run, new: Run, comparison: Comparison, max_slowdown: float
         "",
         "Medians of the slowest rank. Beyond spread: the medians' notches (1.57 x IQR / sqrt(n)) do not overlap.",
     ]
+    lines += _run_lines(comparison)
     lines += [f"Only in old: {name}" for name in comparison.only_old]
     lines += [f"Only in new: {name}" for name in comparison.only_new]
     lines += [
-        f"{pair.new.status.text.upper()} in new: {pair.name}: {pair.new.reason}"
+        f"{outcome.status.text.upper()} in new: {pair.name}: {outcome.reason}"
         for pair in comparison.pairs
-        if pair.new.status is not Status.OK
+        if (outcome := pair.new.first).status is not Status.OK
     ]
     return plain_lines([*lines, _verdict(comparison, max_slowdown)])
 
 
+def _run_lines(comparison: Comparison) -> list[str]:
+    """Of scenarios with several runs: what their figures are, how far runs are apart, and which are left out."""
+    lines = []
+    for pair in comparison.pairs:
+        for word, scenario in (("old", pair.old), ("new", pair.new)):
+            if scenario.has_runs:
+                found = [times_line(scenario)] if scenario.median_s else []
+                lines += [f"In {word}: {line}" for line in (*found, *left_out_lines(scenario, scenario.counted))]
+    return [RUNS_LEGEND, *lines] if lines else []
+
+
 def _row(pair: Pair, max_slowdown: float) -> list[str]:
     both = (pair.old, pair.new)
-    samples = [one.tested.measured_s if one.tested else [] for one in both]
-    beyond = exceeds_spread(*samples) if pair.change is not None else None
-    status = pair.new.status.text
-    if pair.new.status is Status.OK and pair.change is not None:
+    status = pair.new.first.status.text
+    if pair.new.first.status is Status.OK and pair.change is not None:
         status = "SLOWER" if pair.change > max_slowdown else "ok"
+    if pair.new.has_runs and pair.new.share_ok < 1:
+        status += f" ({pair.new.count})"
     return [
         pair.name,
         *(f"{1e3 * one.median_s:.2f}" if one.median_s else "-" for one in both),
         f"{100 * pair.change:+.1f}" if pair.change is not None else "-",
-        {True: "yes", False: "no", None: "-"}[beyond],
-        *(wrong_text(one.tested) or "-" for one in both),
+        {True: "yes", False: "no", None: "-"}[pair.is_beyond_spread],
+        *(_wrong(one) or "-" for one in both),
         status,
     ]
+
+
+def _wrong(scenario: Repeated) -> str:
+    """Elements found wrong, by run where these differ."""
+    return " / ".join(dict.fromkeys(filter(None, (wrong_text(run.tested) for run in scenario.outcomes))))
 
 
 def _verdict(comparison: Comparison, max_slowdown: float) -> str:

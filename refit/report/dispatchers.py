@@ -12,48 +12,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refit.config.scenario import Scenario
-from refit.config.steps import Dispatch, StepSettings
-from refit.report.compare import exceeds_spread
+from refit.config.steps import Dispatch
+from refit.report.arms import (
+    Arm,
+    Problem,
+    StepRun,
+    arms_of,
+    conditions,
+    differences,
+    largest,
+    loss_difference,
+    problem_texts,
+    run_lines,
+)
 from refit.report.grid import Column, fitted
+from refit.report.run_spread import exceeds_spread
 from refit.results.outcomes import Outcome
-from refit.results.status import Status
 from refit.results.step import StepResult
 
 LOSS_BAR = 4.1e-4
 """Largest relative difference of equal-work loss curves: what two dispatchers of the literal Kimi K2 in bfloat16 had
 on 256 GPUs (awsome-distributed-training, pull request 1116)."""
 
-LOSS_STEPS = 10
-"""Steps of the curves that are compared."""
-
-SELECTOR = ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "moe_enable_deepep")
-"""Fields of Megatron's configuration that choose the dispatcher."""
-
 DROPS = ("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor")
 """Fields that, where set, let experts drop tokens."""
 
 FIRST = ("alltoall", "allgather")
 """The arm that others are compared with: the first of these that ran, else the first arm."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One run of a cell. `name` is its dispatcher: `alltoall`, `flex/deepep`, also where the model has no experts."""
-
-    name: str
-    outcome: Outcome
-    steps: StepSettings
-    result: StepResult
-
-    @property
-    def where(self) -> str:
-        """`kimi_k2 TP2 EP4`: model and layout, and Transformer Engine's layers where they are used."""
-        scenario = self.outcome.result.scenario if self.outcome.result else None
-        if scenario is None:
-            return "unknown layout"
-        engine = scenario.source.transformer_impl == "transformer_engine"
-        return " ".join(filter(None, (scenario.model_title, scenario.source.title, "TE" if engine else None)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +57,7 @@ class Equivalence:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Two arms of one cell."""
+    """Two arms of one cell, each with all its runs."""
 
     first: Arm
     second: Arm
@@ -81,36 +66,19 @@ class Pairing:
     @property
     def delta(self) -> float | None:
         """The second's mean step over the first's, less 1; None where their work is not equal."""
-        means = self.first.result.summary, self.second.result.summary
-        if not self.work.is_equal or means[0] is None or means[1] is None:
-            return None
-        return means[1].mean_s / means[0].mean_s - 1
+        return self.second.mean_s / self.first.mean_s - 1 if self.work.is_equal else None
 
     @property
     def is_beyond_spread(self) -> bool | None:
-        """Whether the difference is more than the steps' own spread; None with too few steps."""
-        old, new = ([sample.seconds for sample in arm.result.measured] for arm in (self.first, self.second))
-        return exceeds_spread(old, new)
-
-
-def arm_of(outcome: Outcome) -> Arm | None:
-    """The training steps of a scenario that ended well; None where it measured none."""
-    result, scenario = outcome.result, outcome.result.scenario if outcome.result else None
-    if result is None or scenario is None or scenario.steps is None or outcome.status is not Status.OK:
-        return None
-    found = outcome.train_step
-    if found is None or found.summary is None:
-        return None
-    return Arm(scenario.steps.dispatch.arm, outcome, scenario.steps, found)
+        """Whether the difference is more than the steps' own spread and that between runs; None with too few steps."""
+        return exceeds_spread(self.first.samples_s, self.second.samples_s)
 
 
 def pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
     """The pairs of every cell, each arm against the cell's first, by layout, overlap and micro-batch."""
     cells: dict[str, dict[str, Arm]] = defaultdict(dict)
-    for arm in filter(None, map(arm_of, outcomes)):
-        assert arm.outcome.result is not None
-        assert arm.outcome.result.scenario is not None
-        cells[_cell(arm.outcome.result.scenario)][arm.name] = arm
+    for arm in arms_of(outcomes):
+        cells[_cell(arm)][arm.name] = arm
     found = []
     for arms in cells.values():
         base = next(arms[name] for name in (*FIRST, *arms) if name in arms)
@@ -123,39 +91,49 @@ def _order(pairing: Pairing) -> tuple[str, bool, int]:
     return pairing.first.where, steps.dispatch.overlap, steps.micro_batch_size
 
 
-def _cell(scenario: Scenario) -> str:
+def _cell(arm: Arm) -> str:
     """What the arms of a cell have in common: the scenario without its dispatcher, and without where results go."""
-    steps = scenario.steps
-    assert steps is not None
-    dispatch = replace(steps.dispatch, dispatcher=Dispatch().dispatcher, backend=None)
-    neutral = replace(steps, dispatch=dispatch)
-    return repr(replace(scenario, steps=neutral, run_name=None, output_dir=Path(), notes=()))
+    dispatch = replace(arm.steps.dispatch, dispatcher=Dispatch().dispatcher, backend=None)
+    neutral = replace(arm.steps, dispatch=dispatch)
+    return repr(replace(arm.scenario, steps=neutral, run_name=None, output_dir=Path(), notes=()))
 
 
 def judge(first: Arm, second: Arm) -> Equivalence:
-    """Whether two arms did equal work."""
-    difference, number = loss_difference(first.result, second.result)
-    return Equivalence(tuple(_problems(first, second, difference)), difference, number)
+    """Whether all runs of two arms did equal work: each is compared with the first run of the first arm."""
+    base, *others = [*first.runs, *second.runs]
+    losses = [loss_difference(base.result, run.result) for run in others]
+    problems = [
+        *(Problem(run, text) for arm in (first, second) for run in arm.runs for text in _own_problems(arm.name, run)),
+        *(
+            Problem(run, text, base)
+            for run, (difference, _) in zip(others, losses, strict=True)
+            for text in _problems(base, run, difference)
+        ),
+    ]
+    difference, num_losses = largest(found for found, _ in losses), min(number for _, number in losses)
+    return Equivalence(problem_texts(problems, (first, second)), difference, num_losses)
 
 
-def _problems(first: Arm, second: Arm, difference: float | None) -> Iterator[str]:
-    results = first.result, second.result
-    for arm in (first, second):
-        if not arm.result.config:
-            yield f"{arm.name} has no configuration on record"
-        yield from (f"{arm.name} may drop tokens: {name} is set" for name in DROPS if _is_set(arm.result, name))
+def _own_problems(name: str, run: StepRun) -> Iterator[str]:
+    if not run.result.config:
+        yield f"{name} has no configuration on record"
+    yield from (f"{name} may drop tokens: {field} is set" for field in DROPS if _is_set(run.result, field))
+
+
+def _problems(base: StepRun, run: StepRun, difference: float | None) -> Iterator[str]:
+    results = base.result, run.result
     others = differences(results[0].config, results[1].config)
     if others:
         yield f"configurations differ in more than the dispatcher: {', '.join(others[:4])}"
     tokens = [[sample.num_tokens for sample in result.samples] for result in results]
     if tokens[0] != tokens[1]:
         yield f"tokens differ: {sum(tokens[0]):,} and {sum(tokens[1]):,} over all steps"
-    versions = [conditions(arm.outcome) for arm in (first, second)]
+    versions = [conditions(each.outcome) for each in (base, run)]
     if versions[0] != versions[1]:
         yield f"versions or GPUs differ: {', '.join(differences(*versions))}"
     if difference is None:
         yield "there are no losses to compare"
-    elif difference > LOSS_BAR:
+    elif not difference <= LOSS_BAR:
         yield f"losses differ by {difference:.1e}, more than {LOSS_BAR:.1e}"
 
 
@@ -163,36 +141,16 @@ def _is_set(result: StepResult, name: str) -> bool:
     return result.config.get(name, "None") != "None"
 
 
-def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
-    """`name: VALUE / VALUE` of all fields that differ, without those that choose the dispatcher."""
-    names = sorted((first.keys() | second.keys()) - set(SELECTOR))
-    return [f"{name}: {first.get(name)} / {second.get(name)}" for name in names if first.get(name) != second.get(name)]
-
-
-def conditions(outcome: Outcome) -> dict[str, str]:
-    """The versions and GPUs of a run."""
-    environment = outcome.result.environment if outcome.result else None
-    if environment is None:
-        return {}
-    return {**environment.versions, "GPUs": ", ".join(sorted({gpu.name for gpu in environment.gpus}))}
-
-
-def loss_difference(first: StepResult, second: StepResult) -> tuple[float | None, int]:
-    """The largest relative difference of the first LOSS_STEPS losses, and how many were compared."""
-    pairs = list(zip(first.losses, second.losses, strict=False))[:LOSS_STEPS]
-    relative = [abs(a - b) / abs(a) if a else abs(b) for a, b in pairs]
-    return max(relative, default=None), len(pairs)
-
-
 def dispatcher_text(outcomes: Sequence[Outcome]) -> str:
     """The table of every pair of dispatchers, and the verdicts on their work; empty where nothing can be paired."""
     found = pairings(outcomes)
     if not found:
         return ""
+    arms = [arm for pairing in found for arm in (pairing.first, pairing.second)]
     blocks = [f"Token dispatchers: mean training step, slowest rank; {_routing(found)}"]
     for names, group in itertools.groupby(sorted(found, key=_names), key=_names):
         blocks.append(_table(names, list(group)))
-    blocks.append("\n".join(_verdict(pairing) for pairing in found))
+    blocks.append("\n".join([*map(_verdict, found), *run_lines(arms)]))
     return "\n\n".join(blocks)
 
 
@@ -227,19 +185,18 @@ def _table(names: tuple[str, str], group: Sequence[Pairing]) -> str:
 
 def _row(pairing: Pairing) -> list[str]:
     first, second, work = pairing.first, pairing.second, pairing.work
-    means = [arm.result.summary.mean_s if arm.result.summary else 0.0 for arm in (first, second)]
     beyond = {True: "yes", False: "no", None: "-"}[pairing.is_beyond_spread]
     delta = pairing.delta
     return [
         first.where,
         str(first.steps.micro_batch_size),
         "on" if first.steps.dispatch.overlap else "off",
-        *(f"{1e3 * mean:.2f}" for mean in means),
+        *(f"{1e3 * arm.mean_s:.2f}" for arm in (first, second)),
         "-" if delta is None else f"{100 * delta:+.1f}",
         "-" if delta is None else faster_by(pairing, delta),
         beyond if delta is not None else "-",
-        f"{len(first.result.measured)}+{len(second.result.measured)}",
-        str(first.result.num_stalls + second.result.num_stalls),
+        f"{first.num_measured}+{second.num_measured}",
+        str(first.num_stalls + second.num_stalls),
         "-" if work.loss_difference is None else f"{work.loss_difference:.1e}",
         "equal" if work.is_equal else "NOT EQUAL",
     ]
@@ -261,8 +218,9 @@ def _verdict(pairing: Pairing) -> str:
     names = f"{pairing.first.name} and {pairing.second.name}"
     if work.problems:
         return f"{cell}{names}: NOT EQUAL work: {'; '.join(work.problems)}"
+    result = pairing.first.runs[0].result
     return (
-        f"{cell}{names}: equal work: {len(pairing.first.result.config)} fields of the configuration are equal but for "
-        f"the dispatcher, {sum(sample.num_tokens for sample in pairing.first.result.samples):,} tokens each, no drops, "
+        f"{cell}{names}: equal work: {len(result.config)} fields of the configuration are equal but for "
+        f"the dispatcher, {sum(sample.num_tokens for sample in result.samples):,} tokens each, no drops, "
         f"losses of {work.num_losses} steps within {work.loss_difference:.1e} (bar {LOSS_BAR:.1e})"
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 
-from refit.report.compare import MIN_SAMPLES, exceeds_spread, notch
 from refit.report.points import Point
+from refit.report.run_spread import MIN_SAMPLES, Samples, exceeds_spread, half_width, median_of
 from refit.report.time_fit import Fit
 
 MAX_CV = 0.2
@@ -15,12 +14,12 @@ MAX_CV = 0.2
 MAX_FIT_ERROR = 0.15
 """The largest relative deviation of a fit from which a conclusion is drawn."""
 
-Figures = Callable[[Point], Sequence[float]]
-"""What is compared of a scenario: one figure for each measured refit."""
+Figures = Callable[[Point], Samples]
+"""What is compared of a scenario: of each run, one figure for each measured refit."""
 
 
-def times(point: Point) -> Sequence[float]:
-    """Seconds of each measured refit."""
+def times(point: Point) -> Samples:
+    """Seconds of each measured refit, by run."""
     return point.samples_s
 
 
@@ -48,7 +47,7 @@ def no_difference(first: Sequence[Point], second: Sequence[Point], figures: Figu
         for other in second:
             if not exceeds_spread(figures(one), figures(other)):
                 return f"the difference between {one.name} and {other.name} is within the spread of their refits"
-            directions.add(statistics.median(figures(one)) > statistics.median(figures(other)))
+            directions.add(median_of(figures(one)) > median_of(figures(other)))
     return "not all of these scenarios agree on which is faster" if len(directions) > 1 else None
 
 
@@ -57,14 +56,17 @@ def not_equal(points: Sequence[Point], tolerance: float, figures: Figures = time
     if reason := unfit_to_compare(points) or _too_few(points):
         return reason
     for point in points:
-        if notch(figures(point)) > tolerance * statistics.median(figures(point)):
+        if half_width(figures(point)) > tolerance * median_of(figures(point)):
             return f"the spread of the refits of {point.name} hides differences of {100 * tolerance:.0f} %"
     return None
 
 
 def _too_few(points: Sequence[Point]) -> str | None:
-    few = next((point for point in points if len(point.samples_s) < MIN_SAMPLES), None)
-    return f"{few.name} has fewer than {MIN_SAMPLES} measured refits" if few else None
+    few = next((point for point in points if min(map(len, point.samples_s), default=0) < MIN_SAMPLES), None)
+    if few is None:
+        return None
+    run = "a run with " if len(few.samples_s) > 1 else ""
+    return f"{few.name} has {run}fewer than {MIN_SAMPLES} measured refits"
 
 
 def poor_fit(fit: Fit, num_scenarios: int) -> str | None:

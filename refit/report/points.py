@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from refit.config.quantisation import Quantisation
 from refit.config.scenario import Mode
 from refit.config.side import SideSpec
-from refit.report.run_spread import Repeated, by_scenario
+from refit.report.run_spread import Repeated, Samples, by_scenario
 from refit.results.outcomes import Outcome
 from refit.results.result import Environment
 from refit.results.stats import summarise
@@ -20,7 +20,7 @@ from refit.results.status import Status
 class Point:
     """A measured scenario. `model` is equal for scenarios that move the same model.
 
-    `samples_s` are its measured refits; `conditions` the versions and the GPU, by name.
+    `samples_s` are the measured refits of each of its runs; `conditions` the versions and the GPU, by name.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Point:
     method: str
     model: Hashable
     median_s: float
-    samples_s: tuple[float, ...]
+    samples_s: Samples
     conditions: dict[str, str]
     payload: int
     wire: int
@@ -70,8 +70,9 @@ class Point:
 
     @property
     def cv(self) -> float:
-        """Standard deviation of its refits over their mean."""
-        return summarise(self.samples_s).cv if self.samples_s else 0.0
+        """Standard deviation of the refits of all its runs over their mean."""
+        refits_s = [seconds for run in self.samples_s for seconds in run]
+        return summarise(refits_s).cv if refits_s else 0.0
 
 
 def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
@@ -84,14 +85,14 @@ def points_of(outcomes: Iterable[Outcome]) -> list[Point]:
 
 
 def _joined(scenario: Repeated, runs: Sequence[Point]) -> Point:
-    """The runs of a scenario as one point: the median of their medians, and the refits of all of them."""
+    """The runs of a scenario as one point: the median of their medians, and the refits of each."""
     spread = f", spread {100 * scenario.spread:.1f} %" if len(runs) > 1 else ""
     names = dict.fromkeys(name for run in runs for name in run.conditions)
     return replace(
         runs[0],
         name=f"{scenario.name} ({scenario.count}{spread})",
         median_s=statistics.median(run.median_s for run in runs),
-        samples_s=tuple(seconds for run in runs for seconds in run.samples_s),
+        samples_s=[samples for run in runs for samples in run.samples_s],
         conditions={
             name: " / ".join(dict.fromkeys(run.conditions.get(name, "none") for run in runs)) for name in names
         },
@@ -122,7 +123,7 @@ def _point(outcome: Outcome) -> Point | None:
         method=planned.method,
         model=_model(outcome),
         median_s=median_s,
-        samples_s=tuple(outcome.tested.measured_s) if outcome.tested else (),
+        samples_s=[outcome.tested.measured_s] if outcome.tested else [],
         conditions=_conditions(outcome),
         payload=cost.payload_bytes,
         wire=cost.wire_bytes,

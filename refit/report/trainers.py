@@ -11,8 +11,21 @@ from refit.config.layout import Layout
 from refit.config.scenario import Scenario
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec
-from refit.report.dispatchers import Arm, arm_of, conditions, differences, loss_difference
+from refit.report.arms import (
+    Arm,
+    Problem,
+    StepRun,
+    arms_of,
+    conditions,
+    differences,
+    largest,
+    loss_difference,
+    problem_texts,
+    run_lines,
+)
 from refit.report.grid import Column, fitted
+from refit.report.points import median
+from refit.report.run_spread import exceeds_spread
 from refit.results.outcomes import Outcome
 from refit.results.step import StepResult
 
@@ -28,8 +41,8 @@ FIRST = "megatron"
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """One run. `problems` are the reasons why its work differs from that of the others, `loss_difference` is relative
-    to the run that they are compared with."""
+    """One scenario with all its runs. `problems` are the reasons why their work differs from that of the others,
+    `loss_difference` is relative to the run that they are compared with."""
 
     arm: Arm
     problems: tuple[str, ...]
@@ -38,39 +51,35 @@ class Trainer:
     @property
     def title(self) -> str:
         """`fsdp2 TP2 EP1 FSDP2`; Megatron's sides have no format in their title."""
-        source = _scenario(self.arm).source
+        source = self.arm.scenario.source
         return source.title if source.title.startswith(source.format) else f"{source.format} {source.title}"
-
-    @property
-    def mean_s(self) -> float:
-        summary = self.arm.result.summary
-        assert summary is not None, "an arm has measured steps"
-        return summary.mean_s
 
 
 def rankings(outcomes: Sequence[Outcome]) -> list[list[Trainer]]:
-    """The runs of each model, layout and batch that several libraries trained, fastest mean step first."""
+    """The scenarios of each model, layout and batch that several libraries trained, fastest mean step first."""
     groups: dict[str, list[Arm]] = defaultdict(list)
-    for arm in filter(None, map(arm_of, outcomes)):
-        groups[_work(_scenario(arm))].append(arm)
-    several = [arms for arms in groups.values() if len({_scenario(arm).source.format for arm in arms}) > 1]
+    for arm in arms_of(outcomes):
+        groups[_work(arm.scenario)].append(arm)
+    several = [arms for arms in groups.values() if len({arm.scenario.source.format for arm in arms}) > 1]
     return [_ranked(arms) for arms in several]
 
 
 def _ranked(arms: Sequence[Arm]) -> list[Trainer]:
-    ranked = sorted(arms, key=lambda arm: arm.result.summary.mean_s if arm.result.summary else 0.0)
-    base = next((arm for arm in ranked if _scenario(arm).source.format == FIRST), ranked[0])
-    found = []
-    for arm in ranked:
-        difference, _ = loss_difference(base.result, arm.result)
-        found.append(Trainer(arm, tuple(_problems(base, arm, difference)), difference))
-    return found
+    ranked = sorted(arms, key=lambda arm: arm.mean_s)
+    base = next((arm for arm in ranked if arm.scenario.source.format == FIRST), ranked[0])
+    return [_compared(base, arm) for arm in ranked]
 
 
-def _scenario(arm: Arm) -> Scenario:
-    assert arm.outcome.result is not None
-    assert arm.outcome.result.scenario is not None
-    return arm.outcome.result.scenario
+def _compared(base: Arm, arm: Arm) -> Trainer:
+    """Every run of `arm` beside the first run of `base`."""
+    first = base.runs[0]
+    losses = [loss_difference(first.result, run.result)[0] for run in arm.runs]
+    problems = [
+        Problem(run, text, first)
+        for run, difference in zip(arm.runs, losses, strict=True)
+        for text in _problems(first, run, difference)
+    ]
+    return Trainer(arm, problem_texts(problems, (base, arm)), largest(losses))
 
 
 def _work(scenario: Scenario) -> str:
@@ -91,25 +100,25 @@ def _work(scenario: Scenario) -> str:
     )
 
 
-def _problems(base: Arm, arm: Arm, difference: float | None) -> Iterator[str]:
-    tokens = [[sample.num_tokens for sample in each.result.samples] for each in (base, arm)]
+def _problems(base: StepRun, run: StepRun, difference: float | None) -> Iterator[str]:
+    tokens = [[sample.num_tokens for sample in each.result.samples] for each in (base, run)]
     if tokens[0] != tokens[1]:
         yield f"tokens differ: {sum(tokens[0]):,} and {sum(tokens[1]):,} over all steps"
-    skipped = [each.result.num_skipped for each in (base, arm)]
+    skipped = [each.result.num_skipped for each in (base, run)]
     if skipped[0] != skipped[1]:
         yield f"overflow skipped {skipped[0]} and {skipped[1]} steps"
-    versions = [conditions(each.outcome) for each in (base, arm)]
+    versions = [conditions(each.outcome) for each in (base, run)]
     if versions[0] != versions[1]:
         yield f"versions or GPUs differ: {', '.join(differences(*versions))}"
-    bar = _bar(arm)
+    bar = _bar(run.scenario)
     if difference is None:
         yield "there are no losses to compare"
     elif not difference <= bar:
         yield f"losses differ by {difference:.1e}, more than {bar:.1e}"
 
 
-def _bar(arm: Arm) -> float:
-    dtype = _scenario(arm).source.dtype
+def _bar(scenario: Scenario) -> float:
+    dtype = scenario.source.dtype
     return LOSS_BAR[dtype] if dtype is not None else 0.0
 
 
@@ -119,23 +128,29 @@ def trainer_text(outcomes: Sequence[Outcome]) -> str:
 
 
 def _block(ranking: Sequence[Trainer]) -> str:
-    scenario, steps = _scenario(ranking[0].arm), ranking[0].arm.steps
+    scenario, steps, arms = ranking[0].arm.scenario, ranking[0].arm.steps, [trainer.arm for trainer in ranking]
     title = (
         f"Trainers of {scenario.model_title or 'one model'}: {scenario.source.world_size} ranks, "
         f"{steps.global_batch_size} sequences of {steps.seq_length} tokens, micro-batch {steps.micro_batch_size}; "
         "mean training step, slowest rank"
     )
     title += f"; of runs that measure {', '.join(scenario.measurements)}" if len(scenario.measurements) > 1 else ""
-    rows = [_row(place, trainer, ranking[0]) for place, trainer in enumerate(ranking, start=1)]
-    return "\n\n".join((title, fitted(COLUMNS, rows), "\n".join(_verdict(trainer) for trainer in ranking)))
+    columns, rows = list(COLUMNS), [_row(place, trainer, ranking[0]) for place, trainer in enumerate(ranking, start=1)]
+    if any(arm.repeated.has_runs for arm in arms):
+        place = columns.index(OVER) + 1
+        columns.insert(place, Column("beyond", "spread", is_text=True))
+        for row, trainer in zip(rows, ranking, strict=True):
+            row.insert(place, _beyond(trainer, ranking[0]))
+    return "\n\n".join((title, fitted(columns, rows), "\n".join([*map(_verdict, ranking), *run_lines(arms)])))
 
 
+OVER = Column("over", "first (%)")
 COLUMNS = [
     Column("trainer", is_text=True),
     Column("rank"),
     Column("mean", "(ms)"),
     Column("std", "(ms)"),
-    Column("over", "first (%)"),
+    OVER,
     Column("tokens", "per s"),
     Column("sequences", "per s"),
     Column("TFLOP/s", "per rank"),
@@ -149,40 +164,54 @@ COLUMNS = [
 
 
 def _row(place: int, trainer: Trainer, first: Trainer) -> list[str]:
-    result = trainer.arm.result
-    assert result.summary is not None
-    judged = not trainer.problems and not first.problems
+    arm = trainer.arm
     return [
         trainer.title,
         str(place),
-        f"{1e3 * trainer.mean_s:.2f}",
-        f"{1e3 * trainer.mean_s * result.summary.cv:.2f}",
-        f"{100 * (trainer.mean_s / first.mean_s - 1):+.1f}" if judged else "-",
-        f"{result.tokens_per_s:,.0f}",
-        f"{result.samples_per_s:,.2f}",
-        f"{result.tflops_per_gpu:,.4g}",
-        "-" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f}",
-        *_shares(result),
-        str(result.num_stalls),
+        f"{1e3 * arm.mean_s:.2f}",
+        f"{1e3 * arm.std_s:.2f}",
+        f"{100 * (arm.mean_s / first.arm.mean_s - 1):+.1f}" if _judged(trainer, first) else "-",
+        f"{arm.tokens_per_s:,.0f}",
+        f"{arm.samples_per_s:,.2f}",
+        f"{arm.tflops_per_gpu:,.4g}",
+        "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 2**30:.2f}",
+        *_shares(arm),
+        str(arm.num_stalls),
         "-" if trainer.loss_difference is None else f"{trainer.loss_difference:.1e}",
         "NOT EQUAL" if trainer.problems else "equal",
     ]
 
 
-def _shares(result: StepResult) -> list[str]:
+def _judged(trainer: Trainer, first: Trainer) -> bool:
+    return not trainer.problems and not first.problems
+
+
+def _beyond(trainer: Trainer, first: Trainer) -> str:
+    """Whether it differs from the first by more than steps and runs vary; `-` where that is not judged."""
+    if trainer is first or not _judged(trainer, first):
+        return "-"
+    return {True: "yes", False: "no", None: "-"}[exceeds_spread(trainer.arm.samples_s, first.arm.samples_s)]
+
+
+def _shares(arm: Arm) -> list[str]:
+    shares = zip(*(_shares_of(run.result) for run in arm.runs), strict=True)
+    return ["-" if share is None else f"{100 * share:.1f}" for share in map(median, shares)]
+
+
+def _shares_of(result: StepResult) -> list[float | None]:
+    """That of each of PARTS in the recorded step, and of the rest; None where not known."""
     found = result.breakdown
     if found is None:
-        return ["-"] * (len(PARTS) + 1)
-    rest = found.rest_s / found.seconds if found.seconds else 0.0
+        return [None] * (len(PARTS) + 1)
     shares = [found.share(part) if part in found.parts_s else None for part in PARTS]
-    return ["-" if share is None else f"{100 * share:.1f}" for share in (*shares, rest)]
+    return [*shares, found.rest_s / found.seconds if found.seconds else 0.0]
 
 
 def _verdict(trainer: Trainer) -> str:
     """What trained, what of the vocabulary is split, and whether the work is that of the others."""
-    result = trainer.arm.result
+    result, bar = trainer.arm.runs[0].result, _bar(trainer.arm.scenario)
     if trainer.problems:
         work = f"NOT EQUAL work: {'; '.join(trainer.problems)}"
     else:
-        work = f"equal work, losses within {trainer.loss_difference:.1e} (bar {_bar(trainer.arm):.1e})"
+        work = f"equal work, losses within {trainer.loss_difference:.1e} (bar {bar:.1e})"
     return f"{trainer.title}: {result.optimizer}; vocabulary {result.vocabulary or 'not on record'}; {work}"

@@ -59,10 +59,17 @@ def test_runs_of_one_scenario_are_one_point() -> None:
     ours = runs_of("ours", 0.1, 0.12, 0.1)
     (point,) = points_of(ours)
     assert (point.name, point.median_s) == ("ours (3 runs, spread 20.0 %)", 0.1)
-    assert sorted(point.samples_s) == sorted(seconds for run in ours for seconds in points_of([run])[0].samples_s)
+    assert point.samples_s == [points_of([run])[0].samples_s[0] for run in ours]
     wrong = replace(ours[1], status=Status.WRONG_DATA)
     assert points_of([ours[0], wrong])[0].name == "ours (1 of 2 runs)"
     assert points_of([wrong]) == []
+
+
+def test_runs_that_overlap_support_no_conclusion() -> None:
+    """Refits of a run are within 2 % of each other; runs of one method are as fast as one of the other."""
+    entries = [*runs_of("ours", 0.1, 0.13, 0.1), *runs_of("other", 0.12, 0.12, 0.12, method="nccl")]
+    assert "(3 runs, spread 0.0 %) is within the spread of their refits" in analysis_text(entries)
+    assert "within the spread" not in analysis_text([entries[0], entries[2], *entries[3:]])
 
 
 def test_repeated_scenarios_are_compared_once() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from refit.config.scenario import Mode, Scenario
 from refit.config.steps import Dispatch, StepSettings
-from refit.report.dispatchers import LOSS_BAR, arm_of, dispatcher_text, faster_by, pairings
+from refit.report.arms import arms_of
+from refit.report.dispatchers import LOSS_BAR, dispatcher_text, faster_by, pairings
 from refit.report.step_tables import curve_text, index_text, write_step_tables
 from refit.results.outcomes import Outcome, judged
 from refit.results.result import Result, converted, encoded
@@ -22,6 +23,7 @@ from refit.results.status import Status
 from refit.results.step import StepResult, StepSample, count_stalls
 from tests.report.factories import ENVIRONMENT, MODEL, planned, side
 
+GOLDEN = Path(__file__).parent / "golden"
 CONFIG = {"num_layers": "2", "moe_expert_capacity_factor": "None", "moe_token_dispatcher_type": "alltoall"}
 
 
@@ -61,6 +63,18 @@ def outcome(
     )  # fmt: skip
     assert not changes
     return Outcome(planned(name), Status.OK, None, run)
+
+
+FOUR_LOSSES = (5.0, 4.0, 3.0, 2.0)
+"""Of one step that warms up and three that are measured, the fewest whose spread is judged."""
+
+
+def runs_of(arm: str, *means_s: float, **changes: Any) -> list[Outcome]:
+    """Several runs of one scenario, each with its mean step, with `changes` of all."""
+    found = [outcome(arm, mean_s, **{"losses": FOUR_LOSSES, **changes}) for mean_s in means_s]
+    return [
+        replace(each, planned=planned(f"{arm}_run{number}", run_of=arm)) for number, each in enumerate(found, start=1)
+    ]
 
 
 def test_cells_that_differ_in_the_dispatcher_alone_are_paired() -> None:
@@ -134,7 +148,7 @@ def test_other_cells_are_not_paired() -> None:
     assert pairings([outcome("alltoall", 1.0), outcome("allgather", 1.0, overlap=True)]) == []
     assert dispatcher_text([outcome("alltoall", 1.0)]) == ""
     failed = replace(outcome("allgather", 1.0), status=Status.FAILED)
-    assert arm_of(failed) is None
+    assert arms_of([failed]) == []
 
 
 def test_tables_have_a_row_for_every_run_and_step(tmp_path: Path) -> None:
@@ -191,6 +205,102 @@ def test_pictures_of_steps(tmp_path: Path) -> None:
         ("TP1 EP2, allgather", [1, 4], [2000.0, 1000.0]),
         ("TP1 EP2, alltoall", [1, 4], [2000.0, 1000.0]),
     ]
-    arms = [arm for cell in cells if (arm := arm_of(cell)) is not None]
-    curves = losses_figure(arms, "under").axes[0].get_lines()
-    assert [curve.get_label() for curve in curves] == [arm.outcome.planned.name for arm in arms]
+    curves = losses_figure(arms_of(cells), "under").axes[0].get_lines()
+    assert [curve.get_label() for curve in curves] == [cell.planned.name for cell in cells]
+
+
+def test_single_runs_are_shown_as_ever() -> None:
+    cells = [
+        outcome(arm, mean_s, micro, losses=losses)
+        for micro, arm, mean_s, losses in (
+            (1, "alltoall", 12.54, FOUR_LOSSES),
+            (1, "flex/deepep", 14.12, FOUR_LOSSES),
+            (4, "alltoall", 9.77, (5.0, 4.0)),
+            (4, "flex/deepep", 6.26, (5.0, 4.1)),
+        )
+    ]
+    assert dispatcher_text(cells) + "\n" == (GOLDEN / "dispatchers.txt").read_text()
+
+
+def test_runs_of_one_scenario_are_one_arm() -> None:
+    cells = [*runs_of("alltoall", 1.0, 1.2, 1.1), *runs_of("allgather", 2.2, 2.1, 2.3)]
+    (pair,) = pairings(cells)
+    assert (pair.first.mean_s, pair.second.mean_s) == (1.1, 2.2)
+    assert pair.delta == pytest.approx(1.0)
+    assert pair.is_beyond_spread
+    text = dispatcher_text(cells)
+    (row,) = (line.split() for line in text.splitlines() if " off " in line)
+    assert row[4:] == ["1100.00", "2200.00", "+100.0", "alltoall", "50.0", "%", "yes", "9+9", "0", "0.0e+00", "equal"]
+    assert (
+        "alltoall: 1100.00 ms, median of the means of 3 runs (1000.00, 1200.00, 1100.00), spread 18.2 %; "
+        "within a run up to 0.0 % (cv)"
+    ) in text
+    assert text.count("median of the means") == 2
+
+
+def test_a_difference_is_judged_by_the_spread_between_runs_too() -> None:
+    """Steps of a run do not vary at all; runs do."""
+    (pair,) = pairings([*runs_of("alltoall", 1.0, 1.2, 1.1), *runs_of("allgather", 1.15, 1.25, 1.2)])
+    assert pair.is_beyond_spread is False
+    (pair,) = pairings([*runs_of("alltoall", 1.1), *runs_of("allgather", 1.2)])
+    assert pair.is_beyond_spread is True
+
+
+@pytest.mark.parametrize(
+    ("odd", "who"),
+    [
+        (1, "alltoall_run2 against alltoall_run1: losses differ by 5.0e-04, more than 4.1e-04"),
+        (4, "allgather_run3 against alltoall_run1: losses differ by 5.0e-04, more than 4.1e-04"),
+    ],
+)
+def test_a_run_of_other_work_is_named(odd: int, who: str) -> None:
+    cells = [*runs_of("alltoall", 1.0, 1.0), *runs_of("allgather", 2.0, 2.0, 2.0)]
+    (other,) = runs_of("alltoall" if odd < 2 else "allgather", 1.0, losses=(5.0, 4.0, 3.0 * (1 + 5e-4), 2.0))
+    cells[odd] = replace(other, planned=cells[odd].planned)
+    (pair,) = pairings(cells)
+    assert pair.work.problems == (who,)
+    assert pair.delta is None
+    assert f"NOT EQUAL work: {who}" in dispatcher_text(cells)
+
+
+def test_what_all_runs_have_is_said_once() -> None:
+    cells = [*runs_of("alltoall", 1.0), *runs_of("allgather", 2.0, 2.0, config={"moe_expert_capacity_factor": "1.0"})]
+    drops, config = pairings(cells)[0].work.problems
+    assert drops == ("allgather_run1, allgather_run2: allgather may drop tokens: moe_expert_capacity_factor is set")
+    assert config.startswith("allgather_run1, allgather_run2 against alltoall_run1: configurations differ")
+
+
+def test_losses_that_are_no_numbers_are_not_equal_work() -> None:
+    nan = float("nan")
+    for losses in ((nan, 4.0, 3.0), (5.0, nan, 3.0)):
+        (pair,) = pairings([outcome("alltoall", 1.0), outcome("allgather", 1.0, losses=losses)])
+        assert pair.work.problems == ("losses differ by nan, more than 4.1e-04",)
+
+
+def test_a_failed_run_is_named_and_does_not_count(tmp_path: Path) -> None:
+    cells = [*runs_of("alltoall", 1.0, 9.0, 1.0), *runs_of("allgather", 2.0, 2.0, 2.0)]
+    cells[1] = replace(cells[1], status=Status.FAILED, reason="killed")
+    (pair,) = pairings(cells)
+    assert pair.delta == 1.0
+    text = dispatcher_text(cells)
+    assert "alltoall: 1000.00 ms, median of the means of 2 of 3 runs (1000.00, 1000.00)" in text
+    assert "alltoall_run2 is not counted: failed: killed" in text
+    rows = list(csv.DictReader(io.StringIO(index_text(cells))))
+    assert [(row["name"], row["status"]) for row in rows][:2] == [("alltoall_run1", "ok"), ("alltoall_run2", "failed")]
+    assert len(rows) == 6
+    curves = [path.name for path in write_step_tables(cells, tmp_path, "run") if path.suffix == ".csv"]
+    assert curves[1:] == [f"run_{cell.planned.name}_loss_curve.csv" for cell in cells]
+
+
+def test_pictures_show_every_run() -> None:
+    pytest.importorskip("matplotlib")
+    from refit.report.plots.steps import crossover_figure, losses_figure
+
+    cells = [*runs_of("alltoall", 1.0, 1.2, 1.1), *runs_of("allgather", 2.0)]
+    axes = crossover_figure(pairings(cells), "under").axes[0]
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[2000.0], [1100.0]]
+    ends = [[y for _, y in path.vertices] for lines in axes.collections for path in lines.get_paths()]
+    assert ends == [[2000.0, 2000.0], [1000.0, 1200.0]]
+    curves = losses_figure(arms_of(cells), "under").axes[0].get_lines()
+    assert [curve.get_label() for curve in curves] == ["alltoall"] * 3 + ["allgather"]
+    assert len({curve.get_color() for curve in curves}) == 2

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from refit.report.page import Pictures, page
-from refit.report.run_spread import run_spread_lines
+from refit.report.run_spread import exceeds_spread, half_width, notch, run_spread_lines
 from refit.report.tables import markdown_text
 from refit.results.outcomes import Outcome, judged
 from refit.results.refit import RefitResult
@@ -13,6 +18,7 @@ from refit.results.result import Result
 from refit.results.runs import Run
 from refit.results.status import Status
 from tests.report.factories import planned, sweep_of, timed
+from tests.report.test_dispatchers import outcome as dispatched
 
 
 def run_of(name: str, number: int, *seconds: float, status: Status = Status.OK) -> Outcome:
@@ -25,7 +31,7 @@ def test_the_medians_of_the_runs_and_how_far_they_are_apart() -> None:
     runs = [run_of("a", 1, 0.1, 0.1), run_of("b", 1, 0.2), run_of("a", 2, 0.11, 0.13), run_of("a", 3, 0.09, 0.09)]
     assert run_spread_lines(runs)[2:] == [
         "a: 100.00 ms, median of 3 runs (100.00, 120.00, 90.00), spread 30.0 %; within a run up to 8.3 % (cv)",
-        "b: no spread, 1 of 1 runs ended with a verified time",
+        "b: no spread, 1 of 1 runs ended with a time that counts",
         "",
     ]
 
@@ -47,3 +53,54 @@ def test_a_wrong_result_is_no_run() -> None:
 def test_nothing_is_said_of_scenarios_that_run_once() -> None:
     entry = planned("a")
     assert run_spread_lines([judged(entry, Result("a", status=Status.OK))]) == []
+
+
+def test_training_steps_have_a_spread_where_nothing_is_refitted() -> None:
+    found = dispatched("alltoall", 1.0), dispatched("alltoall", 1.1)
+    runs = []
+    for number, each in enumerate(found, start=1):
+        assert each.result is not None
+        entry = planned(f"a_run{number}", run_of="a", scenario=each.result.scenario)
+        runs.append(replace(each, planned=entry))
+    assert run_spread_lines(runs)[2].startswith("a: 1050.00 ms, median of 2 runs (1000.00, 1100.00), spread 9.5 %")
+
+
+FAST = (0.100, 0.101, 0.102, 0.101, 0.100)
+SLOW = (0.120, 0.121, 0.122, 0.121, 0.120)
+
+
+def test_spread_of_single_runs() -> None:
+    assert exceeds_spread([FAST], [SLOW]) is True
+    assert exceeds_spread([SLOW], [FAST]) is True
+    assert exceeds_spread([FAST], [FAST]) is False
+    wide = (0.08, 0.09, 0.1, 0.11, 0.12)
+    assert exceeds_spread([wide], [[seconds + 0.005 for seconds in wide]]) is False
+    assert exceeds_spread([(0.1, 0.1)], [SLOW]) is None
+    many = list(FAST) * 4
+    assert exceeds_spread([[*many, 9.0]], [[*(seconds + 0.01 for seconds in many), 0.001]]) is True
+
+
+def test_spread_of_several_runs() -> None:
+    apart = [seconds + 0.015 for seconds in FAST]
+    assert exceeds_spread([FAST, FAST], [SLOW, SLOW]) is True
+    assert exceeds_spread([FAST, apart, apart], [SLOW, SLOW]) is False, "a run of the first is as far as the second"
+    assert exceeds_spread([FAST, SLOW], [FAST, SLOW]) is False
+    assert exceeds_spread([FAST, (0.1, 0.1)], [SLOW]) is None
+    assert exceeds_spread([], [SLOW]) is None
+
+
+samples = st.lists(st.floats(0.001, 10.0), min_size=3, max_size=5)
+runs = st.lists(samples, min_size=1, max_size=4)
+
+
+@given(runs, runs)
+def test_scenarios_whose_runs_overlap_do_not_differ(old: list[list[float]], new: list[list[float]]) -> None:
+    medians = [list(map(statistics.median, each)) for each in (old, new)]
+    if exceeds_spread(old, new):
+        assert max(medians[0]) < min(medians[1]) or max(medians[1]) < min(medians[0])
+
+
+@given(runs)
+def test_the_interval_is_never_narrower_than_that_of_a_run(found: list[list[float]]) -> None:
+    assert half_width(found) >= max(map(notch, found))
+    assert half_width(found[:1]) == notch(found[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +106,52 @@ def test_unequal_work_has_no_delta(change: dict[str, Any], reason: str) -> None:
     assert reason in text
     assert "NOT EQUAL" in text
     assert "+50.0" not in text
+
+
+def runs_of(library: str, *means_s: float, **changes: Any) -> list[Outcome]:
+    return [
+        replace(outcome(library, mean_s, **changes), planned=planned(f"{library}_run{number}", run_of=library))
+        for number, mean_s in enumerate(means_s, start=1)
+    ]
+
+
+def with_steps(found: Outcome, number: int) -> Outcome:
+    """The run with `number` measured steps, all alike."""
+    assert found.result is not None
+    steps: StepResult = found.result.measurements["train-step"]
+    more = replace(steps, samples=steps.samples[:2] + steps.samples[-1:] * (number - 1))
+    return replace(found, result=replace(found.result, measurements={"train-step": more}))
+
+
+def test_single_runs_are_shown_as_ever() -> None:
+    golden = Path(__file__).parent / "golden" / "trainers.txt"
+    cells = [outcome("autotp", 3.0), outcome("megatron", 2.0), outcome("fsdp2", 2.5, tokens=256)]
+    assert trainer_text(cells) + "\n" == golden.read_text()
+
+
+def test_runs_of_one_scenario_are_one_trainer() -> None:
+    cells = [*runs_of("megatron", 2.0, 2.2, 2.1), *runs_of("fsdp2", 2.5, 9.0, 2.5), *runs_of("autotp", 2.15, 2.3)]
+    cells[4] = replace(cells[4], status=Status.FAILED, reason="killed")
+    ((*ranking,),) = rankings(cells)
+    assert [(each.arm.repeated.name, each.arm.mean_s) for each in ranking] == [
+        ("megatron", 2.1), ("autotp", pytest.approx(2.225)), ("fsdp2", 2.5),
+    ]  # fmt: skip
+    text = trainer_text([with_steps(cell, 3) for cell in cells])
+    rows = [line.split() for line in text.splitlines() if line.startswith(("megatron TP", "fsdp2 TP", "autotp TP"))]
+    beyond = [row[row.index(over) + 1] for row, over in zip(rows, ("+0.0", "+6.0", "+19.0"), strict=False)]
+    assert beyond == ["-", "no", "yes"]
+    assert f"{1e3 * math.sqrt(0.02 / 3):.2f}" in rows[0], "steps of a run are equal: all deviation is between runs"
+    assert "autotp: 2225.00 ms, median of the means of 2 runs (2150.00, 2300.00), spread 6.7 %" in text
+    assert "fsdp2_run2 is not counted: failed: killed" in text
+
+
+def test_a_run_of_other_work_is_named() -> None:
+    cells = [*runs_of("megatron", 2.0, 2.0), *runs_of("fsdp2", 3.0, 3.0)]
+    cells[3] = replace(runs_of("fsdp2", 3.0, tokens=256)[0], planned=cells[3].planned)
+    ((first, second),) = rankings(cells)
+    assert first.problems == ()
+    assert second.problems == ("fsdp2_run2 against megatron_run1: tokens differ: 1,536 and 768 over all steps",)
+    assert "+50.0" not in trainer_text(cells)
 
 
 def test_the_json_of_a_run_has_the_fields_of_the_format() -> None:

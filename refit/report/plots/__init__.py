@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from refit.report.dispatchers import arm_of, pairings
+from refit.report.arms import arms_of
+from refit.report.dispatchers import pairings
 from refit.report.plots.caption import caption
 from refit.report.plots.iterations import iterations_figure
 from refit.report.plots.pairs import NoPairs, Pairs, pairs_figure
@@ -42,7 +43,7 @@ def draw(run: Run, directory: Path, pairs: Pairs) -> Iterator[Path | str]:
 def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
     measured = [outcome for outcome in run.outcomes if outcome.tested and outcome.tested.measured_s]
     under = caption(run.outcomes, run.sweep)
-    if arms := [arm for outcome in run.outcomes if (arm := arm_of(outcome)) is not None]:
+    if arms := arms_of(run.outcomes):
         yield save(losses_figure(arms, under), directory / "losses.png")
         if pairs := pairings(run.outcomes):
             yield save(crossover_figure(pairs, under), directory / "crossover.png")

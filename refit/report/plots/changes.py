@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refit.report.compare import MIN_SAMPLES, Comparison, Pair, exceeds_spread, notch
+from refit.report.compare import Comparison, Pair
 from refit.report.neutral import picture_text
 from refit.report.plots.caption import caption
 from refit.report.plots.style import (
@@ -20,7 +20,7 @@ from refit.report.plots.style import (
     wrapped,
     wrapped_text,
 )
-from refit.results.outcomes import Outcome
+from refit.report.run_spread import MIN_SAMPLES, Repeated, half_width
 from refit.results.runs import Run
 from refit.results.status import Status
 
@@ -39,26 +39,33 @@ def draw_changes(old: Run, new: Run, comparison: Comparison, path: Path) -> Path
 
 
 def changes_figure(old: Run, new: Run, comparison: Comparison) -> Figure:
-    """Medians of both runs, whiskers their notches (median +- 1.57 x IQR / sqrt(n)), the change beside them."""
-    runs = [
-        f"{word}: {picture_text(run.sweep.run_id)} ({caption([getattr(pair, word) for pair in comparison.pairs])})"
-        for word, run in (("old", old), ("new", new))
-    ]
+    """Medians of both, whiskers their intervals (median +- `half_width`), the change beside them."""
     pairs = comparison.pairs
+    runs = [
+        f"{word}: {picture_text(run.sweep.run_id)} ({caption([one for each in both for one in each.outcomes])})"
+        for word, run, both in (
+            ("old", old, [pair.old for pair in pairs]),
+            ("new", new, [pair.new for pair in pairs]),
+        )
+    ]
     figure = new_figure(10, 2.4 + 0.85 * len(pairs), "Refit time, old and new", "")
     figure.suptitle("\n".join(["Refit time, old and new", *(wrapped_text(run, 130) for run in runs)]), fontsize=10)
     axes = figure.add_subplot()
     longest_s = max((_end_s(one) for pair in pairs for one in (pair.old, pair.new)), default=0.0)
     scale, unit = time_scale(longest_s)
     for row, pair in enumerate(pairs):
-        for offset, outcome, name in ((-0.2, pair.old, "old"), (0.2, pair.new, "new")):
-            _bar(axes, outcome, row + offset, scale, name)
+        for offset, scenario, name in ((-0.2, pair.old, "old"), (0.2, pair.new, "new")):
+            _bar(axes, scenario, row + offset, scale, name)
         end = scale * max(_end_s(pair.old), _end_s(pair.new))
         axes.annotate(change_text(pair), (end, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(pairs)), [wrapped(pair.name) for pair in pairs], fontsize=9)
     axes.set_ylim(len(pairs) - 0.5, -0.5)
     axes.set_xlim(0, 1.45 * scale * longest_s or 1.0)
-    axes.set_xlabel(f"refit time ({unit}): median of the slowest rank; whiskers: median +- 1.57 x IQR / sqrt(n)")
+    several = any(scenario.has_runs for pair in pairs for scenario in (pair.old, pair.new))
+    farthest = ", or the distance of the farthest run" if several else ""
+    axes.set_xlabel(
+        f"refit time ({unit}): median of the slowest rank; whiskers: median +- 1.57 x IQR / sqrt(n){farthest}"
+    )
     grid(axes, "x")
     legend(figure)
     return figure
@@ -66,33 +73,30 @@ def changes_figure(old: Run, new: Run, comparison: Comparison) -> Figure:
 
 def change_text(pair: Pair) -> str:
     """`+10.0 %, within spread`; the status and reason where the new result is not valid."""
-    if pair.new.status is not Status.OK:
-        return wrapped_text(f"new: {pair.new.status.text}: {pair.new.reason}", 40)
-    if pair.old.status is not Status.OK:
-        return wrapped_text(f"old: {pair.old.status.text}: {pair.old.reason}", 40)
+    for word, outcome in (("new", pair.new.first), ("old", pair.old.first)):
+        if outcome.status is not Status.OK:
+            return wrapped_text(f"{word}: {outcome.status.text}: {outcome.reason}", 40)
     if pair.change is None:
         return "no times"
-    samples = [one.tested.measured_s if one.tested else [] for one in (pair.old, pair.new)]
-    beyond = exceeds_spread(*samples)
-    spread = {True: ", beyond spread", False: ", within spread", None: ""}[beyond]
+    spread = {True: ", beyond spread", False: ", within spread", None: ""}[pair.is_beyond_spread]
     return f"{100 * pair.change:+.1f} %{spread}"
 
 
-def _half_s(outcome: Outcome) -> float:
-    samples = outcome.tested.measured_s if outcome.tested else []
-    return notch(samples) if len(samples) >= MIN_SAMPLES else 0.0
+def _half_s(scenario: Repeated) -> float:
+    runs = scenario.samples_s
+    return half_width(runs) if runs and min(map(len, runs)) >= MIN_SAMPLES else 0.0
 
 
-def _end_s(outcome: Outcome) -> float:
-    return outcome.median_s + _half_s(outcome) if outcome.median_s else 0.0
+def _end_s(scenario: Repeated) -> float:
+    return scenario.median_s + _half_s(scenario) if scenario.median_s else 0.0
 
 
-def _bar(axes: Axes, outcome: Outcome, place: float, scale: float, name: str) -> None:
-    if not outcome.median_s:
+def _bar(axes: Axes, scenario: Repeated, place: float, scale: float, name: str) -> None:
+    if not scenario.median_s:
         return
-    is_valid = outcome.status is Status.OK
+    is_valid = scenario.first.status is Status.OK
     look, label = ((OLD, NEW)[name == "new"], name) if is_valid else (DOUBTFUL, "not valid")
-    median, half = scale * outcome.median_s, scale * _half_s(outcome)
+    median, half = scale * scenario.median_s, scale * _half_s(scenario)
     axes.barh(place, median, height=0.38, xerr=half or None, capsize=3, label=label, **look.fill)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
     axes.annotate(

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from refit.report.dispatchers import Arm, Pairing
+from refit.report.arms import Arm
+from refit.report.dispatchers import Pairing
 from refit.report.plots.style import METHOD_LOOKS, grid, legend, new_figure, wrapped_text
 
 if TYPE_CHECKING:
@@ -17,13 +18,14 @@ LABEL_WIDTH = 24
 
 
 def losses_figure(arms: Sequence[Arm], under: str) -> Figure:
-    """The loss of every step of every run."""
+    """The loss of every step of every run. Runs of one scenario look alike."""
     figure = new_figure(8, 4.8, "Loss of every training step", under)
     axes = figure.add_subplot()
     for number, arm in enumerate(arms):
         look = METHOD_LOOKS[number % len(METHOD_LOOKS)]
-        losses, name = arm.result.losses, wrapped_text(arm.outcome.planned.name, LABEL_WIDTH)
-        axes.plot(range(1, len(losses) + 1), losses, look.marker, linestyle="-", color=look.color, label=name)
+        for run in arm.runs:
+            losses, name = run.result.losses, wrapped_text(arm.repeated.name, LABEL_WIDTH)
+            axes.plot(range(1, len(losses) + 1), losses, look.marker, linestyle="-", color=look.color, label=name)
     axes.set_xlabel("step, warm-up included")
     axes.set_ylabel("loss")
     grid(axes, "both")
@@ -32,20 +34,26 @@ def losses_figure(arms: Sequence[Arm], under: str) -> Figure:
 
 
 def crossover_figure(pairs: Sequence[Pairing], under: str) -> Figure:
-    """The mean step of each dispatcher over micro-batches, by layout, with and without overlap."""
-    series: dict[str, dict[int, float]] = defaultdict(dict)
+    """The mean step of each dispatcher over micro-batches, by layout, with and without overlap.
+
+    Of several runs, the median of their means, with a line from the fastest to the slowest.
+    """
+    series: dict[str, dict[int, Arm]] = defaultdict(dict)
     arms = [arm for pair in pairs for arm in (pair.first, pair.second)]
     for arm in arms:
-        if arm.result.summary is not None:
-            overlap = ", overlap" if arm.steps.dispatch.overlap else ""
-            series[f"{arm.where}, {arm.name}{overlap}"][arm.steps.micro_batch_size] = arm.result.summary.mean_s
+        overlap = ", overlap" if arm.steps.dispatch.overlap else ""
+        series[f"{arm.where}, {arm.name}{overlap}"][arm.steps.micro_batch_size] = arm
     figure = new_figure(8, 4.8, "Mean training step by micro-batch, slowest rank", under)
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(sorted(series.items())):
         look = METHOD_LOOKS[number % len(METHOD_LOOKS)]
-        sizes, means = zip(*sorted(points.items()), strict=True)
-        label = wrapped_text(name, LABEL_WIDTH)
-        axes.plot(sizes, [1e3 * mean for mean in means], look.marker, linestyle="-", color=look.color, label=label)
+        sizes, label = sorted(points), wrapped_text(name, LABEL_WIDTH)
+        means_ms = [1e3 * points[size].mean_s for size in sizes]
+        axes.plot(sizes, means_ms, look.marker, linestyle="-", color=look.color, label=label)
+        for size in sizes:
+            if points[size].repeated.has_runs:
+                runs_ms = [1e3 * mean for mean in points[size].means_s]
+                axes.vlines(size, min(runs_ms), max(runs_ms), color=look.color)
     axes.set_xticks(sorted({arm.steps.micro_batch_size for arm in arms}))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("sequences of a micro-batch")

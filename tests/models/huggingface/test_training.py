@@ -76,7 +76,7 @@ def test_three_libraries_take_the_same_steps(ranks: RankPool, untied: list[str])
     outcomes = [Outcome(planned(str(number)), run.status, None, run) for number, run in enumerate(runs)]
     ((first, *others),) = rankings(outcomes)
     assert len(others) == 2
-    assert first.mean_s <= min(each.mean_s for each in others)
+    assert first.arm.mean_s <= min(each.arm.mean_s for each in others)
     assert not any(each.problems for each in (first, *others))
     assert ("the embedding is whole on every rank" in trainer_text(outcomes)) == bool(untied)
 

@@ -243,3 +243,17 @@ def test_a_comparison_shows_both_medians_and_the_change() -> None:
     shown = texts(figure.axes[0])
     assert {"+10.0 %, beyond spread", "+0.0 %, within spread", "new: failed: killed", "100", "110"} <= set(shown)
     assert "NVIDIA H100" in figure.get_suptitle()
+
+
+def test_a_comparison_of_several_runs_shows_how_far_they_are_apart() -> None:
+    """Refits of a run are equal, so that the whisker is the distance of the farthest run."""
+    runs = [
+        replace(outcome(f"a_run{number}", [seconds] * 5), planned=planned(f"a_run{number}", run_of="a"))
+        for number, seconds in enumerate((0.1, 0.13, 0.11), start=1)
+    ]
+    figure = changes_figure(run_of(*runs), run_of(*runs), compare_runs(run_of(*runs), run_of(*runs)))
+    (axes,) = figure.axes
+    whiskers = [path.vertices[:, 0] for lines in axes.collections for path in lines.get_paths()]
+    assert [ends.tolist() for ends in whiskers] == [pytest.approx([90, 130])] * 2
+    assert "+0.0 %, within spread" in texts(axes)
+    assert "the farthest run" in axes.get_xlabel()
