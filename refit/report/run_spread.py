@@ -98,7 +98,7 @@ def half_width(runs: Samples) -> float:
 
     Within: the widest `notch`. Between: the distance of the farthest run's median, 0 for a single run. Of normally
     distributed medians, 3 runs against 3 of equal speed differ beyond the second in 4 % of cases, 2 against 2 in 33 %
-    (simulated).
+    (tests/report/test_run_spread.py).
     """
     median = median_of(runs)
     return max(*map(notch, runs), *(abs(statistics.median(run) - median) for run in runs))

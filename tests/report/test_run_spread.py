@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,6 +89,14 @@ def test_spread_of_several_runs() -> None:
     assert exceeds_spread([FAST, SLOW], [FAST, SLOW]) is False
     assert exceeds_spread([FAST, (0.1, 0.1)], [SLOW]) is None
     assert exceeds_spread([], [SLOW]) is None
+
+
+@pytest.mark.parametrize(("num_runs", "share"), [(2, 1 / 3), (3, 0.04)])
+def test_how_often_equal_scenarios_differ_by_chance(num_runs: int, share: float) -> None:
+    """Medians of runs are normally distributed, refits of a run all alike."""
+    random = Random(0)
+    draws = [[[[random.gauss(1, 0.1)] * 3 for _ in range(num_runs)] for _ in range(2)] for _ in range(3000)]
+    assert sum(bool(exceeds_spread(*both)) for both in draws) / len(draws) == pytest.approx(share, abs=0.02)
 
 
 samples = st.lists(st.floats(0.001, 10.0), min_size=3, max_size=5)
