@@ -178,7 +178,7 @@ def _sized(
     sizes = {size: (given[size] or default) if size in row.axes else 1 for size, default in defaults.items()}
     if row.options is None:
         return Sized(None, default_sizes(sizes, given))
-    sized: Sized = load(row.options).complete(given_options, sizes, given)
+    sized: Sized = load(row.options).complete(name, given_options, sizes, given)
     return sized
 
 

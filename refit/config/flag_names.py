@@ -29,9 +29,9 @@ PIPELINE_LAYOUT_FLAGS = ("pipeline-model-parallel-layout", "rl-inference-pipelin
 FORMAT_FLAGS = ("source-format", "rl-inference-format")
 """The source's flag and the destination's, without dashes."""
 
-OPTION_FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
+OPTION_FLAGS: dict[str, dict[str, tuple[str | None, str | None]]] = {
     "fsdp2": {"replicate_size": ("fsdp-replicate-size", "rl-inference-fsdp-replicate-size")},
-    "autotp": {"zero_stage": ("zero-stage", "rl-inference-zero-stage")},
+    "autotp": {"zero_stage": ("zero-stage", None)},
     "vllm": {
         "data_parallel_size": (None, "rl-inference-data-parallel-size"),
         "replicas": (None, "rl-inference-replicas"),
@@ -42,7 +42,7 @@ OPTION_FLAGS: dict[str, dict[str, tuple[str | None, str]]] = {
 }
 """Format -> field of its options (`SideSpec.options`) -> the source's flag and the destination's, without dashes.
 
-A format that only destinations have has no flags of the source.
+None where a side has no such setting: a format that only destinations have has no flags of the source.
 """
 
 

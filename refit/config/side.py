@@ -29,8 +29,10 @@ class SideOptions(Protocol):
         ...
 
     @classmethod
-    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
-        """The settings and sizes of a side. `options` and `given` are the fields and sizes that flags gave.
+    def complete(
+        cls, name: str, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]
+    ) -> Sized:
+        """The settings and sizes of the side `name`. `options` and `given` are the fields and sizes that flags gave.
 
         `sizes` has the same sizes with defaults in place of None, less `world_size`. Raises UsageError where they
         contradict each other.
@@ -63,7 +65,9 @@ class Fsdp2Options:
         return f"TP{layout.tp} EP{layout.ep} FSDP{layout.world_size // (layout.tp * self.replicate_size)}{hsdp}"
 
     @classmethod
-    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
+    def complete(
+        cls, name: str, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]
+    ) -> Sized:
         return Sized(cls(**options), default_sizes(sizes, given))
 
 
@@ -99,7 +103,9 @@ class VllmOptions:
         return " ".join(words)
 
     @classmethod
-    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
+    def complete(
+        cls, name: str, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]
+    ) -> Sized:
         """Where ranks are given and DP is not, DP is what fills them. Experts are whole where the source has EP."""
         tp, pp, world = sizes["tp"], sizes["pp"], given["world_size"]
         replicas = options.get("replicas", 1)
@@ -121,17 +127,24 @@ class VllmOptions:
 
 @dataclass(frozen=True, slots=True)
 class AutotpOptions:
-    """`zero_stage` is DeepSpeed's: 0 repeats the optimizer's state on all DP ranks, 1 shards it, 2 gradients too."""
+    """`zero_stage` is DeepSpeed's: 0 repeats the optimizer's state on all DP ranks, 1 shards it, 2 gradients too.
 
-    zero_stage: int = 1
+    None builds the engine without an optimizer. Destinations are built so: they do not train.
+    """
+
+    zero_stage: int | None = 1
 
     def title(self, layout: Layout) -> str:
         """DP is the number of replicas of the model."""
-        return f"TP{layout.tp} DP{layout.world_size // layout.tp} ZeRO{self.zero_stage}"
+        zero = "" if self.zero_stage is None else f" ZeRO{self.zero_stage}"
+        return f"TP{layout.tp} DP{layout.world_size // layout.tp}{zero}"
 
     @classmethod
-    def complete(cls, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]) -> Sized:
-        return Sized(cls(**options), default_sizes(sizes, given))
+    def complete(
+        cls, name: str, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]
+    ) -> Sized:
+        settings = cls(zero_stage=None) if name == "destination" else cls(**options)
+        return Sized(settings, default_sizes(sizes, given))
 
 
 @dataclass(frozen=True, slots=True)

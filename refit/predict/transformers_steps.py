@@ -104,6 +104,7 @@ def autotp_memory(
     """
     assert side.dtype is not None
     stage, replicas = (side.autotp or AutotpOptions()).zero_stage, side.layout.dp
+    assert stage is not None, "a side that trains has an optimizer"
     found = {}
     for rank in sharding.ranks:
         held = sum(parameters_of(sharding, rank))

@@ -18,8 +18,8 @@ from refit.quantise.reference import dequantise
 class QuantisedModel:
     """A ShardedModel that holds codes and scales in place of the weights of `model` that `quantisation` names.
 
-    The memory of those weights is given back, but for what shares its storage with other tensors (ZeRO's flat buffers).
-    Passes take it again and fill it with codes x scales, rounded to the model's dtype.
+    The memory of those weights is given back. Passes take it again and fill it with codes x scales, rounded to the
+    model's dtype.
     """
 
     trainer: Trainer | None = None
@@ -41,9 +41,10 @@ class QuantisedModel:
         keys = dict.fromkeys(shard.tensor.key for shard in self._replaced)
         made = (part for key in keys for box in held[key].boxes for part in self._allocated(held[key].tensor, box))
         self._weights = LocalWeights((*kept, *made))
-        in_use = {shard.view.untyped_storage().data_ptr() for shard in kept}
         storages = {shard.view.untyped_storage().data_ptr(): shard.view.untyped_storage() for shard in self._replaced}
-        self._released = [storage for address, storage in storages.items() if address not in in_use]
+        in_use = {shard.view.untyped_storage().data_ptr() for shard in kept}
+        assert not storages.keys() & in_use, "quantised weights share memory with others"
+        self._released = list(storages.values())
         self._sizes = [storage.nbytes() for storage in self._released]
         self._release()
 

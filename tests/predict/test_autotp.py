@@ -22,7 +22,7 @@ from tests.predict.families.strategies import models
 from tests.predict.test_fsdp2 import preset
 
 
-def side(world_size: int, *, tp: int = 1, first_rank: int = 0, zero_stage: int = 1) -> SideSpec:
+def side(world_size: int, *, tp: int = 1, first_rank: int = 0, zero_stage: int | None = 1) -> SideSpec:
     layout = Layout(tp=tp, ep=1, etp=1, pp=1, world_size=world_size, first_rank=first_rank)
     return SideSpec(layout, format="autotp", autotp=AutotpOptions(zero_stage))
 
@@ -104,7 +104,7 @@ def test_a_vocabulary_smaller_than_tp() -> None:
     [
         (["--zero-stage=3"], "--zero-stage: must be at most 2, got 3"),
         (["--expert-model-parallel-size=2"], "--expert-model-parallel-size 2: autotp sides have tp only"),
-        (["--rl-inference-zero-stage=1"], "needs --rl-inference-format autotp, the destination is megatron"),
+        (["--rl-inference-zero-stage=1"], "--rl-inference-zero-stage"),
         (["--tensor-model-parallel-size=2", "--source-world-size=3"], "source: .*3"),
     ],
 )

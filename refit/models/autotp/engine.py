@@ -65,11 +65,15 @@ def build_engine(
 ) -> Any:
     """The DeepSpeedEngine of this rank's parts of `model`, a whole one; with `steps` for training by those.
 
+    Without a ZeRO stage it has no optimizer, and no buffers beside the weights.
+
     Collective: every rank of the side. Raises RefitError where DeepSpeed refuses the model.
     """
     deepspeed = load_deepspeed(device)
-    parameters = model.parameters()
-    optimizer = adamw(parameters, steps, device) if steps is not None else torch.optim.AdamW(parameters)
+    optimizer = None
+    if _options(side).zero_stage is not None:
+        parameters = model.parameters()
+        optimizer = adamw(parameters, steps, device) if steps is not None else torch.optim.AdamW(parameters)
     config = {**_config(deepspeed, model, named, shape, side), **_batch(side, steps)}
     if "fp16" in config and steps is not None:
         config["fp16"] = {**config["fp16"], "initial_scale_power": round(math.log2(steps.initial_loss_scale))}
@@ -88,7 +92,7 @@ def _config(deepspeed: Any, model: Any, named: NamedModel, shape: ModelShape, si
     assert side.dtype is not None, "flags that describe a model give its dtype"
     specs = [*_split_layers(named, shape), *_summed_gradients(deepspeed, model)]
     return {
-        "zero_optimization": {"stage": (side.autotp or AutotpOptions()).zero_stage},
+        "zero_optimization": {"stage": _options(side).zero_stage or 0},
         "tensor_parallel": {
             "autotp_size": side.layout.tp,
             "vocab_parallel_lm_head": side.layout.tp > 1,
@@ -96,6 +100,10 @@ def _config(deepspeed: Any, model: Any, named: NamedModel, shape: ModelShape, si
         },
         **PRECISION[side.dtype],
     }
+
+
+def _options(side: SideSpec) -> AutotpOptions:
+    return side.autotp or AutotpOptions()
 
 
 def _batch(side: SideSpec, steps: StepSettings | None) -> dict[str, Any]:

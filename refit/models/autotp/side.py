@@ -24,7 +24,7 @@ from refit.predict.families.names import named_model
 class AutotpSide(TransformersSide):
     """The `ShardedModel` of a DeepSpeedEngine. `engine` and `groups` are None on ranks outside the side.
 
-    Weights are the model's parameters, views of ZeRO's flat buffers at stages 1 and 2. Whoever writes them leaves the
+    Weights are the model's parameters, at ZeRO stages 1 and 2 views of its flat buffers. Whoever writes them leaves the
     optimizer's float32 master copies as they were, and its next step would write those back: `weights_changed` of the
     trainer takes them over.
     """

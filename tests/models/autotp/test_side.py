@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from functools import partial
 from typing import Any
@@ -24,7 +25,9 @@ from refit.models.autotp.weights import held_of
 from refit.models.huggingface.model import meta_model
 from refit.models.huggingface.weights import read_weights
 from refit.predict.autotp import predict
+from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.predict.families.names import named_model
+from refit.quantise.weights import QuantisedModel
 from tests.models.huggingface.sides import CPU, FAMILY, RUN, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
 from tests.predict.test_autotp import side
@@ -46,7 +49,7 @@ def built_engine(spec: SideSpec, shape: ModelShape, model: Any = None) -> Any:
 # --- The prediction --------------------------------------------------------------------------------------------------
 
 
-def differences(rank: int, shape: ModelShape, sizes: dict[str, int]) -> list[str]:
+def differences(rank: int, shape: ModelShape, sizes: dict[str, Any]) -> list[str]:
     """How DeepSpeed's metadata of this rank differs from the prediction."""
     spec = side(**sizes)
     groups, engine = build_groups(spec), built_engine(spec, shape)
@@ -66,7 +69,7 @@ def test_the_prediction_is_what_deepspeed_states(ranks: RankPool, data: st.DataO
     sizes = {
         "tp": tp,
         "first_rank": data.draw(st.integers(0, 8 - world_size)),
-        "zero_stage": data.draw(st.integers(0, 2)),
+        "zero_stage": data.draw(st.none() | st.integers(0, 2)),
     }
     assert ranks.run(differences, shape, {"world_size": world_size, **sizes}) == [[]] * 8
 
@@ -110,7 +113,7 @@ SHARED_RANKS = ["--refit-mode=collocated", "--source-world-size=6", f"{TP}=3", f
         ("tiny_qwen3", FROM_AUTOTP),
         ("tiny_deepseek_v3", [AUTOTP[1], f"{TP}=2", f"{RL_TP}=3"]),
         ("tiny_qwen3", [*AUTOTP, f"{TP}=5", f"{RL_TP}=3"]),
-        ("tiny_qwen3", [*AUTOTP, *SHARED_RANKS, "--zero-stage=2", "--rl-inference-zero-stage=0"]),
+        ("tiny_qwen3", [*AUTOTP, *SHARED_RANKS, "--zero-stage=2"]),
         ("tiny_qwen3_moe", [*FROM_AUTOTP, "--rl-inference-format=fsdp2", "--destination-world-size=4"]),
         ("tiny_qwen3", ["--source-format=fsdp2", "--source-world-size=3", *TO_AUTOTP]),
     ],
@@ -118,6 +121,44 @@ SHARED_RANKS = ["--refit-mode=collocated", "--source-world-size=6", f"{TP}=3", f
 def test_refits_arrive_and_both_sides_give_the_same_logits(ranks: RankPool, model: str, flags: list[str]) -> None:
     """In float32, so that both libraries' routers choose the same experts."""
     assert_verified(ranks, ["--model", model, *flags])
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def live_storages() -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors on this rank, by address. None has the address of another while both are referenced."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
+    return {storage.data_ptr(): storage for each in tensors for storage in [each.untyped_storage()]}
+
+
+def built_bytes(rank: int, argv: list[str]) -> dict[str, int]:
+    """What building the destination has added to this rank's memory, and what a dry run says of it."""
+    request = parse(argv)
+    scenario = request.scenario
+    assert dist.group.WORLD is not None
+    session = new_session(scenario, CPU, dist.group.WORLD)
+    before = live_storages()
+    destination = build_checked_side(session, "destination")
+    added = sum(storage.nbytes() for address, storage in live_storages().items() if address not in before)
+    found = {"live": added, "predicted": 0, "buffers": 0}
+    if rank in scenario.destination.ranks:
+        assert isinstance(destination.model, QuantisedModel | AutotpSide)
+        own = destination.model._model if isinstance(destination.model, QuantisedModel) else destination.model
+        assert isinstance(own, AutotpSide)
+        found["predicted"] = dry_run(scenario, DryRunOptions()).destination_bytes[rank]
+        found["buffers"] = sum(buffer.nbytes for buffer in own.module.buffers())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [[], ["--rl-inference-dtype=fp8-block"], ["--rl-inference-dtype=mxfp8"]])
+def test_a_destination_holds_the_weights_of_a_dry_run_and_no_more(ranks: RankPool, dtype: list[str]) -> None:
+    """No optimizer, no flat buffers, and no BF16 copy of what is FP8: beside the weights are rotary tables."""
+    argv = ["--model=tiny_qwen3", "--kv-channels=128", "--vocab-size=500", "--refit-method=gloo", *TO_AUTOTP, *dtype]
+    for answer in ranks.run(built_bytes, argv)[1:5]:
+        assert answer["predicted"] > 1 << 20
+        assert 0 <= answer["live"] - answer["predicted"] - answer["buffers"] < 1 << 12
 
 
 # --- Without the suite's oracle, metadata and tables -----------------------------------------------------------------
