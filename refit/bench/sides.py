@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import atexit
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refit.bench.exchange import gather
 from refit.bench.session import Session
 from refit.config.registry import FORMATS, load
+from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import ShardingError
 from refit.models.sharded_model import NotBuilt, ShardedModel
-from refit.models.weights import LocalWeights
+from refit.models.weights import LocalWeights, shards_in_parts
 from refit.plan.sharding import Sharding
-from refit.predict.sides import predict_side
+from refit.predict.families.parts import sharding_in_parts
+from refit.predict.sides import parts_of, predict_side
 from refit.quantise.weights import QuantisedModel
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of a refit: its specification, the live model on this rank, and the sharding of all its ranks."""
+    """One side of a refit: its specification, the live model on this rank, and the sharding of all its ranks.
+
+    `weights` are those of the model, None on ranks outside the side.
+    """
 
     spec: SideSpec
     model: ShardedModel
     sharding: Sharding
-
-    @property
-    def weights(self) -> LocalWeights | None:
-        """None on ranks outside the side."""
-        return self.model.weights
+    weights: LocalWeights | None
 
 
 def build_side(session: Session, name: str) -> Side:
@@ -40,7 +41,7 @@ def build_side(session: Session, name: str) -> Side:
     scenario = session.scenario
     spec = scenario.sides[name]
     if name not in scenario.used_sides:
-        return Side(spec, NotBuilt(), Sharding((), {}, {}))
+        return Side(spec, NotBuilt(), Sharding((), {}, {}), None)
     session.enter(f"build {name} model")
     session.start.enter("imports")
     build = load(FORMATS[spec.format].build)
@@ -50,13 +51,22 @@ def build_side(session: Session, name: str) -> Side:
     session.enter(f"check {name} sharding")
     session.start.enter("check")
     if scenario.model is None:
-        return Side(spec, model, _gathered_sharding(session, spec, model.weights))
+        return Side(spec, model, _gathered_sharding(session, spec, model.weights), model.weights)
     if spec.quantisation is not None and not FORMATS[spec.format].builds_codes:
         model = QuantisedModel(model, spec.quantisation)
     sharding = predict_side(scenario.model, spec)
     if model.weights is not None:
         _check_prediction(name, session.rank, sharding, model.weights)
-    return Side(spec, model, sharding)
+    return Side(spec, model, sharding, model.weights)
+
+
+def refitted_to(destination: SideSpec, model: ModelShape | None, source: Side) -> Side:
+    """`source` as a refit to `destination` takes it: in parts what is quantised part by part, in the same memory."""
+    parts = parts_of(model, destination) if model is not None else {}
+    if not parts:
+        return source
+    weights = None if source.weights is None else LocalWeights(shards_in_parts(source.weights, parts))
+    return replace(source, sharding=sharding_in_parts(source.sharding, parts), weights=weights)
 
 
 def rearranged(session: Session, name: str, side: Side) -> Side | None:
@@ -74,7 +84,7 @@ def rearranged(session: Session, name: str, side: Side) -> Side | None:
     sharding = predict_side(shape, spec)
     if model.weights is not None:
         _check_prediction(name, session.rank, sharding, model.weights)
-    return Side(spec, model, sharding)
+    return Side(spec, model, sharding, model.weights)
 
 
 def _keep_imports() -> None:

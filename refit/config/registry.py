@@ -91,6 +91,7 @@ class Format:
     this way. `steps` is how it trains and runs forward; None where it does not. `serves`: `refit search` looks for such
     destinations, and varies the settings `searched_options` beside the axes. `builds_codes`: an FP8 side comes out of
     `build` with codes and scales; of other formats the runner puts them in place of the weights, in the same cuts.
+    `parts(model, side) -> Parts` are the logical tensors that an FP8 side quantises part by part; None: as they are.
 
     `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
     experts placed as the new `side` says.
@@ -108,6 +109,7 @@ class Format:
     serves: bool = False
     searched_options: tuple[str, ...] = ()
     builds_codes: bool = False
+    parts: str | None = None
     rearrange: str | None = None
 
 
@@ -212,6 +214,7 @@ FORMATS = Registry(
             serves=True,
             searched_options=("replicas",),
             builds_codes=True,
+            parts="refit.predict.vllm.parameters:parts",
             rearrange="refit.models.vllm.side:rearranged",
         ),
     },

@@ -10,6 +10,7 @@ import torch
 
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import RankSharding, TensorSpec
+from refit.predict.families.parts import Parts
 
 Part = tuple[str, Box]
 """A box of the tensor of that key."""
@@ -150,6 +151,16 @@ class LocalWeights:
     def _current_addresses(self) -> list[int]:
         """Called in every refit, so it does nothing but read one address per owner."""
         return [owner.data_ptr() for owner in self._owners]
+
+
+def shards_in_parts(shards: Iterable[LocalShard], parts: Parts) -> Iterator[LocalShard]:
+    """The same memory, with `parts` in place of their fused tensors."""
+    for shard in shards:
+        if shard.tensor.key not in parts:
+            yield shard
+        for part in parts.get(shard.tensor.key, ()):
+            for piece in part.pieces_of(shard.box):
+                yield LocalShard(part.tensor, piece.held, shard.owner, part_within(shard.view, shard.box, piece.box))
 
 
 def part_within(data: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:

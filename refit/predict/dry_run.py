@@ -15,7 +15,7 @@ from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, lower_bound, split_traffic
 from refit.predict.expert_map import ExpertMap, expert_maps
-from refit.predict.sides import check_side, plan_sides, predict_side, training_bytes
+from refit.predict.sides import check_side, plan_sides, predict_sides, training_bytes
 from refit.predict.training_memory import TrainingMemory
 
 
@@ -150,7 +150,7 @@ class _Figures:
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
 def _planned(model: ModelShape, source: SideSpec, destination: SideSpec, ranks_per_node: int) -> _Figures:
     start_s = time.perf_counter()
-    shardings = [predict_side(model, side) for side in (source, destination)]
+    shardings = predict_sides(model, source, destination)
     predicted_s = time.perf_counter()
     planned = plan_sides(shardings[0], shardings[1], destination, ranks_per_node)
     matrix = bytes_matrix(planned.plan)

@@ -11,7 +11,7 @@ from refit.config.flag_names import size_flag
 from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun
-from refit.predict.sides import check_side, most_quantising_bytes, predict_side, training_bytes
+from refit.predict.sides import check_side, most_quantising_bytes, predict_side, predict_sides, training_bytes
 
 MAX_EP_FACTOR = 64
 """Largest factor by which EP is raised in search of a layout that fits."""
@@ -91,7 +91,7 @@ def _needed(run: DryRun, change: _Change) -> int:
     sides = {**run.scenario.sides, **changed}
     quantisation, quantising = sides["destination"].quantisation, dict[str, Mapping[int, int]]()
     if quantisation is not None:
-        source, destination = (predict_side(run.model, sides[name]) for name in ("source", "destination"))
+        source, destination = predict_sides(run.model, sides["source"], sides["destination"])
         quantising = most_quantising_bytes(source, destination, quantisation)
     fullest = 0
     for name in changed:

@@ -18,6 +18,7 @@ from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.plan.quantised import UNQUANTISED_SUFFIX, WireShardings, quantised_sharding, wire_shardings
 from refit.plan.sharding import Sharding
+from refit.predict.families.parts import Parts, sharding_in_parts
 from refit.predict.training_memory import TrainingMemory
 
 
@@ -25,6 +26,19 @@ def predict_side(model: ModelShape, side: SideSpec) -> Sharding:
     """The boxes that every rank of `side` holds. Raises UsageError where the model cannot be sharded this way."""
     sharding: Sharding = load(FORMATS[side.format].predict)(model, side)
     return sharding if side.quantisation is None else quantised_sharding(sharding, side.quantisation)
+
+
+def predict_sides(model: ModelShape, source: SideSpec, destination: SideSpec) -> tuple[Sharding, Sharding]:
+    """The shardings of both sides, of equal tensors but for what is quantised. Raises UsageError as `predict_side`."""
+    held = sharding_in_parts(predict_side(model, source), parts_of(model, destination))
+    return held, predict_side(model, destination)
+
+
+def parts_of(model: ModelShape, destination: SideSpec) -> Parts:
+    """The tensors of a source that the FP8 side `destination` holds in parts; empty for most."""
+    parts = FORMATS[destination.format].parts
+    found: Parts = load(parts)(model, destination) if parts is not None else {}
+    return found
 
 
 def training_bytes(scenario: Scenario) -> dict[int, TrainingMemory]:
@@ -46,7 +60,7 @@ def check_side(model: ModelShape, side: SideSpec, name: str) -> None:
             raise UsageError(f"{name}: {side.format} sides have {', '.join(axes)} only, not {axis} {size}")
     load(FORMATS[side.format].check)(model, side, name)
     if side.quantisation is not None:
-        quantised_sharding(predict_side(model, replace(side, quantisation=None)), side.quantisation, name)
+        quantised_sharding(load(FORMATS[side.format].predict)(model, side), side.quantisation, name)
 
 
 @dataclass(frozen=True, slots=True)

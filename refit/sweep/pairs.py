@@ -6,7 +6,7 @@ from refit.cli.parsing import parse
 from refit.errors import RefitError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix
-from refit.predict.sides import plan_sides, predict_side
+from refit.predict.sides import plan_sides, predict_sides
 from refit.report.plots.pairs import NoPairs
 from refit.results.outcomes import Outcome
 
@@ -21,7 +21,7 @@ def pair_bytes(outcome: Outcome, gpus_per_node: int) -> IntArray:
         scenario = parse([*planned.flags, "--dry-run"]).scenario
         if scenario.model is None:
             raise NoPairs("a --model-provider's model cannot be predicted")
-        source, destination = (predict_side(scenario.model, side) for side in scenario.sides.values())
+        source, destination = predict_sides(scenario.model, scenario.source, scenario.destination)
         # A run on one node plans without nodes, and a cluster's NVLink domain may be larger than a host.
         domain = scenario.cluster.gpus_per_node if scenario.cluster else gpus_per_node
         for ranks_per_node in dict.fromkeys((domain, planned.ranks_per_node, None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.quantised import Grid
-from refit.predict.sides import predict_side
+from refit.predict.sides import check_side, predict_side
 from refit.predict.vllm.engine import Place
 from refit.predict.vllm.parameters import Engines, Parameter
 from refit.predict.vllm.quantised import SCALE_SUFFIXES, held_blocks
@@ -95,6 +96,16 @@ def wide(shape: ModelShape) -> ModelShape:
     )
 
 
+@st.composite
+def wide_engines(draw: st.DrawFn) -> tuple[ModelShape, SideSpec]:
+    """As `wide`, and heads of half a block, or of one and a half, of which each rank has two or none."""
+    shape = wide(draw(engine_models()))
+    spec = draw(sides(shape))
+    if shape.mla is None and shape.num_query_groups % (2 * spec.layout.tp) == 0:
+        shape = replace(shape, kv_channels=draw(st.sampled_from([64, 128, 192])))
+    return shape, spec
+
+
 def scaled_by_place(codes: Parameter, scales: Parameter, quantisation: Quantisation) -> None:
     """Every scale is filled once, with the scale of the logical block whose codes are at its place."""
     form = quantisation.format
@@ -115,8 +126,8 @@ def scaled_by_place(codes: Parameter, scales: Parameter, quantisation: Quantisat
 @settings(max_examples=30)
 def test_scales_are_those_of_the_codes_at_their_place_and_bytes_are_as_predicted(data: st.DataObject) -> None:
     quantisation = data.draw(st.sampled_from([BLOCK, MX]))
-    shape = wide(data.draw(engine_models()))
-    spec = replace(data.draw(sides(shape)), quantisation=quantisation)
+    shape, spec = data.draw(wide_engines())
+    spec = replace(spec, quantisation=quantisation)
     engines = Engines(shape, spec)
     suffix = SCALE_SUFFIXES[quantisation.dtype]
     predicted = predict_side(shape, spec)
@@ -132,6 +143,67 @@ def test_scales_are_those_of_the_codes_at_their_place_and_bytes_are_as_predicted
         assert allocated == predicted.bytes_per_rank[rank]
 
 
+# --- What vLLM takes -------------------------------------------------------------------------------------------------
+
+
+def finds_its_scales(rows: Sequence[int], tp: int, rank: int, replicas: Sequence[int]) -> bool:
+    """Whether vLLM gives every row of a fused tensor the scale of its block in the checkpoint.
+
+    `rows` are those of its parts on a rank; `replicas` as many ranks have the same ones. By the arithmetic of
+    `adjust_block_scale_shard` and `load_qkv_weight`, and of the kernel, which reads scale row `row // 128`.
+    """
+    held: list[tuple[int, int] | None] = [None] * -(-sum(rows) // 128)
+    begins = [sum(rows[:number]) for number in range(len(rows))]
+    for number, (begin, size) in enumerate(zip(begins, rows, strict=True)):
+        first, num_scales = -(-begin // 128), -(-size // 128)
+        if first + num_scales > len(held):
+            return False
+        part = rank // replicas[number]
+        num_loaded = -(-size * (tp // replicas[number]) // 128)
+        for scale in range(num_scales):
+            if part * num_scales + scale >= num_loaded:
+                return False
+            held[first + scale] = (number, part * num_scales + scale)
+    return all(
+        held[(begin + row) // 128] == (number, (rank // replicas[number] * size + row) // 128)
+        for number, (begin, size) in enumerate(zip(begins, rows, strict=True))
+        for row in range(size)
+    )
+
+
+def refusal(shape: ModelShape, spec: SideSpec) -> str | None:
+    try:
+        check_side(shape, spec, "destination")
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_dense_models_are_taken_exactly_where_every_row_finds_its_scale(data: st.DataObject) -> None:
+    tp, groups = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 2, 4, 8]))
+    heads = groups * data.draw(st.sampled_from([4, 6]))
+    size, ffn = data.draw(st.sampled_from([16, 32, 64, 96, 128, 192])), 64 * tp * data.draw(st.integers(1, 6))
+    shape = replace(
+        preset("tiny_qwen3"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=size,
+        ffn_hidden_size=ffn,
+        num_layers=1,
+    )
+    replicas = max(1, tp // groups)
+    key = max(1, groups // tp) * size
+    columns = (heads * size // tp, ffn // tp)
+    taken = all(tp == 1 or each % 128 == 0 for each in columns) and all(
+        finds_its_scales([heads * size // tp, key, key], tp, rank, [1, replicas, replicas])
+        and finds_its_scales([ffn // tp, ffn // tp], tp, rank, [1, 1])
+        for rank in range(tp)
+    )
+    assert (refusal(shape, quantised(BLOCK, tp)) is None) == taken
+
+
 # --- What vLLM refuses -----------------------------------------------------------------------------------------------
 
 KIMI = ["--model=kimi_k2", "--expert-model-parallel-size=32"]
@@ -143,10 +215,17 @@ TP, EP = "--rl-inference-tensor-model-parallel-size", "--rl-inference-expert-mod
     ("flags", "message"),
     [
         ([*KIMI, f"{TP}=64"], r"destination: 288 rows of \S*linear_fc1.weight in \S*gate_up_proj.weight cannot be"),
-        ([*QWEN, f"{TP}=8"], r"192 rows of \S*experts.linear_fc1.weight in .*w13_weight .* 128 .*: give EP 8 \(whole"),
         (
-            ["--model=tiny_qwen3"],
-            r"64 rows of \S*linear_qkv.weight in \S*qkv_proj.weight cannot be .* 128",
+            [*QWEN, f"{TP}=8"],
+            r"192 rows of \S*experts.linear_fc1.weight in .*w13_weight .* 128 .* Fp8MoEMethod .*: give EP 8 \(whole",
+        ),
+        (
+            ["--model=tiny_qwen3", f"{TP}=2"],
+            r"64 rows of \S*key.linear_qkv.weight in \S*qkv_proj.weight cannot be .* 128 .* scale row r // 128:",
+        ),
+        (
+            ["--model=tiny_deepseek_v3", "--q-lora-rank=128", f"{TP}=4", "--ffn-hidden-size=1024"],
+            r"\d+ rows of \S*linear_q_up_proj.weight in \S*q_b_proj.weight .* vLLM's validate_fp8_block_shape demands",
         ),
         (
             ["--model=tiny_qwen3", "--kv-channels=128", "--ffn-hidden-size=192"],
@@ -173,7 +252,17 @@ def test_cuts_and_parts_that_vllm_refuses_are_one_line(flags: list[str], message
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("flags", [[*KIMI, f"{TP}=16"], [*QWEN, f"{TP}=4"], [*QWEN, f"{TP}=8", f"{EP}=8"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*KIMI, f"{TP}=16"],
+        [*QWEN, f"{TP}=4"],
+        [*QWEN, f"{TP}=8", f"{EP}=8"],
+        ["--model=tiny_qwen3"],
+        ["--model=tiny_qwen3", "--kv-channels=64", f"{TP}=2"],
+        [*QWEN, "--kv-channels=64", f"{TP}=2"],
+    ],
+)
 def test_cuts_on_the_grid_are_taken(flags: list[str]) -> None:
     parse([*FLAGS, "--rl-inference-dtype=fp8-block", *flags])
 

@@ -12,7 +12,7 @@ from refit.bench.exchange import gather
 from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
 from refit.bench.saved_weights import SavedWeights
 from refit.bench.session import Session
-from refit.bench.sides import Side, rearranged
+from refit.bench.sides import Side, rearranged, refitted_to
 from refit.config.clusters import Cluster, choose_cluster
 from refit.config.registry import ENGINES, load
 from refit.errors import PlanError
@@ -54,6 +54,7 @@ def _after_rearranging(session: Session, source: Side, moved: Side, before: Refi
 def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     session.enter("plan")
     session.start.enter("plan")
+    source = refitted_to(destination.spec, session.scenario.model, source)
     stopwatch = Stopwatch()
     with stopwatch.step("plan"):
         sides = plan_sides(source.sharding, destination.sharding, destination.spec, session.ranks_per_node)

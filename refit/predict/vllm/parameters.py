@@ -16,6 +16,7 @@ from refit.config.shape import Dtype, ModelShape
 from refit.config.side import SideSpec, VllmOptions
 from refit.plan.box import Box
 from refit.predict.families.names import Block, NamedModel, NamedTensor, Piece, named_model
+from refit.predict.families.parts import Parts, model_in_parts, parts_of
 from refit.predict.families.tables import Part
 from refit.predict.megatron import Split
 from refit.predict.placement import Slots, placed_layers
@@ -67,7 +68,8 @@ class Engines:
         """Raises UsageError where an expert placement is none of this model's."""
         assert side.dtype is not None, "flags that describe a model give its dtype"
         self.shape, self.engine, self.quantisation = shape, Engine.of(side), side.quantisation
-        self.model = padded_model(shape, side.dtype)
+        model = padded_model(shape, side.dtype)
+        self.model = model_in_parts(model, _parts(model, side))
         options = side.vllm or VllmOptions()
         self.placed: Mapping[int, Slots] = {}
         if shape.experts is not None:
@@ -159,6 +161,16 @@ def _pieces(tensor: NamedTensor, box: Box, at: tuple[int, ...]) -> Iterator[Piec
 def _part(box: Box, dim: int, parts: int, part: int) -> Box:
     size = box.extents[dim] // parts
     return box.narrow(dim, part * size, (part + 1) * size)
+
+
+def parts(shape: ModelShape, side: SideSpec) -> Parts:
+    """The logical tensors that `side` quantises part by part."""
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    return _parts(padded_model(shape, side.dtype), side)
+
+
+def _parts(model: NamedModel, side: SideSpec) -> Parts:
+    return {} if side.quantisation is None else parts_of(model, side.quantisation)
 
 
 def padded_model(shape: ModelShape, dtype: Dtype) -> NamedModel:

@@ -1,8 +1,11 @@
 """The parameters of an engine that serves FP8: codes, and beside them scales, under the names that vLLM has for them.
 
-A fused parameter has the scales of its parts one below the other, so each part must end on a block, the last one at
-the parameter's end. This is what vLLM checks as well: `validate_fp8_block_shape` (layers/quantization/utils/
-fp8_utils.py) and `create_weights` of `Fp8MoEMethod` (layers/quantization/fp8.py).
+A fused parameter has the scales of its parts one below the other: in vLLM row r of it has row r // 128 of the scales
+(`create_fp8_scale_parameter` and `w8a8_triton_block_scaled_mm` in layers/quantization/utils/fp8_utils.py). So each part
+must end on a block, the last one at the parameter's end. Experts and linears of one part that TP cuts elsewhere raise
+ValueError in vLLM (`create_weights` of `Fp8MoEMethod`, `validate_fp8_block_shape`). Fused linears do not, since
+`allow_fp8_block_shape_mismatch` (layers/linear.py), but the offset of a part's scales, `adjust_block_scale_shard`, is
+rounded up: they are written beyond the parameter, over another part's, or where other rows read them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from refit.plan.quantised import Grid, keep_text, quantised_tensors
 from refit.plan.sharding import TensorSpec
 from refit.predict.families.names import Piece
 from refit.predict.vllm.engine import Engine, Place
-from refit.predict.vllm.parameters import Engines, Parameter, RankBlock
+from refit.predict.vllm.parameters import FUSED, Engines, Parameter, RankBlock
 
 SCALE_SUFFIXES = {"fp8-block": "_scale_inv", "mxfp8": "_scale"}
 """Behind a parameter's name in the name of its scales: `Fp8LinearMethod` and `Fp8MoEMethod`; the methods of
@@ -100,13 +103,25 @@ def _codes_and_scales(
                 dim, step = within.unaligned(box)
                 raise UsageError(
                     f"{box.extents[dim]} {('rows', 'columns')[dim]} of {key} in {block.block.prefix}{parameter.name} "
-                    f"cannot be divided into blocks of {step} ({quantisation.dtype}): "
-                    f"{_other_sizes(engines.engine, parameter)}, or {keep_text(key)}"
+                    f"cannot be divided into blocks of {step} ({quantisation.dtype}), "
+                    f"{_rule(parameter, quantisation)}: {_other_sizes(engines.engine, parameter)}, or {keep_text(key)}"
                 )
         scales.append(Piece(own.scales(piece.held), scale_key(piece.key), grid.scales(piece.box)))
     name = parameter.name + SCALE_SUFFIXES[quantisation.dtype]
     codes = replace(parameter, dtype=CODES_DTYPE)
     return codes, Parameter(name, own.scale_shape, form.scale_dtype, tuple(scales))
+
+
+def _rule(parameter: Parameter, quantisation: Quantisation) -> str:
+    """Why vLLM cannot hold a part that does not end on a block."""
+    rows = quantisation.format.rows
+    if rows == 1:
+        return "as vLLM's MXFP8 layers demand"
+    if _module(parameter) == "mlp.experts":
+        return "as vLLM's Fp8MoEMethod demands"
+    if parameter.name in FUSED:
+        return f"and row r of vLLM's fused tensors has scale row r // {rows}"
+    return "as vLLM's validate_fp8_block_shape demands"
 
 
 def _other_sizes(engine: Engine, parameter: Parameter) -> str:

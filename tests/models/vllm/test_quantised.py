@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from refit.bench import oracle
 from refit.bench.engines.refit import PlannedEngine
-from refit.bench.sides import Side
+from refit.bench.sides import Side, refitted_to
 from refit.config.quantisation import Quantisation
 from refit.config.scenario import Scenario
 from refit.models.fsdp2.side import Fsdp2Side
@@ -44,6 +44,8 @@ of `kv_b_proj`."""
 SHARED_MEMORY = ["--refit-mode=collocated", "--refit-method=shm"]
 QWEN = ["--model=tiny_qwen3", "--num-layers=2", "--kv-channels=128"]
 QWEN_MOE = ["--model=tiny_qwen3_moe", "--kv-channels=128", "--moe-ffn-hidden-size=256"]
+HALF_HEADS = ["--kv-channels=64", "--num-query-groups=4"]
+"""Blocks of `q_proj`, `k_proj` and `v_proj` have two heads each, which `linear_qkv` has apart."""
 
 
 def check(result: RefitResult, *, forward: bool = True) -> tuple[int, int]:
@@ -65,10 +67,21 @@ def check(result: RefitResult, *, forward: bool = True) -> tuple[int, int]:
         [BLOCK, *DEEPSEEK, *FSDP2, *engine(1, 4, ep=True), "--rl-inference-num-redundant-experts=4"],
         [BLOCK, *DEEPSEEK, *MEGATRON, *engine(1, 2, 2, ep=True, replicas=2), *SHARED_MEMORY],
         [BLOCK, *QWEN_MOE, *MEGATRON, *engine(2), "--fp8-scale-rule=pow2", "--quantise=destination"],
+        [BLOCK, *QWEN_MOE, *HALF_HEADS[:1], "--num-query-groups=2", *MEGATRON, *engine(1, 4, ep=True)],
+        [BLOCK, *QWEN, *HALF_HEADS, *FSDP2, *engine(1, replicas=2), *SHARED_MEMORY],
         [MX, *QWEN_MOE, *MEGATRON, *engine(2, 2, ep=True), "--quantise=source"],
         [MX, *QWEN, *FSDP2, *engine(2, replicas=2), "--verify=sample"],
     ],
-    ids=["sequence-parallel-moe", "redundant", "collocated-pipeline", "sliced-experts", "mxfp8", "mxfp8-engines"],
+    ids=[
+        "sequence-parallel-moe",
+        "redundant",
+        "collocated-pipeline",
+        "sliced-experts",
+        "half-heads",
+        "half-heads-collocated",
+        "mxfp8",
+        "mxfp8-engines",
+    ],
 )
 def test_refits_arrive_and_logits_agree(ranks: RankPool, flags: list[str]) -> None:
     (answer, *_) = ranks.run(run_scenario, [*RUN, "--check-forward", *flags])
@@ -102,6 +115,7 @@ def test_a_wrong_fusion_fails_the_forward_check(ranks: RankPool) -> None:
 
 
 def quantising_refit(scenario: Scenario, source: Side, destination: Side) -> None:
+    source = refitted_to(destination.spec, scenario.model, source)
     planned = plan_sides(source.sharding, destination.sharding, destination.spec, None)
     moving = PlannedEngine(scenario, CPU)
     moving.connect(planned.plan)
@@ -152,14 +166,15 @@ def assert_held(held: dict[str, torch.Tensor], name: str, expected: Pair, suffix
         assert torch.equal(found.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("heads", [[], HALF_HEADS], ids=["", "half-heads"])
 @pytest.mark.parametrize(
     ("dtype", "suffix"), [(Quantisation("fp8-block", "amax"), "_scale_inv"), (Quantisation("mxfp8", "ceil"), "_scale")]
 )
 def test_fused_tensors_hold_the_codes_and_scales_of_the_checkpoints_tensors(
-    ranks: RankPool, dtype: Quantisation, suffix: str
+    ranks: RankPool, dtype: Quantisation, suffix: str, heads: list[str]
 ) -> None:
     """A Qwen3-MoE on TP 2 with slices of every expert: [q; k; v], w13 [gate; up], columns of `o_proj` and w2."""
-    flags = [f"--rl-inference-dtype={dtype.dtype}", *QWEN_MOE, *FSDP2, *engine(2)]
+    flags = [f"--rl-inference-dtype={dtype.dtype}", *QWEN_MOE, *heads, *FSDP2, *engine(2)]
     answers = ranks.run(refit_of_a_state_dict, [*RUN, *flags])
     full = answers[0]["seeded"]
     for rank, answer in enumerate(answers[3:5]):
@@ -204,6 +219,11 @@ def swapped_halves(codes: torch.Tensor, scales: torch.Tensor) -> None:
     scales.copy_(scales.clone().roll(scales.shape[-2] // 2, -2))
 
 
+def swapped_parts(codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """The scales of the last two blocks of rows, the wrong way round: of `k_proj` and `v_proj`."""
+    scales[-2:] = scales[-2:].flip(0).clone()
+
+
 def neighbours(codes: torch.Tensor, scales: torch.Tensor) -> None:
     scales.copy_(scales.clone().roll(1, -1))
 
@@ -224,6 +244,7 @@ FAULTS = [swapped_halves, neighbours, another_slot, twice_as_large]
 def wrong_keys(rank: int, argv: list[str], name: str, fault: Callable[..., None] | None) -> set[str]:
     """What the oracle finds wrong on this rank after a refit and a fault in the parameter `name` and its scales."""
     scenario, source, destination = built(argv)
+    source = refitted_to(destination.spec, scenario.model, source)
     quantisation = destination.spec.quantisation
     if source.weights is not None:
         oracle.fill(source.weights, 3, quantisation)
@@ -247,6 +268,16 @@ def test_faults_in_fused_experts_are_found(ranks: RankPool, fault: Callable[...,
     name, key = "model.layers.1.mlp.experts.w13_weight", "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
     found = ranks.run(wrong_keys, argv, name, fault)
     assert found[4:] == [set() if fault is None else {f"{key}_scale_inv"}] * 4
+
+
+@pytest.mark.parametrize("fault", [None, swapped_parts, neighbours, twice_as_large])
+def test_faults_in_fused_heads_are_found(ranks: RankPool, fault: Callable[..., None] | None) -> None:
+    """Heads of half a block, on an engine of TP 2: 256 rows of `q_proj`, 128 of `k_proj`, 128 of `v_proj`."""
+    argv = [*RUN, BLOCK, *QWEN, *HALF_HEADS, *MEGATRON[:1], "--source-world-size=2", *engine(2)]
+    found = ranks.run(wrong_keys, argv, "model.layers.1.self_attn.qkv_proj.weight", fault)
+    parts = {None: (), swapped_parts: ("key", "value")}.get(fault, ("query", "key", "value"))
+    wanted = {f"decoder.layers.1.self_attention.{part}.linear_qkv.weight_scale_inv" for part in parts}
+    assert found[2:4] == [wanted] * 2
 
 
 def test_another_rule_than_the_named_one_is_found(ranks: RankPool) -> None:
