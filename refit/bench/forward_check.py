@@ -57,8 +57,8 @@ def compare_forward(session: Session, source: Side, destination: Side) -> Forwar
 
 
 def _tolerance(side: SideSpec) -> float:
-    assert side.dtype is not None
-    return FP8_TOLERANCE if side.quantisation is not None else TOLERANCE[side.dtype]
+    assert side.compute_dtype is not None
+    return FP8_TOLERANCE if side.quantisation is not None else TOLERANCE[side.compute_dtype]
 
 
 def _least_agreement(side: SideSpec) -> float:

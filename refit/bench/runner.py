@@ -97,9 +97,9 @@ def _check_available(scenario: Scenario) -> None:
                 raise UnavailableError(f"{side.format} sides need {library}, which is not installed: {command}")
     device = device_for(scenario.method, scenario.device)
     for side in scenario.sides.values():
-        support = FORMATS[side.format].steps
-        if scenario.steps is not None and support is not None and support.available is not None:
-            load(support.available)(scenario, device)
+        available = FORMATS[side.format].available
+        if available is not None:
+            load(available)(scenario, device)
     for name in scenario.engines:
         if not ENGINES[name].is_baseline:
             load(ENGINES[name].engine)(scenario, device).check_available()

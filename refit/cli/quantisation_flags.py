@@ -51,6 +51,10 @@ def with_inference_dtype(side: SideSpec, args: argparse.Namespace) -> SideSpec:
         return dataclasses.replace(side, dtype=Dtype.BF16)
     if side.dtype is not Dtype.BF16:
         raise UsageError(f"--rl-inference-dtype {dtype} quantises BF16 weights, the source has {side.dtype.value}")
+    if args.autocast:
+        raise UsageError(
+            f"--rl-inference-dtype {dtype} quantises BF16 weights, with --autocast they are float32: leave one out"
+        )
     if "refit" not in args.measure:
         raise UsageError(
             f"--rl-inference-dtype {dtype} needs a refit: forward passes run on dequantised weights, whose times are "

@@ -10,6 +10,7 @@ from typing import Any
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
 from refit.cli.quantisation_flags import with_inference_dtype
+from refit.cli.transformers_flags import add_transformers_flags, check_transformers_flags, with_transformers_settings
 from refit.config import limits
 from refit.config.flag_names import (
     FORMAT_FLAGS,
@@ -107,6 +108,7 @@ def _add_format_flags(parser: FlagParser) -> None:
                 added["help"] = f"{side}, {name} only: {added['help']}"
                 if flags[place] is not None:
                     group.add_argument(f"--{flags[place]}", **added)
+    add_transformers_flags(group)
 
 
 def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
@@ -115,11 +117,14 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
     Raises UsageError where the sizes do not divide the ranks. Whether the model can be sharded this way is not checked.
     """
     source = _side("source", args, first_rank=0)
-    if not any("destination" in MEASUREMENTS[name].sides for name in args.measure):
+    if any("destination" in MEASUREMENTS[name].sides for name in args.measure):
+        first_rank = 0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size
+        sides = source, _side("destination", args, first_rank=first_rank, like=source.layout)
+    else:
         _check_no_destination(args)
-        return source, source
-    first_rank = 0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size
-    return source, _side("destination", args, first_rank=first_rank, like=source.layout)
+        sides = source, source
+    check_transformers_flags(args, sides)
+    return sides
 
 
 def read_mode(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> Mode:
@@ -160,7 +165,7 @@ def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout 
         raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
     spec = SideSpec(layout, format=given_format, dtype=dtype, transformer_impl=args.transformer_impl or "local")
     options: dict[str, Any] = {given_format: sized.options} if sized.options is not None else {}
-    spec = dataclasses.replace(spec, **options)
+    spec = with_transformers_settings(dataclasses.replace(spec, **options), args, trains=not place)
     return with_inference_dtype(spec, args) if place else spec
 
 

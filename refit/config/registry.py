@@ -68,13 +68,10 @@ class StepSupport:
 
     `check(model, side, steps, trains, name)` raises UsageError, naming the framework's rule, for settings that cannot
     run. `memory(model, side, sharding, steps)` estimates what each rank needs beside its weights to train.
-    `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for them; None
-    where building a side needs as much.
     """
 
     check: str
     memory: str
-    available: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,9 @@ class Format:
     `build` with codes and scales; of other formats the runner puts them in place of the weights, in the same cuts.
     `parts(model, side) -> Parts` are the logical tensors that an FP8 side quantises part by part; None: as they are.
 
+    `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for what the
+    scenario asks of such sides beyond `libraries`; None where nothing can be asked.
+
     `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
     experts placed as the new `side` says.
     """
@@ -110,7 +110,13 @@ class Format:
     searched_options: tuple[str, ...] = ()
     builds_codes: bool = False
     parts: str | None = None
+    available: str | None = None
     rearrange: str | None = None
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether a side is a model of transformers, whose attention and autocast can be chosen."""
+        return "transformers" in dict(self.libraries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +183,8 @@ FORMATS = Registry(
             steps=StepSupport(
                 check="refit.predict.megatron_steps:check_steps",
                 memory="refit.predict.training_memory:training_memory",
-                available="refit.models.megatron.dispatchers:check_available",
             ),
+            available="refit.models.megatron.dispatchers:check_available",
         ),
         "fsdp2": Format(
             predict="refit.predict.fsdp2:predict",
@@ -191,6 +197,7 @@ FORMATS = Registry(
                 check="refit.predict.transformers_steps:check_steps",
                 memory="refit.predict.transformers_steps:fsdp2_memory",
             ),
+            available="refit.models.huggingface.attention:check_available",
         ),
         "autotp": Format(
             predict="refit.predict.autotp:predict",
@@ -203,6 +210,7 @@ FORMATS = Registry(
                 check="refit.predict.transformers_steps:check_steps",
                 memory="refit.predict.transformers_steps:autotp_memory",
             ),
+            available="refit.models.huggingface.attention:check_available",
         ),
         "vllm": Format(
             predict="refit.predict.vllm.sharding:predict",

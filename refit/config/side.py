@@ -17,6 +17,12 @@ MAX_ZERO_STAGE = 2
 """DeepSpeed's stage 3 shards the weights too, which AutoTP sides do not."""
 
 
+ATTN_IMPLS = ("sdpa", "eager", "flash_attention_2")
+"""Implementations of attention that transformers has for its models: torch's, written out, and flash-attn's."""
+
+DEFAULT_ATTN_IMPL = ATTN_IMPLS[0]
+
+
 class SideOptions(Protocol):
     """The settings that one format alone has, a frozen dataclass.
 
@@ -155,6 +161,9 @@ class SideSpec:
     None where a model provider chooses it. `transformer_impl` is Megatron's layer spec. `fsdp2`, `autotp` and `vllm`
     are for the format of that name alone. With `quantisation` the side holds codes and scales in place of the weights
     that it names.
+
+    `attn_impl` is transformers' `attn_implementation`, None for other libraries' models. With `autocast` the parameters
+    are float32, and torch.autocast computes in that dtype.
     """
 
     layout: Layout
@@ -165,6 +174,13 @@ class SideSpec:
     autotp: AutotpOptions | None = None
     vllm: VllmOptions | None = None
     quantisation: Quantisation | None = None
+    attn_impl: str | None = None
+    autocast: Dtype | None = None
+
+    @property
+    def compute_dtype(self) -> Dtype | None:
+        """What matrix products compute in; None where a model provider chooses it."""
+        return self.autocast or self.dtype
 
     @property
     def ranks(self) -> range:
@@ -205,10 +221,13 @@ class SideSpec:
 
     @property
     def title(self) -> str:
-        """`TP2 EP2`; PP and ETP where they are not 1 and TP; the format where it is not Megatron's."""
+        """`TP2 EP2`; PP and ETP where they are not 1 and TP; the format where it is not Megatron's; what is not the
+        default of the attention, and autocast."""
         text = self.options.title(self.layout) if self.options is not None else short_text(self.layout)
-        text = text if self.format == "megatron" else f"{self.format} {text}"
-        return text if self.quantisation is None else f"{text} {self.quantisation.dtype}"
+        words = [text if self.format == "megatron" else f"{self.format} {text}"]
+        words += [self.attn_impl] if self.attn_impl not in (None, DEFAULT_ATTN_IMPL) else []
+        words += ["autocast"] if self.autocast is not None else []
+        return " ".join(words if self.quantisation is None else [*words, self.quantisation.dtype])
 
     @property
     def summary(self) -> str:

@@ -5,8 +5,8 @@ float32) divided over the data-parallel replicas: `compute_weight_and_optimizer_
 theoretical_memory_usage.py counts the same 6 + 12 / DP bytes beside bf16 weights.
 
 Activations follow Korthikanti et al. 2022 (arXiv:2205.05198), counted tensor by tensor for latent attention and routed
-experts: what the backward pass of each matrix product, norm and activation function reads, in the parameters' dtype.
-Attention scores are not stored (flash attention). Routed tokens are counted balanced.
+experts: what the backward pass of each matrix product, norm and activation function reads, in the dtype of the
+products. Attention scores are not stored (flash attention). Routed tokens are counted balanced.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ def training_memory(
     return found
 
 
-def parameters_of(sharding: Sharding, rank: int) -> tuple[int, int]:
-    """Elements that this rank holds of dense layers and of routed experts."""
+def parameters_of(sharding: Sharding, rank: int, within: str = "") -> tuple[int, int]:
+    """Elements that this rank holds of dense layers and of routed experts, of the keys with `within` in them."""
     dense = routed = 0
     for key, shard in sharding.of_rank(rank).shards.items():
+        if within not in key:
+            continue
         volume = sum(box.volume for box in shard.boxes)
         if ".experts." in key and "shared_experts" not in key:
             routed += volume
@@ -74,8 +76,8 @@ def activation_bytes(shape: ModelShape, side: SideSpec, steps: StepSettings, sta
     """
     layout, num_microbatches = side.layout, steps.num_microbatches(side.layout.dp)
     tokens = steps.micro_batch_size * steps.seq_length
-    assert side.dtype is not None
-    itemsize = ITEMSIZE[side.dtype.value]
+    assert side.compute_dtype is not None
+    itemsize = ITEMSIZE[side.compute_dtype.value]
     chunks = layout.chunk_layers(shape.num_layers)[stage]
     units = [unit for chunk in chunks for unit in _units(chunk, steps.recompute)]
     whole = {layer for chunk in chunks for layer in chunk} - {layer for unit in units for layer in unit}

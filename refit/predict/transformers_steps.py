@@ -18,6 +18,9 @@ MOMENTS_BYTES = 8
 MAIN_BYTES = 4
 """The float32 copy of a parameter of another dtype."""
 
+LAYERS = ".layers."
+"""In the keys of all layers' tensors."""
+
 
 def check_steps(model: ModelShape, side: SideSpec, steps: StepSettings, trains: bool, name: str) -> None:
     """Raise UsageError for steps that an FSDP2 or AutoTP side does not run. Messages call the side `name`."""
@@ -42,6 +45,12 @@ def _training_rules(model: ModelShape, side: SideSpec, steps: StepSettings) -> I
     if side.autotp is not None and side.autotp.zero_stage == 0 and side.dtype is not Dtype.FP32:
         # Measured: after two steps its losses differ by 0.2 % from those of stages 1 and 2, FSDP2 and Megatron-Core.
         yield "ZeRO stage 0 trains in 32 bit only here, its 16-bit optimizer gives other losses: give --zero-stage 1"
+    if side.autotp is not None and side.autotp.zero_stage == 0 and side.layout.tp > 1:
+        # Measured in float32 with TP2 DP2: after two steps its losses differ by 0.1 % from those of stage 1.
+        yield f"ZeRO stage 0 trains with TP 1 only here, TP {side.layout.tp} gives other losses: give --zero-stage 1"
+    if side.autotp is not None and side.autocast is Dtype.FP16:
+        # stage_1_and_2.py of 0.19.8: unscale_and_clip_grads knows nothing of torch_autocast_gradscaler.
+        yield "DeepSpeed clips gradients of --autocast with --fp16 while they are still scaled: give --bf16"
     if steps.sequence_parallel:
         yield f"--sequence-parallel is Megatron-Core's, {side.format} sides train without: leave it out"
     yield from _recompute_rules(steps.recompute)
@@ -86,11 +95,14 @@ def fsdp2_memory(
     mesh, found = Mesh.of(side), {}
     for rank in sharding.ranks:
         dense, routed = parameters_of(sharding, rank)
+        dense_layers, _ = parameters_of(sharding, rank, LAYERS)
         gradients = dense * mesh.shard + routed * mesh.expert_shard if accumulates else dense + routed
         found[rank] = TrainingMemory(
             gradient_bytes=GRADIENT_BYTES * gradients,
             optimizer_bytes=_state_bytes(side) * (dense + routed),
-            activation_bytes=activation_bytes(shape, side, steps),
+            activation_bytes=_activation_bytes(
+                shape, side, steps, dense_layers * mesh.shard + routed * mesh.expert_shard
+            ),
         )
     return found
 
@@ -101,6 +113,7 @@ def autotp_memory(
     """The estimate for every rank of an AutoTP side.
 
     ZeRO divides AdamW's state over the replicas from stage 1 on, gradients, in the parameters' dtype, from stage 2 on.
+    From stage 1 on it copies parameters of float32 too.
     """
     assert side.dtype is not None
     stage, replicas = (side.autotp or AutotpOptions()).zero_stage, side.layout.dp
@@ -110,10 +123,44 @@ def autotp_memory(
         held = sum(parameters_of(sharding, rank))
         found[rank] = TrainingMemory(
             gradient_bytes=ITEMSIZE[side.dtype.value] * held // (replicas if stage > 1 else 1),
-            optimizer_bytes=_state_bytes(side) * held // (replicas if stage > 0 else 1),
-            activation_bytes=activation_bytes(shape, side, steps),
+            optimizer_bytes=(MOMENTS_BYTES + MAIN_BYTES) * held // replicas if stage > 0 else MOMENTS_BYTES * held,
+            activation_bytes=_activation_bytes(shape, side, steps, sum(parameters_of(sharding, rank, LAYERS))),
         )
     return found
+
+
+def _activation_bytes(shape: ModelShape, side: SideSpec, steps: StepSettings, in_layers: int) -> int:
+    """Activations as of any side, and what `eager` attention and autocast keep for the backward pass beside them.
+
+    `eager` keeps the scores of all pairs of tokens in the dtype of the products, and their softmax in float32 (in
+    float32 both are one); and the keys and values of each head, where others keep those of its group.
+
+    Autocast keeps 16-bit copies of the weights, `in_layers` elements of all layers on this rank and those of the output
+    layer; the states after both norms of a layer in float32; and a copy of these for each of the five products that
+    read them. Layers that are computed again keep all this one at a time.
+    """
+    assert side.compute_dtype is not None
+    itemsize, tokens = ITEMSIZE[side.compute_dtype.value], steps.micro_batch_size * steps.seq_length
+    of_layer = of_output = 0.0
+    if side.attn_impl == "eager":
+        score_bytes = itemsize + (4 if itemsize < 4 else 0)
+        scores = score_bytes * steps.seq_length * shape.num_attention_heads
+        repeated = 2 * itemsize * shape.kv_channels * (shape.num_attention_heads - shape.num_query_groups)
+        of_layer += tokens * (scores + repeated) / side.layout.tp
+    if side.autocast is not None:
+        of_layer += itemsize * in_layers / shape.num_layers
+        of_layer += (2 * (4 - itemsize) + 3 * itemsize) * tokens * shape.hidden_size
+        of_output = itemsize * shape.vocab_size * shape.hidden_size / side.layout.tp
+    beside = of_layer * _layers_kept(shape.num_layers, steps.recompute) + of_output
+    return activation_bytes(shape, side, steps) + int(beside)
+
+
+def _layers_kept(num_layers: int, recompute: Recompute) -> int:
+    """How many layers keep their states at a time: one of those that are computed again, and all others."""
+    if recompute.granularity is None:
+        return num_layers
+    again = min(recompute.num_layers or 1, num_layers) if recompute.method == "block" else num_layers
+    return num_layers - again + 1
 
 
 def _state_bytes(side: SideSpec) -> int:

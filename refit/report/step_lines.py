@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from refit import units
 from refit.config.scenario import Scenario
+from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
 from refit.report.cycle import cycle_lines
 from refit.report.neutral import plain_lines
@@ -22,8 +23,17 @@ def train_header(scenario: Scenario, steps: StepSettings, result: StepResult) ->
         f"{steps.seed}",
         f"vocabulary: {result.vocabulary}",
     ]
+    lines += _precision(scenario.source)
     lines += [f"dispatcher: {result.dispatcher}; routing {routing}"] if result.dispatcher else []
     return plain_lines(f"# {line}" for line in lines)
+
+
+def _precision(side: SideSpec) -> list[str]:
+    """What a model of transformers computes its attention with, and in which dtypes."""
+    if side.attn_impl is None or side.dtype is None:
+        return []
+    autocast = f", products in {side.autocast.value} (torch.autocast)" if side.autocast is not None else ""
+    return [f"attention: {side.attn_impl}; parameters {side.dtype.value}{autocast}"]
 
 
 def forward_header(scenario: Scenario, result: ForwardResult) -> str:

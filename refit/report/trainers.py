@@ -67,11 +67,12 @@ def rankings(outcomes: Sequence[Outcome]) -> list[list[Trainer]]:
 def _ranked(arms: Sequence[Arm]) -> list[Trainer]:
     ranked = sorted(arms, key=lambda arm: arm.mean_s)
     base = next((arm for arm in ranked if arm.scenario.source.format == FIRST), ranked[0])
-    return [_compared(base, arm) for arm in ranked]
+    attention = next(filter(None, (arm.scenario.source.attn_impl for arm in ranked)), None)
+    return [_compared(base, arm, attention) for arm in ranked]
 
 
-def _compared(base: Arm, arm: Arm) -> Trainer:
-    """Every run of `arm` beside the first run of `base`."""
+def _compared(base: Arm, arm: Arm, attention: str | None) -> Trainer:
+    """Every run of `arm` beside the first run of `base`; `attention` is that of the fastest model of transformers."""
     first = base.runs[0]
     losses = [loss_difference(first.result, run.result)[0] for run in arm.runs]
     problems = [
@@ -79,7 +80,8 @@ def _compared(base: Arm, arm: Arm) -> Trainer:
         for run, difference in zip(arm.runs, losses, strict=True)
         for text in _problems(first, run, difference)
     ]
-    return Trainer(arm, problem_texts(problems, (base, arm)), largest(losses))
+    texts = problem_texts(problems, (base, arm))
+    return Trainer(arm, (*texts, *_other_attention(arm.scenario.source, attention)), largest(losses))
 
 
 def _work(scenario: Scenario) -> str:
@@ -90,7 +92,7 @@ def _work(scenario: Scenario) -> str:
     layout, alone = scenario.source.layout, scenario.source == scenario.destination
     plain = SideSpec(
         Layout(layout.tp, 1, 1, layout.pp, layout.world_size, layout.first_rank, vpp=layout.vpp),
-        dtype=scenario.source.dtype,
+        dtype=scenario.source.compute_dtype,
     )
     destination = plain if alone else scenario.destination
     return repr(
@@ -107,6 +109,9 @@ def _problems(base: StepRun, run: StepRun, difference: float | None) -> Iterator
     skipped = [each.result.num_skipped for each in (base, run)]
     if skipped[0] != skipped[1]:
         yield f"overflow skipped {skipped[0]} and {skipped[1]} steps"
+    dtypes = [_dtype_text(each.scenario.source) for each in (base, run)]
+    if dtypes[0] != dtypes[1]:
+        yield f"precision differs: {dtypes[0]}, and {dtypes[1]}"
     versions = [conditions(each.outcome) for each in (base, run)]
     if versions[0] != versions[1]:
         yield f"versions or GPUs differ: {', '.join(differences(*versions))}"
@@ -117,8 +122,19 @@ def _problems(base: StepRun, run: StepRun, difference: float | None) -> Iterator
         yield f"losses differ by {difference:.1e}, more than {bar:.1e}"
 
 
+def _dtype_text(side: SideSpec) -> str:
+    name = side.compute_dtype.value if side.compute_dtype is not None else "the provider's dtype"
+    return f"float32 under autocast in {name}" if side.autocast is not None else name
+
+
+def _other_attention(side: SideSpec, attention: str | None) -> Iterator[str]:
+    """Megatron-Core's attention is its own. Models of transformers are compared with the same, `attention`."""
+    if side.attn_impl is not None and side.attn_impl != attention:
+        yield f"attention differs: {attention} and {side.attn_impl}"
+
+
 def _bar(scenario: Scenario) -> float:
-    dtype = scenario.source.dtype
+    dtype = scenario.source.compute_dtype
     return LOSS_BAR[dtype] if dtype is not None else 0.0
 
 

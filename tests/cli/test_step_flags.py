@@ -154,6 +154,8 @@ def test_deepspeeds_16_bit_optimizer_is_not_trained() -> None:
     with pytest.raises(UsageError, match=r"ZeRO stage 0 trains in 32 bit only.*--zero-stage 1"):
         scenario(*flags, "--zero-stage=0")
     assert scenario(*flags, "--zero-stage=0", "--fp32").steps is not None
+    with pytest.raises(UsageError, match=r"ZeRO stage 0 trains with TP 1 only here, TP 2 gives.*--zero-stage 1"):
+        scenario(*flags, "--zero-stage=0", "--fp32", "--tensor-model-parallel-size=2")
 
 
 @pytest.mark.parametrize("flag", [["--expert-model-parallel-size", "1"], []])

@@ -32,10 +32,21 @@ LIBRARIES: dict[str, dict[str, Any]] = {
 }
 
 
-def outcome(library: str, mean_s: float, *, tp: int = 2, ep: int = 1, loss: float = 5.0, tokens: int = 512) -> Outcome:
+def outcome(
+    library: str,
+    mean_s: float,
+    *,
+    tp: int = 2,
+    ep: int = 1,
+    loss: float = 5.0,
+    tokens: int = 512,
+    attn_impl: str | None = None,
+    autocast: bool = False,
+) -> Outcome:
     """A run on four ranks: one warm-up step and two steps of `mean_s` seconds, half of it forward."""
     layout = Layout(tp, ep, tp if library == "megatron" else 1, 1, 4)
-    side = SideSpec(layout, format=library, dtype=Dtype.BF16, **LIBRARIES[library])
+    side = SideSpec(layout, format=library, dtype=Dtype.BF16, attn_impl=attn_impl, **LIBRARIES[library])
+    side = replace(side, dtype=Dtype.FP32, autocast=Dtype.BF16) if autocast else side
     samples = tuple(
         StepSample(n, n == 0, (mean_s,) * 4, 0, tokens, loss - n / 10, 1.0, allocated_bytes=3 << 29, peak_bytes=5 << 29)
         for n in range(3)
@@ -152,6 +163,35 @@ def test_a_run_of_other_work_is_named() -> None:
     assert first.problems == ()
     assert second.problems == ("fsdp2_run2 against megatron_run1: tokens differ: 1,536 and 768 over all steps",)
     assert "+50.0" not in trainer_text(cells)
+
+
+def test_other_precision_is_other_work() -> None:
+    """Also where the losses are alike. Runs of one precision are compared."""
+    cells = [outcome("fsdp2", 2.0, autocast=True), outcome("autotp", 3.0, autocast=True)]
+    assert "+50.0" in trainer_text(cells)
+    assert "fsdp2 TP2 EP1 FSDP2 autocast" in trainer_text(cells)
+    text = trainer_text([outcome("megatron", 2.0), *cells])
+    assert text.count("precision differs: bfloat16, and float32 under autocast in bfloat16") == 2
+    assert "+50.0" not in text
+
+
+def test_models_of_transformers_are_compared_with_the_same_attention() -> None:
+    sdpa = [outcome("fsdp2", 2.0, attn_impl="sdpa"), outcome("autotp", 3.0, attn_impl="sdpa")]
+    assert "+50.0" in trainer_text(sdpa)
+    text = trainer_text([outcome("megatron", 2.5), sdpa[0], outcome("autotp", 3.0, attn_impl="eager")])
+    assert "autotp TP2 DP2 ZeRO2 eager: AdamW" in text
+    assert text.count("NOT EQUAL work: attention differs: sdpa and eager") == 1
+    assert "+25.0" in text
+    assert "+50.0" not in text
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_json_of_a_run_has_its_precision(autocast: bool) -> None:
+    found = outcome("fsdp2", 2.0, attn_impl="eager", autocast=autocast).result
+    assert found is not None
+    assert found.scenario is not None
+    config = json.loads(document_text(found.scenario, found.measurements["train-step"]))["config"]
+    assert (config["attn_impl"], config["autocast"], config["dtype"]) == ("eager", autocast, "bfloat16")
 
 
 def test_the_json_of_a_run_has_the_fields_of_the_format() -> None:

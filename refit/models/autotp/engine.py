@@ -45,9 +45,8 @@ def whole_model(shape: ModelShape, named: NamedModel, side: SideSpec) -> Any:
 
     It is in host memory, where pages take none before they are written: a rank keeps its parts only.
     """
-    assert side.dtype is not None, "flags that describe a model give its dtype"
     host = torch.device("cpu")
-    model = meta_model(shape, named, getattr(torch, side.dtype.value))
+    model = meta_model(shape, named, side)
     materialise(model, host)
     compute_rotary_buffers(model, host)
     model.eval()
@@ -75,6 +74,8 @@ def build_engine(
         parameters = model.parameters()
         optimizer = adamw(parameters, steps, device) if steps is not None else torch.optim.AdamW(parameters)
     config = {**_config(deepspeed, model, named, shape, side), **_batch(side, steps)}
+    if steps is not None:
+        config.update(_autocast(side))
     if "fp16" in config and steps is not None:
         config["fp16"] = {**config["fp16"], "initial_scale_power": round(math.log2(steps.initial_loss_scale))}
     try:
@@ -104,6 +105,14 @@ def _config(deepspeed: Any, model: Any, named: NamedModel, shape: ModelShape, si
 
 def _options(side: SideSpec) -> AutotpOptions:
     return side.autotp or AutotpOptions()
+
+
+def _autocast(side: SideSpec) -> dict[str, Any]:
+    """DeepSpeed's own autocast. No module is named whose gradients it may reduce in 16 bits: by default those are of
+    `torch.nn.Linear`, which AutoTP replaces where it splits them."""
+    if side.autocast is None:
+        return {}
+    return {"torch_autocast": {"enabled": True, "dtype": side.autocast.value, "lower_precision_safe_modules": []}}
 
 
 def _batch(side: SideSpec, steps: StepSettings | None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from refit.config.layout import Layout
 from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
 from refit.models.autotp.engine import build_engine, whole_model
@@ -31,13 +30,13 @@ class AutotpSide(TransformersSide):
 
     def __init__(
         self,
-        layout: Layout,
+        spec: SideSpec,
         engine: Any = None,
         groups: ParallelGroups | None = None,
         weights: LocalWeights | None = None,
         trainer: AutotpTrainer | None = None,
     ) -> None:
-        super().__init__(layout, engine.module if engine is not None else None, weights, trainer)
+        super().__init__(spec, engine.module if engine is not None else None, weights, trainer)
         self.engine = engine
         self.groups = groups
 
@@ -57,7 +56,7 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     """Build this rank's part of the scenario's model. Collective: every rank of the job."""
     groups = build_groups(side)
     if groups is None:
-        return AutotpSide(side.layout)
+        return AutotpSide(side)
     assert scenario.model is not None, "a model provider builds Megatron models only"
     assert side.dtype is not None, "flags that describe a model give its dtype"
     named = named_model(scenario.model, side.dtype)
@@ -66,4 +65,4 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     engine = build_engine(model, scenario.model, named, side, groups, device, steps)
     weights = read_weights(engine.module, named, partial(held_of, tp=groups.tp))
     trainer = AutotpTrainer(engine, groups, side, steps, device) if steps is not None else None
-    return AutotpSide(side.layout, engine, groups, weights, trainer)
+    return AutotpSide(side, engine, groups, weights, trainer)

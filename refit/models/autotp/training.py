@@ -25,7 +25,7 @@ class AutotpTrainer(TransformersTrainer):
     def __init__(
         self, engine: Any, groups: ParallelGroups, side: SideSpec, steps: StepSettings, device: torch.device
     ) -> None:
-        super().__init__(engine, engine.module, TrainingGroups(groups.side, groups.tp), side.layout, steps, device)
+        super().__init__(engine, engine.module, TrainingGroups(groups.side, groups.tp), side, steps, device)
         self._groups, self._deepspeed = groups, load_deepspeed(device)
         self.optimizer = f"DeepSpeed {type(engine.optimizer).__name__}, ZeRO stage {engine.zero_optimization_stage()}"
         self.optimizer += " (torch AdamW)"

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
 from refit.models.fsdp2.experts import experts_of, split_over_experts
 from refit.models.fsdp2.meshes import Meshes
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
@@ -22,9 +23,9 @@ from refit.predict.families.names import Block, NamedModel
 from refit.predict.megatron import Split
 
 
-def build_model(shape: ModelShape, named: NamedModel, meshes: Meshes, dtype: torch.dtype, device: torch.device) -> Any:
+def build_model(shape: ModelShape, named: NamedModel, meshes: Meshes, side: SideSpec, device: torch.device) -> Any:
     """This rank's part of the model, in eval mode, its weights uninitialised. Collective: every rank of the side."""
-    model = meta_model(shape, named, dtype)
+    model = meta_model(shape, named, side)
     _split_over_tp(model, named, meshes, shape.tied_embeddings)
     split_over_experts(experts_of(model), meshes.ep)
     if shape.tied_embeddings:  # splitting them has made two parameters of one

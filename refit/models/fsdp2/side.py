@@ -28,13 +28,13 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     """Build this rank's part of the scenario's model. Collective: every rank of the job."""
     meshes, group = build_meshes(side, device), own_group([list(side.ranks)])
     if meshes is None or group is None:
-        return Fsdp2Side(side.layout)
+        return Fsdp2Side(side)
     assert scenario.model is not None, "a model provider builds Megatron models only"
     assert side.dtype is not None, "flags that describe a model give its dtype"
     named = named_model(scenario.model, side.dtype)
-    module = build_model(scenario.model, named, meshes, getattr(torch, side.dtype.value), device)
+    module = build_model(scenario.model, named, meshes, side, device)
     trainer = None
     if scenario.trains(name):
         assert scenario.steps is not None
-        trainer = Fsdp2Trainer(module, meshes, group, side.layout, scenario.steps, device)
-    return Fsdp2Side(side.layout, module, read_weights(module, named, held_of), trainer)
+        trainer = Fsdp2Trainer(module, meshes, group, side, scenario.steps, device)
+    return Fsdp2Side(side, module, read_weights(module, named, held_of), trainer)

@@ -15,9 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from refit.config.layout import Layout
+from refit.config.shape import Dtype
+from refit.config.side import SideSpec
 from refit.config.steps import LOSS_SCALE_WINDOW, StepSettings
 from refit.models.fsdp2.experts import experts_of
 from refit.models.fsdp2.meshes import Meshes
+from refit.models.huggingface.autocast import autocast
 from refit.models.huggingface.training import TrainingGroups, TransformersTrainer, adamw
 from refit.models.sharded_model import StepReport, vocabulary_text
 
@@ -64,23 +67,23 @@ class Fsdp2Trainer(TransformersTrainer):
         module: Any,
         meshes: Meshes,
         group: dist.ProcessGroup,
-        layout: Layout,
+        side: SideSpec,
         steps: StepSettings,
         device: torch.device,
     ) -> None:
         """`group` has all ranks of the side. Collective: every rank of it."""
         groups = TrainingGroups(group, meshes.tp.get_group())
-        super().__init__(module, module, groups, layout, steps, device)
+        super().__init__(module, module, groups, side, steps, device)
         self._groups = groups
-        self._parts = [*_parts(module, layout)]
+        self._parts = [*_parts(module, side.layout)]
         self._adamw = adamw((part.main for part in self._parts), steps, device)
         self._scaler = torch.amp.GradScaler(
             device.type,
             init_scale=steps.initial_loss_scale,
             growth_interval=LOSS_SCALE_WINDOW,
-            enabled=module.dtype is torch.float16,
+            enabled=side.compute_dtype is Dtype.FP16,
         )
-        self.vocabulary = vocabulary_text(layout.tp, "embedding", "output layer", "loss (torch's loss_parallel)")
+        self.vocabulary = vocabulary_text(side.layout.tp, "embedding", "output layer", "loss (torch's loss_parallel)")
 
     def weights_changed(self) -> None:
         with torch.no_grad():
@@ -88,7 +91,8 @@ class Fsdp2Trainer(TransformersTrainer):
                 part.main.copy_(part.local)
 
     def _loss(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = self._module(input_ids=inputs).logits.flatten(0, 1).float()
+        with autocast(self._side, self._device):
+            logits = self._module(input_ids=inputs).logits.flatten(0, 1).float()
         with self._parallel():
             loss: torch.Tensor = torch.nn.functional.cross_entropy(logits, labels.flatten())
         return loss

@@ -1,4 +1,4 @@
-"""Builds a transformers model of a ModelShape on the meta device, and gives it memory."""
+"""Builds a transformers model for a side on the meta device, and gives it memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
+from refit.models.huggingface.autocast import EXPERTS
 from refit.predict.families.config_json import config_values
 from refit.predict.families.names import NamedModel
 
@@ -15,13 +17,18 @@ GROUPED = {"experts_implementation": "grouped_mm"}
 """All experts of a layer in one product. One by one ("eager"), each would allocate the gradient of all of them."""
 
 
-def meta_model(shape: ModelShape, named: NamedModel, dtype: torch.dtype) -> Any:
-    """The whole model on the meta device, with the dtypes of the named tensors."""
+def meta_model(shape: ModelShape, named: NamedModel, side: SideSpec) -> Any:
+    """The whole model on the meta device, with the side's attention and the dtypes of the named tensors."""
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    experts = GROUPED if shape.experts is not None else {}
     values = config_values(shape)
     config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
     with torch.device("meta"):
         build: Any = AutoModelForCausalLM.from_config
-        model = build(config, dtype=dtype, **(GROUPED if shape.experts is not None else {}))
+        dtype = getattr(torch, side.dtype.value)
+        model = build(config, dtype=dtype, attn_implementation=side.attn_impl, **experts)
+    if side.autocast is not None and experts:
+        model.config._experts_implementation = EXPERTS
     for block in named.blocks:
         for tensor in block.tensors:
             if tensor.row.buffer:  # kept in float32, as `from_pretrained` keeps them

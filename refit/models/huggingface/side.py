@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from refit.config.layout import Layout
+from refit.config.side import SideSpec
 from refit.errors import RefitError
+from refit.models.huggingface.autocast import autocast
 from refit.models.huggingface.training import TransformersTrainer
 from refit.models.micro_batches import replica_part
 from refit.models.sharded_model import LiveSettings
@@ -19,13 +20,13 @@ class TransformersSide:
 
     def __init__(
         self,
-        layout: Layout,
+        spec: SideSpec,
         module: Any = None,
         weights: LocalWeights | None = None,
         trainer: TransformersTrainer | None = None,
     ) -> None:
         self.module, self.weights, self.trainer = module, weights, trainer
-        self._layout = layout
+        self._spec = spec
 
     @property
     def settings(self) -> LiveSettings:
@@ -33,6 +34,7 @@ class TransformersSide:
         if self.module is None:
             return LiveSettings()
         values: dict[str, Any] = self.module.config.to_dict()
+        values["attn_implementation"] = self.module.config._attn_implementation  # which config.json does not have
         return LiveSettings(config={name: str(value) for name, value in sorted(values.items())})
 
     def check_forward(self) -> None:
@@ -47,14 +49,14 @@ class TransformersSide:
 
     def infer(self, tokens: torch.Tensor) -> None:
         if self.module is not None:
-            self._run(replica_part(tokens, self._layout))
+            self._run(replica_part(tokens, self._spec.layout))
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The logits that this rank's module gives; None on ranks outside the side."""
         if self.module is None or self.weights is None:
             return None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self._spec, self.weights.device):
                 logits: torch.Tensor = self.module(input_ids=tokens.to(self.weights.device)).logits
         except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
             raise RefitError(f"the forward pass failed: {type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from refit.config.layout import Layout
+from refit.config.side import SideSpec
 from refit.config.steps import Recompute, StepSettings
 from refit.models.huggingface.expert_bias import ExpertBiases
 from refit.models.huggingface.rotary_key import sum_rotary_key_gradients
@@ -35,10 +35,11 @@ class TransformersTrainer(ABC):
     vocabulary: str
 
     def __init__(
-        self, module: Any, model: Any, groups: TrainingGroups, layout: Layout, steps: StepSettings, device: torch.device
+        self, module: Any, model: Any, groups: TrainingGroups, side: SideSpec, steps: StepSettings, device: torch.device
     ) -> None:
         """`module` is what is called: the transformers `model`, or its library's engine around it."""
-        self._module, self._layout, self._steps, self._device = module, layout, steps, device
+        self._module, self._side, self._steps, self._device = module, side, steps, device
+        self._layout = side.layout
         recompute_layers(model, steps.recompute)
         sum_rotary_key_gradients(model, groups.tp)
         self._expert_biases = ExpertBiases(model, groups.side)

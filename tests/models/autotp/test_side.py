@@ -28,7 +28,7 @@ from refit.predict.autotp import predict
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.predict.families.names import named_model
 from refit.quantise.weights import QuantisedModel
-from tests.models.huggingface.sides import CPU, FAMILY, RUN, assert_verified, refit_once, unlike
+from tests.models.huggingface.sides import CPU, FAMILY, RUN, alone, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
 from tests.predict.test_autotp import side
 from tests.predict.test_fsdp2 import preset
@@ -82,7 +82,7 @@ def test_layers_are_split_as_the_plan_of_transformers_says(name: str) -> None:
 
     shape = preset(name)
     named = named_model(shape, Dtype.BF16)
-    plan = meta_model(shape, named, torch.bfloat16)._tp_plan
+    plan = meta_model(shape, named, alone(Dtype.BF16))._tp_plan
     if shape.experts is not None:
         with pytest.raises(ValueError, match=r"moe_tp_experts.*packed_colwise.*partition_config"):
             TPPlanConverter.convert(plan)

@@ -28,7 +28,7 @@ from refit.models.megatron.side import MegatronSide
 from refit.predict.families.names import named_model
 from refit.predict.families.tables import Family
 from refit.predict.fsdp2 import predict
-from tests.models.huggingface.sides import CPU, FAMILY, RUN, assert_verified, refit_once, unlike
+from tests.models.huggingface.sides import CPU, FAMILY, RUN, alone, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
 from tests.predict.families.test_names import BRIDGES, _bridge, _parameter
 from tests.predict.test_fsdp2 import _splits, side
@@ -44,7 +44,7 @@ def differences(rank: int, shape: ModelShape, sizes: dict[str, int]) -> list[str
     if meshes is None:
         return []
     named = named_model(shape, Dtype.BF16)
-    weights = read_weights(build_model(shape, named, meshes, torch.bfloat16, CPU), named, held_of)
+    weights = read_weights(build_model(shape, named, meshes, spec, CPU), named, held_of)
     return unlike(predict(shape, spec), rank, weights)
 
 
@@ -118,7 +118,7 @@ def refit_of_a_state_dict(rank: int, argv: list[str]) -> dict[str, dict[str, tor
 
 def _seeded(shape: ModelShape) -> dict[str, torch.Tensor]:
     named = named_model(shape, Dtype.FP32)
-    model = meta_model(shape, named, torch.float32)
+    model = meta_model(shape, named, alone(Dtype.FP32))
     materialise(model, CPU)
     generator, state = torch.Generator().manual_seed(1), model.state_dict()
     for tensor in state.values():
@@ -167,7 +167,7 @@ def _converted(family: Family, shape: ModelShape, seeded: dict[str, torch.Tensor
     """The parameters of a Megatron model with local layers, as mbridge makes them of Hugging Face's."""
     assert family in BRIDGES
     bridge = _bridge(family)
-    bridge.hf_config = meta_model(shape, named_model(shape, Dtype.FP32), torch.float32).config
+    bridge.hf_config = meta_model(shape, named_model(shape, Dtype.FP32), alone(Dtype.FP32)).config
     bridge.dtype, bridge.make_vocab_size_divisible_by = torch.float32, None
     single = {name: expert for key, tensor in seeded.items() for name, expert in _single_experts(key, tensor)}
     converted = {}

@@ -6,7 +6,10 @@ import torch
 
 from refit.bench.engines.refit import PlannedEngine
 from refit.bench.sides import Side
+from refit.config.layout import Layout
 from refit.config.scenario import Scenario
+from refit.config.shape import Dtype
+from refit.config.side import SideSpec
 from refit.models.weights import LocalWeights
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
@@ -19,6 +22,11 @@ CPU = torch.device("cpu")
 FAMILY = {QWEN3: "tiny_qwen3", QWEN3_MOE: "tiny_qwen3_moe", DEEPSEEK_V3: "tiny_deepseek_v3"}
 SMALL = ["--hidden-size=64", "--ffn-hidden-size=96", "--vocab-size=150", "--make-vocab-size-divisible-by=1"]
 RUN = ["--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1", *SMALL]
+
+
+def alone(dtype: Dtype) -> SideSpec:
+    """A side on one rank."""
+    return SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1), format="fsdp2", dtype=dtype)
 
 
 def unlike(predicted: Sharding, rank: int, weights: LocalWeights) -> list[str]:

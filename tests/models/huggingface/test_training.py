@@ -20,6 +20,7 @@ from refit.results.result import Result
 from refit.results.status import Status
 from refit.results.step import StepResult
 from tests.bench.test_runner import run_scenario
+from tests.models.huggingface.sides import alone
 from tests.ranks.pool import RankPool
 from tests.report.factories import planned
 
@@ -158,7 +159,7 @@ def test_layers_are_computed_again(recompute: tuple[str | None, int | None], cal
     """Three layers in all: each runs once forward, and once more in the backward pass where it is computed again."""
     shape = parse(["--model=tiny_qwen3", "--num-layers=3", "--hidden-size=64", "--refit-method=gloo"]).scenario.model
     assert shape is not None
-    model = meta_model(shape, named_model(shape, Dtype.FP32), torch.float32)
+    model = meta_model(shape, named_model(shape, Dtype.FP32), alone(Dtype.FP32))
     materialise(model, torch.device("cpu"))
     compute_rotary_buffers(model, torch.device("cpu"))
     method, num_layers = recompute

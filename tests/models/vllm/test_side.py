@@ -32,6 +32,7 @@ from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.predict.families.names import named_model
 from refit.results.refit import RefitResult
+from tests.models.huggingface.sides import alone
 from tests.predict.test_vllm import engine_models, sides
 from tests.ranks.pool import RankPool
 
@@ -193,7 +194,7 @@ def refit(scenario: Scenario, source: Side, destination: Side, plan: RefitPlan) 
 
 def seeded(scenario: Scenario) -> dict[str, torch.Tensor]:
     assert scenario.model is not None
-    model = meta_model(scenario.model, named_model(scenario.model, Dtype.FP32), torch.float32)
+    model = meta_model(scenario.model, named_model(scenario.model, Dtype.FP32), alone(Dtype.FP32))
     materialise(model, CPU)
     generator, state = torch.Generator().manual_seed(1), model.state_dict()
     for tensor in state.values():
