@@ -75,13 +75,24 @@ def trainable_on(device: torch.device) -> Iterator[None]:
             ("synchronize", lambda *_: None),
         ):
             stack.enter_context(patch.object(torch.cuda, name, value))
-        # Megatron compiles small functions with torch.compile, which would run a C++ compiler on every rank.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(patch.object(dispatchers, "maybe_move_tensor_to_cpu", _on_host))
         # Recomputation restores CUDA's random state, which nothing here draws from.
         stack.enter_context(patch.object(random_state, "_get_cuda_rng_state", lambda *_, **__: None))
         stack.enter_context(patch.object(random_state, "_set_cuda_rng_state", lambda *_, **__: None))
         stack.enter_context(_OnCpu())
+        yield
+
+
+@contextlib.contextmanager
+def uncompiled_on(device: torch.device) -> Iterator[None]:
+    """Megatron's fused functions run as they are on CPUs, where torch.compile would run a C++ compiler on every rank.
+
+    For passes only: this imports torch's compiler, which building a model does without.
+    """
+    if device.type == "cuda":
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -45,6 +45,7 @@ def _run(model: BuiltModel, tokens: torch.Tensor, options: dict[str, Any]) -> to
             torch.no_grad(),
             compat.running_on(model.groups, model.device, len(model.chunks)),
             compat_steps.trainable_on(model.device),
+            compat_steps.uncompiled_on(model.device),
         ):
             return _forward(model, tokens.to(model.device), options)
     except (RuntimeError, AttributeError, TypeError, AssertionError) as error:

@@ -99,6 +99,7 @@ class MegatronTrainer:
         built, stack = self._built, contextlib.ExitStack()
         stack.enter_context(compat.running_on(built.groups, built.device, len(built.chunks)))
         stack.enter_context(compat_steps.trainable_on(built.device))
+        stack.enter_context(compat_steps.uncompiled_on(built.device))
         return stack
 
 
