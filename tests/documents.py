@@ -99,7 +99,7 @@ def links(text: str) -> list[str]:
     return [target for target in LINK.findall(text) if not re.match(r"[a-z]+:", target)]
 
 
-def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub makes of a document's headings."""
+def anchors(path: Path) -> list[str]:
+    """The anchors that GitHub makes of a document's headings, but for the numbers that it adds to repeated ones."""
     headings = re.findall(r"^#+ +(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]

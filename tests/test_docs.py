@@ -244,6 +244,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_heading_stands_twice(path: Path) -> None:
+    """A second one comes of a passage that was pasted twice, and no link can name it."""
+    anchors = documents.anchors(path)
+    assert sorted(set(anchors)) == sorted(anchors)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_flags_exist(path: Path) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", path.read_text(encoding="utf-8")))
     assert mentioned - known_flags() == set()
