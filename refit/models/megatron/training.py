@@ -37,7 +37,12 @@ class MegatronTrainer:
         self.vocabulary = vocabulary_text(built.layout.tp, "embedding", "output layer", "loss")
         config: Any = built.chunks[0].config
         with self._running(), compat_steps.gathering_within(built.groups.intra_dist_opt):
-            data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+            data_parallel = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                # Otherwise a weight's gradient would be added up before its delayed computation.
+                delay_wgrad_compute=config.delay_wgrad_compute,
+            )
             self._chunks: list[Any] = [
                 DistributedDataParallel(
                     chunk.config, data_parallel, chunk, disable_bucketing=number > 0, pg_collection=built.groups

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from refit.bench.clock import Spans
 from refit.bench.initial_weights import initialise
@@ -14,6 +16,7 @@ from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
 from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import RefitError
+from refit.models.megatron import training
 from refit.models.megatron.build import BuiltModel, build_model
 from refit.models.megatron.dispatchers import check_live, live_dispatcher
 from refit.models.megatron.forward import forward_logits
@@ -135,6 +138,23 @@ def recorded_parts(rank: int) -> dict[str, float]:
     found = spans.seconds()
     trainer.step(tokens(0))
     assert spans.seconds() == found
+    return found
+
+
+def test_data_parallelism_waits_for_delayed_weight_gradients(ranks: RankPool) -> None:
+    assert ranks.run(delays)[:2] == [[False, True]] * 2
+
+
+def delays(rank: int) -> list[bool]:
+    """What Megatron's data parallelism is told, without and with `--delay-wgrad-compute`."""
+    found = []
+    for delayed in (False, True):
+        steps = replace(STEPS, dispatch=Dispatch("alltoall", overlap=delayed, delay_wgrad=delayed))
+        model = built(MOE, layout(ep=2), steps, Dtype.BF16)
+        if model is not None:
+            with patch.object(training, "DistributedDataParallelConfig", wraps=DistributedDataParallelConfig) as made:
+                MegatronTrainer(model, steps)
+            found.append(made.call_args.kwargs["delay_wgrad_compute"])
     return found
 
 
