@@ -14,6 +14,9 @@ from refit.config.scenario import Scenario
 from refit.errors import UnavailableError, UsageError
 from refit.transport.base import get_transport
 
+DEVICES = {"cuda": "GPUs", "cpu": "CPUs"}
+"""Type of device -> what notes call such devices."""
+
 
 def with_method(scenario: Scenario) -> Scenario:
     """`scenario` with a method in place of AUTO, and a note on which and why; itself where it names a method.
@@ -34,7 +37,7 @@ def with_method(scenario: Scenario) -> Scenario:
         except UnavailableError as error:
             reasons.append(str(error))
             continue
-        why = f" ({'; '.join(reasons)})" if reasons else f": the first choice on {device.upper()}s"
+        why = f" ({'; '.join(reasons)})" if reasons else f": the first choice on {DEVICES[device]}"
         note = f"--refit-method {AUTO}: {name}{why}"
         return replace(scenario, method=name, device=device, notes=(*scenario.notes, note))
     raise UnavailableError(f"--refit-method {AUTO}: no method can run here: {'; '.join(reasons)}")
