@@ -39,6 +39,8 @@ ARMS = ("alltoall", "allgather")
 IMPLEMENTATIONS = {"local": "", "transformer_engine": "TE_"}
 """Layers of Megatron-Core, and what names of runs with them begin with."""
 
+OVERLAP, DELAY = "--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"
+
 ENDING_S = 30
 """Seconds that a run has to end its ranks when its time is up."""
 
@@ -74,11 +76,13 @@ class Campaign:
         return found
 
     def cases(self) -> Iterator[Case]:
-        """Both arms of each cell: all layouts and layers at the first two micro-batches, then the cycle, then the
-        other micro-batches."""
+        """Both arms of each cell: all layouts and layers at the first two micro-batches, then the cycle, overlap, and
+        the other micro-batches."""
         first, others = self.micro_batches[:2], self.micro_batches[2:]
         yield from self._cells(first)
         yield self._cycle()
+        if not self.cpu:
+            yield from self._overlapped()
         yield from self._cells(others)
 
     def _cells(self, micro_batches: Sequence[int]) -> Iterator[Case]:
@@ -88,6 +92,16 @@ class Campaign:
             for arm in ARMS:
                 name = f"{IMPLEMENTATIONS[impl]}{layout}_mb{micro}_{arm}"
                 yield Case(name, (*self._common(impl, micro, arm), *sizes, "--measure=train-step"))
+
+    def _overlapped(self) -> Iterator[Case]:
+        """The first cell's first arm with its exchange hidden, and with weight gradients moved behind it as well."""
+        layout, sizes = next(iter(self.layouts.items()))
+        for impl in self.implementations:
+            flags = (*self._common(impl, self.micro_batches[0], ARMS[0]), *sizes, "--measure=train-step", OVERLAP)
+            name = f"{IMPLEMENTATIONS[impl]}{layout}_mb{self.micro_batches[0]}_{ARMS[0]}_overlap"
+            yield Case(name, flags)
+            if impl == "transformer_engine":
+                yield Case(f"{name}_delayed", (*flags, DELAY))
 
     def _cycle(self) -> Case:
         measured = ["--measure=train-step,refit,forward", "--refit-mode=collocated", "--check-forward"]
