@@ -69,12 +69,24 @@ def test_the_version_is_that_of_the_loaded_library(monkeypatch: pytest.MonkeyPat
     assert environment.loaded_nccl_version() == (2, 30, 7)
 
 
-@pytest.mark.parametrize(("gin_type", "words"), [(0, "a call per tensor, because"), (3, "calls in groups")])
+@pytest.mark.parametrize(
+    ("gin_type", "words"),
+    [
+        (0, "a call per tensor, because groups of calls need GIN"),
+        (3, "calls in groups"),
+        (None, "a call per tensor, because groups of calls need GIN, and NCCL cannot be asked for it (invalid usage)"),
+    ],
+    ids=["none", "some", "nccl4py newer than NCCL"],
+)
 def test_calls_are_grouped_only_where_gpus_reach_the_network(
-    gin_type: int, words: str, monkeypatch: pytest.MonkeyPatch
+    gin_type: int | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Communicator:
-        properties = SimpleNamespace(gin_type=gin_type)
+        @property
+        def properties(self) -> SimpleNamespace:
+            if gin_type is None:
+                raise RuntimeError("invalid usage")
+            return SimpleNamespace(gin_type=gin_type)
 
         @classmethod
         def init(cls, world_size: int, rank: int, unique_id: object) -> Communicator:
@@ -88,8 +100,7 @@ def test_calls_are_grouped_only_where_gpus_reach_the_network(
     for name, value in {"get_rank": 0, "get_world_size": 4, "broadcast_object_list": None}.items():
         monkeypatch.setattr(nccl_m2n.dist, name, lambda *args, value=value: value)
     connected = under_test.connect(cast(RefitPlan, None))
-    assert connected is not None
-    assert connected.startswith(f"one communicator of 4 ranks, {words}")
+    assert connected == f"one communicator of 4 ranks, {words}"
 
 
 def weights(*views: torch.Tensor, boxes: list[Box]) -> LocalWeights:

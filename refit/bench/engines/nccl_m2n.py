@@ -96,9 +96,8 @@ class NcclM2nEngine:
             self._communicator = core.Communicator.init(world_size, rank, core.UniqueId.from_bytes(shared[0]))
         except Exception as error:
             raise RefitError(f"nccl_m2n: no communicator could be made: {error}") from error
-        # NcclGinType.NONE is 0.
-        self._has_gin = bool(self._communicator.properties.gin_type)
-        calls = "calls in groups" if self._has_gin else "a call per tensor, because groups of calls need GIN"
+        self._has_gin, why_not = _gin(self._communicator)
+        calls = "calls in groups" if self._has_gin else f"a call per tensor, because groups of calls need GIN{why_not}"
         return f"one communicator of {world_size} ranks, {calls}"
 
     def prepare(
@@ -137,6 +136,17 @@ class NcclM2nEngine:
         missing = next((each for each in _gathered(reason) if each is not None), None)
         if missing is not None:
             raise UnavailableError(missing)
+
+
+def _gin(communicator: Any) -> tuple[bool, str]:
+    """Whether NCCL reports GIN, and what the log adds where it cannot be asked.
+
+    The question needs an NCCL as new as the one that nccl4py was built for; nccl-extensions installs an older one.
+    """
+    try:
+        return bool(communicator.properties.gin_type), ""  # NcclGinType.NONE is 0
+    except Exception as error:
+        return False, f", and NCCL cannot be asked for it ({error})"
 
 
 @dataclass(frozen=True, slots=True)
