@@ -25,7 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from refit.cli.parsing import parse
-from refit.errors import UsageError
+from refit.errors import UnavailableError, UsageError
+from refit.models.megatron import nccl_ep
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.result import Result, read_result
@@ -36,6 +37,9 @@ WIDTHS += ["--moe-grouped-gemm", "--moe-router-dtype=fp32", "--moe-router-force-
 TINY = ["--model=tiny", "--moe-router-dtype=fp32", "--moe-router-force-load-balancing", "--seq-length=32"]
 EXPERTS_PER_GPU = 16
 ARMS = ("alltoall", "allgather")
+NCCL_EP = ("flex", "--moe-flex-dispatcher-backend=ncclep", "--moe-expert-rank-capacity-factor=1.5")
+"""A further arm of Transformer Engine's layers, where it has NCCL EP, and its flags."""
+
 IMPLEMENTATIONS = {"local": "", "transformer_engine": "TE_"}
 """Layers of Megatron-Core, and what names of runs with them begin with."""
 
@@ -62,6 +66,7 @@ class Campaign:
     micro_batches: tuple[int, ...] = (1, 4, 2)
     tp: int = 2
     implementations: tuple[str, ...] = ("local",)
+    has_nccl_ep: bool = False
     cpu: bool = False
 
     @property
@@ -89,9 +94,10 @@ class Campaign:
         for impl, (layout, sizes), micro in itertools.product(
             self.implementations, self.layouts.items(), micro_batches
         ):
-            for arm in ARMS:
+            flex = self.has_nccl_ep and impl == "transformer_engine"
+            for arm, *flags in (*((arm,) for arm in ARMS), *[NCCL_EP] * flex):
                 name = f"{IMPLEMENTATIONS[impl]}{layout}_mb{micro}_{arm}"
-                yield Case(name, (*self._common(impl, micro, arm), *sizes, "--measure=train-step"))
+                yield Case(name, (*self._common(impl, micro, arm), *flags, *sizes, "--measure=train-step"))
 
     def _overlapped(self) -> Iterator[Case]:
         """The first cell's first arm with its exchange hidden, and with weight gradients moved behind it as well."""
@@ -196,6 +202,15 @@ def memory_bytes(case: Case, num_gpus: int) -> int:
     return dry_run(parse([*case.flags, "--dry-run"]).scenario, DryRunOptions(num_gpus)).memory_bytes
 
 
+def _has_nccl_ep() -> bool:
+    try:
+        nccl_ep.check_available()
+    except UnavailableError as error:
+        print(error)
+        return False
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-gpus", type=int, default=4, help="GPUs of this host; default: 4")
@@ -210,7 +225,9 @@ def main() -> int:
     args = parser.parse_args()
     engine = not args.cpu and importlib.util.find_spec("transformer_engine") is not None
     implementations = tuple(IMPLEMENTATIONS) if engine else ("local",)
-    campaign = Campaign(args.num_gpus, tuple(args.micro_batches), args.tp, implementations, args.cpu)
+    campaign = Campaign(
+        args.num_gpus, tuple(args.micro_batches), args.tp, implementations, engine and _has_nccl_ep(), args.cpu
+    )
     cases = list(campaign.cases())
     if args.list:
         for case in cases:

@@ -134,12 +134,21 @@ def pipeline_layout(text: str) -> tuple[int, ...]:
 
 def rate(text: str) -> float:
     """A number from 0 up to 1000: a learning rate, a decay, a norm."""
+    return _number(text, 0, 1000)
+
+
+def factor(text: str) -> float:
+    """A number from 1 up to 1000: how much more room there is than needed."""
+    return _number(text, 1, 1000)
+
+
+def _number(text: str, least: int, most: int) -> float:
     try:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {shortened(text)}") from None
-    if not 0 <= number <= 1000:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1000, got {text}")
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"must be from {least} to {most}, got {text}")
     return number
 
 

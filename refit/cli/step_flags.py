@@ -74,8 +74,13 @@ STEP_FLAGS: dict[str, dict[str, Any]] = {
         "help": "how tokens reach their experts; default: allgather",
     },
     "moe-flex-dispatcher-backend": {
-        "choices": ("deepep", "hybridep"),
+        "choices": ("deepep", "hybridep", "ncclep"),
         "help": "what the flex dispatcher sends with; default: deepep",
+    },
+    "moe-expert-rank-capacity-factor": {
+        "type": flag_types.factor,
+        "metavar": "FACTOR",
+        "help": "tokens that ncclep has room for on each rank, over those of balanced experts; a step with more fails",
     },
     "overlap-moe-expert-parallel-comm": {
         **SWITCH,
@@ -145,6 +150,12 @@ def step_settings(
         )
     _check_recorded(recorded, model, measured)
     steps = _settings(args, sides[0], model)
+    if steps.dispatch.backend == "ncclep" and tuple(args.measure) != ("train-step",):
+        raise UsageError(
+            "--moe-flex-dispatcher-backend ncclep is set up once per process, for one model and one size of "
+            f"micro-batch (Transformer Engine's ep_bootstrap), and --measure {','.join(args.measure)} has more: use "
+            "--measure train-step"
+        )
     for side, name, trains in ((sides[0], "source", "train-step" in args.measure), (sides[1], "destination", False)):
         if trains or (name == "destination" and "forward" in args.measure):
             support = FORMATS[side.format].steps
@@ -182,6 +193,7 @@ def _settings(args: argparse.Namespace, source: SideSpec, model: ModelShape) -> 
         dispatch=Dispatch(
             dispatcher,
             (backend or "deepep") if dispatcher == "flex" else None,
+            rank_capacity=given.get("moe-expert-rank-capacity-factor"),
             overlap="overlap-moe-expert-parallel-comm" in given,
             delay_wgrad="delay-wgrad-compute" in given,
             balanced="moe-router-force-load-balancing" in given,

@@ -24,7 +24,8 @@ class Dispatch:
 
     `overlap` hides the exchange behind the computation of another micro-batch, `delay_wgrad` moves weight gradients
     behind it. `balanced` draws the experts of a token at random, so that all get equally many. `router_dtype` is that
-    of the router's arithmetic, None for the parameters'.
+    of the router's arithmetic, None for the parameters'. `rank_capacity` is what flex/ncclep has room for on a rank,
+    over its tokens x top-k.
     """
 
     dispatcher: str = "allgather"
@@ -33,6 +34,7 @@ class Dispatch:
     delay_wgrad: bool = False
     balanced: bool = False
     router_dtype: str | None = None
+    rank_capacity: float | None = None
 
     @property
     def arm(self) -> str:

@@ -71,6 +71,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End what must not outlive the process groups. No step follows."""
+        ...
+
 
 def vocabulary_text(tp: int, *parallel: str, besides: str = "") -> str:
     """What `Trainer.vocabulary` says: the parts that are `parallel` over `tp` ranks, and `besides`, why others are

@@ -86,6 +86,14 @@ def _dispatch_rules(model: ModelShape, side: SideSpec, steps: StepSettings) -> I
         if dispatch.dispatcher != "allgather" or dispatch.overlap or dispatch.balanced:
             yield "a model without experts dispatches no tokens: leave the --moe-... flags out, or give --num-experts"
         return
+    capacity = "--moe-expert-rank-capacity-factor"
+    if dispatch.backend == "ncclep" and dispatch.rank_capacity is None:
+        yield (
+            f"NCCL EP needs {capacity}, its room for tokens on a rank (Megatron-Core's _NCCLEPManager): give 1.5, or "
+            "more where routing is not forced balanced"
+        )
+    if dispatch.backend != "ncclep" and dispatch.rank_capacity is not None:
+        yield f"{capacity} is honoured for --moe-flex-dispatcher-backend ncclep only, others would drop tokens"
     if dispatch.dispatcher != "flex":
         return
     if layout.etp * layout.ep == 1:

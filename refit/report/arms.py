@@ -20,8 +20,10 @@ from refit.results.step import StepResult
 LOSS_STEPS = 10
 """Steps of the curves that are compared."""
 
-SELECTOR = ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "moe_enable_deepep")
-"""Fields of Megatron's configuration that choose the dispatcher."""
+RANK_CAPACITY = "moe_expert_rank_capacity_factor"
+
+SELECTOR = ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "moe_enable_deepep", RANK_CAPACITY)
+"""Fields of Megatron's configuration that choose the dispatcher and size its buffers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,8 @@ class TrainStepMeasurement:
         spans = Spans(session.device)
         step = prepare(steps.num_warmup + steps.num_steps, spans)
         result = replace(result, breakdown=run_recorded(session, work.label, step, spans))
+        if trainer is not None:
+            trainer.close()
         release_cached(session.device)
         return result
 

@@ -67,6 +67,9 @@ class TransformersTrainer(ABC):
         finally:
             self._module.eval()
 
+    def close(self) -> None:  # noqa: B027
+        """Nothing here outlives the process groups."""
+
     def _step(self, tokens: torch.Tensor, recorder: Recorder | None) -> StepReport:
         batches, losses = micro_batches(tokens, self._layout, self._steps.micro_batch_size), []
         for number, batch in enumerate(batches, start=1):

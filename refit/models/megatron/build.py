@@ -221,7 +221,11 @@ def _step_fields(steps: StepSettings, routed: bool) -> dict[str, object]:
         "moe_router_force_load_balancing": dispatch.balanced,
         "moe_router_dtype": dispatch.router_dtype,
     }
-    return values | ({"moe_flex_dispatcher_backend": dispatch.backend} if dispatch.backend else {})
+    if dispatch.backend:
+        values["moe_flex_dispatcher_backend"] = dispatch.backend
+    if dispatch.rank_capacity:
+        values["moe_expert_rank_capacity_factor"] = dispatch.rank_capacity
+    return values
 
 
 def _torch_dtype(side: SideSpec) -> torch.dtype:

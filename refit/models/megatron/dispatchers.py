@@ -10,6 +10,7 @@ import torch
 from refit.config.scenario import Scenario
 from refit.config.steps import Dispatch
 from refit.errors import RefitError, UnavailableError
+from refit.models.megatron import nccl_ep
 from refit.models.megatron.build import BuiltModel
 
 CLASSES = {
@@ -17,11 +18,12 @@ CLASSES = {
     "alltoall": "MoEAlltoAllTokenDispatcher",
     "flex/deepep": "MoEFlexTokenDispatcher(_DeepepManager)",
     "flex/hybridep": "MoEFlexTokenDispatcher(_HybridEPManager)",
+    "flex/ncclep": "MoEFlexTokenDispatcher(_NCCLEPManager)",
 }
 """Arm of `Dispatch` -> the class of Megatron-Core's dispatcher, and in brackets of what a flex one sends with."""
 
 LIBRARY = "deep_ep"
-"""The module that both backends of flex import (megatron/core/transformer/moe/fused_a2a.py)."""
+"""The module that the backends in NEEDS import (megatron/core/transformer/moe/fused_a2a.py)."""
 
 NEEDS = {"deepep": "Buffer", "hybridep": "HybridEPBuffer"}
 """Backend of flex -> the class of LIBRARY that it uses."""
@@ -47,6 +49,9 @@ def check_available(scenario: Scenario, device: torch.device) -> None:
 def _check_library(backend: str, device: torch.device) -> None:
     if device.type != "cuda":
         raise UnavailableError(f"--moe-flex-dispatcher-backend {backend} needs CUDA, the device is {device}")
+    if backend == "ncclep":
+        nccl_ep.check_available()
+        return
     if importlib.util.find_spec(LIBRARY) is None:
         raise UnavailableError(
             f"--moe-flex-dispatcher-backend {backend} needs the module {LIBRARY}, which is not installed: install "

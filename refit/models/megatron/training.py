@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from refit.config.steps import LOSS_SCALE_WINDOW, StepSettings
-from refit.models.megatron import compat, compat_steps
+from refit.models.megatron import compat, compat_steps, nccl_ep
 from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.recording import recorded
 from refit.models.micro_batches import micro_batches
@@ -36,6 +36,8 @@ class MegatronTrainer:
         self._built, self._steps = built, steps
         self.vocabulary = vocabulary_text(built.layout.tp, "embedding", "output layer", "loss")
         config: Any = built.chunks[0].config
+        uses_nccl_ep = steps.dispatch.backend == "ncclep"
+        self._topk = config.moe_router_topk * built.layout.etp if uses_nccl_ep else None
         with self._running(), compat_steps.gathering_within(built.groups.intra_dist_opt):
             data_parallel = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -64,6 +66,10 @@ class MegatronTrainer:
     def weights_changed(self) -> None:
         with self._running():
             self._optimizer.reload_model_params()
+
+    def close(self) -> None:
+        if self._topk is not None:
+            nccl_ep.close()
 
     def step(self, tokens: torch.Tensor, recorder: Recorder | None = None) -> StepReport:
         with self._running(), recorded(self._built, self._optimizer, recorder):
@@ -105,6 +111,7 @@ class MegatronTrainer:
         stack.enter_context(compat.running_on(built.groups, built.device, len(built.chunks)))
         stack.enter_context(compat_steps.trainable_on(built.device))
         stack.enter_context(compat_steps.uncompiled_on(built.device))
+        stack.enter_context(nccl_ep.told_of(self._topk))
         return stack
 
 

@@ -1,0 +1,62 @@
+"""NCCL EP, the backend `ncclep` of the flex dispatcher: Megatron-Core 0.19 reaches it through Transformer Engine.
+
+It is set up once per process, with the first micro-batch: for one group of ranks, and for micro-batches of that size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import megatron.core
+
+from refit.errors import UnavailableError
+
+MODULE = "transformer_engine.pytorch.ep"
+FLAG = "--moe-flex-dispatcher-backend ncclep"
+
+
+def check_available() -> None:
+    """Raise UnavailableError without a Megatron-Core, a Transformer Engine and an NCCL that have it."""
+    dispatchers = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    if not hasattr(dispatchers, "_NCCLEPManager"):
+        raise UnavailableError(
+            f"{FLAG} needs Megatron-Core 0.19.2 or newer, {megatron.core.__version__} is installed: upgrade "
+            "megatron-core, or use --moe-token-dispatcher-type alltoall"
+        )
+    try:
+        importlib.import_module(MODULE)
+        importlib.import_module("transformer_engine").require_nccl_ep()
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        raise UnavailableError(
+            f"{FLAG} needs Transformer Engine 2.19 or newer, and NCCL 2.30.4 or newer in the whole process ({error}): "
+            "pip install 'transformer-engine[pytorch]' and preload that NCCL with LD_PRELOAD=.../libnccl.so.2"
+        ) from error
+
+
+@contextlib.contextmanager
+def told_of(topk: int | None) -> Iterator[None]:
+    """NCCL EP starts for tokens of `topk` experts; with None nothing changes.
+
+    Transformer Engine 2.19 and newer ask for it at the start. Megatron-Core 0.19.2, which was written for 2.18, does
+    not pass it on (`ensure_nccl_ep_bootstrapped` in fused_a2a.py).
+    """
+    if topk is None:
+        yield
+        return
+    library: Any = importlib.import_module(MODULE)
+    start = library.ep_bootstrap
+    if "num_topk" in inspect.signature(start).parameters:
+        start = functools.partial(start, num_topk=topk)
+    with patch.object(library, "ep_bootstrap", start):
+        yield
+
+
+def close() -> None:
+    """End NCCL EP while its group's communicator exists: at the exit of the process it would use one that is gone."""
+    importlib.import_module("megatron.core.transformer.moe.fused_a2a").nccl_ep_finalize()
