@@ -59,7 +59,7 @@ def rankings(outcomes: Sequence[Outcome]) -> list[list[Trainer]]:
     """The scenarios of each model, layout and batch that several libraries trained, fastest mean step first."""
     groups: dict[str, list[Arm]] = defaultdict(list)
     for arm in arms_of(outcomes):
-        groups[_work(arm.scenario)].append(arm)
+        groups[work(arm.scenario)].append(arm)
     several = [arms for arms in groups.values() if len({arm.scenario.source.format for arm in arms}) > 1]
     return [_ranked(arms) for arms in several]
 
@@ -84,7 +84,7 @@ def _compared(base: Arm, arm: Arm, attention: str | None) -> Trainer:
     return Trainer(arm, (*texts, *_other_attention(arm.scenario.source, attention)), largest(losses))
 
 
-def _work(scenario: Scenario) -> str:
+def work(scenario: Scenario) -> str:
     """What the runs of a ranking have in common: the scenario without its source's library and that one's settings.
 
     Layouts have the sizes that every library has, without those of experts, and where results go does not count.
