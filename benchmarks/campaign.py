@@ -112,14 +112,15 @@ def memory_bytes(case: Case, num_gpus: int) -> int:
     return dry_run(parse([*case.flags, "--dry-run"]).scenario, DryRunOptions(num_gpus)).memory_bytes
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every campaign that `measure` reads. Where its results go is the caller's."""
+def add_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """What `measure` reads of a command line."""
     parser.add_argument("--num-gpus", type=int, default=4, help="GPUs of this host; default: 4")
     parser.add_argument("--num-steps", type=int, default=20, help="timed steps; default: 20")
     parser.add_argument("--num-warmup", type=int, default=4, help="default: 4")
     parser.add_argument("--budget-minutes", type=float, help="time for all runs; default: no limit")
-    parser.add_argument("--cpu", action="store_true", help="the tiny model on CPU ranks")
+    parser.add_argument("--cpu", action="store_true", help="a tiny model on CPU ranks")
     parser.add_argument("--list", action="store_true", help="print the runs and their memory, and stop")
+    parser.add_argument("--output-dir", type=Path, default=Path(output_dir), help=f"default: {output_dir}")
 
 
 def measure(cases: Sequence[Case], args: argparse.Namespace, name: str) -> int:

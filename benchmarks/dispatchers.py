@@ -18,9 +18,8 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.campaign import Case, add_flags, measure
+from benchmarks.campaign import Case, add_arguments, measure
 from refit.errors import UnavailableError
 from refit.models.megatron import nccl_ep
 
@@ -120,8 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 2], help="default: 1 4 2")
     parser.add_argument("--tp", type=int, default=2, help="TP of the second layout, 1 for none; default: 2")
-    add_flags(parser)
-    parser.add_argument("--output-dir", type=Path, default=Path("dispatcher_results"))
+    add_arguments(parser, "dispatcher_results")
     args = parser.parse_args()
     engine = not args.cpu and importlib.util.find_spec("transformer_engine") is not None
     implementations = tuple(IMPLEMENTATIONS) if engine else ("local",)

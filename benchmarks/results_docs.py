@@ -3,9 +3,9 @@
     python -m benchmarks.results_docs            rewrite docs/performance.md, README.md and the picture
     python -m benchmarks.results_docs --check    exit code 1, naming what differs, where they do not match the files
 
-`benchmarks.gpu_matrix`, `benchmarks.cpu_matrix` and `benchmarks.dispatchers` write the files. A document's text
-between the lines `<!-- results: NAME -->` and `<!-- end of results: NAME -->` is made here; it stays as it is while
-NAME has no file.
+`benchmarks.gpu_matrix`, `benchmarks.cpu_matrix`, `benchmarks.dispatchers` and `benchmarks.trainers` write the files. A
+document's text between the lines `<!-- results: NAME -->` and `<!-- end of results: NAME -->` is made here; it stays as
+it is while NAME has no file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import results_dispatchers, results_text
+from benchmarks import results_dispatchers, results_text, results_trainers
 from refit.report.plots.style import save
 from refit.results.collection import COLLECTION_SUFFIX
 from refit.results.outcomes import Outcome
@@ -35,6 +35,9 @@ OPENING = ("gpu8_speed", "gpu4_speed", "cpu_tiny")
 
 DISPATCHERS = ("gpu8_dispatchers", "gpu4_dispatchers", "gpu2_dispatchers")
 """Files that the table of token dispatchers may be made from, as above."""
+
+TRAINERS = ("gpu8_trainers", "gpu4_trainers", "gpu2_trainers")
+"""Files that the tables of trainers may be made from, as above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ BLOCKS = (
     Block("docs/performance.md", "gpu2_speed", ("gpu2_speed",), results_text.section),
     Block("docs/performance.md", "gpu2_fp8", ("gpu2_fp8",), results_text.quantised_section),
     Block("docs/performance.md", "dispatchers", DISPATCHERS, results_dispatchers.section),
+    Block("docs/performance.md", "trainers", TRAINERS, results_trainers.section),
     Block("docs/performance.md", "cpu_tiny", ("cpu_tiny",), results_text.section),
 )
 

@@ -21,9 +21,8 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.campaign import Case, add_flags, measure
+from benchmarks.campaign import Case, add_arguments, measure
 
 WIDTHS = ("--model=qwen3_32b", "--num-layers=8", "--seq-length=2048", "--refit-method=nccl")
 TINY = ("--model=tiny_qwen3", "--seq-length=32", "--refit-method=gloo")
@@ -98,8 +97,7 @@ class TrainerCampaign:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    parser.add_argument("--output-dir", type=Path, default=Path("trainer_results"))
+    add_arguments(parser, "trainer_results")
     args = parser.parse_args()
     max_tp = MAX_TINY_TP if args.cpu else MAX_TP
     if args.num_gpus < 1 or max_tp % args.num_gpus:

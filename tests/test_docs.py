@@ -133,11 +133,13 @@ def check_benchmark(module: str, words: list[str]) -> None:
 
 def benchmark_flags(path: Path) -> set[str]:
     """The options that a module adds to its parser, read from its source: loading some of them loads torch."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    calls = (node for node in nodes if isinstance(node, ast.Call))
     adding = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument")
     found = {word.value for call in adding for word in call.args if isinstance(word, ast.Constant)}
-    if any(isinstance(call.func, ast.Name) and call.func.id == "add_arguments" for call in calls):
-        found |= benchmark_flags(ROOT / "benchmarks/matrix.py")
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and "add_arguments" in {alias.name for alias in node.names}:
+            found |= benchmark_flags(ROOT / f"{(node.module or '').replace('.', '/')}.py")
     return found
 
 

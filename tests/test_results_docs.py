@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import results_docs, results_text
-from benchmarks.results_docs import BLOCKS, OPENING, PICTURE, RESULTS, ROOT, differences, documents, draw_opening
+from benchmarks.results_docs import (
+    BLOCKS,
+    OPENING,
+    PICTURE,
+    RESULTS,
+    ROOT,
+    TRAINERS,
+    differences,
+    documents,
+    draw_opening,
+)
 from refit.config.quantisation import Quantisation
 from refit.results.collection import write_collection
 from refit.results.outcomes import Outcome, judged
@@ -18,6 +28,7 @@ from refit.results.result import Failure
 from refit.results.status import Status
 from tests.report.factories import planned, result, side, timed
 from tests.report.test_dispatchers import outcome as dispatched
+from tests.report.test_trainers import outcome as trained
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -82,6 +93,33 @@ def test_dispatchers_have_a_table_once_they_are_measured(tmp_path: Path) -> None
     assert "| TP1 EP2 | 1 | allgather | 2000.0 | 0.25 |" in text
     write_collection(file, [replace(cells[0].result, run_id="alone")] if cells[0].result else [])
     assert "| allgather |" not in documents(root)[page]
+
+
+def test_trainers_have_a_table_once_they_are_measured(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    for name in TRAINERS:
+        (root / RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
+    cells = {
+        "local": trained("megatron", 2.0),
+        "te": trained("megatron", 1.6, impl="transformer_engine"),
+        "fsdp2": trained("fsdp2", 2.0),
+        "autotp": trained("autotp", 2.4, loss=5.1),
+    }
+    file, page = root / RESULTS / "gpu2_trainers.jsonl", root / "docs/performance.md"
+    rows = (
+        "| TP2 DP2 | megatron TP2 EP1 TE | 1600.0 | +0.0 | 320 | 0.625 | 3.0 | 0.0e+00 | equal |",
+        "|  | megatron TP2 EP1 | 2000.0 | +25.0 | 256 | 0.5 | 3.0 | 0.0e+00 | equal |",
+        "|  | autotp TP2 DP2 ZeRO2 | 2400.0 | - | 213 | 0.4167 | 3.0 | 2.1e-02 | NOT EQUAL: losses ",
+        "| TP2 DP2 | megatron TP2 EP1 TE | 50.0 | 25.0 | 12.5 | - | 12.5 |",
+    )
+    before = documents(root)[page]
+    assert [row for row in rows if row in before] == []
+    write_collection(file, [replace(one.result, run_id=name) for name, one in cells.items() if one.result])
+    text = documents(root)[page]
+    assert [row for row in rows if row not in text] == []
+    assert "8 sequences of 64 tokens, 1 at a time" in " ".join(text.split())
+    write_collection(file, [replace(cells["te"].result, run_id="alone")] if cells["te"].result else [])
+    assert "| megatron TP2 EP1 TE |" not in documents(root)[page]
 
 
 def outcomes() -> list[Outcome]:

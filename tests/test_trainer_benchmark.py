@@ -10,15 +10,17 @@ from refit.cli.parsing import parse
 from refit.report.trainers import work
 from refit.results.sweep import check_name
 
-H200_BYTES = 139 << 30
+MOST_GIB = {1: 98, 2: 68, 4: 53, 8: 45}
+"""What the fullest GPU needs at most by the estimate, on so many GPUs. An H200 has 139 GiB."""
 
 
-@pytest.mark.parametrize("num_gpus", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_gpus", MOST_GIB)
 def test_every_run_fits_an_h200(num_gpus: int) -> None:
-    """With a quarter left for what the estimate does not count, such as what DeepSpeed holds while it reduces."""
     cases = list(TrainerCampaign(num_gpus, CONTENDERS).cases())
+    needed = [memory_bytes(case, num_gpus) / 2**30 for case in cases]
+    assert min(needed) > 10
+    assert MOST_GIB[num_gpus] - 1 < max(needed) < MOST_GIB[num_gpus]
     for case in cases:
-        assert 10 << 30 < memory_bytes(case, num_gpus) < 0.75 * H200_BYTES, case.name
         check_name(case.name, "case")
     num_layouts = {1: 1, 2: 2, 4: 3, 8: 3}[num_gpus]
     assert len({case.name for case in cases}) == len(cases) == len(CONTENDERS) * num_layouts + 1

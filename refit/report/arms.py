@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from refit.config.registry import FORMATS
 from refit.config.scenario import Scenario
 from refit.config.steps import StepSettings
 from refit.report.points import median
@@ -65,9 +66,14 @@ class Arm:
     @property
     def where(self) -> str:
         """`kimi_k2 TP2 EP4`: model and layout, and Transformer Engine's layers where they are used."""
+        return " ".join(filter(None, (self.scenario.model_title, self.scenario.source.title, self.engine)))
+
+    @property
+    def engine(self) -> str | None:
+        """`TE` where Megatron-Core's layers are Transformer Engine's; models of transformers have their own layers."""
         source = self.scenario.source
-        engine = source.transformer_impl == "transformer_engine"
-        return " ".join(filter(None, (self.scenario.model_title, source.title, "TE" if engine else None)))
+        is_megatron = not FORMATS[source.format].is_transformers
+        return "TE" if is_megatron and source.transformer_impl == "transformer_engine" else None
 
     @property
     def means_s(self) -> list[float]:

@@ -50,9 +50,10 @@ class Trainer:
 
     @property
     def title(self) -> str:
-        """`fsdp2 TP2 EP1 FSDP2`; Megatron's sides have no format in their title."""
+        """`fsdp2 TP2 EP1 FSDP2`, `megatron TP2 EP1 TE`; Megatron's sides have no format in their title."""
         source = self.arm.scenario.source
-        return source.title if source.title.startswith(source.format) else f"{source.format} {source.title}"
+        named = source.title if source.title.startswith(source.format) else f"{source.format} {source.title}"
+        return " ".join(filter(None, (named, self.arm.engine)))
 
 
 def rankings(outcomes: Sequence[Outcome]) -> list[list[Trainer]]:
@@ -186,16 +187,21 @@ def _row(place: int, trainer: Trainer, first: Trainer) -> list[str]:
         str(place),
         f"{1e3 * arm.mean_s:.2f}",
         f"{1e3 * arm.std_s:.2f}",
-        f"{100 * (arm.mean_s / first.arm.mean_s - 1):+.1f}" if _judged(trainer, first) else "-",
+        over_first(trainer, first),
         f"{arm.tokens_per_s:,.0f}",
         f"{arm.samples_per_s:,.2f}",
         f"{arm.tflops_per_gpu:,.4g}",
         "-" if arm.peak_bytes is None else f"{arm.peak_bytes / 2**30:.2f}",
-        *_shares(arm),
+        *shares(arm),
         str(arm.num_stalls),
         "-" if trainer.loss_difference is None else f"{trainer.loss_difference:.1e}",
         "NOT EQUAL" if trainer.problems else "equal",
     ]
+
+
+def over_first(trainer: Trainer, first: Trainer) -> str:
+    """By how much its mean step is longer than that of the first, in %; `-` where their work is not equal."""
+    return f"{100 * (trainer.arm.mean_s / first.arm.mean_s - 1):+.1f}" if _judged(trainer, first) else "-"
 
 
 def _judged(trainer: Trainer, first: Trainer) -> bool:
@@ -209,9 +215,10 @@ def _beyond(trainer: Trainer, first: Trainer) -> str:
     return {True: "yes", False: "no", None: "-"}[exceeds_spread(trainer.arm.samples_s, first.arm.samples_s)]
 
 
-def _shares(arm: Arm) -> list[str]:
-    shares = zip(*(_shares_of(run.result) for run in arm.runs), strict=True)
-    return ["-" if share is None else f"{100 * share:.1f}" for share in map(median, shares)]
+def shares(arm: Arm) -> list[str]:
+    """In % of the recorded step: each of PARTS, and the rest; `-` where not known."""
+    found = zip(*(_shares_of(run.result) for run in arm.runs), strict=True)
+    return ["-" if share is None else f"{100 * share:.1f}" for share in map(median, found)]
 
 
 def _shares_of(result: StepResult) -> list[float | None]:

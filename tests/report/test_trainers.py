@@ -42,10 +42,13 @@ def outcome(
     tokens: int = 512,
     attn_impl: str | None = None,
     autocast: bool = False,
+    impl: str = "local",
 ) -> Outcome:
     """A run on four ranks: one warm-up step and two steps of `mean_s` seconds, half of it forward."""
     layout = Layout(tp, ep, tp if library == "megatron" else 1, 1, 4)
-    side = SideSpec(layout, format=library, dtype=Dtype.BF16, attn_impl=attn_impl, **LIBRARIES[library])
+    side = SideSpec(
+        layout, format=library, dtype=Dtype.BF16, attn_impl=attn_impl, transformer_impl=impl, **LIBRARIES[library]
+    )
     side = replace(side, dtype=Dtype.FP32, autocast=Dtype.BF16) if autocast else side
     samples = tuple(
         StepSample(n, n == 0, (mean_s,) * 4, 0, tokens, loss - n / 10, 1.0, allocated_bytes=3 << 29, peak_bytes=5 << 29)
@@ -94,6 +97,21 @@ def test_each_library_divides_experts_as_it_can() -> None:
         [outcome("autotp", 2.0), outcome("megatron", 2.5, ep=2), outcome("fsdp2", 3.0, ep=4)]
     )
     assert [each.title for each in (first, *others)][1:] == ["megatron TP2 EP2", "fsdp2 TP2 EP4 FSDP2"]
+
+
+def test_layers_of_transformer_engine_are_a_trainer_of_their_own() -> None:
+    cells = [
+        outcome("megatron", 2.5),
+        outcome("megatron", 2.0, impl="transformer_engine", loss=5.001),
+        outcome("fsdp2", 3.0, impl="transformer_engine"),
+    ]
+    cells = [replace(cell, planned=planned(f"cell{number}")) for number, cell in enumerate(cells)]
+    ((*ranking,),) = rankings(cells)
+    assert [each.title for each in ranking] == ["megatron TP2 EP1 TE", "megatron TP2 EP1", "fsdp2 TP2 EP1 FSDP2"]
+    assert [each.loss_difference for each in ranking] == [0.0, pytest.approx(2e-4, rel=0.1), ranking[1].loss_difference]
+    text = trainer_text(cells)
+    assert "megatron TP2 EP1 TE: AdamW" in text
+    assert "megatron TP2 EP1: AdamW" in text
 
 
 def test_other_layouts_and_a_single_library_are_not_ranked() -> None:
