@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign import Budget, Case, keep, result_of, run_all
+from benchmarks.campaign import Budget, Case, add_arguments, keep, measure, result_of, run_all
 from refit.results.collection import read_collection
 from refit.results.result import Result, encoded
 from refit.results.status import Status
@@ -36,3 +37,16 @@ def test_a_run_that_is_there_is_not_repeated_and_is_kept(tmp_path: Path, capsys:
     assert [result.run_id for result in read_collection(tmp_path / "kept.jsonl")] == [done.name]
     (tmp_path / f"{done.name}.json").write_text("{")
     assert result_of(done, tmp_path) is None
+
+
+def test_a_campaign_ends_with_a_report_and_says_what_is_left(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    done, left = CASES
+    (tmp_path / f"{done.name}.json").write_text(encoded(Result("any", status=Status.OK, exit_code=0)))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, str(tmp_path))
+    assert measure([done], parser.parse_args(["--cpu"]), "any") == 0
+    assert [result.run_id for result in read_collection(tmp_path / "cpu_any.jsonl")] == [done.name]
+    assert f"Config: {done.name}" in capfd.readouterr().out
+    assert measure([done, left], parser.parse_args(["--num-gpus=2", "--budget-minutes=0"]), "any") == 1
+    assert f"{left.name}: left for another call" in capfd.readouterr().out
+    assert [result.run_id for result in read_collection(tmp_path / "gpu2_any.jsonl")] == [done.name]
