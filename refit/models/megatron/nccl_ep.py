@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import megatron.core
+import torch
 
 from refit.errors import UnavailableError
 
@@ -34,9 +35,29 @@ def check_available() -> None:
         importlib.import_module("transformer_engine").require_nccl_ep()
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         raise UnavailableError(
-            f"{FLAG} needs Transformer Engine 2.19 or newer, and NCCL 2.30.4 or newer in the whole process ({error}): "
-            "pip install 'transformer-engine[pytorch]' and preload that NCCL with LD_PRELOAD=.../libnccl.so.2"
+            f"{FLAG} needs Transformer Engine 2.19 or newer, and the NCCL that it was built with in the whole process "
+            f"({error}): pip install 'transformer-engine[pytorch]', and preload it with LD_PRELOAD=.../libnccl.so.2"
         ) from error
+    if not _ops_may_leave_out_what_they_write():
+        raise UnavailableError(
+            f"{FLAG} needs a torch whose custom ops may leave out an argument that they write, in {torch.__version__} "
+            "that is an IndexError (torch/_library/custom_ops.py): use torch 2.13"
+        )
+
+
+@functools.cache
+def _ops_may_leave_out_what_they_write() -> bool:
+    """Whether torch runs such a custom op. Torch 2.11 reads an argument that is not there."""
+
+    def write(written: torch.Tensor, left_out: torch.Tensor | None = None) -> None:
+        written.zero_()
+
+    op = torch.library.custom_op("refit::write", write, mutates_args=("written", "left_out"))
+    try:
+        op(torch.zeros(1))
+    except IndexError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
