@@ -49,7 +49,7 @@ def benchmark(session: Session, file: ResultFile | None = None) -> Result:
     source, destination = (build_side(session, name) for name in ("source", "destination"))
     for name in scenario.measurements:
         measurement: Measurement = load(MEASUREMENTS[name].measurement)()
-        recording = replace(session, publish=partial(record.keep, name))
+        recording = replace(session, publish=partial(record.keep, name), measured=record.measured)
         record.keep(name, measurement.run(recording, source, destination))
     result = record.conclude()
     for line in _closing_lines(session, result):
@@ -73,6 +73,10 @@ class _Record:
             environment=session.environment,
         )
         self._update(self._result)
+
+    @property
+    def measured(self) -> dict[str, MeasurementResult]:
+        return self._result.measurements
 
     def keep(self, name: str, found: MeasurementResult) -> None:
         """Store a measurement's result so far, in place of its earlier one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -30,7 +30,8 @@ class Session:
 
     `control` carries the suite's own messages (barriers, gathered samples) and never weights. `on_phase` is told the
     name of each phase that this rank enters. `publish` writes a measurement's result so far to the result file.
-    `start` times the phases up to the first refit.
+    `start` times the phases up to the first refit. `measured` has the results of the measurements that this run has
+    taken before, by name.
     """
 
     scenario: Scenario
@@ -42,6 +43,7 @@ class Session:
     on_phase: Callable[[str], None] = lambda _: None
     publish: Callable[[MeasurementResult], None] = lambda _: None
     start: StartClock = field(default_factory=StartClock)
+    measured: Mapping[str, MeasurementResult] = field(default_factory=dict)
 
     @property
     def is_reporter(self) -> bool:

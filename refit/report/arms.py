@@ -181,9 +181,18 @@ def conditions(outcome: Outcome) -> dict[str, str]:
 
 
 def loss_difference(first: StepResult, second: StepResult) -> tuple[float | None, int]:
-    """The largest relative difference of the first LOSS_STEPS losses, and how many were compared."""
-    pairs = list(zip(first.losses, second.losses, strict=False))[:LOSS_STEPS]
-    return largest(abs(a - b) / abs(a) if a else abs(b) for a, b in pairs), len(pairs)
+    """The largest relative difference of the first LOSS_STEPS losses, and how many were compared. NaN where one of two
+    is missing: earlier versions lost those that were not finite."""
+    steps = list(zip(first.samples, second.samples, strict=False))[:LOSS_STEPS]
+    if not first.losses or not second.losses:
+        return None, 0
+    return largest(_relative(one.loss, other.loss) for one, other in steps), len(steps)
+
+
+def _relative(loss: float | None, other: float | None) -> float:
+    if loss is None or other is None:
+        return math.nan
+    return abs(loss - other) / abs(loss) if loss else abs(other)
 
 
 def largest(values: Iterable[float | None]) -> float | None:

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from refit import units
 from refit.results.result import Result
+from refit.results.status import Status
 from refit.results.step import ForwardResult, StepResult
+
+WHOLE = {"train-step", "refit", "forward"}
+"""The measurements of a whole cycle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +37,25 @@ class Cycle:
 
 
 def cycle_of(result: Result) -> Cycle | None:
-    """The cycle of a run that measured all three parts; else None. A forward takes as long as its tokens need."""
+    """The cycle of a run that measured all three parts; else None. A forward takes as long as its tokens need.
+
+    None too where training gave wrong data: with routing by NaN, neither its time nor that of the forward counts.
+    """
     train, forward = (result.measurements.get(name) for name in ("train-step", "forward"))
     refit_s = result.refit.tested.median_s if result.refit and result.refit.tested else None
     if not isinstance(train, StepResult) or not isinstance(forward, ForwardResult) or forward.prefill is None:
         return None
-    if not train.median_s or not refit_s or not forward.prefill.tokens_per_s:
+    if train.status is Status.WRONG_DATA or not train.median_s or not refit_s or not forward.prefill.tokens_per_s:
         return None
     return Cycle(train.median_s, refit_s, train.samples[-1].num_tokens / forward.prefill.tokens_per_s)
 
 
 def cycle_lines(result: Result) -> list[str]:
-    """Two lines: the parts with their shares, and the part to improve; empty where a part was not measured."""
-    cycle = cycle_of(result)
+    """Two lines: the parts with their shares, and the part to improve; empty where a part was not measured. One line
+    where training gave wrong data: why."""
+    cycle, train = cycle_of(result), result.measurements.get("train-step")
+    if isinstance(train, StepResult) and train.status is Status.WRONG_DATA:
+        return [f"No cycle: {train.reason}"] if result.measurements.keys() >= WHOLE else []
     if cycle is None:
         return []
     parts = (("training step", cycle.train_s), ("refit", cycle.refit_s), ("forward", cycle.forward_s))

@@ -72,9 +72,12 @@ def _is_baseline(outcome: Outcome, name: str) -> bool:
 
 
 def problem_of(outcome: Outcome, engine: EngineResult | None) -> str | None:
-    """Why the engine's figures do not count: `WRONG`, `UNVERIFIED`, `FAILED: reason`, ...; None where they do."""
-    counts = (Status.OK,) if engine is None else (Status.OK, Status.WRONG_DATA)
-    if engine in (None, outcome.tested) and outcome.status not in counts:
+    """Why the engine's figures do not count: `WRONG`, `UNVERIFIED`, `FAILED: reason`, ...; None where they do.
+
+    Also where the refit is right and something else in its run is wrong: `WRONG DATA: reason`.
+    """
+    is_named = outcome.status is Status.WRONG_DATA and engine is not None and engine.doubt is not None
+    if engine in (None, outcome.tested) and outcome.status is not Status.OK and not is_named:
         return f"{outcome.status.text.upper()}: {outcome.reason or 'no reason was recorded'}"
     if engine is None or engine.doubt is None:
         return None

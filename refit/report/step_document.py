@@ -27,7 +27,7 @@ def document_text(scenario: Scenario, result: StepResult) -> str:
         "steps": [_step(sample, result) for sample in result.measured],
         "summary": _summary(result),
     }
-    return json.dumps(document, indent=2) + "\n"
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def _config(scenario: Scenario, steps: StepSettings, result: StepResult) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def _summary(result: StepResult) -> dict[str, Any]:
         "std_step_time_ms": 1e3 * statistics.pstdev(seconds),
         "avg_tokens_per_sec": statistics.fmean(sample.num_tokens / sample.seconds for sample in result.measured),
         "avg_samples_per_sec": statistics.fmean(result.sequences_per_step / each for each in seconds),
-        "avg_loss": statistics.fmean(known) if known else None,
-        "final_loss": known[-1] if known else None,
+        "avg_loss": statistics.fmean(known) if len(known) == len(losses) else None,
+        "final_loss": losses[-1],
         "memory_allocated_gb": _gb(result.allocated_bytes),
         "peak_memory_gb": _gb(result.peak_bytes),
         "timing_breakdown": _breakdown(result),

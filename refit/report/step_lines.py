@@ -9,6 +9,7 @@ from refit.config.steps import StepSettings
 from refit.report.cycle import cycle_lines
 from refit.report.neutral import plain_lines
 from refit.results.result import Result
+from refit.results.status import Status
 from refit.results.step import ForwardResult, StepResult, StepSample
 
 
@@ -50,15 +51,45 @@ def _weights(result: ForwardResult) -> str:
 
 def step_line(label: str, sample: StepSample, number: int, num_warmup: int, num_steps: int) -> str:
     """`train step 3/5: 812.4 ms (slowest rank 2), loss 5.6937`."""
-    place = f"warm-up {number}/{num_warmup}" if sample.warmup else f"{number - num_warmup}/{num_steps}"
+    place = _place(number, num_warmup, num_steps)
     loss = f", loss {sample.loss:.6f}" if sample.loss is not None else ""
     skipped = ", overflow: weights unchanged" if sample.skipped else ""
-    return f"{label} {place}: {1e3 * sample.seconds:.2f} ms (slowest rank {sample.slowest_rank}){loss}{skipped}"
+    wrong = "".join(f", {NUMBERS[name]} {value}" for name, value in sample.not_finite.items())
+    return f"{label} {place}: {1e3 * sample.seconds:.2f} ms (slowest rank {sample.slowest_rank}){loss}{wrong}{skipped}"
+
+
+def _place(number: int, num_warmup: int, num_steps: int) -> str:
+    """`warm-up 1/2`, `3/5`: step `number` of all, from 1 on."""
+    return f"warm-up {number}/{num_warmup}" if number <= num_warmup else f"{number - num_warmup}/{num_steps}"
+
+
+NUMBERS = {"loss": "loss", "grad_norm": "gradient norm"}
+"""What must be finite in a step that counts: fields of StepSample, and what lines call them."""
+
+
+def not_finite_line(result: StepResult) -> str | None:
+    """`loss of train step 2/5 is nan (4 of 8 steps are not finite): no time of this run counts`, of the first such
+    step; None where all losses and gradient norms are finite."""
+    num_steps, found = len(result.measured), result.breakdown
+    num_warmup = len(result.samples) - num_steps
+    steps = {
+        f"train step {_place(number, num_warmup, num_steps)}": sample.not_finite
+        for number, sample in enumerate(result.samples, start=1)
+    }
+    steps |= {"the recorded step": found.not_finite} if found is not None else {}
+    wrong = {place: values for place, values in steps.items() if values}
+    if not wrong:
+        return None
+    place, values = next(iter(wrong.items()))
+    name, value = next(iter(values.items()))
+    how_many = f"{len(wrong)} of {len(steps)} steps {'is' if len(wrong) == 1 else 'are'} not finite"
+    return f"{NUMBERS[name]} of {place} is {value} ({how_many}): no time of this run counts"
 
 
 def train_closing_lines(result: StepResult, run: Result) -> list[str]:
-    """The last lines on training steps: times, speed, memory, breakdown."""
-    return [*_times("Train step", result), *_breakdown(result)]
+    """The last lines on training steps: times, speed, memory, breakdown, and why they are wrong."""
+    lines = [*_times("Train step", result), *_breakdown(result)]
+    return [*lines, f"FAILED (train step): {result.reason}"] if result.status is Status.WRONG_DATA else lines
 
 
 def forward_closing_lines(result: ForwardResult, run: Result) -> list[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from refit.report.grid import comma_separated
 from refit.report.step_document import document_text
+from refit.report.step_lines import NUMBERS
 from refit.results.outcomes import Outcome
 from refit.results.result import replace_text
-from refit.results.step import STEPS_SUFFIX, StepResult
+from refit.results.step import STEPS_SUFFIX, StepResult, StepSample
 
 
 def write_step_tables(outcomes: Sequence[Outcome], directory: Path, run_id: str) -> list[Path]:
@@ -45,11 +46,18 @@ def index_text(outcomes: Sequence[Outcome]) -> str:
 
 def curve_text(result: StepResult) -> str:
     """One row per step, warm-up included."""
-    header = ("step", "warmup", "loss", "grad_norm", "seconds", "num_tokens")
+    header = ("step", "warmup", *NUMBERS, "seconds", "num_tokens")
     rows = [
-        (each.step, each.warmup, each.loss, each.grad_norm, each.seconds, each.num_tokens) for each in result.samples
+        (each.step, each.warmup, *(_number(each, name) for name in NUMBERS), each.seconds, each.num_tokens)
+        for each in result.samples
     ]
     return comma_separated(header, rows)
+
+
+def _number(sample: StepSample, name: str) -> float | str | None:
+    """A loss or gradient norm as CSV has it, also one that is not finite: `nan`."""
+    value: float | None = getattr(sample, name)
+    return sample.not_finite.get(name, value)
 
 
 def _index_row(outcome: Outcome) -> dict[str, object]:
@@ -76,5 +84,5 @@ def _index_row(outcome: Outcome) -> dict[str, object]:
         "tokens_per_s": result.tokens_per_s,
         "stalls": result.num_stalls if result.measured else None,
         "peak_bytes": result.peak_bytes,
-        "last_loss": result.losses[-1] if result.losses else None,
+        "last_loss": _number(result.samples[-1], "loss") if result.samples else None,
     }

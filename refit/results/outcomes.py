@@ -106,7 +106,7 @@ def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
     if status is Status.OK:
         return Outcome(planned, status, None, result, log)
     if status is Status.WRONG_DATA:
-        return Outcome(planned, status, _what_is_wrong(engine), result, log)
+        return Outcome(planned, status, _what_is_wrong(result, engine), result, log)
     reason = (str(result.failure) if result.failure else "") or " ".join((engine.reason or "").split())
     if status is Status.WAIVED:
         return Outcome(planned, status, reason or "no reason was recorded", result, log)
@@ -116,7 +116,14 @@ def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
     return Outcome(planned, Status.MISSING, f"it was interrupted after {measured} measured refits", result, log)
 
 
-def _what_is_wrong(engine: EngineResult) -> str:
+def _what_is_wrong(result: Result, engine: EngineResult) -> str:
+    steps = result.measurements.get("train-step")
+    if isinstance(steps, StepResult) and steps.status is Status.WRONG_DATA and steps.reason:
+        return "; ".join([steps.reason, *([_wrong_refit(engine)] if engine.doubt == "WRONG" else [])])
+    return _wrong_refit(engine)
+
+
+def _wrong_refit(engine: EngineResult) -> str:
     if engine.num_wrong:
         return f"{engine.num_wrong:,} of {engine.num_compared:,} elements wrong"
     agreement = engine.forward.agreement if engine.forward else None

@@ -21,8 +21,9 @@ class StepSample:
     """One step: seconds of every rank of the job, in rank order. Summaries leave `warmup` samples out.
 
     `loss` is the mean over the step's tokens, `grad_norm` that before clipping; both None for a forward pass.
-    `skipped`: gradients overflowed, so that weights stayed as they were and there is no norm. `num_tokens` are those of
-    the whole step. Memory is that of the fullest rank, as in `StepResult`.
+    `skipped`: gradients overflowed, so that weights stayed as they were and there is no norm. `not_finite` has a `loss`
+    or `grad_norm` that is no number, as text, since JSON has none for it: `nan`, `inf` or `-inf`. That field is then
+    None. `num_tokens` are those of the whole step. Memory is that of the fullest rank, as in `StepResult`.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepSample:
     loss: float | None = None
     grad_norm: float | None = None
     skipped: bool = False
+    not_finite: dict[str, str] = field(default_factory=dict)
     allocated_bytes: int | None = None
     peak_bytes: int | None = None
 
@@ -46,7 +48,7 @@ class Breakdown:
     """Seconds of one more step with recording on, on its slowest rank. `parts_s` and `rest_s` add up to `seconds`.
 
     `experts_s` are parts of forward and backward, summed over layers and micro-batches, on the rank where they take
-    longest: `dispatch forward`, ...
+    longest: `dispatch forward`, ... `not_finite` is that of `StepSample`.
     """
 
     seconds: float
@@ -54,6 +56,7 @@ class Breakdown:
     parts_s: dict[str, float] = field(default_factory=dict)
     rest_s: float = 0.0
     experts_s: dict[str, float] = field(default_factory=dict)
+    not_finite: dict[str, str] = field(default_factory=dict)
 
     def share(self, part: str) -> float:
         """The part's share of the step, 0 to 1."""
@@ -62,7 +65,7 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Steps of one side. `reason` is why it was waived.
+    """Steps of one side. `reason` is why it was waived, or why its data are wrong: a loss that is not finite.
 
     `optimizer` and `dispatcher` name the classes that ran; `dispatcher` is None without experts. `vocabulary` says what
     is parallel over the vocabulary, None for a forward pass. `config` is the

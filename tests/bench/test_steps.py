@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from refit.bench.initial_weights import initialise
+from refit.bench.measurements import train_step
+from refit.bench.measurements.step_run import numbers_of
+from refit.bench.measurements.train_step import tokens_of
+from refit.config.steps import StepSettings
+from refit.errors import ExitCode
 from refit.models.megatron.dispatchers import CLASSES
+from refit.models.sharded_model import StepReport
 from refit.report.cycle import cycle_lines, cycle_of
 from refit.report.dispatchers import pairings
+from refit.report.headline import headlines
+from refit.report.step_lines import train_closing_lines
 from refit.results.outcomes import Outcome
+from refit.results.refit import ForwardCheck
 from refit.results.result import Result, read_result
+from refit.results.runs import outcome_of
 from refit.results.status import Status
 from refit.results.step import ForwardResult, StepResult
 from refit.sweep.selection import select_file
@@ -89,6 +104,62 @@ def run_without_restoring(rank: int, flags: list[str]) -> Result:
     finally:
         engine_run.compare_forward = unchanged
     return found
+
+
+def test_a_loss_that_is_nan_is_wrong_data(ranks: RankPool, tmp_path: Path) -> None:
+    """The refit behind it is checked bit for bit as always, and moves the weights; their logits are not compared."""
+    flags = [*CYCLE, *LAYOUTS, "--moe-token-dispatcher-type=alltoall", "--num-train-steps=3"]
+    result: Result = ranks.run(run_with_nan, flags, str(tmp_path))[0]
+    assert (result.status, result.exit_code) == (Status.WRONG_DATA, ExitCode.WRONG_DATA)
+    train, refit, forward = result.measurements.values()
+    reason = "loss of train step 2/3 is nan (3 of 5 steps are not finite): no time of this run counts"
+    assert (train.status, train.reason) == (Status.WRONG_DATA, reason)
+    assert [sample.not_finite.get("loss") for sample in train.samples] == [None, None, "nan", "nan"]
+    assert [sample.loss is None for sample in train.samples] == [False, False, True, True]
+    assert train.summary.median_s > 0
+    assert (refit.status, refit.tested.num_wrong) == (Status.OK, 0)
+    assert refit.tested.num_compared > 0
+    assert refit.tested.trained == ForwardCheck(passed=True, skipped=reason)
+    assert forward.status is Status.OK
+    assert cycle_lines(result) == [f"No cycle: {reason}"]
+    alone = replace(result, measurements={"train-step": train})
+    assert cycle_lines(alone) == []
+    assert train_closing_lines(train, result)[-1] == f"FAILED (train step): {reason}"
+    assert read_result(tmp_path / "run.json") == result
+    (line,) = headlines(outcome_of("run", result))
+    assert f": WRONG DATA: {reason}; " in line
+
+
+def run_with_nan(rank: int, flags: list[str], directory: str) -> Result:
+    """Before the third step a tensor of rank 0 becomes NaN."""
+    held: list[Any] = []
+
+    def initial(weights: Any, *others: Any) -> None:
+        held.append(weights)
+        initialise(weights, *others)
+
+    def tokens(steps: StepSettings, number: int, vocab_size: int) -> torch.Tensor:
+        if number == 2 and rank == 0:
+            next(iter(held[0])).view.fill_(math.nan)
+        return tokens_of(steps, number, vocab_size)
+
+    with patch.object(train_step, "initialise", initial), patch.object(train_step, "tokens_of", tokens):
+        found: Result = run_scenario(rank, flags, directory)
+        return found
+
+
+def test_a_number_of_one_rank_that_is_not_finite_is_that_of_the_step() -> None:
+    """`max` would drop NaN behind a number."""
+    for place in range(3):
+        reports = [StepReport(5.0, 1.0)] * 3
+        reports[place] = StepReport(math.inf, math.nan)
+        found = numbers_of(reports)
+        assert (found.finite("loss"), found.finite("grad_norm")) == (None, None)
+        assert found.not_finite == {"loss": "inf", "grad_norm": "nan"}
+    found = numbers_of([StepReport(5.0, 1.0), StepReport(), StepReport(6.0, 2.0)])
+    assert (found.finite("loss"), found.finite("grad_norm"), found.not_finite) == (5.5, 2.0, {})
+    skipped = numbers_of([StepReport(5.0, skipped=True)])
+    assert (skipped.finite("grad_norm"), skipped.skipped, skipped.not_finite) == (None, True, {})
 
 
 def test_a_training_step_alone_builds_the_source_alone(ranks: RankPool) -> None:

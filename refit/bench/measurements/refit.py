@@ -25,6 +25,7 @@ from refit.report.bound import bound_text
 from refit.results.refit import EngineResult, ModelFacts, QuantisedRefit, RefitResult
 from refit.results.result import MeasurementResult
 from refit.results.status import Status, worst
+from refit.results.step import StepResult
 
 
 class RefitMeasurement:
@@ -64,7 +65,8 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     bound = cost.lower_bound(cost.bytes_matrix(plan), cluster) if cluster else None
     trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
     plan_s = stopwatch.seconds["plan"]
-    planned = PlannedRefit(source, destination, plan, sides.wire, sides.cost, bound, plan_s, trained)
+    doubt = _doubt_of_training(session)
+    planned = PlannedRefit(source, destination, plan, sides.wire, sides.cost, bound, plan_s, trained, doubt)
     result = RefitResult(
         model=_facts(source.sharding, destination.sharding),
         plan=planned.cost,
@@ -88,6 +90,11 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
         EngineRun(session, planned, name, engine, keep).measure()
         result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
+
+
+def _doubt_of_training(session: Session) -> str | None:
+    training = session.measured.get("train-step")
+    return training.reason if isinstance(training, StepResult) and training.status is Status.WRONG_DATA else None
 
 
 def _check_agreement(session: Session, plan: RefitPlan) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from refit.bench.clock import Spans, timed
@@ -34,6 +35,42 @@ class _RankStep:
     report: StepReport
     allocated_bytes: int
     peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    seconds: float
+    parts_s: dict[str, float]
+    report: StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What all ranks reported of one step: `values` has the `loss` and the `grad_norm`, where there are any."""
+
+    values: dict[str, float]
+    skipped: bool
+
+    def finite(self, name: str) -> float | None:
+        value = self.values.get(name)
+        return value if value is not None and math.isfinite(value) else None
+
+    @property
+    def not_finite(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self.values.items() if not math.isfinite(value)}
+
+
+def numbers_of(reports: Sequence[StepReport]) -> Numbers:
+    """Replicas have equally many tokens, and their losses as many ranks: the mean over ranks is that over tokens.
+
+    A norm that is not finite on one rank is that of the step: `max` may drop NaN.
+    """
+    losses = [each.loss for each in reports if each.loss is not None]
+    norms = [each.grad_norm for each in reports if each.grad_norm is not None]
+    values = {"loss": sum(losses) / len(losses)} if losses else {}
+    if norms:
+        values["grad_norm"] = next((norm for norm in norms if not math.isfinite(norm)), max(norms))
+    return Numbers(values, any(each.skipped for each in reports))
 
 
 def run_steps(
@@ -76,13 +113,14 @@ def run_recorded(session: Session, label: str, step: Callable[[], StepReport], s
     """
     session.enter(f"{label}: breakdown")
     found = timed(step, session.control, session.device)
-    ranks: list[tuple[float, dict[str, float]]] = gather(session.control, (found.seconds, spans.seconds()))
-    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank][0])
-    seconds, parts = ranks[slowest]
+    ranks: list[_Recorded] = gather(session.control, _Recorded(found.seconds, spans.seconds(), found.value))
+    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].seconds)
+    seconds, parts = ranks[slowest].seconds, ranks[slowest].parts_s
     top = {name: parts[name] for name in TOP_PARTS if name in parts}
-    inner = [{name: each[name] for name in each if name not in TOP_PARTS} for _, each in ranks]
+    inner = [{name: each.parts_s[name] for name in each.parts_s if name not in TOP_PARTS} for each in ranks]
     experts = max(inner, key=lambda each: sum(each.values()))
-    return Breakdown(seconds, slowest, top, seconds - sum(top.values()), experts)
+    not_finite = numbers_of([each.report for each in ranks]).not_finite
+    return Breakdown(seconds, slowest, top, seconds - sum(top.values()), experts, not_finite)
 
 
 def live_settings(session: Session, mine: LiveSettings) -> LiveSettings:
@@ -96,18 +134,17 @@ def live_settings(session: Session, mine: LiveSettings) -> LiveSettings:
 
 
 def _sample(ranks: list[_RankStep], number: int, work: Work) -> StepSample:
-    """Replicas have equally many tokens, and their losses as many ranks: the mean over ranks is that over tokens."""
-    losses = [each.report.loss for each in ranks if each.report.loss is not None]
-    norms = [each.report.grad_norm for each in ranks if each.report.grad_norm is not None]
+    numbers = numbers_of([each.report for each in ranks])
     return StepSample(
         step=number,
         warmup=number < work.num_warmup,
         seconds_per_rank=tuple(each.seconds for each in ranks),
         slowest_rank=max(range(len(ranks)), key=lambda rank: ranks[rank].seconds),
         num_tokens=work.num_tokens,
-        loss=sum(losses) / len(losses) if losses else None,
-        grad_norm=max(norms, default=None),
-        skipped=any(each.report.skipped for each in ranks),
+        loss=numbers.finite("loss"),
+        grad_norm=numbers.finite("grad_norm"),
+        skipped=numbers.skipped,
+        not_finite=numbers.not_finite,
         allocated_bytes=max(each.allocated_bytes for each in ranks),
         peak_bytes=max((each.peak_bytes for each in ranks if each.peak_bytes is not None), default=None),
     )

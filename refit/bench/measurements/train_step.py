@@ -20,6 +20,7 @@ from refit.config.steps import StepSettings
 from refit.models.sharded_model import Recorder, StepReport
 from refit.predict.flops import train_flops
 from refit.report import step_lines
+from refit.results.status import Status
 from refit.results.step import StepResult
 
 
@@ -69,7 +70,8 @@ class TrainStepMeasurement:
         if trainer is not None:
             trainer.close()
         release_cached(session.device)
-        return result
+        wrong = step_lines.not_finite_line(result)
+        return replace(result, status=Status.WRONG_DATA, reason=wrong) if wrong else result
 
 
 def tokens_of(steps: StepSettings, number: int, vocab_size: int) -> torch.Tensor:

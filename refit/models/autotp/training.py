@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
 
+from refit.config.shape import Dtype
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
 from refit.models.autotp.engine import load_deepspeed
@@ -70,8 +72,11 @@ class AutotpTrainer(TransformersTrainer):
     def _update(self) -> StepReport:
         self._module.step()
         norm = self._module.get_global_grad_norm()
-        skipped = not self._module.was_step_applied()
-        return StepReport(grad_norm=float(norm) if norm is not None and not skipped else None, skipped=skipped)
+        if self._module.was_step_applied():
+            return StepReport(grad_norm=float(norm) if norm is not None else None)
+        # DeepSpeed skips steps whose gradients are not finite in every dtype. Only float16 has overflows to skip.
+        skipped = self._side.compute_dtype is Dtype.FP16
+        return StepReport(grad_norm=None if skipped else math.inf, skipped=skipped)
 
     def _running(self) -> contextlib.AbstractContextManager[None]:
         return told_to(self._deepspeed, self._groups)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from refit.bench.measurements import train_step
+from refit.bench.measurements.train_step import tokens_of
 from refit.cli.parsing import parse
 from refit.config.shape import Dtype
-from refit.config.steps import Recompute
+from refit.config.steps import Recompute, StepSettings
+from refit.models.autotp.training import AutotpTrainer
+from refit.models.fsdp2.training import Fsdp2Trainer
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
 from refit.models.huggingface.training import recompute_layers
+from refit.models.megatron import training as megatron_training
 from refit.predict.families.names import named_model
 from refit.report.trainers import rankings, trainer_text
 from refit.results.outcomes import Outcome
@@ -182,6 +191,65 @@ def test_overflow_skips_the_step(ranks: RankPool, library: list[str]) -> None:
     assert [sample.skipped for sample in found.samples] == [True, True]
     assert norms_of(found) == [None, None]
     assert found.num_skipped == 2
+
+
+@pytest.mark.parametrize(
+    ("library", "wrong"),
+    [([], "3 of 4 steps are"), (FSDP2, "3 of 4 steps are"), (AUTOTP, "1 of 4 steps is")],
+    ids=["megatron", "fsdp2", "autotp"],
+)
+def test_gradients_that_are_not_finite_are_wrong_data(ranks: RankPool, library: list[str], wrong: str) -> None:
+    """In bfloat16, which has no overflows to skip. DeepSpeed leaves that step out all the same; with the others the
+    weights are NaN after it."""
+    found: Result = ranks.run(run_without_gradients, [*TRAIN, *library])[0]
+    steps = steps_of(found)
+    assert found.status is steps.status is Status.WRONG_DATA
+    assert steps.samples[1].loss is not None
+    assert steps.samples[1].not_finite.keys() == {"grad_norm"}
+    assert not steps.num_skipped
+    assert steps.reason is not None
+    assert re.match(rf"gradient norm of train step 1/2 is (nan|inf) \({wrong} not finite\): ", steps.reason)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes a loss on, and makes its gradient infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * math.inf
+
+
+def run_without_gradients(rank: int, flags: list[str]) -> Result:
+    """The losses of the second step, of all ranks, have infinite gradients."""
+    number = 0
+
+    def tokens(steps: StepSettings, step: int, vocab_size: int) -> torch.Tensor:
+        nonlocal number
+        number = step
+        return tokens_of(steps, step, vocab_size)
+
+    def spoilt(loss: torch.Tensor) -> torch.Tensor:
+        passed: torch.Tensor = _NoGradient.apply(loss) if number == 1 else loss  # type: ignore[no-untyped-call]
+        return passed
+
+    def megatron_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, reported = mean_loss(losses)
+        return spoilt(mean), reported
+
+    mean_loss = megatron_training._mean_loss
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(train_step, "tokens_of", tokens))
+        stack.enter_context(patch.object(megatron_training, "_mean_loss", megatron_loss))
+        for trainer in (Fsdp2Trainer, AutotpTrainer):
+            loss = trainer._loss
+            changed = lambda self, *batch, loss=loss: spoilt(loss(self, *batch))  # noqa: E731
+            stack.enter_context(patch.object(trainer, "_loss", changed))
+        found: Result = run_scenario(rank, flags)
+    return found
 
 
 @pytest.mark.slow
