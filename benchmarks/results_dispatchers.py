@@ -11,9 +11,8 @@ from refit.report.dispatchers import Pairing, faster_by, pairings
 from refit.report.grid import markdown
 from refit.report.neutral import markdown_text
 from refit.results.outcomes import Outcome
-from refit.results.step import Breakdown
+from refit.results.step import STEP_PARTS, Breakdown
 
-TOP_PARTS = ("forward", "backward", "gradient sync", "optimizer")
 EXPERT_PARTS = ("route", "dispatch", "experts", "combine")
 
 
@@ -55,19 +54,27 @@ def _legend(pairs: Sequence[Pairing]) -> str:
     routing = (
         "forced balanced" if balanced == {True} else "in some cells forced balanced" if True in balanced else "free"
     )
+    overlap = (
+        " With overlap forward and backward are one part, and times of the last four overlap."
+        if any(each.dispatch.overlap for each in steps)
+        else ""
+    )
     return wrapped(
         f"Mean training step of the slowest rank, {' and '.join(batches)}, routing {routing}. Below: where the time of "
         "one recorded step goes, in % of it; the last four of forward and backward together, on the rank where they "
-        "take longest."
+        f"take longest.{overlap}"
     )
 
 
 def _steps(arms: Sequence[Arm]) -> str:
     header = ["layout", "micro-batch", "dispatcher", "median ms", "TFLOP/s per GPU", "peak GiB"]
-    return markdown([*header, *TOP_PARTS, "rest", *EXPERT_PARTS], [_step(arm, run) for arm in arms for run in arm.runs])
+    runs = [(arm, run) for arm in arms for run in arm.runs]
+    held = {part for _, run in runs if run.result.breakdown for part in run.result.breakdown.parts_s}
+    parts = [part for part in STEP_PARTS if part in held]
+    return markdown([*header, *parts, "rest", *EXPERT_PARTS], [_step(arm, run, parts) for arm, run in runs])
 
 
-def _step(arm: Arm, run: StepRun) -> list[str]:
+def _step(arm: Arm, run: StepRun, parts: Sequence[str]) -> list[str]:
     result, found = run.result, run.result.breakdown
     return [
         markdown_text(arm.where),
@@ -76,12 +83,12 @@ def _step(arm: Arm, run: StepRun) -> list[str]:
         f"{1e3 * result.median_s:.1f}" if result.median_s else "",
         f"{result.tflops_per_gpu:.4g}" if result.tflops_per_gpu else "",
         f"{result.peak_bytes / 2**30:.1f}" if result.peak_bytes else "",
-        *(_shares(found) if found is not None else [""] * (len(TOP_PARTS) + 1 + len(EXPERT_PARTS))),
+        *(_shares(found, parts) if found is not None else [""] * (len(parts) + 1 + len(EXPERT_PARTS))),
     ]
 
 
-def _shares(found: Breakdown) -> Iterator[str]:
-    seconds = [found.parts_s.get(part, 0.0) for part in TOP_PARTS] + [found.rest_s]
+def _shares(found: Breakdown, parts: Sequence[str]) -> Iterator[str]:
+    seconds = [*(found.parts_s.get(part) for part in parts), found.rest_s]
     both = ("forward", "backward")
     seconds += [sum(found.experts_s.get(f"{part} {way}", 0.0) for way in both) for part in EXPERT_PARTS]
-    return (f"{100 * each / found.seconds:.1f}" for each in seconds)
+    return ("" if each is None else f"{100 * each / found.seconds:.1f}" for each in seconds)

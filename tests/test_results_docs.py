@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from refit.results.outcomes import Outcome, judged
 from refit.results.refit import EngineResult, QuantisedRefit
 from refit.results.result import Failure
 from refit.results.status import Status
+from refit.results.step import Breakdown
 from tests.report.factories import planned, result, side, timed
 from tests.report.test_dispatchers import outcome as dispatched
 from tests.report.test_trainers import outcome as trained
@@ -91,6 +93,13 @@ def test_dispatchers_have_a_table_once_they_are_measured(tmp_path: Path) -> None
     assert pair in text
     assert "| NOT EQUAL: losses differ by 3.3e-02, more than 4.1e-04 |" in text
     assert "| TP1 EP2 | 1 | allgather | 2000.0 | 0.25 |" in text
+    assert "| rest | route |" in text  # no step was recorded
+    cells[:2] = with_breakdowns(cells[:2])
+    write_collection(file, [replace(one.result, run_id=one.planned.name) for one in cells if one.result])
+    text = documents(root)[page]
+    assert "| peak GiB | forward | backward | forward and backward | optimizer | rest | route |" in text
+    assert re.search(r"\| TP1 EP2 \| 1 \| alltoall \| .* \| 50.0 \| 25.0 \|  \| 12.5 \| 12.5 \| 10.0 \|", text)
+    assert re.search(r"\| TP1 EP2 \| 1 \| allgather \| .* \|  \|  \| 75.0 \| 12.5 \| 12.5 \| 10.0 \|", text)
     write_collection(file, [replace(cells[0].result, run_id="alone")] if cells[0].result else [])
     assert "| allgather |" not in documents(root)[page]
 
@@ -120,6 +129,18 @@ def test_trainers_have_a_table_once_they_are_measured(tmp_path: Path) -> None:
     assert "8 sequences of 64 tokens, 1 at a time" in " ".join(text.split())
     write_collection(file, [replace(cells["te"].result, run_id="alone")] if cells["te"].result else [])
     assert "| megatron TP2 EP1 TE |" not in documents(root)[page]
+
+
+def with_breakdowns(cells: list[Outcome]) -> list[Outcome]:
+    """The first cell with forward and backward apart, the second with both together."""
+    found = []
+    for cell, parts in zip(cells, ({"forward": 0.5, "backward": 0.25}, {"forward and backward": 0.75}), strict=True):
+        assert cell.result is not None
+        assert cell.train_step is not None
+        breakdown = Breakdown(1.0, 0, {**parts, "optimizer": 0.125}, 0.125, {"route forward": 0.1})
+        steps = replace(cell.train_step, breakdown=breakdown)
+        found.append(replace(cell, result=replace(cell.result, measurements={"train-step": steps})))
+    return found
 
 
 def outcomes() -> list[Outcome]:

@@ -65,8 +65,9 @@ class Trainer(Protocol):
     def step(self, tokens: torch.Tensor, recorder: Recorder | None = None) -> StepReport:
         """Train on `tokens` `[global_batch_size, seq_length + 1]`, the same on every rank: each takes its replica's.
 
-        The recorder gets the parts `forward`, `backward`, `gradient sync` and `optimizer`, and of routed experts
-        `route`, `dispatch`, `experts` and `combine`, each with ` forward` or ` backward` behind it.
+        The recorder gets the parts `forward`, `backward`, `gradient sync` and `optimizer`, with `forward and backward`
+        in place of the first two where they run together, and of routed experts `route`, `dispatch`, `experts` and
+        `combine`, each with ` forward` or ` backward` behind it.
         Collective: every rank of the side.
         """
         ...

@@ -13,7 +13,7 @@ from typing import Any
 from refit.config.scenario import Scenario
 from refit.config.side import AutotpOptions
 from refit.config.steps import StepSettings
-from refit.results.step import StepResult, StepSample
+from refit.results.step import COMBINED, StepResult, StepSample
 
 GB = 1 << 30
 """Bytes of what the format calls a GB (torch's allocator divided by 1024 three times)."""
@@ -86,14 +86,23 @@ def _summary(result: StepResult) -> dict[str, Any]:
     }
 
 
-def _breakdown(result: StepResult) -> dict[str, float] | None:
-    """Shares of the recorded step, and its times. Gradient sync is part of `other`, as is waiting."""
+def _breakdown(result: StepResult) -> dict[str, float | None] | None:
+    """Shares of the recorded step, and its times. Gradient sync is part of `other`, as is waiting.
+
+    Where forward and backward run together, both are null, and `forward_and_backward` is beside them.
+    """
     found = result.breakdown
     if found is None:
         return None
-    parts = {part: found.parts_s.get(part, 0.0) for part in ("forward", "backward", "optimizer")}
-    parts["other"] = found.seconds - sum(parts.values())
-    shares = {f"{part}_pct": 100 * seconds / found.seconds for part, seconds in parts.items()}
+    parts: dict[str, float | None] = {
+        part: found.parts_s.get(part, 0.0) for part in ("forward", "backward", "optimizer")
+    }
+    if COMBINED in found.parts_s:
+        parts |= {"forward": None, "backward": None, "forward_and_backward": found.parts_s[COMBINED]}
+    parts["other"] = found.seconds - sum(filter(None, parts.values()))
+    shares = {
+        f"{part}_pct": None if seconds is None else 100 * seconds / found.seconds for part, seconds in parts.items()
+    }
     return {**shares, **{f"{part}_time_s": seconds for part, seconds in parts.items()}, "step_time_s": found.seconds}
 
 

@@ -15,6 +15,12 @@ STEPS_SUFFIX = "_steps.json"
 STALL = 3.0
 """A step that takes more than this many times the median is a stall."""
 
+COMBINED = "forward and backward"
+"""The part of a schedule that computes both together, of different micro-batches. It has neither of them alone."""
+
+STEP_PARTS = ("forward", "backward", COMBINED, "gradient sync", "optimizer")
+"""Parts of a recorded step, in the order in which reports have them. What no part has is the rest."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
@@ -45,10 +51,12 @@ class StepSample:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Seconds of one more step with recording on, on its slowest rank. `parts_s` and `rest_s` add up to `seconds`.
+    """Seconds of one more step with recording on, on its slowest rank. `parts_s`, those of STEP_PARTS that it has, and
+    `rest_s` add up to `seconds`.
 
-    `experts_s` are parts of forward and backward, summed over layers and micro-batches, on the rank where they take
-    longest: `dispatch forward`, ... `not_finite` is that of `StepSample`.
+    `experts_s` are phases of forward and backward, summed over layers and micro-batches, on the rank where they take
+    longest: `dispatch forward`, ... Beside COMBINED they run on several streams, and their times overlap. `not_finite`
+    is that of `StepSample`.
     """
 
     seconds: float

@@ -16,6 +16,7 @@ from refit.config.shape import Dtype
 from refit.config.side import AutotpOptions, Fsdp2Options, SideSpec
 from refit.config.steps import StepSettings
 from refit.report.step_document import document_text
+from refit.report.step_lines import train_closing_lines
 from refit.report.trainers import LOSS_BAR, rankings, trainer_text
 from refit.results.outcomes import Outcome
 from refit.results.result import Result
@@ -233,3 +234,22 @@ def test_the_json_of_a_run_has_the_fields_of_the_format() -> None:
     parts = summary["timing_breakdown"]
     shares = {name: parts[name] for name in parts if name.endswith("_pct")}
     assert shares == {"forward_pct": 50.0, "backward_pct": 25.0, "optimizer_pct": 0.0, "other_pct": 25.0}
+
+
+def test_forward_and_backward_together_are_neither() -> None:
+    """A schedule that overlaps them has one time of both."""
+    found = outcome("megatron", 2.0)
+    assert found.result is not None
+    assert found.result.scenario is not None
+    steps = replace(
+        found.result.measurements["train-step"],
+        breakdown=Breakdown(2.0, 0, {"forward and backward": 1.5, "gradient sync": 0.1, "optimizer": 0.2}, 0.2),
+    )
+    parts = json.loads(document_text(found.result.scenario, steps))["summary"]["timing_breakdown"]
+    assert {name: parts[name] for name in parts if name.endswith("_pct")} == {
+        "forward_pct": None, "backward_pct": None, "optimizer_pct": 10.0, "forward_and_backward_pct": 75.0,
+        "other_pct": pytest.approx(15.0),
+    }  # fmt: skip
+    assert (parts["forward_time_s"], parts["forward_and_backward_time_s"]) == (None, 1.5)
+    (line,) = (line for line in train_closing_lines(steps, found.result) if line.startswith("Breakdown"))
+    assert ": forward and backward 1500.00 ms (75 %), gradient sync 100.00 ms (5 %), optimizer " in line

@@ -14,9 +14,7 @@ from refit.models.sharded_model import LiveSettings, StepReport
 from refit.report.step_lines import step_line
 from refit.results.stats import summarise
 from refit.results.status import Status
-from refit.results.step import Breakdown, StepResult, StepSample
-
-TOP_PARTS = ("forward", "backward", "gradient sync", "optimizer")
+from refit.results.step import STEP_PARTS, Breakdown, StepResult, StepSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +114,8 @@ def run_recorded(session: Session, label: str, step: Callable[[], StepReport], s
     ranks: list[_Recorded] = gather(session.control, _Recorded(found.seconds, spans.seconds(), found.value))
     slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].seconds)
     seconds, parts = ranks[slowest].seconds, ranks[slowest].parts_s
-    top = {name: parts[name] for name in TOP_PARTS if name in parts}
-    inner = [{name: each.parts_s[name] for name in each.parts_s if name not in TOP_PARTS} for each in ranks]
+    top = {name: parts[name] for name in STEP_PARTS if name in parts}
+    inner = [{name: each.parts_s[name] for name in each.parts_s if name not in STEP_PARTS} for each in ranks]
     experts = max(inner, key=lambda each: sum(each.values()))
     not_finite = numbers_of([each.report for each in ranks]).not_finite
     return Breakdown(seconds, slowest, top, seconds - sum(top.values()), experts, not_finite)

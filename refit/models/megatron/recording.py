@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from megatron.core.pipeline_parallel import combined_1f1b
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from refit.models.megatron.build import BuiltModel
-from refit.models.sharded_model import Recorder
+from refit.models.sharded_model import Recorder, part
 
 TIMERS = {"forward-compute": "forward", "backward-compute": "backward", "all-grads-sync": "gradient sync"}
 """Timers that the schedules start and stop (pipeline_parallel/schedules.py), and the parts they are."""
+
+BOTH = "forward and backward"
+"""The part of the combined schedule, which computes the forward pass of one micro-batch with the backward pass of
+another. Its timer is called `forward-compute` and leaves the last backward passes out."""
+
+WAITS = ("pre_forward", "pre_backward", "post_backward")
+"""Actions of the combined schedule on its computing stream that wait for other stages (`post_forward` has a stream of
+its own)."""
 
 PHASES = {"route": "route", "preprocess": "route", "dispatch": "dispatch", "routed_experts_compute": "experts"}
 PHASES |= {"combine": "combine"}
@@ -29,13 +39,16 @@ def recorded(built: BuiltModel, optimizer: Any, recorder: Recorder | None) -> It
         return
     configs: list[Any] = [*{id(chunk.config): chunk.config for chunk in built.chunks}.values()]
     layers = [module for chunk in built.chunks for module in chunk.modules() if isinstance(module, MoELayer)]
+    is_combined = any(config.overlap_moe_expert_parallel_comm for config in configs)
+    parts = {name: each for name, each in TIMERS.items() if not (is_combined and name.endswith("-compute"))}
     for config in configs:
-        config.timers = _Timers(recorder)
+        config.timers = _Timers(recorder, parts)
     for layer in layers:
-        for method, part in PHASES.items():
-            setattr(layer, method, _marked(getattr(layer, method), part, recorder))
+        for method, phase in PHASES.items():
+            setattr(layer, method, _marked(getattr(layer, method), phase, recorder))
     try:
-        yield
+        with _combined_steps(recorder) if is_combined else contextlib.nullcontext():
+            yield
     finally:
         for config in configs:
             config.timers = None
@@ -63,9 +76,36 @@ class _Timers:
     """Called as Megatron's timers are: `timers("forward-compute", log_level=2).start()`."""
 
     recorder: Recorder
+    parts: Mapping[str, str]
 
     def __call__(self, name: str, log_level: int = 0) -> _Timer:
-        return _Timer(self.recorder, TIMERS.get(name))
+        return _Timer(self.recorder, self.parts.get(name))
+
+
+@contextlib.contextmanager
+def _combined_steps(recorder: Recorder) -> Iterator[None]:
+    """Each step of the combined schedule is recorded, without its waits for other stages."""
+    step: Callable[..., Any] = combined_1f1b.combined_forward_backward_step
+
+    def recorded_step(*arguments: Any, **options: Any) -> Any:
+        waits = {name: _outside(options[name], recorder) for name in WAITS if options.get(name) is not None}
+        with part(recorder, BOTH):
+            return step(*arguments, **{**options, **waits})
+
+    with patch.object(combined_1f1b, "combined_forward_backward_step", recorded_step):
+        yield
+
+
+def _outside(wait: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    """`wait`, which is called within a combined step, is no part of it."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        recorder.stop(BOTH)
+        found = wait(*arguments, **options)
+        recorder.start(BOTH)
+        return found
+
+    return run
 
 
 class _Mark(torch.autograd.Function):
@@ -82,16 +122,16 @@ class _Mark(torch.autograd.Function):
         return (None, *gradients)
 
 
-def _marked(method: Callable[..., Any], part: str, recorder: Recorder) -> Callable[..., Any]:
+def _marked(method: Callable[..., Any], phase: str, recorder: Recorder) -> Callable[..., Any]:
     """`method` with its forward and its backward recorded. Gradients reach its outputs first, then its inputs."""
 
     def run(*arguments: Any, **options: Any) -> Any:
-        arguments = _mark(arguments, lambda: recorder.stop(f"{part} backward"))
-        recorder.start(f"{part} forward")
+        arguments = _mark(arguments, lambda: recorder.stop(f"{phase} backward"))
+        recorder.start(f"{phase} forward")
         outputs = method(*arguments, **options)
-        recorder.stop(f"{part} forward")
+        recorder.stop(f"{phase} forward")
         several = outputs if isinstance(outputs, tuple) else (outputs,)
-        marked = _mark(several, lambda: recorder.start(f"{part} backward"))
+        marked = _mark(several, lambda: recorder.start(f"{phase} backward"))
         return marked if isinstance(outputs, tuple) else marked[0]
 
     return run

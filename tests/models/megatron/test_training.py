@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -9,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import combined_1f1b
 
 from refit.bench.clock import Spans
 from refit.bench.initial_weights import initialise
@@ -139,6 +141,60 @@ def recorded_parts(rank: int) -> dict[str, float]:
     trainer.step(tokens(0))
     assert spans.seconds() == found
     return found
+
+
+@pytest.mark.parametrize("where", [layout(ep=2), layout(ep=2, pp=2, vpp=2)], ids=["one-stage", "stages"])
+def test_overlapped_passes_are_one_part(ranks: RankPool, where: Layout) -> None:
+    """Every step of Megatron's combined schedule is recorded: the first forward pass alone, the last backward pass
+    alone, which its own timers leave out, and both together in between. Waiting for other stages is not."""
+    for found in ranks.run(overlapped, where)[: where.world_size]:
+        names, seconds = found
+        assert {"forward and backward", "gradient sync", "optimizer"} <= set(names)
+        assert not {"forward", "backward"} & set(names)
+        num_micro_batches = STEPS.num_microbatches(where.dp)
+        if where.pp == 1:
+            assert names.count("forward and backward") == num_micro_batches + 1
+        else:  # cut by the waits
+            assert names.count("forward and backward") > where.vpp * num_micro_batches + 1
+        phases = {f"{phase} {way}" for phase in ("route", "dispatch", "experts", "combine") for way in WAYS}
+        assert phases <= set(names)
+        assert seconds["forward and backward"] > max(seconds[phase] for phase in phases)
+
+
+class _Names(Spans):
+    """Also the name of each part that ended, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.names: list[str] = []
+
+    def stop(self, name: str) -> None:
+        self.names.append(name)
+        super().stop(name)
+
+
+def overlapped(rank: int, where: Layout) -> tuple[list[str], dict[str, float]]:
+    """The parts of a recorded step with overlap. Of a GPU it needs only what marks profiles and keeps memory alive."""
+    steps = replace(STEPS, dispatch=Dispatch("alltoall", overlap=True))
+    model = built(MOE, where, steps, Dtype.BF16)
+    if model is None:
+        return [], {}
+    trainer, spans, step = MegatronTrainer(model, steps), _Names(), combined_1f1b.combined_forward_backward_step
+    initialise(read_weights(model))
+    trainer.weights_changed()
+    with contextlib.ExitStack() as stack:
+        for holder, name in (
+            (torch.cuda.nvtx, "range_push"),
+            (torch.cuda.nvtx, "range_pop"),
+            (torch.Tensor, "record_stream"),
+        ):
+            stack.enter_context(patch.object(holder, name, lambda *_: None))
+        trainer.step(tokens(0), spans)
+        found = list(spans.names)
+        trainer.step(tokens(0))
+    assert spans.names == found
+    assert combined_1f1b.combined_forward_backward_step is step
+    return found, spans.seconds()
 
 
 def test_data_parallelism_waits_for_delayed_weight_gradients(ranks: RankPool) -> None:
