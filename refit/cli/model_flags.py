@@ -87,7 +87,11 @@ def _add_style_flags(parser: FlagParser) -> None:
     )
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a separate output layer")
     group.add_argument("--qk-layernorm", action="store_true", help="norms on queries and keys")
-    group.add_argument("--transformer-impl", choices=("local", "transformer_engine"), help="layer spec; default: local")
+    group.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="layers of Megatron-Core sides; default: local",
+    )
     precision = parser.add_mutually_exclusive_group()
     for flag, dtype in (("--bf16", Dtype.BF16), ("--fp16", Dtype.FP16), ("--fp32", Dtype.FP32)):
         precision.add_argument(

@@ -124,12 +124,23 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
         _check_no_destination(args)
         sides = source, source
     check_transformers_flags(args, sides)
+    _check_transformer_impl(args, sides)
     return sides
 
 
 def read_mode(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> Mode:
     """The mode that was asked for; collocated where no measurement uses the destination."""
     return Mode.COLLOCATED if sides[0] == sides[1] else Mode(args.refit_mode)
+
+
+def _check_transformer_impl(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> None:
+    """Raise UsageError for `--transformer-impl` where no side has layers that it chooses."""
+    if args.transformer_impl is not None and not any(FORMATS[side.format].has_layer_specs for side in sides):
+        others = " and ".join(dict.fromkeys(side.format for side in sides))
+        raise UsageError(
+            f"--transformer-impl {args.transformer_impl} chooses the layers of Megatron-Core sides, here are {others} "
+            "sides: leave it out"
+        )
 
 
 def _check_no_destination(args: argparse.Namespace) -> None:

@@ -84,10 +84,11 @@ class Format:
     `axes` are the parallel sizes of `Layout` that a side may have above 1, and that `refit search` varies. `options` is
     the class of its settings (`refit.config.side.SideOptions`), None for a format without any. `libraries` are the
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
-    `takes_provider`: `build` can build the model of `--model-provider`. `destination_only`: no trainer holds a model
-    this way. `steps` is how it trains and runs forward; None where it does not. `serves`: `refit search` looks for such
-    destinations, and varies the settings `searched_options` beside the axes. `builds_codes`: an FP8 side comes out of
-    `build` with codes and scales; of other formats the runner puts them in place of the weights, in the same cuts.
+    `takes_provider`: `build` can build the model of `--model-provider`. `has_layer_specs`: `--transformer-impl` chooses
+    a side's layers. `destination_only`: no trainer holds a model this way. `steps` is how it trains and runs forward;
+    None where it does not. `serves`: `refit search` looks for such destinations, and varies the settings
+    `searched_options` beside the axes. `builds_codes`: an FP8 side comes out of `build` with codes and scales; of other
+    formats the runner puts them in place of the weights, in the same cuts.
     `parts(model, side) -> Parts` are the logical tensors that an FP8 side quantises part by part; None: as they are.
 
     `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for what the
@@ -104,6 +105,7 @@ class Format:
     options: str | None = None
     libraries: tuple[tuple[str, str], ...] = ()
     takes_provider: bool = False
+    has_layer_specs: bool = False
     steps: StepSupport | None = None
     destination_only: bool = False
     serves: bool = False
@@ -179,6 +181,7 @@ FORMATS = Registry(
             check="refit.predict.megatron:check",
             build="refit.models.megatron.side:build_side",
             takes_provider=True,
+            has_layer_specs=True,
             serves=True,
             steps=StepSupport(
                 check="refit.predict.megatron_steps:check_steps",

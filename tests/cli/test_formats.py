@@ -54,6 +54,14 @@ def test_a_format_takes_its_own_flags_and_sizes() -> None:
         ([*FSDP2, "--fsdp-replicate-size=3"], "source: 4 ranks cannot be divided into HSDP replicas x TP = 3 x 2 = 6"),
         ([*FSDP2, "--refit-engine=megatron"], "--refit-engine megatron refits megatron sides only, one side is fsdp2"),
         (
+            [*FSDP2, "--rl-inference-format=vllm", "--transformer-impl=transformer_engine"],
+            "--transformer-impl transformer_engine chooses .* Megatron-Core sides, here are fsdp2 and vllm sides: ",
+        ),
+        (
+            [*FSDP2, "--measure=train-step", "--transformer-impl=local"],
+            "--transformer-impl local .*, here are fsdp2 sides",
+        ),
+        (
             ["--refit-method=gloo", "--source-format=fsdp2", "--model-provider=examples.custom_model:build"],
             "--model-provider builds a Megatron-Core model, one side is fsdp2",
         ),
@@ -65,6 +73,13 @@ def test_what_cannot_be_honoured_is_one_line(flags: list[str], message: str) -> 
         parse(flags if provider else [*MOE, *flags])
     assert error.value.exit_code == ExitCode.USAGE
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["--rl-inference-format=vllm"], FSDP2], ids=["source", "destination"])
+def test_one_megatron_side_takes_its_layers(flags: list[str]) -> None:
+    found = parse([*MOE, *flags, "--transformer-impl=transformer_engine"]).scenario
+    assert "megatron" in {side.format for side in found.sides.values()}
+    assert {side.transformer_impl for side in found.sides.values()} == {"transformer_engine"}
 
 
 @pytest.mark.parametrize(
