@@ -17,8 +17,8 @@ NAMED: dict[str, str] = dict(
         cp-comm-type* cuda-graph-modules* cuda-graph-scope* data-path*
         ddp-param-name-patterns-for-fp32-local-accumulation* decoder-seq-length# encoder-seq-length# finetune
         high-priority-stream-groups* hysteresis= iterations-to-skip* load= local-rank= mock-data
-        moe-aux-loss-coeff* moe-router-load-balancing-type* moe-router-score-function= mrope-section*
-        no-rl-inference-logprobs-is-correction offload-modules* optimizer= profile profile-ranks*
+        moe-aux-loss-coeff* moe-expert-capacity-factor= moe-router-load-balancing-type* moe-router-score-function=
+        mrope-section* no-rl-inference-logprobs-is-correction offload-modules* optimizer= profile profile-ranks*
         rampup-batch-size* rl-inference-logprobs-is-correction rl-inference-model-unified-memory-level=
         rl-inference-parsers* save= sft split= test-data-path* tokenizer-special-tokens* train-data-path*
         train-iters# train-samples# valid-data-path* validation-set-names* verify-integrity warmup=
@@ -33,7 +33,7 @@ FAMILIES = """
     cache checkpoint chunked-prefill chunks ckpt clamp clip communication-unit communicator cross-entropy cuda-graph
     cuda-graphs data-args data-parallel-random data-parallel-sharding dataloader dataset ddp decay deepep delay-param
     deterministic distributed-backend distributed-timeout double-buffer dropout dump enable-experimental ep-consensus
-    ep-overlap eval exit exp-avg-dtype exp-avg-sq-dtype expert-capacity expert-parallel-comm expert-rank-capacity
+    ep-overlap eval exit exp-avg-dtype exp-avg-sq-dtype expert-capacity expert-parallel-comm
     fake-process fault-injector fault-injector-num-ranks fault-injector-ranks fim fine-grained flash flex-dispatcher
     flight-recorder for-prefill force-biased force-load fp4-format fp8-format fp8-margin fp8-output freeze-all-layers ft
     full-validation fully-parallel fused-residual gc gelu-fusion gloo-process grad grad-comm-dtype gradient grads grpo

@@ -80,7 +80,8 @@ STEP_FLAGS: dict[str, dict[str, Any]] = {
     "moe-expert-rank-capacity-factor": {
         "type": flag_types.factor,
         "metavar": "FACTOR",
-        "help": "tokens that ncclep has room for on each rank, over those of balanced experts; a step with more fails",
+        "help": "tokens that ncclep has room for on a rank, over those of balanced experts: a step with more fails; "
+        "default: none, ncclep needs one",
     },
     "overlap-moe-expert-parallel-comm": {
         **SWITCH,

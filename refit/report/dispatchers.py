@@ -94,7 +94,7 @@ def _order(pairing: Pairing) -> tuple[str, bool, int]:
 
 def _cell(arm: Arm) -> str:
     """What the arms of a cell have in common: the scenario without its dispatcher, and without where results go."""
-    dispatch = replace(arm.steps.dispatch, dispatcher=Dispatch().dispatcher, backend=None)
+    dispatch = replace(arm.steps.dispatch, dispatcher=Dispatch().dispatcher, backend=None, rank_capacity=None)
     neutral = replace(arm.steps, dispatch=dispatch)
     return repr(replace(arm.scenario, steps=neutral, run_name=None, output_dir=Path(), notes=()))
 

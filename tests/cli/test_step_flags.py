@@ -168,6 +168,31 @@ def test_deepep_needs_several_ranks(flag: list[str]) -> None:
         scenario(*flags)
 
 
+NCCL_EP = ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "ncclep"]
+ROOM = ["--moe-expert-rank-capacity-factor", "1.5"]
+
+
+def test_nccl_ep_has_room_for_some_tokens() -> None:
+    steps = scenario(*TRAIN, "--seq-length", "64", *NCCL_EP, *ROOM).steps
+    assert steps is not None
+    assert (steps.dispatch.arm, steps.dispatch.rank_capacity) == ("flex/ncclep", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (NCCL_EP, r"needs --moe-expert-rank-capacity-factor.*_NCCLEPManager.*give 1\.5"),
+        ([*NCCL_EP, "--moe-expert-rank-capacity-factor", "0.9"], r"must be from 1 to 1000, got 0\.9"),
+        ([*NCCL_EP, *ROOM, "--measure", "train-step,refit"], r"set up once per process.*--measure train-step$"),
+        ([*NCCL_EP, *ROOM, "--measure", "forward"], r"set up once per process"),
+        (["--moe-token-dispatcher-type", "alltoall", *ROOM], "ncclep only, others would drop tokens"),
+    ],
+)
+def test_the_rules_of_nccl_ep_are_named(flags: list[str], rule: str) -> None:
+    with pytest.raises(UsageError, match=rule):
+        scenario(*TRAIN, "--seq-length", "64", *flags)
+
+
 def test_flags_of_logs_and_checkpoints_change_no_step() -> None:
     found = scenario(
         *TRAIN, "--seq-length", "64", "--wandb-project", "x", "--save-interval", "5", "--attention-dropout", "0.0"

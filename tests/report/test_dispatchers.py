@@ -37,7 +37,8 @@ def outcome(
 ) -> Outcome:
     """A run of training steps with one warm-up step, all steps of `mean_s` seconds."""
     dispatcher, _, backend = arm.partition("/")
-    steps = StepSettings(micro, 16, 64, dispatch=Dispatch(dispatcher, backend or None, overlap=overlap))
+    dispatch = Dispatch(dispatcher, backend or None, overlap=overlap, rank_capacity=changes.pop("rank_capacity", None))
+    steps = StepSettings(micro, 16, 64, dispatch=dispatch)
     samples = tuple(
         StepSample(number, number == 0, (mean_s * 0.9, mean_s), 1, changes.pop("tokens", 1024), loss, 1.0)
         for number, loss in enumerate(losses)
@@ -112,10 +113,11 @@ def test_the_documents_figures() -> None:
         ({"losses": ()}, "no losses"),
         ({"config": {"num_layers": "3"}}, "differ in more than the dispatcher: num_layers: 2 / 3"),
         ({"config": {"moe_expert_capacity_factor": "1.0"}}, "allgather may drop tokens"),
+        ({"config": {"moe_expert_rank_capacity_factor": "1.0"}}, "allgather may drop tokens"),
         ({"tokens": 512}, "tokens differ"),
         ({"environment": replace(ENVIRONMENT, versions={"torch": "2.12.0"})}, "versions or GPUs differ"),
     ],
-    ids=["losses", "no-losses", "config", "drops", "tokens", "versions"],
+    ids=["losses", "no-losses", "config", "drops", "drops-by-rank", "tokens", "versions"],
 )
 def test_unequal_work_has_no_delta(change: dict[str, Any], reason: str) -> None:
     if change.get("losses") == ():
@@ -133,6 +135,12 @@ def test_unequal_work_has_no_delta(change: dict[str, Any], reason: str) -> None:
     assert "NOT EQUAL" in text
     assert reason in text
     assert "-50.0" not in text
+
+
+def test_the_room_of_nccl_ep_drops_nothing() -> None:
+    room = {"moe_flex_dispatcher_backend": "ncclep", "moe_expert_rank_capacity_factor": "1.5"}
+    (pair,) = pairings([outcome("alltoall", 1.0), outcome("flex/ncclep", 0.9, rank_capacity=1.5, config=room)])
+    assert pair.work.is_equal
 
 
 def test_a_loss_within_the_bar_is_equal_work() -> None:

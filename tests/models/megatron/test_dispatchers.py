@@ -15,6 +15,8 @@ from refit.models.megatron.dispatchers import check_available
 TRAIN = ["--model", "tiny", "--measure", "train-step", "--expert-model-parallel-size", "2", "--seq-length", "64"]
 TRAIN += ["--refit-method", "nccl"]
 FLEX = ["--moe-token-dispatcher-type", "flex", "--moe-router-dtype", "fp32"]
+NCCL_EP = ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "ncclep"]
+NCCL_EP += ["--moe-expert-rank-capacity-factor", "1.5"]
 OVERLAP = ["--moe-token-dispatcher-type", "alltoall", "--overlap-moe-expert-parallel-comm"]
 
 
@@ -24,6 +26,7 @@ OVERLAP = ["--moe-token-dispatcher-type", "alltoall", "--overlap-moe-expert-para
         (FLEX, "cpu", "deepep needs CUDA, the device is cpu"),
         (FLEX, "cuda", "deepep needs the module deep_ep, which is not installed"),
         ([*FLEX, "--moe-flex-dispatcher-backend", "hybridep"], "cuda", "hybridep needs the module deep_ep"),
+        (NCCL_EP, "cpu", "ncclep needs CUDA, the device is cpu"),
         (OVERLAP, "cpu", "needs CUDA streams, the device is cpu"),
         ([*OVERLAP, "--delay-wgrad-compute"], "cuda", "needs the layers of Transformer Engine"),
     ],
