@@ -87,9 +87,9 @@ def pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
     return sorted(found, key=_order)
 
 
-def _order(pairing: Pairing) -> tuple[str, bool, int]:
+def _order(pairing: Pairing) -> tuple[str, bool, int, str]:
     steps = pairing.first.steps
-    return pairing.first.where, steps.dispatch.overlap, steps.micro_batch_size
+    return pairing.first.where, steps.dispatch.overlap, steps.micro_batch_size, pairing.second.name
 
 
 def _cell(arm: Arm) -> str:
