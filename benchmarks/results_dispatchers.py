@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.results_text import conditions, wrapped
-from refit.report.arms import Arm, StepRun
+from refit.report.arms import Arm, StepRun, arms_of
 from refit.report.cycle import cycle_lines
 from refit.report.dispatchers import Pairing, faster_by, pairings
 from refit.report.grid import markdown
@@ -17,10 +17,15 @@ EXPERT_PARTS = ("route", "dispatch", "experts", "combine")
 
 
 def section(outcomes: Sequence[Outcome]) -> str:
-    """What was measured and on what, the pairs of dispatchers, the parts of every run's step, and the cycle."""
+    """What was measured and on what, the pairs of dispatchers, the parts of every run's step, and the cycle.
+
+    Runs with overlap are among the steps also where there is no other dispatcher to pair them with.
+    """
     pairs = pairings(outcomes)
-    arms = list({arm.repeated.name: arm for pair in pairs for arm in (pair.first, pair.second)}.values())
-    parts = [conditions(outcomes), *([_pairs(pairs), _legend(pairs), _steps(arms)] if pairs else [])]
+    paired = [arm for pair in pairs for arm in (pair.first, pair.second)]
+    overlapped = [arm for arm in arms_of(outcomes) if arm.steps.dispatch.overlap]
+    arms = list({arm.repeated.name: arm for arm in (*paired, *overlapped)}.values())
+    parts = [conditions(outcomes), *([_pairs(pairs), _legend(arms), _steps(arms)] if pairs else [])]
     cycles = [line for outcome in outcomes if outcome.result for line in cycle_lines(outcome.result)]
     return "\n\n".join([*parts, *map(wrapped, map(markdown_text, cycles))])
 
@@ -46,9 +51,9 @@ def _pair(pair: Pairing) -> list[str]:
     ]
 
 
-def _legend(pairs: Sequence[Pairing]) -> str:
-    """What the figures are of, for all pairs."""
-    steps = [arm.steps for pair in pairs for arm in (pair.first, pair.second)]
+def _legend(arms: Sequence[Arm]) -> str:
+    """What the figures are of, for all runs."""
+    steps = [arm.steps for arm in arms]
     batches = sorted({f"{each.global_batch_size} sequences of {each.seq_length:,} tokens" for each in steps})
     balanced = {each.dispatch.balanced for each in steps}
     routing = (
@@ -56,7 +61,7 @@ def _legend(pairs: Sequence[Pairing]) -> str:
     )
     overlap = (
         " With overlap forward and backward are one part, and times of the last four overlap."
-        if any(each.dispatch.overlap for each in steps)
+        if any(arm.steps.dispatch.overlap and run.result.breakdown for arm in arms for run in arm.runs)
         else ""
     )
     return wrapped(
@@ -79,12 +84,19 @@ def _step(arm: Arm, run: StepRun, parts: Sequence[str]) -> list[str]:
     return [
         markdown_text(arm.where),
         str(arm.steps.micro_batch_size),
-        arm.name,
+        _named(arm),
         f"{1e3 * result.median_s:.1f}" if result.median_s else "",
         f"{result.tflops_per_gpu:.4g}" if result.tflops_per_gpu else "",
         f"{result.peak_bytes / 2**30:.1f}" if result.peak_bytes else "",
         *(_shares(found, parts) if found is not None else [""] * (len(parts) + 1 + len(EXPERT_PARTS))),
     ]
+
+
+def _named(arm: Arm) -> str:
+    """`alltoall, overlap, delayed gradients`"""
+    dispatch = arm.steps.dispatch
+    settings = {"overlap": dispatch.overlap, "delayed gradients": dispatch.delay_wgrad}
+    return ", ".join([arm.name, *(name for name, is_on in settings.items() if is_on)])
 
 
 def _shares(found: Breakdown, parts: Sequence[str]) -> Iterator[str]:

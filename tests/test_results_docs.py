@@ -84,6 +84,7 @@ def test_dispatchers_have_a_table_once_they_are_measured(tmp_path: Path) -> None
         dispatched(arm, mean_s, micro) for micro, mean_s in ((1, 2.0), (4, 1.0)) for arm in ("alltoall", "allgather")
     ]
     cells += [dispatched("alltoall", 1.0, 2), dispatched("allgather", 0.5, 2, losses=(5.0, 4.0, 3.1))]
+    cells.append(dispatched("alltoall", 1.5, overlap=True))
     file = root / RESULTS / "gpu4_dispatchers.jsonl"
     write_collection(file, [replace(one.result, run_id=one.planned.name) for one in cells if one.result])
     page = root / "docs/performance.md"
@@ -93,6 +94,7 @@ def test_dispatchers_have_a_table_once_they_are_measured(tmp_path: Path) -> None
     assert pair in text
     assert "| NOT EQUAL: losses differ by 3.3e-02, more than 4.1e-04 |" in text
     assert "| TP1 EP2 | 1 | allgather | 2000.0 | 0.25 |" in text
+    assert "| TP1 EP2 | 1 | alltoall, overlap | 1500.0 |" in text  # which no other dispatcher ran with
     assert "| rest | route |" in text  # no step was recorded
     cells[:2] = with_breakdowns(cells[:2])
     write_collection(file, [replace(one.result, run_id=one.planned.name) for one in cells if one.result])
