@@ -10,7 +10,7 @@ from refit.cli.parsing import parse
 from refit.report.trainers import work
 from refit.results.sweep import check_name
 
-MOST_GIB = {1: 98, 2: 68, 4: 53, 8: 45}
+MOST_GIB = {1: 113, 2: 79, 4: 64, 8: 57}
 """What the fullest GPU needs at most by the estimate, on so many GPUs. An H200 has 139 GiB."""
 
 

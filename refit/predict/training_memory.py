@@ -26,15 +26,25 @@ OPTIMIZER_BYTES = 12
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
-    """Bytes on one rank beside its weights."""
+    """Bytes on one rank beside its weights.
+
+    `gathered_bytes` are weights of other ranks that the backward pass holds as it begins. `step_bytes` are what the
+    optimizer's step makes of the gradients, after activations are gone: their copies, and themselves.
+    """
 
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    gathered_bytes: int = 0
+    step_bytes: int = 0
+
+    @property
+    def backward_bytes(self) -> int:
+        return self.gradient_bytes + self.activation_bytes + self.gathered_bytes
 
     @property
     def total_bytes(self) -> int:
-        return self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return self.optimizer_bytes + max(self.backward_bytes, self.step_bytes)
 
 
 def training_memory(

@@ -89,20 +89,24 @@ def fsdp2_memory(
     """The estimate for every rank of an FSDP2 side.
 
     AdamW's state is that of the rank's own part. Gradients are float32: of that part, or, while several micro-batches
-    add up, of all that its shards have together (the estimate takes them as equal).
+    add up, of all that its shards have together (the estimate takes them as equal). Activations are most as a backward
+    pass begins. `fully_shard` has gathered the weights outside layers and those of two layers then; counted with them
+    is the output layer's gradient before it is float32.
     """
-    accumulates = steps.num_microbatches(side.layout.dp) > 1
+    assert side.dtype is not None
+    itemsize, accumulates = ITEMSIZE[side.dtype.value], steps.num_microbatches(side.layout.dp) > 1
     mesh, found = Mesh.of(side), {}
     for rank in sharding.ranks:
         dense, routed = parameters_of(sharding, rank)
         dense_layers, _ = parameters_of(sharding, rank, LAYERS)
-        gradients = dense * mesh.shard + routed * mesh.expert_shard if accumulates else dense + routed
+        in_layers = dense_layers * mesh.shard + routed * mesh.expert_shard
+        outside, output = (dense - dense_layers) * mesh.shard, shape.vocab_size * shape.hidden_size // side.layout.tp
+        gathered = outside + (2 if shape.num_layers > 1 else 1) * in_layers // shape.num_layers
         found[rank] = TrainingMemory(
-            gradient_bytes=GRADIENT_BYTES * gradients,
+            gradient_bytes=GRADIENT_BYTES * ((outside + in_layers) if accumulates else dense + routed),
             optimizer_bytes=_state_bytes(side) * (dense + routed),
-            activation_bytes=_activation_bytes(
-                shape, side, steps, dense_layers * mesh.shard + routed * mesh.expert_shard
-            ),
+            activation_bytes=_activation_bytes(shape, side, steps, in_layers),
+            gathered_bytes=itemsize * (gathered + output),
         )
     return found
 
@@ -113,18 +117,21 @@ def autotp_memory(
     """The estimate for every rank of an AutoTP side.
 
     ZeRO divides AdamW's state over the replicas from stage 1 on, gradients, in the parameters' dtype, from stage 2 on.
-    From stage 1 on it copies parameters of float32 too.
+    From stage 1 on it copies parameters of float32 too. Its step flattens the gradients of a rank's part and copies
+    them to float32, while it holds all three (`step` of DeepSpeed's stage_1_and_2.py).
     """
     assert side.dtype is not None
+    itemsize = ITEMSIZE[side.dtype.value]
     stage, replicas = (side.autotp or AutotpOptions()).zero_stage, side.layout.dp
     assert stage is not None, "a side that trains has an optimizer"
     found = {}
     for rank in sharding.ranks:
         held = sum(parameters_of(sharding, rank))
         found[rank] = TrainingMemory(
-            gradient_bytes=ITEMSIZE[side.dtype.value] * held // (replicas if stage > 1 else 1),
+            gradient_bytes=itemsize * held // (replicas if stage > 1 else 1),
             optimizer_bytes=(MOMENTS_BYTES + MAIN_BYTES) * held // replicas if stage > 0 else MOMENTS_BYTES * held,
             activation_bytes=_activation_bytes(shape, side, steps, sum(parameters_of(sharding, rank, LAYERS))),
+            step_bytes=(2 * itemsize + (MAIN_BYTES if itemsize < MAIN_BYTES else 0)) * held // replicas if stage else 0,
         )
     return found
 

@@ -107,14 +107,17 @@ def _training(run: DryRun) -> dict[str, str]:
         return {}
     rank = max(run.training, key=lambda rank: run.training[rank].total_bytes + run.source_bytes[rank])
     needed = run.training[rank]
-    parts = (
+    parts = [
         ("weights", run.source_bytes[rank]),
-        ("gradients", needed.gradient_bytes),
         ("optimizer", needed.optimizer_bytes),
+        ("gradients", needed.gradient_bytes),
         ("activations", needed.activation_bytes),
-    )
+        *([("gathered weights", needed.gathered_bytes)] if needed.gathered_bytes else []),
+    ]
     total = needed.total_bytes + run.source_bytes[rank]
     texts = ", ".join(f"{name} {units.gib(nbytes)}" for name, nbytes in parts)
+    if needed.step_bytes > needed.backward_bytes:
+        texts += f"; {units.gib(needed.step_bytes)} at the optimizer's step, when activations are gone"
     return {"Training (estimate)": f"{units.gib(total)} on rank {rank}: {texts}"}
 
 

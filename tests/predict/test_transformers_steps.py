@@ -12,6 +12,7 @@ FLAGS = ["--model=tiny_qwen3", "--measure=train-step", "--refit-method=gloo", "-
 FLAGS += ["--tensor-model-parallel-size=2", "--dry-run"]
 
 
+TP1 = ["--tensor-model-parallel-size=1"]
 EXPERTS = ["--model=tiny_qwen3_moe", "--expert-model-parallel-size=4"]
 
 
@@ -42,6 +43,31 @@ def test_bytes_of_a_parameter(flags: list[str], gradients: int, states: int) -> 
     assert found.gradient_bytes == gradients * held
     assert found.optimizer_bytes == states * held
     assert found.activation_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "step"),
+    [([], 4), (["--zero-stage=2"], 4), (["--fp32"], 4), (["--zero-stage=0", "--fp32", *TP1], 0), (TP1, 2)],
+    ids=["stage 1", "stage 2", "float32", "stage 0", "four replicas"],
+)
+def test_zeros_step_copies_the_gradients_of_a_rank(flags: list[str], step: int) -> None:
+    """Twice in the parameters' dtype, and once in float32 where that is another, of 2 or 4 replicas' parts."""
+    found, held = memory("--source-format=autotp", *flags)
+    assert found.step_bytes == step * held
+    assert found.total_bytes == found.optimizer_bytes + max(found.backward_bytes, found.step_bytes)
+
+
+def test_a_backward_pass_begins_with_gathered_weights() -> None:
+    """Of TP2's half: what is outside layers, two of them, and the output layer's gradient."""
+    scenario = parse([*FLAGS, "--source-format=fsdp2"]).scenario
+    assert scenario.model is not None
+    whole, _ = parameters_of(predict_side(scenario.model, scenario.source), 0)
+    in_layers, _ = parameters_of(predict_side(scenario.model, scenario.source), 0, ".layers.")
+    shape = scenario.model
+    gathered = 2 * (whole - in_layers) + 2 * 2 * in_layers // shape.num_layers
+    found, _ = memory("--source-format=fsdp2")
+    assert found.gathered_bytes == 2 * (gathered + shape.vocab_size * shape.hidden_size // 2)
+    assert found.backward_bytes == found.gradient_bytes + found.activation_bytes + found.gathered_bytes
 
 
 def test_experts_add_up_over_their_own_shards() -> None:
