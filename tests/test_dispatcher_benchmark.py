@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.campaign import memory_bytes
 from benchmarks.dispatchers import IMPLEMENTATIONS, OVERLAP, Campaign
+from refit.cli.parsing import parse
 from refit.results.sweep import check_name
 
 H200_BYTES = 139 << 30
@@ -21,6 +22,15 @@ def test_every_run_fits_an_h200(num_gpus: int) -> None:
     overlapped = sum(OVERLAP in case.flags for case in cases)
     assert overlapped == 3, "local layers, those of Transformer Engine, and these with delayed weight gradients"
     assert len({case.name for case in cases}) == len(cases) == 2 * 2 * 2 * 3 + 1 + overlapped
+
+
+def test_flex_runs_with_transformer_engine_where_nccl_ep_does() -> None:
+    campaign = Campaign(2, micro_batches=(1, 4), tp=1, implementations=tuple(IMPLEMENTATIONS), has_nccl_ep=True)
+    flex = {case.name: parse([*case.flags, "--dry-run"]).scenario for case in campaign.cases() if "flex" in case.name}
+    assert list(flex) == ["TE_EP2_mb1_flex", "TE_EP2_mb4_flex"]
+    for found in flex.values():
+        assert found.steps is not None
+        assert (found.steps.dispatch.arm, found.source.transformer_impl) == ("flex/ncclep", "transformer_engine")
 
 
 def test_what_says_most_comes_first() -> None:
