@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from refit.bench.clock import Stopwatch, Timing, time_run
 from refit.bench.engines.base import RefitEngine
 from refit.bench.exchange import gather
 from refit.bench.forward_check import compare_forward
+from refit.bench.measurements.rank_samples import RankSample, sample_of, wrong_weights
 from refit.bench.memory import PeakMemory, past_torch
 from refit.bench.profile import profiled
 from refit.bench.saved_weights import SavedWeights
@@ -28,26 +28,13 @@ from refit.plan.quantised import WireShardings
 from refit.plan.sharding import Sharding
 from refit.report import refit_lines
 from refit.report.progress import Progress
-from refit.results.refit import EngineResult, ForwardCheck, NotMoved, Sample, WrongWeights
+from refit.results.refit import EngineResult, ForwardCheck, NotMoved
 from refit.results.stats import stability, summarise
 from refit.results.status import Status
 from refit.transport.base import Program
 
-MAX_WRONG_PER_RANK = 100
-"""Most wrong tensors that a rank reports per iteration. Counts of wrong elements are always complete."""
-
-
 MAX_KEYS = 8
 """Most keys of tensors that were not moved that a result names per reason. Their number is always complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class _RankSample:
-    """One rank's part of one refit, as gathered."""
-
-    rank: int
-    timing: Timing
-    verdict: oracle.Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,15 +195,15 @@ class EngineRun:
                 refusal = self._attempt(partial(self._time, program, timings))
             session.start.stop()
             session.enter(f"{self._name} iteration {iteration + 1}: check", shown)
-            mine = refusal or _RankSample(session.rank, timings[0], self._check(iteration))
-            answers: list[_RankSample | _Refusal] = gather(session.control, mine)
+            mine = refusal or RankSample(session.rank, timings[0], self._check(iteration))
+            answers: list[RankSample | _Refusal] = gather(session.control, mine)
             if refused := next((each for each in answers if isinstance(each, _Refusal)), None):
                 self._update(status=refused.status, reason=refused.reason)
                 return False
-            ranks = [each for each in answers if isinstance(each, _RankSample)]
-            sample = _sample(ranks, iteration, iteration < scenario.num_warmup)
+            ranks = [each for each in answers if isinstance(each, RankSample)]
+            sample = sample_of(ranks, iteration, iteration < scenario.num_warmup)
             self._update(
-                samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *_wrong(ranks, iteration))
+                samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *wrong_weights(ranks, iteration))
             )
             session.say(progress.line(sample))
         return True
@@ -304,32 +291,3 @@ def _left_out(reason: str, keys: Sequence[str], destination: Sharding) -> NotMov
     held = [int(destination.by_key[key].boxes.volumes[destination.by_key[key].holders.box].sum()) for key in keys]
     nbytes = sum(volume * destination.tensors[key].itemsize for key, volume in zip(keys, held, strict=True))
     return NotMoved(reason, len(keys), sum(held), nbytes, tuple(keys[:MAX_KEYS]))
-
-
-def _sample(ranks: list[_RankSample], iteration: int, warmup: bool) -> Sample:
-    slowest = max(ranks, key=lambda each: each.timing.seconds)
-    report = slowest.timing.report
-    return Sample(
-        iteration=iteration,
-        warmup=warmup,
-        seconds_per_rank=tuple(each.timing.seconds for each in ranks),
-        slowest_rank=slowest.rank,
-        phases_s=dict(report.phases_s),
-        unattributed_s=slowest.timing.seconds - sum(report.phases_s.values()),
-        num_compared=sum(each.verdict.num_compared for each in ranks),
-        num_wrong=sum(each.verdict.num_wrong for each in ranks),
-        beside_s=dict(report.beside_s),
-    )
-
-
-def _wrong(ranks: list[_RankSample], iteration: int) -> list[WrongWeights]:
-    found = []
-    for each in ranks:
-        for wrong in each.verdict.wrong[:MAX_WRONG_PER_RANK]:
-            expected, actual = (
-                None if math.isnan(value) else value for value in (wrong.first.expected, wrong.first.found)
-            )
-            found.append(
-                WrongWeights(iteration, each.rank, wrong.key, wrong.num_wrong, wrong.first.index, expected, actual)
-            )
-    return found

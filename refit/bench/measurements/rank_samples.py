@@ -1,0 +1,54 @@
+"""What the ranks gather of one refit, as results keep it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refit.bench.clock import Timing
+from refit.bench.oracle import Verdict
+from refit.results.refit import Sample, WrongWeights
+
+MAX_WRONG_PER_RANK = 100
+"""Most wrong tensors that a rank reports per iteration. Counts of wrong elements are always complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankSample:
+    """One rank's part of one refit, as gathered."""
+
+    rank: int
+    timing: Timing
+    verdict: Verdict
+
+
+def sample_of(ranks: Sequence[RankSample], iteration: int, warmup: bool) -> Sample:
+    """The refit of all ranks, with the phases of the slowest."""
+    slowest = max(ranks, key=lambda each: each.timing.seconds)
+    report = slowest.timing.report
+    return Sample(
+        iteration=iteration,
+        warmup=warmup,
+        seconds_per_rank=tuple(each.timing.seconds for each in ranks),
+        slowest_rank=slowest.rank,
+        phases_s=dict(report.phases_s),
+        unattributed_s=slowest.timing.seconds - sum(report.phases_s.values()),
+        num_compared=sum(each.verdict.num_compared for each in ranks),
+        num_wrong=sum(each.verdict.num_wrong for each in ranks),
+        beside_s=dict(report.beside_s),
+    )
+
+
+def wrong_weights(ranks: Sequence[RankSample], iteration: int) -> list[WrongWeights]:
+    """The first wrong weight of each wrong tensor, of every rank. A value that is NaN is left out."""
+    found = []
+    for each in ranks:
+        for wrong in each.verdict.wrong[:MAX_WRONG_PER_RANK]:
+            expected, actual = (
+                None if math.isnan(value) else value for value in (wrong.first.expected, wrong.first.found)
+            )
+            found.append(
+                WrongWeights(iteration, each.rank, wrong.key, wrong.num_wrong, wrong.first.index, expected, actual)
+            )
+    return found
