@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.results_text import conditions, wrapped
-from refit.report.arms import Arm, StepRun, arms_of
+from refit.report.arms import Arm, StepRun
 from refit.report.cycle import cycle_lines
 from refit.report.dispatchers import Pairing, faster_by, pairings
 from refit.report.grid import markdown
 from refit.report.neutral import markdown_text
+from refit.report.overlap import overlap_pairings
 from refit.results.outcomes import Outcome
 from refit.results.step import STEP_PARTS, Breakdown
 
@@ -17,15 +18,14 @@ EXPERT_PARTS = ("route", "dispatch", "experts", "combine")
 
 
 def section(outcomes: Sequence[Outcome]) -> str:
-    """What was measured and on what, the pairs of dispatchers, the parts of every run's step, and the cycle.
-
-    Runs with overlap are among the steps also where there is no other dispatcher to pair them with.
-    """
+    """What was measured and on what, the pairs of dispatchers and of overlap, the parts of every run's step, and the
+    cycle."""
     pairs = pairings(outcomes)
-    paired = [arm for pair in pairs for arm in (pair.first, pair.second)]
-    overlapped = [arm for arm in arms_of(outcomes) if arm.steps.dispatch.overlap]
-    arms = list({arm.repeated.name: arm for arm in (*paired, *overlapped)}.values())
-    parts = [conditions(outcomes), *([_pairs(pairs), _legend(arms), _steps(arms)] if pairs else [])]
+    overlaps = overlap_pairings(outcomes)
+    arms = list({arm.repeated.name: arm for pair in (*pairs, *overlaps) for arm in (pair.first, pair.second)}.values())
+    parts = [conditions(outcomes)]
+    if pairs:
+        parts += [_pairs(pairs), *([_overlaps(overlaps)] if overlaps else []), _legend(arms), _steps(arms)]
     cycles = [line for outcome in outcomes if outcome.result for line in cycle_lines(outcome.result)]
     return "\n\n".join([*parts, *map(wrapped, map(markdown_text, cycles))])
 
@@ -33,6 +33,16 @@ def section(outcomes: Sequence[Outcome]) -> str:
 def _pairs(pairs: Sequence[Pairing]) -> str:
     header = ["layout", "micro-batch", "first", "ms", "second", "ms", "delta %", "faster by", "loss difference", "work"]
     return markdown(header, [_pair(pair) for pair in pairs])
+
+
+def _overlaps(pairs: Sequence[Pairing]) -> str:
+    header = ["layout", "micro-batch", "dispatcher", "with", "ms without", "ms with", "delta %", "loss difference"]
+    return markdown([*header, "work"], [_overlap(pair) for pair in pairs])
+
+
+def _overlap(pair: Pairing) -> list[str]:
+    where, micro, name, without, _, with_it, delta, _, difference, work = _pair(pair)
+    return [where, micro, name, pair.second.overlap, without, with_it, delta, difference, work]
 
 
 def _pair(pair: Pairing) -> list[str]:
@@ -84,19 +94,12 @@ def _step(arm: Arm, run: StepRun, parts: Sequence[str]) -> list[str]:
     return [
         markdown_text(arm.where),
         str(arm.steps.micro_batch_size),
-        _named(arm),
+        ", ".join(filter(None, (arm.name, arm.overlap))),
         f"{1e3 * result.median_s:.1f}" if result.median_s else "",
         f"{result.tflops_per_gpu:.4g}" if result.tflops_per_gpu else "",
         f"{result.peak_bytes / 2**30:.1f}" if result.peak_bytes else "",
         *(_shares(found, parts) if found is not None else [""] * (len(parts) + 1 + len(EXPERT_PARTS))),
     ]
-
-
-def _named(arm: Arm) -> str:
-    """`alltoall, overlap, delayed gradients`"""
-    dispatch = arm.steps.dispatch
-    settings = {"overlap": dispatch.overlap, "delayed gradients": dispatch.delay_wgrad}
-    return ", ".join([arm.name, *(name for name, is_on in settings.items() if is_on)])
 
 
 def _shares(found: Breakdown, parts: Sequence[str]) -> Iterator[str]:

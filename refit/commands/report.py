@@ -14,6 +14,7 @@ from refit.report.analysis import analysis_text
 from refit.report.console import show, show_aside, show_text
 from refit.report.dispatchers import dispatcher_text
 from refit.report.export import Record, csv_text, json_text, records, sample_records
+from refit.report.overlap import overlap_text
 from refit.report.page import Pictures, page
 from refit.report.plots import draw
 from refit.report.step_tables import write_step_tables
@@ -116,7 +117,8 @@ def _show_summaries(runs: Sequence[Run]) -> None:
 
 def _parts(run: Run) -> tuple[str, ...]:
     outcomes = run.outcomes
-    return summary_text(run.sweep, outcomes), dispatcher_text(outcomes), trainer_text(outcomes), analysis_text(outcomes)
+    steps = dispatcher_text(outcomes), overlap_text(outcomes), trainer_text(outcomes)
+    return summary_text(run.sweep, outcomes), *steps, analysis_text(outcomes)
 
 
 def _show_page(runs: Sequence[Run]) -> None:

@@ -16,6 +16,7 @@ from refit.config.limits import MAX_SCENARIOS
 from refit.errors import ExitCode, UsageError
 from refit.report.console import show, show_aside, show_text, table_width
 from refit.report.dispatchers import dispatcher_text
+from refit.report.overlap import overlap_text
 from refit.report.step_tables import write_step_tables
 from refit.report.summary import summary_text
 from refit.report.sweep_table import outcome_lines, sweep_text
@@ -230,7 +231,8 @@ def _close(args: argparse.Namespace) -> int:
 def _end(args: argparse.Namespace) -> int:
     sweep, directory = Sweep.read(args.sweep_file), args.sweep_file.absolute().parent
     outcomes = load_outcomes(sweep, directory)
-    texts = summary_text(sweep, outcomes), dispatcher_text(outcomes), trainer_text(outcomes)
+    steps = dispatcher_text(outcomes), overlap_text(outcomes), trainer_text(outcomes)
+    texts = summary_text(sweep, outcomes), *steps
     text = "\n\n".join(filter(None, texts))
     path = directory / f"{sweep.run_id}_summary.txt"
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")

@@ -64,6 +64,13 @@ class Arm:
         return self.steps.dispatch.arm
 
     @property
+    def overlap(self) -> str:
+        """`overlap`, `overlap, delayed gradients`; empty without."""
+        dispatch = self.steps.dispatch
+        settings = {"overlap": dispatch.overlap, "delayed gradients": dispatch.delay_wgrad}
+        return ", ".join(name for name, is_on in settings.items() if is_on)
+
+    @property
     def where(self) -> str:
         """`kimi_k2 TP2 EP4`: model and layout, and Transformer Engine's layers where they are used."""
         return " ".join(filter(None, (self.scenario.model_title, self.scenario.source.title, self.engine)))
@@ -166,9 +173,9 @@ def problem_texts(problems: Iterable[Problem], arms: Sequence[Arm]) -> tuple[str
     return tuple(f"{', '.join(names)}{against}: {text}" for (against, text), names in found.items())
 
 
-def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
-    """`name: VALUE / VALUE` of all fields that differ, without those that choose the dispatcher."""
-    names = sorted((first.keys() | second.keys()) - set(SELECTOR))
+def differences(first: dict[str, str], second: dict[str, str], *, chosen: Sequence[str] = ()) -> list[str]:
+    """`name: VALUE / VALUE` of all fields that differ, without the `chosen` ones."""
+    names = sorted((first.keys() | second.keys()) - set(chosen))
     return [f"{name}: {first.get(name)} / {second.get(name)}" for name in names if first.get(name) != second.get(name)]
 
 

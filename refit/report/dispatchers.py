@@ -15,6 +15,7 @@ from pathlib import Path
 from refit.config.steps import Dispatch
 from refit.report.arms import (
     RANK_CAPACITY,
+    SELECTOR,
     Arm,
     Problem,
     StepRun,
@@ -99,8 +100,11 @@ def _cell(arm: Arm) -> str:
     return repr(replace(arm.scenario, steps=neutral, run_name=None, output_dir=Path(), notes=()))
 
 
-def judge(first: Arm, second: Arm) -> Equivalence:
-    """Whether all runs of two arms did equal work: each is compared with the first run of the first arm."""
+def judge(first: Arm, second: Arm, chosen: Sequence[str] = SELECTOR, what: str = "the dispatcher") -> Equivalence:
+    """Whether all runs of two arms did equal work: each is compared with the first run of the first arm.
+
+    `chosen` are the fields of Megatron's configuration that may differ, which set `what`.
+    """
     base, *others = [*first.runs, *second.runs]
     losses = [loss_difference(base.result, run.result) for run in others]
     problems = [
@@ -108,7 +112,7 @@ def judge(first: Arm, second: Arm) -> Equivalence:
         *(
             Problem(run, text, base)
             for run, (difference, _) in zip(others, losses, strict=True)
-            for text in _problems(base, run, difference)
+            for text in [*_configured(base, run, chosen, what), *_problems(base, run, difference)]
         ),
     ]
     difference, num_losses = largest(found for found, _ in losses), min(number for _, number in losses)
@@ -121,11 +125,13 @@ def _own_problems(name: str, run: StepRun) -> Iterator[str]:
     yield from (f"{name} may drop tokens: {field} is set" for field in DROPS if _is_set(run.result, field))
 
 
+def _configured(base: StepRun, run: StepRun, chosen: Sequence[str], what: str) -> Iterator[str]:
+    if others := differences(base.result.config, run.result.config, chosen=chosen):
+        yield f"configurations differ in more than {what}: {', '.join(others[:4])}"
+
+
 def _problems(base: StepRun, run: StepRun, difference: float | None) -> Iterator[str]:
     results = base.result, run.result
-    others = differences(results[0].config, results[1].config)
-    if others:
-        yield f"configurations differ in more than the dispatcher: {', '.join(others[:4])}"
     tokens = [[sample.num_tokens for sample in result.samples] for result in results]
     if tokens[0] != tokens[1]:
         yield f"tokens differ: {sum(tokens[0]):,} and {sum(tokens[1]):,} over all steps"
