@@ -81,11 +81,13 @@ def test_the_version_is_that_of_the_loaded_library(monkeypatch: pytest.MonkeyPat
 def test_calls_are_grouped_only_where_gpus_reach_the_network(
     gin_type: int | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class NCCLError(Exception): ...
+
     class Communicator:
         @property
         def properties(self) -> SimpleNamespace:
             if gin_type is None:
-                raise RuntimeError("invalid usage")
+                raise NCCLError("invalid usage")
             return SimpleNamespace(gin_type=gin_type)
 
         @classmethod
@@ -93,10 +95,11 @@ def test_calls_are_grouped_only_where_gpus_reach_the_network(
             return cls()
 
     ids = SimpleNamespace(from_bytes=bytes)
-    core = SimpleNamespace(get_unique_id=lambda: b"id", UniqueId=ids, Communicator=Communicator)
+    core = SimpleNamespace(get_unique_id=lambda: b"id", UniqueId=ids, Communicator=Communicator, NCCLError=NCCLError)
     under_test = engine("cuda")
     monkeypatch.setattr(nccl_m2n.importlib, "import_module", lambda name: core)
     monkeypatch.setattr(NcclM2nEngine, "_check_everywhere", lambda self: None)
+    monkeypatch.setattr(nccl_m2n, "_gathered", lambda mine: [mine, (True, "")])  # another rank has GIN
     for name, value in {"get_rank": 0, "get_world_size": 4, "broadcast_object_list": None}.items():
         monkeypatch.setattr(nccl_m2n.dist, name, lambda *args, value=value: value)
     connected = under_test.connect(cast(RefitPlan, None))

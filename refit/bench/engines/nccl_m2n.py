@@ -96,7 +96,9 @@ class NcclM2nEngine:
             self._communicator = core.Communicator.init(world_size, rank, core.UniqueId.from_bytes(shared[0]))
         except Exception as error:
             raise RefitError(f"nccl_m2n: no communicator could be made: {error}") from error
-        self._has_gin, why_not = _gin(self._communicator)
+        answers = _gathered(_gin(self._communicator))
+        # All ranks make the same calls, so one without GIN decides for all.
+        self._has_gin, why_not = min(answers)
         calls = "calls in groups" if self._has_gin else f"a call per tensor, because groups of calls need GIN{why_not}"
         return f"one communicator of {world_size} ranks, {calls}"
 
@@ -143,9 +145,10 @@ def _gin(communicator: Any) -> tuple[bool, str]:
 
     The question needs an NCCL as new as the one that nccl4py was built for; nccl-extensions installs an older one.
     """
+    bindings = importlib.import_module("nccl.bindings.nccl")
     try:
         return bool(communicator.properties.gin_type), ""  # NcclGinType.NONE is 0
-    except Exception as error:
+    except bindings.NCCLError as error:
         return False, f", and NCCL cannot be asked for it ({error})"
 
 
