@@ -67,7 +67,7 @@ class TransformersTrainer(ABC):
         finally:
             self._module.eval()
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:  # noqa: B027 - nothing to do is what all of them do
         """Nothing here outlives the process groups."""
 
     def _step(self, tokens: torch.Tensor, recorder: Recorder | None) -> StepReport:

@@ -11,7 +11,9 @@ recomputation (tensor_parallel/random.py).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -148,6 +150,24 @@ def gathering_within(group: dist.ProcessGroup) -> Iterator[None]:
         yield
     finally:
         dist.all_gather_object = original
+
+
+@contextlib.contextmanager
+def nccl_ep_starts_for(topk: int | None) -> Iterator[None]:
+    """NCCL EP starts for tokens of `topk` experts; with None nothing changes.
+
+    Transformer Engine 2.19 and newer ask for it at the start. Megatron-Core 0.19.2, which was written for 2.18, does
+    not pass it on (`ensure_nccl_ep_bootstrapped` in fused_a2a.py).
+    """
+    if topk is None:
+        yield
+        return
+    library: Any = importlib.import_module("transformer_engine.pytorch.ep")
+    start = library.ep_bootstrap
+    if "num_topk" in inspect.signature(start).parameters:
+        start = functools.partial(start, num_topk=topk)
+    with patch.object(library, "ep_bootstrap", start):
+        yield
 
 
 @contextlib.contextmanager

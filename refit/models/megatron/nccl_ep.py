@@ -5,20 +5,14 @@ It is set up once per process, with the first micro-batch: for one group of rank
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import inspect
-from collections.abc import Iterator
-from typing import Any
-from unittest.mock import patch
 
 import megatron.core
 import torch
 
 from refit.errors import UnavailableError
 
-MODULE = "transformer_engine.pytorch.ep"
 FLAG = "--moe-flex-dispatcher-backend ncclep"
 
 
@@ -31,7 +25,7 @@ def check_available() -> None:
             "megatron-core, or use --moe-token-dispatcher-type alltoall"
         )
     try:
-        importlib.import_module(MODULE)
+        importlib.import_module("transformer_engine.pytorch.ep")
         importlib.import_module("transformer_engine").require_nccl_ep()
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         raise UnavailableError(
@@ -58,24 +52,6 @@ def _ops_may_leave_out_what_they_write() -> bool:
     except IndexError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def told_of(topk: int | None) -> Iterator[None]:
-    """NCCL EP starts for tokens of `topk` experts; with None nothing changes.
-
-    Transformer Engine 2.19 and newer ask for it at the start. Megatron-Core 0.19.2, which was written for 2.18, does
-    not pass it on (`ensure_nccl_ep_bootstrapped` in fused_a2a.py).
-    """
-    if topk is None:
-        yield
-        return
-    library: Any = importlib.import_module(MODULE)
-    start = library.ep_bootstrap
-    if "num_topk" in inspect.signature(start).parameters:
-        start = functools.partial(start, num_topk=topk)
-    with patch.object(library, "ep_bootstrap", start):
-        yield
 
 
 def close() -> None:

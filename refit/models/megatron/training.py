@@ -111,7 +111,7 @@ class MegatronTrainer:
         stack.enter_context(compat.running_on(built.groups, built.device, len(built.chunks)))
         stack.enter_context(compat_steps.trainable_on(built.device))
         stack.enter_context(compat_steps.uncompiled_on(built.device))
-        stack.enter_context(nccl_ep.told_of(self._topk))
+        stack.enter_context(compat_steps.nccl_ep_starts_for(self._topk))
         return stack
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from refit.errors import UnavailableError
 from refit.models.megatron import nccl_ep
+from refit.models.megatron.compat_steps import nccl_ep_starts_for
 
 
 @pytest.fixture
@@ -72,8 +73,8 @@ def without_topk(num_experts: int) -> tuple[int]:
 def test_it_starts_with_the_number_of_experts_of_a_token(
     engine: types.ModuleType, start: Callable[..., Any], topk: int | None, expected: tuple[int, ...]
 ) -> None:
-    library: Any = sys.modules[nccl_ep.MODULE]
+    library: Any = sys.modules["transformer_engine.pytorch.ep"]
     library.ep_bootstrap = start
-    with nccl_ep.told_of(topk):
+    with nccl_ep_starts_for(topk):
         assert library.ep_bootstrap(num_experts=64) == expected
     assert library.ep_bootstrap is start
