@@ -28,19 +28,19 @@ OPTIMIZER_BYTES = 12
 class TrainingMemory:
     """Bytes on one rank beside its weights.
 
-    `gathered_bytes` are weights of other ranks that the backward pass holds as it begins. `step_bytes` are what the
-    optimizer's step makes of the gradients, after activations are gone: their copies, and themselves.
+    `unsharded_bytes` are whole weights that a backward pass has gathered as it begins, and their first gradient.
+    `step_bytes` are gradients and their copies at the optimizer's step, after activations are gone.
     """
 
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    gathered_bytes: int = 0
+    unsharded_bytes: int = 0
     step_bytes: int = 0
 
     @property
     def backward_bytes(self) -> int:
-        return self.gradient_bytes + self.activation_bytes + self.gathered_bytes
+        return self.gradient_bytes + self.activation_bytes + self.unsharded_bytes
 
     @property
     def total_bytes(self) -> int:

@@ -106,7 +106,7 @@ def fsdp2_memory(
             gradient_bytes=GRADIENT_BYTES * ((outside + in_layers) if accumulates else dense + routed),
             optimizer_bytes=_state_bytes(side) * (dense + routed),
             activation_bytes=_activation_bytes(shape, side, steps, in_layers),
-            gathered_bytes=itemsize * (gathered + output),
+            unsharded_bytes=itemsize * (gathered + output),
         )
     return found
 

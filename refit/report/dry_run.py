@@ -112,7 +112,7 @@ def _training(run: DryRun) -> dict[str, str]:
         ("optimizer", needed.optimizer_bytes),
         ("gradients", needed.gradient_bytes),
         ("activations", needed.activation_bytes),
-        *([("gathered weights", needed.gathered_bytes)] if needed.gathered_bytes else []),
+        *([("unsharded weights and gradient", needed.unsharded_bytes)] if needed.unsharded_bytes else []),
     ]
     total = needed.total_bytes + run.source_bytes[rank]
     texts = ", ".join(f"{name} {units.gib(nbytes)}" for name, nbytes in parts)

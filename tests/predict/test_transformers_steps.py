@@ -66,8 +66,8 @@ def test_a_backward_pass_begins_with_gathered_weights() -> None:
     shape = scenario.model
     gathered = 2 * (whole - in_layers) + 2 * 2 * in_layers // shape.num_layers
     found, _ = memory("--source-format=fsdp2")
-    assert found.gathered_bytes == 2 * (gathered + shape.vocab_size * shape.hidden_size // 2)
-    assert found.backward_bytes == found.gradient_bytes + found.activation_bytes + found.gathered_bytes
+    assert found.unsharded_bytes == 2 * (gathered + shape.vocab_size * shape.hidden_size // 2)
+    assert found.backward_bytes == found.gradient_bytes + found.activation_bytes + found.unsharded_bytes
 
 
 def test_experts_add_up_over_their_own_shards() -> None:
