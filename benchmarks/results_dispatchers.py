@@ -11,6 +11,7 @@ from refit.report.dispatchers import Pairing, faster_by, pairings
 from refit.report.grid import markdown
 from refit.report.neutral import markdown_text
 from refit.report.overlap import overlap_pairings
+from refit.report.run_spread import beyond_text
 from refit.results.outcomes import Outcome
 from refit.results.step import STEP_PARTS, Breakdown
 
@@ -36,13 +37,14 @@ def _pairs(pairs: Sequence[Pairing]) -> str:
 
 
 def _overlaps(pairs: Sequence[Pairing]) -> str:
-    header = ["layout", "micro-batch", "dispatcher", "with", "ms without", "ms with", "delta %", "loss difference"]
-    return markdown([*header, "work"], [_overlap(pair) for pair in pairs])
+    header = ["layout", "micro-batch", "dispatcher", "with", "ms without", "ms with", "delta %", "beyond spread"]
+    return markdown([*header, "loss difference", "work"], [_overlap(pair) for pair in pairs])
 
 
 def _overlap(pair: Pairing) -> list[str]:
     where, micro, name, without, _, with_it, delta, _, difference, work = _pair(pair)
-    return [where, micro, name, pair.second.overlap, without, with_it, delta, difference, work]
+    beyond = beyond_text(pair.is_beyond_spread) if delta else ""
+    return [where, micro, name, pair.second.overlap, without, with_it, delta, beyond, difference, work]
 
 
 def _pair(pair: Pairing) -> list[str]:

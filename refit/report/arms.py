@@ -6,7 +6,9 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from refit.config.registry import FORMATS
 from refit.config.scenario import Scenario
@@ -142,6 +144,13 @@ def _run(outcome: Outcome) -> StepRun | None:
     if result is None or result.scenario is None or result.scenario.steps is None or outcome.status is not Status.OK:
         return None
     return StepRun(outcome, result.scenario, steps, steps.summary) if steps and steps.summary else None
+
+
+def cell_of(arm: Arm, **dispatch: Any) -> str:
+    """What the arms of a cell have in common: the scenario with these settings of its dispatch in place of its own, and
+    without where results go."""
+    neutral = replace(arm.steps, dispatch=replace(arm.steps.dispatch, **dispatch))
+    return repr(replace(arm.scenario, steps=neutral, run_name=None, output_dir=Path(), notes=()))
 
 
 def run_lines(arms: Iterable[Arm]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from refit.errors import ExitCode, UsageError
 from refit.report.grid import Column, fitted
 from refit.report.neutral import FILE_WIDTH, plain_lines
-from refit.report.run_spread import Repeated, by_scenario, exceeds_spread, left_out_lines, times_line
+from refit.report.run_spread import Repeated, beyond_text, by_scenario, exceeds_spread, left_out_lines, times_line
 from refit.report.tables import wrong_text
 from refit.results.outcomes import Outcome
 from refit.results.plain import plain
@@ -205,7 +205,7 @@ def _row(pair: Pair, max_slowdown: float) -> list[str]:
         pair.name,
         *(f"{1e3 * one.median_s:.2f}" if one.median_s else "-" for one in both),
         f"{100 * pair.change:+.1f}" if pair.change is not None else "-",
-        {True: "yes", False: "no", None: "-"}[pair.is_beyond_spread],
+        beyond_text(pair.is_beyond_spread),
         *(_wrong(one) or "-" for one in both),
         status,
     ]

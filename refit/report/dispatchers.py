@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from refit.config.steps import Dispatch
 from refit.report.arms import (
@@ -20,6 +19,7 @@ from refit.report.arms import (
     Problem,
     StepRun,
     arms_of,
+    cell_of,
     conditions,
     differences,
     largest,
@@ -28,7 +28,7 @@ from refit.report.arms import (
     run_lines,
 )
 from refit.report.grid import Column, fitted
-from refit.report.run_spread import exceeds_spread
+from refit.report.run_spread import beyond_text, exceeds_spread
 from refit.results.outcomes import Outcome
 from refit.results.step import StepResult
 
@@ -80,7 +80,8 @@ def pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
     """The pairs of every cell, each arm against the cell's first, by layout, overlap and micro-batch."""
     cells: dict[str, dict[str, Arm]] = defaultdict(dict)
     for arm in arms_of(outcomes):
-        cells[_cell(arm)][arm.name] = arm
+        cell = cell_of(arm, dispatcher=Dispatch().dispatcher, backend=None, rank_capacity=None)
+        cells[cell][arm.name] = arm
     found = []
     for arms in cells.values():
         base = next(arms[name] for name in (*FIRST, *arms) if name in arms)
@@ -91,13 +92,6 @@ def pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
 def _order(pairing: Pairing) -> tuple[str, bool, int, str]:
     steps = pairing.first.steps
     return pairing.first.where, steps.dispatch.overlap, steps.micro_batch_size, pairing.second.name
-
-
-def _cell(arm: Arm) -> str:
-    """What the arms of a cell have in common: the scenario without its dispatcher, and without where results go."""
-    dispatch = replace(arm.steps.dispatch, dispatcher=Dispatch().dispatcher, backend=None, rank_capacity=None)
-    neutral = replace(arm.steps, dispatch=dispatch)
-    return repr(replace(arm.scenario, steps=neutral, run_name=None, output_dir=Path(), notes=()))
 
 
 def judge(first: Arm, second: Arm, chosen: Sequence[str] = SELECTOR, what: str = "the dispatcher") -> Equivalence:
@@ -193,7 +187,6 @@ def _table(names: tuple[str, str], group: Sequence[Pairing]) -> str:
 
 def _row(pairing: Pairing) -> list[str]:
     first, second, work = pairing.first, pairing.second, pairing.work
-    beyond = {True: "yes", False: "no", None: "-"}[pairing.is_beyond_spread]
     delta = pairing.delta
     return [
         first.where,
@@ -202,7 +195,7 @@ def _row(pairing: Pairing) -> list[str]:
         *(f"{1e3 * arm.mean_s:.2f}" for arm in (first, second)),
         "-" if delta is None else f"{100 * delta:+.1f}",
         "-" if delta is None else faster_by(pairing, delta),
-        beyond if delta is not None else "-",
+        "-" if delta is None else beyond_text(pairing.is_beyond_spread),
         f"{first.num_measured}+{second.num_measured}",
         str(first.num_stalls + second.num_stalls),
         "-" if work.loss_difference is None else f"{work.loss_difference:.1e}",

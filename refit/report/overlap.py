@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-from refit.report.arms import Arm, arms_of
+from refit.report.arms import Arm, arms_of, cell_of
 from refit.report.dispatchers import Pairing, judge
 from refit.report.grid import Column, fitted
+from refit.report.run_spread import beyond_text
 from refit.results.outcomes import Outcome
 
 FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
@@ -20,7 +19,7 @@ def overlap_pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
     """Every arm with overlap beside the one without it, by layout, micro-batch and dispatcher."""
     cells: dict[str, list[Arm]] = defaultdict(list)
     for arm in arms_of(outcomes):
-        cells[_cell(arm)].append(arm)
+        cells[cell_of(arm, overlap=False, delay_wgrad=False)].append(arm)
     found = []
     for arms in cells.values():
         without = next((arm for arm in arms if not arm.overlap), None)
@@ -28,13 +27,6 @@ def overlap_pairings(outcomes: Sequence[Outcome]) -> list[Pairing]:
         if without is not None:
             found += [Pairing(without, arm, judge(without, arm, FIELDS, "overlap")) for arm in overlapped]
     return sorted(found, key=_order)
-
-
-def _cell(arm: Arm) -> str:
-    """What the arms of a cell have in common: the scenario without overlap, and without where results go."""
-    dispatch = replace(arm.steps.dispatch, overlap=False, delay_wgrad=False)
-    neutral = replace(arm.steps, dispatch=dispatch)
-    return repr(replace(arm.scenario, steps=neutral, run_name=None, output_dir=Path(), notes=()))
 
 
 def _order(pairing: Pairing) -> tuple[str, int, str, str]:
@@ -72,7 +64,7 @@ def _row(pairing: Pairing) -> list[str]:
         second.name,
         *(f"{1e3 * arm.mean_s:.2f}" for arm in (first, second)),
         "-" if delta is None else f"{100 * delta:+.1f}",
-        "-" if delta is None else {True: "yes", False: "no", None: "-"}[pairing.is_beyond_spread],
+        "-" if delta is None else beyond_text(pairing.is_beyond_spread),
         "-" if work.loss_difference is None else f"{work.loss_difference:.1e}",
         "equal" if work.is_equal else "NOT EQUAL",
         second.overlap,

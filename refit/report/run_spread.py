@@ -93,6 +93,11 @@ def exceeds_spread(old: Samples, new: Samples) -> bool | None:
     return abs(median_of(new) - median_of(old)) > half_width(old) + half_width(new)
 
 
+def beyond_text(exceeds: bool | None) -> str:
+    """What tables print for `exceeds_spread`."""
+    return {True: "yes", False: "no", None: "-"}[exceeds]
+
+
 def half_width(runs: Samples) -> float:
     """Half the width of the interval around a scenario's median: within a run and between runs, whichever is more.
 

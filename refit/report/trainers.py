@@ -25,7 +25,7 @@ from refit.report.arms import (
 )
 from refit.report.grid import Column, fitted
 from refit.report.points import median
-from refit.report.run_spread import exceeds_spread
+from refit.report.run_spread import beyond_text, exceeds_spread
 from refit.results.outcomes import Outcome
 from refit.results.step import COMBINED, STEP_PARTS, StepResult
 
@@ -213,7 +213,7 @@ def _beyond(trainer: Trainer, first: Trainer) -> str:
     """Whether it differs from the first by more than steps and runs vary; `-` where that is not judged."""
     if trainer is first or not _judged(trainer, first):
         return "-"
-    return {True: "yes", False: "no", None: "-"}[exceeds_spread(trainer.arm.samples_s, first.arm.samples_s)]
+    return beyond_text(exceeds_spread(trainer.arm.samples_s, first.arm.samples_s))
 
 
 def shares(arm: Arm) -> list[str]:
