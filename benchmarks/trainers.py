@@ -101,7 +101,10 @@ def main() -> int:
     args = parser.parse_args()
     max_tp = MAX_TINY_TP if args.cpu else MAX_TP
     if args.num_gpus < 1 or max_tp % args.num_gpus:
-        parser.error(f"--num-gpus {args.num_gpus} does not divide the model's {max_tp} query groups, as TP has to: give a divisor")
+        parser.error(
+            f"--num-gpus {args.num_gpus} does not divide the model's {max_tp} query groups, as TP has to: give a "
+            "divisor of them"
+        )
     campaign = TrainerCampaign(args.num_gpus, contenders(cpu=args.cpu), args.cpu)
     return measure(list(campaign.cases()), args, "trainers")
 
