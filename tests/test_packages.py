@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "refit").rglob("*.py"))
 
-ORDER = ("errors", "units", "config", "plan", "predict", "models", "copies", "transport", "quantise")
+ORDER = ("errors", "units", "config", "plan", "predict", "memory", "copies", "transport", "encodings", "models")
 ORDER = (*ORDER, "results", "report", "bench", "cli", "sweep", "commands")
 """The packages of `refit` from the bottom up: each imports only those before it."""
 
@@ -26,7 +26,8 @@ HEAVY = (
     "refit.models",
     "refit.copies",
     "refit.transport",
-    "refit.quantise",
+    "refit.encodings",
+    "refit.memory",
     "refit.bench",
 )
 MAY_IMPORT_MEGATRON = ("refit/models/megatron/", "refit/bench/engines/megatron.py")

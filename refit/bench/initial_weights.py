@@ -9,8 +9,8 @@ import torch
 from refit.bench.strips import strips_of
 from refit.bench.values import Rows, rows_of, values
 from refit.config.quantisation import Quantisation, scale_key
-from refit.models.weights import LocalShard, LocalWeights
-from refit.quantise.reference import quantise
+from refit.encodings.fp8.reference import quantise
+from refit.memory.weights import LocalShard, LocalWeights
 
 STANDARD_DEVIATION = 0.02
 VALUES_RMS = 0.6236

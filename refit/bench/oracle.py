@@ -21,10 +21,10 @@ import torch
 from refit.bench.strips import strips_of
 from refit.bench.values import SAMPLE_STRIDE, Rows, rows_of, values
 from refit.config.quantisation import Quantisation, scale_key
-from refit.models.weights import LocalShard, LocalWeights
+from refit.encodings.fp8.reference import quantise
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
-from refit.quantise.reference import quantise
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

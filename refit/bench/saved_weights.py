@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 
 
 class SavedWeights:

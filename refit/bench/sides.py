@@ -12,12 +12,12 @@ from refit.config.registry import FORMATS, load
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import ShardingError
+from refit.memory.weights import LocalWeights, shards_in_parts
+from refit.models.quantised import QuantisedModel
 from refit.models.sharded_model import NotBuilt, ShardedModel
-from refit.models.weights import LocalWeights, shards_in_parts
 from refit.plan.sharding import Sharding
 from refit.predict.families.parts import sharding_in_parts
 from refit.predict.sides import parts_of, predict_side
-from refit.quantise.weights import QuantisedModel
 
 
 @dataclass(frozen=True, slots=True)

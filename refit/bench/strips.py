@@ -9,11 +9,11 @@ import torch
 
 from refit.bench.values import GPU_BLOCK_ELEMENTS, SAMPLE_STRIDE, Rows, row_numbers
 from refit.config.quantisation import Quantisation, scale_key
-from refit.models.weights import LocalShard, LocalWeights
+from refit.encodings.fp8.batch import STRIP_ELEMENTS
+from refit.memory.views import matrices_of, matrix_of
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.quantised import Grid
-from refit.quantise.batch import STRIP_ELEMENTS
-from refit.quantise.weights import matrices_of, matrix_of
 
 
 @dataclass(frozen=True, slots=True)

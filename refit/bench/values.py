@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from refit.config.quantisation import Quantisation
-from refit.models.weights import LocalShard
+from refit.memory.weights import LocalShard
 from refit.plan.box import Box
 from refit.plan.quantised import Grid
 from refit.plan.sharding import TensorSpec

@@ -1,6 +1,6 @@
 """FP8 destinations: block formats, the rules by which libraries choose scales, and which tensors stay BF16.
 
-Torch-free. `refit.quantise.reference` has the arithmetic of each rule, under the same names.
+Torch-free. `refit.encodings.fp8.reference` has the arithmetic of each rule, under the same names.
 """
 
 from __future__ import annotations

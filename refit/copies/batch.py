@@ -14,7 +14,8 @@ import torch
 
 from refit.copies.contiguous import split_runs
 from refit.copies.copy import Copy
-from refit.models.weights import Hook, LocalWeights, Part, part_within
+from refit.memory.views import part_within
+from refit.memory.weights import Hook, LocalWeights, Part
 from refit.plan.box import Box
 from refit.plan.plan import Transfer
 from refit.plan.sharding import TensorSpec

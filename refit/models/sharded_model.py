@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 
 
 class Recorder(Protocol):

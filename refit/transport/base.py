@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from refit.config.registry import METHODS, load
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 
 

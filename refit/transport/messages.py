@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from refit.errors import UsageError
-from refit.models.weights import Part
+from refit.memory.phases import PhaseClock
+from refit.memory.weights import Part
 from refit.plan.box import Box
 from refit.plan.cost import bytes_matrix, wire_only
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
 from refit.plan.sharding import TensorSpec
 from refit.transport.base import RunReport
-from refit.transport.phases import PhaseClock
 
 ALIGNMENT = 16
 """Pieces start at multiples of this in a bucket: any dtype can be viewed there, and GPUs can load 16 bytes at once."""

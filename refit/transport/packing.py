@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from refit.copies.copy import Copy
-from refit.models.weights import LocalWeights, part_within
+from refit.memory.views import part_within
+from refit.memory.weights import LocalWeights
 from refit.transport.messages import Message
 
 

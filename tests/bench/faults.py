@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from refit.bench.engines import refit as planned_engine
-from refit.models.weights import LocalShard, LocalWeights
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan import proof
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions, get_transport

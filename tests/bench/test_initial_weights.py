@@ -7,12 +7,12 @@ import torch
 
 from refit.bench.initial_weights import initialise
 from refit.config.quantisation import Quantisation, scale_key
-from refit.models.weights import LocalShard, LocalWeights
+from refit.encodings.fp8.reference import dequantise, quantise
+from refit.memory.weights import LocalShard, LocalWeights
+from refit.models.quantised import QuantisedModel
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
-from refit.quantise.reference import dequantise, quantise
-from refit.quantise.weights import QuantisedModel
-from tests.quantise.test_program import Model
+from tests.encodings.fp8.test_program import Model
 
 SPECS = [
     TensorSpec("decoder.layers.0.linear_fc1.weight", (300, 256), "bfloat16"),

@@ -14,7 +14,7 @@ from refit.bench.engines import nccl_m2n
 from refit.bench.engines.nccl_m2n import LIMITS, NcclM2nEngine
 from refit.cli.parsing import parse
 from refit.errors import UnavailableError
-from refit.models.weights import LocalShard, LocalWeights
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.meshes import Mesh, Reshard
 from refit.plan.plan import RefitPlan

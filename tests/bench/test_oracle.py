@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refit.bench import oracle
-from refit.models.weights import LocalShard, LocalWeights
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 

@@ -9,13 +9,13 @@ import torch
 
 from refit.bench import oracle
 from refit.config.quantisation import Quantisation, scale_key
-from refit.models.weights import LocalShard, LocalWeights
+from refit.encodings.fp8.reference import quantise
+from refit.memory.weights import LocalShard, LocalWeights
+from refit.models.quantised import QuantisedModel
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
-from refit.quantise.reference import quantise
-from refit.quantise.weights import QuantisedModel
-from tests.quantise.test_program import Model
-from tests.quantise.weights import RULES
+from tests.encodings.fp8.test_program import Model
+from tests.encodings.fp8.weights import RULES
 
 SPEC = TensorSpec("layers.0.fc.weight", (1024, 1024), "bfloat16")
 SCALES = scale_key(SPEC.key)

@@ -9,7 +9,7 @@ import torch
 
 from refit.copies.batch import CopyBatch, local_batches, weight_copies, zero_copies
 from refit.copies.copy import Copy
-from refit.models.weights import Hook, LocalShard, LocalWeights, Part, generations
+from refit.memory.weights import Hook, LocalShard, LocalWeights, Part, generations
 from refit.plan.box import Box
 from refit.plan.plan import Transfer
 from refit.plan.sharding import TensorSpec

@@ -22,8 +22,8 @@ from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.copies.batch import local_batches
 from refit.errors import RefitError, UsageError
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.models.sharded_model import WithoutSteps
-from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
 from refit.plan.quantised import WireShardings

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from refit.config.layout import Layout
-from refit.models.weights import LocalShard, LocalWeights
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit

@@ -18,7 +18,7 @@ import torch
 from refit.config.layout import Layout
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.messages import Framing, make_schedule
 from refit.transport.one_sided.executor import OneSidedProgram

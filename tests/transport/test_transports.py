@@ -18,7 +18,7 @@ import torch
 
 from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
-from refit.transport import phases
+from refit.memory import phases
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import shm
 from refit.transport.two_sided import gloo

@@ -24,13 +24,13 @@ from refit.bench.environment import loaded_nccl_version
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
 from refit.errors import RefitError, UnavailableError
-from refit.models.weights import LocalWeights, generations
+from refit.memory.streams import new_stream, wait_for_events
+from refit.memory.weights import LocalWeights, generations
 from refit.plan.meshes import Mesh, MeshLimits, Reshard, mesh_refit
 from refit.plan.plan import RefitPlan
 from refit.plan.quantised import WireShardings
 from refit.plan.sharding import TensorSpec
 from refit.transport.base import RunReport
-from refit.transport.streams import new_stream, wait_for_events
 
 MIN_NCCL = (2, 30, 7)
 """The NCCL that the package nccl-extensions 0.1.0 is built for and requires."""

@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
-from refit.models.weights import LocalWeights
+from refit.encodings.fp8.program import QuantisingProgram
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.plan.quantised import WireShardings
-from refit.quantise.program import QuantisingProgram
 from refit.transport.base import Program, TransportOptions, get_transport
 
 

@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
+from refit.memory.weights import LocalWeights
 from refit.models.autotp.engine import build_engine, whole_model
 from refit.models.autotp.groups import ParallelGroups, build_groups
 from refit.models.autotp.training import AutotpTrainer
 from refit.models.autotp.weights import held_of, metadata_of
 from refit.models.huggingface.side import TransformersSide
 from refit.models.huggingface.weights import read_weights
-from refit.models.weights import LocalWeights
 from refit.predict.families.names import named_model
 
 

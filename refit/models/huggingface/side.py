@@ -8,11 +8,11 @@ import torch
 
 from refit.config.side import SideSpec
 from refit.errors import RefitError
+from refit.memory.weights import LocalWeights
 from refit.models.huggingface.autocast import autocast
 from refit.models.huggingface.training import TransformersTrainer
 from refit.models.micro_batches import replica_part
 from refit.models.sharded_model import LiveSettings
-from refit.models.weights import LocalWeights
 
 
 class TransformersSide:

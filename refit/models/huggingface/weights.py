@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from refit.errors import ShardingError
-from refit.models.weights import LocalShard, LocalWeights, joined
+from refit.memory.weights import LocalShard, LocalWeights, joined
 from refit.plan.box import Box
 from refit.predict.families.names import NamedModel, NamedTensor
 

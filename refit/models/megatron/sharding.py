@@ -12,9 +12,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from refit.errors import ShardingError
+from refit.memory.views import span_bytes
+from refit.memory.weights import LocalShard, LocalWeights, joined
 from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
-from refit.models.weights import LocalShard, LocalWeights, joined, span_bytes
 from refit.plan.box import Box
 from refit.plan.sharding import ITEMSIZE, TensorSpec
 

@@ -11,10 +11,10 @@ from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import RefitError
+from refit.memory.weights import LocalShard, LocalWeights, joined
 from refit.models.vllm.dequantised import Dequantised
 from refit.models.vllm.forward import ReferenceForward
 from refit.models.vllm.groups import Groups, build_groups
-from refit.models.weights import LocalShard, LocalWeights, joined
 from refit.plan.sharding import TensorSpec
 from refit.predict.vllm.parameters import Engines, Parameter, RankBlock
 from refit.predict.vllm.quantised import held_blocks, held_tensors

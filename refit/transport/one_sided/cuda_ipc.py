@@ -20,7 +20,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from refit.copies.batch import CopyBatch, load_kernels
 from refit.errors import RefitError, UnavailableError, UsageError, first_line
-from refit.models.weights import LocalWeights
+from refit.memory.streams import is_over, late_peers_error, new_stream
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, even_framing, make_schedule
@@ -30,7 +31,6 @@ from refit.transport.one_sided.in_place import InPlaceBuffers
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.shm import SharedMemory
 from refit.transport.rendezvous import Rendezvous
-from refit.transport.streams import is_over, late_peers_error, new_stream
 from refit.transport.turns import in_turn
 
 WHOLE_CHANNEL = Framing(1 << 62, None)

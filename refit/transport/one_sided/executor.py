@@ -23,12 +23,12 @@ import torch
 
 from refit.copies.batch import CopyBatch, local_batches
 from refit.errors import RefitError
-from refit.models.weights import LocalWeights, generations, refresh_all
+from refit.memory.phases import PhaseClock
+from refit.memory.weights import LocalWeights, generations, refresh_all
 from refit.transport.base import RunReport
 from refit.transport.messages import Channel, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
 from refit.transport.one_sided.receive_buffers import ReceiveBuffers
-from refit.transport.phases import PhaseClock
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import torch
 
 from refit.copies.batch import CopyBatch, weight_copies
 from refit.copies.copy import Copy
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
 from refit.transport.one_sided.places import Place, mapped_weights, place_of

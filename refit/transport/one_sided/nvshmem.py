@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from refit.copies.batch import load_kernels
 from refit.errors import UsageError
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes, make_schedule

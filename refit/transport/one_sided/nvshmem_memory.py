@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from refit.copies.batch import CopyBatch
+from refit.memory.streams import late_peers_error, new_stream, wait_for_events
 from refit.transport.base import TransportOptions
 from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.rendezvous import Rendezvous
-from refit.transport.streams import late_peers_error, new_stream, wait_for_events
 
 HEAP_BYTES = 512
 """The size of the symmetric heap is a multiple of this."""

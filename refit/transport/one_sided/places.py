@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from refit.models.weights import LocalShard, LocalWeights
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 

@@ -10,7 +10,8 @@ import torch
 
 from refit.copies.batch import CopyBatch, weight_copies
 from refit.errors import RefitError
-from refit.models.weights import LocalWeights, span_bytes
+from refit.memory.views import span_bytes
+from refit.memory.weights import LocalWeights
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import PeerHeap, Put
 from refit.transport.one_sided.places import mapped_weights, place_of, strided

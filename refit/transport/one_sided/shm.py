@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, UsageError
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes, make_schedule

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch
-from refit.transport.streams import new_stream
+from refit.memory.streams import new_stream
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch, local_batches
 from refit.copies.copy import Copy
-from refit.models.weights import LocalWeights, generations, refresh_all
+from refit.memory.phases import PhaseClock
+from refit.memory.weights import LocalWeights, generations, refresh_all
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
 from refit.transport.messages import Channel, Framing, Message, Schedule, make_schedule, pair_buckets
 from refit.transport.packing import pack_copies, unpack_copies
-from refit.transport.phases import PhaseClock
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound
 
 LOCAL_BATCH_BYTES = {"cpu": 4 << 20, "cuda": 4 << 30}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, first_line
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound, Streams

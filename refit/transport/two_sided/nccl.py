@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch, load_kernels
 from refit.errors import UnavailableError
-from refit.models.weights import LocalWeights
+from refit.memory.streams import late_peers_error, wait_for_events
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions
-from refit.transport.streams import late_peers_error, wait_for_events
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams
 from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
 from refit.transport.two_sided.nccl_links import NcclLinks, connect_links

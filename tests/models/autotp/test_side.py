@@ -24,10 +24,10 @@ from refit.models.autotp.side import AutotpSide
 from refit.models.autotp.weights import held_of
 from refit.models.huggingface.model import meta_model
 from refit.models.huggingface.weights import read_weights
+from refit.models.quantised import QuantisedModel
 from refit.predict.autotp import predict
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.predict.families.names import named_model
-from refit.quantise.weights import QuantisedModel
 from tests.models.huggingface.sides import CPU, FAMILY, RUN, alone, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
 from tests.predict.test_autotp import side

@@ -10,7 +10,7 @@ from refit.config.layout import Layout
 from refit.config.scenario import Scenario
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec
-from refit.models.weights import LocalWeights
+from refit.memory.weights import LocalWeights
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
 from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE

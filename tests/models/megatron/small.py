@@ -14,9 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
 from refit.config.side import SideSpec
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.models.megatron.build import BuiltModel, build_model
 from refit.models.megatron.groups import build_groups
-from refit.models.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 
 DENSE = ModelShape(

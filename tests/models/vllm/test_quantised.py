@@ -14,10 +14,10 @@ from refit.bench.engines.refit import PlannedEngine
 from refit.bench.sides import Side, refitted_to
 from refit.config.quantisation import Quantisation
 from refit.config.scenario import Scenario
+from refit.encodings.fp8.reference import quantise
 from refit.models.fsdp2.side import Fsdp2Side
 from refit.models.vllm.side import VllmSide
 from refit.predict.sides import plan_sides
-from refit.quantise.reference import quantise
 from refit.results.refit import RefitResult
 from tests.models.vllm.test_side import (
     CPU,

@@ -12,7 +12,7 @@ from refit.config.layout import Layout
 from refit.config.quantisation import Quantisation
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import SideSpec
-from refit.models.weights import LocalShard, LocalWeights, shards_in_parts
+from refit.memory.weights import LocalShard, LocalWeights, shards_in_parts
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 from refit.predict import megatron

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from refit.memory.views import View, part_within
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import RankSharding, TensorSpec
 from refit.predict.families.parts import Parts
@@ -56,14 +57,6 @@ def _joined_group(group: list[LocalShard]) -> list[LocalShard]:
         for part, shard in zip(parts, group, strict=True)
     )
     return [LocalShard(first.tensor, boxes[0], owner, whole)] if same else group
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A box of a tensor in this rank's memory. `data` has shape `box.extents` and any strides."""
-
-    box: Box
-    data: torch.Tensor
 
 
 class LocalWeights:
@@ -163,15 +156,22 @@ def shards_in_parts(shards: Iterable[LocalShard], parts: Parts) -> Iterator[Loca
                 yield LocalShard(part.tensor, piece.held, shard.owner, part_within(shard.view, shard.box, piece.box))
 
 
-def part_within(data: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:
-    """The part `inner` of `data`, which holds `outer` and has shape `outer.extents`."""
-    return data if inner == outer else data[inner.slices_within(outer)]
+def new_shard(tensor: TensorSpec, box: Box, device: torch.device) -> LocalShard:
+    """`box` of `tensor` in new memory."""
+    data = torch.empty(box.extents, dtype=getattr(torch, tensor.dtype), device=device)
+    # An alias, since a transport may give the owner other memory, and views follow it by their distance.
+    return LocalShard(tensor, box, data, data.detach())
 
 
-def span_bytes(tensor: torch.Tensor) -> int:
-    """Bytes from the first element of `tensor` in memory to the end of its last, gaps of its strides included."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+def assembled(weights: LocalWeights, key: str, box: Box) -> torch.Tensor:
+    """`box` as one tensor: the weights themselves where they are in one view, else a copy."""
+    views = weights.views(key, box)
+    if len(views) == 1:
+        return views[0].data
+    whole = torch.empty(box.extents, dtype=views[0].data.dtype, device=views[0].data.device)
+    for view in views:
+        part_within(whole, box, view.box).copy_(view.data)
+    return whole
 
 
 def refresh_all(*memories: LocalWeights | None) -> None:

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from refit.models.weights import Hook, LocalShard, LocalWeights, Part
+from refit.encodings.fp8.groups import Groups, Job
+from refit.memory.views import matrices_of
+from refit.memory.weights import Hook, LocalShard, LocalWeights, Part
 from refit.plan.box import Box
-from refit.quantise.groups import Groups, Job
-from refit.quantise.weights import matrices_of
 
 
 class Pipeline(ABC):

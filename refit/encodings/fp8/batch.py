@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from refit.config.quantisation import CODES_DTYPE, Quantisation
-from refit.quantise.matrix import Matrix
-from refit.quantise.reference import quantise
+from refit.encodings.fp8.matrix import Matrix
+from refit.encodings.fp8.reference import quantise
 
 if TYPE_CHECKING:
-    from refit.quantise.kernel import KernelQuantise
+    from refit.encodings.fp8.kernel import KernelQuantise
 
 STRIP_ELEMENTS = 1 << 20
 """Elements that plain torch quantises at once, which bounds its temporaries."""
@@ -42,7 +42,7 @@ class QuantiseBatch:
             self._run_in_torch(matrix, self._flags[number : number + 1])
 
     def _kernel(self) -> KernelQuantise | None:
-        from refit.quantise.kernel import KernelQuantise
+        from refit.encodings.fp8.kernel import KernelQuantise
 
         if not self._matrices or not all(_suits_kernel(matrix) for matrix in self._matrices):
             return None

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from refit.config.quantisation import Quantisation
+from refit.encodings.fp8.batch import QuantiseBatch
+from refit.encodings.fp8.matrix import Matrix
 from refit.errors import RefitError
+from refit.memory.phases import counted_apart
+from refit.memory.streams import new_stream
 from refit.plan.box import Box
-from refit.quantise.batch import QuantiseBatch
-from refit.quantise.matrix import Matrix
-from refit.transport.phases import counted_apart
-from refit.transport.streams import new_stream
 
 
 @dataclass(frozen=True, slots=True)

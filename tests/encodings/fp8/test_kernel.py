@@ -30,7 +30,7 @@ def test_the_kernel_compiles_for_gpus_with_and_without_fp8(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from refit.quantise import kernel
+    from refit.encodings.fp8 import kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     group = 32 if rule in ("ceil", "ocp-floor") else 0

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from refit.config.quantisation import Quantisation
-from refit.quantise.batch import QuantiseBatch
-from refit.quantise.matrix import Matrix
-from tests.quantise.weights import special_blocks, special_values
+from refit.encodings.fp8.batch import QuantiseBatch
+from refit.encodings.fp8.matrix import Matrix
+from tests.encodings.fp8.weights import special_blocks, special_values
 
 SHAPE = (512, 1024)
 """Of whole tiles of every quantiser: Transformer Engine pads the scales of others."""

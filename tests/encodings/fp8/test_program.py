@@ -18,15 +18,15 @@ from refit.bench import oracle
 from refit.config.layout import Layout
 from refit.config.quantisation import BLOCK_FORMATS, Place, Quantisation
 from refit.config.side import SideSpec
+from refit.encodings.fp8.batch import QuantiseBatch
+from refit.encodings.fp8.program import QuantisingProgram
+from refit.memory.weights import LocalShard, LocalWeights, refresh_all
+from refit.models.quantised import QuantisedModel
 from refit.models.sharded_model import WithoutSteps
-from refit.models.weights import LocalShard, LocalWeights, refresh_all
 from refit.plan.box import Box
 from refit.plan.quantised import quantised_sharding
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 from refit.predict.sides import plan_sides
-from refit.quantise.batch import QuantiseBatch
-from refit.quantise.program import QuantisingProgram
-from refit.quantise.weights import QuantisedModel
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.ranks.pool import RankPool

@@ -1,7 +1,7 @@
 """The quantising kernel: thousands of strided matrices in one Triton launch. Importing this module needs Triton.
 
 It rounds to float8_e4m3fn with integer arithmetic, so it runs on GPUs without FP8 conversion as well, and in Triton's
-interpreter. Its results equal those of `refit.quantise.reference` to the bit.
+interpreter. Its results equal those of `refit.encodings.fp8.reference` to the bit.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from refit.config.quantisation import BlockFormat, Quantisation
+from refit.encodings.fp8.matrix import Matrix
+from refit.encodings.fp8.reference import RECIPROCAL_BITS
 from refit.plan.box_array import IntArray
-from refit.quantise.matrix import Matrix
-from refit.quantise.reference import RECIPROCAL_BITS
 
 TILE = 128
 """Rows and columns of a tile. A block of `fp8-block` is one tile; a tile of `mxfp8` has 128 x 4 blocks."""

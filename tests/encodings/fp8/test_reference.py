@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refit.config.quantisation import Quantisation
-from refit.quantise.batch import QuantiseBatch
-from refit.quantise.matrix import Matrix
-from refit.quantise.reference import dequantise, quantise
-from tests.quantise.weights import RULES, special_blocks, special_values
+from refit.encodings.fp8.batch import QuantiseBatch
+from refit.encodings.fp8.matrix import Matrix
+from refit.encodings.fp8.reference import dequantise, quantise
+from tests.encodings.fp8.weights import RULES, special_blocks, special_values
 
 EVERY_AMAX = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
 """Every positive finite bfloat16, subnormals included."""

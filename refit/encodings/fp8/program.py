@@ -2,7 +2,7 @@
 
 Any transport moves codes and scales, as tensors of the wire's shardings (`plan.quantised`). It asks the weights that it
 is given what to do before it reads them and after it has written them, so both happen beside the transfer
-(`quantise.pipeline`).
+(`encodings.fp8.pipeline`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from refit.config.quantisation import CODES_DTYPE, Quantisation, scale_key
-from refit.models.weights import LocalShard, LocalWeights, Part, generations, part_within, refresh_all
+from refit.encodings.fp8.batch import load_quantise_kernel
+from refit.encodings.fp8.groups import Gather, Groups, Job
+from refit.encodings.fp8.matrix import Matrix
+from refit.encodings.fp8.pipeline import OnArrival, OnDemand, PipelinedWeights
+from refit.memory.views import matrices_of, matrix_of, part_within
+from refit.memory.weights import LocalShard, LocalWeights, Part, generations, new_shard, refresh_all
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan, Transfer
 from refit.plan.quantised import Grid, WireShardings, scale_spec, unquantised
 from refit.plan.sharding import TensorSpec
-from refit.quantise.batch import load_quantise_kernel
-from refit.quantise.groups import Gather, Groups, Job
-from refit.quantise.matrix import Matrix
-from refit.quantise.pipeline import OnArrival, OnDemand, PipelinedWeights
-from refit.quantise.weights import matrices_of, matrix_of, new_shard
 from refit.transport.base import Program, RunReport
 
 AT_SOURCE, AT_DESTINATION = "quantise", "quantise arrived"

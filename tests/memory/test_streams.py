@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from refit.errors import RefitError
-from refit.transport.streams import late_peers_error, wait_for_events
+from refit.memory.streams import late_peers_error, wait_for_events
 from refit.transport.two_sided import nccl
 from refit.transport.two_sided.backend import BoundMessage, PendingRound
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from refit.config.quantisation import CODES_DTYPE, Quantisation
+from refit.encodings.fp8.reference import dequantise
+from refit.memory.views import matrices_of, matrix_of, part_within
+from refit.memory.weights import LocalShard, LocalWeights, assembled, new_shard
 from refit.models.sharded_model import LiveSettings, ShardedModel, Trainer
-from refit.models.weights import LocalShard, LocalWeights, part_within
 from refit.plan.box import Box
 from refit.plan.quantised import Grid, scale_spec
 from refit.plan.sharding import TensorSpec
-from refit.quantise.reference import dequantise
 
 
 class QuantisedModel:
@@ -99,37 +100,3 @@ class QuantisedModel:
                 dequantise(matrix_of(codes), matrix_of(scales), self._block).view(codes.shape), whole, part
             )
             part_within(shard.view.detach(), shard.box, part).copy_(values)
-
-
-def matrices_of(box: Box) -> Iterator[Box]:
-    """`box`, index by index in all dims but the last two."""
-    if all(extent == 1 for extent in box.extents[:-2]):
-        yield box
-        return
-    dim = box.leading_dim
-    assert dim is not None
-    for index in range(box.offsets[dim], box.ends[dim]):
-        yield from matrices_of(box.narrow(dim, index, index + 1))
-
-
-def assembled(weights: LocalWeights, key: str, box: Box) -> torch.Tensor:
-    """`box` as one tensor: the weights themselves where they are in one view, else a copy."""
-    views = weights.views(key, box)
-    if len(views) == 1:
-        return views[0].data
-    whole = torch.empty(box.extents, dtype=views[0].data.dtype, device=views[0].data.device)
-    for view in views:
-        part_within(whole, box, view.box).copy_(view.data)
-    return whole
-
-
-def matrix_of(data: torch.Tensor) -> torch.Tensor:
-    """`data` `[1, ..., rows, columns]` without its leading dims. Not a copy."""
-    return data[(0,) * (data.ndim - 2)]
-
-
-def new_shard(tensor: TensorSpec, box: Box, device: torch.device) -> LocalShard:
-    """`box` of `tensor` in new memory."""
-    data = torch.empty(box.extents, dtype=getattr(torch, tensor.dtype), device=device)
-    # An alias, since a transport may give the owner other memory, and views follow it by their distance.
-    return LocalShard(tensor, box, data, data.detach())

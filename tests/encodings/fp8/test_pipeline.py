@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refit.config.quantisation import Quantisation
+from refit.encodings.fp8.groups import Gather, Groups, Job
+from refit.encodings.fp8.matrix import Matrix
+from refit.encodings.fp8.pipeline import OnArrival, OnDemand
+from refit.encodings.fp8.reference import quantise
 from refit.errors import RefitError
-from refit.models.weights import Part
+from refit.memory.weights import Part
 from refit.plan.box import Box
-from refit.quantise.groups import Gather, Groups, Job
-from refit.quantise.matrix import Matrix
-from refit.quantise.pipeline import OnArrival, OnDemand
-from refit.quantise.reference import quantise
-from tests.quantise.weights import special_values
+from tests.encodings.fp8.weights import special_values
 
 RULE = Quantisation("mxfp8", "ceil")
 KEYS = ("a", "b")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from refit.transport import phases
-from refit.transport.phases import PhaseClock, counted_apart
+from refit.memory import phases
+from refit.memory.phases import PhaseClock, counted_apart
 
 
 def test_what_is_counted_apart_is_missing_in_the_phase_around_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from refit.config.quantisation import Quantisation
-from refit.quantise.kernel import KernelQuantise
-from refit.quantise.matrix import Matrix
-from refit.quantise.reference import quantise
-from tests.quantise.weights import RULES, special_blocks, special_values
+from refit.encodings.fp8.kernel import KernelQuantise
+from refit.encodings.fp8.matrix import Matrix
+from refit.encodings.fp8.reference import quantise
+from tests.encodings.fp8.weights import RULES, special_blocks, special_values
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 SHAPES = {"fp8-block": [(128, 128), (130, 259), (1, 5), (300, 128)], "mxfp8": [(1, 32), (5, 96), (130, 160)]}

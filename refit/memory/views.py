@@ -1,0 +1,45 @@
+"""Views: boxes of tensors in this rank's memory, and the parts and matrices in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from refit.plan.box import Box
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A box of a tensor in this rank's memory. `data` has shape `box.extents` and any strides."""
+
+    box: Box
+    data: torch.Tensor
+
+
+def part_within(data: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:
+    """The part `inner` of `data`, which holds `outer` and has shape `outer.extents`."""
+    return data if inner == outer else data[inner.slices_within(outer)]
+
+
+def span_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of `tensor` in memory to the end of its last, gaps of its strides included."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def matrices_of(box: Box) -> Iterator[Box]:
+    """`box`, index by index in all dims but the last two."""
+    if all(extent == 1 for extent in box.extents[:-2]):
+        yield box
+        return
+    dim = box.leading_dim
+    assert dim is not None
+    for index in range(box.offsets[dim], box.ends[dim]):
+        yield from matrices_of(box.narrow(dim, index, index + 1))
+
+
+def matrix_of(data: torch.Tensor) -> torch.Tensor:
+    """`data` `[1, ..., rows, columns]` without its leading dims. Not a copy."""
+    return data[(0,) * (data.ndim - 2)]
