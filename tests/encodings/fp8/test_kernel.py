@@ -34,10 +34,12 @@ def test_the_kernel_compiles_for_gpus_with_and_without_fp8(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     group = 32 if rule in ("ceil", "ocp-floor") else 0
-    constants = {"ALIGNED": aligned, "RULE": rule, "GROUP": group}
+    constants: dict[str, object] = {"ALIGNED": aligned, "RULE": rule, "GROUP": group}
     constants |= {"RECIPROCAL": kernel.RECIPROCAL_BITS, "TILE": kernel.TILE}
-    signature = {"table": "*i64"} | dict.fromkeys(constants, "constexpr")
     for capability in (80, 90):
+        converts = divmod(capability, 10) >= kernel.CONVERTS_FROM
+        constants["CONVERTS"] = converts
+        signature = {"table": "*i64"} | dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel._quantise_tiles, signature, constants, {(0,): [["tt.divisibility", 16]]})
         assembly = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 8}).asm["ptx"]
         # A fused multiply-add or an approximate division would round differently.
@@ -45,5 +47,6 @@ def test_the_kernel_compiles_for_gpus_with_and_without_fp8(
         assert "div.full" not in assembly
         assert "div.approx" not in assembly
         assert ".ftz" not in assembly, "subnormal factors and weights would be zeros"
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in assembly) == converts
         accesses = re.findall(r"(?:ld|st)\.global\.(?:v4\.b32|b16)\b", assembly)
         assert set(accesses) == ({"ld.global.v4.b32", "st.global.v4.b32"} if aligned else {"ld.global.b16"})
