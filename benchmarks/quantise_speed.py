@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -54,18 +55,19 @@ def is_right(matrix: Matrix, quantisation: Quantisation) -> bool:
 
 
 def main() -> int:
-    """Print a row per rule. Returns 1 where codes or scales are wrong."""
+    """Print a row per rule. Returns 1 where codes or scales are wrong, 3 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=64, help="matrices of 4,096 x 7,168 (default: 64, 3.8 GB)")
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each (default: 7)")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("quantise_speed: this machine has no CUDA GPU that PyTorch can use", file=sys.stderr)
+        return 3
     weights = torch.randn(args.experts, ROWS, COLUMNS, device="cuda", dtype=torch.bfloat16) * 0.02
     print(f"{torch.cuda.get_device_name()}, {weights.numel() / 1e9:.2f} B elements, median of {args.rounds}")
     print(f"{'':26} {'ms':>8} {'TB/s':>6}")
-    copied = torch.empty_like(weights)
-    seconds = median_s(lambda: copied.copy_(weights), args.rounds)
+    seconds = median_s(partial(torch.empty_like(weights).copy_, weights), args.rounds)
     print(f"{'copy_':26} {seconds * 1e3:8.3f} {2 * weights.nbytes / seconds / 1e12:6.2f}")
-    del copied
     wrong = 0
     for dtype, block in BLOCK_FORMATS.items():
         for rule in block.rules:
