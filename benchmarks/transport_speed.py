@@ -26,6 +26,7 @@ import torch.distributed as dist
 from refit.config.layout import Layout
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions, get_transport
+from refit.transport.ranks import Ranks
 from tests.ranks.pool import RankPool
 from tests.transport.synthetic import Case
 
@@ -66,7 +67,7 @@ def measure(rank: int, mix: str, method: str, buffers: str, num_rounds: int) -> 
     _reset_peak()
     before = _memory_bytes("VmRSS")
     options = TransportOptions(staging_bytes=STAGING_BYTES, timeout_s=60.0, one_sided_buffers=buffers)
-    program = get_transport(method).prepare(plan, source, destination, options)
+    program = get_transport(method).prepare(plan, Ranks.of_default_group(), source, destination, options)
     program.run()
     program.run()
     peak_extra_bytes = _memory_bytes("VmHWM") - before

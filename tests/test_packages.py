@@ -157,6 +157,23 @@ def test_only_report_prints() -> None:
     assert [name_of(path) for path in outside if calls_print(path)] == []
 
 
+def test_only_ranks_knows_the_default_group_in_transports() -> None:
+    """All other code that moves weights is handed a `Ranks`, and so runs in processes with other groups too."""
+    files = [
+        path
+        for name in ("memory", "copies", "transport", "encodings")
+        for path in (ROOT / f"refit/{name}").rglob("*.py")
+    ]
+    assert [name_of(path) for path in files if asks_the_default_group(path)] == ["refit/transport/ranks.py"]
+
+
+def asks_the_default_group(path: Path) -> bool:
+    questions = {"get_rank", "get_world_size", "new_group", "WORLD", "_get_default_group", "_get_default_store"}
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return bool(questions & (names | {node.id for node in nodes if isinstance(node, ast.Name)}))
+
+
 def calls_print(path: Path) -> bool:
     calls = (node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
     return any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
@@ -173,3 +190,6 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert a_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     assert not within("torchvision", "torch")
     assert calls_print(offender)
+    assert not asks_the_default_group(offender)
+    offender.write_text("import torch.distributed as dist\ndist.get_rank()\n")
+    assert asks_the_default_group(offender)

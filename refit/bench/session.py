@@ -22,21 +22,21 @@ from refit.report import live
 from refit.report.console import show_aside, show_text
 from refit.results import result
 from refit.results.result import Environment, MeasurementResult, ResultFile
+from refit.transport.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
     """What a rank needs to take part in a run.
 
-    `control` carries the suite's own messages (barriers, gathered samples) and never weights. `on_phase` is told the
-    name of each phase that this rank enters. `publish` writes a measurement's result so far to the result file.
-    `start` times the phases up to the first refit. `measured` has the results of the measurements that this run has
-    taken before, by name.
+    `ranks` are all ranks of the job. `control` carries the suite's own messages (barriers, gathered samples) and never
+    weights. `on_phase` is told the name of each phase that this rank enters. `publish` writes a measurement's result so
+    far to the result file. `start` times the phases up to the first refit. `measured` has the results of the
+    measurements that this run has taken before, by name.
     """
 
     scenario: Scenario
-    rank: int
-    world_size: int
+    ranks: Ranks
     device: torch.device
     control: dist.ProcessGroup
     environment: Environment
@@ -44,6 +44,14 @@ class Session:
     publish: Callable[[MeasurementResult], None] = lambda _: None
     start: StartClock = field(default_factory=StartClock)
     measured: Mapping[str, MeasurementResult] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.size
 
     @property
     def is_reporter(self) -> bool:
@@ -125,10 +133,10 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
         dist.init_process_group("gloo", timeout=timeout)
         control = dist.group.WORLD
     assert control is not None
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    file = ResultFile.create(scenario.output_dir, _file_name(scenario)) if rank == 0 else None
+    ranks = Ranks.of_default_group()
+    file = ResultFile.create(scenario.output_dir, _file_name(scenario)) if ranks.rank == 0 else None
     if file is not None:  # a run that ends at once still says what it was
-        file.write(result.Result(file.run_id, started=result.now(), world_size=num_ranks, scenario=scenario))
+        file.write(result.Result(file.run_id, started=result.now(), world_size=ranks.size, scenario=scenario))
     shared = [file]
     dist.broadcast_object_list(shared, group=control)
     path = shared[0]
@@ -139,26 +147,19 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
         if file is not None:
             file.mark_failed(failure.exit_code, _recorded(failure))
 
-    watchdog = Watchdog(
-        _own_store(), rank, num_ranks, scenario.timeout_s, lambda failure: _report(path, failure), on_exit=mark
-    )
+    watched = replace(ranks, store=_own_store())
+    watchdog = Watchdog(watched, scenario.timeout_s, lambda failure: _report(path, failure), on_exit=mark)
     watchdog.start()
     try:
-        session = new_session(scenario, device, control, watchdog.phase)
-        yield Launch(replace(session, start=start), watchdog, file)
+        yield Launch(Session(scenario, ranks, device, control, manifest(), watchdog.phase, start=start), watchdog, file)
     finally:
         watchdog.stop()
     dist.destroy_process_group()
 
 
-def new_session(
-    scenario: Scenario,
-    device: torch.device,
-    control: dist.ProcessGroup,
-    on_phase: Callable[[str], None] = lambda _: None,
-) -> Session:
-    """A session on process groups that exist already."""
-    return Session(scenario, dist.get_rank(), dist.get_world_size(), device, control, manifest(), on_phase)
+def new_session(scenario: Scenario, device: torch.device, control: dist.ProcessGroup) -> Session:
+    """A session on process groups that exist already. Collective: every rank of the default group."""
+    return Session(scenario, Ranks.of_default_group(), device, control, manifest())
 
 
 def _own_store() -> Store:

@@ -1,6 +1,6 @@
 """The watchdog: a thread on every rank that ends the run when a rank is gone or a phase takes too long.
 
-Each rank writes a heartbeat and the name of its phase to the store that torch.distributed was started with. A rank that
+Each rank writes a heartbeat and the name of its phase to the store through which the ranks have met. A rank that
 fails writes its failure there before it ends. The heartbeat of a killed rank stops. The first rank to notice records
 the failure (one compare-and-set), prints which rank failed and marks the result file. Every other rank reads the record
 and ends with the same exit code. A silent rank on the same machine is killed: a stopped process handles no SIGTERM, and
@@ -23,10 +23,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch.distributed import Store  # type: ignore[attr-defined]
-
 from refit.errors import ExitCode, RefitError
 from refit.report import live
+from refit.transport.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +58,22 @@ class Failure:
 class Watchdog:
     """Watches from `start()` to `stop()`.
 
+    `ranks.store` is a client for the watchdog alone, since a client serves one caller at a time.
+
     `on_failure` is called on the one rank that records the failure, or without a store on every rank. `on_exit` is
     called on every rank, with the recorded failure, right before the process ends.
     """
 
     def __init__(
         self,
-        store: Store,
-        rank: int,
-        num_ranks: int,
+        ranks: Ranks,
         timeout_s: float,
         on_failure: Callable[[Failure], None],
         on_exit: Callable[[Failure], None] = lambda _: None,
     ) -> None:
-        self._store = store
-        self._rank = rank
-        self._num_ranks = num_ranks
+        self._store = ranks.store
+        self._rank = ranks.rank
+        self._num_ranks = ranks.size
         self._timeout_s = timeout_s
         self._on_failure = on_failure
         self._on_exit = on_exit

@@ -8,6 +8,7 @@ from typing import Protocol
 from refit.config.registry import METHODS, load
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
+from refit.transport.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class Transport(Protocol):
         """Raise UnavailableError that says what is missing and how to get it. Needs no process group."""
         ...
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
         """Set up what a process needs once for all programs: communicators, connections, libraries, kernels.
 
         Returns what was connected, in words, where there was a choice.
@@ -95,15 +96,19 @@ class Transport(Protocol):
         ...
 
     def prepare(
-        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
+        self,
+        plan: RefitPlan,
+        ranks: Ranks,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        options: TransportOptions,
     ) -> Program:
         """Bind `plan` to this rank's weights. `source` or `destination` is None where this rank is not in that side.
 
         A run calls what `source.before_reading` and `destination.after_writing` return for the parts that it copies.
 
-        Ranks are those of the default process group. Collective: every rank of the plan; for "nccl" and "nvshmem" every
-        rank of the default process group, because they create a group of their own. Idle ranks may always call, with
-        both sides None.
+        The plan's ranks are those of `ranks`. Collective: every rank of the plan; for "nvshmem" every one of `ranks`,
+        because all of them allocate symmetric memory. Idle ranks may always call, with both sides None.
         """
         ...
 

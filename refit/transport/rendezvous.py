@@ -8,24 +8,27 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from refit.errors import RefitError
+from refit.transport.ranks import Ranks
 
 
 class Rendezvous:
-    """Uses the store of the default process group, because that group's collectives would need its idle ranks too."""
+    """Uses the store of `ranks`, because collectives of a process group would need its idle ranks too.
 
-    def __init__(self, name: str, ranks: Sequence[int], timeout_s: float) -> None:
-        """`name` is equal on all `ranks`. Each of them must construct and use it the same number of times."""
-        self.rank = dist.get_rank()
-        self.ranks = tuple(ranks)
+    `members` are those that meet. `store` is theirs for this use alone.
+    """
+
+    def __init__(self, ranks: Ranks, name: str, members: Sequence[int], timeout_s: float) -> None:
+        """`name` is equal on all `members`. Each of them must construct and use it the same number of times."""
+        self.ranks = ranks
+        self.rank = ranks.rank
+        self.members = tuple(members)
         self._timeout_s = timeout_s
-        store = _get_default_store()
         # The number of a rank's uses of a name keeps the keys of successive preparations apart.
-        use = store.add(f"refit/{name}/uses/{self.rank}", 1)
-        self._store = PrefixStore(f"refit/{name}/{use}", store)
+        use = ranks.store.add(f"refit/{name}/uses/{self.rank}", 1)
+        self.store: Store = PrefixStore(f"refit/{name}/{use}", ranks.store)
         self._round = 0
 
     def exchange(self, value: Any, wanted: Iterable[int] | None = None) -> dict[int, Any]:
@@ -36,23 +39,23 @@ class Rendezvous:
         self._round += 1
         key = str(self._round)
         self.publish(key, value)
-        return {rank: self.fetch(rank, key) for rank in (self.ranks if wanted is None else wanted)}
+        return {rank: self.fetch(rank, key) for rank in (self.members if wanted is None else wanted)}
 
     def publish(self, key: str, value: Any) -> None:
         """Store `value` under this rank's `key`. A number as `key` is one of `exchange`."""
         packed = zlib.compress(pickle.dumps(value), 1)
-        self._store.set(f"{key}/{self.rank}", packed)  # type: ignore[arg-type]  # bytes are accepted
+        self.store.set(f"{key}/{self.rank}", packed)  # type: ignore[arg-type]  # bytes are accepted
 
     def fetch(self, rank: int, key: str) -> Any:
         """The value that `rank` has published under `key`. Raises RefitError, naming the rank, after the timeout."""
         name = f"{key}/{rank}"
         try:
-            self._store.wait([name], timedelta(seconds=self._timeout_s))
+            self.store.wait([name], timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             raise RefitError(
                 f"rank {rank} did not come to prepare the refit within {self._timeout_s:g} s (--timeout)"
             ) from error
-        return pickle.loads(zlib.decompress(self._store.get(name)))
+        return pickle.loads(zlib.decompress(self.store.get(name)))
 
     def agree(self, problem: RefitError | None) -> None:
         """Raise the problem of the first rank that has one, on every rank. Collective.

@@ -16,6 +16,7 @@ from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan import proof
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions, get_transport
+from refit.transport.ranks import Ranks
 from refit.transport.two_sided import gloo
 
 
@@ -103,8 +104,10 @@ def _transport(
             self.connect = self._real.connect
             self.check_available = self._real.check_available
 
-        def prepare(self, plan: RefitPlan, source: Any, destination: Any, options: TransportOptions) -> Any:
-            program = self._real.prepare(change_plan(plan), source, change_destination(destination), options)
+        def prepare(
+            self, plan: RefitPlan, ranks: Ranks, source: Any, destination: Any, options: TransportOptions
+        ) -> Any:
+            program = self._real.prepare(change_plan(plan), ranks, source, change_destination(destination), options)
             real_run = program.run
 
             def run() -> RunReport:

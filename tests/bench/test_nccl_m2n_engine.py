@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from refit.bench import environment
 from refit.bench.engines import nccl_m2n
@@ -19,6 +20,7 @@ from refit.plan.box import Box
 from refit.plan.meshes import Mesh, Reshard
 from refit.plan.plan import RefitPlan
 from refit.plan.sharding import TensorSpec
+from refit.transport.ranks import Ranks
 
 FC1 = TensorSpec("experts.linear_fc1.weight", (2, 8, 3), "bfloat16", stacked=True)
 
@@ -100,9 +102,8 @@ def test_calls_are_grouped_only_where_gpus_reach_the_network(
     monkeypatch.setattr(nccl_m2n.importlib, "import_module", lambda name: core)
     monkeypatch.setattr(NcclM2nEngine, "_check_everywhere", lambda self: None)
     monkeypatch.setattr(nccl_m2n, "_gathered", lambda mine: [mine, (True, "")])  # another rank has GIN
-    for name, value in {"get_rank": 0, "get_world_size": 4, "broadcast_object_list": None}.items():
-        monkeypatch.setattr(nccl_m2n.dist, name, lambda *args, value=value: value)
-    connected = under_test.connect(cast(RefitPlan, None))
+    monkeypatch.setattr(nccl_m2n.dist, "broadcast_object_list", lambda shared: None)
+    connected = under_test.connect(cast(RefitPlan, None), Ranks(0, 4, HashStore(), ("host",) * 4))
     assert connected == f"one communicator of 4 ranks, {words}"
 
 

@@ -45,9 +45,8 @@ def test_the_error_names_each_peer_once() -> None:
 
 def test_nccl_names_the_peers_of_the_first_unfinished_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl, "Streams", lambda device: None)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 7)
     rounds = [_round(0, event) for event in (*events(1), None)] + [_round(1, *events(NEVER)), _round(2, *events(NEVER))]
-    backend = nccl.NcclBackend(0.01, torch.device("cpu"), None)  # type: ignore[arg-type]
+    backend = nccl.NcclBackend(7, 0.01, torch.device("cpu"), None)  # type: ignore[arg-type]
     with pytest.raises(RefitError, match=r"^rank 7: no end of the exchange with ranks \[1, 11\] within 0\.01 s"):
         backend.finish(rounds)
 

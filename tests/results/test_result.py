@@ -99,6 +99,7 @@ def test_a_run_records_what_it_was_asked_for_before_it_builds_anything(
     torch = pytest.importorskip("torch")
     from refit.bench import runner
     from refit.bench.session import Session
+    from refit.transport.ranks import Ranks
 
     def fail(*_: object) -> None:
         raise MemoryError("too large")
@@ -107,7 +108,8 @@ def test_a_run_records_what_it_was_asked_for_before_it_builds_anything(
     assert FULL.scenario is not None
     assert FULL.environment is not None
     file = ResultFile.create(tmp_path, "run")
-    session = Session(FULL.scenario, 0, 4, torch.device("cpu"), None, FULL.environment)  # type: ignore[arg-type]
+    ranks = Ranks(0, 4, torch.distributed.HashStore(), ("host",) * 4)
+    session = Session(FULL.scenario, ranks, torch.device("cpu"), None, FULL.environment)  # type: ignore[arg-type]
     with pytest.raises(MemoryError):
         runner.benchmark(session, file)
     file.mark_failed(4, Failure("too large", 0, "build"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from refit.bench.exchange import gather
 from refit.bench.session import Session
@@ -32,35 +32,43 @@ from refit.predict import megatron
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.transport.base import Program, RunReport, TransportOptions
+from refit.transport.ranks import Ranks
 
 HERE = "tests.seams.small_parts"
 
-# --- A transport: every transfer is an entry of a queue in the job's store -----------------------------------------
+# --- A transport: every transfer is an entry of a queue in the ranks' store -----------------------------------------
 
 
 class QueueTransport:
     name = "queue"
 
     def check_available(self) -> None:
-        """Every process group has a store."""
+        """Ranks always have a store."""
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> None:
         """The store is connected already."""
 
     def prepare(
-        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
+        self,
+        plan: RefitPlan,
+        ranks: Ranks,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        options: TransportOptions,
     ) -> Program:
-        return QueueProgram(plan.for_rank(dist.get_rank()), source, destination)
+        return QueueProgram(plan.for_rank(ranks.rank), ranks.store, source, destination)
 
 
 class QueueProgram:
     staging_bytes = 0
 
-    def __init__(self, part: RankPlan, source: LocalWeights | None, destination: LocalWeights | None) -> None:
+    def __init__(
+        self, part: RankPlan, store: Store, source: LocalWeights | None, destination: LocalWeights | None
+    ) -> None:
         self._part = part
         self._source = source
         self._destination = destination
-        self._store = _get_default_store()
+        self._store = store
         self._sent: dict[int, int] = {}
         self._taken: dict[int, int] = {}
 
@@ -150,7 +158,7 @@ class GatheringEngine:
     def check_available(self) -> None:
         """Gathering needs a process group only."""
 
-    def connect(self, plan: RefitPlan) -> None: ...
+    def connect(self, plan: RefitPlan, ranks: Ranks) -> None: ...
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
         return GatheringProgram(source, destination)

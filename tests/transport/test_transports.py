@@ -21,6 +21,7 @@ from refit.errors import RefitError, UnavailableError, UsageError
 from refit.memory import phases
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import shm
+from refit.transport.ranks import Ranks
 from refit.transport.two_sided import gloo
 from tests.ranks.pool import PATIENCE_S, RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
@@ -55,7 +56,7 @@ def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, 
     plan = case.plan
     source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
     options = TransportOptions(staging_bytes=staging_bytes, timeout_s=TIMEOUT_S, one_sided_buffers=backend[1])
-    program = get_transport(backend[0]).prepare(plan, source, destination, options)
+    program = get_transport(backend[0]).prepare(plan, Ranks.of_default_group(), source, destination, options)
     wrong = []
     for iteration in range(3):
         torch.distributed.barrier()
@@ -176,7 +177,7 @@ def _refit_without(rank: int, backend: tuple[str, str], absent: int) -> str:
     case = CASES["experts gathered"]
     options = TransportOptions(staging_bytes=8 << 10, timeout_s=4.0, one_sided_buffers=backend[1])
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
-    program = get_transport(backend[0]).prepare(case.plan, *memories, options)
+    program = get_transport(backend[0]).prepare(case.plan, Ranks.of_default_group(), *memories, options)
     torch.distributed.barrier()
     message = ""
     if rank != absent:
@@ -217,7 +218,9 @@ def test_a_peer_that_does_not_come_is_named(ranks: RankPool, backend: tuple[str,
 def _die(rank: int) -> None:
     case = CASES["experts gathered"]
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
-    program = get_transport("gloo").prepare(case.plan, *memories, TransportOptions(timeout_s=TIMEOUT_S))
+    program = get_transport("gloo").prepare(
+        case.plan, Ranks.of_default_group(), *memories, TransportOptions(timeout_s=TIMEOUT_S)
+    )
     torch.distributed.barrier()
     if rank == 1:
         os._exit(3)
@@ -248,6 +251,7 @@ def _prepare_with_little_shared_memory(rank: int, segments: Path) -> str:
     try:
         get_transport("shm").prepare(
             case.plan,
+            Ranks.of_default_group(),
             case.memory(case.source, rank),
             case.memory(case.destination, rank),
             TransportOptions(timeout_s=TIMEOUT_S),
@@ -272,7 +276,9 @@ def _segments_left(rank: int, segments: Path) -> tuple[int, int]:
     case = CASES["experts gathered"]
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
     with mock.patch.object(shm, "DIRECTORY", segments), mock.patch.object(shm, "_create", wraps=shm._create) as create:
-        program = get_transport("shm").prepare(case.plan, *memories, TransportOptions(timeout_s=TIMEOUT_S))
+        program = get_transport("shm").prepare(
+            case.plan, Ranks.of_default_group(), *memories, TransportOptions(timeout_s=TIMEOUT_S)
+        )
     torch.distributed.barrier()
     left = len(os.listdir(segments))
     torch.distributed.barrier()

@@ -12,6 +12,7 @@ from refit.config.scenario import Scenario
 from refit.plan.plan import RefitPlan
 from refit.plan.quantised import WireShardings
 from refit.transport.base import Program
+from refit.transport.ranks import Ranks
 
 
 class RefitEngine(Protocol):
@@ -30,10 +31,10 @@ class RefitEngine(Protocol):
         """Raise UnavailableError that names what is missing and how to get it. Needs no process group."""
         ...
 
-    def connect(self, plan: RefitPlan) -> str | None:
-        """Do the set-up that a process does once. It counts towards no refit. Collective: every rank of the job.
+    def connect(self, plan: RefitPlan, ranks: Ranks) -> str | None:
+        """Do the set-up that a process does once, before it prepares. It counts towards no refit.
 
-        Returns what was connected, in words, where there was a choice.
+        Returns what was connected, in words, where there was a choice. Collective: every rank of the job.
         """
         ...
 

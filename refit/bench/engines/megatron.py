@@ -23,7 +23,8 @@ from refit.models.megatron.side import MegatronSide
 from refit.plan.plan import RefitPlan
 from refit.plan.quantised import WireShardings
 from refit.transport.base import RunReport
-from refit.transport.two_sided.nccl_links import connect_nccl_pairs
+from refit.transport.ranks import Ranks
+from refit.transport.two_sided.nccl_links import peers_of
 
 SERVICES = ("nccl", "nvshmem", "gloo")
 """The names of Megatron's copy services on GPUs."""
@@ -90,11 +91,13 @@ class MegatronEngine:
     def check_available(self) -> None:
         """Nothing to check: importing this module already needs Megatron's resharding package."""
 
-    def connect(self, plan: RefitPlan) -> None:
-        """On GPUs, connect our plan's pairs of ranks over NCCL, as for our own refit. Collective: every rank."""
+    def connect(self, plan: RefitPlan, ranks: Ranks) -> None:
+        """On GPUs, connect our plan's pairs of ranks over NCCL, as for our own refit. Collective: every rank.
+
+        Megatron's refit knows the default group only, so `ranks` are those of it.
+        """
         if self._device.type == "cuda":
-            assert dist.group.WORLD is not None
-            connect_nccl_pairs(plan, dist.group.WORLD, self._device)
+            _connect_default_group(plan, ranks.rank, self._device)
 
     def prepare(
         self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None
@@ -113,6 +116,23 @@ class MegatronEngine:
         if self._method == "gloo":
             return None
         return "Megatron-Core's own refit runs over Gloo here: on CPUs it has no other way"
+
+
+def _connect_default_group(plan: RefitPlan, rank: int, device: torch.device) -> None:
+    """Send one byte between every pair of `plan`, because NCCL connects two ranks at their first message.
+
+    Collective: every rank of the default group.
+    """
+    # The first operation of a group creates its communicator and needs all members at once.
+    dist.all_reduce(torch.zeros(1, device=device))
+    byte = torch.zeros(1, dtype=torch.uint8, device=device)
+    targets, origins = peers_of(plan, rank)
+    operations = [dist.P2POp(dist.irecv, torch.empty_like(byte), origin) for origin in origins]
+    operations += [dist.P2POp(dist.isend, byte, target) for target in targets]
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    torch.cuda.synchronize(device)
 
 
 def _built(side: Side) -> BuiltModel | None:

@@ -31,6 +31,7 @@ from refit.plan.plan import RefitPlan
 from refit.plan.quantised import WireShardings
 from refit.plan.sharding import TensorSpec
 from refit.transport.base import RunReport
+from refit.transport.ranks import Ranks
 
 MIN_NCCL = (2, 30, 7)
 """The NCCL that the package nccl-extensions 0.1.0 is built for and requires."""
@@ -85,11 +86,14 @@ class NcclM2nEngine:
                 f"nccl_m2n cannot be loaded ({error}): pip install 'nccl-extensions[cu13]'"
             ) from error
 
-    def connect(self, plan: RefitPlan) -> str | None:
-        """Create a communicator of all ranks of the job. Collective: every rank of the job."""
+    def connect(self, plan: RefitPlan, ranks: Ranks) -> str | None:
+        """Create a communicator of all ranks of the job, which are those of the default group.
+
+        Collective: every rank of the job.
+        """
         self._check_everywhere()
         core = importlib.import_module("nccl.core")
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rank, world_size = ranks.rank, ranks.size
         shared = [bytes(core.get_unique_id()) if rank == 0 else None]
         dist.broadcast_object_list(shared)
         try:

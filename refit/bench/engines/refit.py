@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
@@ -15,6 +14,7 @@ from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.plan.quantised import WireShardings
 from refit.transport.base import Program, TransportOptions, get_transport
+from refit.transport.ranks import Ranks
 
 
 class PlannedEngine:
@@ -24,6 +24,7 @@ class PlannedEngine:
 
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
         self._transport = get_transport(scenario.method)
+        self._ranks: Ranks | None = None
         self._options = TransportOptions(
             staging_bytes=scenario.staging_bytes,
             timeout_s=scenario.timeout_s,
@@ -34,19 +35,21 @@ class PlannedEngine:
     def check_available(self) -> None:
         self._transport.check_available()
 
-    def connect(self, plan: RefitPlan) -> str | None:
-        return self._transport.connect(plan, self._options)
+    def connect(self, plan: RefitPlan, ranks: Ranks) -> str | None:
+        self._ranks = ranks
+        return self._transport.connect(plan, ranks, self._options)
 
     def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
         weights, quantisation = (source.weights, destination.weights), destination.spec.quantisation
-        options = replace(self._options, is_pipelined=wire is not None)
+        options, ranks = replace(self._options, is_pipelined=wire is not None), self._ranks
+        assert ranks is not None, "connect comes first"
 
         def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
-            return self._transport.prepare(plan, sent, received, options)
+            return self._transport.prepare(plan, ranks, sent, received, options)
 
         if wire is None or quantisation is None:
             return prepare(*weights)
-        return QuantisingProgram(plan, wire, quantisation, dist.get_rank(), *weights, prepare)
+        return QuantisingProgram(plan, wire, quantisation, ranks.rank, *weights, prepare)
 
     def not_moved(self) -> Mapping[str, str]:
         return {}

@@ -124,7 +124,7 @@ class EngineRun:
         before = past_torch(session.device)
         connected: list[str | None] = []
         with self._stopwatch.step("connect"):
-            refusal = self._attempt(lambda: connected.append(self._engine.connect(self._planned.plan)))
+            refusal = self._attempt(lambda: connected.append(self._engine.connect(self._planned.plan, session.ranks)))
         if self._is_refused(refusal):
             return None
         self._update(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.reductions import reduce_tensor
 
 from refit.copies.batch import CopyBatch, load_kernels
@@ -30,6 +29,7 @@ from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.in_place import InPlaceBuffers
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.shm import SharedMemory
+from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
 from refit.transport.turns import in_turn
 
@@ -61,18 +61,18 @@ class CudaIpcTransport:
     def check_available(self) -> None:
         cuda_peers.check_available()
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
         """Load the copy kernel, and open a piece of every peer's memory as a test. Collective: every rank of the plan.
 
         Raises UnavailableError, the same on every rank, where that fails.
         """
-        if dist.get_rank() not in plan.ranks:
+        if ranks.rank not in plan.ranks:
             return None
-        rendezvous = _rendezvous(plan, options)
+        rendezvous = _rendezvous(plan, ranks, options)
         here = _here()
         probe = torch.full((1,), rendezvous.rank % 256, dtype=torch.uint8, device=here)
         torch.cuda.synchronize(here)
-        peers = [rank for rank in rendezvous.ranks if rank != rendezvous.rank]
+        peers = [rank for rank in rendezvous.members if rank != rendezvous.rank]
         handles: dict[int, Any] = {}
         rendezvous.agree(_attempt(lambda: handles.update(_handles(probe, peers))))
         offered = rendezvous.exchange(handles, peers)
@@ -81,15 +81,20 @@ class CudaIpcTransport:
         return None
 
     def prepare(
-        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
+        self,
+        plan: RefitPlan,
+        ranks: Ranks,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        options: TransportOptions,
     ) -> Program:
         """See `Transport.prepare`. Collective: every rank of the plan.
 
         Raises UnavailableError where the ranks are on several hosts, UsageError where weights are on another device.
         """
-        if dist.get_rank() not in plan.ranks:
+        if ranks.rank not in plan.ranks:
             return IdleProgram()
-        rendezvous = _rendezvous(plan, options)
+        rendezvous = _rendezvous(plan, ranks, options)
         rendezvous.agree(_check_devices(source, destination))
         memory = IpcMemory(rendezvous, options.timeout_s)
         framing = even_framing(plan, PIPELINED_BYTES) if options.is_pipelined else WHOLE_CHANNEL
@@ -204,8 +209,8 @@ def _here() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _rendezvous(plan: RefitPlan, options: TransportOptions) -> Rendezvous:
-    return Rendezvous(f"cuda-ipc/{plan.digest}", plan.ranks, options.timeout_s)
+def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Rendezvous:
+    return Rendezvous(ranks, f"cuda-ipc/{plan.digest}", plan.ranks, options.timeout_s)
 
 
 def _alias(region: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from refit.copies.batch import load_kernels
 from refit.errors import UsageError
@@ -15,6 +14,7 @@ from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
 from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
+from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
 
 SLOTS_PER_PEER = 2
@@ -39,25 +39,30 @@ class NvshmemTransport:
     def check_available(self) -> None:
         library.check_available()
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
-        """Initialise the library and load the copy kernel. Collective: every rank of the default process group."""
-        rendezvous = _rendezvous(plan, options)
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
+        """Initialise the library and load the copy kernel. Collective: every one of `ranks`."""
+        rendezvous = _rendezvous(plan, ranks, options)
         rendezvous.agree(library.attempt(self.check_available))
         library.start(rendezvous, _heap_bound(plan, options))
         load_kernels(torch.device("cuda", torch.cuda.current_device()))
         return None
 
     def prepare(
-        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
+        self,
+        plan: RefitPlan,
+        ranks: Ranks,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        options: TransportOptions,
     ) -> Program:
         """See `Transport.prepare`. Raises UsageError where symmetric memory does not fit, or direct buffers cannot be
         mapped.
 
-        Collective, as is the program's `close`: every rank of the default process group, because all of them allocate
+        Collective, as is the program's `close`: every one of `ranks`, because all of them allocate
         symmetric memory.
         """
-        self.connect(plan, options)
-        rendezvous = _rendezvous(plan, options)
+        self.connect(plan, ranks, options)
+        rendezvous = _rendezvous(plan, ranks, options)
         rendezvous.agree(library.attempt(lambda: _check_inputs(source, destination, options.one_sided_buffers)))
         memory = NvshmemMemory(rendezvous, options)
         try:
@@ -85,8 +90,8 @@ def _check_inputs(source: LocalWeights | None, destination: LocalWeights | None,
         raise UsageError(f"unknown buffers {buffers!r} for one-sided transports: choose ring or direct")
 
 
-def _rendezvous(plan: RefitPlan, options: TransportOptions) -> Rendezvous:
-    return Rendezvous(f"nvshmem/{plan.digest}", range(dist.get_world_size()), options.timeout_s)
+def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Rendezvous:
+    return Rendezvous(ranks, f"nvshmem/{plan.digest}", range(ranks.size), options.timeout_s)
 
 
 def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:

@@ -28,9 +28,9 @@ SIZE_VARIABLE = "NVSHMEM_SYMMETRIC_SIZE"
 
 @dataclass(slots=True)
 class _Process:
-    """The state of NVSHMEM, which a process can initialise only once."""
+    """The state of NVSHMEM, which a process can initialise only once: as PE `pe[0]` of `pe[1]`."""
 
-    started: bool = False
+    pe: tuple[int, int] | None = None
     sized_here: bool = False
     broken: bool = False
     num_open: int = 0
@@ -74,12 +74,15 @@ def start(rendezvous: Rendezvous, heap_bytes: int) -> None:
     It stays initialised until the interpreter ends: "After finalization, a subsequent initialization call [...] leads
     to undefined behavior" (NVSHMEM documentation, execution model). Later callers may need a larger heap: it grows
     where it uses CUDA virtual memory, which is the default.
-    Collective: every rank of the default process group. Raises UsageError where the user has set too small a heap.
+    Collective: every member of the rendezvous. Raises UsageError where the user has set too small a heap, or this
+    process is initialised as another PE.
     """
     needed = max(rendezvous.exchange(heap_bytes).values())
     sized_by_user = None if _PROCESS.sized_here else os.environ.get(SIZE_VARIABLE)
     rendezvous.agree(attempt(lambda: check_heap_size(sized_by_user, needed)))
-    if _PROCESS.started:
+    pe = rendezvous.rank, len(rendezvous.members)
+    rendezvous.agree(attempt(lambda: check_pe(_PROCESS.pe, pe)))
+    if _PROCESS.pe is not None:
         return
     # NVSHMEM reads the size as early as it makes the unique id.
     _PROCESS.sized_here = size_heap(os.environ, needed)
@@ -87,9 +90,18 @@ def start(rendezvous: Rendezvous, heap_bytes: int) -> None:
     made: list[Any] = []
     rendezvous.agree(attempt(lambda: made.append(core.get_unique_id() if rendezvous.rank == 0 else None)))
     unique_id = rendezvous.exchange(made[0], [0])[0]
-    rendezvous.agree(attempt(lambda: _initialise(core, unique_id, rendezvous.rank, len(rendezvous.ranks))))
-    _PROCESS.started = True
+    rendezvous.agree(attempt(lambda: _initialise(core, unique_id, *pe)))
+    _PROCESS.pe = pe
     atexit.register(_finalise)
+
+
+def check_pe(before: tuple[int, int] | None, now: tuple[int, int]) -> None:
+    """Raises UsageError where this process, PE `before[0]` of `before[1]` if any, is now to be another one."""
+    if before is not None and before != now:
+        raise UsageError(
+            f"nvshmem numbers the ranks of a process once: it was rank {before[0]} of {before[1]} before and is rank "
+            f"{now[0]} of {now[1]} now: use nccl for one of the two"
+        )
 
 
 def size_heap(environ: MutableMapping[str, str], needed_bytes: int) -> bool:

@@ -39,7 +39,7 @@ class NvshmemMemory:
     local_batch_bytes = LOCAL_BATCH_BYTES
 
     def __init__(self, rendezvous: Rendezvous, options: TransportOptions) -> None:
-        """Collective: every rank of the default process group."""
+        """Collective: every member of the rendezvous."""
         self.rank = rendezvous.rank
         self.enqueues = False
         self._rendezvous = rendezvous
@@ -51,9 +51,9 @@ class NvshmemMemory:
         self._calls = importlib.import_module("nvshmem.bindings")
         self._set = int(self._core.SignalOp.SIGNAL_SET)
         self._at_least = int(self._core.ComparisonType.CMP_GE)
-        self._counters = self._symmetric(len(Counter) * len(rendezvous.ranks) * CELL_BYTES)
+        self._counters = self._symmetric(len(Counter) * len(rendezvous.members) * CELL_BYTES)
         self._heap: torch.Tensor | None = None
-        self._seen = [0] * (len(Counter) * len(rendezvous.ranks))
+        self._seen = [0] * (len(Counter) * len(rendezvous.members))
         self._host_counters = torch.empty(self._counters.shape, dtype=torch.uint8, pin_memory=True)
         self._outward, self._inward = PeerStreams(self._device, MAX_STREAMS), PeerStreams(self._device, MAX_STREAMS)
         self._local = new_stream(self._device)
@@ -186,7 +186,7 @@ class NvshmemMemory:
         return [*self._outward.streams(), *self._inward.streams(), (self._local, [])]
 
     def _number(self, counter: Counter, about: int) -> int:
-        return counter * len(self._rendezvous.ranks) + about
+        return counter * len(self._rendezvous.members) + about
 
     def _cell(self, counter: Counter, about: int) -> int:
         """Symmetric address of the counter kept for rank `about`. Each has a cache line of its own."""

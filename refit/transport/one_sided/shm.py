@@ -6,7 +6,6 @@ import contextlib
 import mmap
 import os
 import platform
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, UsageError
@@ -26,6 +24,7 @@ from refit.transport.messages import Framing, bucket_bytes, make_schedule
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
+from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
 
 DIRECTORY = Path("/dev/shm")
@@ -44,12 +43,17 @@ class SharedMemoryTransport:
         if not (DIRECTORY.is_dir() and os.access(DIRECTORY, os.W_OK)):
             raise UnavailableError(f"shm needs a writable {DIRECTORY} (Linux): use --refit-method gloo")
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
         """Does nothing: shared memory needs no connection."""
         return None
 
     def prepare(
-        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
+        self,
+        plan: RefitPlan,
+        ranks: Ranks,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        options: TransportOptions,
     ) -> Program:
         """See `Transport.prepare`. Collective: every rank of the plan.
 
@@ -58,10 +62,10 @@ class SharedMemoryTransport:
         for memory in (source, destination):
             if memory is not None and memory.device.type != "cpu":
                 raise UsageError(f"shm moves weights in CPU memory, these are on {memory.device}: use nccl or gloo")
-        if dist.get_rank() not in plan.ranks:
+        if ranks.rank not in plan.ranks:
             return IdleProgram()
         buffers, framing = _buffers(plan, destination, options)
-        rendezvous = Rendezvous(f"shm/{plan.digest}", plan.ranks, options.timeout_s)
+        rendezvous = Rendezvous(ranks, f"shm/{plan.digest}", plan.ranks, options.timeout_s)
         shared = SharedMemory(rendezvous)
         schedule = make_schedule(plan, rendezvous.rank, framing)
         buffers.attach(shared, schedule)
@@ -84,7 +88,6 @@ class _Request:
     """What a rank needs, exchanged before anything is allocated."""
 
     nbytes: int
-    host: str
     free_bytes: int
     token: str
 
@@ -96,11 +99,21 @@ class SharedMemory:
     local_batch_bytes = 4 << 20
 
     def __init__(self, rendezvous: Rendezvous, method: str = "shm", instead: str = "gloo") -> None:
-        """`method` is named in errors, and `instead` as the method to use in its place."""
+        """`method` is named in errors, and `instead` as the method to use in its place.
+
+        Raises UnavailableError, the same on every rank, where the members are on several hosts.
+        """
+        hosts = rendezvous.ranks.hosts(rendezvous.members)
+        if len(hosts) > 1:
+            raise UnavailableError(
+                f"{method} needs all ranks on one host, these are on {len(hosts)} ({hosts[0]}, {hosts[1]}): "
+                f"use {instead}"
+            )
+        (self._host,) = hosts
         self._method, self._instead = method, instead
         self.rank = rendezvous.rank
         self._rendezvous = rendezvous
-        self._index = {rank: number for number, rank in enumerate(rendezvous.ranks)}
+        self._index = {rank: number for number, rank in enumerate(rendezvous.members)}
         cells = len(Counter) * len(self._index) * CACHE_LINE
         self._counter_bytes = -(-cells // mmap.PAGESIZE) * mmap.PAGESIZE
         self._heaps: dict[int, torch.Tensor] = {}
@@ -111,7 +124,7 @@ class SharedMemory:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         size = self._counter_bytes + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        requests = self.exchange(_Request(size, _host(), _free_bytes(), uuid.uuid4().hex[:16]))
+        requests = self.exchange(_Request(size, _free_bytes(), uuid.uuid4().hex[:16]))
         _check_requests(requests, self._method, self._instead)
         paths = {rank: DIRECTORY / f"refit-{request.token}" for rank, request in requests.items()}
         try:
@@ -176,7 +189,7 @@ class SharedMemory:
             action()
         except OSError as error:
             return UnavailableError(
-                f"{self._method} on {_host()}: {error}: all ranks must share one {DIRECTORY}; use {self._instead} "
+                f"{self._method} on {self._host}: {error}: all ranks must share one {DIRECTORY}; use {self._instead} "
                 "otherwise"
             )
         return None
@@ -218,11 +231,6 @@ def _create(path: Path, nbytes: int) -> None:
 
 def _check_requests(requests: dict[int, _Request], method: str, instead: str) -> None:
     """Raises UnavailableError where the segments are impossible: the same on every rank."""
-    hosts = sorted({request.host for request in requests.values()})
-    if len(hosts) > 1:
-        raise UnavailableError(
-            f"{method} needs all ranks on one host, these are on {len(hosts)} ({hosts[0]}, {hosts[1]}): use {instead}"
-        )
     needed = sum(request.nbytes for request in requests.values())
     free = min(request.free_bytes for request in requests.values())
     if needed > free:
@@ -235,7 +243,3 @@ def _check_requests(requests: dict[int, _Request], method: str, instead: str) ->
 def _free_bytes() -> int:
     status = os.statvfs(DIRECTORY)
     return status.f_bavail * status.f_frsize
-
-
-def _host() -> str:
-    return socket.gethostname()

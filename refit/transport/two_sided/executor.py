@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch, local_batches
 from refit.copies.copy import Copy
@@ -38,24 +37,25 @@ Copier = Callable[[Message, LocalWeights, torch.Tensor], list[Copy]]
 
 def prepare_program(
     plan: RefitPlan,
+    rank: int,
     backend: P2PBackend,
     source: LocalWeights | None,
     destination: LocalWeights | None,
     options: TransportOptions,
     release: Callable[[], None] | None = None,
 ) -> TwoSidedProgram:
-    """Divide staging, make this rank's schedule, and bind it. The program's `close` calls `release`.
+    """Divide staging, make the schedule of this `rank`, and bind it. The program's `close` calls `release`.
 
     Raises UsageError where `options.staging_bytes` is too small. Does not communicate.
     """
-    return TwoSidedProgram(_schedule(plan, backend.traits, options), backend, source, destination, release)
+    return TwoSidedProgram(_schedule(plan, rank, backend.traits, options), backend, source, destination, release)
 
 
-def _schedule(plan: RefitPlan, traits: BackendTraits, options: TransportOptions) -> Schedule:
+def _schedule(plan: RefitPlan, rank: int, traits: BackendTraits, options: TransportOptions) -> Schedule:
     """Staging is divided over peers in proportion to their bytes, and evenly over the slots of a peer."""
     staging_bytes = options.staging_bytes // traits.copies
     sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, traits.bucket_bytes)
-    return make_schedule(plan, dist.get_rank(), Framing(traits.bucket_bytes, traits.direct_send_threshold, sizes))
+    return make_schedule(plan, rank, Framing(traits.bucket_bytes, traits.direct_send_threshold, sizes))
 
 
 class _Ring:

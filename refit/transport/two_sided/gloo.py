@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,39 +14,85 @@ from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, first_line
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import TransportOptions
+from refit.transport.base import IdleProgram, Program, TransportOptions
+from refit.transport.ranks import Ranks
+from refit.transport.rendezvous import Rendezvous
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound, Streams
-from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
-
-TAG = 0x5EF1
-"""Separates the messages of a refit from others that the default process group sends between two ranks."""
+from refit.transport.two_sided.executor import prepare_program
 
 
 class GlooTransport:
-    """Sends and receives over the default process group, from and into weights on CPUs or GPUs."""
+    """Sends and receives over a Gloo group of a plan's ranks, from and into weights on CPUs or GPUs."""
 
     name = "gloo"
+
+    def __init__(self) -> None:
+        self._connected: dict[str, GlooLinks] = {}
 
     def check_available(self) -> None:
         if not dist.is_gloo_available():
             raise UnavailableError("gloo needs a torch built with Gloo: install torch from its package index")
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> str | None:
-        """Does nothing: the default process group is connected already."""
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
+        """Connect the ranks of the plan, for the next program of it. Collective: every rank of the plan."""
+        if ranks.rank in plan.ranks and plan.digest not in self._connected:
+            self._connected[plan.digest] = GlooLinks(plan, ranks, options.timeout_s)
         return None
 
     def prepare(
-        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
-    ) -> TwoSidedProgram:
-        """See `Transport.prepare`. Does not communicate."""
+        self,
+        plan: RefitPlan,
+        ranks: Ranks,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        options: TransportOptions,
+    ) -> Program:
+        """See `Transport.prepare`. Collective: every rank of the plan."""
+        if ranks.rank not in plan.ranks:
+            return IdleProgram()
+        self.connect(plan, ranks, options)
+        links = self._connected.pop(plan.digest)
         memory = source if source is not None else destination
-        return prepare_program(plan, _backend(memory, options), source, destination, options)
+        backend = _backend(memory, links, options)
+        return prepare_program(plan, ranks.rank, backend, source, destination, options, links.close)
 
 
-def _backend(memory: LocalWeights | None, options: TransportOptions) -> P2PBackend:
+def _backend(memory: LocalWeights | None, links: GlooLinks, options: TransportOptions) -> P2PBackend:
     if memory is not None and memory.device.type == "cuda":
-        return PinnedGlooBackend(options.timeout_s, memory.device)
-    return GlooBackend(options.timeout_s)
+        return PinnedGlooBackend(links, options.timeout_s, memory.device)
+    return GlooBackend(links, options.timeout_s)
+
+
+class GlooLinks:
+    """A Gloo group of the ranks of a plan. It belongs to no process group of torch's registry."""
+
+    def __init__(self, plan: RefitPlan, ranks: Ranks, timeout_s: float) -> None:
+        """Collective: every rank of the plan. Raises RefitError where a rank does not come, or cannot be reached."""
+        self.rank = ranks.rank
+        self._number = {rank: number for number, rank in enumerate(plan.ranks)}
+        rendezvous = Rendezvous(ranks, f"gloo/{plan.digest}", plan.ranks, timeout_s)
+        rendezvous.exchange(None)  # names a rank that does not come, as Gloo does not
+        number, timeout = self._number[ranks.rank], timedelta(seconds=timeout_s)
+        try:
+            # torch's type hints lack the methods that it has from its base class.
+            self._group: Any = dist.ProcessGroupGloo(rendezvous.store, number, len(self._number), timeout)
+        except RuntimeError as error:
+            raise RefitError(f"rank {ranks.rank} cannot reach the others over Gloo: {first_line(error)}") from error
+
+    def send(self, buffer: torch.Tensor, peer: int) -> dist.Work:
+        return self._started(self._group.send, buffer, peer)
+
+    def receive(self, buffer: torch.Tensor, peer: int) -> dist.Work:
+        return self._started(self._group.recv, buffer, peer)
+
+    def close(self) -> None:
+        self._group = None
+
+    def _started(self, operation: Callable[..., dist.Work], buffer: torch.Tensor, peer: int) -> dist.Work:
+        try:
+            return operation([buffer], self._number[peer], 0)
+        except RuntimeError as error:
+            raise RefitError(f"rank {peer} cannot be reached: {first_line(error)}") from error
 
 
 class GlooBackend:
@@ -53,7 +100,8 @@ class GlooBackend:
 
     traits = BackendTraits(direct_send_threshold=256 << 10, bucket_bytes=4 << 20, slots_per_peer=4, window=64)
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, links: GlooLinks, timeout_s: float) -> None:
+        self._links = links
         self._timeout_s = timeout_s
 
     def begin(self) -> None:
@@ -70,9 +118,9 @@ class GlooBackend:
 
     def post(self, pending: PendingRound, reused: PendingRound | None) -> None:
         for bound in pending.receives:
-            pending.receive_works.append(self._post(dist.irecv, bound))
+            pending.receive_works.append(self._links.receive(_message(bound), bound.peer))
         for bound in pending.sends:
-            pending.send_works.append(self._post(dist.isend, bound))
+            pending.send_works.append(self._links.send(_message(bound), bound.peer))
 
     def wait_received(self, pending: PendingRound) -> None:
         for work, bound in zip(pending.receive_works, pending.receives, strict=True):
@@ -89,24 +137,19 @@ class GlooBackend:
     def finish(self, rounds: Sequence[PendingRound]) -> None:
         pass
 
-    def _post(self, operation: object, bound: BoundMessage) -> dist.Work:
-        assert callable(operation)
-        try:
-            work = operation(bound.buffer if bound.host is None else bound.host, bound.peer, tag=TAG)
-        except RuntimeError as error:
-            raise RefitError(f"rank {bound.peer} cannot be reached: {first_line(error)}") from error
-        assert isinstance(work, dist.Work)
-        return work
-
     def _wait(self, work: dist.Work, what: str, peer: int) -> None:
         start = time.monotonic()
         try:
             work.wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             raise RefitError(
-                f"rank {peer} did not {what} rank {dist.get_rank()}: gave up after {time.monotonic() - start:.1f} s "
+                f"rank {peer} did not {what} rank {self._links.rank}: gave up after {time.monotonic() - start:.1f} s "
                 f"(--timeout {self._timeout_s:g}): {first_line(error)}"
             ) from error
+
+
+def _message(bound: BoundMessage) -> torch.Tensor:
+    return bound.buffer if bound.host is None else bound.host
 
 
 class PinnedGlooBackend(GlooBackend):
@@ -114,8 +157,8 @@ class PinnedGlooBackend(GlooBackend):
 
     traits = BackendTraits(direct_send_threshold=None, bucket_bytes=32 << 20, slots_per_peer=2, window=2, copies=2)
 
-    def __init__(self, timeout_s: float, device: torch.device) -> None:
-        super().__init__(timeout_s)
+    def __init__(self, links: GlooLinks, timeout_s: float, device: torch.device) -> None:
+        super().__init__(links, timeout_s)
         self._streams = Streams(device)
 
     def begin(self) -> None:

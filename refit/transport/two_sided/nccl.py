@@ -13,6 +13,7 @@ from refit.memory.streams import late_peers_error, wait_for_events
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions
+from refit.transport.ranks import Ranks
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams
 from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
 from refit.transport.two_sided.nccl_links import NcclLinks, connect_links
@@ -32,26 +33,31 @@ class NcclTransport:
         if not dist.is_nccl_available():
             raise UnavailableError("nccl needs a torch built with NCCL: install a CUDA build of torch, or use gloo")
 
-    def connect(self, plan: RefitPlan, options: TransportOptions) -> str:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str:
         """Create the communicators, connect every pair of the plan, and load the copy kernel. Once.
 
-        Collective: every rank of the default process group.
+        Collective: every rank of the plan.
         """
         if self._links is None:
             device = torch.device("cuda", torch.cuda.current_device())
-            self._links = connect_links(plan, device, options.timeout_s)
+            self._links = connect_links(plan, ranks, device, options.timeout_s)
             load_kernels(device)
         return self._links.text
 
     def prepare(
-        self, plan: RefitPlan, source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions
+        self,
+        plan: RefitPlan,
+        ranks: Ranks,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        options: TransportOptions,
     ) -> TwoSidedProgram:
-        """See `Transport.prepare`. Collective: every rank of the default process group."""
-        self.connect(plan, options)
+        """See `Transport.prepare`. Collective: every rank of the plan."""
+        self.connect(plan, ranks, options)
         assert self._links is not None
         device = torch.device("cuda", torch.cuda.current_device())
-        backend = NcclBackend(options.timeout_s, device, self._links)
-        return prepare_program(plan, backend, source, destination, options, self._disconnect)
+        backend = NcclBackend(ranks.rank, options.timeout_s, device, self._links)
+        return prepare_program(plan, ranks.rank, backend, source, destination, options, self._disconnect)
 
     def _disconnect(self) -> None:
         if self._links is not None:
@@ -75,7 +81,8 @@ class NcclBackend:
         direct_send_threshold=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2, window=2, num_programs=64
     )
 
-    def __init__(self, timeout_s: float, device: torch.device, links: NcclLinks) -> None:
+    def __init__(self, rank: int, timeout_s: float, device: torch.device, links: NcclLinks) -> None:
+        self._rank = rank
         self._timeout_s = timeout_s
         self._links = links
         self._streams = Streams(device)
@@ -127,5 +134,5 @@ class NcclBackend:
         late = wait_for_events([unpacked for _, unpacked in posted], self._timeout_s)
         if late:
             first, _ = posted[late[0]]
-            raise late_peers_error(dist.get_rank(), first.peers, self._timeout_s)
+            raise late_peers_error(self._rank, first.peers, self._timeout_s)
         self._streams.finish()

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from refit.plan.cost import bytes_matrix, wire_only
 from refit.plan.plan import RefitPlan
+from refit.transport.ranks import Ranks
+from refit.transport.rendezvous import Rendezvous
 from refit.transport.two_sided.backend import BoundMessage
 
 MAX_PARTNERS = 3
@@ -45,15 +47,24 @@ def partners_of(plan: RefitPlan) -> dict[int, list[int]]:
     return {rank: [int(peer) for peer in linked[rank].nonzero()[0]] for rank in plan.ranks}
 
 
-def connect_links(plan: RefitPlan, device: torch.device, timeout_s: float) -> NcclLinks:
-    """A communicator per pair where no rank has more than MAX_PARTNERS, else one of all ranks.
+def peers_of(plan: RefitPlan, rank: int) -> tuple[list[int], list[int]]:
+    """The ranks that `rank` sends to, and those it receives from, ascending."""
+    wire = plan.is_wire
+    targets = sorted(set(plan.destination[wire & (plan.source == rank)].tolist()))
+    origins = sorted(set(plan.source[wire & (plan.destination == rank)].tolist()))
+    return targets, origins
 
-    Collective: every rank of the default process group. All connections of a rank are made at the same time.
+
+def connect_links(plan: RefitPlan, ranks: Ranks, device: torch.device, timeout_s: float) -> NcclLinks:
+    """A communicator per pair where no rank has more than MAX_PARTNERS, else one of all ranks of the plan.
+
+    Collective: every rank of the plan. Others may call. All connections of a rank are made at the same time.
     """
     partners = partners_of(plan)
+    store = Rendezvous(ranks, f"nccl/{plan.digest}", plan.ranks, timeout_s).store
     if max((len(peers) for peers in partners.values()), default=0) > MAX_PARTNERS:
-        return SharedLinks(plan, device)
-    return PairLinks(partners, device, timeout_s)
+        return SharedLinks(plan, ranks.rank, store, device, timeout_s)
+    return PairLinks(partners, ranks.rank, store, device, timeout_s)
 
 
 class PairLinks:
@@ -63,21 +74,19 @@ class PairLinks:
     only for work that is earlier in it, even where all streams of a GPU share one hardware queue.
     """
 
-    _num_uses = 0
-
-    def __init__(self, partners: dict[int, list[int]], device: torch.device, timeout_s: float) -> None:
-        """Collective: every rank of `partners`. Other ranks may call."""
-        rank = dist.get_rank()
-        # Every rank of the job connects equally often, so that numbers keep the keys of uses apart.
-        PairLinks._num_uses += 1
-        store = PrefixStore(f"refit/nccl-pairs/{PairLinks._num_uses}", _get_default_store())
-        peers = sorted(partners.get(rank, ()), key=lambda peer: (min(rank, peer), max(rank, peer)))
-        self._pairs = {peer: _Pair(store, rank, peer, device, timeout_s) for peer in peers}
+    def __init__(
+        self, partners: dict[int, list[int]], rank: int, store: Store, device: torch.device, timeout_s: float
+    ) -> None:
+        """`store` is for this use alone. Collective: every rank of `partners`. Other ranks may call."""
+        pairs = {peer: sorted((rank, peer)) for peer in partners.get(rank, ())}
+        self._pairs: dict[int, _Communicator] = {}
+        for peer, (low, high) in sorted(pairs.items(), key=lambda item: item[1]):
+            self._pairs[peer] = _Communicator((low, high), rank, PrefixStore(f"{low}-{high}", store), device, timeout_s)
         if self._pairs:
             # The lower rank of a pair publishes its id and the higher one waits for it, so this ends even though the
             # store's client serves one thread at a time.
             with ThreadPoolExecutor(len(self._pairs)) as threads:
-                for connected in [threads.submit(pair.connect) for pair in self._pairs.values()]:
+                for connected in [threads.submit(pair.connect, [p], [p]) for p, pair in self._pairs.items()]:
                     connected.result()
         most = max((len(each) for each in partners.values()), default=0)
         self.text = f"one NCCL communicator per pair of ranks, at most {most} on a rank"
@@ -85,8 +94,8 @@ class PairLinks:
     def exchange(self, sends: Sequence[BoundMessage], receives: Sequence[BoundMessage]) -> list[dist.Work]:
         works = []
         for peer, pair in self._pairs.items():
-            outgoing = [bound.buffer for bound in sends if bound.peer == peer]
-            incoming = [bound.buffer for bound in receives if bound.peer == peer]
+            outgoing = [bound for bound in sends if bound.peer == peer]
+            incoming = [bound for bound in receives if bound.peer == peer]
             if outgoing or incoming:
                 works.append(pair.exchange(outgoing, incoming))
         return works
@@ -97,75 +106,65 @@ class PairLinks:
         self._pairs.clear()
 
 
-class _Pair:
-    """The communicator of this rank and `peer`. It belongs to no process group of torch's registry."""
+class SharedLinks:
+    """One communicator of all ranks of a plan."""
 
-    def __init__(self, store: Store, rank: int, peer: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, plan: RefitPlan, rank: int, store: Store, device: torch.device, timeout_s: float) -> None:
+        """`store` is for this use alone. Collective: every rank of the plan. Other ranks may call."""
+        self._shared: _Communicator | None = None
+        if rank in plan.ranks:
+            self._shared = _Communicator(plan.ranks, rank, store, device, timeout_s)
+            self._shared.create()
+            self._shared.connect(*peers_of(plan, rank))
+        self.text = f"one NCCL communicator of {len(plan.ranks)} ranks"
+
+    def exchange(self, sends: Sequence[BoundMessage], receives: Sequence[BoundMessage]) -> list[dist.Work]:
+        if self._shared is None or not (sends or receives):
+            return []
+        return [self._shared.exchange(sends, receives)]
+
+    def close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+
+class _Communicator:
+    """A communicator of `members`, of which this rank is one. It belongs to no process group of torch's registry."""
+
+    def __init__(self, members: Sequence[int], rank: int, store: Store, device: torch.device, timeout_s: float) -> None:
         self._device = device
-        self._other = int(rank < peer)
+        self._number = {member: number for number, member in enumerate(members)}
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options._timeout = timedelta(seconds=timeout_s)
-        own = PrefixStore(f"{min(rank, peer)}-{max(rank, peer)}", store)
         # torch's type hints lack the methods that it has from its base class.
-        self._group: Any = dist.ProcessGroupNCCL(own, 1 - self._other, 2, options)
+        self._group: Any = dist.ProcessGroupNCCL(store, self._number[rank], len(members), options)
 
-    def connect(self) -> None:
-        """Exchange a byte: NCCL connects at the first message. Collective: both ranks."""
+    def create(self) -> None:
+        """Create the communicator, which the first operation does. Collective: every member, all at once."""
+        self._group.allreduce([torch.zeros(1, device=self._device)]).wait()
+
+    def connect(self, targets: Sequence[int], origins: Sequence[int]) -> None:
+        """Send a byte to `targets` and receive one of `origins`: NCCL connects two ranks at their first message.
+
+        Collective: every member. Between two, this also creates the communicator.
+        """
         torch.cuda.set_device(self._device)
-        outgoing, incoming = torch.zeros(2, 1, dtype=torch.uint8, device=self._device)
-        self.exchange([outgoing], [incoming]).wait()
+        byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        sends = [BoundMessage(target, byte, None) for target in targets]
+        receives = [BoundMessage(origin, torch.empty_like(byte), None) for origin in origins]
+        if sends or receives:
+            self.exchange(sends, receives).wait()
         torch.cuda.synchronize(self._device)
 
-    def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> dist.Work:
+    def exchange(self, sends: Sequence[BoundMessage], receives: Sequence[BoundMessage]) -> dist.Work:
         self._group._start_coalescing()
-        for buffer in incoming:
-            self._group.recv([buffer], self._other, 0)
-        for buffer in outgoing:
-            self._group.send([buffer], self._other, 0)
+        for bound in receives:
+            self._group.recv([bound.buffer], self._number[bound.peer], 0)
+        for bound in sends:
+            self._group.send([bound.buffer], self._number[bound.peer], 0)
         work: dist.Work = self._group._end_coalescing()
         return work
 
     def close(self) -> None:
         self._group.shutdown()
-
-
-class SharedLinks:
-    """One communicator of all ranks of a plan."""
-
-    def __init__(self, plan: RefitPlan, device: torch.device) -> None:
-        """Collective: every rank of the default process group."""
-        urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        self._is_member = dist.get_rank() in plan.ranks
-        self._group = dist.new_group(list(plan.ranks), backend="nccl", pg_options=urgent)
-        connect_nccl_pairs(plan, self._group, device)
-        self.text = f"one NCCL communicator of {len(plan.ranks)} ranks"
-
-    def exchange(self, sends: Sequence[BoundMessage], receives: Sequence[BoundMessage]) -> list[dist.Work]:
-        operations = [dist.P2POp(dist.irecv, bound.buffer, bound.peer, self._group) for bound in receives]
-        operations += [dist.P2POp(dist.isend, bound.buffer, bound.peer, self._group) for bound in sends]
-        return list(dist.batch_isend_irecv(operations)) if operations else []
-
-    def close(self) -> None:
-        if self._is_member:
-            dist.destroy_process_group(self._group)
-
-
-def connect_nccl_pairs(plan: RefitPlan, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Send one byte between every pair of `plan`, because NCCL connects two ranks at their first message.
-
-    Collective: every rank of `group`. Ranks outside it return at once.
-    """
-    if dist.get_rank(group) < 0:
-        return
-    # The first operation of a group creates its communicator and needs all members at once.
-    dist.all_reduce(torch.zeros(1, device=device), group=group)
-    rank, wire = dist.get_rank(), plan.is_wire
-    byte = torch.zeros(1, dtype=torch.uint8, device=device)
-    targets = sorted(set(plan.destination[wire & (plan.source == rank)].tolist()))
-    origins = sorted(set(plan.source[wire & (plan.destination == rank)].tolist()))
-    operations = [dist.P2POp(dist.irecv, torch.empty_like(byte), origin, group) for origin in origins]
-    operations += [dist.P2POp(dist.isend, byte, target, group) for target in targets]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-    torch.cuda.synchronize(device)

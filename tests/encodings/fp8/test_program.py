@@ -28,6 +28,7 @@ from refit.plan.quantised import quantised_sharding
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 from refit.predict.sides import plan_sides
 from refit.transport.base import TransportOptions, get_transport
+from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.ranks.pool import RankPool
 
@@ -119,7 +120,7 @@ def prepared(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisat
     theirs = QuantisedModel(Model(live(destination, rank, pieces=1)), quantisation).weights
     if theirs is not None:
         assert held.of_rank(rank).differences(theirs.rank_sharding) == []
-    transport = get_transport(way[0])
+    transport, ranks = get_transport(way[0]), Ranks.of_default_group()
     options = TransportOptions(staging_bytes=1 << 16, timeout_s=60.0, one_sided_buffers=way[1], is_pipelined=True)
     rule = quantisation if not spoil else replace(quantisation, rule=spoil)
     program = QuantisingProgram(
@@ -129,7 +130,7 @@ def prepared(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisat
         rank,
         mine,
         theirs,
-        lambda a, b: transport.prepare(planned.plan, a, b, options),
+        lambda a, b: transport.prepare(planned.plan, ranks, a, b, options),
     )
     return Case(program, mine, theirs, source.tensors, (planned.wire.num_at_source, planned.wire.num_at_destination))
 

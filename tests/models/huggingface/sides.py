@@ -15,6 +15,7 @@ from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
 from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE
 from refit.results.refit import RefitResult
+from refit.transport.ranks import Ranks
 from tests.bench.test_runner import run_scenario
 from tests.ranks.pool import RankPool
 
@@ -50,7 +51,7 @@ def refit_once(scenario: Scenario, source: Side, destination: Side) -> None:
     """One refit without the oracle. Collective: every rank of the job."""
     plan = plan_refit(source.sharding, destination.sharding)
     engine = PlannedEngine(scenario, CPU)
-    engine.connect(plan)
+    engine.connect(plan, Ranks.of_default_group())
     program = engine.prepare(plan, source, destination)
     program.run()
     program.close()

@@ -19,6 +19,7 @@ from refit.models.fsdp2.side import Fsdp2Side
 from refit.models.vllm.side import VllmSide
 from refit.predict.sides import plan_sides
 from refit.results.refit import RefitResult
+from refit.transport.ranks import Ranks
 from tests.models.vllm.test_side import (
     CPU,
     FSDP2,
@@ -118,7 +119,7 @@ def quantising_refit(scenario: Scenario, source: Side, destination: Side) -> Non
     source = refitted_to(destination.spec, scenario.model, source)
     planned = plan_sides(source.sharding, destination.sharding, destination.spec, None)
     moving = PlannedEngine(scenario, CPU)
-    moving.connect(planned.plan)
+    moving.connect(planned.plan, Ranks.of_default_group())
     program = moving.prepare(planned.plan, source, destination, planned.wire)
     program.run()
     program.close()

@@ -32,6 +32,7 @@ from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.predict.families.names import named_model
 from refit.results.refit import RefitResult
+from refit.transport.ranks import Ranks
 from tests.models.huggingface.sides import alone
 from tests.predict.test_vllm import engine_models, sides
 from tests.ranks.pool import RankPool
@@ -185,7 +186,7 @@ def built(argv: list[str]) -> tuple[Scenario, Side, Side]:
 
 def refit(scenario: Scenario, source: Side, destination: Side, plan: RefitPlan) -> None:
     planned = PlannedEngine(scenario, CPU)
-    planned.connect(plan)
+    planned.connect(plan, Ranks.of_default_group())
     program = planned.prepare(plan, source, destination)
     with torch.no_grad():
         program.run()
