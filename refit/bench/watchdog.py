@@ -111,12 +111,15 @@ class Watchdog:
         self._beat()
 
     def fail(self, error: BaseException) -> int:
-        """Find the cause of `error`, which was raised on this rank, and end this process with the exit code."""
-        if not isinstance(error, RefitError):
-            log.error("unexpected error on rank %d", self._rank, exc_info=error)
+        """Find the cause of `error`, which was raised on this rank, and end this process with the exit code.
+
+        An unexpected error is shown with its traceback where it is the cause. Where another rank failed first it is
+        only what follows: a connection that was closed.
+        """
         message = str(error) if isinstance(error, RefitError) else f"{type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, RefitError) else ExitCode.FAILED
-        return self._settle(Failure(self._rank, self._phase, message, int(code)))
+        unexpected = None if isinstance(error, RefitError) else error
+        return self._settle(Failure(self._rank, self._phase, message, int(code)), unexpected)
 
     def _watch(self) -> None:
         seen: dict[int, tuple[str, float]] = {}
@@ -163,14 +166,14 @@ class Watchdog:
         own = Failure(self._rank, self._phase, "was told to stop (SIGTERM)")
         return self._roll_call() or own
 
-    def _settle(self, own: Failure) -> int:
+    def _settle(self, own: Failure, unexpected: BaseException | None) -> int:
         """End with the first failure: a recorded one, a rank without a heartbeat, or else this rank's own."""
         try:
             failure = self._declared() if self._store.check(["refit/failure"]) else self._roll_call()
         except Exception as error:
             log.debug("no roll call, the store is gone: %s", error)
             failure = None
-        self._end(failure or own)
+        self._end(failure or own, unexpected if failure is None else None)
         return own.exit_code
 
     def _roll_call(self) -> Failure | None:
@@ -198,15 +201,20 @@ class Watchdog:
     def _declared(self) -> Failure:
         return _verdict(self._store.get("refit/failure"))
 
-    def _end(self, failure: Failure) -> None:
-        """Record the failure unless one is recorded, then end this process at once: other ranks may never return."""
+    def _end(self, failure: Failure, unexpected: BaseException | None = None) -> None:
+        """Record the failure unless one is recorded, then end this process at once: other ranks may never return.
+
+        `unexpected` is the error behind a failure of this rank, logged where its failure is the one that is recorded.
+        """
         with self._ending:
             mine = f"{self._rank} {json.dumps(asdict(failure))}".encode()
             try:
                 verdict = self._store.compare_set("refit/failure", "", mine.decode())
             except Exception:  # without a store every rank reports its own failure
-                verdict = mine
+                verdict, unexpected = mine, None
             if verdict == mine:
+                if unexpected is not None:
+                    log.error("unexpected error on rank %d", self._rank, exc_info=unexpected)
                 with contextlib.suppress(Exception):
                     self._on_failure(failure)
             live.clear()

@@ -24,6 +24,14 @@ ONE_TO_TWO = ["--rl-inference-expert-model-parallel-size", "2"]  # TP1 EP1 -> TP
 def torchrun(num_ranks: int, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "benchmark_refit.py"), *flags]
+    return _started(command)
+
+
+def refit_run(*flags: str) -> subprocess.Popen[str]:
+    return _started([sys.executable, "-m", "refit", "run", *flags])
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -120,3 +128,36 @@ def test_without_its_launcher_a_job_reports_one_failure(tmp_path: Path) -> None:
     assert output.count("\nResult: ") == 1
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
     assert result_in(tmp_path)["status"] == "failed"
+
+
+FAILING_BUILD = """
+import os
+from examples.custom_model import build as build_model
+
+def build(layout, groups, device):
+    if os.environ["RANK"] == os.environ["FAILING_RANK"]:
+        raise OSError("the disk is gone")
+    return build_model(layout, groups, device)
+"""
+
+
+@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["refit run", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_rank_that_fails_while_it_builds_is_the_only_one_that_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, launcher: str
+) -> None:
+    """The others wait for it in a collective, whose connection is closed when it ends."""
+    (tmp_path / "failing.py").write_text(FAILING_BUILD)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("FAILING_RANK", rank)
+    flags = ["--model-provider", "failing:build", "--refit-method", "gloo", "--output-dir", str(tmp_path / "results")]
+    flags += ["--source-world-size", "2"]
+    process = torchrun(3, *flags) if launcher == "torchrun" else refit_run(*flags)
+    output = finish(process)
+    assert process.returncode != 0
+    assert re.findall(r"^FAILED: .*", output, re.MULTILINE) == [
+        f"FAILED: rank {rank} failed in phase 'build source model': OSError: the disk is gone"
+    ]
+    assert re.findall(r"^unexpected error on rank (\d+)", output, re.MULTILINE) == [rank]
+    assert "Connection closed" not in output
+    assert result_in(tmp_path / "results")["failure"]["rank"] == int(rank)
