@@ -20,7 +20,7 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions
 from refit.predict.families.config_json import read_config_json
-from refit.predict.sides import check_side
+from refit.predict.sides import check_side, library_notes
 from refit.results.stats import LEAST_FOR_INTERVAL
 
 DRY_RUN_METHOD = "nccl"
@@ -177,7 +177,8 @@ def _model(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> tuple[
                 "give a multiple of it, or --vocab-size"
             )
     config_notes = args.hf_config.notes if args.hf_config is not None else ()
-    return shape, (*config_notes, *(note for note in (bias_note, wide_experts_note(args, shape)) if note))
+    notes = (bias_note, wide_experts_note(args, shape), *library_notes(shape, sides))
+    return shape, (*config_notes, *(note for note in notes if note))
 
 
 def _check_provider_formats(sides: Sequence[SideSpec]) -> None:

@@ -91,6 +91,9 @@ class Format:
     formats the runner puts them in place of the weights, in the same cuts.
     `parts(model, side) -> Parts` are the logical tensors that an FP8 side quantises part by part; None: as they are.
 
+    `note(model, side) -> str | None` says which version of a library the prediction follows, and what that one does
+    otherwise than another; None where nothing depends on it.
+
     `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for what the
     scenario asks of such sides beyond `libraries`; None where nothing can be asked.
 
@@ -113,6 +116,7 @@ class Format:
     builds_codes: bool = False
     parts: str | None = None
     available: str | None = None
+    note: str | None = None
     rearrange: str | None = None
 
     @property
@@ -226,6 +230,7 @@ FORMATS = Registry(
             searched_options=("replicas",),
             builds_codes=True,
             parts="refit.predict.vllm.parameters:parts",
+            note="refit.predict.vllm.names:note",
             rearrange="refit.models.vllm.side:rearranged",
         ),
     },

@@ -63,6 +63,14 @@ def check_side(model: ModelShape, side: SideSpec, name: str) -> None:
         quantised_sharding(load(FORMATS[side.format].predict)(model, side), side.quantisation, name)
 
 
+def library_notes(model: ModelShape, sides: tuple[SideSpec, SideSpec]) -> tuple[str, ...]:
+    """Which versions of libraries the predictions of the source and the destination follow, where it matters."""
+    formats = (FORMATS[side.format].note for side in sides)
+    notes = [load(note)(model, side) if note is not None else None for note, side in zip(formats, sides, strict=True)]
+    named = zip(("source", "destination"), notes, strict=True)
+    return tuple(f"{name}: {note}" for name, note in named if note is not None)
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedSides:
     """A refit between two sides. `plan` and `wire` are of what crosses the wire, `cost` counts the sides' own weights.

@@ -62,8 +62,8 @@ def test_shapes_of_kimi_k2_on_tp8_with_whole_experts() -> None:
         "mlp.gate.e_score_correction_bias": (384,),
         "mlp.shared_experts.gate_up_proj.weight": (2 * 2048 // 8, 7168),
         "mlp.shared_experts.down_proj.weight": (7168, 2048 // 8),
-        "mlp.experts.w13_weight": (48, 2 * 2048, 7168),
-        "mlp.experts.w2_weight": (48, 7168, 2048),
+        "mlp.experts.routed_experts.w13_weight": (48, 2 * 2048, 7168),
+        "mlp.experts.routed_experts.w2_weight": (48, 7168, 2048),
     }
 
 
@@ -71,15 +71,15 @@ def test_shapes_of_qwen3_moe_where_tp_exceeds_the_kv_heads() -> None:
     """4 groups of 16 heads on TP 8: each key and value head is on two ranks. Sliced experts."""
     found = shapes(preset("qwen3_235b_a22b"), side(8), Place(0, 0, 5, 5), 0)
     assert found["self_attn.qkv_proj.weight"] == ((8 + 1 + 1) * 128, 4096)
-    assert found["mlp.experts.w13_weight"] == (128, 2 * 1536 // 8, 4096)
-    assert found["mlp.experts.w2_weight"] == (128, 4096, 1536 // 8)
+    assert found["mlp.experts.routed_experts.w13_weight"] == (128, 2 * 1536 // 8, 4096)
+    assert found["mlp.experts.routed_experts.w2_weight"] == (128, 4096, 1536 // 8)
 
 
 def test_shared_experts_are_whole_where_moe_layers_are_sequence_parallel() -> None:
     found = shapes(preset("kimi_k2"), side(2, 4, ep=True), Place(0, 1, 1, 3), 1)
     assert found["mlp.shared_experts.gate_up_proj.weight"] == (2 * 2048, 7168)
     assert found["self_attn.q_b_proj.weight"] == (32 * 192, 1536)
-    assert found["mlp.experts.w13_weight"] == (48, 4096, 7168)
+    assert found["mlp.experts.routed_experts.w13_weight"] == (48, 4096, 7168)
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ def test_kimi_k2_in_block_fp8_on_tp8_with_whole_experts() -> None:
         "mlp.shared_experts.gate_up_proj.weight_scale_inv": ((4, 56), scales),
         "mlp.shared_experts.down_proj.weight": ((7168, 2048 // 8), codes),
         "mlp.shared_experts.down_proj.weight_scale_inv": ((56, 2), scales),
-        "mlp.experts.w13_weight": ((48, 2 * 2048, 7168), codes),
-        "mlp.experts.w13_weight_scale_inv": ((48, 32, 56), scales),
-        "mlp.experts.w2_weight": ((48, 7168, 2048), codes),
-        "mlp.experts.w2_weight_scale_inv": ((48, 56, 16), scales),
+        "mlp.experts.routed_experts.w13_weight": ((48, 2 * 2048, 7168), codes),
+        "mlp.experts.routed_experts.w13_weight_scale_inv": ((48, 32, 56), scales),
+        "mlp.experts.routed_experts.w2_weight": ((48, 7168, 2048), codes),
+        "mlp.experts.routed_experts.w2_weight_scale_inv": ((48, 56, 16), scales),
     }
     assert found["mlp.gate.weight"] == ((384, 7168), "bfloat16")
 
@@ -71,7 +71,7 @@ def test_kimi_k2_in_block_fp8_on_tp8_with_whole_experts() -> None:
 def test_mxfp8_has_scales_of_its_own_name_and_no_grid_over_rows() -> None:
     found = parameters(preset("qwen3_235b_a22b"), quantised(MX, 8), 0)
     assert found["self_attn.qkv_proj.weight_scale"] == (((8 + 1 + 1) * 128, 4096 // 32), "float8_e8m0fnu")
-    assert found["mlp.experts.w2_weight_scale"] == ((128, 4096, 1536 // 8 // 32), "float8_e8m0fnu")
+    assert found["mlp.experts.routed_experts.w2_weight_scale"] == ((128, 4096, 1536 // 8 // 32), "float8_e8m0fnu")
 
 
 # --- Scales are at their codes ---------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ TP, EP = "--rl-inference-tensor-model-parallel-size", "--rl-inference-expert-mod
         ),
         (
             [*KIMI, "--fp8-keep-bf16=embedding,output,router,experts.linear_fc2"],
-            "vLLM quantises model.layers.1.mlp.experts as a whole, .*: keep both or neither",
+            "vLLM quantises model.layers.1.mlp.experts.routed_experts as a whole, .*: keep both or neither",
         ),
         (
             [*KIMI, "--fp8-keep-bf16=embedding,output"],
@@ -272,6 +272,6 @@ def test_a_layer_can_be_kept_as_it_is() -> None:
     scenario = parse(argv).scenario
     assert scenario.model is not None
     third, fourth = (parameters(scenario.model, scenario.destination, layer) for layer in (3, 4))
-    assert third["mlp.experts.w13_weight"][1] == "bfloat16"
+    assert third["mlp.experts.routed_experts.w13_weight"][1] == "bfloat16"
     assert not any(name.endswith("_scale_inv") for name in third)
-    assert fourth["mlp.experts.w13_weight"][1] == "float8_e4m3fn"
+    assert fourth["mlp.experts.routed_experts.w13_weight"][1] == "float8_e4m3fn"

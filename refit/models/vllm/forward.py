@@ -168,7 +168,7 @@ class ReferenceForward:
 
     def _local_experts(self, prefix: str, hidden: torch.Tensor, weights: torch.Tensor, slots: Slots) -> torch.Tensor:
         """What the slots of this rank add. Of several copies of an expert, token `t` goes to number `t % copies`."""
-        first, second = (self.parameters[f"{prefix}experts.{name}_weight"] for name in ("w13", "w2"))
+        first, second = (self.parameters[f"{prefix}experts.routed_experts.{name}_weight"] for name in ("w13", "w2"))
         rank = self.groups.place.expert if self.engine.ep > 1 else 0
         holders = [(expert, other) for other, held in enumerate(slots) for expert in held]
         result = torch.zeros_like(hidden)

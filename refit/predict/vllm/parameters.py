@@ -21,6 +21,7 @@ from refit.predict.families.tables import Part
 from refit.predict.megatron import Split
 from refit.predict.placement import Slots, placed_layers
 from refit.predict.vllm.engine import Engine, Place, stage_layers
+from refit.predict.vllm.names import EXPERTS
 
 VOCAB_PADDING = 64
 """`DEFAULT_VOCAB_PADDING_SIZE` of layers/vocab_parallel_embedding.py. TP has to divide what comes of it."""
@@ -33,8 +34,8 @@ FUSED = {
         "mlp.shared_experts.gate_proj.weight",
         "mlp.shared_experts.up_proj.weight",
     ),
-    "mlp.experts.w13_weight": ("mlp.experts.gate_up_proj",),
-    "mlp.experts.w2_weight": ("mlp.experts.down_proj",),
+    f"{EXPERTS}.w13_weight": ("mlp.experts.gate_up_proj",),
+    f"{EXPERTS}.w2_weight": ("mlp.experts.down_proj",),
 }
 """A parameter of vLLM and the tensors that it joins along their rows. All others keep the family's names."""
 

@@ -20,6 +20,7 @@ from refit.plan.quantised import Grid, keep_text, quantised_tensors
 from refit.plan.sharding import TensorSpec
 from refit.predict.families.names import Piece
 from refit.predict.vllm.engine import Engine, Place
+from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.parameters import FUSED, Engines, Parameter, RankBlock
 
 SCALE_SUFFIXES = {"fp8-block": "_scale_inv", "mxfp8": "_scale"}
@@ -61,7 +62,7 @@ def held_tensors(engines: Engines) -> Mapping[str, TensorSpec]:
 
 
 def _module(parameter: Parameter) -> str:
-    """`self_attn.qkv_proj`, `mlp.experts`: what vLLM quantises as a whole."""
+    """`self_attn.qkv_proj`, `mlp.experts.routed_experts`: what vLLM quantises as a whole."""
     return parameter.name.rpartition(".")[0]
 
 
@@ -117,7 +118,7 @@ def _rule(parameter: Parameter, quantisation: Quantisation) -> str:
     rows = quantisation.format.rows
     if rows == 1:
         return "as vLLM's MXFP8 layers demand"
-    if _module(parameter) == "mlp.experts":
+    if _module(parameter) == EXPERTS:
         return "as vLLM's Fp8MoEMethod demands"
     if parameter.name in FUSED:
         return f"and row r of vLLM's fused tensors has scale row r // {rows}"
@@ -125,6 +126,6 @@ def _rule(parameter: Parameter, quantisation: Quantisation) -> str:
 
 
 def _other_sizes(engine: Engine, parameter: Parameter) -> str:
-    if _module(parameter) == "mlp.experts" and engine.expert_tp > 1:
+    if _module(parameter) == EXPERTS and engine.expert_tp > 1:
         return f"give EP {engine.expert_tp} (whole experts)"
     return "choose other sizes"

@@ -13,6 +13,7 @@ from refit.plan.sharding import Sharding, TensorSharding
 from refit.predict.families.config_json import config_values
 from refit.predict.families.names import Block
 from refit.predict.vllm.engine import Engine, Place
+from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
 from refit.predict.vllm.quantised import held_blocks
 
@@ -120,7 +121,7 @@ def _shardings(
     boxes: dict[str, dict[Place, list[Box]]] = defaultdict(dict)
     for place, block in parts.items():
         for parameter in block.parameters if block is not None else ():
-            if parameter.name.startswith("mlp.experts.") is routed:
+            if parameter.name.startswith(f"{EXPERTS}.") is routed:
                 for piece in parameter.pieces:
                     boxes[piece.key].setdefault(place, []).append(piece.box)
     found = {}

@@ -14,6 +14,7 @@ import torch
 
 from refit.predict.families.config_json import config_values
 from refit.predict.vllm.engine import Place
+from refit.predict.vllm.names import followed_name
 from refit.predict.vllm.parameters import Engines
 from tests.predict.test_vllm import preset, side
 
@@ -40,7 +41,8 @@ def test_vllms_own_parameters_are_those_that_are_predicted(tmp_path: Path, model
 
 
 def parameters_of_vllm(folder: Path) -> dict[str, Any]:
-    """Name -> shape and dtype of every parameter of vLLM's model for the config.json in `folder`."""
+    """Name, as predictions spell it -> shape and dtype of every parameter of vLLM's model for the config.json in
+    `folder`."""
     from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -52,6 +54,6 @@ def parameters_of_vllm(folder: Path) -> dict[str, Any]:
         with torch.device("meta"):
             model = initialize_model(chosen)
     return {
-        name: (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        followed_name(name): (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
         for name, parameter in model.named_parameters()
     }

@@ -195,8 +195,10 @@ def test_fused_tensors_hold_the_codes_and_scales_of_the_checkpoints_tensors(
                 gate_up = fused(*(rows((half.codes, half.scales), 2, rank) for half in halves))
                 down = quantise(full[f"{mlp}experts.down_proj"][expert], dtype)
                 one = {name: tensor[expert] for name, tensor in held.items() if name.startswith(f"{mlp}experts.")}
-                assert_held(one, f"{mlp}experts.w13_weight", gate_up, suffix)
-                assert_held(one, f"{mlp}experts.w2_weight", columns((down.codes, down.scales), 2, rank), suffix)
+                assert_held(one, f"{mlp}experts.routed_experts.w13_weight", gate_up, suffix)
+                assert_held(
+                    one, f"{mlp}experts.routed_experts.w2_weight", columns((down.codes, down.scales), 2, rank), suffix
+                )
             assert held[f"{mlp}gate.weight"].dtype == torch.bfloat16
 
 
@@ -266,7 +268,10 @@ def wrong_keys(rank: int, argv: list[str], name: str, fault: Callable[..., None]
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_in_fused_experts_are_found(ranks: RankPool, fault: Callable[..., None] | None) -> None:
     argv = [*RUN, BLOCK, *QWEN_MOE, *MEGATRON, *engine(2, 2, ep=True)]
-    name, key = "model.layers.1.mlp.experts.w13_weight", "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
+    name, key = (
+        "model.layers.1.mlp.experts.routed_experts.w13_weight",
+        "decoder.layers.1.mlp.experts.experts.linear_fc1.weight",
+    )
     found = ranks.run(wrong_keys, argv, name, fault)
     assert found[4:] == [set() if fault is None else {f"{key}_scale_inv"}] * 4
 

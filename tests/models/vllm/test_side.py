@@ -218,7 +218,8 @@ def rebuilt(shape: ModelShape, held: Held, tp: int, rows: dict[int, list[int]]) 
         parts = [rank[name] for rank in held]
         if last in ("w13_weight", "w2_weight"):
             whole = whole_experts(parts, rows[int(name.split(".")[2])])
-            state[f"{prefix}.{'gate_up_proj' if last == 'w13_weight' else 'down_proj'}"] = whole
+            module = prefix.removesuffix(".routed_experts")
+            state[f"{module}.{'gate_up_proj' if last == 'w13_weight' else 'down_proj'}"] = whole
             continue
         for dp in range(len(held) // tp):
             assert all(torch.equal(parts[dp * tp + rank], parts[rank]) for rank in range(tp)), name
