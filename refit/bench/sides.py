@@ -55,6 +55,8 @@ def build_side(session: Session, name: str) -> Side:
     if spec.quantisation is not None and not FORMATS[spec.format].builds_codes:
         model = QuantisedModel(model, spec.quantisation)
     sharding = predict_side(scenario.model, spec)
+    if FORMATS[spec.format].is_transformers:
+        sharding = _with_live_dtypes(session, name, sharding, model.weights)
     if model.weights is not None:
         _check_prediction(name, session.rank, sharding, model.weights)
     return Side(spec, model, sharding, model.weights)
@@ -94,6 +96,28 @@ def _keep_imports() -> None:
         gc.freeze()
         # Libraries report objects that are left at the end as leaks.
         atexit.register(gc.unfreeze)
+
+
+def _with_live_dtypes(session: Session, name: str, predicted: Sharding, weights: LocalWeights | None) -> Sharding:
+    """`predicted` with the dtypes that the tensors have: a release of transformers may keep other parameters in float32
+    than those that the tables were compared with. What differs is said. Collective: every rank of the job.
+    """
+    shards = weights.rank_sharding.shards if weights is not None else {}
+    mine = {
+        key: shard.tensor.dtype
+        for key, shard in shards.items()
+        if key in predicted.tensors and predicted.tensors[key].dtype != shard.tensor.dtype
+    }
+    others = {key: dtype for held in gather(session.control, mine) for key, dtype in held.items()}
+    if not others:
+        return predicted
+    key, dtype = min(others.items())
+    session.say(
+        f"# note: {name}: the model holds {len(others)} tensors in another dtype than predicted, {key} in {dtype}, not "
+        f"{predicted.tensors[key].dtype}: the plan follows the model"
+    )
+    held = {key: replace(predicted.tensors[key], dtype=dtype) for key, dtype in others.items()}
+    return replace(predicted, tensors={**predicted.tensors, **held})
 
 
 def _check_prediction(name: str, rank: int, sharding: Sharding, weights: LocalWeights) -> None:

@@ -205,6 +205,7 @@ FORMATS = Registry(
                 memory="refit.predict.transformers_steps:fsdp2_memory",
             ),
             available="refit.models.huggingface.attention:check_available",
+            note="refit.predict.families.releases:fsdp2_note",
         ),
         "autotp": Format(
             predict="refit.predict.autotp:predict",
@@ -218,6 +219,7 @@ FORMATS = Registry(
                 memory="refit.predict.transformers_steps:autotp_memory",
             ),
             available="refit.models.huggingface.attention:check_available",
+            note="refit.predict.families.releases:autotp_note",
         ),
         "vllm": Format(
             predict="refit.predict.vllm.sharding:predict",

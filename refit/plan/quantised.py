@@ -201,9 +201,16 @@ class _Division:
 def wire_shardings(source: Sharding, destination: Sharding, quantisation: Quantisation) -> WireShardings:
     """Divide the blocks of `destination`, a `quantised_sharding`, over the places where they are quantised.
 
-    `source` is unquantised. Raises UsageError where the place is SOURCE and a block lies whole in no rank's part.
+    `source` is unquantised. Raises UsageError where it holds one of the tensors in another dtype than BF16, as a router
+    that transformers keeps in float32, and where the place is SOURCE and a block lies whole in no rank's part.
     """
     tensors = {key: tensor for key, tensor in source.tensors.items() if scale_key(key) in destination.tensors}
+    other = next((tensor for tensor in tensors.values() if tensor.dtype != "bfloat16"), None)
+    if other is not None:
+        raise UsageError(
+            f"{quantisation.dtype} is made of BF16 weights, the source has {other.key} in {other.dtype}: "
+            f"{keep_text(other.key)}"
+        )
     sides: tuple[_Side, _Side] = (_Side(source.ranks), _Side(destination.ranks))
     known: dict[tuple[int, int, tuple[int, ...]], _Division] = {}
     counts, reasons = [0, 0], {}

@@ -3,7 +3,8 @@
 The side is a transformers model under `deepspeed.initialize`. Its ranks are [dp, tp], tp fastest; each group of tp
 ranks holds the model once. ZeRO stages 0 to 2 shard no weights. AutoTP splits the projections of attention, of dense
 MLPs and of shared experts, and the output layer by rows. Embeddings are split where they are the output layer's (tied),
-else whole, as are norms, routers, latent down projections, routed experts and buffers.
+else whole, as are norms, routers, latent down projections, routed experts and buffers. Every parameter has the side's
+dtype: DeepSpeed casts those too that transformers keeps in float32.
 """
 
 from __future__ import annotations

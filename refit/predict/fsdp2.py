@@ -5,7 +5,8 @@ The side is a transformers model under `parallelize_module` (tensor parallelism)
 A side's ranks are a mesh [replicate, shard, tp] for dense tensors, tp fastest. Routed experts have the mesh
 [replicate, expert shard, ep] of the same ranks, ep fastest. A tensor is split over tp along its rows or columns, or a
 routed one over ep along its experts, and then over the shards along dim 0. Both splits are those of `torch.chunk`:
-equal parts of ceil(size / parts), the last ones shorter or empty. Buffers are whole on every rank.
+equal parts of ceil(size / parts), the last ones shorter or empty. Buffers are whole on every rank. Parameters have the
+side's dtype, but for those that transformers keeps in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.sharding import Sharding
 from refit.predict.families.names import NamedTensor, named_model
+from refit.predict.families.releases import followed
 from refit.predict.families.sharding import check_family, sharding_of
 from refit.predict.megatron import Split
 
@@ -89,8 +91,8 @@ def predict(shape: ModelShape, side: SideSpec) -> Sharding:
     """What every rank of `side` holds, by canonical keys. Raises UsageError as `check` does."""
     check(shape, side, "this layout")
     assert side.dtype is not None, "flags that describe a model give its dtype"
-    mesh = Mesh.of(side)
-    return sharding_of(named_model(shape, side.dtype), side.ranks, lambda tensor, local: held_box(tensor, mesh, local))
+    mesh, model = Mesh.of(side), named_model(shape, side.dtype, release=followed())
+    return sharding_of(model, side.ranks, lambda tensor, local: held_box(tensor, mesh, local))
 
 
 def held_box(tensor: NamedTensor, mesh: Mesh, local: int) -> Box | None:

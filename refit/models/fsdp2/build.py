@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -33,7 +33,9 @@ def build_model(shape: ModelShape, named: NamedModel, meshes: Meshes, side: Side
     for layer in model.model.layers:
         for experts in experts_of(layer):
             _shard(experts, meshes.expert_shards, device)
+        _shard_other_dtypes(layer, side, meshes.dense_shards, device)
         _shard(layer, meshes.dense_shards, device)
+    _shard_other_dtypes(model, side, meshes.dense_shards, device)
     _shard(model, meshes.dense_shards, device)
     compute_rotary_buffers(model, device)
     model.eval()
@@ -66,6 +68,20 @@ def _styles(model: torch.nn.Module, block: Block) -> Iterator[tuple[str, Paralle
 def _output_style() -> ParallelStyle:
     """Logits stay split over the vocabulary, as a DTensor, so that their loss can be computed in parts."""
     return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+
+
+def _shard_other_dtypes(within: torch.nn.Module, side: SideSpec, mesh: Any, device: torch.device) -> None:
+    """Shard each module with a parameter that the library keeps in another dtype than the side's, by itself.
+
+    A router in float32 is one. FSDP2 gathers the parameters of a unit in one buffer, and in its first forward pass it
+    refuses a unit of mixed dtypes.
+    """
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    dtype = getattr(torch, side.dtype.value)
+    for module in within.modules():
+        own = module.parameters(recurse=False)
+        if not isinstance(module, FSDPModule) and any(parameter.dtype != dtype for parameter in own):
+            _shard(module, mesh, device)
 
 
 def _shard(module: torch.nn.Module, mesh: Any, device: torch.device) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from refit.errors import ShardingError
 from refit.memory.weights import LocalShard, LocalWeights, joined
 from refit.plan.box import Box
+from refit.plan.sharding import TensorSpec
 from refit.predict.families.names import NamedModel, NamedTensor
 
 
@@ -27,8 +28,9 @@ def read_weights(
 ) -> LocalWeights:
     """Every parameter and persistent buffer of `model`, under its logical keys.
 
-    `held_of` asks the library that has split a tensor, given its name, what this rank holds of it. Raises ShardingError
-    as it does, and where the model and the family's table do not have the same tensors of the same shapes.
+    `held_of` asks the library that has split a tensor, given its name, what this rank holds of it. Dtypes are the
+    tensors' own, whatever `named` states. Raises ShardingError as `held_of` does, and where the model and the family's
+    table do not have the same tensors of the same shapes.
     """
     held = {name: held_of(name, tensor) for name, tensor in _tensors(model).items()}
     expected = {block.prefix + tensor.name: tensor for block in named.blocks for tensor in block.tensors}
@@ -53,8 +55,8 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check_same(held: Mapping[str, Held], expected: Mapping[str, NamedTensor]) -> None:
-    shapes = {name: (part.shape, str(part.data.dtype).removeprefix("torch.")) for name, part in held.items()}
-    known = {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+    shapes = {name: part.shape for name, part in held.items()}
+    known = {name: tensor.shape for name, tensor in expected.items()}
     wrong = [
         f"{name} is {shapes.get(name, 'absent')} in the model and {known.get(name, 'absent')} in the table"
         for name in sorted(shapes.keys() | known.keys())
@@ -69,4 +71,9 @@ def _local_shards(named: NamedModel, key_prefix: str, tensor: NamedTensor, held:
         return
     for part, logical in tensor.pieces_of(held.box):
         view = held.data[part.slices_within(held.box)].view(logical.box.extents)
-        yield LocalShard(named.logical[key_prefix + logical.key], logical.box, held.data, view)
+        yield LocalShard(_with_dtype(named.logical[key_prefix + logical.key], view), logical.box, held.data, view)
+
+
+def _with_dtype(stated: TensorSpec, held: torch.Tensor) -> TensorSpec:
+    dtype = str(held.dtype).removeprefix("torch.")
+    return stated if stated.dtype == dtype else replace(stated, dtype=dtype)

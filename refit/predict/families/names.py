@@ -13,7 +13,8 @@ from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 from refit.predict import megatron
-from refit.predict.families.tables import Family, Part, Row, closest_family
+from refit.predict.families.releases import kept_in_float32
+from refit.predict.families.tables import Family, Part, Release, Row, closest_family
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +83,24 @@ class NamedModel:
     logical: Mapping[str, TensorSpec]
 
 
-def named_model(shape: ModelShape, dtype: Dtype, *, single_experts: bool = False) -> NamedModel:
+def named_model(
+    shape: ModelShape, dtype: Dtype, *, single_experts: bool = False, release: Release | None = None
+) -> NamedModel:
     """The tensors of `shape` under the names of its family.
 
     `single_experts` names each routed expert's tensors, as published checkpoints do; else all experts are one tensor.
+    Parameters that this `release` of transformers keeps in float32 are float32; without one they have `dtype`.
     Raises UsageError, with both names, where either side has a tensor that the other has no name for.
     """
     family = closest_family(shape)
     if not shape.swiglu:
         raise UsageError(f"transformers' {family.model_type} has gated MLPs (gate_proj, up_proj): give --swiglu")
-    logical = _logical_tensors(shape, dtype)
-    layers, rest = _by_layer(logical)
     experts = family.single_experts if single_experts else family.experts
     kinds = {False: (*family.layer, *family.dense), True: (*family.layer, *family.routed, *experts)}
+    logical = _logical_tensors(shape, dtype)
+    for row in kept_in_float32(family, release) if release is not None else ():
+        logical |= {key: replace(each, dtype="float32") for key, each in logical.items() if key.endswith(f".{row.key}")}
+    layers, rest = _by_layer(logical)
     resolved: dict[bool, tuple[NamedTensor, ...]] = {}
     keys: dict[bool, Set[str]] = {}
     blocks = [Block("", "", _resolve(family, family.model, rest, shape, "", ""))]
@@ -109,10 +115,10 @@ def named_model(shape: ModelShape, dtype: Dtype, *, single_experts: bool = False
     return NamedModel(family, tuple(blocks), logical)
 
 
-def _logical_tensors(shape: ModelShape, dtype: Dtype) -> Mapping[str, TensorSpec]:
+def _logical_tensors(shape: ModelShape, dtype: Dtype) -> dict[str, TensorSpec]:
     """What Megatron holds on one rank. Hugging Face models have no padding rows."""
     alone = SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1), dtype=dtype)
-    return megatron.predict(replace(shape, make_vocab_size_divisible_by=1), alone).tensors
+    return dict(megatron.predict(replace(shape, make_vocab_size_divisible_by=1), alone).tensors)
 
 
 def _by_layer(logical: Mapping[str, TensorSpec]) -> tuple[dict[int, dict[str, TensorSpec]], dict[str, TensorSpec]]:

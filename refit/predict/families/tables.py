@@ -13,6 +13,9 @@ from enum import Enum
 from refit.config.shape import ModelShape
 from refit.predict.megatron import Split
 
+Release = tuple[int, int]
+"""The first two numbers of a version of transformers."""
+
 
 class Part(Enum):
     """The rows of a logical tensor that a Hugging Face tensor has, in order."""
@@ -31,6 +34,7 @@ class Row:
 
     `split` is how tensor parallelism splits it. A `routed` tensor is `[num_experts, ...]`, or with `{expert}` in its
     name one expert's. `optional` ones exist only where the logical tensor does. A `buffer` is no parameter.
+    From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Row:
     routed: bool = False
     optional: bool = False
     buffer: bool = False
+    float32_since: Release | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ DENSE_MLP = (
     Row("mlp.down_proj.weight", f"mlp.{FC2}", Split.ROW),
 )
 ROUTER = (Row("mlp.gate.weight", "mlp.router.weight"),)
+FLOAT32_ROUTER = (Row("mlp.gate.weight", "mlp.router.weight", float32_since=(5, 24)),)
 EXPERT_BIAS = (Row("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", buffer=True),)
 SHARED_EXPERTS = (
     Row("mlp.shared_experts.gate_proj.weight", f"{SHARED}.{FC1}", Split.COLUMN, Part.GATE),
@@ -131,7 +137,7 @@ DEEPSEEK_V3 = Family(
     model=MODEL,
     layer=(*NORMS, *LATENT_ATTENTION),
     dense=DENSE_MLP,
-    routed=(*ROUTER, *EXPERT_BIAS, *SHARED_EXPERTS),
+    routed=(*FLOAT32_ROUTER, *EXPERT_BIAS, *SHARED_EXPERTS),
     experts=FUSED_EXPERTS,
     single_experts=SINGLE_EXPERTS,
     aliases=("kimi_k2",),
