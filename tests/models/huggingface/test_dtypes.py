@@ -83,6 +83,7 @@ def test_a_float32_router_is_refitted_from_one_in_bfloat16(ranks: RankPool) -> N
     assert found.get(ROUTER) == (("bfloat16", dtype) if dtype != "bfloat16" else None)
 
 
+@pytest.mark.slow
 def test_autotp_is_trained_and_refitted_without_a_cast(ranks: RankPool) -> None:
     assert casts(verified(ranks, *TRAINED, FROM_AUTOTP)) == {}
 
