@@ -41,6 +41,9 @@ VARIANTS = (
     Variant("shm direct", "--refit-method shm --one-sided-buffers direct"),
 )
 
+WAYS = len("shm direct against gloo") + 1
+"""Width of the column that names what moved the bytes of each side."""
+
 
 def measure(variant: Variant) -> Result:
     """The result of one torchrun. Raises CalledProcessError where it fails."""
@@ -56,10 +59,11 @@ def row(variant: Variant, result: Result) -> str:
     assert result.refit is not None
     ours, baseline = result.refit.engines["refit"], result.refit.engines["megatron"]
     if ours.median_s is None or baseline.median_s is None:
-        return f"{variant.name:<12} the baseline did not run: {baseline.reason}"
+        return f"{variant.name:<{WAYS}} the baseline did not run: {baseline.reason}"
+    ways = f"{variant.name} against {baseline.transport}"
     steady, cold = (ours.median_s, baseline.median_s), (ours.cold_total_s, baseline.cold_total_s)
     return (
-        f"{variant.name:<12}{1e3 * steady[0]:>9.1f}{1e3 * steady[1]:>9.1f}{steady[1] / steady[0]:>7.2f}"
+        f"{ways:<{WAYS}}{1e3 * steady[0]:>9.1f}{1e3 * steady[1]:>9.1f}{steady[1] / steady[0]:>7.2f}"
         f"{1e3 * cold[0]:>11.1f}{1e3 * cold[1]:>9.1f}{cold[1] / cold[0]:>7.2f}"
         f"{ours.num_wrong:>9,}{baseline.num_wrong:>12,}"
     )
@@ -67,8 +71,8 @@ def row(variant: Variant, result: Result) -> str:
 
 def main() -> int:
     times = f"{'baseline':>9}{'ratio':>7}"
-    print(f"{'':<12}{'steady (ms)':>18}{'':>7}{'cold (ms)':>20}{'':>7}{'#wrong':>21}")
-    print(f"{'transport':<12}{'ours':>9}{times}{'ours':>11}{times}{'ours':>9}{'baseline':>12}")
+    print(f"{'':<{WAYS}}{'steady (ms)':>18}{'':>7}{'cold (ms)':>20}{'':>7}{'#wrong':>21}")
+    print(f"{'transports':<{WAYS}}{'ours':>9}{times}{'ours':>11}{times}{'ours':>9}{'baseline':>12}")
     for variant in VARIANTS:
         result = measure(variant)
         print(row(variant, result), flush=True)

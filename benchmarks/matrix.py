@@ -17,10 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refit.config.registry import ENGINES
+from refit.report.headline import between, title
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
+from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.result import Failure, Result, now, read_result
+from refit.results.runs import outcome_of
 from refit.results.status import Status
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,15 +159,18 @@ def row(one: Cell, result: Result) -> str:
         _wrong(tested),
     ]
     padded = " ".join(f"{text:>{width}}" for text, width in zip(figures, WIDTHS, strict=True))
-    baselines = "; ".join(_baseline(name, engine, tested) for name, engine in measured.baselines.items())
+    outcome = outcome_of(one.name, result)
+    baselines = "; ".join(_baseline(outcome, name, tested) for name in measured.baselines)
     return f"{one.name:<{NAME_WIDTH}} {padded}  {result.status.text}  {baselines}".rstrip()
 
 
-def _baseline(name: str, engine: EngineResult, tested: EngineResult) -> str:
-    title = ENGINES[name].title if name in ENGINES else name
-    ratio = speed_ratio(tested, engine)
+def _baseline(outcome: Outcome, name: str, tested: EngineResult) -> str:
+    engine = outcome.refit.baselines[name]
+    ratio, ways = speed_ratio(tested, engine), between(outcome, name)
     shown = f", {ratio:.2f} x as long" if ratio else ", partial" if engine.not_moved else ""
-    return f"{title} {_text(engine.median_s, 1e3)} ms, wrong {_wrong(engine)}{shown}"
+    shown += f" ({ways})" if ratio and ways else ""
+    over = outcome.transport_of(name)
+    return f"{title(name)} over {over} {_text(engine.median_s, 1e3)} ms, wrong {_wrong(engine)}{shown}"
 
 
 def _text(value: float | None, scale: float) -> str:

@@ -13,6 +13,7 @@ from refit import units
 from refit.config.registry import METHODS
 from refit.report.evidence import MAX_CV
 from refit.report.grid import markdown
+from refit.report.headline import between
 from refit.report.neutral import markdown_code, markdown_text
 from refit.report.plots.caption import caption, hardware, model
 from refit.report.plots.style import check_available, engine_title
@@ -47,8 +48,8 @@ def case(outcome: Outcome) -> str:
 
 def method(outcome: Outcome) -> str:
     """The method, and the settings that change what it does."""
-    scenario, name = outcome.result.scenario if outcome.result else None, outcome.planned.method
-    if scenario is None or not METHODS[name].one_sided:
+    scenario, name = outcome.result.scenario if outcome.result else None, outcome.method
+    if scenario is None or name not in METHODS or not METHODS[name].one_sided:
         return name
     settings = [scenario.one_sided_buffers] * (scenario.one_sided_buffers != "ring")
     settings += ["put forced"] * scenario.nvshmem_force_put
@@ -92,8 +93,10 @@ def _row(outcome: Outcome, *, is_first: bool) -> dict[str, str]:
     for name, engine in outcome.refit.baselines.items():
         ratio, title = speed_ratio(tested, engine), markdown_text(engine_title(name))
         wrong = f"{engine.num_wrong:,} of {engine.num_compared:,}" if engine.num_wrong else ""
+        ways = f" ({markdown_text(between(outcome, name))})" if between(outcome, name) else ""
+        row[f"{title} over"] = markdown_text(outcome.transport_of(name))
         row[f"{title} ms"] = marked_ms(engine) or engine.status.text
-        row[f"{title} ratio"] = "" if not ratio else f"{ratio:.2f}" if differs(tested, engine) else NOISE
+        row[f"{title} ratio"] = "" if not ratio else f"{ratio:.2f}{ways}" if differs(tested, engine) else NOISE
         row[f"{title} #wrong"] = wrong
     return row
 
@@ -214,15 +217,21 @@ def opening(outcomes: Sequence[Outcome], picture: str) -> str:
     if one is None or one.tested is None or one.median_s is None:
         raise ValueError("no result of the opening's file is valid")
     what = f"{case(one)} of {markdown_text(str(model(one)))}"
-    text = f"The refit {what} takes {units.seconds(one.median_s)} over {one.planned.method}"
+    text = f"The refit {what} takes {units.seconds(one.median_s)} over {one.method}"
     text += f", {100 * one.share_of_bound:.0f} % of the speed that the links allow" if one.share_of_bound else ""
     text += f" ({markdown_text(str(hardware(one)))}, median of {len(one.tested.measured_s)})."
     for name, engine in one.refit.baselines.items():
         ratio = speed_ratio(one.tested, engine)
         if ratio and differs(one.tested, engine):
-            text += f" {markdown_text(engine_title(name))} takes {ratio:.2f} x as long."
+            text += f" {markdown_text(engine_title(name))} takes {ratio:.2f} x as long{_ways(one, name)}."
     alt = markdown_text(f"Refit times: {caption(outcomes)}")
     return f"![{alt}]({picture})\n\n{wrapped(f'{text} {verified(outcomes)}')}"
+
+
+def _ways(outcome: Outcome, name: str) -> str:
+    """` (cuda-ipc against Megatron-Core's nccl)`, where the baseline `name` went another way; else nothing."""
+    ways = between(outcome, name, f"{engine_title(name)}'s ")
+    return f" ({markdown_text(ways)})" if ways else ""
 
 
 def differs(ours: EngineResult, theirs: EngineResult) -> bool:
@@ -243,14 +252,17 @@ def opening_figure(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def _bars(group: Sequence[Outcome]) -> list[Bar]:
-    """One bar per method, in its default setting if it was run so, and one per baseline."""
-    methods = {outcome.planned.method: outcome for outcome in reversed(group)}
-    bars = [tested_bar(methods[name]) for name in dict.fromkeys(outcome.planned.method for outcome in group)]
-    baselines: dict[str, EngineResult] = {}
+    """One bar per method, in its default setting if it was run so, and one per baseline and what it ran over."""
+    methods = {outcome.method: outcome for outcome in reversed(group)}
+    bars = [tested_bar(methods[name]) for name in dict.fromkeys(outcome.method for outcome in group)]
+    baselines: dict[tuple[str, str], Outcome] = {}
     for outcome in group:
         for name, engine in outcome.refit.baselines.items():
-            baselines[name] = min(engine, baselines.get(name, engine), key=_order)
-    return [*bars, *(baseline_bar(name, engine) for name, engine in baselines.items())]
+            way = name, outcome.transport_of(name)
+            held = baselines.setdefault(way, outcome)
+            if _order(engine) < _order(held.refit.baselines[name]):
+                baselines[way] = outcome
+    return [*bars, *(baseline_bar(outcome, name) for (name, _), outcome in baselines.items())]
 
 
 def _order(engine: EngineResult) -> tuple[bool, float]:
@@ -262,15 +274,18 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     """One paragraph: the range of speeds, ratios and cold refits over each case's fastest method."""
     fastest = [found for group in by_case(outcomes).values() if (found := best(group))]
     tested = [one.tested for one in fastest if one.tested]
-    methods = " or ".join(dict.fromkeys(one.planned.method for one in fastest))
+    methods = " or ".join(dict.fromkeys(one.method for one in fastest))
     rates = [engine.bottleneck_gb_per_s for engine in tested if engine.bottleneck_gb_per_s]
     text = f"On {markdown_text(str(hardware(fastest[0])))} the fastest method of each case ({methods}) moves "
     text += f"{_range(rates, '.0f')} GB/s at the busiest GPU."
     for name in dict.fromkeys(name for one in fastest for name in one.refit.baselines):
-        pairs = [(one.tested, one.refit.baselines.get(name)) for one in fastest]
-        ratios = [speed_ratio(ours, theirs) for ours, theirs in pairs if ours and theirs and differs(ours, theirs)]
-        known = [ratio for ratio in ratios if ratio]
-        text += f" {markdown_text(engine_title(name))} takes {_range(known, '.2f')} x as long." if known else ""
+        by_ways: dict[str, list[float]] = {}
+        for one in fastest:
+            ours, theirs = one.tested, one.refit.baselines.get(name)
+            if ours and theirs and differs(ours, theirs) and (ratio := speed_ratio(ours, theirs)):
+                by_ways.setdefault(_ways(one, name), []).append(ratio)
+        ratios = " and ".join(f"{_range(found, '.2f')} x as long{ways}" for ways, found in by_ways.items())
+        text += f" {markdown_text(engine_title(name))} takes {ratios}." if ratios else ""
     firsts = [1e3 * engine.cold_total_s for engine in tested if engine.cold_s]
     text += (
         f" A cold refit (planning, preparing and the first refit) takes {_range(firsts, '.0f')} ms." if firsts else ""

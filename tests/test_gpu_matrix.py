@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,10 @@ def test_a_row_names_every_baseline() -> None:
     one, entry = next(iter(cells(8))), planned("a")
     engines = {"refit": timed([0.05]), "megatron": timed([0.1]), "other-engine": timed([0.2], num_wrong=3)}
     text = row(one, result(entry, engines=engines))
-    assert "Megatron-Core 100.0 ms, wrong 0, 2.00 x as long; other-engine 200.0 ms, wrong 6" in text
+    assert "Megatron-Core over nvshmem 100.0 ms, wrong 0, 2.00 x as long; other-engine over nvshmem 200.0 ms" in text
+    engines["megatron"] = replace(engines["megatron"], transport="nccl")
+    text = row(one, result(entry, engines=engines))
+    assert "Megatron-Core over nccl 100.0 ms, wrong 0, 2.00 x as long (nvshmem against nccl); other-engine" in text
 
 
 def test_no_two_cells_share_a_name_in_a_file() -> None:

@@ -142,9 +142,9 @@ def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
         groups[model, mode] = group
         rates[model, mode] = statistics.median(point.s_per_gb for point in group)
         wire = sum(point.wire for point in group) / sum(point.payload for point in group)
-        methods = ", ".join(sorted({point.method for point in group}))
+        scenarios = f"{len(group)} scenario{'s' * (len(group) > 1)}"
         lines.append(
-            f"{mode} ({methods}; {len(group)} scenario{'s' * (len(group) > 1)}): {units.seconds(rates[model, mode])} "
+            f"{mode} ({_methods(group)}; {scenarios}): {units.seconds(rates[model, mode])} "
             f"per GB into each destination GPU, {100 * wire:.0f} % of the bytes leave a GPU."
         )
     apart, shared = (mode.value for mode in (Mode.NON_COLLOCATED, Mode.COLLOCATED))
@@ -155,8 +155,15 @@ def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
     for model in both:
         reason = evidence.no_difference(groups[model, apart], groups[model, shared], _s_per_gb)
         ratio = rates[model, apart] / rates[model, shared]
-        ratios.append(f"No conclusion: {reason}." if reason else f"Separate sets take {ratio:.2f} x as long per GB.")
+        methods = [_methods(groups[model, mode]) for mode in (apart, shared)]
+        between = f" ({methods[0]} against {methods[1]})" if methods[0] != methods[1] else ""
+        conclusion = f"Separate sets take {ratio:.2f} x as long per GB{between}."
+        ratios.append(f"No conclusion: {reason}." if reason else conclusion)
     return [*lines, *ratios, "No layouts were run both ways, so layouts and methods differ too: an indication only."]
+
+
+def _methods(points: Sequence[Point]) -> str:
+    return ", ".join(sorted({point.method for point in points}))
 
 
 def _s_per_gb(point: Point) -> Samples:

@@ -32,6 +32,12 @@ class Pair:
         return new_s / old_s - 1 if old_s and new_s else None
 
     @property
+    def methods(self) -> str:
+        """`nccl`; `nccl -> gloo` where the new runs' bytes were moved by another than the old ones'."""
+        old, new = self.old.methods, self.new.methods
+        return old if old == new else f"{old} -> {new}"
+
+    @property
     def is_beyond_spread(self) -> bool | None:
         """Whether the medians differ by more than spread explains, within runs and between them; None where that is
         not judged."""
@@ -96,7 +102,7 @@ def _what_ran(outcome: Outcome) -> str:
     if scenario is None:
         return outcome.planned.name
     model = scenario.model_title or (f"{facts.num_parameters:,} elements" if facts else "a model by flags")
-    return f"{scenario.title}, {scenario.mode.value}, {scenario.method}, {model}"
+    return f"{scenario.title}, {scenario.mode.value}, {outcome.method}, {model}"
 
 
 def _other_scenario(old: Outcome, new: Outcome) -> list[str]:
@@ -120,6 +126,7 @@ def _conditions(outcome: Outcome) -> dict[str, str]:
     found = {
         "GPU": f"{len(gpus)} x {gpus[0]}" if gpus else "none",
         "number of ranks": str(outcome.planned.num_ranks),
+        **({"method": outcome.method} if outcome.planned.refits else {}),
         **environment.versions,
         **{name: value for name, value in environment.variables.items() if name != "SLURM_JOB_ID"},
     }
@@ -157,6 +164,7 @@ COLUMNS = (
     Column("beyond", "spread"),
     Column("#wrong", "old"),
     Column("#wrong", "new"),
+    Column("method", is_text=True),
     Column("status", is_text=True),
 )
 
@@ -207,6 +215,7 @@ def _row(pair: Pair, max_slowdown: float) -> list[str]:
         f"{100 * pair.change:+.1f}" if pair.change is not None else "-",
         beyond_text(pair.is_beyond_spread),
         *(_wrong(one) or "-" for one in both),
+        pair.methods if pair.new.first.planned.refits else "-",
         status,
     ]
 

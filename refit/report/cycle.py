@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from refit import units
 from refit.results.result import Result
+from refit.results.runs import outcome_of
 from refit.results.status import Status
 from refit.results.step import ForwardResult, StepResult
 
@@ -58,7 +59,8 @@ def cycle_lines(result: Result) -> list[str]:
         return [f"No cycle: {train.reason}"] if result.measurements.keys() >= WHOLE else []
     if cycle is None:
         return []
-    parts = (("training step", cycle.train_s), ("refit", cycle.refit_s), ("forward", cycle.forward_s))
+    refit = f"refit over {outcome_of(result.run_id, result).method}"
+    parts = (("training step", cycle.train_s), (refit, cycle.refit_s), ("forward", cycle.forward_s))
     texts = (f"{name} {units.seconds(part)} ({100 * part / cycle.seconds:.1f} %)" for name, part in parts)
     forward = result.measurements["forward"]
     how = ", in BF16" if isinstance(forward, ForwardResult) and forward.dequantised else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from refit.report.headline import problem_of
+from refit.report.headline import between, problem_of
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.result import Environment
@@ -60,6 +60,16 @@ class Entry:
         if self.engine is None or self.is_tested or self.outcome.status is not Status.OK:
             return None
         return speed_ratio(self.outcome.tested, self.engine)
+
+    @property
+    def method(self) -> str:
+        """What moved its bytes; where no engine ran, what was to."""
+        return self.outcome.transport_of(self.name)
+
+    @property
+    def ratio_between(self) -> str | None:
+        """`shm against gloo`, where the `ratio` is one between two transports."""
+        return between(self.outcome, self.name) or None if self.name is not None and self.ratio is not None else None
 
     @property
     def model(self) -> str | None:

@@ -74,7 +74,7 @@ def _record(entry: Entry) -> Record:
         "valid": entry.is_valid,
         "model": entry.model,
         "mode": planned.mode,
-        "method": planned.method,
+        "method": entry.method,
         "source": planned.source.title if planned.source else None,
         "destination": planned.destination.title if planned.destination else None,
         **_sizes("source", planned.source),
@@ -113,6 +113,7 @@ def _measured(entry: Entry) -> Record:
         "num_compared": engine.num_compared if engine else None,
         "num_wrong": engine.num_wrong if engine else None,
         "ratio": entry.ratio,
+        "ratio_between": entry.ratio_between,
     }
 
 

@@ -59,7 +59,14 @@ def what_ran(outcome: Outcome, name: str | None) -> str:
         return layouts
     shared = " collocated" if planned.mode == Mode.COLLOCATED.value else ""
     by = f" by {title(name)}" if name is not None and _is_baseline(outcome, name) else ""
-    return f"{layouts}{shared} over {planned.method}{by}"
+    return f"{layouts}{shared} over {outcome.transport_of(name)}{by}"
+
+
+def between(outcome: Outcome, name: str, owner: str = "") -> str:
+    """`shm against gloo`: what moved the bytes of the engine under test and of the baseline `name`, with `owner` before
+    the latter; empty where both went the same way. A ratio of their times is printed with it."""
+    ours, theirs = outcome.method, outcome.transport_of(name)
+    return "" if ours == theirs else f"{ours} against {owner}{theirs}"
 
 
 def title(name: str) -> str:
@@ -144,14 +151,16 @@ def ratios(outcome: Outcome) -> list[str]:
     if tested is None or tested.median_s is None:
         return []
     timed = ((name, theirs) for name, theirs in outcome.refit.baselines.items() if theirs.median_s is not None)
-    return [_ratio(outcome, tested, theirs, title(name)) for name, theirs in timed]
+    return [_ratio(outcome, tested, theirs, name) for name, theirs in timed]
 
 
 def _ratio(outcome: Outcome, tested: EngineResult, theirs: EngineResult, name: str) -> str:
+    whose = title(name)
     found = speed_ratio(tested, theirs) if outcome.status is Status.OK else None
     if found is None:
         ours = tested.doubt or (None if outcome.status is Status.OK else outcome.status.text)
-        doubts = [f"{who} is {doubt}" for who, doubt in (("refit", ours), (name, theirs.doubt)) if doubt]
+        doubts = [f"{who} is {doubt}" for who, doubt in (("refit", ours), (whose, theirs.doubt)) if doubt]
         return f"Ratio: none: {', '.join(doubts) or 'no times'}"
     cold = f", {theirs.cold_total_s / tested.cold_total_s:.2f} x cold" if tested.cold_s and theirs.cold_s else ""
-    return f"Ratio: refit is {found:.2f} x as fast as {name}'s own (median){cold}"
+    ways = between(outcome, name, f"{whose}'s ")
+    return f"Ratio: refit is {found:.2f} x as fast as {whose}'s own (median){cold}" + (f": {ways}" if ways else "")

@@ -56,7 +56,8 @@ figure, li { break-inside: avoid; }
 
 LEGEND = (
     "Median over the measured refits, of the slowest rank. Cold: planning, preparing and the first refit together. "
-    "Share: lower bound / median. Ratio: median of the baseline / median of refit. Rows in red do not count."
+    "Share: lower bound / median. Ratio: median of the baseline / median of refit, with what moved the bytes of each "
+    "where these differ. Rows in red do not count."
 )
 VALID, INVALID = ' class="valid"', ' class="invalid"'
 

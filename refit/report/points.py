@@ -120,7 +120,7 @@ def _point(outcome: Outcome) -> Point | None:
         source=source,
         destination=destination,
         mode=planned.mode,
-        method=planned.method,
+        method=outcome.method,
         model=_model(outcome),
         median_s=median_s,
         samples_s=[outcome.tested.measured_s] if outcome.tested else [],

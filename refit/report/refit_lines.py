@@ -170,6 +170,7 @@ def start(result: RefitResult) -> str:
 
 COLUMNS = (
     Column("engine", is_text=True),
+    Column("over", is_text=True),
     Column("median", "(ms)"),
     Column("p95", "(ms)"),
     Column("min", "(ms)"),
@@ -181,13 +182,15 @@ COLUMNS = (
     Column("#wrong"),
     Column("status", is_text=True),
 )
-OF_BOUND = 7
+OF_BOUND = 8
 """The place of the column that only results with a bound have."""
 
 
 def table(engines: Mapping[str, EngineResult], width: int = FILE_WIDTH) -> str:
     """One row per engine; the column of a bound only where there is one."""
-    rows = [[title(name), *_cells(engine), _status(engine)] for name, engine in engines.items()]
+    rows = [
+        [title(name), engine.transport or "-", *_cells(engine), _status(engine)] for name, engine in engines.items()
+    ]
     has_bound = any(engine.share_of_lower_bound is not None for engine in engines.values())
     shown = [place for place in range(len(COLUMNS)) if has_bound or place != OF_BOUND]
     return fitted([COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows], width)

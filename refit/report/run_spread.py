@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refit.results.outcomes import Outcome
 from refit.results.stats import Summary
@@ -64,6 +64,11 @@ class Repeated:
     def spread(self) -> float:
         """That of the runs' medians, (longest - shortest) / median. Raises ValueError where no run counts."""
         return spread([summary.median_s for summary in self.measured])
+
+    @property
+    def methods(self) -> str:
+        """What moved the bytes of the runs that count: `nccl`, of several `nccl or gloo`."""
+        return " or ".join(dict.fromkeys(run.method for run in self.counted or self.outcomes))
 
     @property
     def count(self) -> str:
@@ -141,7 +146,9 @@ def spread_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def times_line(scenario: Repeated) -> str:
-    """The `spread_line` of a scenario's own times, of which the median counts."""
+    """The `spread_line` of a scenario's own times, of which the median counts; of refits `NAME over nccl: ...`."""
+    if scenario.first.planned.refits:
+        scenario = replace(scenario, name=f"{scenario.name} over {scenario.methods}")
     return spread_line(scenario, scenario.measured, [summary.median_s for summary in scenario.measured])
 
 

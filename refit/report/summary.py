@@ -75,7 +75,7 @@ def _scenario(outcome: Outcome) -> list[str]:
     lines = [f"Config: {planned.name}", f"  Source: {side_text(planned.source, planned.status)}"]
     if planned.uses_destination:
         lines.append(f"  Target: {side_text(planned.destination, planned.status)}")
-    lines.append(f"  Mode: {planned.mode}, Method: {planned.method}" if planned.refits else f"  {_measured(planned)}")
+    lines.append(f"  Mode: {planned.mode}, Method: {outcome.method}" if planned.refits else f"  {_measured(planned)}")
     if outcome.status is not Status.OK:
         lines.append(f"{outcome.status.text.upper()}: {outcome.reason}")
         lines += [f"Log: {outcome.log}"] if outcome.log else []

@@ -105,7 +105,9 @@ def _share(entry: Entry) -> str:
 
 
 def _ratio(entry: Entry) -> str:
-    return f"{entry.ratio:.2f}" if entry.ratio is not None else ""
+    if entry.ratio is None:
+        return ""
+    return f"{entry.ratio:.2f}" + (f" ({entry.ratio_between})" if entry.ratio_between else "")
 
 
 SHOWN = (
@@ -113,7 +115,7 @@ SHOWN = (
     Shown("source", lambda entry: _side(entry.outcome.planned.source), is_text=True),
     Shown("target", lambda entry: _side(entry.outcome.planned.destination), is_text=True),
     Shown("mode", lambda entry: entry.outcome.planned.mode, is_text=True),
-    Shown("method", lambda entry: entry.outcome.planned.method, is_text=True),
+    Shown("method", lambda entry: entry.method, is_text=True),
     Shown("engine", _engine, is_text=True),
     Shown("status", lambda entry: entry.status.text, is_text=True),
     Shown("GPUs", lambda entry: str(entry.outcome.planned.num_ranks)),

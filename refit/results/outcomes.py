@@ -8,7 +8,7 @@ from pathlib import Path
 from refit.plan.cost import Bound, Cost
 from refit.results.identity import foreign
 from refit.results.reading import UnreadableFile
-from refit.results.refit import EngineResult, RefitResult, speed_ratio
+from refit.results.refit import EngineResult, RefitResult
 from refit.results.result import Result, read_result
 from refit.results.status import Status
 from refit.results.step import StepResult
@@ -46,9 +46,19 @@ class Outcome:
         return self.refit.tested
 
     @property
-    def baseline(self) -> EngineResult | None:
-        """The first baseline that ran beside the engine under test."""
-        return next(iter(self.refit.baselines.values()), None)
+    def method(self) -> str:
+        """What moved the bytes of the engine under test; where none ran, what the run chose or was planned with."""
+        if self.tested is not None and self.tested.transport is not None:
+            return self.tested.transport
+        scenario = self.result.scenario if self.result else None
+        return scenario.method if scenario else self.planned.method
+
+    def transport_of(self, name: str | None) -> str:
+        """What moved the bytes of the engine called `name`; with None, or for the one under test, `method`."""
+        engine = self.refit.engines.get(name) if name is not None else None
+        if engine is None or engine is self.tested:
+            return self.method
+        return engine.transport or "an unknown transport"
 
     @property
     def cost(self) -> Cost | None:
@@ -66,11 +76,6 @@ class Outcome:
     def share_of_bound(self) -> float | None:
         """The lower bound over the median, 0 to 1."""
         return self.bound.seconds / self.median_s if self.bound and self.bound.seconds and self.median_s else None
-
-    @property
-    def baseline_ratio(self) -> float | None:
-        """The baseline's median over that of the engine under test; None where either result is in doubt."""
-        return speed_ratio(self.tested, self.baseline) if self.status is Status.OK else None
 
 
 def load_outcomes(sweep: Sweep, directory: Path) -> list[Outcome]:

@@ -96,7 +96,8 @@ class NotMoved:
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """The result of one engine. `reason` is why it was waived or failed.
+    """The result of one engine. `reason` is why it was waived or failed. `transport` is what moves its bytes: a
+    baseline's may be another than the scenario's method. None where it is not known.
 
     `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is the time of the
     set-up that a process does once before that: communicators, connections, libraries and kernels, and `connected` says
@@ -110,6 +111,7 @@ class EngineResult:
 
     status: Status = Status.RUNNING
     reason: str | None = None
+    transport: str | None = None
     not_moved: tuple[NotMoved, ...] = ()
     connect_s: float | None = None
     connected: str | None = None

@@ -9,6 +9,9 @@ from typing import Any
 RESULT_VERSION = 3
 SWEEP_VERSION = 2
 
+MEGATRON_SERVICES = {"nccl": "nccl", "nvshmem": "nvshmem", "gloo": "gloo", "shm": "gloo"}
+"""What Megatron-Core's own refit ran over beside each method, in runs that did not record it; `nccl` beside others."""
+
 
 def upgraded_result(content: object) -> dict[str, Any]:
     """Convert a result file's content. Raises ValueError for other content or an unknown version."""
@@ -16,11 +19,37 @@ def upgraded_result(content: object) -> dict[str, Any]:
         raise ValueError("it holds no result")
     version = content.get("schema_version", RESULT_VERSION)
     if version == RESULT_VERSION:
-        return content
+        return _with_transports(content)
     if version not in (1, 2):
         raise ValueError(f"schema version {version!r} is not one of 1 to {RESULT_VERSION}")
     with _reading(f"schema version {version}"):
-        return _result(content)
+        return _with_transports(_result(content))
+
+
+def _with_transports(content: dict[str, Any]) -> dict[str, Any]:
+    """Add to each engine what moved its bytes, as far as that follows, where the file is of before it was recorded.
+
+    Decoding names what is malformed; here it stays as it is.
+    """
+    scenario, measurements = content.get("scenario"), content.get("measurements")
+    method = scenario.get("method") if isinstance(scenario, dict) else None
+    if not isinstance(method, str) or not isinstance(measurements, dict) or "refit" not in measurements:
+        return content
+    return {**content, "measurements": {**measurements, "refit": _refit_with_transports(measurements["refit"], method)}}
+
+
+def _refit_with_transports(refit: object, method: str) -> object:
+    if not isinstance(refit, dict) or not isinstance(engines := refit.get("engines"), dict):
+        return refit
+    known = {"refit": method, "megatron": MEGATRON_SERVICES.get(method, "nccl"), "nccl-m2n": "nccl"}
+    return {
+        **refit,
+        "engines": {
+            name: {"transport": known.get(name), **engine} if isinstance(engine, dict) else engine
+            for name, engine in engines.items()
+        },
+        **({"rearranged": _refit_with_transports(refit["rearranged"], method)} if "rearranged" in refit else {}),
+    }
 
 
 @contextmanager

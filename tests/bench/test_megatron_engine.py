@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
-from refit.bench.engines.megatron import prepare_megatron_refit
+from refit.bench.engines.megatron import MegatronEngine, prepare_megatron_refit
+from refit.cli.parsing import parse
 from refit.config.layout import Layout
 from refit.config.shape import ModelShape
 from refit.errors import RefitError, UnavailableError
@@ -122,3 +124,16 @@ def test_plans_are_not_reused_for_other_models(ranks: RankPool) -> None:
 def test_nvshmem_kernel_is_missing_from_wheels() -> None:
     with pytest.raises(UnavailableError, match=r"chunked_kernel\.cu"):
         prepare_megatron_refit(None, None, "nvshmem", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "transport"),
+    [("shm", "cpu", "gloo"), ("gloo", "cpu", "gloo"), ("cuda-ipc", "cuda", "nccl"), ("nvshmem", "cuda", "nvshmem")],
+)
+def test_it_names_what_moves_its_bytes(method: str, device: str, transport: str) -> None:
+    scenario = parse(["--model", "tiny", "--refit-method", method]).scenario
+    engine = MegatronEngine(scenario, torch.device(device))
+    assert engine.transport == transport
+    note = engine.note()
+    assert (note is None) == (method == transport)
+    assert note is None or f"runs over {transport} here" in note

@@ -224,10 +224,11 @@ def test_forward_check_can_fail(ranks: RankPool) -> None:
 
 
 def test_the_baseline_is_wrong_where_experts_are_sequential_and_ours_is_right(ranks: RankPool) -> None:
-    flags = [*sizes(1, 1, 1, 1), *sizes(1, 2, 1, 1, "rl-inference-"), "--refit-method=gloo", "--refit-engine=both"]
+    flags = [*sizes(1, 1, 1, 1), *sizes(1, 2, 1, 1, "rl-inference-"), "--refit-method=shm", "--refit-engine=both"]
     code, result = refit(ranks, *flags)
     ours, baseline = result.engines["refit"], result.engines["megatron"]
     assert (code, ours.status, ours.num_wrong) == (0, "ok", 0)
+    assert (ours.transport, baseline.transport) == ("shm", "gloo")
     assert baseline.status == "wrong_data"
     assert all(".mlp.experts." in each.key for each in baseline.wrong)
 

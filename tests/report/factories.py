@@ -203,7 +203,7 @@ def result(
         model=ModelFacts(1_026_000_000_000, 1000, ("bfloat16",)),
         plan=plan or cost(sent, received, payload, local, num_transfers),
         bound=Bound("h100_ib400", bound_s, "rank 64 receives 65.93 GB at 50 GB/s") if bound_s else None,
-        engines=dict(engines),
+        engines=moved_by(engines, entry.method),
     )
     values: dict[str, Any] = {
         "status": Status.OK,
@@ -218,6 +218,11 @@ def result(
     return Result(entry.name, **(values | changes))
 
 
+def moved_by(engines: Mapping[str, EngineResult], method: str) -> dict[str, EngineResult]:
+    """Engines whose bytes `method` moved, but for those that name another transport."""
+    return {name: replace(each, transport=each.transport or method) for name, each in engines.items()}
+
+
 def small_run(**engines: EngineResult) -> Result:
     """A run of TP2 EP2 -> TP2 EP1 on eight ranks, of which two are idle."""
     entry = planned("run", side(2, 2), side(2, 1))
@@ -230,7 +235,7 @@ def small_run(**engines: EngineResult) -> Result:
             digest="0123456789abcdef",
         ),
         bound=Bound("h200_nvlink", 0.0384, "rank 4 receives 15.00 GB ..."),
-        engines=engines,
+        engines=moved_by(engines, entry.method),
     )
     environment = Environment(versions={"torch": "2.11.0"}, host="node1", gpus=(Gpu("NVIDIA H200"),) * 8)
     return result(entry, world_size=8, environment=environment, measurements={"refit": measured})

@@ -93,9 +93,9 @@ def test_runs_of_one_scenario_are_compared_as_one(tmp_path: Path) -> None:
     assert compare_runs(old, far).pairs[0].is_beyond_spread is True
     text = compare_text(old, near, comparison, 0.05)
     assert "The notch reaches at least to the farthest run's median" in text
-    assert "In old: A: 111.00 ms, median of 3 runs (101.00, 121.00, 111.00), spread 18.0 %; within" in text
+    assert "In old: A over nvshmem: 111.00 ms, median of 3 runs (101.00, 121.00, 111.00), spread 18.0 %; within" in text
     (row,) = (line.split() for line in text.splitlines() if line.startswith("A "))
-    assert row == ["A", "111.00", "121.00", "+9.0", "no", "0", "0", "SLOWER"]
+    assert row == ["A", "111.00", "121.00", "+9.0", "no", "0", "0", "nvshmem", "SLOWER"]
 
 
 def test_a_single_run_is_compared_with_several(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_header_of_shared_ranks_and_of_a_run_without_a_bound() -> None:
 
 
 def test_times_and_table_hold_the_share_of_the_bound() -> None:
-    measured = replace(engine(EVEN), share_of_lower_bound=0.96)
+    measured = replace(engine(EVEN), share_of_lower_bound=0.96, transport="shm")
     assert refit_lines.times(replace(measured, connect_s=0.1)).splitlines() == [
         "Mean refit time: 40.00 ms",
         "Min refit time:  40.00 ms",
@@ -63,12 +63,13 @@ def test_times_and_table_hold_the_share_of_the_bound() -> None:
     ]
     rows = refit_lines.table({"refit": measured, "megatron": engine(EVEN)}).splitlines()
     assert rows[0].split() == [
-        "engine", "median", "p95", "min", "max", "cold", "bottleneck", "of", "bound", "staging", "#wrong", "status",
+        "engine", "over", "median", "p95", "min", "max", "cold", "bottleneck", "of", "bound", "staging", "#wrong",
+        "status",
     ]  # fmt: skip
     assert rows[1].split() == ["(ms)"] * 5 + ["(GB/s)", "(%)", "(MiB)"]
-    assert rows[2].split() == ["refit", *["40.00"] * 4, "875.00", "355.800", "96", "512.0", "0", "ok"]
-    assert rows[3].split()[7:9] == ["-", "512.0"]
-    assert all(len(row) <= 100 for row in rows)
+    assert rows[2].split() == ["refit", "shm", *["40.00"] * 4, "875.00", "355.800", "96", "512.0", "0", "ok"]
+    assert rows[3].split()[8:10] == ["-", "512.0"]
+    assert all(len(row) <= 110 for row in rows)
 
 
 def test_the_start_is_one_figure_beside_its_parts() -> None:
@@ -84,7 +85,7 @@ def test_the_start_is_one_figure_beside_its_parts() -> None:
 def test_a_table_without_a_bound_has_no_column_for_it() -> None:
     rows = refit_lines.table({"refit": engine(EVEN)}).splitlines()
     assert "bound" not in rows[0]
-    assert rows[2].split() == ["refit", *["40.00"] * 4, "875.00", "355.800", "512.0", "0", "ok"]
+    assert rows[2].split() == ["refit", "-", *["40.00"] * 4, "875.00", "355.800", "512.0", "0", "ok"]
 
 
 def test_a_log_ends_with_times_warnings_table_and_verdict() -> None:

@@ -32,8 +32,9 @@ def run_of(name: str, number: int, *seconds: float, status: Status = Status.OK) 
 def test_the_medians_of_the_runs_and_how_far_they_are_apart() -> None:
     runs = [run_of("a", 1, 0.1, 0.1), run_of("b", 1, 0.2), run_of("a", 2, 0.11, 0.13), run_of("a", 3, 0.09, 0.09)]
     assert run_spread_lines(runs)[2:] == [
-        "a: 100.00 ms, median of 3 runs (100.00, 120.00, 90.00), spread 30.0 %; within a run up to 8.3 % (cv)",
-        "b: no spread, 1 of 1 runs ended with a time that counts",
+        "a over nvshmem: 100.00 ms, median of 3 runs (100.00, 120.00, 90.00), spread 30.0 %; within a run up to 8.3 % "
+        "(cv)",
+        "b over nvshmem: no spread, 1 of 1 runs ended with a time that counts",
         "",
     ]
 
@@ -41,7 +42,7 @@ def test_the_medians_of_the_runs_and_how_far_they_are_apart() -> None:
 def test_markdown_and_the_page_show_it_too() -> None:
     entries = [run_of("a", number, seconds) for number, seconds in enumerate((0.1, 0.12), 1)]
     run = Run(Path(), sweep_of([entry.planned for entry in entries]), tuple(entries), is_sweep=True)
-    line = "a: 110.00 ms, median of 2 runs (100.00, 120.00), spread 18.2 %"
+    line = "a over nvshmem: 110.00 ms, median of 2 runs (100.00, 120.00), spread 18.2 %"
     for text in (markdown_text(run), page([run], [Pictures()])):
         assert line in text
         assert "1 scenario in 2 runs: 2 ok" in text
@@ -49,7 +50,9 @@ def test_markdown_and_the_page_show_it_too() -> None:
 
 def test_a_wrong_result_is_no_run() -> None:
     runs = [run_of("a", 1, 0.1), run_of("a", 2, 0.1), run_of("a", 3, 0.001, status=Status.WRONG_DATA)]
-    assert run_spread_lines(runs)[2].startswith("a: 100.00 ms, median of 2 of 3 runs (100.00, 100.00), spread 0.0 %")
+    assert run_spread_lines(runs)[2].startswith(
+        "a over nvshmem: 100.00 ms, median of 2 of 3 runs (100.00, 100.00), spread 0.0 %"
+    )
 
 
 def test_nothing_is_said_of_scenarios_that_run_once() -> None:

@@ -37,6 +37,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ENGINE = EngineResult(
     status=Status.WRONG_DATA,
     reason="a reason",
+    transport="nccl",
     not_moved=(NotMoved("the dtype changes", 2, 100, 200, ("a", "b")),),
     connect_s=0.5,
     connected="one NCCL communicator of 4 ranks",

@@ -152,6 +152,7 @@ PLAIN = Format(predict=f"{HERE}:predict_plain", check=f"{HERE}:check_plain", bui
 
 class GatheringEngine:
     uses_plan = False
+    transport = "gathers"
 
     def __init__(self, scenario: Scenario, device: torch.device) -> None: ...
 

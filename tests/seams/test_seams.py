@@ -90,6 +90,7 @@ def test_an_engine_beside_ours(ranks: RankPool) -> None:
     assert set(result.refit.baselines) == {"gathering"}
     assert "# note: the gathering engine is slow" in output
     assert "x as fast as gathering's own" in output
+    assert "gloo against gathering's gathers" in output
 
 
 def test_an_engine_that_leaves_tensors_out_is_partial(ranks: RankPool, tmp_path: Path) -> None:
@@ -110,6 +111,7 @@ def test_an_engine_that_leaves_tensors_out_is_partial(ranks: RankPool, tmp_path:
     assert "partial engine: not moved: 1 tensors" in output
     assert "Ratio: none: partial engine is partial" in output
     assert "x as fast as gathering's own" in output
+    assert "gloo against gathering's gathers" in output
     assert "0 wrong; 1 tensors not moved" in output
 
 

@@ -25,6 +25,9 @@ class RefitEngine(Protocol):
     uses_plan: bool
     """Whether this engine uses our plan, so that planning counts as part of its first refit."""
 
+    transport: str
+    """What moves its bytes with the scenario's settings on this device: `shm`, `nccl`. Every result names it."""
+
     def __init__(self, scenario: Scenario, device: torch.device) -> None: ...
 
     def check_available(self) -> None:

@@ -85,6 +85,7 @@ class MegatronEngine:
     uses_plan = False
 
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
+        self.transport = service_name(scenario.method, device)
         self._method = scenario.method
         self._device = device
 
@@ -109,13 +110,17 @@ class MegatronEngine:
         return {}
 
     def note(self) -> str | None:
-        if self._device.type == "cuda":
-            if self._method in SERVICES:
-                return None
-            return f"Megatron-Core's own refit runs over {DEFAULT_SERVICE} here: it has no {self._method}"
-        if self._method == "gloo":
+        if self.transport == self._method:
             return None
-        return "Megatron-Core's own refit runs over Gloo here: on CPUs it has no other way"
+        why = f"it has no {self._method}" if self._device.type == "cuda" else "on CPUs it has no other way"
+        return f"Megatron-Core's own refit runs over {self.transport} here: {why}"
+
+
+def service_name(method: str, device: torch.device) -> str:
+    """What moves Megatron's bytes where ours go by `method`: the same where it has it, on CPUs always Gloo."""
+    if device.type != "cuda":
+        return "gloo"
+    return method if method in SERVICES else DEFAULT_SERVICE
 
 
 def _connect_default_group(plan: RefitPlan, rank: int, device: torch.device) -> None:
@@ -182,7 +187,7 @@ def prepare_megatron_refit(
     and RefitError with Megatron's message, on every rank, where it cannot plan this refit.
     """
     device = torch.device(device)
-    service = _service(method, device.type == "cuda")
+    service = _service(method, device)
     modules = [None if model is None else model.module for model in (source, destination)]
     if not compat.has_refit_of_absent_models():
         modules = _with_stand_ins(modules)
@@ -206,12 +211,12 @@ def clear_caches(*modules: Any) -> None:
             del module._cached_reshard_plan
 
 
-def _service(method: str, cuda: bool) -> str | CopyService:
-    if not cuda:
+def _service(method: str, device: torch.device) -> str | CopyService:
+    if device.type != "cuda":
         return GlooCopies()
     if method == "nvshmem":
         compat.check_nvshmem_kernel()
-    return method if method in SERVICES else DEFAULT_SERVICE
+    return service_name(method, device)
 
 
 def _with_stand_ins(modules: list[torch.nn.Module | None]) -> list[torch.nn.Module | None]:

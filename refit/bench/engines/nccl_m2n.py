@@ -61,6 +61,7 @@ class NcclM2nEngine:
     """The `RefitEngine` of nccl_m2n."""
 
     uses_plan = False
+    transport = "nccl"
 
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
         self._timeout_s = scenario.timeout_s

@@ -82,7 +82,7 @@ class EngineRun:
         self._name = name
         self._engine = engine
         self._keep = keep
-        self._result = EngineResult()
+        self._result = EngineResult(transport=engine.transport)
         self._not_moved: Mapping[str, str] = {}
         self._stopwatch = Stopwatch()
         if engine.uses_plan:

@@ -58,7 +58,7 @@ def changes_figure(old: Run, new: Run, comparison: Comparison) -> Figure:
             _bar(axes, scenario, row + offset, scale, name)
         end = scale * max(_end_s(pair.old), _end_s(pair.new))
         axes.annotate(change_text(pair), (end, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(pairs)), [wrapped(pair.name) for pair in pairs], fontsize=9)
+    axes.set_yticks(range(len(pairs)), [_title(pair) for pair in pairs], fontsize=9)
     axes.set_ylim(len(pairs) - 0.5, -0.5)
     axes.set_xlim(0, 1.45 * scale * longest_s or 1.0)
     several = any(scenario.has_runs for pair in pairs for scenario in (pair.old, pair.new))
@@ -71,6 +71,10 @@ def changes_figure(old: Run, new: Run, comparison: Comparison) -> Figure:
     return figure
 
 
+def _title(pair: Pair) -> str:
+    return f"{wrapped(pair.name)}\nover {picture_text(pair.methods)}"
+
+
 def change_text(pair: Pair) -> str:
     """`+10.0 %, within spread`; the status and reason where the new result is not valid."""
     for word, outcome in (("new", pair.new.first), ("old", pair.old.first)):
@@ -79,7 +83,8 @@ def change_text(pair: Pair) -> str:
     if pair.change is None:
         return "no times"
     spread = {True: ", beyond spread", False: ", within spread", None: ""}[pair.is_beyond_spread]
-    return f"{100 * pair.change:+.1f} %{spread}"
+    other = f" ({pair.methods})" if pair.old.methods != pair.new.methods else ""
+    return wrapped_text(f"{100 * pair.change:+.1f} %{spread}{other}", 60)
 
 
 def _half_s(scenario: Repeated) -> float:

@@ -11,11 +11,11 @@ from refit.report.plots.style import (
     LINE,
     Look,
     baseline_look,
-    engine_title,
     grid,
     legend,
     method_look,
     new_figure,
+    ran_title,
     tested_title,
     wrapped,
 )
@@ -35,10 +35,10 @@ def iterations_figure(outcomes: Sequence[Outcome], under: str) -> Figure:
     for place, outcome in enumerate(outcomes, 1):
         axes = figure.add_subplot(rows, columns, place)
         if outcome.tested:
-            _series(axes, outcome.tested, tested_title(outcome), method_look(outcome.planned.method), "-")
+            _series(axes, outcome.tested, tested_title(outcome), method_look(outcome.method), "-")
         for name, baseline in outcome.refit.baselines.items():
             doubt = f", {baseline.doubt.lower()}" if baseline.doubt else ""
-            _series(axes, baseline, f"{engine_title(name)}{doubt}", baseline_look(name), ":")
+            _series(axes, baseline, f"{ran_title(outcome, name)}{doubt}", baseline_look(name), ":")
         axes.set_title(wrapped(outcome.planned.name), fontsize=9)
         _scales(axes)
         if place > len(outcomes) - columns:

@@ -24,12 +24,13 @@ def phases_figure(outcomes: Sequence[Outcome], under: str) -> Figure:
     `outcomes` have measured refits. Phases are those of the slowest rank.
     """
     engines = {outcome.planned.name: outcome.tested for outcome in outcomes if outcome.tested}
+    ways = {outcome.planned.name: picture_text(outcome.method) for outcome in outcomes}
     figure = new_figure(12, 2.2 + 0.42 * len(engines), "Where the time goes", under)
     left, right = figure.subplots(1, 2, sharey=True)
     names = list(engines)
     _stacks(left, {name: phases_s(median_sample(engine)) for name, engine in engines.items()})
     _stacks(right, {name: before_s(engine) for name, engine in engines.items()})
-    left.set_yticks(range(len(names)), [wrapped(name) for name in names], fontsize=9)
+    left.set_yticks(range(len(names)), [f"{wrapped(name)}\nover {ways[name]}" for name in names], fontsize=9)
     left.set_ylim(len(names) - 0.5, -0.5)
     left.set_title("the refit of median time, phases of its slowest rank", fontsize=9)
     right.set_title("once per process, and the first refit", fontsize=9)

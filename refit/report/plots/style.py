@@ -115,9 +115,15 @@ def engine_title(name: str) -> str:
 
 
 def tested_title(outcome: Outcome) -> str:
-    """`refit over nvshmem`: the engine under test and the scenario's method."""
-    name = next((name for name in outcome.refit.engines if name not in outcome.refit.baselines), "refit")
-    return f"{engine_title(name)} over {picture_text(outcome.planned.method)}"
+    """`refit over nvshmem`: the engine under test and what moved its bytes."""
+    return ran_title(
+        outcome, next((name for name in outcome.refit.engines if name not in outcome.refit.baselines), "refit")
+    )
+
+
+def ran_title(outcome: Outcome, name: str) -> str:
+    """`Megatron-Core over gloo`: an engine and what moved its bytes."""
+    return f"{engine_title(name)} over {picture_text(outcome.transport_of(name))}"
 
 
 def wrapped(name: str) -> str:

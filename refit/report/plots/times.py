@@ -10,11 +10,11 @@ from refit.report.plots.style import (
     DOUBTFUL,
     Look,
     baseline_look,
-    engine_title,
     grid,
     legend,
     method_look,
     new_figure,
+    ran_title,
     tested_title,
     time_scale,
     wrapped,
@@ -62,7 +62,7 @@ class Bar:
 
 def bars_of(outcome: Outcome) -> list[Bar]:
     """The bar of the engine under test, then one for each baseline."""
-    return [tested_bar(outcome), *(baseline_bar(name, engine) for name, engine in outcome.refit.baselines.items())]
+    return [tested_bar(outcome), *(baseline_bar(outcome, name) for name in outcome.refit.baselines)]
 
 
 def tested_bar(outcome: Outcome) -> Bar:
@@ -72,17 +72,18 @@ def tested_bar(outcome: Outcome) -> Bar:
     is_valid = outcome.status is Status.OK
     parts += [] if is_valid else [f"{outcome.status.text}: {outcome.reason}" if outcome.reason else outcome.status.text]
     bound_s = bound.seconds if bound and bound.seconds and outcome.median_s else None
-    look = method_look(outcome.planned.method)
+    look = method_look(outcome.method)
     return _bar(outcome.tested, tested_title(outcome), look, ", ".join(parts), is_valid=is_valid, bound_s=bound_s)
 
 
-def baseline_bar(name: str, engine: EngineResult) -> Bar:
-    """One baseline's times, marked where they are no result."""
+def baseline_bar(outcome: Outcome, name: str) -> Bar:
+    """The times of the baseline called `name`, marked where they are no result."""
+    engine, title = outcome.refit.baselines[name], ran_title(outcome, name)
     reason = f": {engine.reason}" if engine.reason and engine.median_s is None else ""
     text = f"{engine.doubt.lower()}{reason}" if engine.doubt else ""
     if engine.median_s is None or engine.doubt:
-        text = f"{engine_title(name)}: {text or 'no times'}"
-    return _bar(engine, f"{engine_title(name)} (baseline)", baseline_look(name), text, is_valid=not engine.doubt)
+        text = f"{title}: {text or 'no times'}"
+    return _bar(engine, f"{title} (baseline)", baseline_look(name), text, is_valid=not engine.doubt)
 
 
 def _bar(

@@ -72,7 +72,7 @@ def test_times_have_a_bar_for_each_engine_with_its_median_and_bound() -> None:
     assert {"2", "3", "4", "75 % of the bound"} <= set(texts(axes))
     assert axes.get_xlabel().startswith("refit time (s)")
     assert axes.figure.get_suptitle() == "Refit time and lower bound\n4 x H200, kimi_k2"
-    assert {"Megatron-Core (baseline)", "other (baseline)", "refit over nvshmem"} <= set(
+    assert {"Megatron-Core over nvshmem (baseline)", "other over nvshmem (baseline)", "refit over nvshmem"} <= set(
         axes.get_legend_handles_labels()[1]
     )
 
@@ -87,7 +87,7 @@ def test_times_show_why_a_scenario_or_a_baseline_has_none() -> None:
     failed = outcome("bad", status=Status.FAILED, engines={}, failure=Failure("killed by the kernel"))
     waived = outcome("ok", baseline=EngineResult(Status.WAIVED, "needs NCCL 2.30"))
     (axes,) = times_figure([failed, waived], "").axes
-    assert {"failed: killed by the kernel", "Megatron-Core: waived: needs NCCL 2.30"} <= set(texts(axes))
+    assert {"failed: killed by the kernel", "Megatron-Core over nvshmem: waived: needs NCCL 2.30"} <= set(texts(axes))
 
 
 def test_times_hatch_and_name_a_wrong_baseline() -> None:
@@ -96,7 +96,7 @@ def test_times_hatch_and_name_a_wrong_baseline() -> None:
         2.0: method_look("nvshmem").hatch,
         4.0: DOUBTFUL.hatch,
     }
-    assert "Megatron-Core: wrong" in texts(axes)
+    assert "Megatron-Core over nvshmem: wrong" in texts(axes)
     assert "not valid" in axes.get_legend_handles_labels()[1]
 
 
@@ -139,8 +139,8 @@ def test_every_engine_has_its_refits_and_their_median() -> None:
     measured = {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
     assert measured == {
         "refit over nvshmem": pytest.approx([100, 200]),
-        "Megatron-Core": pytest.approx([300]),
-        "other": pytest.approx([400, 500]),
+        "Megatron-Core over nvshmem": pytest.approx([300]),
+        "other over nvshmem": pytest.approx([400, 500]),
     }
     dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert dashed == pytest.approx([150, 300, 450])
