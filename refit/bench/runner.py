@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from refit.config.registry import ENGINES, FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Scenario
 from refit.copies.batch import start_loading_kernels
 from refit.errors import UnavailableError
+from refit.predict.cpus import check_running, this_machine
 from refit.report.cycle import cycle_lines
 from refit.report.rank_map import rank_map
 from refit.report.warnings import idle_ranks
@@ -24,12 +26,15 @@ from refit.results.status import worst
 def run(scenario: Scenario) -> int:
     """Run a scenario in a process that torchrun started and return its exit code.
 
-    Raises UnavailableError, before any process group exists, where something it needs is missing on this machine.
+    Raises UnavailableError, before any process group exists, where something it needs is missing on this machine, and
+    UsageError where the weights are more than the memory of its CPUs.
     """
     scenario = with_method(scenario)
     _check_available(scenario)
     if device_for(scenario.method, scenario.device).type == "cuda":
         start_loading_kernels()
+    else:
+        _check_cpus(scenario)
     with launched(scenario) as launch:
         try:
             check_same_method(launch.session)
@@ -107,6 +112,13 @@ def _check_available(scenario: Scenario) -> None:
     for name in scenario.engines:
         if not ENGINES[name].is_baseline:
             load(ENGINES[name].engine)(scenario, device).check_available()
+
+
+def _check_cpus(scenario: Scenario) -> None:
+    """On one host, where all ranks share the memory. Rank 0 checks: no other gets past the process group without it."""
+    ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if os.environ.get("RANK", "0") == "0" and ranks == here:
+        check_running(scenario, this_machine())
 
 
 def _closing_lines(session: Session, result: Result) -> list[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,8 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
         control = dist.group.WORLD
     assert control is not None
     ranks = Ranks.of_default_group()
-    file = ResultFile.create(scenario.output_dir, _file_name(scenario)) if ranks.rank == 0 else None
+    name = scenario.run_name or result.default_name(scenario)
+    file = ResultFile.create(scenario.output_dir, name) if ranks.rank == 0 else None
     if file is not None:  # a run that ends at once still says what it was
         file.write(result.Result(file.run_id, started=result.now(), world_size=ranks.size, scenario=scenario))
     shared = [file]
@@ -188,11 +189,3 @@ def _report(file: ResultFile, failure: Failure) -> None:
 
 def _recorded(failure: Failure) -> result.Failure:
     return result.Failure(failure.message, failure.rank, failure.phase)
-
-
-def _file_name(scenario: Scenario) -> str:
-    """`--run-name`, or `<UTC time>_<scenario>`."""
-    if scenario.run_name is not None:
-        return scenario.run_name
-    words = f"{scenario.title} {scenario.mode.value} {scenario.method}".lower().replace("->", "to")
-    return "_".join([f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", *words.split()])

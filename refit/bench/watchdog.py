@@ -25,6 +25,7 @@ from pathlib import Path
 
 from refit.errors import ExitCode, RefitError
 from refit.report import live
+from refit.results.result import GONE_TEXT, STOPPED_TEXT, STORE_TEXT
 from refit.transport.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class Watchdog:
             try:
                 failure = self._terminated() if readable else self._notice(seen)
             except Exception as error:  # the store is gone, so the run is over
-                failure = Failure(self._rank, self._phase, f"lost the rendezvous store: {error}")
+                failure = Failure(self._rank, self._phase, f"{STORE_TEXT}: {error}")
             if failure is not None:
                 self._end(failure)
 
@@ -158,12 +159,12 @@ class Watchdog:
             if seen.get(peer, ("", 0.0))[0] != beat:
                 seen[peer] = (beat, now)
             elif now - seen[peer][1] > limit_s:
-                return Failure(peer, beat.split(" ", 1)[1], "died or was killed (it stopped answering)", silent=True)
+                return Failure(peer, beat.split(" ", 1)[1], f"{GONE_TEXT} (it stopped answering)", silent=True)
         return None
 
     def _terminated(self) -> Failure:
         """The failure behind a SIGTERM, which comes from a launcher that saw a rank die or from a cancelled job."""
-        own = Failure(self._rank, self._phase, "was told to stop (SIGTERM)")
+        own = Failure(self._rank, self._phase, STOPPED_TEXT)
         return self._roll_call() or own
 
     def _settle(self, own: Failure, unexpected: BaseException | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,16 +18,17 @@ from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
 from refit.cli.main import main
 from refit.cli.parsing import parse
-from refit.config.registry import METHODS
+from refit.config.limits import MAX_NAME
 from refit.config.scenario import Scenario, check_num_ranks
 from refit.errors import ExitCode
+from refit.predict import cpus
 from refit.predict.dry_run import DryRunOptions
 from refit.report import live
 from refit.report.console import show_aside
-from refit.results.result import Failure, Result, ResultFile, now
+from refit.results.result import Failure, Result, ResultFile, default_name, now
 from refit.results.status import Status
 from refit.sweep import check
-from refit.sweep.close import GONE, Cause, killed_text, root_cause, telling_line, tells_more
+from refit.sweep.close import NOTICED, Cause, killed_text, phase_of, root_cause, telling_line, tells_more
 
 KEPT_LINES = 500
 """The end of the ranks' stderr, where torchrun reports which rank failed first."""
@@ -61,9 +63,9 @@ def run(args: argparse.Namespace) -> int:
         return main(flags)
     num_ranks = own.nproc_per_node or request.scenario.num_ranks
     check_num_ranks(request.scenario, num_ranks)
-    method = request.scenario.method
-    if (request.scenario.device or (METHODS[method].device if method in METHODS else None)) == "cpu":
-        check.checked(flags, DryRunOptions(), check.this_machine())
+    if cpus.is_on_cpus(request.scenario):
+        check.checked(flags, DryRunOptions(), cpus.this_machine())
+    flags, own_result = _with_own_result(flags, request.scenario)
     command = [
         sys.executable,
         "-m",
@@ -74,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
         "localhost",
     ]
     command += ["--nproc-per-node", str(num_ranks), "-m", "refit.cli", *flags]
-    own_result = _own_result(request.scenario)
     log: deque[str] = deque(maxlen=KEPT_LINES)
     # On a terminal rank 0 draws over this line as soon as it runs.
     rank_0_draws = live.is_terminal(sys.stdout)
@@ -93,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
         verdict = ""
         for line in without_launcher(_kept(process.stderr, log)):
             live.clear(others=True)
-            if GONE.match(line):
-                verdict = line  # which signal it was comes with the launcher's report
+            if NOTICED.match(line):
+                verdict = verdict or line  # which signal it was comes with the launcher's report
             else:
                 show_aside(line)
         code = process.wait()
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show_killed(verdict: str, cause: Cause) -> None:
     """Say once that a signal ended a rank: what the ranks noticed of it, and what only their launcher knows."""
-    told = GONE.match(verdict)
+    told = NOTICED.match(verdict)
     if text := killed_text(cause):
         phase = f" in phase '{told['phase']}'" if told and int(told["rank"]) == cause.rank else ""
         show_aside(f"FAILED: rank {cause.rank} failed{phase}: {text}")
@@ -117,10 +118,19 @@ def show_killed(verdict: str, cause: Cause) -> None:
         show_aside(verdict)
 
 
-def _own_result(scenario: Scenario) -> ResultFile | None:
-    """The file that the result will have, where its name is known: given, and not taken."""
-    path = scenario.output_dir / f"{scenario.run_name}.json"
-    return None if scenario.run_name is None or path.exists() else ResultFile(path)
+def _with_own_result(flags: list[str], scenario: Scenario) -> tuple[list[str], ResultFile | None]:
+    """`flags` with a name for the result, and the file that it will have; None where the name that was given is taken.
+
+    Named here and not by the ranks, so that it can be completed where they cannot.
+    """
+    if scenario.run_name is not None:
+        path = scenario.output_dir / f"{scenario.run_name}.json"
+        return flags, None if path.exists() else ResultFile(path)
+    name = re.sub(r"[^A-Za-z0-9_.+=-]", "_", default_name(scenario))[: MAX_NAME - len("-999")]
+    stem, number = name, 1
+    while (path := scenario.output_dir / f"{stem}.json").exists():
+        stem, number = f"{name}-{number}", number + 1
+    return [*flags, f"--run-name={stem}"], ResultFile(path)
 
 
 def _complete(file: ResultFile, scenario: Scenario, cause: Cause, code: ExitCode, log: Sequence[str]) -> None:
@@ -132,7 +142,8 @@ def _complete(file: ResultFile, scenario: Scenario, cause: Cause, code: ExitCode
         failure = Failure(message, None if status is Status.WAIVED else cause.rank)
         result = replace(result, status=status, exit_code=int(status.exit_code), failure=failure, finished=now())
     elif result.failure is not None and tells_more(cause, result):
-        result = replace(result, failure=replace(result.failure, message=killed_text(cause)))
+        failure = Failure(killed_text(cause), cause.rank, phase_of(cause, result))
+        result = replace(result, failure=failure)
     file.write(result)
 
 

@@ -14,6 +14,7 @@ from refit.cli.listing import add_list
 from refit.commands.outcome import add_ending, ending
 from refit.config.limits import MAX_SCENARIOS
 from refit.errors import ExitCode, UsageError
+from refit.predict import cpus
 from refit.report.console import show, show_aside, show_text, table_width
 from refit.report.dispatchers import dispatcher_text
 from refit.report.overlap import overlap_text
@@ -175,14 +176,14 @@ def _allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.Al
 
     On CPUs every scenario is on one node, with as many ranks as it needs.
     """
-    machine = check.this_machine() if args.cpu_fallback else None
+    machine = cpus.this_machine() if args.cpu_fallback else None
     if machine is not None:
         before = None
     cluster = args.cluster or (before.cluster if before else None)
     return run.Allocation(
         num_gpus=args.num_gpus or (before.num_gpus if before else None),
         gpus_per_node=args.gpus_per_node
-        or (before.gpus_per_node if before else check.most_cpu_ranks(machine) if machine else GPUS_PER_NODE),
+        or (before.gpus_per_node if before else cpus.most_cpu_ranks(machine) if machine else GPUS_PER_NODE),
         cluster=str(Path(cluster).absolute()) if cluster and cluster.endswith((".yaml", ".yml")) else cluster,
         machine=machine,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 
-from refit.config.registry import METHODS
+from refit.config.registry import AUTO, METHODS
 from refit.config.scenario import Scenario
 from refit.results.result import Result
 from refit.results.sweep import Planned
@@ -35,15 +35,22 @@ def foreign(planned: Planned, result: Result) -> str | None:
 def differences(planned: Scenario, ran: Scenario) -> list[str]:
     """`model.hidden_size 1024, planned 512`, one for each field that differs.
 
-    On CPUs the stand-in of a GPU method counts as that method.
+    On CPUs the stand-in of a GPU method counts as that method. A run records what AUTO chose, and the device with it.
     """
     found: list[str] = []
+    chosen = _chosen(planned, ran)
     for field in fields(Scenario):
-        before, after = getattr(planned, field.name), getattr(ran, field.name)
-        stands_in = field.name == "method" and before in METHODS and after == METHODS[before].cpu_stand_in
-        if field.name not in NOT_COMPARED and not stands_in:
-            _compare(field.name, before, after, found)
+        if field.name not in NOT_COMPARED and field.name not in chosen:
+            _compare(field.name, getattr(planned, field.name), getattr(ran, field.name), found)
     return found
+
+
+def _chosen(planned: Scenario, ran: Scenario) -> tuple[str, ...]:
+    """The fields that a run fills in for the planned scenario."""
+    if planned.method == AUTO:
+        return ("method",) if planned.device else ("method", "device")
+    stands_in = planned.method in METHODS and ran.method == METHODS[planned.method].cpu_stand_in
+    return ("method",) if stands_in else ()
 
 
 def _compare(name: str, before: object, after: object, found: list[str]) -> None:

@@ -27,6 +27,13 @@ from refit.results.upgrade import RESULT_VERSION, upgraded_result
 T = TypeVar("T")
 
 
+GONE_TEXT = "died or was killed"
+STOPPED_TEXT = "was told to stop (SIGTERM)"
+STORE_TEXT = "lost the rendezvous store"
+CONSEQUENCES = (GONE_TEXT, STOPPED_TEXT, STORE_TEXT)
+"""What ranks notice where one of them is ended by a signal. Which signal it was, only their launcher knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Which rank failed in which phase, as far as it is known, and why."""
@@ -100,6 +107,12 @@ class Result:
     @property
     def variables(self) -> dict[str, str]:
         return self.environment.variables if self.environment else {}
+
+
+def default_name(scenario: Scenario) -> str:
+    """`<UTC time>_<scenario>`: what a result is called without `--run-name`."""
+    words = f"{scenario.title} {scenario.mode.value} {scenario.method}".lower().replace("->", "to")
+    return "_".join([f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", *words.split()])
 
 
 def now() -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit.errors import ExitCode
-from refit.results.result import Failure, Result, ResultFile, now
+from refit.results.result import CONSEQUENCES, Failure, Result, ResultFile, now
 from refit.results.status import Status
 from refit.results.sweep import Attempt
 
@@ -30,9 +30,13 @@ ROOT_CAUSE = re.compile(
 code is 1 whatever the rank's was."""
 
 
-GONE_TEXT = "died or was killed"
-GONE = re.compile(rf"FAILED: rank (?P<rank>\d+) failed in phase '(?P<phase>[^']*)': {GONE_TEXT}")
-"""The ranks' verdict on one that stopped answering. Its launcher alone knows which signal ended it."""
+NOTICED = re.compile(
+    rf"FAILED: rank (?P<rank>\d+) failed in phase '(?P<phase>[^']*)': (?:{'|'.join(map(re.escape, CONSEQUENCES))})"
+)
+"""The ranks' verdict where one of them is gone. Its launcher alone knows which signal ended it."""
+
+ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGBUS)
+"""Exit codes of ranks that said nothing: what others say afterwards follows from their end."""
 
 ADVICE = {
     "SIGKILL": "most likely the kernel, for lack of memory (`dmesg` says so): use fewer ranks per host, a "
@@ -84,7 +88,7 @@ def close(attempt: Attempt, ending: Ending) -> Result:
             message=_message(ending, cause, log, status is Status.WAIVED),
             # Errors common to all ranks are not attributed to one.
             rank=None if cause.exit_code in (ExitCode.WAIVED, ExitCode.USAGE) else cause.rank,
-            phase=result.failure.phase if result.failure else None,
+            phase=phase_of(cause, result),
         ),
         finished=now(),
     )
@@ -93,11 +97,19 @@ def close(attempt: Attempt, ending: Ending) -> Result:
 
 
 def tells_more(cause: Cause, result: Result) -> bool:
-    """Whether the launcher knows the signal that ended the rank of which the ranks only know that it is gone."""
+    """Whether the launcher knows the signal that ended a rank, and the result has only what followed from it."""
     failure = result.failure
-    return (
-        killed_text(cause) != "" and failure is not None and failure.rank == cause.rank and GONE_TEXT in failure.message
-    )
+    if failure is None or not killed_text(cause) or failure.message == killed_text(cause):
+        return False
+    return cause.exit_code in ENDED_FROM_OUTSIDE or any(text in failure.message for text in CONSEQUENCES)
+
+
+def phase_of(cause: Cause, result: Result) -> str | None:
+    """The phase that the result gives, unless it is that of another rank than the one that was killed."""
+    failure = result.failure
+    if failure is None or (killed_text(cause) and failure.rank != cause.rank):
+        return None
+    return failure.phase
 
 
 def _message(ending: Ending, cause: Cause, log: Sequence[str], waived: bool) -> str:

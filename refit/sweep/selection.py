@@ -15,7 +15,7 @@ from refit.cli.parsing import read_flags
 from refit.config import yaml_files
 from refit.config.flag_names import SIZE_FLAGS
 from refit.config.limits import MAX_SCENARIOS
-from refit.config.registry import METHODS
+from refit.config.registry import AUTO, METHODS
 from refit.config.scenario import Mode
 from refit.errors import UsageError
 from refit.results.sweep import check_name
@@ -231,7 +231,7 @@ def _line_values(line: str) -> tuple[str, dict[str, object]]:
             raise UsageError(f"{field} must be a whole number from 1 up, not {yaml_files.shortened(text)}")
     mode, method, name = fields[4:]
     modes = [mode.value for mode in Mode]
-    for field, text, allowed in (("REFIT_MODE", mode, modes), ("REFIT_METHOD", method, list(METHODS))):
+    for field, text, allowed in (("REFIT_MODE", mode, modes), ("REFIT_METHOD", method, [*METHODS, AUTO])):
         if text not in allowed:
             raise UsageError(f"{field} must be {' or '.join(allowed)}, not {text!r}")
     check_name(name, "DESCRIPTION")

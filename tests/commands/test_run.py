@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refit.commands import main
 from refit.commands.run import show_killed, without_launcher
-from refit.results.result import read_result
+from refit.config.registry import AUTO, METHODS
+from refit.predict import cpus
+from refit.results.result import Failure, Result, encoded, read_result
 from refit.results.status import Status
 from refit.sweep.close import Cause
 from tests.ranks.waiting import pid_of_rank, read_until, wait_until
@@ -95,6 +98,63 @@ def test_more_than_this_machine_can_run_is_refused(capsys: pytest.CaptureFixture
     assert "--dry-run" in capsys.readouterr().err
 
 
+QWEN3 = "--model qwen3_30b_a3b --tensor-model-parallel-size 4 --expert-model-parallel-size 8 --rl-inference-format vllm"
+QWEN3 += " --rl-inference-tensor-model-parallel-size 8 --rl-inference-replicas 2 --cluster h100_ib400"
+
+
+@pytest.mark.parametrize("method", [*(name for name, row in METHODS.items() if row.device == "cpu"), AUTO])
+def test_no_method_starts_ranks_that_need_more_memory_than_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """48 ranks of a model of 30 billion parameters, on a machine that has few cores and little memory."""
+    monkeypatch.setattr(cpus, "has_gpu", lambda: False)
+    monkeypatch.setattr(cpus, "this_machine", lambda: cpus.Machine(2, 16 * 10**9))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("ranks were started"))
+    assert main(["run", *QWEN3.split(), "--refit-method", method]) == 2
+    assert re.search(r"error: ranks on the CPUs .* GB of memory > 16\.00 GB free", capsys.readouterr().err)
+
+
+TOLD = "FAILED: rank 0 failed in phase 'build': was told to stop (SIGTERM)"
+KILLED = """\
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-26_15:30:02
+  host      : node7
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 12)
+"""
+
+
+def test_the_cause_is_one_in_terminal_result_and_report(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel ends rank 1 before its first heartbeat. The other ranks only know that they were told to stop."""
+
+    def launched(command: list[str], **kwargs: Any) -> subprocess.Popen[str]:
+        """What stands in for the launcher: rank 0 writes its result, and the launcher its report of rank 1."""
+        name = next(word for word in command if word.startswith("--run-name=")).partition("=")[2]
+        failure = Failure("was told to stop (SIGTERM)", 0, "build")
+        ended = Result(name, status=Status.FAILED, exit_code=4, failure=failure)
+        (tmp_path / f"{name}.json").write_text(encoded(ended))
+        text = f"import sys; sys.stderr.write({(TOLD + chr(10) + KILLED)!r}); sys.exit(1)"
+        return started_process([sys.executable, "-c", text], **kwargs)
+
+    started_process = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    assert main(["run", *SMALL, "--output-dir", str(tmp_path)]) == 4
+    errors = capsys.readouterr().err
+    cause = "killed on node7 by signal 9 (SIGKILL): most likely the kernel, for lack of memory"
+    assert f"FAILED: rank 1 failed: {cause}" in errors
+    assert "told to stop" not in errors
+    (path,) = tmp_path.glob("*.json")
+    failure = read_result(path).failure
+    assert failure is not None
+    assert (failure.rank, failure.phase) == (1, None)
+    assert failure.message.startswith(cause)
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"FAILED: rank 1: {cause}" in capsys.readouterr().out
+
+
 def test_fewer_ranks_than_the_scenario_needs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--nproc-per-node", "1", *SMALL]) == 2
     assert "1 + 1 = 2 GPUs needed > 1 available" in capsys.readouterr().err
@@ -113,6 +173,10 @@ def test_a_rank_killed_from_outside_is_named(tmp_path: Path) -> None:
     assert len(told) == 1, errors
     assert "by signal 9 (SIGKILL)" in told[0]
     assert "ChildFailedError" not in errors
+    (path,) = tmp_path.glob("*.json")
+    failure = read_result(path).failure
+    assert failure is not None
+    assert told[0].endswith(failure.message)
 
 
 def test_a_dry_run_starts_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,14 @@ def test_what_differs_is_named(flags: list[str], expected: list[str]) -> None:
     assert all(line.startswith(start) for line, start in zip(sorted(found), sorted(expected), strict=True)), found
 
 
+def test_what_auto_chose_is_the_scenario_that_was_planned() -> None:
+    planned = scenario("--refit-method=auto")
+    ran = replace(scenario("--refit-method=shm"), device="cpu")
+    assert differences(planned, ran) == []
+    assert differences(planned, replace(ran, num_warmup=7)) == ["num_warmup 7, planned 2"]
+    assert differences(replace(planned, device="cuda"), ran) == ["device cpu, planned cuda"]
+
+
 def test_a_scenario_from_a_file_is_the_same() -> None:
     ran = converted(json.loads(encoded(scenario("--output-dir=a"))), Scenario)
     assert ran.output_dir == Path("a")

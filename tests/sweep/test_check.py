@@ -8,11 +8,12 @@ import pytest
 
 from refit.config.clusters import load_cluster
 from refit.errors import UsageError
+from refit.predict.cpus import Machine
 from refit.predict.dry_run import DryRunOptions
 from refit.report.sweep_table import sweep_text
 from refit.results.status import Status
 from refit.results.sweep import Sweep
-from refit.sweep.check import Machine, Placement, check, checked, on_cpus, place, this_machine
+from refit.sweep.check import Placement, check, checked, on_cpus, place
 from refit.sweep.run import Allocation, plan
 from refit.sweep.selection import Candidate, select_file, select_lines
 from tests.report.factories import on_ranks_from, side
@@ -213,7 +214,7 @@ def test_what_cpus_cannot_run_is_refused_with_both_numbers(
         checked(flags, DryRunOptions(None, 8, None), machine)
     start, _, rest = str(refused.value).partition(" need too much: ")
     found, _, remedy = rest.partition(": ")
-    assert start == "there is no GPU here, and ranks on its CPUs"
+    assert start == "ranks on the CPUs of this machine"
     assert len(re.findall(r" > ", found)) == len(problems)
     assert all(problem in found for problem in problems)
     assert remedy == "plan it with --dry-run, or run --model tiny on few ranks"
@@ -240,12 +241,6 @@ def test_a_model_provider_on_cpus_is_judged_by_its_ranks() -> None:
     assert check(Candidate("a", flags), DryRunOptions(None, 8, None), LAPTOP).status is Status.READY
     small = check(Candidate("a", flags), DryRunOptions(None, 8, None), Machine(2, GB))
     assert "2.80 GB of memory > 1.00 GB free" in (small.reason or "")
-
-
-def test_this_machine_has_cores_and_memory() -> None:
-    machine = this_machine()
-    assert machine.cores >= 1
-    assert machine.memory_bytes is None or machine.memory_bytes > 0
 
 
 def test_a_sweep_on_cpus_refuses_what_is_too_large_for_them() -> None:

@@ -147,11 +147,33 @@ def test_the_signal_is_added_to_what_the_ranks_have_noticed(tmp_path: Path) -> N
     assert noted.message.startswith("killed on node1 by signal 9")
 
 
-def test_another_ranks_signal_changes_nothing(tmp_path: Path) -> None:
-    gone = Failure("died or was killed (it stopped answering)", 2, "plan")
+@pytest.mark.parametrize(
+    "noticed",
+    [
+        "was told to stop (SIGTERM)",
+        "died or was killed (it stopped answering)",
+        "lost the rendezvous store: timed out",
+        "RuntimeError: Connection closed by peer",
+    ],
+)
+def test_what_other_ranks_noticed_gives_way_to_the_signal_that_the_launcher_saw_first(
+    tmp_path: Path, noticed: str
+) -> None:
+    """A rank that the kernel ends while it starts has no heartbeat yet, by which the others could name it."""
     log = TORCHRUN.format(time="2026-01-26_15:30:02", rank=3, code=-9)
-    recorded = Result("x", status=Status.FAILED, exit_code=4, failure=gone)
-    assert failure(attempt(tmp_path, log, recorded), Ending(1)) == gone
+    recorded = Result("x", status=Status.FAILED, exit_code=4, failure=Failure(noticed, 2, "plan"))
+    told = attempt(tmp_path, log, recorded)
+    noted = failure(told, Ending(1))
+    assert (noted.rank, noted.phase) == (3, None)
+    assert noted.message.startswith("killed on node1 by signal 9 (SIGKILL): most likely the kernel, for lack of memory")
+    assert failure(told, Ending(1)) == noted
+
+
+def test_an_error_that_ranks_named_stays_beside_a_later_abort(tmp_path: Path) -> None:
+    slow = Failure("took longer than the timeout of 300 s", 2, "plan")
+    log = TORCHRUN.format(time="2026-01-26_15:30:02", rank=3, code=-6)
+    recorded = Result("x", status=Status.FAILED, exit_code=4, failure=slow)
+    assert failure(attempt(tmp_path, log, recorded), Ending(1)) == slow
 
 
 def test_a_missing_transport_is_waived_also_behind_torchrun(tmp_path: Path) -> None:

@@ -263,8 +263,8 @@ def test_runs_of_each_scenario_are_interleaved_and_compared(tmp_path: Path, caps
         write_status(path.parent / f"run_{stem}", Status.OK, refit=timed([seconds]))
     ok(capsys, "sweep", "begin", "--resume", "run", "--output-dir", str(tmp_path))
     summary = ok(capsys, "sweep", "end", str(path), code=4)
-    assert "first: 105.00 ms, median of 2 runs (100.00, 110.00), spread 9.5 %" in summary
-    assert "second: 200.00 ms, median of 2 runs (200.00, 200.00), spread 0.0 %" in summary
+    assert "first over gloo: 105.00 ms, median of 2 runs (100.00, 110.00), spread 9.5 %" in summary
+    assert "second over shm: 200.00 ms, median of 2 runs (200.00, 200.00), spread 0.0 %" in summary
     assert "3 scenarios in 5 runs: 4 ok, 1 refused" in summary
 
 

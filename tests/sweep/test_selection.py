@@ -59,7 +59,10 @@ def test_flags_of_all_scenarios_come_before_their_own() -> None:
         ("8:8:8:four:non-collocated:nvshmem:x", "DST_EP must be a whole number from 1 up, not 'four'"),
         ("-8:8:8:4:non-collocated:nvshmem:x", "SRC_TP must be a whole number from 1 up, not '-8'"),
         ("8:8:8:4:colocated:nvshmem:x", "REFIT_MODE must be collocated or non-collocated, not 'colocated'"),
-        ("8:8:8:4:collocated:mpi:x", "REFIT_METHOD must be cuda-ipc or nvshmem or nccl or shm or gloo, not 'mpi'"),
+        (
+            "8:8:8:4:collocated:mpi:x",
+            "REFIT_METHOD must be cuda-ipc or nvshmem or nccl or shm or gloo or auto, not 'mpi'",
+        ),
         ("8:8:8:4:collocated:nccl:a/b", "DESCRIPTION 'a/b' cannot be part of a file name: use 1 to 150 letters"),
         ("8:8:8:4:collocated:nccl:", "DESCRIPTION '' cannot be part of a file name"),
         ("8:8:8:4:collocated:nccl:a.2", "DESCRIPTION 'a.2' cannot be part of a file name"),
