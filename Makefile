@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 # The newest release tried. On a machine with GPUs, give the build that fits its driver: make demo TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
+# Everything else is installed as it stands here. LOCK= takes the newest releases instead.
+LOCK ?= requirements/lock.txt
+# Another Megatron-Core than the lock has for this Python: make demo MEGATRON=megatron-core==0.19.2
+MEGATRON ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL_SCRIPTS := $(wildcard *.sh scripts/*.sh tests/*.sh tests/slurm/*.sh) tests/shell/bin/scontrol .ci/run
 # torchrun would set and announce the same default.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check bench bench-gpu results slurm-test clean
+.PHONY: demo test test-quick test-all test-megatron test-latest test-floors check lock bench bench-gpu results slurm-test clean
 
 ## demo: a real refit on eight CPU ranks, verified bit for bit (TP2 EP2 -> TP2 EP1, two ranks idle)
 demo: $(READY)
@@ -23,12 +27,25 @@ demo: $(READY)
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 ## test: style, types and the quick tests, in some five minutes on two cores
-test: check
+test: check test-quick
+
+test-quick: $(READY)
 	$(PYTEST) -m "not slow"
 
 ## test-all: style, types and all tests, which is what CI runs
 test-all: check
 	$(PYTEST)
+
+## test-latest: what `make test` runs, with the newest releases (of torch too: TORCH=torch); before a release
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) test VENV=.venv-latest LOCK=
+
+## test-floors: the quick tests with the oldest releases that pyproject.toml admits (of torch too: TORCH=torch==...)
+test-floors: $(UV)
+	$(RESOLVE) --resolution lowest-direct --upgrade --output-file build/floors.txt
+	rm -rf .venv-floors
+	$(MAKE) test-quick VENV=.venv-floors LOCK=build/floors.txt
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -56,11 +73,34 @@ bench-gpu: $(READY)
 results: $(READY)
 	$(BIN)/python -m benchmarks.results_docs
 
-$(READY): pyproject.toml
+# pip checks the lock's hashes. torch comes after it, so that what a CUDA build pins itself (Triton) wins.
+$(READY): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
+ifneq ($(LOCK),)
+	sed -n '/^setuptools==/,/[^\\]$$/p' $(LOCK) | $(BIN)/pip install --quiet --no-deps --requirement /dev/stdin
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --use-pep517 --requirement $(LOCK)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+else
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
+endif
+ifneq ($(MEGATRON),)
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python "$(MEGATRON)"
+endif
 	touch $(READY)
 
+# uv resolves for every Python and platform at once, and needs no torch for it.
+UV := .venv-uv/bin/uv
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/pip install --quiet uv==0.13.9
+RESOLVE := $(UV) pip compile --quiet --config-file requirements/uv.toml --python .venv-uv/bin/python pyproject.toml
+
+## lock: requirements/lock.txt for the dependencies of pyproject.toml; what it has stays, or UPGRADE=--upgrade
+UPGRADE ?=
+lock: $(UV)
+	$(RESOLVE) $(UPGRADE) --output-file requirements/lock.txt
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
