@@ -36,6 +36,10 @@ test-quick: $(READY)
 test-all: check
 	$(PYTEST)
 
+## test-megatron: the tests that build Megatron-Core sides, the slow ones too; CI runs them with each Megatron-Core
+test-megatron: $(READY)
+	$(PYTEST) -m megatron
+
 ## test-latest: what `make test` runs, with the newest releases (of torch too: TORCH=torch); before a release
 test-latest:
 	rm -rf .venv-latest

@@ -23,10 +23,14 @@ def skipped(*reasons: str) -> str:
 def run(tmp_path: Path, text: str, **environ: str) -> tuple[int, str]:
     """Exit code and output."""
     (tmp_path / "test_it.py").write_text(text)
-    command = [sys.executable, "-m", "pytest", "-p", "tests.skips", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.skips", "-p", "no:cacheprovider", "-c", os.devnull]
     kept = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith("PYTEST_")}
     ran = subprocess.run(
-        [*command, "-c", os.devnull, str(tmp_path)], cwd=ROOT, env=kept | environ, capture_output=True, text=True
+        [*command, f"--rootdir={tmp_path}", str(tmp_path)],
+        cwd=ROOT,
+        env=kept | environ,
+        capture_output=True,
+        text=True,
     )
     return ran.returncode, ran.stdout
 
