@@ -47,6 +47,7 @@ test-latest:
 
 ## test-floors: the quick tests with the oldest releases that pyproject.toml admits (of torch too: TORCH=torch==...)
 test-floors: $(UV)
+	mkdir -p build
 	$(RESOLVE) --resolution lowest-direct --upgrade --output-file build/floors.txt
 	rm -rf .venv-floors
 	$(MAKE) test-quick VENV=.venv-floors LOCK=build/floors.txt

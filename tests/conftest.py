@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.ranks.megatron import may_build, pytest_runtest_call  # noqa: F401 - a hook
 from tests.ranks.pool import RankPool
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 - hooks
 
@@ -27,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests that need ranks together, and on one worker of pytest-xdist: each worker has a pool of its own."""
     items.sort(key=needs_ranks)
     for item in items:
+        if may_build(item):
+            item.add_marker(pytest.mark.megatron)
         if needs_ranks(item):
             item.add_marker(pytest.mark.xdist_group("ranks"))
 

@@ -21,6 +21,8 @@ from refit.results.status import Status
 from refit.sweep.close import Cause
 from tests.ranks.waiting import pid_of_rank, read_until, wait_until
 
+pytestmark = pytest.mark.megatron
+
 SMALL = [
     "--model",
     "tiny",

@@ -15,6 +15,8 @@ import pytest
 
 from tests.ranks.waiting import pid_of_rank, read_until
 
+pytestmark = pytest.mark.megatron
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--model", "tiny", "--num-layers", "1", "--moe-layer-freq", "1", "--vocab-size", "512"]
 SMALL += ["--refit-method", "gloo"]

@@ -13,6 +13,8 @@ from refit.results.runs import find_run
 from refit.results.status import Status
 from tests.shell.conftest import ROOT, Shell
 
+pytestmark = pytest.mark.megatron
+
 KIMI = "benchmark_refit_kimi_k2.sh"
 
 

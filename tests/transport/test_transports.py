@@ -26,6 +26,8 @@ from refit.transport.two_sided import gloo
 from tests.ranks.pool import PATIENCE_S, RankError, RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
+pytestmark = pytest.mark.no_megatron
+
 TIMEOUT_S = 100.0
 
 BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]

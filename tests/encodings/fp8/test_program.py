@@ -32,6 +32,8 @@ from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.ranks.pool import RankPool
 
+pytestmark = pytest.mark.no_megatron
+
 RANKS = 8
 
 

@@ -59,6 +59,7 @@ def differences(rank: int, shape: ModelShape, sizes: dict[str, Any]) -> list[str
     return unlike(predict(shape, spec), rank, weights)
 
 
+@pytest.mark.no_megatron
 @given(st.data())
 @settings(max_examples=10, suppress_health_check=list(HealthCheck))
 def test_the_prediction_is_what_deepspeed_states(ranks: RankPool, data: st.DataObject) -> None:
@@ -152,6 +153,7 @@ def built_bytes(rank: int, argv: list[str]) -> dict[str, int]:
     return found
 
 
+@pytest.mark.no_megatron
 @pytest.mark.parametrize("dtype", [[], ["--rl-inference-dtype=fp8-block"], ["--rl-inference-dtype=mxfp8"]])
 def test_a_destination_holds_the_weights_of_a_dry_run_and_no_more(ranks: RankPool, dtype: list[str]) -> None:
     """No optimizer, no flat buffers, and no BF16 copy of what is FP8: beside the weights are rotary tables."""
@@ -201,6 +203,7 @@ def _gathered(built: AutotpSide) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.no_megatron
 @pytest.mark.parametrize("model", FAMILY.values())
 def test_a_full_state_dict_arrives_in_other_parts(ranks: RankPool, model: str) -> None:
     flags = [*AUTOTP, f"{TP}=2", f"{RL_TP}=3"]
@@ -240,6 +243,7 @@ def step(rank: int, shape: ModelShape, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.no_megatron
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_the_engine_trains_and_zero_shards_its_optimizer_over_the_replicas(ranks: RankPool, zero_stage: int) -> None:
     sizes = {"world_size": 4, "tp": 2, "first_rank": 3, "zero_stage": zero_stage}

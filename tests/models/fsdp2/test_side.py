@@ -48,6 +48,7 @@ def differences(rank: int, shape: ModelShape, sizes: dict[str, int]) -> list[str
     return unlike(predict(shape, spec), rank, weights)
 
 
+@pytest.mark.no_megatron
 @given(st.data())
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
 def test_the_prediction_is_what_dtensor_states(ranks: RankPool, data: st.DataObject) -> None:
@@ -136,6 +137,7 @@ def _held(built: Side) -> dict[str, torch.Tensor]:
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
 
 
+@pytest.mark.no_megatron
 @pytest.mark.parametrize("model", FAMILY.values())
 def test_a_full_state_dict_arrives_in_another_mesh(ranks: RankPool, model: str) -> None:
     flags = [

@@ -127,6 +127,7 @@ def test_flash_attention_needs_cuda_and_its_package(monkeypatch: pytest.MonkeyPa
 # --- Four ranks -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_megatron
 @pytest.mark.slow
 @LIBRARIES
 def test_eager_attention_takes_the_steps_of_sdpa(ranks: RankPool, library: list[str]) -> None:
@@ -157,6 +158,7 @@ def test_autocast_is_refitted_in_16_bits(ranks: RankPool, library: list[str]) ->
     assert tested.trained.agreement == 1.0
 
 
+@pytest.mark.no_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_experts_under_autocast(ranks: RankPool, model: str) -> None:
@@ -170,6 +172,7 @@ def test_experts_under_autocast(ranks: RankPool, model: str) -> None:
         assert found.losses == pytest.approx(single.losses, rel=2e-3)
 
 
+@pytest.mark.no_megatron
 @pytest.mark.slow
 def test_float16_autocast_scales_its_loss(ranks: RankPool) -> None:
     single = steps_of(trained(ranks, "--fp32", *FSDP2))
@@ -180,6 +183,7 @@ def test_float16_autocast_scales_its_loss(ranks: RankPool) -> None:
     assert steps_of(trained(ranks, *flags, *FSDP2)).num_skipped == 2
 
 
+@pytest.mark.no_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_autocast_at_other_stages_of_zero(ranks: RankPool, stage: int) -> None:

@@ -91,6 +91,7 @@ def test_three_libraries_take_the_same_steps(ranks: RankPool, untied: list[str])
     assert ("the embedding is whole on every rank" in trainer_text(outcomes)) == bool(untied)
 
 
+@pytest.mark.no_megatron
 @pytest.mark.slow
 def test_a_step_does_not_depend_on_the_layout(ranks: RankPool) -> None:
     """An uneven vocabulary over TP, replicas of FSDP2's shards, and ZeRO's stages."""
@@ -124,6 +125,7 @@ def test_experts_are_trained_alike(ranks: RankPool, model: str) -> None:
         assert norms_of(found) == pytest.approx(norms_of(megatron), rel=1e-3)
 
 
+@pytest.mark.no_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_experts_do_not_depend_on_the_layout(ranks: RankPool, model: str) -> None:
@@ -135,6 +137,7 @@ def test_experts_do_not_depend_on_the_layout(ranks: RankPool, model: str) -> Non
         assert norms_of(found) == pytest.approx(norms_of(whole), rel=1e-4)
 
 
+@pytest.mark.no_megatron
 def test_ranks_whose_experts_get_no_token_take_part(ranks: RankPool) -> None:
     """Four tokens of one choice each, over eight experts of four ranks."""
     flags = [
@@ -154,6 +157,7 @@ def test_ranks_whose_experts_get_no_token_take_part(ranks: RankPool) -> None:
 RECOMPUTE = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
 
 
+@pytest.mark.no_megatron
 @pytest.mark.parametrize("library", [FSDP2, pytest.param(AUTOTP, marks=pytest.mark.slow)], ids=["fsdp2", "autotp"])
 def test_recomputation_changes_no_loss(ranks: RankPool, library: list[str]) -> None:
     stored = steps_of(trained(ranks, *library))
