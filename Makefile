@@ -102,10 +102,10 @@ $(UV):
 	.venv-uv/bin/pip install --quiet uv==0.13.9
 RESOLVE := $(UV) pip compile --quiet --config-file requirements/uv.toml --python .venv-uv/bin/python pyproject.toml
 
-## lock: requirements/lock.txt for the dependencies of pyproject.toml; what it has stays, or UPGRADE=--upgrade
+## lock: requirements/lock.txt for the dependencies of pyproject.toml; what it has stays, unless UPGRADE=1
 UPGRADE ?=
 lock: $(UV)
-	$(RESOLVE) $(UPGRADE) --output-file requirements/lock.txt
+	$(RESOLVE) $(if $(UPGRADE),--upgrade) --output-file requirements/lock.txt
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+QUICKSTART = " ".join((ROOT / "docs/quickstart.md").read_text(encoding="utf-8").split())
 MEASURED = " ".join((ROOT / "docs/performance.md").read_text(encoding="utf-8").split())
 LOCK = (ROOT / "requirements/lock.txt").read_text(encoding="utf-8")
 ENTRIES = re.split(r"\n(?=\S)", LOCK[re.search(r"^\w", LOCK, re.MULTILINE).start() :].rstrip())  # type: ignore[union-attr]
@@ -87,3 +88,5 @@ def test_python_has_its_megatron_core() -> None:
     """What CI tests beside each other: the newest that Python 3.11 and Python 3.12 can install."""
     of_python = {version: locked({"python_full_version": f"{version}.5"})["megatron-core"] for version in PYTHONS}
     assert of_python["3.10"] == of_python["3.11"] != of_python["3.12"] == of_python["3.13"]
+    (older,), (newer,) = of_python["3.11"], of_python["3.12"]
+    assert f"Megatron-Core is {older} on Python 3.10 and 3.11, {newer} from 3.12 on." in QUICKSTART
