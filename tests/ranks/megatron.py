@@ -21,11 +21,11 @@ ROW = FORMATS["megatron"]
 NUM_BUILT = multiprocessing.Value("q", 0)
 
 
-def build_side(*args: Any) -> Any:
+def build_side(scenario: Any, name: str, spec: Any, device: Any) -> Any:
     """What the table of formats names, counted."""
     with NUM_BUILT.get_lock():
         NUM_BUILT.value += 1
-    return load(ROW.build)(*args)
+    return load(ROW.build)(scenario, name, spec, device)
 
 
 FORMATS._rows["megatron"] = replace(ROW, build=f"{__name__}:build_side")
