@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -10,6 +10,7 @@ from refit.config.quantisation import CODES_DTYPE, Quantisation
 from refit.encodings.fp8.reference import dequantise
 from refit.memory.views import matrices_of, matrix_of, part_within
 from refit.memory.weights import LocalShard, LocalWeights, assembled, new_shard
+from refit.models.forward_pass import ForwardPass
 from refit.models.sharded_model import LiveSettings, ShardedModel, Trainer
 from refit.plan.box import Box
 from refit.plan.quantised import Grid, scale_spec
@@ -60,11 +61,11 @@ class QuantisedModel:
     def check_forward(self) -> None:
         self._model.check_forward()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def forward(self, tokens: torch.Tensor, replayed: Mapping[int, torch.Tensor] | None = None) -> ForwardPass:
         self.prepare_infer()
-        logits = self._model.forward(tokens)
+        found = self._model.forward(tokens, replayed)
         self._release()
-        return logits
+        return found
 
     def prepare_infer(self) -> None:
         """Multiply codes by scales. The memory that this takes stays in use until `forward` has given logits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from refit.memory.weights import LocalWeights
+from refit.models.forward_pass import ForwardPass
 
 
 class Recorder(Protocol):
@@ -113,12 +114,13 @@ class ShardedModel(Protocol):
         """Raise UnavailableError, the same on every rank of the side, where no forward pass can run."""
         ...
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Logits `[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`.
+    def forward(self, tokens: torch.Tensor, replayed: Mapping[int, torch.Tensor] | None = None) -> ForwardPass:
+        """Run `tokens` `[batch, sequence]` forward in float32, the weights' values as they are; with the states of
+        another pass, every layer computes with those (`Trace`).
 
-        None on ranks without logits and on ranks outside the side. Vocabulary padding is removed. Tokens go to the
-        experts that the router chooses, also where steps force them. Collective: every rank of the side. Raises
-        RefitError where the pass fails.
+        Nothing is known on ranks outside the side. Vocabulary padding is removed. Tokens go to the experts that the
+        router chooses, also where steps force them. Collective: every rank of the side. Raises RefitError where the
+        pass fails.
         """
         ...
 
@@ -152,5 +154,5 @@ class NotBuilt(WithoutSteps):
 
     def check_forward(self) -> None: ...
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        return None
+    def forward(self, tokens: torch.Tensor, replayed: Mapping[int, torch.Tensor] | None = None) -> ForwardPass:
+        return ForwardPass()

@@ -25,12 +25,12 @@ class Entry:
     @property
     def status(self) -> Status:
         """The scenario's status, or that of a baseline."""
-        return self.outcome.status if self.engine is None or self.is_tested else self.engine.status
+        return self.outcome.status if self.engine is None or self.is_tested else self.engine.verdict
 
     @property
     def reason(self) -> str | None:
         """Why it has no valid result."""
-        return self.outcome.reason if self.engine is None or self.is_tested else self.engine.reason
+        return self.outcome.reason if self.engine is None or self.is_tested else self.engine.reason or self.engine.fault
 
     @property
     def is_tested(self) -> bool:

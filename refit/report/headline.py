@@ -108,9 +108,7 @@ def _figures(outcome: Outcome, engine: EngineResult, problem: str | None) -> str
         _speed(engine, None if problem else outcome.bound),
         _wrong(outcome, engine),
     ]
-    if engine.forward is not None and not engine.forward.passed:
-        parts.append("forward check failed")
-    return ", ".join(part for part in parts if part)
+    return ", ".join(part for part in (*parts, *engine.wrong_passes) if part)
 
 
 def _times(summary: Summary, num_refits: int) -> str:

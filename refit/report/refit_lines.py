@@ -14,7 +14,7 @@ from refit.report.console import table_width
 from refit.report.grid import Column, fitted
 from refit.report.headline import headlines, title
 from refit.report.neutral import FILE_WIDTH, plain_lines
-from refit.results.refit import EngineResult, ForwardCheck, QuantisedRefit, RefitResult, Sample
+from refit.results.refit import EngineResult, QuantisedRefit, RefitResult, Sample
 from refit.results.result import Environment, Result
 from refit.results.runs import outcome_of
 from refit.results.stats import STABLE_WIDTH, Stability
@@ -197,7 +197,7 @@ def table(engines: Mapping[str, EngineResult], width: int = FILE_WIDTH) -> str:
 
 
 def _status(engine: EngineResult) -> str:
-    return engine.doubt if engine.doubt == "partial" else engine.status.text
+    return engine.doubt if engine.doubt == "partial" else engine.verdict.text
 
 
 def _cells(engine: EngineResult) -> list[str]:
@@ -247,19 +247,6 @@ def _number(value: float | None) -> str:
     return "nan" if value is None else f"{value:g}"
 
 
-def forward_line(name: str, forward: ForwardCheck, weights: str = "") -> str:
-    """The result of `--check-forward`, or of the same check with `weights` other than the oracle's."""
-    title = ", ".join(filter(None, (ENGINES[name].title, weights)))
-    if forward.skipped is not None:
-        return f"Forward check ({title}) waived: {forward.skipped}"
-    return (
-        f"Forward check ({title}) {'passed' if forward.passed else 'FAILED'}: logits agree at "
-        f"{100 * (forward.agreement or 0):.0f} % of tokens, largest difference {forward.max_difference:.3g} "
-        f"beside logits up to {forward.max_logit:.3g}"
-        + (f" (tolerance {forward.tolerance:g} of them)" if forward.tolerance is not None else "")
-    )
-
-
 def profile_table(name: str, engine: EngineResult) -> str:
     """GPU activities of the profiled refit, on the slowest rank of the last refit; empty where there are none."""
     rank = engine.samples[-1].slowest_rank
@@ -289,12 +276,15 @@ def verdict(name: str, engine: EngineResult, verify: str) -> str:
     title = ENGINES[name].title
     if engine.status in (Status.WAIVED, Status.FAILED):
         return f"{engine.status.value.upper()} ({title}): {engine.reason}"
+    if verify == "off" and engine.fault:
+        return f"FAILED ({title}): --verify off, no element was compared; {engine.fault}"
     if verify == "off":
         return f"UNVERIFIED ({title}): --verify off, nothing was compared"
     how = "" if verify == "full" else f" (--verify {verify}: every 16th row)"
-    outcome = "PASSED" if engine.num_wrong == 0 else "FAILED"
+    outcome = "FAILED" if engine.fault else "PASSED"
     return (
         f"{outcome} ({title}): {engine.num_compared:,} elements compared{how} over {len(engine.samples)} refits, "
         f"{engine.num_wrong:,} wrong"
         + (f"; {sum(each.num_tensors for each in engine.not_moved):,} tensors not moved" if engine.not_moved else "")
+        + "".join(f"; {wrong}" for wrong in engine.wrong_passes)
     )

@@ -113,12 +113,13 @@ def _plan(outcome: Outcome) -> list[str]:
 
 
 def _verification(outcome: Outcome, engine: EngineResult) -> list[str]:
-    if not engine.num_compared:
+    if not engine.num_compared and not engine.wrong_passes:
         return ["Verification: none, no element was compared"]
     scenario = outcome.result.scenario if outcome.result else None
     how = " (every 16th row)" if scenario and scenario.verify is Verify.SAMPLE else ""
-    verdict = "FAILED" if engine.num_wrong else "PASSED"
-    return [f"Verification: {verdict}, {engine.num_compared:,} elements compared{how}, {engine.num_wrong:,} wrong"]
+    verdict = "FAILED" if engine.fault else "PASSED"
+    compared = f"{engine.num_compared:,} elements compared{how}, {engine.num_wrong:,} wrong"
+    return ["; ".join([f"Verification: {verdict}, {compared}", *engine.wrong_passes])]
 
 
 def marked_ms(engine: EngineResult | None, doubt: str | None = None) -> str:

@@ -104,10 +104,11 @@ def _outcome(sweep: Sweep, planned: Planned, directory: Path) -> Outcome:
 
 def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
     """The outcome of a scenario that has a result."""
-    status = result.status
     if (reason := foreign(planned, result)) is not None:
         return Outcome(planned, Status.MISSING, reason, None, log)
     engine = (result.refit or RefitResult()).tested or EngineResult()
+    # Files of earlier versions call a run ok whose table does, and its forward check does not.
+    status = engine.verdict if result.status is Status.OK and engine.fault else result.status
     if status is Status.OK:
         return Outcome(planned, status, None, result, log)
     if status is Status.WRONG_DATA:
@@ -122,16 +123,9 @@ def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
 
 
 def _what_is_wrong(result: Result, engine: EngineResult) -> str:
-    steps = result.measurements.get("train-step")
-    if isinstance(steps, StepResult) and steps.status is Status.WRONG_DATA and steps.reason:
-        return "; ".join([steps.reason, *([_wrong_refit(engine)] if engine.doubt == "WRONG" else [])])
-    return _wrong_refit(engine)
-
-
-def _wrong_refit(engine: EngineResult) -> str:
-    if engine.num_wrong:
-        return f"{engine.num_wrong:,} of {engine.num_compared:,} elements wrong"
-    agreement = engine.forward.agreement if engine.forward else None
-    return "forward check failed" + (
-        f": logits agree at {100 * agreement:.0f} % of tokens" if agreement is not None else ""
-    )
+    steps, refit = result.measurements.get("train-step"), result.refit
+    found = [steps.reason] if isinstance(steps, StepResult) and steps.status is Status.WRONG_DATA else []
+    found += [engine.fault]
+    moved = refit.rearranged.tested if refit and refit.rearranged else None
+    found += [f"after the experts were placed anew, {moved.fault}"] if moved and moved.fault else []
+    return "; ".join(filter(None, found)) or "wrong data"

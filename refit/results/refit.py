@@ -51,9 +51,16 @@ class WrongWeights:
 
 @dataclass(frozen=True, slots=True)
 class ForwardCheck:
-    """`agreement` is the share of tokens whose logits differ by at most `tolerance` times the largest.
+    """Whether both sides' models compute the same for the same tokens, in float32, layer by layer.
 
-    `skipped` is the reason why no forward pass ran.
+    `agreement` is the share of the `num_tokens` that agree in every layer and in the logits: all must. Values agree
+    where they differ by at most `tolerance` times the largest. `layer_difference` is the largest difference of what a
+    layer adds, `router_difference` that of routers' scores, both as shares of the largest. `num_layers` counts layers,
+    `num_excluded` the results of a token in a layer that were left out because a near tie sent it to other experts.
+    `first_wrong` is where a token first disagrees. `num_experts` counts experts of all layers, `num_reached` those that
+    some token chose.
+
+    `skipped` is the reason why there is no verdict: no pass ran, or too little was left to compare.
     """
 
     passed: bool
@@ -62,6 +69,23 @@ class ForwardCheck:
     max_difference: float | None = None
     max_logit: float | None = None
     tolerance: float | None = None
+    num_tokens: int | None = None
+    num_layers: int | None = None
+    num_excluded: int | None = None
+    layer_difference: float | None = None
+    router_difference: float | None = None
+    first_wrong: str | None = None
+    num_experts: int | None = None
+    num_reached: int | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong, in one sentence; None where nothing is, or nothing was compared."""
+        if self.passed:
+            return None
+        where = f" at {self.first_wrong}" if self.first_wrong else ""
+        share = f": {100 * self.agreement:.0f} % of tokens agree" if self.agreement is not None else ""
+        return f"forward check failed{where}{share}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +189,23 @@ class EngineResult:
         return self.cold_total_s + (self.connect_s or 0.0)
 
     @property
-    def wrong_logits(self) -> bool:
-        """Whether the logits of both sides were compared and differ."""
-        return any(check is not None and not check.passed for check in (self.forward, self.trained))
+    def fault(self) -> str | None:
+        """What is wrong with what the engine moved: elements, or what the models compute with them; None where nothing
+        that was compared is."""
+        found = [f"{self.num_wrong:,} of {self.num_compared:,} elements wrong"] if self.num_wrong else []
+        return "; ".join([*found, *self.wrong_passes]) or None
+
+    @property
+    def wrong_passes(self) -> list[str]:
+        """What is wrong with the forward passes that were compared."""
+        found = [self.forward.fault] if self.forward and self.forward.fault else []
+        return [*found, *([f"{self.trained.fault} after training"] if self.trained and self.trained.fault else [])]
+
+    @property
+    def verdict(self) -> Status:
+        """The judgement that every report, table and exit code goes by: WRONG_DATA where anything compared is wrong,
+        else the status."""
+        return Status.WRONG_DATA if self.fault else self.status
 
     @property
     def doubt(self) -> str | None:
@@ -175,10 +213,10 @@ class EngineResult:
 
         None where every element was moved and right.
         """
-        if self.num_wrong or self.wrong_logits or self.status is Status.WRONG_DATA:
+        if self.verdict is Status.WRONG_DATA:
             return "WRONG"
-        if self.status is not Status.OK:
-            return self.status.text
+        if self.verdict is not Status.OK:
+            return self.verdict.text
         if not self.num_compared:
             return "unverified"
         return "partial" if self.not_moved else None

@@ -49,9 +49,7 @@ def test_whole_blocks_are_quantised_at_the_source(ranks: RankPool) -> None:
     assert result.plan.wire_bytes < 0.75 * plain.plan.wire_bytes
     forward = result.engines["refit"].forward
     assert forward is not None
-    assert (forward.passed, forward.skipped, forward.tolerance) == (True, None, 0.25)
-    assert forward.max_difference is not None
-    assert forward.max_difference > 0
+    assert (forward.passed, forward.skipped, forward.tolerance) == (True, None, 1e-4)
 
 
 def test_cut_blocks_are_quantised_at_the_destination_beside_others(ranks: RankPool) -> None:
@@ -83,7 +81,7 @@ CYCLE = ["--seq-length=16", "--global-batch-size=4", "--num-train-steps=1", "--n
 
 
 def test_a_cycle_with_an_fp8_destination(ranks: RankPool) -> None:
-    """Logits agree within FP8's tolerance after training, and passes run on dequantised weights."""
+    """Both sides compute the same after training, and passes run on dequantised weights."""
     flags = [*TINY, *WIDE, *CYCLE, *sizes(1, 2, 1, 2), *sizes(2, 2, 1, 1, "rl-inference-"), "--refit-method=gloo"]
     flags += ["--measure=train-step,refit,forward", "--rl-inference-dtype=fp8-block"]
     result: Result = ranks.run(run_scenario, flags)[0]
@@ -92,9 +90,7 @@ def test_a_cycle_with_an_fp8_destination(ranks: RankPool) -> None:
     checked(result.refit)
     trained = result.refit.engines["refit"].trained
     assert trained is not None
-    assert (trained.passed, trained.skipped, trained.tolerance) == (True, None, 0.25)
-    assert trained.max_difference is not None
-    assert trained.max_difference > 0
+    assert (trained.passed, trained.skipped, trained.tolerance) == (True, None, 1e-4)
     forward = result.measurements["forward"]
     assert isinstance(forward, ForwardResult)
     assert (forward.weights, forward.dequantised) == ("trained", True)
@@ -117,7 +113,7 @@ def test_autotp_sides_quantise_and_run_forward(ranks: RankPool) -> None:
     assert result.refit.quantised.blocks_at_source > 0
     check = result.refit.engines["refit"].forward
     assert check is not None
-    assert (check.passed, check.skipped, check.tolerance) == (True, None, 0.25)
+    assert (check.passed, check.skipped, check.tolerance) == (True, None, 1e-4)
     forward = result.measurements["forward"]
     assert isinstance(forward, ForwardResult)
     assert (forward.weights, forward.dequantised, forward.status) == ("initial", True, Status.OK)

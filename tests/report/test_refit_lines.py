@@ -9,7 +9,7 @@ import pytest
 from refit.config.scenario import Mode, Scenario
 from refit.report import refit_lines
 from refit.report.progress import Progress
-from refit.results.refit import ForwardCheck, WrongWeights
+from refit.results.refit import WrongWeights
 from refit.results.result import Environment, Result
 from refit.results.stats import stability
 from tests.report.factories import engine, on_ranks_from, sample, side, small_run, timed
@@ -112,18 +112,6 @@ def test_wrong_elements_are_those_of_the_last_refit() -> None:
         "  rank 4  a.weight: 7 wrong, first at (1, 0): expected 0.5, found nan",
     ]
     assert refit_lines.wrong_weights("refit", timed([0.1])) == ""
-
-
-def test_the_forward_line() -> None:
-    passed = ForwardCheck(True, None, 1.0, 0.0, 25.5)
-    assert refit_lines.forward_line("refit", passed) == (
-        "Forward check (refit) passed: logits agree at 100 % of tokens, largest difference 0 beside logits up to 25.5"
-    )
-    assert "FAILED: logits agree at 25 %" in refit_lines.forward_line(
-        "megatron", replace(passed, passed=False, agreement=0.25)
-    )
-    skipped = refit_lines.forward_line("megatron", ForwardCheck(True, "no vocabulary"))
-    assert skipped == "Forward check (Megatron-Core) waived: no vocabulary"
 
 
 class Clock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from refit.config.side import SideSpec
 from refit.copies.batch import local_batches
 from refit.errors import RefitError, UsageError
 from refit.memory.weights import LocalShard, LocalWeights
+from refit.models.forward_pass import ForwardPass
 from refit.models.sharded_model import WithoutSteps
 from refit.plan.box import Box
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
@@ -128,8 +130,8 @@ class PlainSide(WithoutSteps):
 
         raise UnavailableError("plain tensors have no forward pass")
 
-    def forward(self, tokens: torch.Tensor) -> None:
-        return None
+    def forward(self, tokens: torch.Tensor, replayed: Any = None) -> ForwardPass:
+        return ForwardPass()
 
 
 def build_plain(scenario: Scenario, name: str, side: SideSpec, device: torch.device) -> PlainSide:

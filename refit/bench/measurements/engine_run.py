@@ -27,6 +27,7 @@ from refit.plan.plan import RefitPlan
 from refit.plan.quantised import WireShardings
 from refit.plan.sharding import Sharding
 from refit.report import refit_lines
+from refit.report.forward_line import forward_line
 from refit.report.progress import Progress
 from refit.results.refit import EngineResult, ForwardCheck, NotMoved
 from refit.results.stats import stability, summarise
@@ -234,7 +235,7 @@ class EngineRun:
         if self._not_moved:  # the plan's bytes are not those that were moved
             busiest, bound = 0, None
         self._update(
-            status=Status.WRONG_DATA if result.num_wrong else Status.OK,
+            status=Status.OK,
             connect_s=slowest.pop("connect"),
             cold_s={**slowest, "first": result.samples[0].seconds},
             summary=summary,
@@ -252,7 +253,7 @@ class EngineRun:
         else:
             forward = compare_forward(self._session, self._planned.source, self._planned.destination)
         self._update(forward=forward)
-        self._session.say(refit_lines.forward_line(self._name, forward))
+        self._session.say(forward_line(self._name, forward))
 
     def _move_trained(self, program: Program) -> None:
         """Refit the weights that training left, and compare the logits. Both sides then hold these weights.
@@ -270,7 +271,7 @@ class EngineRun:
         skipped = ForwardCheck(passed=True, skipped=doubt) if doubt else None
         forward = skipped or compare_forward(self._session, self._planned.source, destination)
         self._update(trained=forward)
-        self._session.say(refit_lines.forward_line(self._name, forward, "trained weights"))
+        self._session.say(forward_line(self._name, forward, "trained weights"))
 
     def _profile(self, program: Program) -> None:
         if not self._scenario.profile:
@@ -280,7 +281,8 @@ class EngineRun:
         self._session.say(refit_lines.profile_table(self._name, self._result))
 
     def _update(self, **changes: Any) -> None:
-        self._result = replace(self._result, **changes)
+        changed = replace(self._result, **changes)
+        self._result = replace(changed, status=changed.verdict) if changed.status is Status.OK else changed
         self._keep(self._result)
 
     def _gathered(self, mine: Any) -> tuple[Any, ...]:

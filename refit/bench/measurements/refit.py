@@ -159,4 +159,4 @@ def _status(result: RefitResult) -> Status:
     """The status of the engine under test. Errors of a baseline beside it do not change it."""
     tested = result.tested
     assert tested is not None
-    return Status.WRONG_DATA if tested.wrong_logits and tested.status is Status.OK else tested.status
+    return tested.verdict

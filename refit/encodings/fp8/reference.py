@@ -48,11 +48,19 @@ def quantise(matrix: torch.Tensor, quantisation: Quantisation) -> Quantised:
 
     The last block of a dim may be smaller than the others: its largest value is that of its own elements.
     """
-    block = quantisation.format
-    magnitudes = matrix.contiguous().view(torch.int16) & 0x7FFF
-    largest_bits = _in_blocks(magnitudes, block).amax(dim=(1, 3))
-    is_finite = largest_bits < NOT_FINITE
-    amax = largest_bits.view(torch.bfloat16).float()
+    return quantise_by(largest_bits(matrix, quantisation.format), matrix, quantisation)
+
+
+def largest_bits(matrix: torch.Tensor, block: BlockFormat) -> torch.Tensor:
+    """The bits of the largest magnitude of every block of `matrix`, int16: of two parts of a block, the larger bits are
+    those of the whole."""
+    return _in_blocks(matrix.contiguous().view(torch.int16) & 0x7FFF, block).amax(dim=(1, 3))
+
+
+def quantise_by(largest: torch.Tensor, matrix: torch.Tensor, quantisation: Quantisation) -> Quantised:
+    """Quantise `matrix`, of whose blocks the `largest_bits` are given: it may hold parts of them."""
+    block, is_finite = quantisation.format, largest < NOT_FINITE
+    amax = largest.view(torch.bfloat16).float()
     scales = _RULES[quantisation.rule](amax)
     factor = _spread(scales.factor, block, matrix.shape)
     scaled = (matrix.float() * factor).clamp(-LARGEST, LARGEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ import torch
 from refit.config.side import SideSpec
 from refit.errors import RefitError
 from refit.memory.weights import LocalWeights
+from refit.models.float32 import computing_in_float32
+from refit.models.forward_pass import ForwardPass, Trace
 from refit.models.huggingface.autocast import autocast
+from refit.models.huggingface.tracing import plain_kernels, traced
 from refit.models.huggingface.training import TransformersTrainer
 from refit.models.micro_batches import replica_part
 from refit.models.sharded_model import LiveSettings
@@ -40,23 +44,32 @@ class TransformersSide:
     def check_forward(self) -> None:
         """All models of the families run forward on any ranks."""
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        logits = self._run(tokens)
-        return self._all_columns(logits).float() if logits is not None else None
+    def forward(self, tokens: torch.Tensor, replayed: Mapping[int, torch.Tensor] | None = None) -> ForwardPass:
+        if self.module is None:
+            return ForwardPass()
+        trace = Trace(replayed)
+        with (
+            computing_in_float32([self.module]),
+            plain_kernels(self.module.config),
+            traced(self.module, trace, tokens.shape),
+        ):
+            logits = self._run(tokens)
+        return trace.ended(self._all_columns(logits) if logits is not None else None)
 
     def prepare_infer(self) -> None:
         """Passes compute with the weights themselves."""
 
     def infer(self, tokens: torch.Tensor) -> None:
-        if self.module is not None:
-            self._run(replica_part(tokens, self._spec.layout))
+        if self.module is not None and self.weights is not None:
+            with autocast(self._spec, self.weights.device):
+                self._run(replica_part(tokens, self._spec.layout))
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The logits that this rank's module gives; None on ranks outside the side."""
         if self.module is None or self.weights is None:
             return None
         try:
-            with torch.no_grad(), autocast(self._spec, self.weights.device):
+            with torch.no_grad():
                 logits: torch.Tensor = self.module(input_ids=tokens.to(self.weights.device)).logits
         except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
             raise RefitError(f"the forward pass failed: {type(error).__name__}: {error}") from error

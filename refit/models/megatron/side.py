@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
+from refit.models.forward_pass import ForwardPass
 from refit.models.megatron.build import BuiltModel, build_model
 from refit.models.megatron.dispatchers import check_live, live_dispatcher
-from refit.models.megatron.forward import forward_logits, run_forward
+from refit.models.megatron.forward import forward_pass, run_forward
 from refit.models.megatron.groups import build_groups
 from refit.models.megatron.provider import build_from_provider, load_provider
 from refit.models.megatron.sharding import read_weights
@@ -34,8 +36,8 @@ class MegatronSide:
     def check_forward(self) -> None:
         """Every model that is built here runs forward."""
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        return forward_logits(self.built, tokens) if self.built is not None else None
+    def forward(self, tokens: torch.Tensor, replayed: Mapping[int, torch.Tensor] | None = None) -> ForwardPass:
+        return forward_pass(self.built, tokens, replayed) if self.built is not None else ForwardPass()
 
     def prepare_infer(self) -> None:
         """Passes compute with the weights themselves."""

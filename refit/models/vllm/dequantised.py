@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from refit.config.quantisation import BlockFormat, Quantisation
+from refit.models.float32 import in_float32
 from refit.predict.vllm.quantised import SCALE_SUFFIXES
 
 
@@ -25,6 +26,23 @@ class Dequantised(Mapping[str, torch.Tensor]):
         scales = self._parameters.get(name + self._suffix)
         codes = self._parameters[name]
         return codes if scales is None else _product(codes, scales, self._block)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+class InFloat32(Mapping[str, torch.Tensor]):
+    """`parameters` by name, those of 16 bits in float32, computed when asked for."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = parameters
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value: torch.Tensor = in_float32(self._parameters[name])
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, LatentAttention, ModelShape
+from refit.models.forward_pass import ForwardPass, Routing, Trace
 from refit.models.vllm.groups import Groups
 from refit.predict.placement import Slots
 from refit.predict.vllm.engine import Engine
@@ -29,22 +30,27 @@ class ReferenceForward:
     engines: Engines
     groups: Groups
     parameters: Mapping[str, torch.Tensor]
+    trace: Trace
 
     @property
     def engine(self) -> Engine:
         return self.engines.engine
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+    def run(self, tokens: torch.Tensor) -> ForwardPass:
+        """The pass of `tokens` `[batch, sequence]`. A pass has an object of its own."""
+        return self.trace.ended(self._logits(tokens))
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """`[batch, sequence, vocab_size]` in float32 for `tokens` `[batch, sequence]`; None before the last stage."""
         some = next(iter(self.parameters.values()))
         tokens = tokens.to(some.device)
         hidden = self._embedded(tokens) if self.groups.previous is None else self._received(tokens, some)
         for number in self.engines.stages[self.groups.place.stage]:
-            hidden = self._layer(number, hidden)
+            hidden = self._layer(number, self.trace.enter(number, hidden))
         if self.groups.next is not None:
             dist.send(hidden.contiguous(), dst=self.groups.next)
             return None
-        hidden = self._norm("model.norm.weight", hidden)
+        hidden = self._norm("model.norm.weight", self.trace.enter(self.shape.num_layers, hidden))
         name = "model.embed_tokens.weight" if self.shape.tied_embeddings else "lm_head.weight"
         part = F.linear(hidden, self.parameters[name]).float()
         parts = [torch.empty_like(part) for _ in range(self.engine.tp)]
@@ -87,7 +93,7 @@ class ReferenceForward:
         hidden = hidden + self._summed(self._linear(f"{prefix}self_attn.o_proj", attended), self.groups.tp)
         normed = self._norm(f"{prefix}post_attention_layernorm.weight", hidden)
         if number in self.engines.placed:
-            return hidden + self._mixture(f"{prefix}mlp.", normed, self.engines.placed[number])
+            return hidden + self._mixture(number, normed)
         return hidden + self._summed(self._mlp(f"{prefix}mlp.", normed), self.groups.tp)
 
     # --- Attention ----------------------------------------------------------------------------------------------
@@ -140,31 +146,33 @@ class ReferenceForward:
         """The part of this rank, before the sum over TP."""
         return self._linear(f"{prefix}down_proj", _gated(self._linear(f"{prefix}gate_up_proj", hidden)))
 
-    def _mixture(self, prefix: str, hidden: torch.Tensor, slots: Slots) -> torch.Tensor:
-        experts = self.shape.experts
+    def _mixture(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        experts, prefix, slots = self.shape.experts, f"model.layers.{number}.mlp.", self.engines.placed[number]
         assert experts is not None
         flat = hidden.flatten(0, 1)
-        weights = self._routing(prefix, flat, experts)
+        scores, chosen, weights = self._routing(prefix, flat, experts)
+        self.trace.routing[number] = Routing(*(each.view(*hidden.shape[:2], -1) for each in (scores, chosen)))
         found = self._summed(self._local_experts(prefix, flat, weights, slots), self.groups.experts).view_as(hidden)
         if experts.shared_ffn_hidden_size is not None:
             shared = self._mlp(f"{prefix}shared_experts.", hidden)
             found = found + (shared if self.engine.replicates_shared_experts else self._summed(shared, self.groups.tp))
         return found
 
-    def _routing(self, prefix: str, hidden: torch.Tensor, experts: Experts) -> torch.Tensor:
-        """The weight of every expert for every token, `[tokens, num_experts]` in float32: 0 where it is not chosen."""
+    def _routing(self, prefix: str, hidden: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, ...]:
+        """The scores by which experts are chosen, which are chosen, and the weight of every expert, 0 where it is not:
+        for every token, all `[tokens, num_experts]`."""
         logits = F.linear(hidden.float(), self.parameters[f"{prefix}gate.weight"].float())
         if experts.expert_bias:
-            scores = logits.sigmoid()
-            bias = self.parameters[f"{prefix}gate.e_score_correction_bias"]
-            chosen = (scores + bias).topk(experts.topk, dim=-1).indices
+            probabilities = logits.sigmoid()
+            scores = probabilities + self.parameters[f"{prefix}gate.e_score_correction_bias"]
         else:
-            scores = logits.softmax(dim=-1)
-            chosen = scores.topk(experts.topk, dim=-1).indices
-        kept = scores.gather(-1, chosen)
+            probabilities, scores = logits.softmax(dim=-1), logits
+        index = scores.topk(experts.topk, dim=-1).indices
+        kept = probabilities.gather(-1, index)
         if experts.topk > 1:
             kept = kept / kept.sum(dim=-1, keepdim=True)
-        return torch.zeros_like(scores).scatter(-1, chosen, kept)
+        zeros = torch.zeros_like(logits)
+        return scores, zeros.scatter(-1, index, 1) > 0, zeros.scatter(-1, index, kept)
 
     def _local_experts(self, prefix: str, hidden: torch.Tensor, weights: torch.Tensor, slots: Slots) -> torch.Tensor:
         """What the slots of this rank add. Of several copies of an expert, token `t` goes to number `t % copies`."""

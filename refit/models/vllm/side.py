@@ -12,7 +12,8 @@ from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import RefitError
 from refit.memory.weights import LocalShard, LocalWeights, joined
-from refit.models.vllm.dequantised import Dequantised
+from refit.models.forward_pass import ForwardPass, Trace
+from refit.models.vllm.dequantised import Dequantised, InFloat32
 from refit.models.vllm.forward import ReferenceForward
 from refit.models.vllm.groups import Groups, build_groups
 from refit.plan.sharding import TensorSpec
@@ -41,18 +42,18 @@ class VllmSide:
     def check_forward(self) -> None:
         """The reference forward pass runs every model of the families, in any layout."""
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """All ranks with the same dense weights get the same tokens. Logits come from the first engine's last stage."""
+    def forward(self, tokens: torch.Tensor, replayed: Mapping[int, torch.Tensor] | None = None) -> ForwardPass:
+        """All ranks with the same dense weights get the same tokens."""
         model = self.model
         if model is None:
-            return None
+            return ForwardPass()
         parameters, quantisation = model.parameters, model.engines.quantisation
         if quantisation is not None:
             parameters = Dequantised(parameters, quantisation)
-        run = ReferenceForward(model.shape, model.engines, model.groups, parameters)
+        reference = ReferenceForward(model.shape, model.engines, model.groups, InFloat32(parameters), Trace(replayed))
         try:
             with torch.no_grad():
-                return run.logits(tokens)
+                return reference.run(tokens)
         except (RuntimeError, KeyError, ValueError) as error:
             raise RefitError(f"the forward pass failed: {type(error).__name__}: {error}") from error
 

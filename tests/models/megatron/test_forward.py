@@ -14,12 +14,16 @@ from refit.config.shape import LatentAttention, ModelShape
 from refit.errors import RefitError
 from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
-from refit.models.megatron.forward import forward_logits
+from refit.models.megatron.forward import forward_pass
 from refit.models.megatron.sharding import read_weights
 from tests.models.megatron.small import DENSE, LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, playing
 from tests.ranks.pool import RankPool
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250
+
+
+def forward_logits(model: BuiltModel, tokens: torch.Tensor) -> torch.Tensor | None:
+    return forward_pass(model, tokens).logits
 
 
 def logits_of(rank: int, shape: ModelShape, layouts: list[Layout]) -> list[torch.Tensor | None]:

@@ -21,7 +21,7 @@ from refit.errors import RefitError
 from refit.models.megatron import training
 from refit.models.megatron.build import BuiltModel, build_model
 from refit.models.megatron.dispatchers import check_live, live_dispatcher
-from refit.models.megatron.forward import forward_logits
+from refit.models.megatron.forward import forward_pass
 from refit.models.megatron.groups import build_groups
 from refit.models.megatron.sharding import read_weights
 from refit.models.megatron.training import MegatronTrainer
@@ -49,7 +49,7 @@ def trained(rank: int, shape: ModelShape, cases: list[tuple[Layout, StepSettings
         initialise(read_weights(model))
         trainer.weights_changed()
         reports = [trainer.step(tokens(number)) for number in range(NUM_STEPS)]
-        logits = forward_logits(model, tokens(0)[:1, :12])
+        logits = forward_pass(model, tokens(0)[:1, :12]).logits
         found.append(([each.loss for each in reports], [each.grad_norm for each in reports], logits))
     return found
 

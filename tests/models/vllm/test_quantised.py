@@ -57,7 +57,7 @@ def check(result: RefitResult, *, forward: bool = True) -> tuple[int, int]:
     assert quantised is not None
     if forward:
         assert tested.forward is not None
-        assert (tested.forward.passed, tested.forward.skipped, tested.forward.tolerance) == (True, None, 0.25)
+        assert (tested.forward.passed, tested.forward.skipped, tested.forward.tolerance) == (True, None, 1e-4)
     return quantised.blocks_at_source, quantised.blocks_at_destination
 
 
