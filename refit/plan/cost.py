@@ -57,7 +57,8 @@ class Cost:
 
     Bytes are counted in the destination's dtypes. `payload_bytes` are all bytes written at the destination: wire bytes,
     local copies and zeros. `num_transfers` counts wire transfers and local copies. `sent_by_rank` has every source
-    rank, `received_by_rank` and `local_by_rank` every destination rank; sent and received are wire bytes only.
+    rank, and those that pass weights on in a later stage; `received_by_rank` and `local_by_rank` have every destination
+    rank. Sent and received are wire bytes only, those of all stages: a byte that is passed on is sent twice.
     `source_weights_by_rank` and `destination_weights_by_rank` are the bytes of weights that ranks hold. `digest` and
     `casts` are those of the plan.
     """
@@ -93,7 +94,7 @@ class Cost:
 
     @property
     def sender_imbalance(self) -> float:
-        """Bytes of the busiest sender over the mean of all source ranks; 1 where nothing is sent."""
+        """Bytes of the busiest sender over the mean of those in `sent_by_rank`; 1 where nothing is sent."""
         return self.busiest_sender.nbytes * len(self.sent_by_rank) / self.wire_bytes if self.wire_bytes else 1.0
 
 
@@ -103,12 +104,13 @@ def cost_of(plan: RefitPlan) -> Cost:
     sent = _bytes_by_rank(plan, plan.source, wire)
     received = _bytes_by_rank(plan, plan.destination, wire)
     copied = _bytes_by_rank(plan, plan.destination, local)
+    relays = sorted(set(plan.source[wire & (plan.stage > 0)].tolist()) - set(plan.source_sharding.ranks))
     return Cost(
         payload_bytes=int(plan.nbytes.sum()),
         wire_bytes=int(sent.sum()),
         local_bytes=int(copied.sum()),
         num_transfers=plan.num_transfers,
-        sent_by_rank={rank: int(sent[rank]) for rank in plan.source_sharding.ranks},
+        sent_by_rank={rank: int(sent[rank]) for rank in (*plan.source_sharding.ranks, *relays)},
         received_by_rank={rank: int(received[rank]) for rank in plan.destination_sharding.ranks},
         local_by_rank={rank: int(copied[rank]) for rank in plan.destination_sharding.ranks},
         source_weights_by_rank=dict(plan.source_sharding.bytes_per_rank),
@@ -126,7 +128,10 @@ def _bytes_by_rank(plan: RefitPlan, rank: IntArray, routes: BoolArray) -> IntArr
 
 
 def bytes_matrix(plan: RefitPlan) -> IntArray:
-    """Bytes from each rank (row) to each rank (column), `[num_ranks, num_ranks]`. The diagonal has local copies."""
+    """Bytes from each rank (row) to each rank (column), `[num_ranks, num_ranks]`. The diagonal has local copies.
+
+    Those of all stages: stages overlap, message by message, so that a link has the bytes of all to carry in one refit.
+    """
     num_ranks = 1 + plan.ranks[-1]
     matrix = np.zeros((num_ranks, num_ranks), np.int64)
     moved = plan.source != ZEROS
@@ -156,8 +161,8 @@ def split_traffic(matrix: IntArray, gpus_per_node: int) -> Traffic:
 def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:
     """The longest time that any rank needs for its bytes of one kind at the cluster's full speed for them.
 
-    The kinds are sends and receives, each within and between nodes, and copies within a GPU. They can all overlap, so
-    the slowest is a lower bound of the refit time. None where bytes cross nodes and the cluster states no speed for
+    The kinds are sends and receives, each within and between nodes, and copies within a GPU. They can all overlap, those
+    of several stages too, so the slowest is a lower bound of the refit time. None where bytes cross nodes and the cluster states no speed for
     that. Where nodes run fewer ranks than they have GPUs, some bytes between nodes count as bytes within a node. The
     bound is then too low, never too high.
     """

@@ -110,7 +110,7 @@ def mesh_refit(source: Sharding, destination: Sharding, limits: MeshLimits) -> M
     reshards: dict[str, tuple[Reshard, ...]] = {}
     refused: dict[str, str] = {}
     shared = not set(source.ranks).isdisjoint(destination.ranks)
-    for tensors in tensor_classes(source, destination):
+    for tensors in tensor_classes((source, destination)):
         found = "both sides share ranks" if shared else _class_reshards(tensors, limits)
         for tensor in tensors.tensors:
             answer = _difference(source.tensors[tensor.key], tensor) or found

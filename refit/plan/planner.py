@@ -6,39 +6,80 @@
    destination itself, else replicas on its node, else all (`find_pieces`).
 3. Share out the pieces that several ranks may send, so that the senders end even (`choose_senders`).
 
+A plan of several stages repeats 2 and 3 for each, with the sharding that the stage before has delivered as its source.
+
 RefitPlan then proves that the routes found are complete (`proof`). The cost follows ranks and geometries, not layers.
 Pure and deterministic: all ranks compute the same plan from the same shardings, without communication.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
 from refit.errors import PlanError
+from refit.plan.box_array import BoxArray, IntArray
 from refit.plan.pieces import find_pieces
 from refit.plan.plan import RefitPlan
 from refit.plan.senders import choose_senders
 from refit.plan.sharding import Sharding
-from refit.plan.tensor_class import tensor_classes
+from refit.plan.tensor_class import TensorClass, tensor_classes
 
 
-def plan_refit(source: Sharding, destination: Sharding, *, ranks_per_node: int | None = None) -> RefitPlan:
+def plan_refit(
+    source: Sharding, destination: Sharding, *, ranks_per_node: int | None = None, via: Sequence[Sharding] = ()
+) -> RefitPlan:
     """Plan how every box of `destination` is filled from `source`.
 
-    With `ranks_per_node`, replicas on the destination's node are preferred to remote ones.
-    Raises PlanError where the sides do not hold the same tensors, or an element has no source.
+    With `ranks_per_node`, replicas on the destination's node are preferred to remote ones. `via` are what is delivered
+    after each stage but the last: `destination` restricted to some of its holders, or to parts of its boxes, each with
+    all that the one before it has (`refit.plan.relay` makes one). Without it there is one stage.
+    Raises PlanError where the sides do not hold the same tensors, an element has no source, or `via` is not as said.
     """
     match_tensors(source, destination)
-    classes = tensor_classes(source, destination)
-    pieces = find_pieces(classes, ranks_per_node)
-    routes = choose_senders(pieces, classes, source.ranks, destination.ranks)
+    shardings = (source, *via, destination)
+    for sharding in via:
+        if sharding.tensors != destination.tensors or not set(sharding.ranks) <= set(destination.ranks):
+            raise PlanError("a stage delivers other tensors, or to other ranks, than the destination's")
+    classes = tensor_classes(shardings)
+    stages = [_stage(classes, shardings, number, ranks_per_node) for number in range(len(shardings) - 1)]
     return RefitPlan(
-        source_sharding=source,
-        destination_sharding=destination,
+        shardings=shardings,
         classes=classes,
-        tensor_class=pieces.tensor_class[routes.piece],
-        source=routes.source,
-        destination=pieces.destination[routes.piece],
-        boxes=routes.boxes,
+        stage=np.repeat(np.arange(len(stages)), [len(each.source) for each in stages]),
+        tensor_class=np.concatenate([each.tensor_class for each in stages]),
+        source=np.concatenate([each.source for each in stages]),
+        destination=np.concatenate([each.destination for each in stages]),
+        boxes=BoxArray(
+            np.concatenate([each.boxes.offsets for each in stages]),
+            np.concatenate([each.boxes.ends for each in stages]),
+        ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """The routes of one stage: columns of RefitPlan."""
+
+    tensor_class: IntArray
+    source: IntArray
+    destination: IntArray
+    boxes: BoxArray
+
+
+def _stage(
+    classes: Sequence[TensorClass], shardings: Sequence[Sharding], number: int, ranks_per_node: int | None
+) -> _Stage:
+    classes = [each.of_stage(number) for each in classes]
+    pieces = find_pieces(classes, ranks_per_node)
+    routes = choose_senders(pieces, classes, shardings[number].ranks, shardings[number + 1].ranks)
+    destination = pieces.destination[routes.piece]
+    # From stage 1 on, what a rank would copy to itself is where it belongs: an earlier stage has written it there.
+    moves = np.ones(len(destination), np.bool_) if number == 0 else routes.source != destination
+    tensor_class = pieces.tensor_class[routes.piece]
+    return _Stage(tensor_class[moves], routes.source[moves], destination[moves], routes.boxes[moves])
 
 
 def match_tensors(source: Sharding, destination: Sharding) -> None:

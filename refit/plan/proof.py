@@ -1,4 +1,10 @@
-"""The proof that a plan is complete. `RefitPlan` runs it when it is built, on its columns alone."""
+"""The proof that a plan is complete. `RefitPlan` runs it when it is built, on its columns alone.
+
+Stage k moves weights from the sharding S_k to S_k+1. The proof goes by induction over the stages. What stage k reads,
+ranks hold in S_k: for k = 0 the source, else what the stages before have delivered, as has been shown by then. What the
+stages up to k write lies in the boxes of S_k+1, is disjoint, and has their volume: so it is all of S_k+1, each element
+once. No element is written again by a later stage, so it may be read from the moment it is there.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,11 @@ class Routes(Protocol):
     """The columns of a RefitPlan."""
 
     @property
+    def num_stages(self) -> int: ...
+    @property
     def classes(self) -> tuple[TensorClass, ...]: ...
+    @property
+    def stage(self) -> IntArray: ...
     @property
     def tensor_class(self) -> IntArray: ...
     @property
@@ -35,27 +45,44 @@ def check(plan: Routes) -> None:
     """
     _check_held(plan)
     _check_disjoint(plan)
-    _check_volumes(plan)
+    for stage in range(plan.num_stages):
+        _check_volumes(plan, stage)
 
 
 def _check_held(plan: Routes) -> None:
-    """Raise PlanError unless every read and every write lies inside one box that its rank holds."""
-    for number, routes in _routes_by_class(plan):
-        tensors = plan.classes[number]
+    """Raise PlanError unless every read and every write lies inside one box that its rank holds.
+
+    What a stage writes lies in boxes of all shardings from its own on, or what is held after a stage would not be what
+    has been written until then.
+    """
+    known = (plan.stage >= 0) & (plan.stage < plan.num_stages)
+    if not known.all():
+        route = int(np.flatnonzero(~known)[0])
+        raise PlanError(f"{_text(plan, route)} is in stage {plan.stage[route]} of {plan.num_stages}")
+    for tensor_class, routes in _routes_by_class(plan):
+        tensors = plan.classes[tensor_class]
         boxes = plan.boxes[routes]
         exists = (boxes.offsets[:, 0] >= 0) & (boxes.ends[:, 0] <= len(tensors.tensors)) & (boxes.extents > 0).all(1)
         if not exists.all():
             raise PlanError(f"{_text(plan, int(routes[~exists][0]))} is not a part of its tensors")
         parts = BoxArray(boxes.offsets[:, 1 : tensors.dims], boxes.ends[:, 1 : tensors.dims])
-        for verb, sharding, ranks in (
-            ("read", tensors.source, plan.source[routes]),
-            ("written", tensors.destination, plan.destination[routes]),
-        ):
-            held = (ranks < 0) | _is_held(sharding, ranks, parts)
-            if not held.all():
-                route = int(routes[~held][0])
-                rank = int(ranks[~held][0])
-                raise PlanError(f"{_text(plan, route)} is {verb} on rank {rank}, which does not hold it")
+        stage = plan.stage[routes]
+        for number, sharding in enumerate(tensors.shardings):
+            reads, writes = np.flatnonzero(stage == number), np.flatnonzero(stage < number)
+            _check_inside(plan, "read", sharding, plan.source, routes[reads], parts[reads])
+            _check_inside(plan, "written", sharding, plan.destination, routes[writes], parts[writes])
+
+
+def _check_inside(
+    plan: Routes, verb: str, sharding: TensorSharding, column: IntArray, routes: IntArray, parts: BoxArray
+) -> None:
+    """Raise PlanError unless the part of each of `routes` lies in one box that its rank in `column` holds."""
+    ranks = column[routes]
+    held = (ranks < 0) | _is_held(sharding, ranks, parts)
+    if not held.all():
+        route, rank = int(routes[~held][0]), int(ranks[~held][0])
+        when = f" in stage {plan.stage[route]}" if plan.num_stages > 1 else ""
+        raise PlanError(f"{_text(plan, route)} is {verb} on rank {rank}{when}, which does not hold it")
 
 
 def _routes_by_class(plan: Routes) -> Iterator[tuple[int, IntArray]]:
@@ -102,27 +129,30 @@ def _check_disjoint(plan: Routes) -> None:
             raise PlanError(f"{tensors.tensors[box.offsets[0]].key} is written twice on rank {rank}")
 
 
-def _check_volumes(plan: Routes) -> None:
-    """Raise PlanError unless the writes to each class on each rank have the volume that the rank holds."""
+def _check_volumes(plan: Routes, stage: int) -> None:
+    """Raise PlanError unless the writes to each class on each rank until the end of `stage` have the volume that the
+    rank holds then."""
     shape = (len(plan.classes), 1 + _highest_rank(plan))
     written, held = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    np.add.at(written, (plan.tensor_class, plan.destination), plan.boxes.volumes)
+    routes = slice(None) if stage == plan.num_stages - 1 else np.flatnonzero(plan.stage <= stage)
+    np.add.at(written, (plan.tensor_class[routes], plan.destination[routes]), plan.boxes.volumes[routes])
     for number, each in enumerate(plan.classes):
-        holders = each.destination.holders
-        np.add.at(held[number], holders.rank, each.destination.boxes.volumes[holders.box] * len(each.tensors))
+        delivered = each.shardings[stage + 1]
+        holders = delivered.holders
+        np.add.at(held[number], holders.rank, delivered.boxes.volumes[holders.box] * len(each.tensors))
     if (written != held).any():
         number, rank = np.argwhere(written != held)[0].tolist()
         tensors = plan.classes[number].tensors
         others = f" and {len(tensors) - 1} more like it" if len(tensors) > 1 else ""
         raise PlanError(
             f"{tensors[0].key}{others} on rank {rank}: {written[number, rank]} of {held[number, rank]} elements are "
-            "written"
+            f"written{f' by the end of stage {stage}' if plan.num_stages > 1 else ''}"
         )
 
 
 def _highest_rank(plan: Routes) -> int:
     """The highest rank of the destination."""
-    return max(int(each.destination.holders.rank.max(initial=0)) for each in plan.classes)
+    return max(int(sharding.holders.rank.max(initial=0)) for each in plan.classes for sharding in each.shardings[1:])
 
 
 def _text(plan: Routes, route: int) -> str:

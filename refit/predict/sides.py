@@ -97,7 +97,9 @@ class PlannedSides:
         )
         waits = np.array([each.tensors[0].key.endswith(UNQUANTISED_SUFFIX) for each in plan.classes])
         needed = np.zeros(1 + plan.ranks[-1], np.int64)
-        np.add.at(needed, plan.source[made[plan.tensor_class]], plan.nbytes[made[plan.tensor_class]])
+        # What a later stage passes on was made at a source, and lies in the destination's own memory.
+        kept = made[plan.tensor_class] & (plan.stage == 0)
+        np.add.at(needed, plan.source[kept], plan.nbytes[kept])
         for rank, nbytes in _made_bytes(self.wire).items():
             needed[rank] = min(needed[rank], nbytes)
         np.add.at(needed, plan.destination[waits[plan.tensor_class]], plan.nbytes[waits[plan.tensor_class]])

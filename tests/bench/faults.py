@@ -46,6 +46,7 @@ def transfer_skipped(key: str) -> Iterator[None]:
         kept = np.delete(np.arange(len(plan)), np.flatnonzero((plan.tensor_class == number) & plan.is_wire)[0])
         return replace(
             plan,
+            stage=plan.stage[kept],
             tensor_class=plan.tensor_class[kept],
             source=plan.source[kept],
             destination=plan.destination[kept],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 from hypothesis import strategies as st
 
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan
-from refit.plan.sharding import RankSharding, Sharding, TensorSpec
+from refit.plan.planner import plan_refit
+from refit.plan.relay import first_holders
+from refit.plan.sharding import RankSharding, ReplicatedShard, Sharding, TensorSpec
 
 
 def cut(shape: tuple[int, ...], dim: int, parts: int, part: int) -> Box:
@@ -51,9 +55,9 @@ def boxes_on(draw: st.DrawFn, shape: tuple[int, ...], num_ranks: int) -> list[li
 
 
 @st.composite
-def sides(draw: st.DrawFn) -> tuple[Sharding, Sharding]:
-    """Two sides of one random model, on the same, disjoint or overlapping ranks."""
-    num_source, num_destination = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+def sides(draw: st.DrawFn, most: int = 6) -> tuple[Sharding, Sharding]:
+    """Two sides of one random model, on the same, disjoint or overlapping ranks: at most `most` on each side."""
+    num_source, num_destination = draw(st.integers(1, most)), draw(st.integers(1, most))
     first = draw(st.sampled_from([0, num_source, num_source // 2]))
     tensors = [
         draw(tensor_on_sides(f"t{index}", num_source, num_destination)) for index in range(draw(st.integers(1, 4)))
@@ -77,8 +81,29 @@ def overlapping_sides(draw: st.DrawFn) -> tuple[Sharding, Sharding]:
     return Sharding.from_ranks(by_rank | {plain.ranks[0]: whole}), destination
 
 
+def staged(source: Sharding, destination: Sharding, num_stages: int, random: Random) -> RefitPlan:
+    """A plan of `num_stages`, in which each holder of a box gets it in a stage drawn for it, one at least in the first.
+
+    So some boxes are passed on along a chain, and some ranks both pass on and get.
+    """
+    drawn: dict[ReplicatedShard, list[int]] = {}
+
+    def until(stage: int, shard: ReplicatedShard) -> list[int]:
+        stages = drawn.setdefault(shard, [random.randrange(num_stages) for _ in shard.ranks])
+        return [rank for rank, own in zip(shard.ranks, stages, strict=True) if own - min(stages) <= stage]
+
+    via = [
+        first_holders(source, destination, lambda shard, stage=stage: until(stage, shard))
+        for stage in range(num_stages - 1)
+    ]
+    return plan_refit(source, destination, via=via)
+
+
 def carry_out(plan: RefitPlan) -> dict[tuple[str, int], np.ndarray]:
-    """(key, destination rank) -> array after the plan: global element numbers, -1 where nothing was written."""
+    """(key, destination rank) -> array after the plan: global element numbers, -1 where nothing was written.
+
+    Stages after the first read the arrays, so that what has not been delivered is passed on as -1.
+    """
     arrays = {}
     for key, spec in plan.destination_sharding.tensors.items():
         for rank in plan.destination_sharding.ranks:
@@ -86,7 +111,8 @@ def carry_out(plan: RefitPlan) -> dict[tuple[str, int], np.ndarray]:
     for transfer in plan.transfers():
         numbers = element_numbers(transfer.tensor)
         where = transfer.box.slices_within(Box.whole(transfer.tensor.shape))
-        arrays[transfer.tensor.key, transfer.destination][where] = numbers[where]
+        origin = arrays[transfer.tensor.key, transfer.source] if transfer.stage else numbers
+        arrays[transfer.tensor.key, transfer.destination][where] = origin[where]
     return arrays
 
 

@@ -127,6 +127,7 @@ def test_a_plan_that_is_not_exact_cannot_be_built(pair: tuple[Sharding, Sharding
         with pytest.raises(PlanError):
             replace(
                 plan,
+                stage=plan.stage[rows],
                 tensor_class=plan.tensor_class[rows],
                 source=plan.source[rows],
                 destination=plan.destination[rows],

@@ -145,7 +145,7 @@ class QuantisingProgram:
         boxes: dict[tuple[str, Box], Box] = {}
         for transfer in transfers:
             key = of_scales.get(transfer.tensor.key, transfer.tensor.key)
-            if key not in self._tensors:
+            if key not in self._tensors or transfer.stage > 0:  # later stages pass on what has arrived
                 continue
             grid = self._grid(self._tensors[key])
             box = transfer.box if key == transfer.tensor.key else grid.elements(transfer.box)
