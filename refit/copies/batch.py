@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -157,10 +157,12 @@ def local_batches(
     destination: LocalWeights | None,
     batch_bytes: int,
     num_programs: int | None = None,
+    after_writing: Callable[[Iterable[Part]], Hook | None] | None = None,
 ) -> list[CopyBatch]:
     """The local copies and zeros of this rank, in batches of about `batch_bytes`, to run between transfers.
 
-    Of weights that are made while others move, at most PIPELINED_BATCH_BYTES: a batch waits for all that it reads.
+    `after_writing` gives their hooks in place of that of `destination`. Of weights that are made while others move, at
+    most PIPELINED_BATCH_BYTES: a batch waits for all that it reads.
     """
     if any(weights is not None and weights.is_pipelined for weights in (source, destination)):
         batch_bytes = min(batch_bytes, PIPELINED_BATCH_BYTES)
@@ -170,7 +172,7 @@ def local_batches(
         batch = CopyBatch((copy for part in parts for copy in part.copies), num_programs=num_programs)
         if source is not None:
             batch.before = source.before_reading(part.place for part in parts if part.is_read)
-        batch.after = destination.after_writing(part.place for part in parts)
+        batch.after = (after_writing or destination.after_writing)(part.place for part in parts)
         found.append(batch)
     return found
 

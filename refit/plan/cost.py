@@ -161,10 +161,10 @@ def split_traffic(matrix: IntArray, gpus_per_node: int) -> Traffic:
 def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:
     """The longest time that any rank needs for its bytes of one kind at the cluster's full speed for them.
 
-    The kinds are sends and receives, each within and between nodes, and copies within a GPU. They can all overlap, those
-    of several stages too, so the slowest is a lower bound of the refit time. None where bytes cross nodes and the cluster states no speed for
-    that. Where nodes run fewer ranks than they have GPUs, some bytes between nodes count as bytes within a node. The
-    bound is then too low, never too high.
+    The kinds are sends and receives, each within and between nodes, and copies within a GPU. They can all overlap, also
+    those of several stages, so the slowest is a lower bound of the refit time. None where bytes cross nodes and the
+    cluster states no speed for that. Where nodes run fewer ranks than they have GPUs, some bytes between nodes count as
+    bytes within a node. The bound is then too low, never too high.
     """
     traffic = split_traffic(matrix, cluster.gpus_per_node)
     if cluster.inter_bytes_per_s is None and traffic.sent_between.any():

@@ -6,13 +6,12 @@
    directly; another end stages it. Each end decides that for itself, since the bytes sent are the same.
 3. The other pieces are packed one after another into buckets; each bucket is a message.
 
-No message exceeds the bucket size: larger pieces are cut along their leading dim.
+No message exceeds the bucket size: larger pieces are cut along their leading dim. `schedule` says when each goes.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +64,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Pieces that are sent together, as `nbytes` bytes."""
+    """Pieces that are sent together, as `nbytes` bytes.
+
+    In `stage` 0 they are read in the source's weights, later in the destination's. `step` orders the messages of all
+    ranks (`schedule`).
+    """
 
     pieces: tuple[Piece, ...]
     nbytes: int
+    stage: int = 0
+    step: int = 0
 
     @property
     def parts(self) -> Iterator[Part]:
@@ -173,21 +178,8 @@ def even_framing(plan: RefitPlan, message_bytes: int) -> Framing:
     return Framing(max(sizes.values(), default=message_bytes), None, sizes)
 
 
-def make_schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:
-    """The schedule of `rank` under `plan`."""
-    part = plan.for_rank(rank)
-    sends, receives = _channels(part.sends, framing), _channels(part.receives, framing)
-    return Schedule(rank, sends, receives, part.local, part.zeros, Totals.of(part))
-
-
-def _channels(transfers: Iterable[Transfer], framing: Framing) -> tuple[Channel, ...]:
-    by_pair: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
-    for transfer in transfers:
-        by_pair[transfer.source, transfer.destination].append(transfer)
-    return tuple(Channel(*pair, tuple(_messages(by_pair[pair], framing.of_pair(*pair)))) for pair in sorted(by_pair))
-
-
-def _messages(transfers: Sequence[Transfer], framing: Framing) -> Iterator[Message]:
+def messages_of(transfers: Iterable[Transfer], framing: Framing) -> Iterator[Message]:
+    """The messages of one pair's transfers, in their order."""
     open_bucket = _Bucket(framing.bucket_bytes)
     for transfer in transfers:
         tensor = transfer.tensor

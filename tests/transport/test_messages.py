@@ -19,10 +19,10 @@ from refit.transport.messages import (
     Message,
     bucket_bytes,
     even_framing,
-    make_schedule,
     num_peers,
     pair_buckets,
 )
+from refit.transport.schedule import make_schedule
 from tests.transport.synthetic import Case
 
 CASE = Case(Layout(4, 4, 1, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4), hidden=96, ffn=192)

@@ -20,11 +20,12 @@ from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.messages import Framing, make_schedule
+from refit.transport.messages import Framing
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.in_place import InPlaceBuffers
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
+from refit.transport.schedule import make_schedule
 from refit.transport.turns import in_turn
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 

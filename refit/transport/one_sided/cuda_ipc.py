@@ -23,7 +23,7 @@ from refit.memory.streams import is_over, late_peers_error, new_stream
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
-from refit.transport.messages import Framing, even_framing, make_schedule
+from refit.transport.messages import Framing, even_framing
 from refit.transport.one_sided import cuda_peers
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.in_place import InPlaceBuffers
@@ -31,6 +31,7 @@ from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.shm import SharedMemory
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
+from refit.transport.schedule import make_schedule
 from refit.transport.turns import in_turn
 
 WHOLE_CHANNEL = Framing(1 << 62, None)
@@ -97,7 +98,9 @@ class CudaIpcTransport:
         rendezvous = _rendezvous(plan, ranks, options)
         rendezvous.agree(_check_devices(source, destination))
         memory = IpcMemory(rendezvous, options.timeout_s)
-        framing = even_framing(plan, PIPELINED_BYTES) if options.is_pipelined else WHOLE_CHANNEL
+        # What is passed on, too, goes message by message.
+        is_pipelined = options.is_pipelined or plan.num_stages > 1
+        framing = even_framing(plan, PIPELINED_BYTES) if is_pipelined else WHOLE_CHANNEL
         schedule = in_turn(make_schedule(plan, rendezvous.rank, framing), plan)
         buffers = InPlaceBuffers(memory, schedule, destination, ENGINE_BYTES, PUT_PROGRAMS)
         return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)

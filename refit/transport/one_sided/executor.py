@@ -7,16 +7,23 @@ barrier between them: a source that is a run ahead lacks credit and waits.
 
 On CUDA streams the host does not wait: the same calls, in the same order, enqueue waits, copies and signals. This
 cannot deadlock, even where all streams of a GPU share one hardware queue that executes in the order of enqueueing
-(CUDA_DEVICE_MAX_CONNECTIONS=1). Every rank enqueues in rounds: first its puts of round k, then its unpacking of round
-k. Unpacking waits for a put of the same round. A put waits for unpacking of an earlier round (a window ago) or, with
-direct buffers, for credit enqueued before round 0. So the order (run, round, puts before unpacking) is the same for all
-ranks, and work waits only for work that is earlier in it: the earliest unfinished work can always proceed.
+(CUDA_DEVICE_MAX_CONNECTIONS=1). Every rank enqueues step by step of the schedule: first its puts of step k, then its
+unpacking of step k. Unpacking waits for a put of the same step. A put waits for unpacking of an earlier step: a window
+ago, or, where it passes something on, of what brought it, also by local copies, which are enqueued before all and wait
+for nothing. With direct buffers it waits for credit enqueued before step 0. So the order (run, step, puts before
+unpacking) is the same for all ranks, and work waits only for work that is earlier in it: the earliest unfinished work
+can always proceed.
+
+Where the host waits, it polls all channels, and moves a message as soon as nothing stands in its way, whatever its
+step: a slow pair holds up no other. What a message waits for is the same, so of all messages that are not done one with
+the smallest (run, step) can go, and polling finds it.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,11 +31,12 @@ import torch
 from refit.copies.batch import CopyBatch, local_batches
 from refit.errors import RefitError
 from refit.memory.phases import PhaseClock
-from refit.memory.weights import LocalWeights, generations, refresh_all
+from refit.memory.weights import LocalWeights
 from refit.transport.base import RunReport
-from refit.transport.messages import Channel, Schedule
+from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
 from refit.transport.one_sided.receive_buffers import ReceiveBuffers
+from refit.transport.sides import Sides
 
 
 @dataclass(slots=True)
@@ -43,6 +51,11 @@ class _Flow:
     @property
     def is_done(self) -> bool:
         return self.position == len(self.channel.messages)
+
+    @property
+    def message(self) -> Message:
+        """The next one."""
+        return self.channel.messages[self.position]
 
     def advance(self) -> None:
         self.total += 1
@@ -75,8 +88,7 @@ class OneSidedProgram:
         self._schedule = schedule
         self._memory = memory
         self._buffers = buffers
-        self._source = source
-        self._destination = destination
+        self._sides = Sides(source, destination, schedule)
         self._timeout_s = timeout_s
         self._sends = [_Send(channel, channel.destination) for channel in schedule.sends]
         self._receives = [_Receive(channel, channel.source) for channel in schedule.receives]
@@ -93,6 +105,7 @@ class OneSidedProgram:
         clock = PhaseClock()
         with torch.no_grad():
             self._memory.begin(self._rebind_if_moved())
+            self._sides.begin()
             self._open_run()
             clock.lap("bind")
             local = self._move(clock)
@@ -127,27 +140,43 @@ class OneSidedProgram:
         """Move all messages of the run, with local copies in between. Returns the local copies that are left."""
         local = list(self._local)
         backoff = Backoff(self._timeout_s)
+        step, enqueues = 0, self._memory.enqueues
+        if enqueues and self._sides.passes_on:
+            self._copy_local(local, len(local), clock)
         while pending := [flow for flow in (*self._sends, *self._receives) if not flow.is_done]:
-            moved = self._progress(clock)
-            if local and (self._memory.enqueues or not moved):
-                self._memory.copy_local(local.pop())
+            moved = self._progress([flow for flow in pending if not enqueues or flow.message.step <= step], clock)
+            step += 1
+            # What is passed on may come from local copies: they do not wait until nothing else is to do.
+            if local and (enqueues or not moved or self._sides.passes_on):
+                self._copy_local(local, 1, clock)
                 moved = True
-                clock.lap("local")
-            if moved:
+            if moved or enqueues:  # a step may have no message of this rank
                 backoff.renew()
             else:
-                backoff.wait(self._memory.rank, pending[0].peer)
+                backoff.wait(self._memory.rank, self._awaited(pending))
                 clock.lap("wait")
         return local
 
-    def _progress(self, clock: PhaseClock) -> bool:
-        """Move at most one message of every channel, so that all channels advance together. False where none was ready.
+    def _copy_local(self, local: list[CopyBatch], number: int, clock: PhaseClock) -> None:
+        """Run `number` of the batches in `local`, and remove them there."""
+        for _ in range(number):
+            self._memory.copy_local(local.pop())
+        clock.lap("local")
+
+    def _awaited(self, pending: Sequence[_Flow]) -> int:
+        """A peer that this rank waits for: not one that waits for this rank, which lacks what it is to pass on."""
+        waits = (flow for flow in pending if isinstance(flow, _Receive) or self._sides.is_there(flow.message))
+        return next(waits, pending[0]).peer
+
+    def _progress(self, due: Sequence[_Flow], clock: PhaseClock) -> bool:
+        """Move at most one message of every channel in `due`, so that all of them advance together. False where none
+        was ready.
 
         Puts come before unpacking, as the module's docstring requires.
         """
         moved = False
-        for flow in self._sends:
-            if flow.is_done:
+        for flow in due:
+            if not isinstance(flow, _Send) or not self._sides.is_there(flow.message):
                 continue
             if self._memory.reached(flow.peer, Counter.CREDIT, flow.total + 1):
                 self._renew_if_moved(flow)
@@ -158,8 +187,10 @@ class OneSidedProgram:
             elif self._buffers.window is None:
                 # All credit of a run comes at its begin. The order of the sends is worth waiting for it.
                 break
-        for receive in self._receives:
-            if not receive.is_done and self._memory.reached(receive.peer, Counter.ARRIVED, receive.total + 1):
+        for receive in due:
+            if not isinstance(receive, _Receive):
+                continue
+            if self._memory.reached(receive.peer, Counter.ARRIVED, receive.total + 1):
                 self._memory.unpack(receive.peer, receive.batches[receive.position])
                 receive.advance()
                 self._give_credit(receive)
@@ -172,17 +203,15 @@ class OneSidedProgram:
             flow.puts = self._puts(flow.channel)
 
     def _puts(self, channel: Channel) -> list[Put]:
-        assert self._source is not None
-        puts = self._buffers.puts(channel, self._source)
+        puts = self._buffers.puts(channel, self._sides.read_by)
         for put, message in zip(puts, channel.messages, strict=True):
-            put.batch.before = self._source.before_reading(message.parts)
+            put.batch.before = self._sides.before_reading(message)
         return puts
 
     def _unpack_batches(self, channel: Channel) -> list[CopyBatch]:
-        assert self._destination is not None
         batches = self._buffers.unpack_batches(channel)
         for batch, message in zip(batches, channel.messages, strict=True):
-            batch.after = self._destination.after_writing(message.parts)
+            batch.after = self._sides.after_writing(message.parts)
         return batches
 
     def _give_credit(self, flow: _Flow) -> None:
@@ -192,22 +221,31 @@ class OneSidedProgram:
 
     def _rebind_if_moved(self) -> bool:
         """Bind again where weights have new storage. Returns whether the run has copies that have not run before."""
-        refresh_all(self._source, self._destination)
+        self._sides.refresh()
         self._buffers.rebind()
-        if self._bound_to != generations(self._source, self._destination):
+        if self._bound_to != self._sides.generations:
             self._bind()
             return True
         return not self._has_run
 
     def _bind(self) -> None:
-        refresh_all(self._source, self._destination)
-        self._bound_to = generations(self._source, self._destination)
+        sides = self._sides
+        sides.refresh()
+        sides.unbind()
+        self._bound_to = sides.generations
         for flow in self._sends:
             flow.puts = self._puts(flow.channel)
         for receive in self._receives:
             receive.batches = self._unpack_batches(receive.channel)
         schedule, batch_bytes = self._schedule, self._memory.local_batch_bytes
-        self._local = local_batches(schedule.local, schedule.zeros, self._source, self._destination, batch_bytes)
+        self._local = local_batches(
+            schedule.local,
+            schedule.zeros,
+            sides.source,
+            sides.destination,
+            batch_bytes,
+            after_writing=sides.after_writing,
+        )
 
 
 class Backoff:

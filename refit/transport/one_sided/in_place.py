@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,12 +74,14 @@ class InPlaceBuffers:
         self._peers = {target: self._mapped(offers[target]) for target in targets}
         self._num_seen = dict.fromkeys(targets, 0)
 
-    def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
+    def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         peer = self._peers[channel.destination]
         return [
             Put(
                 CopyBatch(
-                    _copies(message, source, peer), engine_bytes=self._engine_bytes, num_programs=self._put_programs
+                    _copies(message, read_by(message), peer),
+                    engine_bytes=self._engine_bytes,
+                    num_programs=self._put_programs,
                 )
             )
             for message in channel.messages

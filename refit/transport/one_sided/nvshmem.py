@@ -9,13 +9,14 @@ from refit.errors import UsageError
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import Program, TransportOptions
-from refit.transport.messages import Framing, bucket_bytes, make_schedule
+from refit.transport.messages import Framing, bucket_bytes
 from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
 from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
+from refit.transport.schedule import make_schedule
 
 SLOTS_PER_PEER = 2
 """Two suffice: unpacking one slot takes a fraction of the time of writing the next one over NVLink."""

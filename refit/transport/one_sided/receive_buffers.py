@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +37,8 @@ class ReceiveBuffers(Protocol):
         """Bytes allocated beyond the models."""
         ...
 
-    def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
-        """For each message, the copies from this rank's weights into the peer's memory."""
+    def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
+        """For each message, the copies from the weights that it is `read_by` into the peer's memory."""
         ...
 
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
@@ -113,9 +114,9 @@ class RingBuffers:
             else:
                 self._targets[target] = _Target(start, memory.peer(target)[start : start + ring_bytes], None)
 
-    def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
+    def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         target = self._targets[channel.destination]
-        return [self._put(number, message, target, source) for number, message in enumerate(channel.messages)]
+        return [self._put(number, message, target, read_by(message)) for number, message in enumerate(channel.messages)]
 
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         assert self._destination is not None
@@ -182,7 +183,7 @@ class DirectBuffers:
         assert all(memory.is_mapped(target) for target in targets)
         self._peers = {target: mapped_weights([memory.peer(target)], found[target]) for target in targets}
 
-    def puts(self, channel: Channel, source: LocalWeights) -> list[Put]:
+    def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         target = self._peers[channel.destination]
         return [
             Put(
@@ -190,7 +191,7 @@ class DirectBuffers:
                     (
                         copy
                         for piece in message.pieces
-                        for copy in weight_copies(piece.tensor, piece.box, source, target)
+                        for copy in weight_copies(piece.tensor, piece.box, read_by(message), target)
                     ),
                     num_programs=self._put_programs,
                 )

@@ -20,12 +20,13 @@ from refit.errors import RefitError, UnavailableError, UsageError
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
-from refit.transport.messages import Framing, bucket_bytes, make_schedule
+from refit.transport.messages import Framing, bucket_bytes
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
+from refit.transport.schedule import make_schedule
 
 DIRECTORY = Path("/dev/shm")
 SLOTS_PER_PEER = 4

@@ -1,14 +1,15 @@
 """The two-sided executor: pack, send and receive, unpack, in rounds.
 
-Round k moves message k of every pair. Before a rank posts round k it waits for earlier rounds only. By induction every
-round ends, for any pattern of pairs, any number of peers and any bound on staging, and the backend need not buffer.
-Up to `window` rounds are in flight at once, provided that their staging slots are free. The oldest of them is unpacked
+A round is what a rank sends and receives in one step of the schedule: in one stage, round k has message k of all its
+pairs. Before a rank posts a round it waits for its earlier rounds only: for those whose slots it uses, for those a
+window ago, and, where it passes something on, for those that brought it. Steps are the same for all ranks, and so is
+the order (refit, step) of rounds. By induction over it every round ends, for any pattern of pairs, any stages, any
+number of peers and any bound on staging, and the backend need not buffer. Up to `window` rounds are in flight at once, provided that their staging slots are free. The oldest of them is unpacked
 and the next is packed while those in between are transferred.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,11 +17,13 @@ import torch
 from refit.copies.batch import CopyBatch, local_batches
 from refit.copies.copy import Copy
 from refit.memory.phases import PhaseClock
-from refit.memory.weights import LocalWeights, generations, refresh_all
+from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
-from refit.transport.messages import Channel, Framing, Message, Schedule, make_schedule, pair_buckets
+from refit.transport.messages import Channel, Framing, Message, Schedule, pair_buckets
 from refit.transport.packing import pack_copies, unpack_copies
+from refit.transport.schedule import make_schedule
+from refit.transport.sides import Sides
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound
 
 LOCAL_BATCH_BYTES = {"cpu": 4 << 20, "cuda": 4 << 30}
@@ -72,11 +75,17 @@ class _Ring:
         return sum(part.numel() for slot in self._slots.values() for part in slot if part is not None)
 
     def bind(
-        self, messages: Sequence[Message], peer: int, memory: LocalWeights, copies: Copier
+        self,
+        messages: Sequence[Message],
+        rounds: Sequence[int],
+        peer: int,
+        memory_of: Callable[[Message], LocalWeights],
+        copies: Copier,
     ) -> Iterator[BoundMessage]:
-        """Bind each message to the weights themselves where they are contiguous, else to a slot."""
+        """Bind each message to the weights themselves where they are contiguous, else to a slot. `rounds` has the round
+        of each."""
         # The backend cannot read the device where slots are pinned, so every message needs a slot there.
-        direct = [None if self._pinned else _contiguous_bytes(message, memory) for message in messages]
+        direct = [None if self._pinned else _contiguous_bytes(each, memory_of(each)) for each in messages]
         staged = [number for number, weights in enumerate(direct) if weights is None]
         largest = max((messages[number].nbytes for number in staged), default=0)
         turns = {number: turn for turn, number in enumerate(staged)}
@@ -84,11 +93,11 @@ class _Ring:
             if weights is not None:
                 yield BoundMessage(peer, weights, None)
                 continue
-            turn = turns[number]
+            turn, memory = turns[number], memory_of(message)
             device, host = self._slot(turn % self._depth, largest, memory.device)
             batch = CopyBatch(copies(message, memory, device), num_programs=self._num_programs)
             pinned = None if host is None else host[: message.nbytes]
-            before = staged[turn - self._depth] if turn >= self._depth else -1
+            before = rounds[staged[turn - self._depth]] if turn >= self._depth else -1
             yield BoundMessage(peer, device[: message.nbytes], batch, pinned, before)
 
     def _slot(self, index: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -127,11 +136,14 @@ class TwoSidedProgram:
     ) -> None:
         self._schedule = schedule
         self._backend = backend
-        self._source = source
-        self._destination = destination
+        self._sides = Sides(source, destination, schedule)
         self._release = release
         channels = (*schedule.sends, *schedule.receives)
-        self._num_rounds = max((len(channel.messages) for channel in channels), default=0)
+        steps = sorted({message.step for channel in channels for message in channel.messages})
+        self._round_of = {step: number for number, step in enumerate(steps)}
+        self._relayed = [list[Message]() for _ in steps]
+        for message in (message for channel in schedule.sends for message in channel.messages if message.stage > 0):
+            self._relayed[self._round_of[message.step]].append(message)
         self._sends: list[list[BoundMessage]] = []
         self._receives: list[list[BoundMessage]] = []
         self._local: list[CopyBatch] = []
@@ -150,11 +162,16 @@ class TwoSidedProgram:
                 PendingRound(sends, receives) for sends, receives in zip(self._sends, self._receives, strict=True)
             ]
             self._backend.begin()
+            self._sides.begin()
             clock.lap("bind")
-            ended = sent = 0
-            for step, batches in enumerate(_shares(self._local, max(1, self._num_rounds))):
-                if step < self._num_rounds:
-                    while ended <= max(self._reuses[step], step - self._backend.traits.window):
+            ended = sent = copied = 0
+            for step, share in enumerate(_shares(len(self._local), max(1, len(rounds)))):
+                if step < len(rounds):
+                    if self._relayed[step]:
+                        # What it passes on may come from local copies. They wait for nobody.
+                        copied = self._copy_local(copied, len(self._local), clock)
+                    needed = max(self._reuses[step], step - self._backend.traits.window)
+                    while ended <= needed or not self._is_there(step):
                         self._end(rounds[ended], clock)
                         ended += 1
                     while sent <= self._reuses[step]:
@@ -162,9 +179,7 @@ class TwoSidedProgram:
                         sent += 1
                     clock.lap("wire")
                     self._start(rounds, step, clock)
-                for batch in batches:
-                    self._backend.copy_local(batch)
-                clock.lap("local")
+                copied = self._copy_local(copied, share, clock)
             for pending in rounds[ended:]:
                 self._end(pending, clock)
             for pending in rounds[sent:]:
@@ -187,6 +202,17 @@ class TwoSidedProgram:
         self._backend.post(rounds[step], rounds[self._reuses[step]] if self._reuses[step] >= 0 else None)
         clock.lap("wire")
 
+    def _is_there(self, step: int) -> bool:
+        """Whether what round `step` passes on has been written: by rounds before it, as their steps are smaller."""
+        return all(self._sides.is_there(message) for message in self._relayed[step])
+
+    def _copy_local(self, begin: int, end: int, clock: PhaseClock) -> int:
+        """Run the local batches from `begin` to `end`. Returns how many have run."""
+        for batch in self._local[begin:end]:
+            self._backend.copy_local(batch)
+        clock.lap("local")
+        return max(begin, end)
+
     def _end(self, pending: PendingRound, clock: PhaseClock) -> None:
         self._backend.wait_received(pending)
         clock.lap("wire")
@@ -195,42 +221,47 @@ class TwoSidedProgram:
 
     def _rebind_if_moved(self) -> None:
         """Bind again where the model has given a weight new storage."""
-        refresh_all(self._source, self._destination)
-        if self._bound_to != generations(self._source, self._destination):
+        self._sides.refresh()
+        if self._bound_to != self._sides.generations:
             self._bind()
 
     def _bind(self) -> None:
-        refresh_all(self._source, self._destination)
-        self._bound_to = generations(self._source, self._destination)
-        schedule = self._schedule
-        self._sends = self._rounds(schedule.sends, self._source, pack_copies)
-        self._receives = self._rounds(schedule.receives, self._destination, unpack_copies)
+        schedule, sides = self._schedule, self._sides
+        sides.refresh()
+        sides.unbind()
+        self._bound_to = sides.generations
+        self._sends = self._rounds(schedule.sends, sides.read_by, pack_copies)
+        self._receives = self._rounds(schedule.receives, sides.written_by, unpack_copies)
         rounds = zip(self._sends, self._receives, strict=True)
         self._reuses = [max((bound.reuses for bound in (*sends, *receives)), default=-1) for sends, receives in rounds]
-        memory = self._destination if self._destination is not None else self._source
-        batch_bytes = LOCAL_BATCH_BYTES["cpu" if memory is None else memory.device.type]
         self._local = local_batches(
-            schedule.local, schedule.zeros, self._source, self._destination, batch_bytes, LOCAL_PROGRAMS
+            schedule.local,
+            schedule.zeros,
+            sides.source,
+            sides.destination,
+            LOCAL_BATCH_BYTES[sides.device.type],
+            LOCAL_PROGRAMS,
+            sides.after_writing,
         )
 
     def _rounds(
-        self, channels: Sequence[Channel], memory: LocalWeights | None, copies: Copier
+        self, channels: Sequence[Channel], memory_of: Callable[[Message], LocalWeights], copies: Copier
     ) -> list[list[BoundMessage]]:
-        rounds: list[list[BoundMessage]] = [[] for _ in range(self._num_rounds)]
+        rounds: list[list[BoundMessage]] = [[] for _ in self._round_of]
         for channel in channels:
-            assert memory is not None
             peer = channel.destination if copies is pack_copies else channel.source
             ring = self._rings[channel.source, channel.destination]
-            bound = list(ring.bind(channel.messages, peer, memory, copies))
-            for step, message, one in zip(rounds, channel.messages, bound, strict=False):
-                _attach(one, message, memory, sends=copies is pack_copies)
-                step.append(one)
+            numbers = [self._round_of[message.step] for message in channel.messages]
+            bound = ring.bind(channel.messages, numbers, peer, memory_of, copies)
+            for number, message, one in zip(numbers, channel.messages, bound, strict=True):
+                _attach(one, message, self._sides, sends=copies is pack_copies)
+                rounds[number].append(one)
         return rounds
 
 
-def _attach(bound: BoundMessage, message: Message, memory: LocalWeights, *, sends: bool) -> None:
-    """Let the copies of `bound` call the hooks of `memory`. A message that needs no copies gets a batch for them."""
-    hook = memory.before_reading(message.parts) if sends else memory.after_writing(message.parts)
+def _attach(bound: BoundMessage, message: Message, sides: Sides, *, sends: bool) -> None:
+    """Let the copies of `bound` call the hooks of `sides`. A message that needs no copies gets a batch for them."""
+    hook = sides.before_reading(message) if sends else sides.after_writing(message.parts)
     if hook is None:
         return
     bound.batch = bound.batch or CopyBatch(())
@@ -240,8 +271,6 @@ def _attach(bound: BoundMessage, message: Message, memory: LocalWeights, *, send
         bound.batch.after = hook
 
 
-def _shares(batches: Sequence[CopyBatch], num_steps: int) -> Iterator[Sequence[CopyBatch]]:
-    """`batches` in `num_steps` shares of nearly equal size, each batch as early as that allows."""
-    shares = [-(-len(batches) * step // num_steps) for step in range(num_steps + 1)]
-    for begin, end in itertools.pairwise(shares):
-        yield batches[begin:end]
+def _shares(num_batches: int, num_steps: int) -> list[int]:
+    """How many batches have run after each of `num_steps`: nearly as many in each, every one as early as that allows."""
+    return [-(-num_batches * step // num_steps) for step in range(1, num_steps + 1)]

@@ -1,0 +1,105 @@
+"""When messages go: the step of each, a pure function of the plan, so that both ends of a pair derive the same.
+
+In stage 0 message n of every pair has step n. A later stage passes on what has arrived. Its messages take what arrives
+first before the rest, and each has a step LAG or more behind the last message that it is made of. Source rank 0 sends
+four messages to rank 1, which passes them on to rank 2:
+
+    step            0    1    2    3    4    5
+    0 to 1         m0   m1   m2   m3                 stage 0
+    1 to 2                   m0   m1   m2   m3       stage 1
+
+So k ranks in a row get n messages in n + (k - 1) LAG steps, not k n, and while rank 1 sends m0 it receives m2.
+
+Why no rank waits for ever. What a message waits for has a smaller (refit, step): messages that its pair has exchanged
+before; messages whose slots it uses; if it passes something on, the messages that brought it. The stage is in the step:
+of two messages of which the later reads what the earlier has written, the earlier has the lower stage and the smaller
+step. Copies within a rank wait for nobody. So of all messages that are not done, one with the smallest (refit, step)
+waits for none of the others, and can go. Both executors let it: see there what else they wait for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from refit.plan.plan import RefitPlan, Transfer
+from refit.transport.messages import Channel, Framing, Message, Schedule, Totals, messages_of
+from refit.transport.overlaps import Overlaps
+
+LAG = 2
+"""Steps from a message's arrival to its being passed on. With one, nothing would be on its way to a rank while it
+unpacks what it is to pass on. Each further one is a step more per rank of a chain."""
+
+NOWHERE = -1
+"""In place of a step, for what arrives from no other rank: it is there from the beginning."""
+
+
+def make_schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:
+    """The schedule of `rank` under `plan`.
+
+    Where stages follow one another, it derives the messages of the ranks upstream of this one too, back to the source.
+    """
+    part, order = plan.for_rank(rank), _Order(plan, framing)
+    sends, receives = order.channels(part.sends), order.channels(part.receives)
+    return Schedule(rank, sends, receives, part.local, part.zeros, Totals.of(part))
+
+
+class _Order:
+    """Cuts transfers into messages, and gives each its step."""
+
+    def __init__(self, plan: RefitPlan, framing: Framing) -> None:
+        self._plan = plan
+        self._framing = framing
+        self._known: dict[tuple[int, int], Overlaps[int]] = {}
+
+    def channels(self, transfers: Iterable[Transfer]) -> tuple[Channel, ...]:
+        """The channels of `transfers`, which are in plan order: of a pair all, or all before some stage."""
+        by_pair: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+        for transfer in transfers:
+            by_pair[transfer.source, transfer.destination].append(transfer)
+        return tuple(Channel(*pair, self._messages(by_pair[pair], *pair)) for pair in sorted(by_pair))
+
+    def _messages(self, transfers: Sequence[Transfer], source: int, destination: int) -> tuple[Message, ...]:
+        """The messages of one pair, by step. No two have the same, so that slots and counters know one order."""
+        framing = self._framing.of_pair(source, destination)
+        found: dict[int, Message] = {}
+        for stage, group in itertools.groupby(transfers, lambda transfer: transfer.stage):
+            step, arrived = -1, self._arrived(source, stage) if stage else Overlaps[int]()
+            for message in messages_of(_by_arrival(group, arrived) if stage else group, framing):
+                step = max(step + 1, _last(arrived, message) + LAG)
+                while step in found:  # a message of an earlier stage
+                    step += 1
+                found[step] = replace(message, stage=stage, step=step)
+        return tuple(found[step] for step in sorted(found))
+
+    def _arrived(self, rank: int, stage: int) -> Overlaps[int]:
+        """The steps in which `rank` gets what other ranks send it before `stage`, by the boxes that arrive."""
+        if (rank, stage) not in self._known:
+            plan, found = self._plan, Overlaps[int]()
+            routes = plan.is_wire & (plan.destination == rank) & (plan.stage < stage)
+            for channel in self.channels(plan.transfers(np.flatnonzero(routes))):
+                for message in channel.messages:
+                    for key, box in message.parts:
+                        found.add(key, box, message.step)
+            self._known[rank, stage] = found
+        return self._known[rank, stage]
+
+
+def _by_arrival(transfers: Iterable[Transfer], arrived: Overlaps[int]) -> Iterator[Transfer]:
+    """`transfers`, cut as tensors lie in memory, those first that can be passed on first.
+
+    Several ranks send to a relay at the same time, such as one of each pipeline stage. In plan order it would pass on
+    all layers of the first one before any of the others'.
+    """
+    parts = (replace(transfer, box=box) for transfer in transfers for box in transfer.tensor.memory_boxes(transfer.box))
+    yield from sorted(parts, key=lambda part: max(arrived.find(part.tensor.key, part.box), default=NOWHERE))
+
+
+def _last(arrived: Overlaps[int], message: Message) -> int:
+    """The step with which the last of `message` has arrived. Where none of it does, one that bounds nothing."""
+    steps = (step for key, box in message.parts for step in arrived.find(key, box))
+    return max(steps, default=NOWHERE - LAG)
