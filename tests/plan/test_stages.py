@@ -165,7 +165,7 @@ def test_a_missing_box_is_found_in_its_stage() -> None:
 
 
 def test_what_comes_a_stage_late_is_not_there_to_be_passed_on() -> None:
-    """All elements are written, with what their readers hold, but rank 2 gets in stage 1 what it should have by then."""
+    """All elements are written, and their readers hold them, but rank 2 gets in stage 1 what it should have by then."""
     plan = plan_refit(on(0), on(1, 2, 3), via=[on(1, 2)])
     row = row_of(plan, 0, 2)
     stage, source = plan.stage.copy(), plan.source.copy()

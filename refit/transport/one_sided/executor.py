@@ -144,7 +144,8 @@ class OneSidedProgram:
         if enqueues and self._sides.passes_on:
             self._copy_local(local, len(local), clock)
         while pending := [flow for flow in (*self._sends, *self._receives) if not flow.is_done]:
-            moved = self._progress([flow for flow in pending if not enqueues or flow.message.step <= step], clock)
+            due = [flow for flow in pending if flow.message.step <= step] if enqueues else pending
+            moved = self._progress(due, clock)
             step += 1
             # What is passed on may come from local copies: they do not wait until nothing else is to do.
             if local and (enqueues or not moved or self._sides.passes_on):

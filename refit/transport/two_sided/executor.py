@@ -4,7 +4,9 @@ A round is what a rank sends and receives in one step of the schedule: in one st
 pairs. Before a rank posts a round it waits for its earlier rounds only: for those whose slots it uses, for those a
 window ago, and, where it passes something on, for those that brought it. Steps are the same for all ranks, and so is
 the order (refit, step) of rounds. By induction over it every round ends, for any pattern of pairs, any stages, any
-number of peers and any bound on staging, and the backend need not buffer. Up to `window` rounds are in flight at once, provided that their staging slots are free. The oldest of them is unpacked
+number of peers and any bound on staging, and the backend need not buffer.
+
+Up to `window` rounds are in flight at once, provided that their staging slots are free. The oldest of them is unpacked
 and the next is packed while those in between are transferred.
 """
 
@@ -272,5 +274,5 @@ def _attach(bound: BoundMessage, message: Message, sides: Sides, *, sends: bool)
 
 
 def _shares(num_batches: int, num_steps: int) -> list[int]:
-    """How many batches have run after each of `num_steps`: nearly as many in each, every one as early as that allows."""
+    """How many batches have run after each of `num_steps`: nearly as many in each, and each as early as that allows."""
     return [-(-num_batches * step // num_steps) for step in range(1, num_steps + 1)]
