@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from refit.config.layout import Layout
-from refit.memory.weights import LocalShard, LocalWeights
+from refit.memory.weights import LocalShard, LocalWeights, new_shard
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
@@ -71,6 +71,17 @@ class Case:
             return None
         groups = self.groups(side, rank, side is self.source)
         return LocalWeights(shard for group in groups for shard in _live(group))
+
+
+def memory_of(sharding: Sharding, rank: int) -> LocalWeights | None:
+    """Poisoned weights of `rank`, each box in memory of its own; None on ranks outside the side."""
+    if rank not in sharding.ranks:
+        return None
+    shards = sharding.of_rank(rank).shards.values()
+    parts = ((shard.tensor, part) for shard in shards for box in shard.boxes for part in shard.tensor.memory_boxes(box))
+    memory = LocalWeights(new_shard(tensor, part, torch.device("cpu")) for tensor, part in parts)
+    poison(memory)
+    return memory
 
 
 def _cut(box: Box, dim: int, index: int, count: int) -> Box:

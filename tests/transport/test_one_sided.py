@@ -10,6 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from random import Random
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuffers, RingBuffers
 from refit.transport.schedule import make_schedule
 from refit.transport.turns import in_turn
+from tests.plan.strategies import staged
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
 TIMEOUT_S = 100.0
@@ -81,7 +84,7 @@ class QueuedMemory:
         self.enqueues = not has_new_copies
 
     def send(self, peer: int, put: Put, value: int) -> None:
-        self._do(put.batch.run)
+        self._run(put.batch)
         if put.packed is not None:
             packed = put.packed
             place = self._world.heaps[peer][put.offset : put.offset + packed.numel()]
@@ -89,10 +92,10 @@ class QueuedMemory:
         self.raise_counter(peer, Counter.ARRIVED, value)
 
     def unpack(self, peer: int, batch: CopyBatch) -> None:
-        self._do(batch.run)
+        self._run(batch)
 
     def copy_local(self, batch: CopyBatch) -> None:
-        self._do(batch.run)
+        self._run(batch)
 
     def raise_counter(self, peer: int, counter: Counter, value: int) -> None:
         self._do(lambda: self._world.counters.__setitem__((peer, counter, self.rank), value))
@@ -122,6 +125,14 @@ class QueuedMemory:
     def close(self) -> None:
         self.barrier()
 
+    def _run(self, batch: CopyBatch) -> None:
+        """As on a GPU, hooks are called when a batch is enqueued, and its copies are executed later."""
+        if batch.before is not None:
+            batch.before()
+        self._do(lambda: [copy.destination.copy_(copy.source) for copy in batch._copies])
+        if batch.after is not None:
+            batch.after()
+
     def _do(self, action: Callable[[], Any]) -> None:
         if self.enqueues:
             self._queue.append(lambda: (action(), True)[1])
@@ -149,11 +160,10 @@ class SharedAddresses(QueuedMemory):
         return self._world.published[rank, key]
 
 
-def _buffers(case: Case, rank: int, kind: str, window: int, slot_bytes: int) -> tuple[ReceiveBuffers, Any]:
-    destination = case.memory(case.destination, rank)
+def _buffers(destination: LocalWeights | None, kind: str, window: int, slot_bytes: int) -> ReceiveBuffers:
     if kind == "direct":
-        return DirectBuffers(destination), destination
-    return RingBuffers(destination, window, slot_bytes), destination
+        return DirectBuffers(destination)
+    return RingBuffers(destination, window, slot_bytes)
 
 
 def _run(
@@ -169,13 +179,13 @@ def _run(
     return wrong_tensors(destination, plan, iteration) if destination is not None else []
 
 
-def _rank(case: Case, rank: int, world: World, kind: str, window: int, problems: list[str]) -> None:
+def _rank(case: Case, plan: RefitPlan, kind: str, window: int, rank: int, world: World, problems: list[str]) -> None:
     """Four runs. A rank starts the next one as soon as it can."""
     slot_bytes = 1 << 10
-    plan, memory = case.plan, QueuedMemory(rank, world, mapped=kind != "put")
+    memory = QueuedMemory(rank, world, mapped=kind != "put")
     try:
-        source = case.memory(case.source, rank)
-        buffers, destination = _buffers(case, rank, kind, window, slot_bytes)
+        source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
+        buffers = _buffers(destination, kind, window, slot_bytes)
         schedule = make_schedule(plan, rank, Framing(slot_bytes, None))
         buffers.attach(memory, schedule)
         program = OneSidedProgram(schedule, memory, buffers, source, destination, TIMEOUT_S)
@@ -193,19 +203,38 @@ APART = Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 2, first_rank=2))
 TOGETHER = Case(Layout(2, 2, 2, 1, 4), Layout(4, 4, 1, 1, 4))
 
 
+BUFFERS = [("ring", 1), ("ring", 2), ("ring", 5), ("put", 2), ("direct", 0)]
+
+
 @pytest.mark.parametrize("case", [APART, TOGETHER], ids=["apart", "together"])
-@pytest.mark.parametrize(("kind", "window"), [("ring", 1), ("ring", 2), ("ring", 5), ("put", 2), ("direct", 0)])
+@pytest.mark.parametrize(("kind", "window"), BUFFERS)
 def test_work_enqueued_in_one_queue_per_rank_ends_and_is_right(case: Case, kind: str, window: int) -> None:
-    num_ranks = max(case.source.ranks.stop, case.destination.ranks.stop)
+    _run_in_threads(case, case.plan, kind, window)
+
+
+REPLICATED = Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 6))
+"""Three replicas, two of whose ranks are the source's."""
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize(("kind", "window"), BUFFERS)
+def test_stages_enqueued_in_one_queue_per_rank_end_and_are_right(num_stages: int, kind: str, window: int) -> None:
+    _run_in_threads(REPLICATED, staged(*REPLICATED.plan.shardings, num_stages, Random(7)), kind, window)
+
+
+def _run_in_threads(case: Case, plan: RefitPlan, kind: str, window: int) -> None:
+    _in_threads(partial(_rank, case, plan, kind, window), len(plan.ranks))
+
+
+def _in_threads(rank: Callable[[int, World, list[str]], None], num_ranks: int) -> World:
     world, problems = World(num_ranks), list[str]()
-    threads = [
-        threading.Thread(target=_rank, args=(case, rank, world, kind, window, problems)) for rank in range(num_ranks)
-    ]
+    threads = [threading.Thread(target=rank, args=(number, world, problems)) for number in range(num_ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert problems == []
+    return world
 
 
 def _give_new_storage(memory: LocalWeights | None) -> None:
@@ -215,12 +244,14 @@ def _give_new_storage(memory: LocalWeights | None) -> None:
         memory.refresh()
 
 
-def _rank_in_place(case: Case, rank: int, world: World, moves: bool, problems: list[str]) -> None:
+def _rank_in_place(
+    case: Case, plan: RefitPlan, message_bytes: int, moves: bool, rank: int, world: World, problems: list[str]
+) -> None:
     """Four runs. With `moves`, the weights of both sides get new storage before the second and the fourth."""
-    plan, memory = case.plan, SharedAddresses(rank, world, mapped=True)
+    memory = SharedAddresses(rank, world, mapped=True)
     try:
         source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
-        schedule = in_turn(make_schedule(plan, rank, Framing(1 << 62, None)), plan)
+        schedule = in_turn(make_schedule(plan, rank, Framing(message_bytes, None)), plan)
         buffers = InPlaceBuffers(memory, schedule, destination, engine_bytes=64)
         program = OneSidedProgram(schedule, memory, buffers, source, destination, TIMEOUT_S)
         for iteration in range(4):
@@ -240,15 +271,13 @@ def _rank_in_place(case: Case, rank: int, world: World, moves: bool, problems: l
 @pytest.mark.parametrize("case", [APART, TOGETHER], ids=["apart", "together"])
 @pytest.mark.parametrize("moves", [False, True])
 def test_weights_are_written_where_they_are_and_found_again_when_they_move(case: Case, moves: bool) -> None:
-    num_ranks = max(case.source.ranks.stop, case.destination.ranks.stop)
-    world, problems = World(num_ranks), list[str]()
-    threads = [
-        threading.Thread(target=_rank_in_place, args=(case, rank, world, moves, problems)) for rank in range(num_ranks)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert problems == []
+    world = _in_threads(partial(_rank_in_place, case, case.plan, 1 << 62, moves), len(case.plan.ranks))
     assert bool(world.published) == moves
     assert max((int(key.split("/")[1]) for _, key in world.published), default=0) == (2 if moves else 0)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("message_bytes", [1 << 10, 1 << 62])
+def test_what_was_written_where_it_is_is_passed_on_from_there(message_bytes: int, moves: bool) -> None:
+    plan = staged(*REPLICATED.plan.shardings, 3, Random(8))
+    _in_threads(partial(_rank_in_place, REPLICATED, plan, message_bytes, moves), len(plan.ranks))
