@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 from unittest import mock
@@ -90,12 +90,25 @@ def _check(outcomes: list[list[Moved]], plan: RefitPlan, staging_bytes: int) -> 
             assert by_rank[rank].received == int(wire[:, rank].sum())
 
 
+NUMBERS = itertools.count()
+
+
+def _numbered(sharding: Sharding, number: int) -> Sharding:
+    """The same tensors under new keys. Ranks meet by the digest of a plan, which does not name ranks without routes."""
+    return Sharding(
+        sharding.ranks,
+        {f"{number}.{key}": replace(spec, key=f"{number}.{key}") for key, spec in sharding.tensors.items()},
+        {f"{number}.{key}": held for key, held in sharding.by_key.items()},
+    )
+
+
 @given(sides(most=4), st.integers(2, 3), st.randoms(use_true_random=False))
 @settings(max_examples=20)
 def test_random_layouts_arrive_by_way_of_random_holders(
     ranks: RankPool, pair: tuple[Sharding, Sharding], num_stages: int, random: Random
 ) -> None:
-    plan = staged(*pair, num_stages, random)
+    number = next(NUMBERS)
+    plan = staged(*(_numbered(sharding, number) for sharding in pair), num_stages, random)
     _check(ranks.run(_refits, plan, BACKENDS, 1 << 20), plan, 1 << 20)
 
 
@@ -115,12 +128,12 @@ def test_layouts_of_a_model_arrive_in_stages(
 def test_many_rounds_of_several_stages_interleave_in_little_staging(
     ranks: RankPool, backend: tuple[str, str], name: str
 ) -> None:
-    case, staging_bytes = replace(CASES[name], hidden=96, ffn=192), 32 << 10
+    case, staging_bytes = replace(CASES[name], hidden=48, ffn=96), 24 << 10
     plan = staged(*case.plan.shardings, 3, Random(1))
     outcomes = ranks.run(_refits, plan, [backend], staging_bytes)
     _check(outcomes, plan, staging_bytes)
     if backend != ("shm", "direct"):
-        assert max(moved.received for (moved,) in outcomes) > 10 * staging_bytes
+        assert max(moved.received for (moved,) in outcomes) > 5 * staging_bytes
 
 
 def chain(num_layers: int = 64) -> RefitPlan:
@@ -130,25 +143,18 @@ def chain(num_layers: int = 64) -> RefitPlan:
     return plan_refit(on({0: whole}), ends[-1], via=ends[:-1], ranks_per_node=2)
 
 
-def _first_and_last(name: str, last_of: Callable[[], int]) -> tuple[object, str, str]:
-    """Where a rank of that method sends and unpacks: a class, and the names of the two methods."""
-    return (GlooBackend, "post", "unpack") if name == "gloo" else (SharedMemory, "send", "unpack")
-
-
 def _hold_the_last(rank: int, backend: tuple[str, str]) -> list[str]:
     """Rank 0 sends its last message once rank 3 has its first. Without pipelining, rank 3 would wait for that one."""
     plan, store = chain(), torch.distributed.distributed_c10d._get_default_store()
     key = f"the last rank of the chain has something {backend}"
-    where, send, unpack = _first_and_last(backend[0], lambda: 0)
+    where, send = (GlooBackend, "post") if backend[0] == "gloo" else (SharedMemory, "send")
     number = 0
-    original_send, original_unpack = getattr(where, send), getattr(where, unpack)
+    original_send, original_unpack = getattr(where, send), where.unpack
     source, destination = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
-    options = TransportOptions(staging_bytes=64 << 10, timeout_s=30.0, one_sided_buffers=backend[1])
+    options = TransportOptions(staging_bytes=8 << 10, timeout_s=30.0, one_sided_buffers=backend[1])
     with mock.patch.object(shm, "DIRECT_BATCH_BYTES", 1024), mock.patch.object(shm, "SLOT_BYTES", 1024):
         program = get_transport(backend[0]).prepare(plan, source, destination, options)
-    last = sum(1 for _ in program._sends) if backend[0] == "gloo" else 0
-    if backend[0] == "shm" and rank == 0:
-        last = len(program._sends[0].channel.messages)
+    last = len(program._schedule.sends[0].messages) if rank == 0 else 0
 
     def held(self: object, *args: object) -> None:
         nonlocal number
@@ -164,7 +170,7 @@ def _hold_the_last(rank: int, backend: tuple[str, str]) -> list[str]:
 
     if source is not None:
         fill(source, 0)
-    with mock.patch.object(where, send, held), mock.patch.object(where, unpack, seen):
+    with mock.patch.object(where, send, held), mock.patch.object(where, "unpack", seen):
         program.run()
     wrong = [] if destination is None else wrong_tensors(destination, plan, 0)
     torch.distributed.barrier()
