@@ -22,6 +22,7 @@ from refit.plan.sharding import Sharding
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import shm
 from refit.transport.one_sided.shm import SharedMemory
+from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.plan.strategies import sides, staged
 from tests.ranks.pool import RankPool
@@ -54,7 +55,7 @@ def _refits(rank: int, plan: RefitPlan, backends: list[tuple[str, str]], staging
     for name, buffers in backends:
         source, destination = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
         options = TransportOptions(staging_bytes=staging_bytes, timeout_s=TIMEOUT_S, one_sided_buffers=buffers)
-        program = get_transport(name).prepare(plan, source, destination, options)
+        program = get_transport(name).prepare(plan, Ranks.of_default_group(), source, destination, options)
         wrong = []
         for iteration in range(3):
             if source is not None:
@@ -153,7 +154,7 @@ def _hold_the_last(rank: int, backend: tuple[str, str]) -> list[str]:
     source, destination = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
     options = TransportOptions(staging_bytes=8 << 10, timeout_s=30.0, one_sided_buffers=backend[1])
     with mock.patch.object(shm, "DIRECT_BATCH_BYTES", 1024), mock.patch.object(shm, "SLOT_BYTES", 1024):
-        program = get_transport(backend[0]).prepare(plan, source, destination, options)
+        program = get_transport(backend[0]).prepare(plan, Ranks.of_default_group(), source, destination, options)
     last = len(program._schedule.sends[0].messages) if rank == 0 else 0
 
     def held(self: object, *args: object) -> None:
@@ -189,7 +190,7 @@ def _without_rank_1(rank: int, backend: tuple[str, str]) -> str:
     plan = chain(4)
     options = TransportOptions(staging_bytes=64 << 10, timeout_s=4.0, one_sided_buffers=backend[1])
     memories = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
-    program = get_transport(backend[0]).prepare(plan, *memories, options)
+    program = get_transport(backend[0]).prepare(plan, Ranks.of_default_group(), *memories, options)
     torch.distributed.barrier()
     message = ""
     if rank in (0, 2):
