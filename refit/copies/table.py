@@ -1,4 +1,20 @@
-"""Tables of strided copies for the copy kernel (`refit.copies.kernel`). Arithmetic on addresses, no device work."""
+"""Tables of strided copies for the copy kernel (`refit.copies.kernel`). Arithmetic on addresses, no device work.
+
+A box [4, 6] of bfloat16, the first six columns of a source with eight, into a destination of its own:
+
+    source         ######..     16 bytes from row to row     ###### is a run: contiguous at both sides
+                   ######..
+                   ######..                                  Runs(dims=(Dim(4, destination=12, source=16),), width=12)
+                   ######..
+    destination    ######       12 bytes from row to row
+
+12 and 16 are multiples of 4, so a word has 4 bytes if both addresses are too. In tiles of at most 24 bytes it is two
+rows of the table, of two runs each:
+
+    source, destination (bytes)    runs    words per run    source, destination stride (words)
+              0,  0                 2            3                      4, 3
+             32, 24                 2            3                      4, 3
+"""
 
 from __future__ import annotations
 
@@ -52,9 +68,11 @@ def runs_of(shape: Sequence[int], destination: Sequence[int], source: Sequence[i
     dims = [
         Dim(n, d * item_bytes, s * item_bytes) for n, d, s in zip(shape, destination, source, strict=True) if n != 1
     ]
+    # From the inside out, whatever order the tensor's dims have: a transposed source is as contiguous as its memory.
     dims.sort(key=lambda dim: dim.destination)
     width, outer = item_bytes, list[Dim]()
     for dim in dims:
+        # Grows the run: this dim's steps are exactly as far apart, at both sides, as the run is wide.
         if not outer and dim.destination == dim.source == width:
             width *= dim.size
         elif outer and _continues(dim, outer[-1]):
@@ -71,10 +89,13 @@ def tiles_of(runs: Runs, word: int, tile_bytes: int = TILE_BYTES) -> Ints:
     rows of a tile go along the longest dim, so that one tile covers many short runs. Every index of the other dims has
     tiles of its own. `word`, in bytes, must divide every distance of `runs`.
     """
+    # A program copies a tile as rows x words: one dim of runs. Other dims would take divisions for each word.
     longest = max(runs.dims, key=lambda dim: dim.size, default=Dim(1, 0, 0))
     others = [dim for dim in runs.dims if dim is not longest]
     cuts, widths = _even_spans(runs.width // word, max(1, tile_bytes // word), max(1, SPLIT_BYTES // word))
     starts, heights = _even_spans(longest.size, max(1, tile_bytes // (int(widths[0]) * word)), 1)
+    # Every tile starts at a sum: one step of each other dim, one start along the longest, one cut of the run. Cuts come
+    # last and vary fastest, heights next: `tiles[:, 2]` and `tiles[:, 3]` repeat in that order.
     offsets = np.zeros((1, 2), np.int64)
     for dim in others:
         offsets = _added(offsets, _steps(np.arange(dim.size), dim.source, dim.destination))
@@ -96,6 +117,8 @@ def build_tables(copies: Iterable[Copy], tile_bytes: int = TILE_BYTES) -> dict[i
     """
     parts: dict[int, list[_Repeated]] = defaultdict(list)
     for runs, addresses in _by_runs(copies):
+        # The lowest bit of all distances is the largest power of two that divides each. 16 among them bounds it:
+        # addresses 0 and 64, width and strides 12, 12, 16: 0 | 64 | 28 | 16 = 0b1011100, lowest bit 4.
         bits = addresses[:, 0] | addresses[:, 1] | runs.step_bits | WORD_BYTES[0]
         words = bits & -bits
         for word in WORD_BYTES:
@@ -147,6 +170,8 @@ def _even_spans(total: int, longest: int, multiple: int) -> tuple[Ints, Ints]:
 
     All lengths but the last are multiples of `multiple` where `longest` is one.
     """
+    # 10 in spans of at most 4 are 4, 4, 2 where they must be even numbers, and 4, 4, 2 again where not: three spans of
+    # ceil(10 / 3). 9 are 3, 3, 3, not 4, 4, 1, which would keep a program busy with little.
     num_spans = -(-total // longest)
     length = min(longest, -(-total // num_spans // multiple) * multiple)
     starts = np.arange(0, total, length)

@@ -1,4 +1,16 @@
-"""The pieces of a transfer: which parts of the destination's boxes which source ranks may send."""
+"""The pieces of a transfer: which parts of the destination's boxes which source ranks may send.
+
+Six rows from TP2 on ranks 0 and 1 to TP3 on ranks 2 to 4:
+
+    row              0     1     2     3     4     5
+    cells          [     rank 0     ][     rank 1     ]      what the same source ranks hold
+    destination    [  rank 2  ][  rank 3  ][  rank 4  ]
+    parts          [    a     ][ b  ][ c  ][    d     ]      one destination box in one cell
+    pieces         a for 2 and b for 3, both from {0}; c for 3 and d for 4, both from {1}
+
+With the same rows on rank 5 too, a and b would be from {0, 5}: `senders` decides which of the two sends how much. With
+the destination's first two rows on rank 6 as well, there would be one more piece: a for 6.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +98,9 @@ class _ClassPieces:
 def _pieces_of(tensors: TensorClass, sets: _HolderSets, ranks_per_node: int | None) -> _ClassPieces:
     cells, wanted = _cells(tensors.source), tensors.destination
     parts = _parts(tensors, cells.boxes)
-    # Every rank that holds a destination box needs all of its parts.
+    # Every rank that holds a destination box needs all of its parts: a join of holders and parts over the box. Parts
+    # are sorted by it, so those of one box are the rows first, first + 1, ... of `parts`. In the module's example each
+    # box has one holder: of = [0, 1, 1, 2], first = [0, 1, 3], counts = [1, 2, 1].
     first = np.searchsorted(parts.of, wanted.holders.box)
     counts = np.searchsorted(parts.of, wanted.holders.box, side="right") - first
     part, rank = ranges(first, counts), np.repeat(wanted.holders.rank, counts)
@@ -118,6 +132,7 @@ def _parts(tensors: TensorClass, cells: BoxArray) -> _Parts:
     wanted = tensors.destination.boxes
     of, cell = touching(wanted, cells)
     boxes = wanted[of].intersect(cells[cell])
+    # Cells are disjoint, and so are a box's parts: their volumes say whether something of it is missing.
     covered = np.zeros(len(wanted), np.int64)
     np.add.at(covered, of, boxes.volumes)
     holes = []
@@ -151,7 +166,14 @@ class _Cells:
 
 
 def _cells(source: TensorSharding) -> _Cells:
-    """The source's boxes; where they overlap, cut so that all elements of a cell are held by the same ranks."""
+    """The source's boxes; where they overlap, cut so that all elements of a cell are held by the same ranks.
+
+    row        0     1     2     3     4     5
+    rank 0   [           A            ]
+    rank 1               [           B            ]
+    cells    [   {0}    ][  {0, 1}   ][    {1}    ]
+    """
+    # Boxes of a side are distinct, so each touches itself, and more pairs than that mean an overlap.
     itself, _ = touching(source.boxes, source.boxes)
     if len(itself) == len(source.shards):
         return _Cells(source.boxes, tuple(shard.ranks for shard in source.shards), are_cut=False)
@@ -173,7 +195,15 @@ def _cells(source: TensorSharding) -> _Cells:
 def _preferred(
     cells: _Cells, cell: IntArray, rank: IntArray, sets: _HolderSets, ranks_per_node: int | None
 ) -> IntArray:
-    """For each row, the number of the set of ranks that may send `cell[row]` to `rank[row]`, `[num_rows]`."""
+    """For each row, the number of the set of ranks that may send `cell[row]` to `rank[row]`, `[num_rows]`.
+
+    Rows that share cell and scope share their set, which is looked up once. Eight ranks on two nodes, a cell that 0, 1
+    and 5 hold, and what each rank may get it from:
+
+        rank       0      1      2        3        4     5      6     7
+        scope      0      1      8 + 0    8 + 0    8+1   5      8+1   8+1      rank, or num_ranks + node; 16 is anyone
+        set       {0}    {1}   {0, 1}   {0, 1}    {5}   {5}    {5}   {5}
+    """
     holders = holders_of(cells.ranks)
     num_ranks = 1 + max(int(rank.max(initial=0)), int(holders.rank.max(initial=0)))
     # A rank that holds the cell itself has scope `rank`, one with a replica on its node `num_ranks + node`.
@@ -184,6 +214,7 @@ def _preferred(
         scope[near] = num_ranks + node[near]
     own = np.isin(cell * num_ranks + rank, holders.box * num_ranks + holders.rank)
     scope[own] = rank[own]
+    # One number per (cell, scope). NO_CELL is -1, so cells count from 1 in it, and `divmod` below gives both back.
     keys, first, rows = np.unique((cell + 1) * (2 * num_ranks + 1) + scope, return_index=True, return_inverse=True)
     by_node: dict[int, dict[int, tuple[int, ...]]] = {}
 

@@ -1,4 +1,16 @@
-"""Who sends what: the pieces that several ranks hold are shared out among them so that senders end even."""
+"""Who sends what: the pieces that several ranks hold are shared out among them so that senders end even.
+
+Ranks 0 and 1 hold twelve rows. Ranks 4, 5 and 6 need six, four and two of them: the pieces p0, p1 and p2 of the set
+{0, 1}. Rank 0 also sends as much as two rows that only it holds, so shares of 5 and 7 make both send 7:
+
+    line         0                             6                  10        12
+    pieces       [         p0 for 4           )[      p1 for 5    )[ p2 for 6 )
+    shares       [        rank 0         )[               rank 1              )
+                 0                       5                                    12
+    routes       p0 up to row 5 from 0, its last row from 1; p1 and p2 from 1
+
+Rows are of megabytes here: a cut that is nearer to a piece's end than that is made at the end.
+"""
 
 from __future__ import annotations
 
@@ -49,17 +61,25 @@ def choose_senders(
     position[list(destinations)] = np.arange(len(destinations))
     sets = _beside_partners(pieces, position)
     shares = balanced(sets, pieces, nbytes, len(sources))
+    # Below, the numbers of the module's example, where the line has one set: line = [0, 1, 2], starts = [0, 6, 10].
     line = np.lexsort((position[pieces.destination], pieces.holders))
     starts = np.cumsum(nbytes[line]) - nbytes[line]
     slack = min(MIN_SPLIT_BYTES, int(IMBALANCE * nbytes.sum() / len(sources)))
+    # The sets' lines lie one behind the other, and so do the stretches of their holders: the shares [5, 7] of one set
+    # end at 5 and 12, those of the next set go on from 12.
     ends = np.cumsum(np.concatenate(shares))
     bounds = _at_boundaries(ends, starts, pieces.boxes.extents[line], itemsizes[line], slack)
-    # A route begins where a piece does, and where a stretch does.
+    # A route begins where a piece does, at 0, 6, 10, and where a stretch does, at 5: begins = [0, 5, 6, 10]. A stretch
+    # that begins with a piece adds none, and neither does the end of the line.
     inside = bounds[starts[np.searchsorted(starts, bounds, side="right") - 1] < bounds]
     begins = np.sort(np.append(starts, np.unique(inside[inside < bounds[-1]])), kind="stable")
+    # The last piece that starts at or before a route is its own, [0, 0, 1, 2]. The first stretch that ends after its
+    # begin says who sends it, [0, 1, 1, 1]. Empty stretches end where they begin, and are passed over.
     place = np.searchsorted(starts, begins, side="right") - 1
     source = np.concatenate(sets)[np.searchsorted(bounds, begins, side="right")]
     piece, lengths = line[place], np.diff(np.append(begins, bounds[-1]))
+    # lengths = [5, 1, 4, 2] of pieces of [6, 6, 4, 2]. A stretch of elements is no box in general: five rows are, five
+    # rows and a half are two boxes.
     whole = lengths == nbytes[piece]
     cut = np.flatnonzero(~whole)
     first = (begins - starts[place])[cut] // itemsizes[piece[cut]]
@@ -125,7 +145,17 @@ def _load_without_choice(pieces: Pieces, nbytes: IntArray) -> IntArray:
 
 
 def level(load: IntArray, amount: int) -> IntArray:
-    """Share out `amount` so that the least loaded are raised to one level. Equal loads: the first get the remainder."""
+    """Share out `amount` so that the least loaded are raised to one level. Equal loads: the first get the remainder.
+
+    Loads of 5, 1 and 2, to which 6 are added. To raise the least to the second's 2 takes 1, both to the third's 5 takes
+    7: so two are raised, to (6 + 1 + 2) // 2 = 4, and 1 is left, which goes to the least loaded.
+
+        5  #   +          ascending = [1, 2, 5], below = [1, 3, 8], to_reach = [0, 1, 7]
+        4  #   +   +      shares = [0, 4, 2]
+        3  #   +   +
+        2  #   +   #
+        1  #   #   #
+    """
     order = np.argsort(load, kind="stable")
     ascending, below = load[order], np.cumsum(load[order])
     to_reach = ascending * np.arange(1, len(load) + 1) - below  # what raises all below to each one's load
@@ -142,9 +172,12 @@ def _at_boundaries(bounds: IntArray, starts: IntArray, extents: IntArray, itemsi
     Each is moved to the coarsest boundary that is near: within `slack` bytes the end of a piece, within MIN_SPLIT_BYTES
     any other. Shapes: starts, itemsizes `[num_pieces]`; extents `[num_pieces, max_dims]`.
     """
+    # The piece that a bound lies in, and how far in: 5 of the example in row 0, at offset 5.
     row = np.searchsorted(starts, bounds, side="right") - 1
     offset = bounds - starts[row]
     moved, final = offset.copy(), np.zeros(len(bounds), np.bool_)
+    # From coarse to fine. A piece of [2, 3, 4] elements of one byte has boundaries every 24 bytes, the piece's own;
+    # every 12, its tensors'; every 4, rows'; and every 1, elements', where a bound ends if nothing coarser is near.
     for dim in range(extents.shape[1] + 1):
         step = itemsizes[row] * extents[row, dim:].prod(axis=1)
         nearest = (offset + step // 2) // step * step

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from refit.cli.parsing import parse
 from refit.plan.box import Box
 from refit.plan.box_array import BoxArray, IntArray, touching
+from refit.plan.pieces import find_pieces
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
-from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
+from refit.plan.senders import level
+from refit.plan.sharding import RankSharding, ReplicatedShard, Sharding, TensorSharding, TensorSpec
+from refit.plan.tensor_class import tensor_classes
 from refit.predict.megatron import predict
 from tests.plan.strategies import sides
 
@@ -160,3 +163,38 @@ def test_a_rank_copies_its_own_replica_though_it_has_little_to_send() -> None:
     destination = replicas({"both": (50, (0, 1)), "only": (50, (0,))}, (0, 1))
     plan = plan_refit(source, destination)
     assert sent(plan).tolist() == [0, 50_000_000]
+
+
+def test_the_worked_example_of_the_senders() -> None:
+    """Rows of 4 MiB. Rank 0 also sends two that only it holds, so it sends five of the twelve that rank 1 has too."""
+    width = 4 << 20
+    shared, own = TensorSpec("shared", (12, width), "int8"), TensorSpec("own", (2, width), "int8")
+    held = {0: [(shared, Box.whole(shared.shape)), (own, Box.whole(own.shape))], 1: [(shared, Box.whole(shared.shape))]}
+    ends = {4: (0, 6), 5: (6, 10), 6: (10, 12)}
+    wanted = {rank: [(shared, Box.whole(shared.shape).narrow(0, *rows))] for rank, rows in ends.items()}
+    wanted[7] = [(own, Box.whole(own.shape))]
+    source, destination = (
+        Sharding.from_ranks({rank: RankSharding.of(parts) for rank, parts in side.items()}) for side in (held, wanted)
+    )
+    found = {
+        (t.box.offsets[0], t.box.ends[0], t.source, t.destination)
+        for t in plan_refit(source, destination).transfers()
+        if t.tensor.key == "shared"
+    }
+    assert found == {(0, 5, 0, 4), (5, 6, 1, 4), (6, 10, 1, 5), (10, 12, 1, 6)}
+    assert level(np.array([5, 1, 2]), 6).tolist() == [0, 4, 2]
+
+
+def test_the_worked_example_of_who_may_send() -> None:
+    """Ranks 0, 1 and 5 hold a tensor that all of 0 to 7 need, four ranks to a node."""
+    spec = TensorSpec("w", (8, 4), "bfloat16")
+    source, destination = (
+        Sharding.from_ranks({rank: RankSharding.of([(spec, Box.whole(spec.shape))]) for rank in ranks})
+        for ranks in ((0, 1, 5), range(8))
+    )
+    pieces = find_pieces(tensor_classes((source, destination)), ranks_per_node=4)
+    sets = {
+        int(rank): pieces.holder_sets[holders] for rank, holders in zip(pieces.destination, pieces.holders, strict=True)
+    }
+    near, far = (0, 1), (5,)
+    assert sets == {0: (0,), 1: (1,), 2: near, 3: near, 4: far, 5: far, 6: far, 7: far}
