@@ -105,8 +105,8 @@ class Transport(Protocol):
     ) -> Program:
         """Bind `plan` to this rank's weights. `source` or `destination` is None where this rank is not in that side.
 
-        A run calls what `source.before_reading` and `destination.after_writing` return for the parts that it copies, and
-        what `destination.before_reading` returns for those that it passes on in a later stage.
+        A run calls what `source.before_reading` and `destination.after_writing` return for the parts that it copies,
+        and what `destination.before_reading` returns for those that it passes on in a later stage.
 
         The plan's ranks are those of `ranks`. Collective: every rank of the plan; for "nvshmem" every one of `ranks`,
         because all of them allocate symmetric memory. Idle ranks may always call, with both sides None.

@@ -16,7 +16,7 @@ from refit.bench.runner import benchmark
 from refit.bench.session import new_session
 from refit.cli.parsing import parse
 from refit.results.refit import RefitResult
-from refit.results.result import ResultFile
+from refit.results.result import ResultFile, read_result
 from refit.results.upgrade import RESULT_VERSION
 from tests.bench.faults import fault
 from tests.ranks.pool import RankPool
@@ -90,6 +90,29 @@ def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: An
     assert result.model is not None
     assert engine.num_compared >= 3 * result.model.num_parameters
     assert engine.num_compared <= 3 * result.model.num_parameters * world_size // pp
+
+
+@pytest.mark.parametrize("method", ["gloo", "shm"])
+def test_a_refit_in_stages_is_verified_and_its_result_counts_every_hop(
+    ranks: RankPool, tmp_path: Path, method: str
+) -> None:
+    """Two source ranks; three replicas of two, which get all from each other but what comes first."""
+    flags = [*sizes(2, 1, 2, 1), *sizes(2, 1, 2, 1, prefix="rl-inference-"), "--destination-world-size=6"]
+    flags += [f"--refit-method={method}", "--num-query-groups=8"]
+    _, at_once = refit(ranks, *flags)
+    code, result = refit(ranks, *flags, fault_args=("none_but_stages", "2"), directory=tmp_path)
+    engine, plan = result.engines["refit"], result.plan
+    assert (code, engine.status, engine.num_wrong) == (0, "ok", 0)
+    assert plan is not None
+    assert at_once.plan is not None
+    assert plan.digest != at_once.plan.digest
+    assert plan.payload_bytes == at_once.plan.payload_bytes
+    assert plan.received_by_rank == at_once.plan.received_by_rank
+    assert sum(plan.sent_by_rank.values()) == plan.wire_bytes == at_once.plan.wire_bytes
+    assert sum(plan.sent_by_rank[rank] for rank in (0, 1)) < plan.wire_bytes
+    (path,) = tmp_path.glob("*.json")
+    stored = read_result(path).measurements["refit"]
+    assert stored.plan == plan
 
 
 CHUNKED = ["--num-layers=4", "--moe-layer-freq=([0]*1+[1]*3)", "--mtp-num-layers=1", "--moe-latent-size=16"]
