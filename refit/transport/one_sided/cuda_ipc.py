@@ -166,6 +166,8 @@ class IpcMemory:
         self._sent.append(_Sent(peer, value, self._large.record_event()))
 
     def unpack(self, peer: int, batch: CopyBatch) -> None:
+        # Nothing to copy, but hooks to call. The peer has reported once its copies had ended, so whatever this rank
+        # starts from here on, on any stream, finds the weights written.
         batch.run()
 
     def copy_local(self, batch: CopyBatch) -> None:

@@ -33,10 +33,10 @@ from refit.errors import RefitError
 from refit.memory.phases import PhaseClock
 from refit.memory.weights import LocalWeights
 from refit.transport.base import RunReport
+from refit.transport.local_sides import LocalSides
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
 from refit.transport.one_sided.receive_buffers import ReceiveBuffers
-from refit.transport.sides import Sides
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class OneSidedProgram:
         self._schedule = schedule
         self._memory = memory
         self._buffers = buffers
-        self._sides = Sides(source, destination, schedule)
+        self._sides = LocalSides(source, destination, schedule)
         self._timeout_s = timeout_s
         self._sends = [_Send(channel, channel.destination) for channel in schedule.sends]
         self._receives = [_Receive(channel, channel.source) for channel in schedule.receives]

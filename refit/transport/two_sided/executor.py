@@ -22,10 +22,10 @@ from refit.memory.phases import PhaseClock
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
+from refit.transport.local_sides import LocalSides
 from refit.transport.messages import Channel, Framing, Message, Schedule, pair_buckets
 from refit.transport.packing import pack_copies, unpack_copies
 from refit.transport.schedule import make_schedule
-from refit.transport.sides import Sides
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound
 
 LOCAL_BATCH_BYTES = {"cpu": 4 << 20, "cuda": 4 << 30}
@@ -138,7 +138,7 @@ class TwoSidedProgram:
     ) -> None:
         self._schedule = schedule
         self._backend = backend
-        self._sides = Sides(source, destination, schedule)
+        self._sides = LocalSides(source, destination, schedule)
         self._release = release
         channels = (*schedule.sends, *schedule.receives)
         steps = sorted({message.step for channel in channels for message in channel.messages})
@@ -261,7 +261,7 @@ class TwoSidedProgram:
         return rounds
 
 
-def _attach(bound: BoundMessage, message: Message, sides: Sides, *, sends: bool) -> None:
+def _attach(bound: BoundMessage, message: Message, sides: LocalSides, *, sends: bool) -> None:
     """Let the copies of `bound` call the hooks of `sides`. A message that needs no copies gets a batch for them."""
     hook = sides.before_reading(message) if sends else sides.after_writing(message.parts)
     if hook is None:

@@ -19,7 +19,7 @@ from refit.transport.messages import Message, Schedule
 from refit.transport.overlaps import Overlaps
 
 
-class Sides:
+class LocalSides:
     """The weights of both sides on this rank, None of a side that it is not in, under one schedule."""
 
     def __init__(self, source: LocalWeights | None, destination: LocalWeights | None, schedule: Schedule) -> None:
