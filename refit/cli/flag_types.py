@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from refit.config import limits
-from refit.config.pipeline_layout import chunk_sizes
+from refit.config import pipeline_layout as layouts
 from refit.config.registry import ENGINES, MEASUREMENTS
 from refit.config.yaml_files import shortened
 from refit.errors import UsageError
@@ -124,10 +124,10 @@ def measurements(text: str) -> tuple[str, ...]:
     return tuple(name for name in MEASUREMENTS if name in words)
 
 
-def pipeline_layout(text: str) -> tuple[int, ...]:
+def pipeline_layout(text: str) -> layouts.PipelineLayout:
     """The layers of every model chunk, from Megatron-LM's text for them."""
     try:
-        return chunk_sizes(text)
+        return layouts.pipeline_layout(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -21,6 +21,7 @@ from refit.config.flag_names import (
     size_flag,
 )
 from refit.config.layout import Layout
+from refit.config.pipeline_layout import PipelineLayout
 from refit.config.placement import read_placement
 from refit.config.registry import FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Mode
@@ -170,10 +171,9 @@ def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout 
             f"{name}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
         )
     try:
-        vpp, chunks = _chunks(name, args, layout, given["vpp"])
-        layout = dataclasses.replace(layout, vpp=vpp, chunk_sizes=chunks)
+        layout = dataclasses.replace(layout, **_chunks(name, args, layout, given["vpp"]))
     except UsageError as error:
-        raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')})") from None
+        raise UsageError(f"{name}: {error}") from None
     spec = SideSpec(layout, format=given_format, dtype=dtype, transformer_impl=args.transformer_impl or "local")
     options: dict[str, Any] = {given_format: sized.options} if sized.options is not None else {}
     spec = with_transformers_settings(dataclasses.replace(spec, **options), args, trains=not place)
@@ -215,20 +215,29 @@ def _attribute(flag: str) -> str:
     return flag.replace("-", "_")
 
 
-def _chunks(
-    side: str, args: argparse.Namespace, layout: Layout, given: int | None
-) -> tuple[int, tuple[int, ...] | None]:
-    """The model chunks of a rank, and the layers of every chunk where they are given one by one."""
-    name = PIPELINE_LAYOUT_FLAGS[side == "destination"]
-    chunks: tuple[int, ...] | None = getattr(args, name.replace("-", "_"))
+def _chunks(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> dict[str, Any]:
+    """Fields of the layout: the model chunks of a rank, and the layers of every chunk where they are given one by one."""
+    flag = PIPELINE_LAYOUT_FLAGS[side == "destination"]
+    chunks: PipelineLayout | None = getattr(args, _attribute(flag))
     if chunks is None:
-        return _virtual_size(side, args, layout, given), None
-    others = (given, getattr(args, LAYERS_PER_CHUNK_FLAGS[side == "destination"].replace("-", "_")))
-    if any((*others, layout.first_stage_layers, layout.last_stage_layers)):
-        raise UsageError(f"--{name} says how layers are split, and another flag does too: give one of them")
-    if len(chunks) % layout.pp:
-        raise UsageError(f"--{name} has {len(chunks)} stages, which cannot be divided over PP {layout.pp}")
-    return len(chunks) // layout.pp, chunks
+        return {"vpp": _virtual_size(side, args, layout, given)}
+    pp, vpp, num_stages = layout.pp, size_flag(side, "vpp"), len(chunks.layers)
+    uneven = (SIZE_FLAGS[size] for size in ("first_stage_layers", "last_stage_layers"))
+    others = [names[side == "destination"] for names in (LAYERS_PER_CHUNK_FLAGS, *uneven)]
+    other = next((name for name in others if getattr(args, _attribute(name))), None)
+    if other is not None:
+        raise UsageError(f"--{flag} contradicts --{other}, both say how layers are split: leave --{other} out")
+    if num_stages % pp or (pp == 1 and num_stages > 1):
+        raise UsageError(
+            f"--{flag} has {num_stages} stages, which cannot be those of PP {pp}: give {size_flag(side, 'pp')} "
+            f"{num_stages // given if given and num_stages % given == 0 else num_stages}"
+        )
+    if given is not None and given != num_stages // pp:
+        raise UsageError(
+            f"--{flag} has {num_stages} stages, {num_stages // pp} on each of PP {pp} ranks, which contradicts "
+            f"{vpp} {given}: leave {vpp} out"
+        )
+    return {"vpp": num_stages // pp, "chunk_sizes": chunks.layers, "chunk_predictions": chunks.predictions}
 
 
 def _virtual_size(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from refit.config.limits import MAX_RANKS
+from refit.config.pipeline_layout import check_prediction_chunk
 from refit.errors import UsageError
 
 
@@ -54,8 +55,9 @@ class Layout:
 
     world_size = tp * dp * pp = etp * ep * edp * pp. `first_stage_layers` and `last_stage_layers` are the layers on the
     first and last pipeline stage where the split is uneven; None splits evenly. `vpp` is Megatron's virtual pipeline
-    size: each rank holds that many model chunks, one in each pass over the stages. `chunk_sizes` are the
-    layers of each chunk in the order of the layers, where they are given one by one (`refit.config.pipeline_layout`).
+    size: each rank holds that many model chunks, one in each pass over the stages. `chunk_sizes` and
+    `chunk_predictions` are the decoder and the multi-token prediction layers of each chunk in the order of the layers,
+    where they are given one by one (`refit.config.pipeline_layout`); without the latter the last chunk has all.
     """
 
     tp: int
@@ -68,6 +70,7 @@ class Layout:
     last_stage_layers: int | None = None
     vpp: int = 1
     chunk_sizes: tuple[int, ...] | None = None
+    chunk_predictions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp", "ep", "etp", "pp", "vpp", "world_size"):
@@ -82,6 +85,7 @@ class Layout:
                 f"the pipeline layout has {len(self.chunk_sizes)} stages, PP {self.pp} x VPP {self.vpp} = "
                 f"{self.pp * self.vpp} are needed"
             )
+        check_prediction_chunk(self.chunk_predictions or (), self.pp)
         if self.first_rank < 0:
             raise UsageError(f"first_rank must be at least 0, got {self.first_rank}")
         if self.ranks.stop > MAX_RANKS:
@@ -122,6 +126,21 @@ class Layout:
             edp=dense // (self.etp * self.ep),
         )
 
+    @property
+    def prediction_chunk(self) -> int:
+        """The chunk with the multi-token prediction layers, where the model has some, counted in the order of layers."""
+        predictions = self.chunk_predictions or ()
+        return next((chunk for chunk, count in enumerate(predictions) if count), self.pp * self.vpp - 1)
+
+    def final_norm_stage(self, num_layers: int, num_predictions: int) -> int:
+        """The stage with the norm behind the last layer: the last one, but with multi-token prediction layers that of
+        the last decoder layer (`has_final_layernorm_in_this_stage` in Megatron-Core's transformer_block.py)."""
+        if not num_predictions:
+            return self.pp - 1
+        last = num_layers - 1
+        chunks = self.chunk_layers(num_layers)
+        return next(stage for stage, held in enumerate(chunks) if any(last in layers for layers in held))
+
     def stage_layers(self, num_layers: int) -> tuple[range, ...]:
         """Global layer numbers of each pipeline stage, as Megatron splits them.
 
@@ -131,8 +150,8 @@ class Layout:
         if self.pp == 1 or ends == [None, None]:
             if num_layers % self.pp:
                 raise UsageError(
-                    f"{num_layers} layers do not divide by pipeline size {self.pp}: use a divisor of {num_layers}, "
-                    "or give the layers of the first or last stage (--decoder-first-pipeline-num-layers)"
+                    f"{num_layers} layers do not divide by pipeline size {self.pp}: give a divisor of {num_layers}, "
+                    "or the layers of the first or last stage, or of each"
                 )
             sizes = [num_layers // self.pp] * self.pp
         else:

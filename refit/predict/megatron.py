@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from refit.config.flag_names import PIPELINE_LAYOUT_FLAGS, size_flag
 from refit.config.layout import Coordinates, Layout
 from refit.config.shape import Experts, LatentAttention, ModelShape
 from refit.config.side import SideSpec
@@ -71,9 +72,24 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
     if experts is None and layout.ep > 1:
         raise UsageError(f"{name}: EP size {layout.ep} needs experts: give --num-experts or set EP to 1")
+    _check_pipeline(shape, layout, name)
     if shape.mtp_num_layers:
         _check_token_prediction(shape, layout, name)
-    layout.chunk_layers(shape.num_layers)
+
+
+def _check_pipeline(shape: ModelShape, layout: Layout, name: str) -> None:
+    """Raise UsageError where the layers, or those of multi-token prediction, are not those of the pipeline layout."""
+    flag = f"--{PIPELINE_LAYOUT_FLAGS[name == 'destination']}"
+    try:
+        layout.chunk_layers(shape.num_layers)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error} ({size_flag(name, 'pp')}, {flag})") from None
+    listed = sum(layout.chunk_predictions or ())
+    if layout.chunk_predictions is not None and listed != shape.mtp_num_layers:
+        raise UsageError(
+            f"{name}: {flag} lists {listed} multi-token prediction layers (m), the model has {shape.mtp_num_layers}: "
+            f"list each once, or give --mtp-num-layers {listed}"
+        )
 
 
 def _check_token_prediction(shape: ModelShape, layout: Layout, name: str) -> None:
@@ -83,11 +99,19 @@ def _check_token_prediction(shape: ModelShape, layout: Layout, name: str) -> Non
         raise UsageError(
             f"{name}: {shape.mtp_num_layers} multi-token prediction layers need --position-embedding-type rope or none"
         )
-    if shape.tied_embeddings and layout.pp > 1:
+    chunk, remedy = layout.prediction_chunk, "give --untie-embeddings-and-output-weights or set PP to 1"
+    if shape.tied_embeddings and layout.pp > 1 and chunk == layout.pp * layout.vpp - 1:
         # The last stage then has an embedding and an output layer, of which `sharded_state_dict` allows one.
         raise UsageError(
             f"{name}: Megatron cannot tie the output layer to the embedding with {shape.mtp_num_layers} multi-token "
-            f"prediction layers on PP size {layout.pp}: give --untie-embeddings-and-output-weights or set PP to 1"
+            f"prediction layers on PP size {layout.pp}: {remedy}"
+        )
+    if shape.tied_embeddings and chunk and chunk % layout.pp == 0:
+        # `setup_embeddings_and_output_layer` sums the embedding once for each chunk that has it, on every other stage
+        # once: the first stage would wait for ever.
+        raise UsageError(
+            f"{name}: Megatron cannot tie the output layer to the embedding with prediction layers in chunk "
+            f"{chunk // layout.pp} of the first stage, beside the embedding: {remedy}"
         )
 
 
@@ -100,7 +124,7 @@ def predict(shape: ModelShape, side: SideSpec) -> Sharding:
     assert side.dtype is not None, "flags that describe a model give its dtype"
     layout, side_dtype = side.layout, side.dtype.value
     stages = [Stage(layout, number) for number in range(layout.pp)]
-    first, last = stages[0], stages[-1]
+    first, last, with_words = stages[0], stages[-1], word_embedding_stages(shape, layout)
     tensors: dict[str, TensorSpec] = {}
     by_key: dict[str, TensorSharding] = {}
 
@@ -110,21 +134,32 @@ def predict(shape: ModelShape, side: SideSpec) -> Sharding:
         by_key[key] = holders[0].tensor_sharding(entry) if len(holders) == 1 else joined(entry, holders)
 
     for entry in embedding_tensors(shape, layout.tp):
-        # A tied output layer and multi-token prediction have a copy of the word embedding on the last stage.
-        copied = (shape.tied_embeddings or shape.mtp_num_layers) and entry.padded and last is not first
-        add(entry.name, entry, *((first, last) if copied else (first,)))
+        # Each stage with a word embedding has all of it. Position embeddings are on the first only.
+        add(entry.name, entry, *([stages[number] for number in with_words] if entry.padded else [first]))
     kinds = {routed: layer_tensors(shape, routed, side.transformer_impl) for routed in (False, True)}
     routed = shape.experts.layers if shape.experts is not None else (False,) * shape.num_layers
     for stage, chunks in zip(stages, layout.chunk_layers(shape.num_layers), strict=True):
         for layer in itertools.chain(*chunks):
             for entry in kinds[routed[layer]]:
                 add(f"decoder.layers.{layer}.{entry.name}", entry, stage)
+    norm_stage = stages[layout.final_norm_stage(shape.num_layers, shape.mtp_num_layers)]
     for entry in output_tensors(shape, layout.tp):
-        add(entry.name, entry, last)
+        add(entry.name, entry, last if entry.padded else norm_stage)
     for depth in range(shape.mtp_num_layers):
         for entry in token_prediction_tensors(shape, kinds[routed[-1]]):
-            add(f"mtp.layers.{depth}.{entry.name}", entry, last)
+            add(f"mtp.layers.{depth}.{entry.name}", entry, stages[layout.prediction_chunk % layout.pp])
     return Sharding(tuple(layout.ranks), tensors, by_key)
+
+
+def word_embedding_stages(shape: ModelShape, layout: Layout) -> list[int]:
+    """The pipeline stages that hold the word embedding: the first, that of a tied output layer, and that of multi-token
+    prediction."""
+    stages = {0}
+    if shape.tied_embeddings:
+        stages.add(layout.pp - 1)
+    if shape.mtp_num_layers:
+        stages.add(layout.prediction_chunk % layout.pp)
+    return sorted(stages)
 
 
 # --- The tensors of a model -------------------------------------------------------------------------------------
@@ -141,7 +176,7 @@ def embedding_tensors(shape: ModelShape, tp: int) -> list[Entry]:
 
 
 def output_tensors(shape: ModelShape, tp: int) -> list[Entry]:
-    """On the last stage."""
+    """On the last stage, but for the norm, which Megatron may have on that of the last decoder layer."""
     entries = [*_norm("decoder.final_layernorm", shape.hidden_size, shape)]
     if not shape.tied_embeddings:
         words = (shape.padded_vocab_size(tp), shape.hidden_size)

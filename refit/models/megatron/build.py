@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -75,6 +81,7 @@ def build_model(
             # torch's norms are built in float32 on the CPU, whatever the config says. Buffers (expert_bias) stay
             # float32.
             parameter.data = parameter.data.to(device, _torch_dtype(side))
+    _share_word_embedding(chunks)
     return BuiltModel(chunks, groups, layout, shape)
 
 
@@ -86,25 +93,31 @@ def _build_chunk(
     stage = layout.coordinates(torch.distributed.get_rank()).pp
     local = side.transformer_impl == "local"
     place = {"vp_stage": number if layout.vpp > 1 else None, "pp_rank": stage}
-    is_last = (stage, number) == (layout.pp - 1, layout.vpp - 1)
+    chunk_number, last = number * layout.pp + stage, layout.pp * layout.vpp - 1
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=not local, normalization=shape.normalization, **place
     )
+    predicts = shape.mtp_num_layers > 0 and chunk_number == layout.prediction_chunk
+    layers = spec
+    if predicts and not spec.layer_specs:
+        # A prediction layer is of the last decoder layer's kind, which this chunk does not hold.
+        every = get_gpt_decoder_layer_specs(config, not local, normalization=shape.normalization)
+        layers = dataclasses.replace(spec, layer_specs=every[-1:])
     if local:
         experts = GroupedExperts if shape.experts is not None and shape.experts.grouped_gemm else None
-        for layer in spec.layer_specs:
+        for layer in layers.layer_specs:
             compat.replace_parts(layer, CoreAttention, experts)
     mtp_spec = None
-    if shape.mtp_num_layers and is_last:
-        mtp_spec = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=not local, **place)
+    if predicts:
+        mtp_spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=not local, **place)
     with compat.latent_projections(DuplicatedLinear) if local else contextlib.nullcontext():
         chunk: torch.nn.Module = GPTModel(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=shape.padded_vocab_size(layout.tp),
             max_sequence_length=shape.max_position_embeddings,
-            pre_process=(stage, number) == (0, 0),
-            post_process=is_last,
+            pre_process=chunk_number == 0,
+            post_process=chunk_number == last,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type=shape.position_embedding_type,
             parallel_output=True,
@@ -113,6 +126,16 @@ def _build_chunk(
             vp_stage=place["vp_stage"],
         ).eval()
     return chunk
+
+
+def _share_word_embedding(chunks: Sequence[Any]) -> None:
+    """Let all chunks of a rank have one word embedding, as the first stage's, where its last chunk predicts tokens.
+
+    Megatron keeps equal copies there. Its ranks state the embedding once for each.
+    """
+    holders = [chunk.embedding.word_embeddings for chunk in chunks if hasattr(chunk, "embedding")]
+    for holder in holders[1:]:
+        holder.weight = holders[0].weight
 
 
 def check_transformer_impl(transformer_impl: str, device: torch.device) -> None:
@@ -174,7 +197,9 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         values["num_layers_in_first_pipeline_stage"] = layout.first_stage_layers
         values["num_layers_in_last_pipeline_stage"] = layout.last_stage_layers
     if layout.chunk_sizes is not None:
-        values["pipeline_model_parallel_layout"] = _pipeline_layout(layout.chunk_sizes, shape.mtp_num_layers)
+        values["pipeline_model_parallel_layout"] = _pipeline_layout(
+            layout.chunk_sizes, layout.prediction_chunk, shape.mtp_num_layers
+        )
     values.update(_without_initialisation())
     if shape.experts is not None:
         values.update(_expert_fields(shape.experts))
@@ -195,11 +220,14 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
     return MLATransformerConfig(**compat.known_fields(MLATransformerConfig, values))
 
 
-def _pipeline_layout(chunk_sizes: tuple[int, ...], mtp_num_layers: int) -> list[list[str]]:
+def _pipeline_layout(
+    chunk_sizes: tuple[int, ...], prediction_chunk: int, mtp_num_layers: int
+) -> list[list[str]]:
     """Megatron's list of what every model chunk holds (PipelineParallelLayerLayout)."""
     chunks = [["decoder"] * size for size in chunk_sizes]
     chunks[0].insert(0, "embedding")
-    chunks[-1] += ["mtp"] * mtp_num_layers + ["loss"]
+    chunks[prediction_chunk] += ["mtp"] * mtp_num_layers
+    chunks[-1].append("loss")
     return chunks
 
 

@@ -157,9 +157,10 @@ def running_on(groups: Any, device: torch.device, num_chunks: int = 1) -> Iterat
 def without_token_prediction(module: Any) -> Iterator[None]:
     """Run `module` forward without its multi-token prediction layers, for the logits of the next token alone.
 
-    Without labels, 0.16.1 fails behind these layers, and 0.19.2 computes their loss on labels of its own.
+    Without labels, 0.16.1 fails behind these layers, and 0.19.2 computes their loss on labels of its own. The last
+    chunk expects their output from whichever chunk has them.
     """
-    if not getattr(module, "mtp_process", False):
+    if not hasattr(module, "mtp_process"):
         yield
         return
     originals = module.mtp_process, module.config.mtp_num_layers

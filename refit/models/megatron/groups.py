@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from refit.config.layout import Layout
+from refit.config.shape import ModelShape
 from refit.models.process_groups import own_group
+from refit.predict.megatron import word_embedding_stages
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -67,8 +69,8 @@ Those with GTP_REMAT are of 0.19.2.
 """
 
 
-def build_groups(layout: Layout) -> ProcessGroupCollection | None:
-    """This rank's process groups for `layout`, or None on a rank outside it.
+def build_groups(layout: Layout, shape: ModelShape | None = None) -> ProcessGroupCollection | None:
+    """This rank's process groups for `layout`, or None on a rank outside it. `shape` is None for a provider's model.
 
     Groups come from the cache of `refit.models.process_groups`. Collective: every rank of the default group, idle ones
     included, with the same layouts in the same order.
@@ -78,9 +80,13 @@ def build_groups(layout: Layout) -> ProcessGroupCollection | None:
     collection = ProcessGroupCollection()
     for name, axes in AXES.items():
         setattr(collection, name, own_group(rank_groups(layout, axes)))
-    # Tied embeddings are summed over the first and last stage, position embeddings stay on the first.
+    # Word embeddings are summed over the stages that hold them (`get_embedding_ranks` in Megatron-LM's initialize.py),
+    # position embeddings stay on the first.
     pipelines = rank_groups(layout, AXES["pp"])
-    collection.embd = own_group([sorted({ranks[0], ranks[-1]}) for ranks in pipelines])
+    stages = [0, layout.pp - 1]
+    if shape is not None and shape.mtp_num_layers:
+        stages = word_embedding_stages(shape, layout)
+    collection.embd = own_group([sorted({ranks[stage] for stage in stages}) for ranks in pipelines])
     collection.pos_embd = own_group([ranks[:1] for ranks in pipelines])
     return collection if dist.get_rank() in layout.ranks else None
 

@@ -43,7 +43,7 @@ def read_weights(model: BuiltModel) -> LocalWeights:
     missing or only partly covered, and where a dtype is not supported.
     """
     owners = Owners(model.chunks)
-    shards = []
+    shards: dict[tuple[str, Box, int], LocalShard] = {}
     for stated in stated_tensors(model):
         tensor = TensorSpec(
             canonical_key(stated.key),
@@ -57,8 +57,9 @@ def read_weights(model: BuiltModel) -> LocalWeights:
             (1,) * stated.prepend_axis_num + tuple(int(size) for size in stated.local_shape),
         )
         view = stated.data.detach().view(box.extents)
-        shards.append(LocalShard(tensor, box, owners.of(stated.key, view), view))
-    memory = LocalWeights(joined(shards))
+        # Chunks that share their word embedding state it once each.
+        shards[tensor.key, box, view.data_ptr()] = LocalShard(tensor, box, owners.of(stated.key, view), view)
+    memory = LocalWeights(joined(shards.values()))
     check_complete(model.chunks, memory)
     return memory
 

@@ -53,7 +53,7 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     Collective: every rank of the job. Raises UnavailableError where the model cannot be built here, and RefitError
     where it has another dispatcher than the one asked for.
     """
-    groups = build_groups(side.layout)
+    groups = build_groups(side.layout, scenario.model)
     if scenario.model is None:
         provider = load_provider(scenario.model_provider or "")
         return MegatronSide(build_from_provider(provider, side.layout, groups, device))

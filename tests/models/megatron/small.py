@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from refit.config.layout import Layout
+from refit.config.pipeline_layout import pipeline_layout
 from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
 from refit.config.side import SideSpec
 from refit.memory.weights import LocalShard, LocalWeights
@@ -61,6 +62,14 @@ def layout(
     return Layout(tp=tp, ep=ep, etp=etp, pp=pp, world_size=world or tp * ep * pp, first_rank=first, vpp=vpp)
 
 
+def written(text: str, vpp: int = 1, tp: int = 1, ep: int = 1, world: int | None = None) -> Layout:
+    """The layout that `--pipeline-model-parallel-layout` gives in this text."""
+    read = pipeline_layout(text)
+    pp = len(read.layers) // vpp
+    sizes = {"chunk_sizes": read.layers, "chunk_predictions": read.predictions}
+    return Layout(tp=tp, ep=ep, etp=tp, pp=pp, world_size=world or tp * ep * pp, vpp=vpp, **sizes)  # type: ignore[arg-type]
+
+
 @contextlib.contextmanager
 def playing(rank: int, world_size: int) -> Iterator[None]:
     """Act as `rank` of a fake process group, in which collectives return at once and move nothing."""
@@ -72,7 +81,7 @@ def playing(rank: int, world_size: int) -> Iterator[None]:
 
 
 def built(shape: ModelShape, where: Layout, dtype: Dtype = Dtype.FP32) -> BuiltModel | None:
-    return build_model(shape, spec(where, dtype), build_groups(where), device="cpu")
+    return build_model(shape, spec(where, dtype), build_groups(where, shape), device="cpu")
 
 
 def spec(where: Layout, dtype: Dtype = Dtype.FP32) -> SideSpec:

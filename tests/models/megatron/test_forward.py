@@ -16,7 +16,7 @@ from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.forward import forward_pass
 from refit.models.megatron.sharding import read_weights
-from tests.models.megatron.small import DENSE, LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, playing
+from tests.models.megatron.small import DENSE, LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, playing, written
 from tests.ranks.pool import RankPool
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250
@@ -59,6 +59,13 @@ NO_QUERY_RANK = replace(LATENT, mla=LatentAttention(None, 16, 8, 8, 8), qk_layer
         (replace(LATENT, mtp_num_layers=2), [layout(tp=2, ep=2, etp=2), layout(pp=2, vpp=2, tp=2, ep=2)]),
         (replace(LATENT_EXPERTS, add_bias_linear=True), [layout(), layout(tp=2, ep=2), layout(pp=2, ep=2)]),
         (replace(LATENT_EXPERTS, mtp_num_layers=1), [layout(), layout(tp=2, ep=2, etp=2, pp=2, vpp=2)]),
+        (replace(DENSE, tied_embeddings=True), [layout(), written("E||t|tttL"), written("E|tt|tt|L", tp=2)]),
+        (replace(LATENT, mtp_num_layers=2), [layout(), written("Et*2|tt|mmL"), written("E|t|tt|t|mm|L", ep=1)]),
+        (
+            replace(MOE, mtp_num_layers=1, tied_embeddings=True),
+            [layout(), written("Et|ttt|m|L", tp=2), written("Et|t|t|t|m|L", vpp=2), written("Etttt,m|L", ep=2)],
+        ),
+        (replace(MOE, mtp_num_layers=1), [layout(), written("Et|t|ttm|L", vpp=2), written("Et|t|t|t|m|L", vpp=3)]),
         (
             replace(DENSE, add_bias_linear=True, normalization="LayerNorm", position_embedding_type="learned_absolute"),
             [layout(), layout(tp=2, pp=2), Layout(tp=1, ep=1, etp=1, pp=3, world_size=3, first_stage_layers=2)],
@@ -76,6 +83,10 @@ NO_QUERY_RANK = replace(LATENT, mla=LatentAttention(None, 16, 8, 8, 8), qk_layer
         "token-prediction",
         "latent-experts",
         "latent-experts-everything",
+        "no-decoder-layer",
+        "token-prediction-alone",
+        "token-prediction-tied",
+        "token-prediction-beside-the-embedding",
         "dense-biases",
     ],
 )
@@ -92,26 +103,35 @@ def test_logits_agree_across_layouts(ranks: RankPool, shape: ModelShape, layouts
 
 
 class Predicted(Exception):
-    """Carries the output of the multi-token prediction layers out of a forward pass."""
+    """Ends a forward pass behind the multi-token prediction layers."""
 
 
 def predicted_of(rank: int, shape: ModelShape, layouts: list[Layout]) -> list[torch.Tensor | None]:
     """Hidden states `[(1 + layers) * sequence, batch, hidden]` behind the multi-token prediction layers."""
 
-    def stop(module: torch.nn.Module, inputs: tuple[object, ...], output: torch.Tensor) -> None:
-        raise Predicted(output)
-
     def predicted(model: BuiltModel) -> torch.Tensor | None:
         fill(read_weights(model))
+        found: list[torch.Tensor] = []
+
+        def keep(chunk: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+            """Stop behind the layers, or pass the hidden states of the next token on to the last chunk."""
+            found.append(output)
+            if chunk.post_process:
+                raise Predicted
+            return output.chunk(1 + shape.mtp_num_layers)[0]
+
         for chunk in model.chunks:
             if hasattr(chunk, "mtp"):
-                chunk.mtp.register_forward_hook(stop)
-        with patch.object(compat, "without_token_prediction", lambda chunk: contextlib.nullcontext()):
-            try:
-                forward_logits(model, TOKENS)
-            except Predicted as found:
-                return found.args[0]
-        return None
+                chunk.mtp.register_forward_hook(lambda *given, chunk=chunk: keep(chunk, given[-1]))
+        without = compat.without_token_prediction
+        predicting = patch.object(
+            compat,
+            "without_token_prediction",
+            lambda chunk: contextlib.nullcontext() if hasattr(chunk, "mtp") else without(chunk),
+        )
+        with predicting, contextlib.suppress(Predicted):
+            forward_logits(model, TOKENS)
+        return found[0] if found else None
 
     models = [built(shape, where) for where in layouts]
     return [None if model is None else predicted(model) for model in models]
@@ -121,9 +141,10 @@ def predicted_of(rank: int, shape: ModelShape, layouts: list[Layout]) -> list[to
 def test_token_prediction_agrees_across_layouts(ranks: RankPool, shape: ModelShape) -> None:
     """The logits of the next token do not depend on these layers, so their own output is compared here."""
     layouts = [layout(), layout(tp=2, ep=2, etp=2), layout(tp=2, ep=2, pp=2, vpp=2)]
+    layouts += [written("E|ttt|t|mm|L"), written("Et|t|ttmm|L", vpp=2), written("Ettttmm|L", ep=2)]
     answers = ranks.run(predicted_of, replace(shape, mtp_num_layers=2), layouts)
     held = [answer[number] for number in range(len(layouts)) for answer in answers if answer[number] is not None]
-    assert len(held) == 1 + 4 + 4
+    assert len(held) == 1 + 4 + 4 + 1 + 1 + 2
     assert held[0].shape == (3 * 12, 2, 64)
     main, *further = held[0].chunk(3)
     assert all(float((one - main).abs().max()) > 1e-2 for one in further)

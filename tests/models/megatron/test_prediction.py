@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
 from refit.models.megatron.sharding import read_weights
-from refit.predict.megatron import predict
+from refit.predict.megatron import check, predict
 from tests.models.megatron.small import (
     DENSE,
     EXPERTS,
@@ -25,6 +25,7 @@ from tests.models.megatron.small import (
     layout,
     playing,
     spec,
+    written,
 )
 
 UNEVEN = Layout(tp=2, ep=2, etp=1, pp=2, world_size=8, first_stage_layers=3)
@@ -133,6 +134,28 @@ def small_models(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
 @given(small_models())
 def test_chunks_token_prediction_and_latent_experts_in_any_layout(model: tuple[ModelShape, Layout]) -> None:
     assert differences(*model) == []
+
+
+@st.composite
+def written_layouts(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
+    """Four decoder layers and up to two prediction layers on any chunks, some of them empty, as Megatron takes them."""
+    pp, vpp, mtp = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(0, 2))
+    chunks = pp * (vpp if pp > 1 else 1)
+    places = sorted(draw(st.lists(st.integers(0, chunks - 1), min_size=4, max_size=4)))
+    predicts = draw(st.integers(max(places[-1], chunks - pp), chunks - 1))
+    texts = ["E" * (number == 0) + "t" * places.count(number) + "m" * mtp * (number == predicts) for number in range(chunks)]
+    shape = replace(draw(st.sampled_from((DENSE, LATENT, SEQUENTIAL))), mtp_num_layers=mtp)
+    alone = mtp == 0 or pp == 1 or (predicts < chunks - 1 and (predicts == 0 or predicts % pp > 0))
+    shape = replace(shape, tied_embeddings=alone and draw(st.booleans()))
+    return shape, written("|".join(texts) + "L", vpp=chunks // pp, tp=draw(st.sampled_from((1, 2))))
+
+
+@settings(max_examples=25, deadline=None)
+@given(written_layouts())
+def test_any_layout_that_is_written_out(model: tuple[ModelShape, Layout]) -> None:
+    shape, where = model
+    check(shape, spec(where), "source")
+    assert differences(shape, where) == []
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(LATENT, Dtype.BF16), (SEQUENTIAL, Dtype.FP16)], ids=["bf16", "fp16"])

@@ -25,7 +25,7 @@ from refit.models.megatron.forward import forward_pass
 from refit.models.megatron.groups import build_groups
 from refit.models.megatron.sharding import read_weights
 from refit.models.megatron.training import MegatronTrainer
-from tests.models.megatron.small import DENSE, LATENT, MOE, layout, spec
+from tests.models.megatron.small import DENSE, LATENT, MOE, layout, spec, written
 from tests.ranks.pool import RankPool
 
 STEPS = StepSettings(micro_batch_size=1, global_batch_size=8, seq_length=12, lr=1e-2)
@@ -34,7 +34,7 @@ NUM_STEPS = 3
 
 def built(shape: ModelShape, where: Layout, steps: StepSettings, dtype: Dtype = Dtype.FP32) -> BuiltModel | None:
     steps = replace(steps, sequence_parallel=where.tp > 1)
-    return build_model(shape, spec(where, dtype), build_groups(where), device="cpu", steps=steps)
+    return build_model(shape, spec(where, dtype), build_groups(where, shape), device="cpu", steps=steps)
 
 
 def trained(rank: int, shape: ModelShape, cases: list[tuple[Layout, StepSettings]], dtype: Dtype) -> list[Any]:
@@ -81,8 +81,9 @@ def with_dispatcher(name: str) -> StepSettings:
         (LATENT, [(layout(), STEPS), (layout(tp=2, ep=2, etp=2), STEPS), (layout(ep=4, pp=2), STEPS)]),
         (DENSE, [(layout(), STEPS), (layout(tp=2, pp=2), STEPS), (layout(world=4), STEPS)]),
         (replace(MOE, mtp_num_layers=1), [(layout(), STEPS), (layout(ep=2, pp=2), with_dispatcher("alltoall"))]),
+        (replace(MOE, mtp_num_layers=2), [(layout(), STEPS), (written("Et|ttmm|L"), STEPS), (written("E|tttt|mm|L"), STEPS)]),
     ],
-    ids=["experts", "latent", "dense", "token-prediction"],
+    ids=["experts", "latent", "dense", "token-prediction", "token-prediction-alone"],
 )
 def test_layouts_train_alike(ranks: RankPool, shape: ModelShape, cases: list[tuple[Layout, StepSettings]]) -> None:
     answers = ranks.run(trained, shape, cases, Dtype.FP32)
