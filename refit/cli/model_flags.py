@@ -142,7 +142,7 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
     _check_required(args)
     _check_contradictions(args)
     hidden, heads = args.hidden_size, args.num_attention_heads
-    if args.kv_channels is None and hidden % heads:
+    if args.kv_channels is None and hidden % heads and not args.multi_latent_attention:  # whose heads have own widths
         raise UsageError(
             f"hidden size {hidden} cannot be divided by {heads} attention heads: change one, or give --kv-channels"
         )

@@ -13,101 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from refit.config import yaml_files
-from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, ModelShape
+from refit.config.limits import MAX_LAYERS
+from refit.config.shape import Experts, ModelShape
 from refit.errors import UsageError
+from refit.predict.families.config_keys import (
+    BUILT_WITH,
+    DERIVED,
+    HARMLESS,
+    KEYS,
+    LAYER_TYPES,
+    LAYERS,
+    NUMERICS,
+    OTHER_WEIGHTS,
+    REQUIRED,
+    STYLE,
+    STYLES,
+)
+from refit.predict.families.other_models import remedy
 from refit.predict.families.tables import DEEPSEEK_V3, FAMILIES, QWEN3, QWEN3_MOE, Family, closest_family
 
 FILE_NAME = "config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key of config.json, the flag with the same value and the attribute of ModelShape that holds it.
-
-    Without an `optional` one the flag's default applies.
-    """
-
-    name: str
-    flag: str
-    attribute: str
-    optional: bool = False
-
-
-SIZES = (
-    Key("num_hidden_layers", "num-layers", "num_layers"),
-    Key("hidden_size", "hidden-size", "hidden_size"),
-    Key("num_attention_heads", "num-attention-heads", "num_attention_heads"),
-    Key("intermediate_size", "ffn-hidden-size", "ffn_hidden_size"),
-    Key("vocab_size", "vocab-size", "vocab_size"),
-    Key("max_position_embeddings", "max-position-embeddings", "max_position_embeddings", optional=True),
-)
-GROUPED_QUERIES = (
-    Key("num_key_value_heads", "num-query-groups", "num_query_groups"),
-    Key("head_dim", "kv-channels", "kv_channels"),
-)
-LATENT = (
-    Key("q_lora_rank", "q-lora-rank", "mla.q_lora_rank", optional=True),
-    Key("kv_lora_rank", "kv-lora-rank", "mla.kv_lora_rank"),
-    Key("qk_nope_head_dim", "qk-head-dim", "mla.qk_head_dim"),
-    Key("qk_rope_head_dim", "qk-pos-emb-head-dim", "mla.qk_pos_emb_head_dim"),
-    Key("v_head_dim", "v-head-dim", "mla.v_head_dim"),
-)
-ROUTED = (
-    Key("num_experts_per_tok", "moe-router-topk", "experts.topk"),
-    Key("moe_intermediate_size", "moe-ffn-hidden-size", "experts.ffn_hidden_size"),
-)
-KEYS = {
-    QWEN3: (*SIZES, *GROUPED_QUERIES),
-    QWEN3_MOE: (*SIZES, *GROUPED_QUERIES, *ROUTED, Key("num_experts", "num-experts", "experts.num_experts")),
-    DEEPSEEK_V3: (*SIZES, *LATENT, *ROUTED, Key("n_routed_experts", "num-experts", "experts.num_experts")),
-}
-STYLE: dict[str, object] = {
-    "position-embedding-type": "rope",
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "disable-bias-linear": True,
-    "qk-layernorm": True,
-    "make-vocab-size-divisible-by": 1,
-}
-"""Flags that every family has."""
-
-STYLES: dict[Family, dict[str, object]] = {
-    QWEN3: {"group-query-attention": True},
-    QWEN3_MOE: {"group-query-attention": True},
-    DEEPSEEK_V3: {"multi-latent-attention": True, "moe-router-enable-expert-bias": True},
-}
-NUMERICS: dict[str, object] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "rms_norm_eps": NORM_EPSILON,
-    "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
-}
-"""Keys of config.json that both libraries' models are built with, whatever the model."""
-
-REQUIRED: dict[str, tuple[Any, str]] = {
-    "hidden_act": ("silu", "only --swiglu is built"),
-    "attention_bias": (False, "no family has a name for these biases"),
-}
-"""Keys with the one value that can be built, and why."""
-
-BUILT_WITH: dict[str, tuple[Any, ...]] = {
-    "rms_norm_eps": (NORM_EPSILON,),
-    "rope_theta": (ROTARY_BASE,),
-    "rope_scaling": (None,),
-    "rope_parameters": (None, NUMERICS["rope_parameters"]),
-    "n_group": (None, 1),
-    "topk_group": (None, 1),
-    "routed_scaling_factor": (None, 1.0),
-    "norm_topk_prob": (None, True),
-    "use_sliding_window": (None, False),
-}
-"""Keys that change no weight, and the values that the forward pass of both sides is built with."""
-
-OTHER_WEIGHTS = {
-    "num_nextn_predict_layers": ((None, 0), "its layers are left out, --mtp-num-layers builds them in Megatron"),
-    "quantization_config": ((None,), "weights have the dtype of the flags (--bf16)"),
-}
-"""Keys whose weights are built otherwise than config.json says: values that ask for nothing, and what is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +59,10 @@ def read_config_json(path: Path) -> ConfigJson:
         family = _family(content)
         flags = {**STYLE, **STYLES[family], **_sizes(family, content), **_layers(family, content)}
         for key, (value, reason) in REQUIRED.items():
-            if content.get(key, value) != value:
+            if content.get(key) not in (None, value):
                 raise UsageError(f"{key} is {yaml_files.shortened(content[key])}, {value!r} is needed: {reason}")
+        _check_derived(family, content)
+        _check_all_read(family, content)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
     if not content.get("tie_word_embeddings", False):
@@ -159,13 +86,15 @@ def _family(content: Mapping[str, Any]) -> Family:
         if given in (family.model_type, *family.aliases):
             return family
     known = ", ".join(name for family in FAMILIES for name in (family.model_type, *family.aliases))
-    raise UsageError(f"model_type {yaml_files.shortened(given)} is of no known family: known are {known}")
+    raise UsageError(
+        f"model_type {yaml_files.shortened(given)} is of no known family, known are {known}: {remedy(content)}"
+    )
 
 
 def _sizes(family: Family, content: Mapping[str, Any]) -> dict[str, object]:
     sizes: dict[str, object] = {}
     for key in KEYS[family]:
-        value = content.get(key.name)
+        value = next((content[name] for name in (key.name, *key.aliases) if content.get(name) is not None), None)
         if value is not None:
             sizes[key.flag] = _whole(key.name, value)
         elif not key.optional:
@@ -177,23 +106,56 @@ def _layers(family: Family, content: Mapping[str, Any]) -> dict[str, object]:
     """Flags of the shared experts, and of the layers that have routed ones."""
     if family is QWEN3:
         return {}
-    num_layers = _whole("num_hidden_layers", content["num_hidden_layers"])
+    num_layers = min(_whole("num_hidden_layers", content["num_hidden_layers"]), MAX_LAYERS)  # more are refused later
     if family is DEEPSEEK_V3:
         shared = _whole("n_shared_experts", content.get("n_shared_experts", 1))
         width = shared * _whole("moe_intermediate_size", content["moe_intermediate_size"])
         num_dense = _whole("first_k_dense_replace", content.get("first_k_dense_replace", 0), least=0)
-        if num_dense >= num_layers:
-            raise UsageError(f"first_k_dense_replace {num_dense} of {num_layers} layers leaves none with experts")
-        return {
-            "moe-shared-expert-intermediate-size": width,
-            "moe-layer-freq": f"([0]*{num_dense}+[1]*{num_layers - num_dense})",
-        }
+        step = _whole("moe_layer_freq", content.get("moe_layer_freq", 1))
+        # As vLLM and DeepSeek's own code have it. transformers has no such key.
+        routed = [int(layer >= num_dense and layer % step == 0) for layer in range(num_layers)]
+        if not any(routed):
+            raise UsageError(
+                f"first_k_dense_replace {num_dense} and moe_layer_freq {step} of {num_layers} layers leave none with "
+                "experts"
+            )
+        return {"moe-shared-expert-intermediate-size": width, "moe-layer-freq": f"{routed}"}
     step = _whole("decoder_sparse_step", content.get("decoder_sparse_step", 1))
     dense = content.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise UsageError(f"mlp_only_layers must be a list of layers, got {yaml_files.shortened(dense)}")
     routed = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(num_layers)]
     return {"moe-layer-freq": f"{routed}"}
+
+
+def _check_derived(family: Family, content: Mapping[str, Any]) -> None:
+    for key, others in DERIVED.get(family, {}).items():
+        value, needed = content.get(key), sum(content[name] for name in others)
+        if value not in (None, needed):
+            raise UsageError(
+                f"{key} is {yaml_files.shortened(value)}, a {family.model_type} needs {' + '.join(others)} = {needed}"
+            )
+
+
+def _check_all_read(family: Family, content: Mapping[str, Any]) -> None:
+    """Raise UsageError for a key that nothing reads: it may ask for other weights. None asks for nothing."""
+    types = content.get("layer_types") or []
+    other = next((kind for kind in types if kind not in LAYER_TYPES), None) if isinstance(types, list) else types
+    if other is not None:
+        raise UsageError(f"layer_types has {yaml_files.shortened(other)}, known are {', '.join(sorted(LAYER_TYPES))}")
+    sizes = {name for key in KEYS[family] for name in (key.name, *key.aliases)}
+    known = {*HARMLESS, *sizes, *LAYERS[family], *DERIVED.get(family, {}), *REQUIRED, *BUILT_WITH, *OTHER_WEIGHTS}
+    unread = [
+        f"{yaml_files.shortened(key, 40)} {yaml_files.shortened(value, 40)}"
+        for key, value in content.items()
+        if key not in known and value is not None
+    ]
+    if unread:
+        raise UsageError(
+            f"no {family.model_type} is known to have {', '.join(unread[:5])}"
+            f"{f' and {len(unread) - 5} more keys' if len(unread) > 5 else ''}: leave them out of the file if they "
+            "change no weight"
+        )
 
 
 def _whole(name: str, value: object, least: int = 1) -> int:

@@ -81,7 +81,10 @@ def with_dispatcher(name: str) -> StepSettings:
         (LATENT, [(layout(), STEPS), (layout(tp=2, ep=2, etp=2), STEPS), (layout(ep=4, pp=2), STEPS)]),
         (DENSE, [(layout(), STEPS), (layout(tp=2, pp=2), STEPS), (layout(world=4), STEPS)]),
         (replace(MOE, mtp_num_layers=1), [(layout(), STEPS), (layout(ep=2, pp=2), with_dispatcher("alltoall"))]),
-        (replace(MOE, mtp_num_layers=2), [(layout(), STEPS), (written("Et|ttmm|L"), STEPS), (written("E|tttt|mm|L"), STEPS)]),
+        (
+            replace(MOE, mtp_num_layers=1),
+            [(layout(), STEPS), (written("Et|tttm|L"), STEPS), (written("E|tttt|m|L", tp=2), STEPS)],
+        ),
     ],
     ids=["experts", "latent", "dense", "token-prediction", "token-prediction-alone"],
 )
