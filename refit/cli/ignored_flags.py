@@ -18,9 +18,9 @@ NAMED: dict[str, str] = dict(
         ddp-param-name-patterns-for-fp32-local-accumulation* decoder-seq-length# encoder-seq-length# finetune
         high-priority-stream-groups* hysteresis= iterations-to-skip* load= local-rank= mock-data
         moe-aux-loss-coeff* moe-expert-capacity-factor= moe-router-load-balancing-type* moe-router-score-function=
-        mrope-section* no-rl-inference-logprobs-is-correction offload-modules* optimizer= profile profile-ranks*
+        mrope-section* no-position-embedding no-rl-inference-logprobs-is-correction offload-modules* optimizer= profile profile-ranks*
         rampup-batch-size* rl-inference-logprobs-is-correction rl-inference-model-unified-memory-level=
-        rl-inference-parsers* save= sft split= test-data-path* tokenizer-special-tokens* train-data-path*
+        rl-inference-parsers* rl-parallel-generation-tasks# save= sft split= test-data-path* tokenizer-special-tokens* train-data-path*
         train-iters# train-samples# valid-data-path* validation-set-names* verify-integrity warmup=
         """,
     )
@@ -115,12 +115,11 @@ REFUSED_SWITCHES = {
     "moe-single-grouped-weight": "experts in a single weight are not built",
     "moe-use-legacy-grouped-gemm": "use --moe-grouped-gemm alone",
     "moe-use-upcycling": "upcycling is not built",
-    "mtp-standalone": "multi-token prediction layers are built on the last stage only",
+    "mtp-standalone": "Megatron-Core takes it from --pipeline-model-parallel-layout, leave it out",
     "mtp-use-repeated-layer": "every multi-token prediction layer is built with weights of its own",
-    "no-position-embedding": "use --position-embedding-type none",
     "no-pad-vocab-size": "give the size to build with --padded-vocab-size",
     "quick-geglu": "of the gated activations only --swiglu is built",
-    "standalone-embedding-stage": "stages without layers are not built",
+    "standalone-embedding-stage": "use --pipeline-model-parallel-layout, with a first stage E",
     "use-megatron-fsdp": "fully sharded data parallelism is not built",
     "use-torch-fsdp2": "fully sharded data parallelism is not built",
     "use-tp-pp-dp-mapping": "ranks are ordered tp-dp-pp",

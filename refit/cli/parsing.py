@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from refit.cli.flags import full_parser, recorded_flags
 from refit.cli.model_checks import check_parameters, wide_experts_note, without_unbuildable_biases
 from refit.cli.model_flags import check_no_shape, model_shape
-from refit.cli.presets import config_flags, load_preset
-from refit.cli.side_flags import read_mode, read_sides
+from refit.cli.presets import config_flags, give_way, load_preset
+from refit.cli.side_flags import read_mode, read_sides, world_size_note
 from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
 from refit.config.registry import AUTO, ENGINES, FORMATS, METHODS
@@ -56,11 +56,15 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     if args.hf_config is not None:
         if args.model is not None:
             raise UsageError(f"--model {args.model} contradicts --hf-config, which describes a model: give one of them")
-        config = read_config_json(args.hf_config)
-        args = parser.parse_flags(argv, config_flags(config))
-        args.hf_config = config
+        config = read_config_json(args.hf_config, vars(args))
+        args = parser.parse_flags(argv, give_way(config_flags(config), args)[0])
+        args.hf_config, args.preset_notes = config, ()
     elif args.model is not None:
-        args = parser.parse_flags(argv, load_preset(args.model))
+        preset, notes = give_way(load_preset(args.model), args)
+        args = parser.parse_flags(argv, preset)
+        args.preset_notes = notes
+    else:
+        args.preset_notes = ()
     return args
 
 
@@ -69,6 +73,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         raise UsageError(f"--refit-method missing: choose one of {', '.join([*METHODS, AUTO])}")
     source, destination = sides = read_sides(args)
     model, notes = _model(args, sides)
+    notes += (*args.preset_notes, *filter(None, [world_size_note(args, sides)]))
     _check_engines(args.refit_engine, sides)
     recorded = recorded_flags(args)
     steps = step_settings(args, sides, model, recorded)

@@ -26,7 +26,7 @@ from refit.config.placement import read_placement
 from refit.config.registry import FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Mode
 from refit.config.shape import Dtype
-from refit.config.side import MAX_ZERO_STAGE, SideSpec, Sized, default_sizes
+from refit.config.side import MAX_ZERO_STAGE, SideSpec, Sized, fewest_ranks
 from refit.errors import UsageError
 
 _OPTION_FLAGS: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def add_side_flags(parser: FlagParser) -> None:
         "vpp": ("model chunks on each rank, in interleaved pipeline stages", "1", "1"),
         "first_stage_layers": ("layers on the first stage", "an even split", "an even split"),
         "last_stage_layers": ("layers on the last stage", "an even split", "an even split"),
-        "world_size": ("ranks", "TP x EP x PP", "TP x EP x PP"),
+        "world_size": ("ranks", "PP x lcm(TP, ETP x EP)", "PP x lcm(TP, ETP x EP)"),
     }
     for place, side in enumerate(("source", "destination")):
         for size, flags in SIZE_FLAGS.items():
@@ -127,6 +127,20 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
     check_transformers_flags(args, sides)
     _check_transformer_impl(args, sides)
     return sides
+
+
+def world_size_note(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> str | None:
+    """What was assumed where an ETP is given and the number of ranks is not."""
+    assumed = [
+        f"{side.world_size} {name} ranks ({size_flag(name, 'world_size')})"
+        for name, side in zip(("source", "destination"), sides, strict=True)
+        if side.layout.etp != side.layout.tp
+        and getattr(args, _attribute(SIZE_FLAGS["etp"][name == "destination"])) is not None
+        and getattr(args, _attribute(SIZE_FLAGS["world_size"][name == "destination"])) is None
+    ]
+    if not assumed:
+        return None
+    return f"assumed: {' and '.join(assumed)}, the fewest that both TP and ETP x EP divide on each pipeline stage"
 
 
 def read_mode(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> Mode:
@@ -193,7 +207,7 @@ def _sized(
     defaults = {"tp": tp, "ep": like.ep if like else 1, "etp": tp, "pp": like.pp if like else 1}
     sizes = {size: (given[size] or default) if size in row.axes else 1 for size, default in defaults.items()}
     if row.options is None:
-        return Sized(None, default_sizes(sizes, given))
+        return Sized(None, {**sizes, "world_size": given["world_size"] or fewest_ranks(sizes)})
     sized: Sized = load(row.options).complete(name, given_options, sizes, given)
     return sized
 
@@ -221,6 +235,9 @@ def _chunks(side: str, args: argparse.Namespace, layout: Layout, given: int | No
     chunks: PipelineLayout | None = getattr(args, _attribute(flag))
     if chunks is None:
         return {"vpp": _virtual_size(side, args, layout, given)}
+    given_format = getattr(args, _attribute(FORMAT_FLAGS[side == "destination"]))
+    if "pp" not in FORMATS[given_format].axes:
+        raise UsageError(f"--{flag}: {given_format} sides have no pipeline stages, leave --{flag} out")
     pp, vpp, num_stages = layout.pp, size_flag(side, "vpp"), len(chunks.layers)
     uneven = (SIZE_FLAGS[size] for size in ("first_stage_layers", "last_stage_layers"))
     others = [names[side == "destination"] for names in (LAYERS_PER_CHUNK_FLAGS, *uneven)]

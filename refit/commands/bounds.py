@@ -14,6 +14,7 @@ from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.report.bounds import bounds_table
 from refit.report.console import show
+from refit.report.neutral import markdown_text
 from refit.sweep.parallel import plan_all
 from refit.sweep.selection import Candidate, Selection, select_file
 
@@ -75,7 +76,7 @@ def section(selection: Selection, clusters: Sequence[Cluster]) -> str:
     """A heading and the table of one file's scenarios."""
     names = [candidate.name for candidate in selection.candidates]
     runs = dict(zip(names, plan_all(selection.candidates, _plan), strict=True))
-    return f"### {selection.title}\n\n{bounds_table(runs, clusters)}"
+    return f"### {markdown_text(selection.title)}\n\n{bounds_table(runs, clusters)}"
 
 
 def _plan(candidate: Candidate) -> DryRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -57,6 +58,12 @@ class Sized:
 def default_sizes(sizes: Mapping[str, int], given: Mapping[str, int | None]) -> dict[str, int]:
     """`sizes` on as many ranks as given, or on TP x EP x PP."""
     return {**sizes, "world_size": given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]}
+
+
+def fewest_ranks(sizes: Mapping[str, int]) -> int:
+    """The smallest world of a Megatron side: PP times the least that TP and ETP x EP divide, since experts are folded
+    over TP x DP (`initialize_model_parallel` in parallel_state.py). It is TP x EP x PP where ETP is TP."""
+    return sizes["pp"] * math.lcm(sizes["tp"], sizes["etp"] * sizes["ep"])
 
 
 @dataclass(frozen=True, slots=True)

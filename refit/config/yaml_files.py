@@ -84,8 +84,8 @@ def find(kind: str, name: str) -> Path:
     )
 
 
-def read_mapping(path: Path) -> dict[str, object]:
-    """The YAML mapping in `path`; keys are text.
+def read_mapping(path: Path, of_list: str = "") -> dict[str, object]:
+    """The YAML mapping in `path`; keys are text. `of_list` says what a list's place in it is, if it has one.
 
     Raises UsageError, with line and column, where the file cannot be read, is something else or exceeds a limit.
     """
@@ -101,7 +101,8 @@ def read_mapping(path: Path) -> dict[str, object]:
         raise UsageError(f"{path} is not valid YAML: {error}") from None
     content = _Reader(path).value(root) if root is not None else None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold `key: value` lines, not {_kind(content)}")
+        remedy = f": put {of_list}" if isinstance(content, list) and of_list else ""
+        raise UsageError(f"{path} must hold `key: value` lines, not {_kind(content)}{remedy}")
     return content
 
 

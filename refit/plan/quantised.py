@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from refit.config.quantisation import CODES_DTYPE, BlockFormat, Place, Quantisation, scale_key
+from refit.config.quantisation import CODES_DTYPE, KEPT, BlockFormat, Place, Quantisation, scale_key
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
@@ -93,6 +93,17 @@ def _box(offsets: list[int], ends: list[int]) -> Box | None:
     return Box(tuple(offsets), extents) if all(extent > 0 for extent in extents) else None
 
 
+def check_kept(keys: Iterable[str], quantisation: Quantisation, name: str) -> None:
+    """Raise UsageError where a given part of what stays BF16 is in no key; `name` is the side's. The default's parts
+    are for models of all kinds."""
+    found = [*keys]
+    absent = next((part for part in quantisation.kept if part not in KEPT and not any(part in key for key in found)), None)
+    if absent is not None:
+        raise UsageError(
+            f"{name}: --fp8-keep-bf16 {absent} is in no tensor's key, keys are like {found[0]}: leave {absent} out"
+        )
+
+
 def quantised_sharding(sharding: Sharding, quantisation: Quantisation, name: str = "destination") -> Sharding:
     """`sharding` with codes and scales in place of the weights that `quantisation` names.
 
@@ -141,11 +152,12 @@ def _mapped(held: TensorSharding, function: Callable[[Box], Box | None]) -> Tens
 
 
 def _check(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation: Quantisation, name: str) -> None:
-    block, remedy = grid.format, f"choose other sizes, or {keep_text(tensor.key)}"
+    block, keep = grid.format, keep_text(tensor.key, quantisation)
+    remedy = f"choose other sizes, or {keep}"
     if tensor.padded:
         raise UsageError(
             f"{name}: {tensor.key} is padded differently at each TP size, so its blocks are not those of "
-            f"{quantisation.dtype}: {keep_text(tensor.key)}"
+            f"{quantisation.dtype}: {keep}"
         )
     if block.whole and tensor.shape[-1] % block.columns:
         raise UsageError(
@@ -162,9 +174,10 @@ def _check(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation: Q
             )
 
 
-def keep_text(key: str) -> str:
-    """The remedy that leaves a tensor as it is: `keep it in BF16 (--fp8-keep-bf16 linear_fc1,...)`."""
-    return f"keep it in BF16 (--fp8-keep-bf16 {key.removesuffix('.weight').rpartition('.')[2]},...)"
+def keep_text(key: str, quantisation: Quantisation) -> str:
+    """The remedy that leaves a tensor as it is: `keep it in BF16 (--fp8-keep-bf16 embedding,...,linear_fc1)`."""
+    parts = (*quantisation.kept, key.removesuffix(".weight").rpartition(".")[2])
+    return f"keep it in BF16 (--fp8-keep-bf16 {','.join(parts)})"
 
 
 @dataclass(frozen=True, slots=True)

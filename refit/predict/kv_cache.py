@@ -15,8 +15,15 @@ def kv_bytes_per_token(shape: ModelShape, layout: Layout) -> int:
     Multi-latent attention caches the latent and the rotary key, whole on every TP rank (DeepSeek-V2, arXiv:2405.04434,
     table 1). Otherwise each TP rank caches keys and values of its query groups, of at least one.
     """
-    layers = max(map(len, layout.stage_layers(shape.num_layers)))
+    layers = _most_layers(layout, shape.num_layers)
     if shape.mla is not None:
         return layers * (shape.mla.kv_lora_rank + shape.mla.qk_pos_emb_head_dim) * CACHE_ITEMSIZE
     groups = max(1, shape.num_query_groups // layout.tp)
     return layers * 2 * groups * shape.kv_channels * CACHE_ITEMSIZE
+
+
+def _most_layers(layout: Layout, num_layers: int) -> int:
+    """The layers of the largest stage. What PP does not divide makes some stages one layer larger."""
+    if (layout.chunk_sizes, layout.first_stage_layers, layout.last_stage_layers) == (None, None, None):
+        return -(-num_layers // layout.pp)
+    return max(sum(map(len, chunks)) for chunks in layout.chunk_layers(num_layers))

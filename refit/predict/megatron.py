@@ -72,12 +72,12 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
     if experts is None and layout.ep > 1:
         raise UsageError(f"{name}: EP size {layout.ep} needs experts: give --num-experts or set EP to 1")
-    _check_pipeline(shape, layout, name)
+    check_pipeline(shape, layout, name)
     if shape.mtp_num_layers:
         _check_token_prediction(shape, layout, name)
 
 
-def _check_pipeline(shape: ModelShape, layout: Layout, name: str) -> None:
+def check_pipeline(shape: ModelShape, layout: Layout, name: str) -> None:
     """Raise UsageError where the layers, or those of multi-token prediction, are not those of the pipeline layout."""
     flag = f"--{PIPELINE_LAYOUT_FLAGS[name == 'destination']}"
     try:

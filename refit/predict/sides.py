@@ -16,7 +16,7 @@ from refit.errors import UsageError
 from refit.plan.cost import Cost, cost_of
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
-from refit.plan.quantised import UNQUANTISED_SUFFIX, WireShardings, quantised_sharding, wire_shardings
+from refit.plan.quantised import UNQUANTISED_SUFFIX, WireShardings, check_kept, quantised_sharding, wire_shardings
 from refit.plan.sharding import Sharding
 from refit.predict.families.parts import Parts, sharding_in_parts
 from refit.predict.training_memory import TrainingMemory
@@ -60,7 +60,9 @@ def check_side(model: ModelShape, side: SideSpec, name: str) -> None:
             raise UsageError(f"{name}: {side.format} sides have {', '.join(axes)} only, not {axis} {size}")
     load(FORMATS[side.format].check)(model, side, name)
     if side.quantisation is not None:
-        quantised_sharding(load(FORMATS[side.format].predict)(model, side), side.quantisation, name)
+        sharding = load(FORMATS[side.format].predict)(model, side)
+        check_kept(sharding.tensors, side.quantisation, name)
+        quantised_sharding(sharding, side.quantisation, name)
 
 
 def library_notes(model: ModelShape, sides: tuple[SideSpec, SideSpec]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from refit import units
 from refit.config.clusters import Cluster
 from refit.plan.cost import lower_bound
 from refit.predict.dry_run import DryRun
+from refit.report.neutral import markdown_text
 
 
 def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:
@@ -16,7 +17,7 @@ def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str
     `-` where the cluster has no speed for a link.
     """
     titles = ["scenario", "GPUs", "payload", "wire", "busiest rank", "memory per GPU", "busiest / mean sender"]
-    titles += [*(f"bound, {cluster.name}" for cluster in clusters)]
+    titles += [f"bound, {markdown_text(cluster.name)}" for cluster in clusters]
     rows = [_row(name, run, clusters) for name, run in runs.items()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows))
 

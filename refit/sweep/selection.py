@@ -76,7 +76,7 @@ def select_file(name: str, common: Sequence[str], title: str | None = None) -> S
     Raises UsageError, naming the file and the scenario, or for more than MAX_SCENARIOS, with axes multiplied out.
     """
     path = yaml_files.find("scenarios", name)
-    content = yaml_files.read_mapping(path)
+    content = yaml_files.read_mapping(path, "the list of them below `scenarios:`")
     unknown = sorted(content.keys() - {"title", "defaults", "scenarios"})
     if unknown:
         raise UsageError(

@@ -29,8 +29,9 @@ from refit.predict.families.config_keys import (
     STYLE,
     STYLES,
 )
+from refit.predict.families.names import check_names
 from refit.predict.families.other_models import remedy
-from refit.predict.families.tables import DEEPSEEK_V3, FAMILIES, QWEN3, QWEN3_MOE, Family, closest_family
+from refit.predict.families.tables import DEEPSEEK_V3, FAMILIES, QWEN3, QWEN3_MOE, Family
 
 FILE_NAME = "config.json"
 
@@ -47,8 +48,9 @@ class ConfigJson:
 # --- From config.json to flags -----------------------------------------------------------------------------------
 
 
-def read_config_json(path: Path) -> ConfigJson:
-    """Read `path`, a config.json or the folder of one.
+def read_config_json(path: Path, given: Mapping[str, object]) -> ConfigJson:
+    """Read `path`, a config.json or the folder of one. `given` are flags by attribute, None where they are not given:
+    they take the place of the file's sizes, so that what is derived from these follows.
 
     Raises UsageError where it cannot be read, lacks a key, names another architecture or asks for weights that no
     family has. Values are checked as the flags that they become.
@@ -57,6 +59,7 @@ def read_config_json(path: Path) -> ConfigJson:
     content = _content(file)
     try:
         family = _family(content)
+        content |= {key.name: value for key in KEYS[family] if (value := given.get(key.flag.replace("-", "_")))}
         flags = {**STYLE, **STYLES[family], **_sizes(family, content), **_layers(family, content)}
         for key, (value, reason) in REQUIRED.items():
             if content.get(key) not in (None, value):
@@ -188,12 +191,7 @@ def config_values(shape: ModelShape) -> dict[str, Any]:
 
     Raises UsageError where the family's configuration cannot describe it.
     """
-    family = closest_family(shape)
-    if shape.position_embedding_type != "rope":
-        raise UsageError(
-            f"{family.model_type} of transformers has rotary position embeddings, the model has "
-            f"{shape.position_embedding_type}: give --position-embedding-type rope"
-        )
+    family = check_names(shape)
     values = {key.name: attrgetter(key.attribute)(shape) for key in KEYS[family]}
     values |= {**NUMERICS, "model_type": family.model_type, "tie_word_embeddings": shape.tied_embeddings}
     if shape.mla is not None:

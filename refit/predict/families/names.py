@@ -14,7 +14,7 @@ from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 from refit.predict import megatron
 from refit.predict.families.releases import kept_in_float32
-from refit.predict.families.tables import Family, Part, Release, Row, closest_family
+from refit.predict.families.tables import DEEPSEEK_V3, FAMILIES, Family, Part, Release, Row, closest_family
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,9 @@ def named_model(
 
     `single_experts` names each routed expert's tensors, as published checkpoints do; else all experts are one tensor.
     Parameters that this `release` of transformers keeps in float32 are float32; without one they have `dtype`.
-    Raises UsageError, with both names, where either side has a tensor that the other has no name for.
+    Raises UsageError as `check_names`.
     """
-    family = closest_family(shape)
-    if not shape.swiglu:
-        raise UsageError(f"transformers' {family.model_type} has gated MLPs (gate_proj, up_proj): give --swiglu")
+    family = check_names(shape)
     experts = family.single_experts if single_experts else family.experts
     kinds = {False: (*family.layer, *family.dense), True: (*family.layer, *family.routed, *experts)}
     logical = _logical_tensors(shape, dtype)
@@ -113,6 +111,39 @@ def named_model(
         assert tensors.keys() == keys[routed], f"layers of a kind differ: {tensors.keys() ^ keys[routed]}"
         blocks.append(Block(prefix, key_prefix, resolved[routed]))
     return NamedModel(family, tuple(blocks), logical)
+
+
+def check_names(shape: ModelShape) -> Family:
+    """The family that has names for the tensors of `shape`. Raises UsageError, with what differs, where none has."""
+    family, experts = closest_family(shape), shape.experts
+    latent = family is DEEPSEEK_V3
+    shared = experts is not None and experts.shared_ffn_hidden_size is not None
+    bias = experts is not None and experts.expert_bias
+    width = experts.ffn_hidden_size if experts is not None else shape.ffn_hidden_size
+    found = [
+        (shape.position_embedding_type != "rope", "give --position-embedding-type rope"),
+        (shape.normalization != "RMSNorm", "give --normalization RMSNorm"),
+        (not shape.swiglu, "give --swiglu"),
+        (shape.add_bias_linear, "give --disable-bias-linear"),
+        (shape.add_qkv_bias, "leave --add-qkv-bias out"),
+        (not shape.qk_layernorm, "give --qk-layernorm"),
+        (shape.mtp_num_layers > 0, "give --mtp-num-layers 0"),
+        (latent and experts is None, "give --num-experts 8"),
+        (experts is not None and experts.latent_size is not None, "leave --moe-latent-size out"),
+        (latent and not shared, f"give --moe-shared-expert-intermediate-size {width}"),
+        (shared and not latent, "leave --moe-shared-expert-intermediate-size out"),
+        (latent and not bias, "give --moe-router-enable-expert-bias"),
+        (bias and not latent, "leave --moe-router-enable-expert-bias out"),
+    ]
+    differences = [remedy for differs, remedy in found if differs]
+    if differences:
+        if any(remedy.startswith("leave") for remedy in differences):  # no flag takes back what a preset states
+            differences.append(f"or choose --model tiny_{family.model_type}")
+        raise UsageError(
+            f"the model is none of those with names of Hugging Face, {', '.join(each.model_type for each in FAMILIES)}: "
+            f"for {family.model_type} {', '.join(differences)}"
+        )
+    return family
 
 
 def _logical_tensors(shape: ModelShape, dtype: Dtype) -> dict[str, TensorSpec]:
@@ -144,14 +175,9 @@ def _resolve(
 ) -> tuple[NamedTensor, ...]:
     rows = [row for row in rows if row.key in logical or not row.optional]
     named = {row.key for row in rows}
-    lacking = [f"the model has no {key_prefix}{row.key} ({prefix}{row.name})" for row in rows if row.key not in logical]
-    unnamed = [f"transformers has no name for {key_prefix}{key}" for key in logical if key not in named]
-    if lacking or unnamed:
-        raise UsageError(
-            f"the model is no {family.model_type} of transformers: {'; '.join([*lacking[:1], *unnamed[:1]])}: "
-            f"{len(lacking)} names have no tensor, {len(unnamed)} tensors have no name, so choose another model "
-            f"(--model tiny_{family.model_type})"
-        )
+    other = [key_prefix + row.key for row in rows if row.key not in logical]
+    other += [key_prefix + key for key in logical if key not in named]
+    assert not other, f"check_names lets a model pass with other tensors than {family.model_type}: {other}"
     return tuple(tensor for row in rows for tensor in _tensors(row, logical[row.key], shape))
 
 

@@ -70,10 +70,12 @@ class Engine:
 
 
 def stage_layers(layout: Layout, num_layers: int) -> tuple[range, ...]:
-    """The layers of each pipeline stage: as given, or by vLLM's `get_pp_indices` (distributed/utils.py).
+    """The layers of each pipeline stage: as given (`VLLM_PP_LAYER_PARTITION`), or by vLLM's `get_pp_indices` (distributed/utils.py).
 
     What PP does not divide goes to the stages before the last one, one layer each.
     """
+    if layout.chunk_sizes is not None:
+        return tuple(chunks[0] for chunks in layout.chunk_layers(num_layers))
     if layout.first_stage_layers is not None or layout.last_stage_layers is not None:
         return layout.stage_layers(num_layers)
     size, rest = divmod(num_layers, layout.pp)

@@ -12,6 +12,7 @@ from refit.plan.box import Box, coalesce
 from refit.plan.sharding import Sharding, TensorSharding
 from refit.predict.families.config_json import config_values
 from refit.predict.families.names import Block
+from refit.predict.megatron import check_pipeline
 from refit.predict.vllm.engine import Engine, Place
 from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
@@ -21,6 +22,8 @@ from refit.predict.vllm.quantised import held_blocks
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     """Raise UsageError where vLLM has no such model or cannot shard it so; `name` is the side's in the message."""
     engine, experts = _engine(side, name), shape.experts
+    if side.layout.chunk_sizes is not None:
+        check_pipeline(shape, side.layout, name)
     divisible = [
         (shape.num_attention_heads, engine.tp, "attention heads", "TP size"),
         (shape.ffn_hidden_size, engine.tp, "FFN hidden size", "TP size"),
