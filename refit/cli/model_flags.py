@@ -241,7 +241,10 @@ def _experts(args: argparse.Namespace, ffn: int) -> Experts | None:
         return None
     topk = args.moe_router_topk or min(2, args.num_experts)
     if topk > args.num_experts:
-        raise UsageError(f"--moe-router-topk {topk} is more than the {args.num_experts} experts there are: lower it")
+        raise UsageError(
+            f"--moe-router-topk {topk} is more than the {args.num_experts} experts there are: give --moe-router-topk "
+            f"{args.num_experts}"
+        )
     return Experts(
         num_experts=args.num_experts,
         topk=topk,

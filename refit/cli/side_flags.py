@@ -179,7 +179,9 @@ def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout 
         sized = _sized(name, args, given_format, given, like)
         layout = Layout(**sized.sizes, first_rank=first_rank, **stages)  # type: ignore[arg-type]
     except UsageError as error:
-        raise UsageError(f"{name}: {error} ({size_flag(name, 'world_size')})") from None
+        text = str(error)
+        flag = "" if "--" in text else f" ({size_flag(name, 'world_size')})"
+        raise UsageError(f"{name}: {text}{flag}") from None
     if layout.pp == 1 and any(stages.values()):
         raise UsageError(
             f"{name}: layers are given for the first or last pipeline stage, but there is one stage: raise PP"
@@ -202,7 +204,7 @@ def _sized(
     for size in ("pp", "ep", "etp"):
         if size not in row.axes and (given[size] or 1) > 1:
             flag, axes = size_flag(name, size), ", ".join(row.axes)
-            raise UsageError(f"{flag} {given[size]}: {given_format} sides have {axes} only, leave it out")
+            raise UsageError(f"{flag} {given[size]}: {given_format} sides have {axes} only, leave {flag} out")
     tp = given["tp"] or (like.tp if like is not None else 1)
     defaults = {"tp": tp, "ep": like.ep if like else 1, "etp": tp, "pp": like.pp if like else 1}
     sizes = {size: (given[size] or default) if size in row.axes else 1 for size, default in defaults.items()}
@@ -237,7 +239,7 @@ def _chunks(side: str, args: argparse.Namespace, layout: Layout, given: int | No
         return {"vpp": _virtual_size(side, args, layout, given)}
     given_format = getattr(args, _attribute(FORMAT_FLAGS[side == "destination"]))
     if "pp" not in FORMATS[given_format].axes:
-        raise UsageError(f"--{flag}: {given_format} sides have no pipeline stages, leave --{flag} out")
+        raise UsageError(f"--{flag}: {given_format} sides have no pipeline stages: leave --{flag} out")
     pp, vpp, num_stages = layout.pp, size_flag(side, "vpp"), len(chunks.layers)
     uneven = (SIZE_FLAGS[size] for size in ("first_stage_layers", "last_stage_layers"))
     others = [names[side == "destination"] for names in (LAYERS_PER_CHUNK_FLAGS, *uneven)]
@@ -268,7 +270,7 @@ def _virtual_size(side: str, args: argparse.Namespace, layout: Layout, given: in
         return given or 1
     flag = f"--{name} {layers}"
     if given is not None:
-        raise UsageError(f"{flag} contradicts {instead} {given}: give one of them")
+        raise UsageError(f"{flag} contradicts {instead} {given}: leave --{name} out")
     uneven = layout.first_stage_layers or layout.last_stage_layers
     if uneven is not None:
         raise UsageError(f"{flag} contradicts {uneven} layers on an uneven stage: give {instead}")

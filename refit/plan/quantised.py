@@ -111,6 +111,7 @@ def quantised_sharding(sharding: Sharding, quantisation: Quantisation, name: str
     """
     by_key: dict[str, TensorSharding] = {}
     scaled: dict[tuple[int, tuple[int, ...]], TensorSharding] = {}
+    problems: dict[str, str] = {}
     for key, tensor in sharding.tensors.items():
         held = sharding.by_key[key]
         by_key[key] = held
@@ -118,10 +119,17 @@ def quantised_sharding(sharding: Sharding, quantisation: Quantisation, name: str
             continue
         grid = Grid(tensor.shape, quantisation.format)
         kind = (id(held), tensor.shape)
+        problem = _problem(tensor, held, grid, quantisation) if kind not in scaled else None
+        if problem is not None:
+            problems[key] = problem
+            continue
         if kind not in scaled:
-            _check(tensor, held, grid, quantisation, name)
             scaled[kind] = _mapped(held, grid.scales)
         by_key[scale_key(key)] = scaled[kind]
+    if problems:
+        first = next(iter(problems))
+        remedy = "" if sharding.tensors[first].padded else "choose other sizes, or "
+        raise UsageError(f"{name}: {problems[first]}: {remedy}{keep_text(problems, quantisation)}")
     return Sharding(sharding.ranks, quantised_tensors(sharding.tensors, quantisation), by_key)
 
 
@@ -151,33 +159,30 @@ def _mapped(held: TensorSharding, function: Callable[[Box], Box | None]) -> Tens
     return TensorSharding(tuple(ReplicatedShard(box, holders) for box, holders in ranks.items()))
 
 
-def _check(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation: Quantisation, name: str) -> None:
-    block, keep = grid.format, keep_text(tensor.key, quantisation)
-    remedy = f"choose other sizes, or {keep}"
+def _problem(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation: Quantisation) -> str | None:
+    """Why `tensor` cannot be divided into blocks as it is held; None where it can."""
+    block = grid.format
     if tensor.padded:
-        raise UsageError(
-            f"{name}: {tensor.key} is padded differently at each TP size, so its blocks are not those of "
-            f"{quantisation.dtype}: {keep}"
-        )
+        return f"{tensor.key} is padded differently at each TP size, so its blocks are not those of {quantisation.dtype}"
     if block.whole and tensor.shape[-1] % block.columns:
-        raise UsageError(
-            f"{name}: {tensor.shape[-1]} columns of {tensor.key} cannot be divided into blocks of {block.columns} "
-            f"({quantisation.dtype}): {remedy}"
+        return (
+            f"{tensor.shape[-1]} columns of {tensor.key} cannot be divided into blocks of {block.columns} "
+            f"({quantisation.dtype})"
         )
     for shard in held.shards:
         if not grid.is_aligned(shard.box):
             dim, step = grid.unaligned(shard.box)
-            raise UsageError(
-                f"{name}: rank {shard.ranks[0]} holds {shard.box.extents[dim]} {('rows', 'columns')[dim]} of "
-                f"{tensor.key} from {shard.box.offsets[dim]} on, which cannot be divided into blocks of {step} "
-                f"({quantisation.dtype}): {remedy}"
+            return (
+                f"rank {shard.ranks[0]} holds {shard.box.extents[dim]} {('rows', 'columns')[dim]} of {tensor.key} from "
+                f"{shard.box.offsets[dim]} on, which cannot be divided into blocks of {step} ({quantisation.dtype})"
             )
+    return None
 
 
-def keep_text(key: str, quantisation: Quantisation) -> str:
-    """The remedy that leaves a tensor as it is: `keep it in BF16 (--fp8-keep-bf16 embedding,...,linear_fc1)`."""
-    parts = (*quantisation.kept, key.removesuffix(".weight").rpartition(".")[2])
-    return f"keep it in BF16 (--fp8-keep-bf16 {','.join(parts)})"
+def keep_text(keys: Iterable[str], quantisation: Quantisation) -> str:
+    """The remedy that leaves tensors as they are: `keep it in BF16 (--fp8-keep-bf16 embedding,...,linear_fc1)`."""
+    names = (key.removesuffix(".weight").rpartition(".")[2] for key in keys)
+    return f"keep it in BF16 (--fp8-keep-bf16 {','.join(dict.fromkeys((*quantisation.kept, *names)))})"
 
 
 @dataclass(frozen=True, slots=True)

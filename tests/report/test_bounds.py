@@ -65,3 +65,13 @@ def test_tables_replace_what_was_between_the_markers(tmp_path: Path) -> None:
     path.write_text(f"before\n{bounds.BEGIN} refit bounds x -->\nold\n{bounds.END}\nafter\n")
     text = bounds.inserted(path, "new")
     assert text == f"before\n{bounds.BEGIN} refit bounds x -->\n\nnew\n\n{bounds.END}\nafter\n"
+
+
+def test_a_title_from_a_file_changes_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text('title: "a\\e[31m|b"\nscenarios: ["2:2:2:1:collocated:nccl:small"]\ndefaults: {model: tiny}\n')
+    args = parsed(["bounds", str(path), "--cluster", "h100_ib400"])
+    assert args.run(args) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert r"a\\x1b\[31m\|b" in shown

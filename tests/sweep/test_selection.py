@@ -136,6 +136,7 @@ def test_common_flags_override_defaults_and_not_the_scenarios_own(tmp_path: Path
     [
         ("scenarios: []\n", "scenarios must be a list"),
         ("title: x\n", "scenarios must be a list"),
+        ("- name: a\n  model: tiny\n", "not a list: put the list of them below `scenarios:`"),
         ("scenario: [x]\n", "unknown key scenario: title, defaults and scenarios are known"),
         ("defaults: [model]\nscenarios: [{name: a}]\n", "defaults must hold `flag: value` lines"),
         ("scenarios: [{model: tiny}]\n", "scenario 1: must be a CONFIGS line or hold `name: ...`"),

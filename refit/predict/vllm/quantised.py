@@ -79,10 +79,10 @@ def _quantised_modules(block: RankBlock, logical: Mapping[str, TensorSpec], quan
         if quantised is not None and kept is not None:
             raise UsageError(
                 f"vLLM quantises {block.block.prefix}{module} as a whole, --fp8-keep-bf16 keeps {kept} of it and not "
-                f"{quantised}: {keep_text(quantised, quantisation)}"
+                f"{quantised}: {keep_text([quantised], quantisation)}"
             )
         if quantised is not None and module in BF16_MODULES:
-            raise UsageError(f"vLLM holds {block.block.prefix}{module} in BF16 only: {keep_text(quantised, quantisation)}")
+            raise UsageError(f"vLLM holds {block.block.prefix}{module} in BF16 only: {keep_text([quantised], quantisation)}")
     return {module for module, chosen in members.items() if any(chosen.values())}
 
 
@@ -106,7 +106,7 @@ def _codes_and_scales(
                     f"{box.extents[dim]} {('rows', 'columns')[dim]} of {key} in {block.block.prefix}{parameter.name} "
                     f"cannot be divided into blocks of {step} ({quantisation.dtype}), "
                     f"{_rule(parameter, quantisation)}: {_other_sizes(engines.engine, parameter)}, or "
-                    f"{keep_text(key, quantisation)}"
+                    f"{keep_text([key], quantisation)}"
                 )
         scales.append(Piece(own.scales(piece.held), scale_key(piece.key), grid.scales(piece.box)))
     name = parameter.name + SCALE_SUFFIXES[quantisation.dtype]

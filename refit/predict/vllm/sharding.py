@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from refit.config.flag_names import size_flag
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -40,7 +41,9 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             (experts.shared_ffn_hidden_size or engine.tp, engine.tp, "shared expert FFN hidden size", "TP size"),
         ]
     elif engine.ep > 1:
-        raise UsageError(f"{name}: EP size {engine.ep} needs experts: give --num-experts or set EP to 1")
+        raise UsageError(
+            f"{name}: EP size {engine.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1"
+        )
     for number, divisor, what, by in divisible:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
