@@ -18,9 +18,11 @@ NAMED: dict[str, str] = dict(
         ddp-param-name-patterns-for-fp32-local-accumulation* decoder-seq-length# encoder-seq-length# finetune
         high-priority-stream-groups* hysteresis= iterations-to-skip* load= local-rank= mock-data
         moe-aux-loss-coeff* moe-expert-capacity-factor= moe-router-load-balancing-type* moe-router-score-function=
-        mrope-section* no-position-embedding no-rl-inference-logprobs-is-correction offload-modules* optimizer= profile profile-ranks*
+        mrope-section* no-position-embedding no-rl-inference-logprobs-is-correction offload-modules* optimizer= profile
+        profile-ranks*
         rampup-batch-size* rl-inference-logprobs-is-correction rl-inference-model-unified-memory-level=
-        rl-inference-parsers* rl-parallel-generation-tasks# save= sft split= test-data-path* tokenizer-special-tokens* train-data-path*
+        rl-inference-parsers* rl-parallel-generation-tasks# save= sft split= test-data-path* tokenizer-special-tokens*
+        train-data-path*
         train-iters# train-samples# valid-data-path* validation-set-names* verify-integrity warmup=
         """,
     )

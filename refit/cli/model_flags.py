@@ -190,7 +190,9 @@ def _check_required(args: argparse.Namespace) -> None:
 def _check_contradictions(args: argparse.Namespace) -> None:
     if getattr(args, "no-position-embedding", False) and args.position_embedding_type != "rope":
         # The rule of Megatron-LM's arguments.py, where the flag is the default of rotary position embeddings.
-        raise UsageError("--no-position-embedding needs --position-embedding-type rope: give it, or none in place of both")
+        raise UsageError(
+            "--no-position-embedding needs --position-embedding-type rope: give it, or none in place of both"
+        )
     for allowed, flags, remedy in (
         (args.num_experts is not None, EXPERT_FLAGS, "needs --num-experts"),
         (args.multi_latent_attention, LATENT_FLAGS, "needs --multi-latent-attention"),

@@ -47,7 +47,9 @@ def give_way(preset: argparse.Namespace, given: argparse.Namespace) -> tuple[arg
         kept.moe_layer_freq = (*listed[:layers], *listed[-1:] * (layers - len(listed)))
         if layers != len(listed):
             dense = kept.moe_layer_freq.count(False)
-            notes = (f"{dense} of {layers} layers are dense: the preset's list of {len(listed)} layers, fitted to them",)
+            notes = (
+                f"{dense} of {layers} layers are dense: the preset's list of {len(listed)} layers, fitted to them",
+            )
     return kept, notes
 
 

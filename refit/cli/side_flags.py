@@ -232,7 +232,7 @@ def _attribute(flag: str) -> str:
 
 
 def _chunks(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> dict[str, Any]:
-    """Fields of the layout: the model chunks of a rank, and the layers of every chunk where they are given one by one."""
+    """Fields of the layout: a rank's model chunks, and the layers of every chunk where they are given one by one."""
     flag = PIPELINE_LAYOUT_FLAGS[side == "destination"]
     chunks: PipelineLayout | None = getattr(args, _attribute(flag))
     if chunks is None:

@@ -37,7 +37,12 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     positive = flag_types.up_to(limits.MAX_COUNT)
     parser.add_argument("--model", metavar="NAME", help="a preset of configs/models; default: flags after --")
     parser.add_argument("--source", metavar="LAYOUT", help="as in 'TP8 EP8 PP4'; default: searched too")
-    parser.add_argument("--source-gpus", type=positive, metavar="N", help="ranks of the source; default: TP x EP x PP, or the fewest for its ETP")
+    parser.add_argument(
+        "--source-gpus",
+        type=positive,
+        metavar="N",
+        help="ranks of the source; default: TP x EP x PP, or the fewest for its ETP",
+    )
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="ranks of the destination; required")
     parser.add_argument(
         "--refit-mode",

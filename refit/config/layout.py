@@ -128,7 +128,7 @@ class Layout:
 
     @property
     def prediction_chunk(self) -> int:
-        """The chunk with the multi-token prediction layers, where the model has some, counted in the order of layers."""
+        """The number, in the order of layers, of the chunk with the multi-token prediction layers, if there are any."""
         predictions = self.chunk_predictions or ()
         return next((chunk for chunk, count in enumerate(predictions) if count), self.pp * self.vpp - 1)
 

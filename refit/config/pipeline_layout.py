@@ -32,8 +32,8 @@ def pipeline_layout(text: str) -> PipelineLayout:
     chunks = _expanded(text.replace(",", "").replace(" ", "")).split("|")
     if not re.fullmatch(r"Et+m*L", "".join(chunks)):
         raise UsageError(
-            f"the pipeline layout {shortened(text, 60)} must have one E first, then each t, then each m, and one L last, "
-            f"like {FORM}"
+            f"the pipeline layout {shortened(text, 60)} must have one E first, then each t, then each m, and one L "
+            f"last, like {FORM}"
         )
     layout = PipelineLayout(*(tuple(chunk.count(letter) for chunk in chunks) for letter in "tm"))
     if sum(map(bool, layout.predictions)) > 1:
@@ -51,8 +51,9 @@ def check_prediction_chunk(predictions: Sequence[int], pp: int) -> None:
     chunk = next((number for number, count in enumerate(predictions) if count), None)
     if chunk is not None and chunk < len(predictions) - pp:
         raise UsageError(
-            f"the pipeline layout has prediction layers in stage {chunk}, chunk {chunk // pp} of {len(predictions) // pp} "
-            f"on its rank, and Megatron-Core builds them in a rank's last chunk only: put m in one of the last {pp} stages"
+            f"the pipeline layout has prediction layers in stage {chunk}, chunk {chunk // pp} of "
+            f"{len(predictions) // pp} on its rank, and Megatron-Core builds them in a rank's last chunk only: put m "
+            f"in one of the last {pp} stages"
         )
 
 

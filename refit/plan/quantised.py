@@ -97,7 +97,9 @@ def check_kept(keys: Iterable[str], quantisation: Quantisation, name: str) -> No
     """Raise UsageError where a given part of what stays BF16 is in no key; `name` is the side's. The default's parts
     are for models of all kinds."""
     found = [*keys]
-    absent = next((part for part in quantisation.kept if part not in KEPT and not any(part in key for key in found)), None)
+    absent = next(
+        (part for part in quantisation.kept if part not in KEPT and not any(part in key for key in found)), None
+    )
     if absent is not None:
         raise UsageError(
             f"{name}: --fp8-keep-bf16 {absent} is in no tensor's key, keys are like {found[0]}: leave {absent} out"
@@ -163,7 +165,9 @@ def _problem(tensor: TensorSpec, held: TensorSharding, grid: Grid, quantisation:
     """Why `tensor` cannot be divided into blocks as it is held; None where it can."""
     block = grid.format
     if tensor.padded:
-        return f"{tensor.key} is padded differently at each TP size, so its blocks are not those of {quantisation.dtype}"
+        return (
+            f"{tensor.key} is padded differently at each TP size, so its blocks are not those of {quantisation.dtype}"
+        )
     if block.whole and tensor.shape[-1] % block.columns:
         return (
             f"{tensor.shape[-1]} columns of {tensor.key} cannot be divided into blocks of {block.columns} "

@@ -80,9 +80,7 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             (shape.experts.shared_ffn_hidden_size or mesh.tp, mesh.tp, "shared expert FFN hidden size", "TP size"),
         ]
     elif mesh.ep > 1:
-        raise UsageError(
-            f"{name}: EP size {mesh.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1"
-        )
+        raise UsageError(f"{name}: EP size {mesh.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1")
     for number, divisor, what, by in divisible:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")

@@ -71,9 +71,7 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
     if experts is None and layout.ep > 1:
-        raise UsageError(
-            f"{name}: EP size {layout.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1"
-        )
+        raise UsageError(f"{name}: EP size {layout.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1")
     check_pipeline(shape, layout, name)
     if shape.mtp_num_layers:
         _check_token_prediction(shape, layout, name)

@@ -109,8 +109,7 @@ def _etp_at_tp(run: DryRun, sides: list[str]) -> Iterator[_Change]:
     layouts = {side: _layout(run, side) for side in sides}
     lower = {side: layout for side, layout in layouts.items() if layout.etp < layout.tp}
     raised = {
-        side: _with(layout, etp=layout.tp)
-        or _with(layout, etp=layout.tp, world_size=layout.tp * layout.ep * layout.pp)
+        side: _with(layout, etp=layout.tp) or _with(layout, etp=layout.tp, world_size=layout.tp * layout.ep * layout.pp)
         for side, layout in lower.items()
     }
     changed = {side: layout for side, layout in raised.items() if layout}
@@ -125,7 +124,9 @@ def _higher_ep(run: DryRun, sides: list[str]) -> Iterator[_Change]:
     for factor in range(2, MAX_EP_FACTOR + 1):
         changed = {side: grown for side in sides if (grown := _with_ep(run, side, factor))}
         if len(changed) == len(sides):
-            texts = [f"{size_flag(side, 'ep')} to {layout.ep}{_on(run, side, layout)}" for side, layout in changed.items()]
+            texts = [
+                f"{size_flag(side, 'ep')} to {layout.ep}{_on(run, side, layout)}" for side, layout in changed.items()
+            ]
             yield _Change(changed, f"raise {' and '.join(texts)}")
 
 

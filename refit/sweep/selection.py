@@ -194,7 +194,7 @@ def _candidates(parser: FlagParser, grid: _Grid, common: Sequence[str]) -> list[
 
 
 def _ranks_of_line(flags: Sequence[str]) -> dict[str, object]:
-    """TP x EP x PP for each side whose ETP is given and whose ranks are not: by default a side with an ETP has fewer."""
+    """TP x EP x PP for each side whose ETP is given and whose ranks are not: the default is fewer, with an ETP."""
     args, found, pp = read_flags(flags), dict[str, object](), 1
     for place in (0, 1):
         flag, given = SIZE_FLAGS["world_size"][place], {}

@@ -48,10 +48,22 @@ def test_attention_of_one_kind_takes_the_place_of_the_other() -> None:
 def test_sizes_that_follow_from_a_given_one_follow(tmp_path: Path) -> None:
     assert model("--model", "tiny", "--hidden-size", "512").kv_channels == 64
     values = {
-        **{"model_type": "deepseek_v3", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4},
-        **{"intermediate_size": 128, "vocab_size": 256, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8},
-        **{"n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 2},
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 256,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 2,
     }
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -32,48 +30,86 @@ REMEDIES = [
     (f"{MOE} --moe-shared-expert-intermediate-size 32 {VLLM}", "leave --moe-shared-expert-intermediate-size out"),
     (f"{MOE} --moe-latent-size 32 {VLLM}", "leave --moe-latent-size out"),
     (f"{DENSE} --add-qkv-bias {VLLM}", "leave --add-qkv-bias out"),
-    (f"{TWO_HEADS} --rl-inference-format autotp", "give --position-embedding-type rope, give --normalization RMSNorm, "
-     "give --swiglu, give --disable-bias-linear, give --qk-layernorm"),
-    (f"{MLA} {VLLM}", "give --num-experts 8, give --moe-shared-expert-intermediate-size 128, give "
-     "--moe-router-enable-expert-bias"),
-    (f"{MLA} --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-enable-expert-bias {FSDP2}",
-     "give --moe-shared-expert-intermediate-size 32"),
+    (
+        f"{TWO_HEADS} --rl-inference-format autotp",
+        "give --position-embedding-type rope, give --normalization RMSNorm, "
+        "give --swiglu, give --disable-bias-linear, give --qk-layernorm",
+    ),
+    (
+        f"{MLA} {VLLM}",
+        "give --num-experts 8, give --moe-shared-expert-intermediate-size 128, give --moe-router-enable-expert-bias",
+    ),
+    (
+        f"{MLA} --num-experts 4 --moe-ffn-hidden-size 32 --moe-router-enable-expert-bias {FSDP2}",
+        "give --moe-shared-expert-intermediate-size 32",
+    ),
     # Positions.
     (f"{TWO_HEADS} --no-position-embedding", "--position-embedding-type rope"),
     (f"{MOE} --no-position-embedding --position-embedding-type none", "--position-embedding-type rope"),
     (f"{TWO_HEADS} --mtp-num-layers 1", "--position-embedding-type rope"),
     # Pipelines.
-    (f"{LATENT_PIPE} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttmL", "give --mtp-num-layers 1"),
-    (f"{LATENT_PIPE} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttL --mtp-num-layers 1",
-     "give --mtp-num-layers 0"),
-    (f"{LATENT_PIPE} --pipeline-model-parallel-layout Et|t|t|tL --num-virtual-stages-per-pipeline-rank 2",
-     "give --pipeline-model-parallel-size 2"),
+    (
+        f"{LATENT_PIPE} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttmL",
+        "give --mtp-num-layers 1",
+    ),
+    (
+        f"{LATENT_PIPE} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttL --mtp-num-layers 1",
+        "give --mtp-num-layers 0",
+    ),
+    (
+        f"{LATENT_PIPE} --pipeline-model-parallel-layout Et|t|t|tL --num-virtual-stages-per-pipeline-rank 2",
+        "give --pipeline-model-parallel-size 2",
+    ),
     (f"{LATENT_PIPE} --pipeline-model-parallel-layout Et|t|t|tL", "give --pipeline-model-parallel-size 4"),
-    (f"{LATENT_PIPE} --pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et|t|t|tL",
-     "give --pipeline-model-parallel-size 4"),
-    (f"{LATENT_PIPE} --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t|t|tL "
-     "--num-virtual-stages-per-pipeline-rank 2", "leave --num-virtual-stages-per-pipeline-rank out"),
-    (f"{LATENT_PIPE} --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t|t|tL "
-     "--decoder-first-pipeline-num-layers 2", "leave --decoder-first-pipeline-num-layers out"),
-    (f"{LATENT_PIPE} --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t|t|tL "
-     "--num-layers-per-virtual-pipeline-stage 2", "leave --num-layers-per-virtual-pipeline-stage out"),
-    (f"{TWO_STAGES} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --num-virtual-stages-per-pipeline-rank 2",
-     "leave --num-layers-per-virtual-pipeline-stage out"),
-    (f"--model tiny_qwen3 --rl-inference-pipeline-model-parallel-layout Et*4L {FSDP2}",
-     "leave --rl-inference-pipeline-model-parallel-layout out"),
-    (f"{TWO_HEADS} --position-embedding-type rope --mtp-num-layers 1 --rl-inference-pipeline-model-parallel-size 2",
-     "give --untie-embeddings-and-output-weights"),
+    (
+        f"{LATENT_PIPE} --pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et|t|t|tL",
+        "give --pipeline-model-parallel-size 4",
+    ),
+    (
+        f"{LATENT_PIPE} --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t|t|tL "
+        "--num-virtual-stages-per-pipeline-rank 2",
+        "leave --num-virtual-stages-per-pipeline-rank out",
+    ),
+    (
+        f"{LATENT_PIPE} --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t|t|tL "
+        "--decoder-first-pipeline-num-layers 2",
+        "leave --decoder-first-pipeline-num-layers out",
+    ),
+    (
+        f"{LATENT_PIPE} --pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Et|t|t|tL "
+        "--num-layers-per-virtual-pipeline-stage 2",
+        "leave --num-layers-per-virtual-pipeline-stage out",
+    ),
+    (
+        f"{TWO_STAGES} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 "
+        "--num-virtual-stages-per-pipeline-rank 2",
+        "leave --num-layers-per-virtual-pipeline-stage out",
+    ),
+    (
+        f"--model tiny_qwen3 --rl-inference-pipeline-model-parallel-layout Et*4L {FSDP2}",
+        "leave --rl-inference-pipeline-model-parallel-layout out",
+    ),
+    (
+        f"{TWO_HEADS} --position-embedding-type rope --mtp-num-layers 1 --rl-inference-pipeline-model-parallel-size 2",
+        "give --untie-embeddings-and-output-weights",
+    ),
     # Sizes that a format has not.
-    (f"--model tiny_qwen3 --rl-inference-pipeline-model-parallel-size 2 {FSDP2}",
-     "leave --rl-inference-pipeline-model-parallel-size out"),
-    (f"--model tiny_qwen3_moe --rl-inference-expert-tensor-model-parallel-size 2 {VLLM}",
-     "leave --rl-inference-expert-tensor-model-parallel-size out"),
+    (
+        f"--model tiny_qwen3 --rl-inference-pipeline-model-parallel-size 2 {FSDP2}",
+        "leave --rl-inference-pipeline-model-parallel-size out",
+    ),
+    (
+        f"--model tiny_qwen3_moe --rl-inference-expert-tensor-model-parallel-size 2 {VLLM}",
+        "leave --rl-inference-expert-tensor-model-parallel-size out",
+    ),
     (f"{TWO_HEADS} --expert-model-parallel-size 2", "--expert-model-parallel-size 1"),
     (f"{TWO_HEADS} --num-experts 4 --moe-router-topk 5", "give --moe-router-topk 4"),
     # FP8.
     (f"{FP8} --fp8-keep-bf16 norm", "--fp8-keep-bf16 norm,word_embeddings"),
-    (f"{FP8} --hidden-size 192 --ffn-hidden-size 192 --tensor-model-parallel-size 2",
-     "--fp8-keep-bf16 embedding,output_layer,norm,router,eh_proj,linear_fc1,linear_fc2"),
+    (
+        f"{FP8} --hidden-size 192 --ffn-hidden-size 192 --tensor-model-parallel-size 2",
+        "--fp8-keep-bf16 embedding,output_layer,norm,router,eh_proj,linear_fc1,linear_fc2",
+    ),
     (f"{FP8} --fp8-keep-bf16 embedding,linear,nomatch", "leave nomatch out"),
 ]
 

@@ -33,7 +33,19 @@ def test_text_is_read(text: str, sizes: tuple[int, ...], predictions: tuple[int,
 
 @pytest.mark.parametrize(
     "text",
-    ["", "tt|tL", "Et|t", "E|L", "Et|m|tL", "Et|tLL", "Et*3|xL", "Et|(t|*2L", "Et*9999|tL", "E|(t|)*11m|m|m|L", "(t" * 999],
+    [
+        "",
+        "tt|tL",
+        "Et|t",
+        "E|L",
+        "Et|m|tL",
+        "Et|tLL",
+        "Et*3|xL",
+        "Et|(t|*2L",
+        "Et*9999|tL",
+        "E|(t|)*11m|m|m|L",
+        "(t" * 999,
+    ],
 )
 def test_what_cannot_be_built_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="pipeline layout"):

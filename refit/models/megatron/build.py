@@ -220,9 +220,7 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
     return MLATransformerConfig(**compat.known_fields(MLATransformerConfig, values))
 
 
-def _pipeline_layout(
-    chunk_sizes: tuple[int, ...], prediction_chunk: int, mtp_num_layers: int
-) -> list[list[str]]:
+def _pipeline_layout(chunk_sizes: tuple[int, ...], prediction_chunk: int, mtp_num_layers: int) -> list[list[str]]:
     """Megatron's list of what every model chunk holds (PipelineParallelLayerLayout)."""
     chunks = [["decoder"] * size for size in chunk_sizes]
     chunks[0].insert(0, "embedding")

@@ -128,18 +128,18 @@ DERIVED: dict[Family, dict[str, tuple[str, ...]]] = {
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Values in `layer_types` of layers with the same weights."""
 
-HARMLESS = frozenset(
-    """
+_HARMLESS = """
     _attn_implementation _commit_hash _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
-    is_decoder label2id layer_types length_penalty max_length max_window_layers min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id seq_aux sliding_window
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
-    tokenizer_class top_k top_p torchscript transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initializer_range is_decoder label2id layer_types length_penalty max_length max_window_layers min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
+    seq_aux sliding_window suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tie_word_embeddings tokenizer_class top_k top_p torchscript transformers_version typical_p use_bfloat16
+    use_cache
+"""
+HARMLESS = frozenset(_HARMLESS.split())
 """Keys of tokens, losses, generation and files, and those that `config_json` reads by name."""

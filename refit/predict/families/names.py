@@ -140,8 +140,8 @@ def check_names(shape: ModelShape) -> Family:
         if any(remedy.startswith("leave") for remedy in differences):  # no flag takes back what a preset states
             differences.append(f"or choose --model tiny_{family.model_type}")
         raise UsageError(
-            f"the model is none of those with names of Hugging Face, {', '.join(each.model_type for each in FAMILIES)}: "
-            f"for {family.model_type} {', '.join(differences)}"
+            "the model is none of those with names of Hugging Face, "
+            f"{', '.join(each.model_type for each in FAMILIES)}: for {family.model_type} {', '.join(differences)}"
         )
     return family
 

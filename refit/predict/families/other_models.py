@@ -10,8 +10,8 @@ from typing import Any
 from refit.errors import UsageError
 from refit.predict.families.config_keys import LATENT, STYLE
 
-LLAMA = {"group-query-attention": True, "qk-layernorm": False}
-LATENT_STYLE = {"multi-latent-attention": True}
+LLAMA: dict[str, object] = {"group-query-attention": True, "qk-layernorm": False}
+LATENT_STYLE: dict[str, object] = {"multi-latent-attention": True}
 STYLES: dict[str, dict[str, object]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -76,7 +76,7 @@ def _sizes(kind: str, content: Mapping[str, Any]) -> dict[str, object]:
         flags["qk-layernorm"] = True
     if kind == "glm4_moe" and content.get("attention_bias"):
         flags["add-qkv-bias"] = True
-    if kind != "glm4_moe" and content.get("attention_bias") or content.get("mlp_bias"):
+    if (kind != "glm4_moe" and content.get("attention_bias")) or content.get("mlp_bias"):
         raise UsageError(f"a {kind} with biases in its linear layers has others than the flags build")
     if experts is not None:
         flags |= {"num-experts": _number(experts, content), **_expert_layers(content)}

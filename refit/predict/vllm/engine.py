@@ -70,7 +70,8 @@ class Engine:
 
 
 def stage_layers(layout: Layout, num_layers: int) -> tuple[range, ...]:
-    """The layers of each pipeline stage: as given (`VLLM_PP_LAYER_PARTITION`), or by vLLM's `get_pp_indices` (distributed/utils.py).
+    """The layers of each pipeline stage: as given (`VLLM_PP_LAYER_PARTITION`), or by vLLM's `get_pp_indices`
+    (distributed/utils.py).
 
     What PP does not divide goes to the stages before the last one, one layer each.
     """

@@ -82,7 +82,9 @@ def _quantised_modules(block: RankBlock, logical: Mapping[str, TensorSpec], quan
                 f"{quantised}: {keep_text([quantised], quantisation)}"
             )
         if quantised is not None and module in BF16_MODULES:
-            raise UsageError(f"vLLM holds {block.block.prefix}{module} in BF16 only: {keep_text([quantised], quantisation)}")
+            raise UsageError(
+                f"vLLM holds {block.block.prefix}{module} in BF16 only: {keep_text([quantised], quantisation)}"
+            )
     return {module for module, chosen in members.items() if any(chosen.values())}
 
 

@@ -41,9 +41,7 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             (experts.shared_ffn_hidden_size or engine.tp, engine.tp, "shared expert FFN hidden size", "TP size"),
         ]
     elif engine.ep > 1:
-        raise UsageError(
-            f"{name}: EP size {engine.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1"
-        )
+        raise UsageError(f"{name}: EP size {engine.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1")
     for number, divisor, what, by in divisible:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")

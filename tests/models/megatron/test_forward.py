@@ -16,7 +16,18 @@ from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.forward import forward_pass
 from refit.models.megatron.sharding import read_weights
-from tests.models.megatron.small import DENSE, LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, playing, written
+from tests.models.megatron.small import (
+    DENSE,
+    LATENT,
+    LATENT_EXPERTS,
+    MOE,
+    SEQUENTIAL,
+    built,
+    fill,
+    layout,
+    playing,
+    written,
+)
 from tests.ranks.pool import RankPool
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250

@@ -143,7 +143,9 @@ def written_layouts(draw: st.DrawFn) -> tuple[ModelShape, Layout]:
     chunks = pp * (vpp if pp > 1 else 1)
     places = sorted(draw(st.lists(st.integers(0, chunks - 1), min_size=4, max_size=4)))
     predicts = draw(st.integers(max(places[-1], chunks - pp), chunks - 1))
-    texts = ["E" * (number == 0) + "t" * places.count(number) + "m" * mtp * (number == predicts) for number in range(chunks)]
+    texts = [
+        "E" * (number == 0) + "t" * places.count(number) + "m" * mtp * (number == predicts) for number in range(chunks)
+    ]
     shape = replace(draw(st.sampled_from((DENSE, LATENT, SEQUENTIAL))), mtp_num_layers=mtp)
     alone = mtp == 0 or pp == 1 or (predicts < chunks - 1 and (predicts == 0 or predicts % pp > 0))
     shape = replace(shape, tied_embeddings=alone and draw(st.booleans()))

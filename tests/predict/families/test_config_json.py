@@ -140,7 +140,10 @@ def test_a_model_survives_its_config(tmp_path_factory: pytest.TempPathFactory, s
         ({**QWEN3_30B, "num_hidden_layers": 10**7}, "must be at most 1,000"),
         ({**QWEN3_30B, "attention_bias": True}, "attention_bias is True, False is needed"),
         ({**QWEN3_30B, "mlp_only_layers": [1.5]}, "mlp_only_layers must be a list of layers"),
-        ({**KIMI_K2, "first_k_dense_replace": 61}, "first_k_dense_replace 61 and moe_layer_freq 1 of 61 layers leave none"),
+        (
+            {**KIMI_K2, "first_k_dense_replace": 61},
+            "first_k_dense_replace 61 and moe_layer_freq 1 of 61 layers leave none",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, content: object, message: str) -> None:
@@ -159,7 +162,13 @@ def test_contradictions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [{"mlp_bias": False}, {"use_qk_norm": False}, {"num_experts": 8}, {"\x1b[31m": 1}, {"layer_types": ["linear_attention"]}],
+    [
+        {"mlp_bias": False},
+        {"use_qk_norm": False},
+        {"num_experts": 8},
+        {"\x1b[31m": 1},
+        {"layer_types": ["linear_attention"]},
+    ],
 )
 def test_a_key_that_nothing_reads_is_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
     dense = {key: value for key, value in QWEN3_30B.items() if "expert" not in key and "moe" not in key}
@@ -202,14 +211,26 @@ def test_what_transformers_writes_is_read(tmp_path_factory: pytest.TempPathFacto
     assert (again.experts is None) == (shape.experts is None)
 
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 256}
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 256,
+}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 OTHER_MODELS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "glm4_moe": {"num_key_value_heads": 2, **ROUTED, "first_k_dense_replace": 1, "attention_bias": True, "head_dim": 32},
+    "glm4_moe": {
+        "num_key_value_heads": 2,
+        **ROUTED,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "head_dim": 32,
+    },
     "glm4_moe_lite": {**ROUTED, **LATENT, "q_lora_rank": 32, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v2": {**ROUTED, **LATENT, "q_lora_rank": None, "n_shared_experts": 2},
 }
