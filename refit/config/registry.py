@@ -182,7 +182,7 @@ FORMATS = Registry(
     {
         "megatron": Format(
             predict="refit.predict.megatron:predict",
-            check="refit.predict.megatron:check",
+            check="refit.predict.megatron_layout:check",
             build="refit.models.megatron.side:build_side",
             takes_provider=True,
             has_layer_specs=True,

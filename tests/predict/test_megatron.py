@@ -16,7 +16,8 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.sharding import RankSharding
-from refit.predict.megatron import check, predict
+from refit.predict.megatron import predict
+from refit.predict.megatron_layout import check
 from refit.predict.sides import check_side, predict_side
 
 SMALL = ModelShape(

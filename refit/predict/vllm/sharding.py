@@ -13,7 +13,7 @@ from refit.plan.box import Box, coalesce
 from refit.plan.sharding import Sharding, TensorSharding
 from refit.predict.families.config_json import config_values
 from refit.predict.families.names import Block
-from refit.predict.megatron import check_pipeline
+from refit.predict.megatron_layout import check_pipeline
 from refit.predict.vllm.engine import Engine, Place
 from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
 from refit.models.megatron.sharding import read_weights
-from refit.predict.megatron import check, predict
+from refit.predict.megatron import predict
+from refit.predict.megatron_layout import check
 from tests.models.megatron.small import (
     DENSE,
     EXPERTS,
