@@ -231,7 +231,7 @@ def wire_shardings(source: Sharding, destination: Sharding, quantisation: Quanti
     if other is not None:
         raise UsageError(
             f"{quantisation.dtype} is made of BF16 weights, the source has {other.key} in {other.dtype}: "
-            f"{keep_text(other.key)}"
+            f"{keep_text([other.key], quantisation)}"
         )
     sides: tuple[_Side, _Side] = (_Side(source.ranks), _Side(destination.ranks))
     known: dict[tuple[int, int, tuple[int, ...]], _Division] = {}

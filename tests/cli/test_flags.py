@@ -44,7 +44,7 @@ def test_help_names_units() -> None:
 
 
 def test_each_size_of_each_side_has_one_flag() -> None:
-    sizes = {field.name for field in fields(Layout)} - {"first_rank", "chunk_sizes"}
+    sizes = {field.name for field in fields(Layout)} - {"first_rank", "chunk_sizes", "chunk_predictions"}
     assert SIZE_FLAGS.keys() == sizes
     assert len(set(FLAGS)) == 2 * len(sizes)
     assert {f"--{flag}" for flag in FLAGS} <= full_parser()._option_string_actions.keys()

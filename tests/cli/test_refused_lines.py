@@ -31,7 +31,7 @@ REFUSED_FLAGS = [
     ("--padded-vocab-size 1001 --tensor-model-parallel-size 2", "1001 cannot be divided by TP size 2"),
     ("--padded-vocab-size 512 --vocab-size 500", "--vocab-size contradicts --padded-vocab-size"),
     ("--source-world-size 3 --tensor-model-parallel-size 2", "source: 3 ranks cannot be divided into TP x PP"),
-    ("--num-experts 4 --expert-tensor-parallel-size 2", "ETP x EP x PP = 2"),
+    ("--num-experts 4 --expert-tensor-parallel-size 2 --source-world-size 1", "ETP x EP x PP = 2"),
     ("--decoder-first-pipeline-num-layers 1", "there is one stage: raise PP"),
     ("--bf16 --fp16", "--fp16: not allowed with argument --bf16"),
     ("--q-lora-rank 8", "--q-lora-rank needs --multi-latent-attention"),

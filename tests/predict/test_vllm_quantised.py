@@ -229,7 +229,7 @@ TP, EP = "--rl-inference-tensor-model-parallel-size", "--rl-inference-expert-mod
         ),
         (
             ["--model=tiny_qwen3", "--kv-channels=128", "--ffn-hidden-size=192"],
-            r"192 rows of \S*linear_fc1.weight in \S*gate_up_proj.weight .*--fp8-keep-bf16 linear_fc1,\.\.\.\)",
+            r"192 rows of \S*linear_fc1.weight in \S*gate_up_proj.weight .*--fp8-keep-bf16 \S*,linear_fc1\)",
         ),
         (["--model=tiny_deepseek_v3"], r"96 rows of \S*linear_q_down_proj.weight in \S*fused_qkv_a_proj.weight"),
         (
@@ -238,7 +238,7 @@ TP, EP = "--rl-inference-tensor-model-parallel-size", "--rl-inference-expert-mod
         ),
         (
             [*KIMI, "--fp8-keep-bf16=embedding,output,router,experts.linear_fc2"],
-            "vLLM quantises model.layers.1.mlp.experts.routed_experts as a whole, .*: keep both or neither",
+            "vLLM quantises model.layers.1.mlp.experts.routed_experts as a whole, .*: keep it in BF16 \\(--fp8",
         ),
         (
             [*KIMI, "--fp8-keep-bf16=embedding,output"],
