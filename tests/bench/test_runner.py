@@ -52,7 +52,8 @@ def sizes(tp: int, ep: int, etp: int, pp: int, prefix: str = "") -> list[str]:
     etp_flag = "rl-inference-expert-tensor-model-parallel-size" if prefix else "expert-tensor-parallel-size"
     axes = {"tensor-model": tp, "expert-model": ep, "pipeline-model": pp}
     flags = [f"--{prefix}{axis}-parallel-size={size}" for axis, size in axes.items()]
-    return [*flags, f"--{etp_flag}={etp}"]
+    world = "destination-world-size" if prefix else "source-world-size"
+    return [*flags, f"--{etp_flag}={etp}", f"--{world}={tp * ep * pp}"]
 
 
 def refit(

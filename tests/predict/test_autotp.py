@@ -84,7 +84,7 @@ def test_every_element_is_held_once_per_replica_or_on_every_rank(shape: ModelSha
 @pytest.mark.parametrize(
     ("model", "spec", "message"),
     [
-        ("tiny", side(2), "the model is no qwen3_moe of transformers"),
+        ("tiny", side(2), "the model is none of those with names of Hugging Face"),
         ("tiny_qwen3", replace(side(2), layout=replace(side(2).layout, ep=2)), "autotp sides have tp only, not ep 2"),
     ],
 )

@@ -132,7 +132,7 @@ def test_kimi_k2_on_256_ranks() -> None:
         ("tiny_qwen3", side(8, tp=8), "4 query groups cannot be divided by TP size 8"),
         ("tiny_qwen3_moe", side(3, ep=3), "8 experts cannot be divided by EP size 3"),
         ("tiny_qwen3", side(2, ep=2), "EP size 2 needs experts"),
-        ("tiny", side(2), "the model is no qwen3_moe of transformers"),
+        ("tiny", side(2), "the model is none of those with names of Hugging Face"),
     ],
 )
 def test_what_cannot_be_sharded_so(model: str, spec: SideSpec, message: str) -> None:

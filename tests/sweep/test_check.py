@@ -245,7 +245,7 @@ def test_a_model_provider_on_cpus_is_judged_by_its_ranks() -> None:
 
 def test_a_sweep_on_cpus_refuses_what_is_too_large_for_them() -> None:
     lines = ["1:1:1:1:non-collocated:gloo:small", "8:8:8:4:non-collocated:gloo:large"]
-    sweep = plan(select_lines(lines, ["--model=kimi_k2", "--num-layers=1"]), Allocation(128, 8, None, LAPTOP))
+    sweep = plan(select_lines(lines, ["--model=kimi_k2", "--num-layers=4"]), Allocation(128, 8, None, LAPTOP))
     assert {planned.status for planned in sweep.scenarios} == {Status.REFUSED}
     sweep = plan(select_lines(lines[:1], ["--model=tiny"]), Allocation(128, 8, None, LAPTOP))
     assert sweep.scenarios[0].status is Status.READY
