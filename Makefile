@@ -19,7 +19,6 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/torchrun --nproc-per-node 8 benchmark_refit.py --model tiny \
 	    --tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 \
-	    --source-world-size 4 \
 	    --rl-inference-tensor-model-parallel-size 2 --rl-inference-expert-model-parallel-size 1 \
 	    --rl-inference-expert-tensor-model-parallel-size 1 \
 	    --refit-mode non-collocated --refit-method gloo

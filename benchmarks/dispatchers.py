@@ -57,7 +57,7 @@ class Campaign:
         if self.tp > 1:
             rest = self.num_gpus // self.tp
             sizes = [f"--tensor-model-parallel-size={self.tp}", f"--expert-model-parallel-size={rest}"]
-            etp = ["--expert-tensor-parallel-size=1", f"--source-world-size={self.num_gpus}"] if rest > 1 else []
+            etp = ["--expert-tensor-parallel-size=1"] if rest > 1 else []
             found[f"TP{self.tp}_EP{rest}"] = [*sizes, "--sequence-parallel", *etp]
         return found
 

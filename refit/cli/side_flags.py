@@ -26,7 +26,7 @@ from refit.config.placement import read_placement
 from refit.config.registry import FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Mode
 from refit.config.shape import Dtype
-from refit.config.side import MAX_ZERO_STAGE, SideSpec, Sized, fewest_ranks
+from refit.config.side import MAX_ZERO_STAGE, SideSpec, Sized, default_sizes, fewest_ranks
 from refit.errors import UsageError
 
 _OPTION_FLAGS: dict[str, dict[str, Any]] = {
@@ -130,17 +130,15 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
 
 
 def world_size_note(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> str | None:
-    """What was assumed where an ETP is given and the number of ranks is not."""
+    """What was assumed where an ETP is given, the number of ranks is not, and Megatron needs fewer."""
     assumed = [
-        f"{side.world_size} {name} ranks ({size_flag(name, 'world_size')})"
+        f"{side.world_size} {name} ranks, {size_flag(name, 'world_size')} {fewest} would do"
         for name, side in zip(("source", "destination"), sides, strict=True)
-        if side.layout.etp != side.layout.tp
-        and getattr(args, _attribute(SIZE_FLAGS["etp"][name == "destination"])) is not None
+        if getattr(args, _attribute(SIZE_FLAGS["etp"][name == "destination"])) is not None
         and getattr(args, _attribute(SIZE_FLAGS["world_size"][name == "destination"])) is None
+        and (fewest := fewest_ranks(side.layout)) < side.world_size
     ]
-    if not assumed:
-        return None
-    return f"assumed: {' and '.join(assumed)}, the fewest that both TP and ETP x EP divide on each pipeline stage"
+    return f"assumed: TP x EP x PP = {' and '.join(assumed)}: experts fold over TP x DP" if assumed else None
 
 
 def read_mode(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) -> Mode:
@@ -209,7 +207,7 @@ def _sized(
     defaults = {"tp": tp, "ep": like.ep if like else 1, "etp": tp, "pp": like.pp if like else 1}
     sizes = {size: (given[size] or default) if size in row.axes else 1 for size, default in defaults.items()}
     if row.options is None:
-        return Sized(None, {**sizes, "world_size": given["world_size"] or fewest_ranks(sizes)})
+        return Sized(None, default_sizes(sizes, given))
     sized: Sized = load(row.options).complete(name, given_options, sizes, given)
     return sized
 

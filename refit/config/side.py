@@ -60,10 +60,10 @@ def default_sizes(sizes: Mapping[str, int], given: Mapping[str, int | None]) -> 
     return {**sizes, "world_size": given["world_size"] or sizes["tp"] * sizes["ep"] * sizes["pp"]}
 
 
-def fewest_ranks(sizes: Mapping[str, int]) -> int:
+def fewest_ranks(layout: Layout) -> int:
     """The smallest world of a Megatron side: PP times the least that TP and ETP x EP divide, since experts are folded
     over TP x DP (`initialize_model_parallel` in parallel_state.py). It is TP x EP x PP where ETP is TP."""
-    return sizes["pp"] * math.lcm(sizes["tp"], sizes["etp"] * sizes["ep"])
+    return layout.pp * math.lcm(layout.tp, layout.etp * layout.ep)
 
 
 @dataclass(frozen=True, slots=True)

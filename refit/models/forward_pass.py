@@ -46,7 +46,7 @@ class Trace:
         self._states: dict[int, torch.Tensor] = {}
         self.routing: dict[int, Routing] = {}
 
-    def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def reached(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` `[batch, sequence, hidden_size]` has reached `layer`. Returns what the layer is to compute with."""
         self._states[layer] = hidden.float().contiguous()
         return self._replayed[layer].to(hidden.device, hidden.dtype) if self._replayed else hidden

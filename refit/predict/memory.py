@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from refit import units
 from refit.config.flag_names import size_flag
 from refit.config.layout import Layout
-from refit.config.registry import FORMATS
-from refit.config.side import fewest_ranks
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun
 from refit.predict.sides import check_side, most_quantising_bytes, predict_side, predict_sides, training_bytes
@@ -107,46 +105,31 @@ def _needed(run: DryRun, change: _Change) -> int:
 def _etp_at_tp(run: DryRun, sides: list[str]) -> Iterator[_Change]:
     """ETP raised to TP on every side where it is lower: experts are then split over TP as well, not replicated."""
     layouts = {side: _layout(run, side) for side in sides}
-    lower = {side: layout for side, layout in layouts.items() if layout.etp < layout.tp}
-    raised = {
-        side: _with(layout, etp=layout.tp) or _with(layout, etp=layout.tp, world_size=layout.tp * layout.ep * layout.pp)
-        for side, layout in lower.items()
-    }
+    raised = {side: _with(layout, etp=layout.tp) for side, layout in layouts.items() if layout.etp < layout.tp}
     changed = {side: layout for side, layout in raised.items() if layout}
     if changed and len(changed) == len(raised):
-        texts = (f"{size_flag(side, 'etp')} at TP = {each.tp}{_on(run, side, each)}" for side, each in changed.items())
-        flags = " and ".join(texts)
+        flags = " and ".join(f"{size_flag(side, 'etp')} at TP = {layout.tp}" for side, layout in changed.items())
         yield _Change({**layouts, **changed}, f"leave {flags}")
 
 
 def _higher_ep(run: DryRun, sides: list[str]) -> Iterator[_Change]:
     """EP raised on every side, on the same ranks where its ETP x EP x PP still divides them, else on more."""
     for factor in range(2, MAX_EP_FACTOR + 1):
-        changed = {side: grown for side in sides if (grown := _with_ep(run, side, factor))}
+        changed = {side: grown for side in sides if (grown := _with_ep(_layout(run, side), factor))}
         if len(changed) == len(sides):
-            texts = [
-                f"{size_flag(side, 'ep')} to {layout.ep}{_on(run, side, layout)}" for side, layout in changed.items()
-            ]
+            texts = [f"{size_flag(side, 'ep')} to {layout.ep}{_on(side, layout)}" for side, layout in changed.items()]
             yield _Change(changed, f"raise {' and '.join(texts)}")
 
 
-def _on(run: DryRun, side: str, layout: Layout) -> str:
-    if layout.world_size == _default_ranks(run, side, layout, layout.ep):
+def _on(side: str, layout: Layout) -> str:
+    if layout.world_size == layout.tp * layout.ep * layout.pp:
         return f" ({layout.world_size} GPUs)"
     return f" with {size_flag(side, 'world_size')} {layout.world_size}"
 
 
-def _default_ranks(run: DryRun, side: str, layout: Layout, ep: int) -> int:
-    """The ranks of a side with the sizes of `layout` and this EP, where their number is not given."""
-    if "etp" not in FORMATS[run.scenario.sides[side].format].axes:
-        return layout.tp * ep * layout.pp
-    return fewest_ranks({"tp": layout.tp, "ep": ep, "etp": layout.etp, "pp": layout.pp})
-
-
-def _with_ep(run: DryRun, side: str, factor: int) -> Layout | None:
-    layout = _layout(run, side)
+def _with_ep(layout: Layout, factor: int) -> Layout | None:
     ep = layout.ep * factor
-    return _with(layout, ep=ep) or _with(layout, ep=ep, world_size=_default_ranks(run, side, layout, ep))
+    return _with(layout, ep=ep) or _with(layout, ep=ep, world_size=layout.tp * ep * layout.pp)
 
 
 def _with(layout: Layout, **sizes: int) -> Layout | None:

@@ -152,16 +152,12 @@ def _located(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """One entry: its name, the flags it inherits and its own, and the values of each axis among them.
-
-    A side of a CONFIGS line has TP x EP x PP ranks, whatever its ETP.
-    """
+    """One entry: its name, the flags it inherits and its own, and the values of each axis among them."""
 
     name: str
     inherited: dict[str, object]
     own: dict[str, object]
     axes: dict[str, list[object]]
-    is_line: bool = False
 
     @property
     def num_cells(self) -> int:
@@ -173,7 +169,7 @@ def _grid(parser: FlagParser, content: object, defaults: Mapping[str, object]) -
     name, own = _named_values(content)
     inherited = {key: value for key, value in defaults.items() if key not in own}
     axes = {key: axis for key, value in (inherited | own).items() if (axis := _axis(parser, key, value))}
-    return _Grid(name, inherited, own, axes, isinstance(content, str))
+    return _Grid(name, inherited, own, axes)
 
 
 def _candidates(parser: FlagParser, grid: _Grid, common: Sequence[str]) -> list[Candidate]:
@@ -185,24 +181,9 @@ def _candidates(parser: FlagParser, grid: _Grid, common: Sequence[str]) -> list[
             {key: cell.get(key, value) for key, value in flags.items()} for flags in (grid.inherited, grid.own)
         )
         flags = (*parser.words(front), *common, *parser.words(back))
-        if grid.is_line:
-            flags += tuple(parser.words(_ranks_of_line(flags)))
         candidate = Candidate("_".join([grid.name, *map(_in_name, values)]), flags, is_cell=bool(grid.axes))
         _check(candidate)
         found.append(candidate)
-    return found
-
-
-def _ranks_of_line(flags: Sequence[str]) -> dict[str, object]:
-    """TP x EP x PP for each side whose ETP is given and whose ranks are not: the default is fewer, with an ETP."""
-    args, found, pp = read_flags(flags), dict[str, object](), 1
-    for place in (0, 1):
-        flag, given = SIZE_FLAGS["world_size"][place], {}
-        for size in ("tp", "ep", "etp", "pp", "world_size"):
-            given[size] = getattr(args, SIZE_FLAGS[size][place].replace("-", "_"))
-        pp = given["pp"] or pp
-        if given["etp"] and not given["world_size"]:
-            found[flag] = given["tp"] * given["ep"] * pp
     return found
 
 

@@ -82,12 +82,13 @@ GLM_4_5 = (
 )
 
 
-def test_experts_fold_over_tp_and_dp_where_etp_is_given() -> None:
-    """GLM-4.5's published TP8 PP4 EP16 ETP1, on 64 GPUs."""
+def test_what_is_assumed_of_the_ranks_where_etp_is_given() -> None:
+    """GLM-4.5's published TP8 PP4 EP16 ETP1 runs on 64 GPUs, its sizes ask for TP x EP x PP of them."""
     sizes = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --expert-model-parallel-size 16"
     run = scenario(f"{GLM_4_5} {sizes} --expert-tensor-parallel-size 1")
-    assert (run.source.world_size, run.destination.world_size) == (64, 512)
-    assert run.notes[-1].startswith("assumed: 64 source ranks (--source-world-size), the fewest")
+    assert (run.source.world_size, run.destination.world_size) == (512, 512)
+    note = "assumed: TP x EP x PP = 512 source ranks, --source-world-size 64 would do: experts fold over TP x DP"
+    assert run.notes[-1] == note
     given = scenario(f"{GLM_4_5} {sizes} --expert-tensor-parallel-size 1 --source-world-size 128")
     assert (given.source.world_size, given.notes) == (128, ())
     assert scenario(f"{GLM_4_5} {sizes}").source.world_size == 512

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("line", "title", "source", "destination"),
     [
-        (EP_REFIT, "TP2 EP2 ETP1 -> TP2 EP1 ETP1", range(2), range(2, 4)),
+        (EP_REFIT, "TP2 EP2 ETP1 -> TP2 EP1 ETP1", range(4), range(4, 6)),
         (f"{sizes(2, 2, 2, 2, 'non-collocated', 'nvshmem')} {SMALL}", "TP2 EP2 -> TP2 EP2", range(4), range(4, 8)),
         (f"{sizes(4, 1, 2, 1, 'non-collocated', 'nvshmem')} {SMALL}", "TP4 EP1 -> TP2 EP1", range(4), range(4, 6)),
         (MINIMAL_TEST, "TP2 EP1 -> TP1 EP1", range(2), range(2, 3)),
@@ -141,7 +141,7 @@ def test_the_script_runs_dry_without_torch_and_megatron(tmp_path: Path) -> None:
         argv, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=150, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Idle ranks: 4-7 (not participating)" in done.stdout
+    assert "Idle ranks: 6-7 (not participating)" in done.stdout
 
 
 def test_a_request_for_a_dry_run() -> None:

@@ -10,7 +10,7 @@ def test_a_destination_takes_the_sources_sizes_where_it_has_none_but_etp() -> No
                    "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1")  # fmt: skip
     destination = run.destination.layout
     assert (destination.tp, destination.pp, destination.ep, destination.etp) == (2, 2, 2, 2)
-    assert (run.source.layout.etp, run.source.world_size, run.num_ranks) == (1, 4, 12)
+    assert (run.source.layout.etp, run.source.world_size, run.num_ranks) == (1, 8, 16)
 
 
 def test_experts_folded_over_data_parallel_ranks() -> None:

@@ -49,7 +49,8 @@ def test_etp_below_tp_is_named_with_what_fits() -> None:
     message = refusal(f"{KIMI_K2} {SOURCE_ETP_1} --cluster h100_ib400")
     assert message == (
         "the source needs 257.43 GB per GPU (256.89 GB of weights, 536.87 MB of staging), h100_ib400 has 80.00 GB: "
-        "leave --expert-tensor-parallel-size at TP = 8 (64 GPUs), or raise --expert-model-parallel-size to 32 (32 GPUs)"
+        "leave --expert-tensor-parallel-size at TP = 8, or "
+        "raise --expert-model-parallel-size to 32 with --source-world-size 64"
     )
     assert "the destination needs" in refusal(f"{KIMI_K2} {DESTINATION_ETP_1} --cluster h100_ib400")
 

@@ -32,7 +32,7 @@ def traced(model: Any, trace: Trace, shape: torch.Size) -> Iterator[None]:
 def _entering(trace: Trace, number: int) -> Any:
     def enter(_: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         hidden, *others = arguments
-        return (trace.enter(number, hidden), *others), options
+        return (trace.reached(number, hidden), *others), options
 
     return enter
 

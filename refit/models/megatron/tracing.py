@@ -70,7 +70,7 @@ class _Sequence:
 def _entering(trace: Trace, number: int, sequence: _Sequence) -> Callable[..., Any]:
     def enter(_: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         hidden = arguments[0] if arguments else options["hidden_states"]
-        replayed = sequence.part(trace.enter(number, sequence.whole(hidden)), hidden.size(0))
+        replayed = sequence.part(trace.reached(number, sequence.whole(hidden)), hidden.size(0))
         return ((replayed, *arguments[1:]), options) if arguments else ((), {**options, "hidden_states": replayed})
 
     return enter

@@ -46,11 +46,11 @@ class ReferenceForward:
         tokens = tokens.to(some.device)
         hidden = self._embedded(tokens) if self.groups.previous is None else self._received(tokens, some)
         for number in self.engines.stages[self.groups.place.stage]:
-            hidden = self._layer(number, self.trace.enter(number, hidden))
+            hidden = self._layer(number, self.trace.reached(number, hidden))
         if self.groups.next is not None:
             dist.send(hidden.contiguous(), dst=self.groups.next)
             return None
-        hidden = self._norm("model.norm.weight", self.trace.enter(self.shape.num_layers, hidden))
+        hidden = self._norm("model.norm.weight", self.trace.reached(self.shape.num_layers, hidden))
         name = "model.embed_tokens.weight" if self.shape.tied_embeddings else "lm_head.weight"
         part = F.linear(hidden, self.parameters[name]).float()
         parts = [torch.empty_like(part) for _ in range(self.engine.tp)]
