@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from refit.bench.strips import strips_of
-from refit.bench.values import Rows, rows_of, values
 from refit.config.quantisation import Quantisation, scale_key
 from refit.encodings.fp8.reference import quantise
+from refit.encodings.fp8.strips import strips_of
+from refit.encodings.values import values
+from refit.memory.rows import Rows, rows_of
 from refit.memory.weights import LocalShard, LocalWeights
 
 STANDARD_DEVIATION = 0.02

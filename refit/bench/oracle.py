@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from refit.bench.strips import strips_of
-from refit.bench.values import SAMPLE_STRIDE, Rows, rows_of, values
 from refit.config.quantisation import Quantisation, scale_key
 from refit.encodings.fp8.reference import quantise
+from refit.encodings.fp8.strips import strips_of
+from refit.encodings.values import values
+from refit.memory.rows import SAMPLE_STRIDE, Rows, rows_of
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec

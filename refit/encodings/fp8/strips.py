@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from refit.bench.values import GPU_BLOCK_ELEMENTS, SAMPLE_STRIDE, Rows, row_numbers
 from refit.config.quantisation import Quantisation, scale_key
 from refit.encodings.fp8.batch import STRIP_ELEMENTS
+from refit.memory.rows import GPU_BLOCK_ELEMENTS, SAMPLE_STRIDE, Rows, row_numbers
 from refit.memory.views import matrices_of, matrix_of
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
