@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from refit.config.registry import ENCODINGS
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "refit").rglob("*.py"))
 
-ORDER = ("errors", "units", "config", "plan", "predict", "memory", "copies", "transport", "encodings", "models")
+ORDER = ("errors", "units", "config", "plan", "predict", "memory", "copies", "encodings", "transport", "models")
 ORDER = (*ORDER, "results", "report", "bench", "cli", "sweep", "commands")
 """The packages of `refit` from the bottom up: each imports only those before it."""
 
@@ -57,6 +59,10 @@ def is_run_later(node: ast.AST) -> bool:
 
 def within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
+
+
+def is_heavy(module: str) -> bool:
+    return any(within(module, other) for other in HEAVY)
 
 
 def name_of(path: Path) -> str:
@@ -137,8 +143,17 @@ def test_a_login_node_can_load_it(package: str) -> None:
         (name_of(path), module)
         for path in sorted((ROOT / "refit" / package).rglob("*.py"))
         for module in set(imports(path)) - LATER.get(name_of(path), set())
-        if any(within(module, other) for other in HEAVY)
+        if is_heavy(module)
     ]
+    assert heavy == []
+
+
+def test_a_login_node_can_load_what_encodings_send() -> None:
+    """The pure part of an encoding lies beside its live part, and is loaded by name."""
+    files = {name: file_of(row.wire.replace(":", ".")) for name, row in ENCODINGS.items() if row.wire is not None}
+    assert "fp8" in files
+    heavy = [(name, module) for name, file in files.items() if file for module in imports(file) if is_heavy(module)]
+    assert None not in files.values()
     assert heavy == []
 
 

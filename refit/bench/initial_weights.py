@@ -6,50 +6,35 @@ from dataclasses import replace
 
 import torch
 
-from refit.config.quantisation import Quantisation, scale_key
-from refit.encodings.fp8.reference import quantise
-from refit.encodings.fp8.strips import strips_of
-from refit.encodings.values import values
-from refit.memory.rows import Rows, rows_of
-from refit.memory.weights import LocalShard, LocalWeights
+from refit.encodings.oracle import PLAIN, OraclePart
+from refit.encodings.values import hashed
+from refit.memory.rows import Rows
+from refit.memory.weights import LocalWeights
+from refit.plan.sharding import TensorSpec
 
 STANDARD_DEVIATION = 0.02
 VALUES_RMS = 0.6236
 """Root mean square of the oracle's values: magnitudes 2**e x [1, 2) for e from -7 to 0, all equally likely."""
 
 
-def initialise(memory: LocalWeights, quantisation: Quantisation | None = None) -> None:
+def initialise(memory: LocalWeights, part: OraclePart = PLAIN) -> None:
     """Norms are 1, biases 0, all other weights spread around 0 with a standard deviation of 0.02.
 
-    0.02 is Megatron-LM's `--init-method-std`. With `quantisation` the weights that it names get the codes and scales
-    of these values.
+    0.02 is Megatron-LM's `--init-method-std`. A destination of encodings, whose `part` of the oracle this is, gets what
+    a refit would make of these values.
     """
-    coded = {
-        shard.tensor.key
-        for shard in memory
-        if quantisation is not None and quantisation.quantises(shard.tensor.key, shard.tensor.shape)
-    }
-    scales = {scale_key(key) for key in coded}
+    tensors = {shard.tensor.key: shard.tensor for shard in memory}
     for shard in memory:
-        if quantisation is not None and shard.tensor.key in coded:
-            for strip in strips_of(memory, shard, quantisation):
-                done = quantise(_spread(shard, strip.codes).to(torch.bfloat16), quantisation)
-                strip.codes.data.copy_(done.codes)
-                strip.scales.copy_(done.scales)
-        elif shard.tensor.key not in scales:
-            for block in rows_of(shard):
-                _fill(shard, block)
+        for each in part.comparisons(_initial, memory, shard, tensors):
+            each.found.copy_(each.expected)
 
 
-def _fill(shard: LocalShard, block: Rows) -> None:
-    if shard.tensor.key.endswith("norm.weight"):
-        block.data.fill_(1)
-    elif shard.tensor.key.endswith("bias"):
-        block.data.fill_(0)
-    else:
-        block.data.copy_(_spread(shard, block))
-
-
-def _spread(shard: LocalShard, block: Rows) -> torch.Tensor:
-    """Float32, whatever the tensor's dtype, so they are the same at every side."""
-    return values(replace(shard.tensor, dtype="float32"), block, 0).mul_(STANDARD_DEVIATION / VALUES_RMS)
+def _initial(tensor: TensorSpec, block: Rows) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, tensor.dtype)
+    if tensor.key.endswith("norm.weight"):
+        return torch.ones_like(block.data, dtype=dtype)
+    if tensor.key.endswith("bias"):
+        return torch.zeros_like(block.data, dtype=dtype)
+    # Float32, whatever the tensor's dtype, so they are the same at every side.
+    spread = hashed(replace(tensor, dtype="float32"), block, 0).mul_(STANDARD_DEVIATION / VALUES_RMS)
+    return spread.to(dtype)

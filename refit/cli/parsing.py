@@ -142,7 +142,7 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
                 "leave it out"
             )
         quantised = next((side.quantisation.dtype for side in sides if side.quantisation is not None), None)
-        if quantised is not None and not ENGINES[name].quantises:
+        if quantised is not None and not ENGINES[name].encodes:
             raise UsageError(f"--refit-engine {name} cannot refit to {quantised}: leave one of them out")
         chunks = max(side.layout.vpp for side in sides)
         if ENGINES[name].single_chunk and chunks > 1:

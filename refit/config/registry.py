@@ -1,4 +1,4 @@
-"""Four tables of what the suite supports: side formats, refit methods, engines and measurements.
+"""Five tables of what the suite supports: side formats, refit methods, encodings, engines and measurements.
 
 Flags, dry runs, sweeps, runs and reports all read these tables, and nothing else lists the names. A row names its code
 as `module:name` and imports it on request, so reading a table needs neither torch nor Megatron.
@@ -147,12 +147,33 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """What is sent in place of a destination's weights. `title` is for help texts.
+
+    `wire(source, destination, side) -> Wire` states what crosses between two shardings; it is pure and imports no torch
+    (`refit.plan.wire`). `bind(plan, wire, rank, source, destination) -> LiveEncoding` makes and uses the weights of a
+    rank message by message (`refit.encodings.base`). `oracle(inner, scenario) -> OraclePart` says what a source is
+    filled with and what a destination must then hold (`refit.encodings.oracle`). None, as identity has them, stands for
+    weights that are sent, filled and compared as they are.
+
+    `dtypes` are those of destinations from which the encoding follows, as codes from FP8. An encoding without any is
+    one that users choose, with `--refit-encoding`.
+    """
+
+    title: str
+    wire: str | None = None
+    bind: str | None = None
+    oracle: str | None = None
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """A refit implementation. `engine` is the class; see `refit.bench.engines.base`. Reports print `title`.
 
     A baseline is measured beside the engine under test. It decides the exit code only where it runs alone.
     `formats` are the sides it can refit; None stands for all. `single_chunk` ones refit one model chunk per rank.
-    `quantises`: it can refit to FP8 destinations.
+    `encodes`: it sends through encodings, so it can refit to FP8 destinations, or send other than the weights.
     """
 
     engine: str
@@ -160,7 +181,7 @@ class Engine:
     is_baseline: bool = False
     formats: tuple[str, ...] | None = None
     single_chunk: bool = False
-    quantises: bool = False
+    encodes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +301,43 @@ METHODS = Registry(
     },
 )
 
+IDENTITY = "identity"
+"""The encoding that is the default: the weights themselves are sent."""
+
+ENCODINGS = Registry(
+    "refit encoding",
+    {
+        IDENTITY: Encoding(title="the weights themselves"),
+        "fp8": Encoding(
+            title="codes and scales",
+            wire="refit.encodings.fp8.wire:wire_to",
+            bind="refit.encodings.fp8.live:LiveFp8",
+            oracle="refit.encodings.fp8.oracle:oracle",
+            dtypes=("fp8-block", "mxfp8"),
+        ),
+    },
+)
+
+
+def chosen_encodings() -> list[str]:
+    """The encodings that a user may choose, whatever the destination holds."""
+    return [name for name, row in ENCODINGS.items() if not row.dtypes]
+
+
+def encodings_of(held_dtype: str | None, encoding: str) -> list[str]:
+    """The rows of ENCODINGS that a refit goes through, in the order in which a source applies them.
+
+    First what follows from `held_dtype`, the destination's own dtype, then `encoding`, the scenario's. Identity is no
+    step. Raises UsageError for an unknown one.
+    """
+    following = [name for name, row in ENCODINGS.items() if held_dtype in row.dtypes]
+    return [*following, *(name for name in (encoding,) if ENCODINGS[name].wire is not None)]
+
+
 ENGINES = Registry(
     "refit engine",
     {
-        "refit": Engine(engine="refit.bench.engines.refit:PlannedEngine", title="refit", quantises=True),
+        "refit": Engine(engine="refit.bench.engines.refit:PlannedEngine", title="refit", encodes=True),
         "megatron": Engine(
             engine="refit.bench.engines.megatron:MegatronEngine",
             title="Megatron-Core",

@@ -10,7 +10,7 @@ from typing import Any
 
 from refit.config.clusters import Cluster
 from refit.config.flag_names import size_flag
-from refit.config.registry import MEASUREMENTS
+from refit.config.registry import IDENTITY, MEASUREMENTS, encodings_of
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
@@ -42,7 +42,8 @@ class Scenario:
     `steps` are the settings of training steps and forward passes, None where neither is measured.
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
     "cuda" where the user chose it; None uses the method's default. `notes` are lines for the log on choices made for
-    the user. `max_iterations` is set where refits go on until the median is stable: the most that are timed.
+    the user. `encoding` is the row of ENCODINGS that says what is sent of what the destination will hold.
+    `max_iterations` is set where refits go on until the median is stable: the most that are timed.
     """
 
     model: ModelShape | None
@@ -71,6 +72,12 @@ class Scenario:
     cluster: Cluster | None = None
     run_name: str | None = None
     steps: StepSettings | None = None
+    encoding: str = IDENTITY
+
+    @property
+    def encodings(self) -> list[str]:
+        """The rows of ENCODINGS that its refits go through, in order: what the destination holds, then `encoding`."""
+        return encodings_of(self.destination.held_dtype, self.encoding)
 
     def trains(self, name: str) -> bool:
         """Whether the side called `name` is trained: the source, where a training step is measured."""

@@ -185,6 +185,11 @@ class SideSpec:
     autocast: Dtype | None = None
 
     @property
+    def held_dtype(self) -> str | None:
+        """The dtype of its own in which it holds weights, as codes and scales; None where it holds them as they are."""
+        return None if self.quantisation is None else self.quantisation.dtype
+
+    @property
     def compute_dtype(self) -> Dtype | None:
         """What matrix products compute in; None where a model provider chooses it."""
         return self.autocast or self.dtype

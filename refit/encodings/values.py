@@ -9,9 +9,7 @@ import zlib
 
 import torch
 
-from refit.config.quantisation import Quantisation
 from refit.memory.rows import Rows
-from refit.plan.quantised import Grid
 from refit.plan.sharding import TensorSpec
 
 # (integer view, hash bits kept, bits set) per float dtype: sign, mantissa and the low three exponent bits vary.
@@ -20,43 +18,11 @@ _PATTERNS = {
     torch.float16: (torch.int16, 0x9FFF, 0x2000),
     torch.float32: (torch.int32, 0x83FFFFFF, 0x3C000000),
 }
-# What the values of a block are multiplied by: zeros, subnormals (2**-126), or what a forward pass can use.
-_MAGNITUDES = (0.0, 2.0**-126, *(2.0**-exponent for exponent in range(7)), *(2.0**-exponent for exponent in range(7)))
-_OUTLIER = 8.0
 
 
-def values(tensor: TensorSpec, block: Rows, iteration: int, quantisation: Quantisation | None = None) -> torch.Tensor:
-    """Values `[rows, columns]`, in the dtype of `tensor`.
-
-    Those of tensors that `quantisation` names differ in magnitude from block to block, with zeros, subnormals, and in
-    every fourth block a largest value in a corner.
-    """
-    found = _hashed(tensor, block, iteration)
-    if quantisation is None or not quantisation.quantises(tensor.key, tensor.shape):
-        return found
-    return _varied(found, tensor, block, iteration, Grid(tensor.shape, quantisation.format))
-
-
-def _varied(found: torch.Tensor, tensor: TensorSpec, block: Rows, iteration: int, grid: Grid) -> torch.Tensor:
-    device, (rows, columns) = found.device, grid.steps[-2:]
-    row = block.row_numbers % tensor.shape[-2]
-    column = torch.arange(found.shape[1], device=device) + block.first_column
-    block_row = block.row_numbers // tensor.shape[-2] * grid.scale_shape[-2] + row // rows
-    block_column = column // columns
-    first = block.first_column // columns
-    shape = torch.empty(len(row), int(block_column[-1]) + 1 - first, device="meta")
-    bits = _hash(_seed(tensor.key + " block", iteration), Rows(block_row, first, shape))
-    factor = (1 + (bits & 0x7F) / 128) * torch.tensor(_MAGNITUDES, device=device)[(bits >> 7) & 15]
-    place = block_column - first
-    bits, factor = bits[:, place], factor[:, place]
-    corner_row = torch.where((bits >> 13) & 1 == 1, rows - 1, 0) == (row % rows)[:, None]
-    corner_column = torch.where((bits >> 14) & 1 == 1, columns - 1, 0) == (column % columns)[None, :]
-    outlier = ((bits >> 11) & 3 == 0) & corner_row & corner_column
-    return (found.float() * factor * torch.where(outlier, _OUTLIER, 1.0)).to(found.dtype)
-
-
-def _hashed(tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
-    bits = _hash(_seed(tensor.key, iteration), block)
+def hashed(tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
+    """Values `[rows, columns]`, in the dtype of `tensor`: finite, 2**-7 <= |value| < 2 in the dtypes of weights."""
+    bits = hash_bits(tensor.key, iteration, block)
     dtype: torch.dtype = getattr(torch, tensor.dtype)
     if dtype in _PATTERNS:
         view, keep, fixed = _PATTERNS[dtype]
@@ -77,12 +43,13 @@ def _seed(key: str, iteration: int) -> int:
     return zlib.crc32(key.encode()) * 0x1_0000_0001 + iteration * 0x5851F42D4C957F2D
 
 
-def _hash(seed: int, block: Rows) -> torch.Tensor:
-    """32 hash bits per element `[rows, columns]`, int32.
+def hash_bits(key: str, iteration: int, block: Rows) -> torch.Tensor:
+    """32 hash bits per element `[rows, columns]`, int32, of the tensor or other thing called `key`.
 
     Rows are seeded with the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), columns mixed in with multiply and
     xor-shift (the finaliser of MurmurHash3); int64 and int32 arithmetic wraps in torch as it does in C.
     """
+    seed = _seed(key, iteration)
     row = block.row_numbers * _signed(0x9E3779B97F4A7C15, torch.int64) + _signed(seed & (2**64 - 1), torch.int64)
     row = (row ^ ((row >> 30) & 0x3_FFFF_FFFF)) * _signed(0xBF58476D1CE4E5B9, torch.int64)
     row = (row ^ ((row >> 27) & 0x1F_FFFF_FFFF)) * _signed(0x94D049BB133111EB, torch.int64)

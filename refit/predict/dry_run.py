@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -39,7 +40,7 @@ class DryRunOptions:
 @dataclass(frozen=True, slots=True)
 class DryRun:
     """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
-    `quantising_bytes` are those of the ranks that need memory to quantise.
+    `encoding_needs` are the bytes that encodings need on ranks, by what for: `quantising`.
 
     `matrix` has the bytes from each rank (row) to each rank (column). `bound` is None without a cluster, and
     where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside
@@ -56,7 +57,7 @@ class DryRun:
     num_tensors: int
     source_bytes: dict[int, int]
     destination_bytes: dict[int, int]
-    quantising_bytes: dict[int, int]
+    encoding_needs: dict[str, Mapping[int, int]]
     cost: Cost
     matrix: IntArray
     traffic: Traffic
@@ -74,12 +75,20 @@ class DryRun:
         return max(max(held.values()) for held in self.held_bytes.values()) + self.scenario.staging_bytes
 
     @property
+    def encoding_bytes(self) -> dict[int, int]:
+        """What encodings need on each rank; ranks without are left out."""
+        needed: Counter[int] = Counter()
+        for held in self.encoding_needs.values():
+            needed.update(held)
+        return dict(needed)
+
+    @property
     def held_bytes(self) -> dict[str, Mapping[int, int]]:
         """Bytes on each rank, of `source` and `destination`, or of `both` where they share GPUs.
 
-        They are weights, what quantising needs and, on a side that trains, what training needs.
+        They are weights, what encodings need and, on a side that trains, what training needs.
         """
-        extra = self.quantising_bytes
+        extra = self.encoding_bytes
         training = {rank: needed.total_bytes for rank, needed in self.training.items()}
         source = {rank: held + training.get(rank, 0) + extra.get(rank, 0) for rank, held in self.source_bytes.items()}
         if self.scenario.mode is Mode.NON_COLLOCATED or not self.destination_bytes:
@@ -94,8 +103,8 @@ class DryRun:
     def held_text(self, side: str) -> str:
         """What `held_bytes` of `side` are: `weights`, `weights, quantising and training`."""
         what = ["weights"]
-        if any(rank in self.quantising_bytes for rank in self.held_bytes[side]):
-            what.append("quantising")
+        ranks = self.held_bytes[side]
+        what += [work for work, needed in self.encoding_needs.items() if any(rank in needed for rank in ranks)]
         if self.training and side != "destination":
             what.append("training")
         return " and ".join(part for part in (", ".join(what[:-1]), what[-1]) if part)
@@ -107,7 +116,7 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         raise UsageError("--dry-run predicts the models that flags describe: a --model-provider has to be run")
     num_gpus = options.num_gpus or scenario.num_ranks
     check_num_ranks(scenario, num_gpus)
-    figures = _planned(scenario.model, scenario.source, scenario.destination, options.gpus_per_node)
+    figures = _planned(scenario.model, scenario.source, scenario.destination, options.gpus_per_node, scenario.encoding)
     return DryRun(
         scenario=scenario,
         model=scenario.model,
@@ -117,7 +126,7 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         num_tensors=figures.num_tensors,
         source_bytes=figures.source_bytes if "source" in scenario.used_sides else {},
         destination_bytes=figures.destination_bytes if "destination" in scenario.used_sides else {},
-        quantising_bytes=figures.quantising_bytes,
+        encoding_needs=figures.encoding_needs,
         cost=figures.cost,
         matrix=figures.matrix,
         traffic=split_traffic(figures.matrix, options.gpus_per_domain),
@@ -139,7 +148,7 @@ class _Figures:
     num_tensors: int
     source_bytes: dict[int, int]
     destination_bytes: dict[int, int]
-    quantising_bytes: dict[int, int]
+    encoding_needs: dict[str, Mapping[int, int]]
     cost: Cost
     matrix: IntArray
     predict_s: float
@@ -148,11 +157,13 @@ class _Figures:
 
 
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
-def _planned(model: ModelShape, source: SideSpec, destination: SideSpec, ranks_per_node: int) -> _Figures:
+def _planned(
+    model: ModelShape, source: SideSpec, destination: SideSpec, ranks_per_node: int, encoding: str
+) -> _Figures:
     start_s = time.perf_counter()
     shardings = predict_sides(model, source, destination)
     predicted_s = time.perf_counter()
-    planned = plan_sides(shardings[0], shardings[1], destination, ranks_per_node)
+    planned = plan_sides(shardings[0], shardings[1], destination, ranks_per_node, encoding)
     matrix = bytes_matrix(planned.plan)
     planned_s = time.perf_counter()
     return _Figures(
@@ -160,7 +171,7 @@ def _planned(model: ModelShape, source: SideSpec, destination: SideSpec, ranks_p
         num_tensors=len(shardings[0].tensors),
         source_bytes=dict(shardings[0].bytes_per_rank),
         destination_bytes=dict(shardings[1].bytes_per_rank),
-        quantising_bytes=planned.quantising_bytes,
+        encoding_needs=planned.encoding_needs,
         cost=planned.cost,
         matrix=matrix,
         predict_s=predicted_s - start_s,

@@ -11,7 +11,7 @@ from refit.config.flag_names import size_flag
 from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun
-from refit.predict.sides import check_side, most_quantising_bytes, predict_side, predict_sides, training_bytes
+from refit.predict.sides import check_side, most_encoding_bytes, predict_side, predict_sides, training_bytes
 
 MAX_EP_FACTOR = 64
 """Largest factor by which EP is raised in search of a layout that fits."""
@@ -89,15 +89,15 @@ def _needed(run: DryRun, change: _Change) -> int:
     changed = {name: replace(run.scenario.sides[name], layout=layout) for name, layout in change.layouts.items()}
     scenario = replace(run.scenario, source=changed.get("source", run.scenario.source))
     sides = {**run.scenario.sides, **changed}
-    quantisation, quantising = sides["destination"].quantisation, dict[str, Mapping[int, int]]()
-    if quantisation is not None:
+    encoding = dict[str, Mapping[int, int]]()
+    if scenario.encodings:
         source, destination = predict_sides(run.model, sides["source"], sides["destination"])
-        quantising = most_quantising_bytes(source, destination, quantisation)
+        encoding = most_encoding_bytes(source, destination, sides["destination"], scenario.encoding)
     fullest = 0
     for name in changed:
         training = training_bytes(scenario) if name == "source" else {}
         extra = {rank: needed.total_bytes for rank, needed in training.items()}
-        more, held = quantising.get(name, {}), predict_side(run.model, sides[name]).bytes_per_rank
+        more, held = encoding.get(name, {}), predict_side(run.model, sides[name]).bytes_per_rank
         fullest += max(nbytes + extra.get(rank, 0) + more.get(rank, 0) for rank, nbytes in held.items())
     return fullest + run.scenario.staging_bytes
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from refit.config.quantisation import CODES_DTYPE, Quantisation, scale_key
-from refit.config.registry import FORMATS, load
+from refit.config.registry import ENCODINGS, FORMATS, IDENTITY, encodings_of, load
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -16,8 +14,9 @@ from refit.errors import UsageError
 from refit.plan.cost import Cost, cost_of
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
-from refit.plan.quantised import UNQUANTISED_SUFFIX, WireShardings, check_kept, quantised_sharding, wire_shardings
+from refit.plan.quantised import check_kept, quantised_sharding
 from refit.plan.sharding import Sharding
+from refit.plan.wire import MaxBytes, Wire
 from refit.predict.families.parts import Parts, sharding_in_parts
 from refit.predict.training_memory import TrainingMemory
 
@@ -75,72 +74,74 @@ def library_notes(model: ModelShape, sides: tuple[SideSpec, SideSpec]) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class PlannedSides:
-    """A refit between two sides. `plan` and `wire` are of what crosses the wire, `cost` counts the sides' own weights.
+    """A refit between two sides. `plan` is of what crosses the wire, `cost` counts the sides' own weights.
 
-    `wire` is None where nothing is quantised: the plan is then that of the two sides.
+    `wires` has what each encoding sends, by its name in ENCODINGS, in the order in which a source applies them. It is
+    empty where weights are sent as they are: the plan is then that of the two sides.
     """
 
     plan: RefitPlan
     cost: Cost
-    wire: WireShardings | None = None
+    wires: Mapping[str, Wire] = field(default_factory=dict)
 
     @property
-    def quantising_bytes(self) -> dict[int, int]:
-        """Memory for quantising on each rank: codes and scales at a source, what waits to be quantised elsewhere.
+    def max_bytes(self) -> MaxBytes | None:
+        """Of the encoding that packs the messages; None where a message is as long as its weights."""
+        return next((wire.max_bytes for wire in self.wires.values() if wire.max_bytes is not None), None)
 
-        A source keeps what it sends, and what it sends to several ranks once: at most the codes of all that it holds.
-        """
-        if self.wire is None:
-            return {}
-        plan, tensors = self.plan, self.wire.tensors
-        scales = {scale_key(key) for key in tensors}
-        made = np.array(
-            [each.tensors[0].dtype == CODES_DTYPE or each.tensors[0].key in scales for each in plan.classes]
-        )
-        waits = np.array([each.tensors[0].key.endswith(UNQUANTISED_SUFFIX) for each in plan.classes])
-        needed = np.zeros(1 + plan.ranks[-1], np.int64)
-        # What a later stage passes on was made at a source, and lies in the destination's own memory.
-        kept = made[plan.tensor_class] & (plan.stage == 0)
-        np.add.at(needed, plan.source[kept], plan.nbytes[kept])
-        for rank, nbytes in _made_bytes(self.wire).items():
-            needed[rank] = min(needed[rank], nbytes)
-        np.add.at(needed, plan.destination[waits[plan.tensor_class]], plan.nbytes[waits[plan.tensor_class]])
-        return {rank: int(nbytes) for rank, nbytes in enumerate(needed) if nbytes}
+    @property
+    def encoding_needs(self) -> dict[str, Mapping[int, int]]:
+        """What encodings need on each rank, beside the models and staging, by what for. Ranks without are left out."""
+        needs = {wire.work: wire.memory_bytes(self.plan) for wire in self.wires.values()}
+        return {work: held for work, held in needs.items() if held}
 
 
-def most_quantising_bytes(
-    source: Sharding, destination: Sharding, quantisation: Quantisation
-) -> dict[str, Mapping[int, int]]:
-    """What quantising needs at most on each rank, by the name of the side: all codes that a source can make.
+def wires_between(source: Sharding, destination: Sharding, side: SideSpec, encoding: str) -> dict[str, Wire]:
+    """What each encoding sends from `source` to `destination`, the sharding of `side`, by its name, in order.
 
-    Found without a plan. Raises UsageError as `wire_shardings` does.
+    `encoding` is the scenario's. What it sends is made from what follows from the dtype of `side`, if anything does: a
+    delta to an FP8 destination is one of codes and scales. Raises UsageError as the encodings do.
     """
-    wire = wire_shardings(source, destination, quantisation)
-    waiting = _bytes_of(wire.destination, lambda key: key.endswith(UNQUANTISED_SUFFIX))
-    return {"source": _made_bytes(wire), "destination": waiting}
+    found: dict[str, Wire] = {}
+    for name in encodings_of(side.held_dtype, encoding):
+        row = ENCODINGS[name]
+        assert row.wire is not None
+        wire: Wire = load(row.wire)(source, destination, side)
+        # One that follows another may only pack its messages: the first finds in the plan the tensors that it makes.
+        assert not found or (wire.source.tensors, wire.destination.tensors) == (source.tensors, destination.tensors)
+        found[name] = wire
+        source, destination = wire.source, wire.destination
+    assert sum(wire.max_bytes is not None for wire in found.values()) <= 1, "two encodings pack the same messages"
+    return found
 
 
-def _made_bytes(wire: WireShardings) -> Mapping[int, int]:
-    """Codes and scales that each source rank holds of what is quantised at the source."""
-    scales = {scale_key(key) for key in wire.tensors}
-    return _bytes_of(wire.source, lambda key: key in scales or key in wire.tensors)
+def most_encoding_bytes(
+    source: Sharding, destination: Sharding, side: SideSpec, encoding: str
+) -> dict[str, Mapping[int, int]]:
+    """What the encodings need at most on each rank, by the name of the side. Found without a plan.
+
+    Raises UsageError as `wires_between` does.
+    """
+    needed: dict[str, Counter[int]] = {"source": Counter(), "destination": Counter()}
+    for wire in wires_between(source, destination, side, encoding).values():
+        for name, held in wire.most_memory_bytes.items():
+            needed[name].update(held)
+    return {name: dict(held) for name, held in needed.items()}
 
 
-def _bytes_of(sharding: Sharding, chosen: Callable[[str], bool]) -> Mapping[int, int]:
-    held = {key: each for key, each in sharding.by_key.items() if chosen(key)}
-    return Sharding(sharding.ranks, sharding.tensors, held).bytes_per_rank
-
-
-def plan_sides(source: Sharding, destination: Sharding, side: SideSpec, ranks_per_node: int | None) -> PlannedSides:
+def plan_sides(
+    source: Sharding, destination: Sharding, side: SideSpec, ranks_per_node: int | None, encoding: str = IDENTITY
+) -> PlannedSides:
     """Plan the refit from `source` to `destination`, the sharding of `side`. Raises PlanError as `plan_refit` does."""
-    if side.quantisation is None:
+    wires = wires_between(source, destination, side, encoding)
+    if not wires:
         plan = plan_refit(source, destination, ranks_per_node=ranks_per_node)
         return PlannedSides(plan, cost_of(plan))
-    wire = wire_shardings(source, destination, side.quantisation)
-    plan = plan_refit(wire.source, wire.destination, ranks_per_node=ranks_per_node)
+    last = list(wires.values())[-1]
+    plan = plan_refit(last.source, last.destination, ranks_per_node=ranks_per_node)
     cost = replace(
         cost_of(plan),
         source_weights_by_rank=dict(source.bytes_per_rank),
         destination_weights_by_rank=dict(destination.bytes_per_rank),
     )
-    return PlannedSides(plan, cost, wire)
+    return PlannedSides(plan, cost, wires)

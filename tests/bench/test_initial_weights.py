@@ -7,6 +7,7 @@ import torch
 
 from refit.bench.initial_weights import initialise
 from refit.config.quantisation import Quantisation, scale_key
+from refit.encodings.fp8.oracle import Fp8Part
 from refit.encodings.fp8.reference import dequantise, quantise
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.models.quantised import QuantisedModel
@@ -36,7 +37,7 @@ def by_key(weights: LocalWeights) -> dict[str, torch.Tensor]:
 def test_an_fp8_side_has_the_codes_and_scales_of_the_same_values(quantisation: Quantisation) -> None:
     weights = QuantisedModel(Model(plain()), quantisation).weights
     assert weights is not None
-    initialise(weights, quantisation)
+    initialise(weights, Fp8Part(quantisation))
     unquantised = plain()
     initialise(unquantised)
     found, values = by_key(weights), by_key(unquantised)
@@ -58,7 +59,7 @@ def test_passes_compute_with_codes_times_scales_and_their_memory_is_given_back(q
     weights, data = model.weights, by_key(memory)[SPECS[0].key]
     assert weights is not None
     assert data.untyped_storage().nbytes() == 0
-    initialise(weights, quantisation)
+    initialise(weights, Fp8Part(quantisation))
     model.prepare_infer()
     held = by_key(weights)
     product = dequantise(held[SPECS[0].key], held[scale_key(SPECS[0].key)], quantisation.format)

@@ -9,6 +9,7 @@ import torch
 
 from refit.bench import oracle
 from refit.config.quantisation import Quantisation, scale_key
+from refit.encodings.fp8.oracle import Fp8Part
 from refit.encodings.fp8.reference import quantise
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.models.quantised import QuantisedModel
@@ -23,7 +24,7 @@ SCALES = scale_key(SPEC.key)
 
 def filled(iteration: int, quantisation: Quantisation) -> torch.Tensor:
     data = torch.zeros(SPEC.shape, dtype=torch.bfloat16)
-    oracle.fill(LocalWeights([LocalShard(SPEC, Box.whole(SPEC.shape), data, data)]), iteration, quantisation)
+    oracle.fill(LocalWeights([LocalShard(SPEC, Box.whole(SPEC.shape), data, data)]), iteration, Fp8Part(quantisation))
     return data
 
 
@@ -48,7 +49,7 @@ def views(weights: LocalWeights) -> tuple[torch.Tensor, torch.Tensor]:
 def wrong(
     weights: LocalWeights, quantisation: Quantisation, iteration: int = 3, sample: bool = False
 ) -> dict[str, int]:
-    verdict = oracle.check(weights, {SPEC.key: SPEC}, iteration, quantisation=quantisation, sample=sample)
+    verdict = oracle.check(weights, {SPEC.key: SPEC}, iteration, part=Fp8Part(quantisation), sample=sample)
     return {each.key: each.num_wrong for each in verdict.wrong}
 
 
@@ -134,5 +135,5 @@ def test_whole_and_parts_have_equal_values() -> None:
     whole = filled(4, rule)
     box = Box((130, 257), (300, 511))
     data = torch.zeros(box.extents, dtype=torch.bfloat16)
-    oracle.fill(LocalWeights([LocalShard(SPEC, box, data, data)]), 4, rule)
+    oracle.fill(LocalWeights([LocalShard(SPEC, box, data, data)]), 4, Fp8Part(rule))
     assert torch.equal(data, whole[130:430, 257:768])

@@ -80,11 +80,11 @@ def test_a_dry_run_counts_codes_scales_and_memory_to_quantise() -> None:
     assert max(quantised.source_bytes.values()) == max(plain.source_bytes.values())
     assert quantised.cost.wire_bytes < 0.53 * plain.cost.wire_bytes
     assert late.cost.wire_bytes == plain.cost.wire_bytes
-    assert plain.quantising_bytes == {}
-    assert set(quantised.quantising_bytes) <= set(range(64))
-    assert set(late.quantising_bytes) == set(range(64, 192))
-    assert max(quantised.quantising_bytes.values()) <= 0.53 * max(quantised.source_bytes.values())
-    assert sum(late.quantising_bytes.values()) < late.cost.wire_bytes
+    assert plain.encoding_bytes == {}
+    assert set(quantised.encoding_bytes) <= set(range(64))
+    assert set(late.encoding_bytes) == set(range(64, 192))
+    assert max(quantised.encoding_bytes.values()) <= 0.53 * max(quantised.source_bytes.values())
+    assert sum(late.encoding_bytes.values()) < late.cost.wire_bytes
     assert [quantised.held_text(side) for side in ("source", "destination")] == ["weights and quantising", "weights"]
     assert [late.held_text(side) for side in ("source", "destination")] == ["weights", "weights and quantising"]
     assert quantised.memory_bytes > plain.memory_bytes, "a source, here the fuller side, keeps codes and scales"

@@ -28,9 +28,9 @@ from refit.models.forward_pass import ForwardPass
 from refit.models.sharded_model import WithoutSteps
 from refit.plan.box import Box
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
-from refit.plan.quantised import WireShardings
 from refit.plan.sharding import Sharding
 from refit.predict import megatron
+from refit.predict.sides import PlannedSides
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.transport.base import Program, RunReport, TransportOptions
@@ -163,7 +163,7 @@ class GatheringEngine:
 
     def connect(self, plan: RefitPlan, ranks: Ranks) -> None: ...
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
+    def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
         return GatheringProgram(source, destination)
 
     def not_moved(self) -> Mapping[str, str]:
@@ -204,7 +204,7 @@ class PartialEngine(GatheringEngine):
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
         self._left_out: dict[str, str] = {}
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
+    def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
         self._left_out = {key: "embeddings stay" for key in destination.sharding.tensors if LEFT_OUT in key}
         return PartialProgram(source, destination)
 
@@ -226,7 +226,7 @@ class PartialProgram(GatheringProgram):
 class FailingEngine(GatheringEngine):
     """Fails in its second refit, on one rank."""
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
+    def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
         return FailingProgram(source, destination)
 
 

@@ -10,7 +10,7 @@ import torch
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
 from refit.plan.plan import RefitPlan
-from refit.plan.quantised import WireShardings
+from refit.predict.sides import PlannedSides
 from refit.transport.base import Program
 from refit.transport.ranks import Ranks
 
@@ -41,8 +41,8 @@ class RefitEngine(Protocol):
         """
         ...
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
-        """Bind the refit to both models. `wire` is what `plan` moves where the destination is quantised, else None.
+    def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
+        """Bind the refit to both models. An engine whose row of ENGINES does not encode gets sides without encodings.
 
         Collective: every rank of the job.
         """

@@ -21,7 +21,7 @@ from refit.models.megatron import compat
 from refit.models.megatron.build import BuiltModel
 from refit.models.megatron.side import MegatronSide
 from refit.plan.plan import RefitPlan
-from refit.plan.quantised import WireShardings
+from refit.predict.sides import PlannedSides
 from refit.transport.base import RunReport
 from refit.transport.ranks import Ranks
 from refit.transport.two_sided.nccl_links import peers_of
@@ -100,10 +100,8 @@ class MegatronEngine:
         if self._device.type == "cuda":
             _connect_default_group(plan, ranks.rank, self._device)
 
-    def prepare(
-        self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None
-    ) -> MegatronProgram:
-        assert wire is None, "its row of ENGINES does not quantise"
+    def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> MegatronProgram:
+        assert not planned.wires, "its row of ENGINES does not encode"
         return prepare_megatron_refit(_built(source), _built(destination), self._method, device=self._device)
 
     def not_moved(self) -> Mapping[str, str]:

@@ -28,8 +28,8 @@ from refit.memory.streams import new_stream, wait_for_events
 from refit.memory.weights import LocalWeights, generations
 from refit.plan.meshes import Mesh, MeshLimits, Reshard, mesh_refit
 from refit.plan.plan import RefitPlan
-from refit.plan.quantised import WireShardings
 from refit.plan.sharding import TensorSpec
+from refit.predict.sides import PlannedSides
 from refit.transport.base import RunReport
 from refit.transport.ranks import Ranks
 
@@ -107,9 +107,7 @@ class NcclM2nEngine:
         calls = "calls in groups" if self._has_gin else f"a call per tensor, because groups of calls need GIN{why_not}"
         return f"one communicator of {world_size} ranks, {calls}"
 
-    def prepare(
-        self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None
-    ) -> M2nProgram:
+    def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> M2nProgram:
         """Describe every tensor that meshes can describe. Collective: every rank of the job.
 
         Raises UnavailableError where there is none.

@@ -9,11 +9,11 @@ import torch
 
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
-from refit.encodings.fp8.program import QuantisingProgram
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.plan.quantised import WireShardings
+from refit.predict.sides import PlannedSides
 from refit.transport.base import Program, TransportOptions, get_transport
+from refit.transport.encoded import EncodedProgram
 from refit.transport.ranks import Ranks
 
 
@@ -40,17 +40,17 @@ class PlannedEngine:
         self._ranks = ranks
         return self._transport.connect(plan, ranks, self._options)
 
-    def prepare(self, plan: RefitPlan, source: Side, destination: Side, wire: WireShardings | None = None) -> Program:
-        weights, quantisation = (source.weights, destination.weights), destination.spec.quantisation
-        options, ranks = replace(self._options, is_pipelined=wire is not None), self._ranks
+    def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
+        plan, wires, ranks = planned.plan, planned.wires, self._ranks
+        options = replace(self._options, is_pipelined=any(wire.is_pipelined for wire in wires.values()))
         assert ranks is not None, "connect comes first"
 
         def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
             return self._transport.prepare(plan, ranks, sent, received, options)
 
-        if wire is None or quantisation is None:
-            return prepare(*weights)
-        return QuantisingProgram(plan, wire, quantisation, ranks.rank, *weights, prepare)
+        if not wires:
+            return prepare(source.weights, destination.weights)
+        return EncodedProgram(plan, wires, ranks.rank, source.weights, destination.weights, prepare)
 
     def not_moved(self) -> Mapping[str, str]:
         return {}

@@ -22,10 +22,9 @@ from refit.bench.sides import Side
 from refit.config.registry import ENGINES
 from refit.config.scenario import Verify
 from refit.errors import RefitError, UnavailableError
-from refit.plan.cost import Bound, Cost
-from refit.plan.plan import RefitPlan
-from refit.plan.quantised import WireShardings
+from refit.plan.cost import Bound
 from refit.plan.sharding import Sharding
+from refit.predict.sides import PlannedSides
 from refit.report import refit_lines
 from refit.report.forward_line import forward_line
 from refit.report.progress import Progress
@@ -48,7 +47,7 @@ class _Refusal:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRefit:
-    """Two sides and the plan between them, `wire` where it quantises. `plan_s` is the time that planning took here.
+    """Two sides and the plan between them. `plan_s` is the time that planning took here.
 
     `trained` are the source's weights after training, None where it was not trained. `training_doubt` is why training
     gave wrong data, None where it did not.
@@ -56,9 +55,7 @@ class PlannedRefit:
 
     source: Side
     destination: Side
-    plan: RefitPlan
-    wire: WireShardings | None
-    cost: Cost
+    sides: PlannedSides
     bound: Bound | None
     plan_s: float
     trained: SavedWeights | None = None
@@ -79,7 +76,7 @@ class EngineRun:
         self._session = session
         self._scenario = session.scenario
         self._planned = planned
-        self._quantisation = planned.destination.spec.quantisation
+        self._oracle = oracle.part_of(session.scenario)
         self._name = name
         self._engine = engine
         self._keep = keep
@@ -125,7 +122,9 @@ class EngineRun:
         before = past_torch(session.device)
         connected: list[str | None] = []
         with self._stopwatch.step("connect"):
-            refusal = self._attempt(lambda: connected.append(self._engine.connect(self._planned.plan, session.ranks)))
+            refusal = self._attempt(
+                lambda: connected.append(self._engine.connect(self._planned.sides.plan, session.ranks))
+            )
         if self._is_refused(refusal):
             return None
         self._update(
@@ -142,7 +141,7 @@ class EngineRun:
         planned = self._planned
 
         def prepare() -> None:
-            made.append(self._engine.prepare(planned.plan, planned.source, planned.destination, planned.wire))
+            made.append(self._engine.prepare(planned.sides, planned.source, planned.destination))
 
         with self._stopwatch.step("prepare"), memory.watch():
             refusal = self._attempt(prepare)
@@ -186,9 +185,8 @@ class EngineRun:
             session.enter(f"{self._name} iteration {iteration + 1}: fill", shown)
             session.start.enter("fill")
             if self._planned.source.weights is not None:
-                oracle.fill(self._planned.source.weights, iteration, self._quantisation)
-            if self._planned.destination.weights is not None:
-                oracle.poison(self._planned.destination.weights)
+                oracle.fill(self._planned.source.weights, iteration, self._oracle)
+            self._poison(is_first=iteration == 0)
             session.enter(f"{self._name} iteration {iteration + 1}: move", shown)
             session.start.enter("first refit")
             timings: list[Timing] = []
@@ -209,6 +207,12 @@ class EngineRun:
             session.say(progress.line(sample))
         return True
 
+    def _poison(self, is_first: bool = False) -> None:
+        """Unless a refit builds on what the one before has left."""
+        weights = self._planned.destination.weights
+        if weights is not None and (is_first or not self._oracle.keeps_base):
+            oracle.poison(weights)
+
     def _time(self, program: Program, timings: list[Timing]) -> None:
         timings.append(time_run(program, self._session.control, self._session.device))
 
@@ -225,13 +229,13 @@ class EngineRun:
             return oracle.Verdict(0, ())
         moved = (shard for shard in weights if shard.tensor.key not in self._not_moved)
         tensors, sample = self._planned.source.sharding.tensors, verify is Verify.SAMPLE
-        return oracle.check(moved, tensors, iteration, sample=sample, quantisation=self._quantisation)
+        return oracle.check(moved, tensors, iteration, sample=sample, part=self._oracle)
 
     def _summarise(self) -> None:
         result = self._result
         slowest = {name: max(self._gathered(seconds)) for name, seconds in self._stopwatch.seconds.items()}
         summary = summarise(result.measured_s)
-        busiest, bound = self._planned.cost.busiest.nbytes, self._planned.bound
+        busiest, bound = self._planned.sides.cost.busiest.nbytes, self._planned.bound
         if self._not_moved:  # the plan's bytes are not those that were moved
             busiest, bound = 0, None
         self._update(
@@ -265,8 +269,7 @@ class EngineRun:
             return
         self._session.enter(f"refit of the trained weights with {self._name}")
         trained.restore(self._planned.source.weights)
-        if destination.weights is not None:
-            oracle.poison(destination.weights)
+        self._poison()
         time_run(program, self._session.control, self._session.device)
         skipped = ForwardCheck(passed=True, skipped=doubt) if doubt else None
         forward = skipped or compare_forward(self._session, self._planned.source, destination)

@@ -10,6 +10,7 @@ import torch
 from refit.bench.initial_weights import initialise
 from refit.bench.measurements.step_run import Work, live_settings, run_steps
 from refit.bench.measurements.train_step import tokens_of
+from refit.bench.oracle import part_of
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.models.sharded_model import StepReport
@@ -33,7 +34,7 @@ def _measure(session: Session, side: Side) -> ForwardResult:
     trained = {"train-step", "refit"} <= set(measurements)
     if not trained and side.weights is not None:
         session.enter("initial weights")
-        initialise(side.weights, side.spec.quantisation)
+        initialise(side.weights, part_of(session.scenario))
     session.enter("prepare forward passes")
     side.model.prepare_infer()
     dequantised = side.spec.quantisation is not None

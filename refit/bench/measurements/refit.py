@@ -15,6 +15,7 @@ from refit.bench.session import Session
 from refit.bench.sides import Side, rearranged, refitted_to
 from refit.config.clusters import Cluster, choose_cluster
 from refit.config.registry import ENGINES, load
+from refit.encodings.fp8.wire import QuantisedWire
 from refit.errors import PlanError
 from refit.plan import cost
 from refit.plan.plan import RefitPlan
@@ -58,7 +59,9 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     source = refitted_to(destination.spec, session.scenario.model, source)
     stopwatch = Stopwatch()
     with stopwatch.step("plan"):
-        sides = plan_sides(source.sharding, destination.sharding, destination.spec, session.ranks_per_node)
+        sides = plan_sides(
+            source.sharding, destination.sharding, destination.spec, session.ranks_per_node, session.scenario.encoding
+        )
     plan = sides.plan
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
@@ -66,10 +69,10 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
     plan_s = stopwatch.seconds["plan"]
     doubt = _doubt_of_training(session)
-    planned = PlannedRefit(source, destination, plan, sides.wire, sides.cost, bound, plan_s, trained, doubt)
+    planned = PlannedRefit(source, destination, sides, bound, plan_s, trained, doubt)
     result = RefitResult(
         model=_facts(source.sharding, destination.sharding),
-        plan=planned.cost,
+        plan=sides.cost,
         bound=bound,
         quantised=_quantised(sides, destination),
     )
@@ -135,9 +138,10 @@ def _facts(source: Sharding, destination: Sharding) -> ModelFacts:
 
 
 def _quantised(sides: PlannedSides, destination: Side) -> QuantisedRefit | None:
-    quantisation, wire = destination.spec.quantisation, sides.wire
-    if quantisation is None or wire is None:
+    wire = next((wire for wire in sides.wires.values() if isinstance(wire, QuantisedWire)), None)
+    if wire is None:
         return None
+    quantisation = wire.quantisation
     reasons: dict[str, int] = {}
     for reason in wire.reasons.values():
         reasons[reason] = reasons.get(reason, 0) + 1

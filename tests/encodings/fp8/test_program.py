@@ -19,7 +19,8 @@ from refit.config.layout import Layout
 from refit.config.quantisation import BLOCK_FORMATS, Place, Quantisation
 from refit.config.side import SideSpec
 from refit.encodings.fp8.batch import QuantiseBatch
-from refit.encodings.fp8.program import QuantisingProgram
+from refit.encodings.fp8.oracle import Fp8Part
+from refit.encodings.fp8.wire import QuantisedWire
 from refit.memory.weights import LocalShard, LocalWeights, refresh_all
 from refit.models.forward_pass import ForwardPass
 from refit.models.quantised import QuantisedModel
@@ -29,6 +30,7 @@ from refit.plan.quantised import quantised_sharding
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 from refit.predict.sides import plan_sides
 from refit.transport.base import TransportOptions, get_transport
+from refit.transport.encoded import EncodedProgram
 from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.ranks.pool import RankPool
@@ -105,7 +107,7 @@ def live(sharding: Sharding, rank: int, pieces: int) -> LocalWeights | None:
 class Case:
     """A program of one rank, the weights it moves, and the unquantised tensors of their shardings."""
 
-    program: QuantisingProgram
+    program: EncodedProgram
     mine: LocalWeights | None
     theirs: LocalWeights | None
     tensors: Mapping[str, TensorSpec]
@@ -118,7 +120,8 @@ def prepared(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisat
     held = quantised_sharding(destination, quantisation)
     side = SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1), quantisation=quantisation)
     planned = plan_sides(source, held, side, None)
-    assert planned.wire is not None
+    wire = planned.wires["fp8"]
+    assert isinstance(wire, QuantisedWire)
     mine = live(source, rank, pieces=1 + seed % 2)
     theirs = QuantisedModel(Model(live(destination, rank, pieces=1)), quantisation).weights
     if theirs is not None:
@@ -126,16 +129,15 @@ def prepared(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisat
     transport, ranks = get_transport(way[0]), Ranks.of_default_group()
     options = TransportOptions(staging_bytes=1 << 16, timeout_s=60.0, one_sided_buffers=way[1], is_pipelined=True)
     rule = quantisation if not spoil else replace(quantisation, rule=spoil)
-    program = QuantisingProgram(
+    program = EncodedProgram(
         planned.plan,
-        planned.wire,
-        rule,
+        {"fp8": replace(wire, quantisation=rule)},
         rank,
         mine,
         theirs,
         lambda a, b: transport.prepare(planned.plan, ranks, a, b, options),
     )
-    return Case(program, mine, theirs, source.tensors, (planned.wire.num_at_source, planned.wire.num_at_destination))
+    return Case(program, mine, theirs, source.tensors, (wire.num_at_source, wire.num_at_destination))
 
 
 def refit_twice(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisation, spoil: str = "") -> Any:
@@ -151,7 +153,7 @@ def refit_twice(rank: int, seed: int, way: tuple[str, str], quantisation: Quanti
                 shard.owner.data = shard.owner.data.clone()
         refresh_all(case.mine, case.theirs)
         if case.mine is not None:
-            oracle.fill(case.mine, iteration, quantisation)
+            oracle.fill(case.mine, iteration, Fp8Part(quantisation))
         if case.theirs is not None:
             oracle.poison(case.theirs)
         dist.barrier()
@@ -159,7 +161,7 @@ def refit_twice(rank: int, seed: int, way: tuple[str, str], quantisation: Quanti
         dist.barrier()
         assert {"quantise", "quantise arrived"} <= set(report.phases_s)
         if case.theirs is not None:
-            verdict = oracle.check(case.theirs, case.tensors, iteration, quantisation=quantisation)
+            verdict = oracle.check(case.theirs, case.tensors, iteration, part=Fp8Part(quantisation))
             assert verdict.num_compared == sum(shard.view.numel() for shard in case.theirs)
             wrong |= {each.key: each.num_wrong for each in verdict.wrong}
     case.program.close()

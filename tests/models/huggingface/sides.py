@@ -11,9 +11,9 @@ from refit.config.scenario import Scenario
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec
 from refit.memory.weights import LocalWeights
-from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
 from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE
+from refit.predict.sides import plan_sides
 from refit.results.refit import RefitResult
 from refit.transport.ranks import Ranks
 from tests.bench.test_runner import run_scenario
@@ -49,9 +49,9 @@ def assert_verified(ranks: RankPool, flags: list[str]) -> None:
 
 def refit_once(scenario: Scenario, source: Side, destination: Side) -> None:
     """One refit without the oracle. Collective: every rank of the job."""
-    plan = plan_refit(source.sharding, destination.sharding)
+    planned = plan_sides(source.sharding, destination.sharding, destination.spec, None)
     engine = PlannedEngine(scenario, CPU)
-    engine.connect(plan, Ranks.of_default_group())
-    program = engine.prepare(plan, source, destination)
+    engine.connect(planned.plan, Ranks.of_default_group())
+    program = engine.prepare(planned, source, destination)
     program.run()
     program.close()

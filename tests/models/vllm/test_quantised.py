@@ -14,6 +14,7 @@ from refit.bench.engines.refit import PlannedEngine
 from refit.bench.sides import Side, refitted_to
 from refit.config.quantisation import Quantisation
 from refit.config.scenario import Scenario
+from refit.encodings.fp8.oracle import Fp8Part
 from refit.encodings.fp8.reference import quantise
 from refit.models.fsdp2.side import Fsdp2Side
 from refit.models.vllm.side import VllmSide
@@ -120,7 +121,7 @@ def quantising_refit(scenario: Scenario, source: Side, destination: Side) -> Non
     planned = plan_sides(source.sharding, destination.sharding, destination.spec, None)
     moving = PlannedEngine(scenario, CPU)
     moving.connect(planned.plan, Ranks.of_default_group())
-    program = moving.prepare(planned.plan, source, destination, planned.wire)
+    program = moving.prepare(planned, source, destination)
     program.run()
     program.close()
 
@@ -250,7 +251,7 @@ def wrong_keys(rank: int, argv: list[str], name: str, fault: Callable[..., None]
     source = refitted_to(destination.spec, scenario.model, source)
     quantisation = destination.spec.quantisation
     if source.weights is not None:
-        oracle.fill(source.weights, 3, quantisation)
+        oracle.fill(source.weights, 3, Fp8Part(quantisation))
     if destination.weights is not None:
         oracle.poison(destination.weights)
     quantising_refit(scenario, source, destination)
@@ -262,7 +263,7 @@ def wrong_keys(rank: int, argv: list[str], name: str, fault: Callable[..., None]
     if fault is not None:
         fault(held[name], held[f"{name}_scale_inv"])
     tensors = source.sharding.tensors
-    return {each.key for each in oracle.check(destination.weights, tensors, 3, quantisation=quantisation).wrong}
+    return {each.key for each in oracle.check(destination.weights, tensors, 3, part=Fp8Part(quantisation)).wrong}
 
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
@@ -297,9 +298,9 @@ def refit_by_another_rule(rank: int, argv: list[str]) -> set[str]:
     scenario, source, destination = built([*argv, "--fp8-scale-rule=pow2"])
     named = Quantisation("fp8-block", "amax")
     if source.weights is not None:
-        oracle.fill(source.weights, 3, named)
+        oracle.fill(source.weights, 3, Fp8Part(named))
     quantising_refit(scenario, source, destination)
     if destination.weights is None:
         return set()
     tensors = source.sharding.tensors
-    return {each.key for each in oracle.check(destination.weights, tensors, 3, quantisation=named).wrong}
+    return {each.key for each in oracle.check(destination.weights, tensors, 3, part=Fp8Part(named)).wrong}

@@ -30,9 +30,11 @@ from refit.models.fsdp2.build import materialise, meta_model
 from refit.models.fsdp2.side import Fsdp2Side
 from refit.models.megatron.compat import check_latent_query_norm
 from refit.models.vllm.side import VllmSide
+from refit.plan.cost import cost_of
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.predict.families.names import named_model
+from refit.predict.sides import PlannedSides
 from refit.results.refit import RefitResult
 from refit.transport.ranks import Ranks
 from tests.models.huggingface.sides import alone
@@ -198,7 +200,7 @@ def built(argv: list[str]) -> tuple[Scenario, Side, Side]:
 def refit(scenario: Scenario, source: Side, destination: Side, plan: RefitPlan) -> None:
     planned = PlannedEngine(scenario, CPU)
     planned.connect(plan, Ranks.of_default_group())
-    program = planned.prepare(plan, source, destination)
+    program = planned.prepare(PlannedSides(plan, cost_of(plan)), source, destination)
     with torch.no_grad():
         program.run()
     program.close()

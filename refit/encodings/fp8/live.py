@@ -1,36 +1,32 @@
-"""A refit that quantises: what lies whole at the source before it is sent, the rest where it has arrived.
+"""The live part of FP8: what lies whole at the source is quantised before it is sent, the rest where it has arrived.
 
-Any transport moves codes and scales, as tensors of the wire's shardings (`plan.quantised`). It asks the weights that it
-is given what to do before it reads them and after it has written them, so both happen beside the transfer
+Any transport moves codes and scales, as tensors of the wire's shardings (`encodings.fp8.wire`). It asks the weights
+that it is given what to do before it reads them and after it has written them, so both happen beside the transfer
 (`encodings.fp8.pipeline`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from refit.config.quantisation import CODES_DTYPE, Quantisation, scale_key
+from refit.config.quantisation import CODES_DTYPE, scale_key
 from refit.encodings.fp8.batch import load_quantise_kernel
 from refit.encodings.fp8.groups import Gather, Groups, Job
 from refit.encodings.fp8.matrix import Matrix
 from refit.encodings.fp8.pipeline import OnArrival, OnDemand, PipelinedWeights
+from refit.encodings.fp8.wire import QuantisedWire, unquantised
 from refit.memory.views import matrices_of, matrix_of, part_within
-from refit.memory.weights import LocalShard, LocalWeights, Part, generations, new_shard, refresh_all
+from refit.memory.weights import LocalShard, LocalWeights, Part, new_shard
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan, Transfer
-from refit.plan.quantised import Grid, WireShardings, scale_spec, unquantised
+from refit.plan.quantised import Grid, scale_spec
 from refit.plan.sharding import TensorSpec
-from refit.transport.base import Program, RunReport
 
 AT_SOURCE, AT_DESTINATION = "quantise", "quantise arrived"
 """Phases of a run, beside the transport's."""
-
-Prepare = Callable[[LocalWeights | None, LocalWeights | None], Program]
-"""Prepares the transfer of a source's weights to a destination's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,80 +39,70 @@ class _Shadow:
     scales: LocalShard
 
 
-class QuantisingProgram:
-    """The `Program` of one rank. `prepare` is called with the weights that the wire sees."""
+class LiveFp8:
+    """The `LiveEncoding` of one rank."""
+
+    phases = (AT_SOURCE, AT_DESTINATION)
 
     def __init__(
         self,
         plan: RefitPlan,
-        wire: WireShardings,
-        quantisation: Quantisation,
+        wire: QuantisedWire,
         rank: int,
         source: LocalWeights | None,
         destination: LocalWeights | None,
-        prepare: Prepare,
     ) -> None:
-        """`plan` is the plan of `wire`. Collective, as `prepare` is."""
-        self._quantisation = quantisation
+        """`plan` is the plan of what crosses the wire."""
+        quantisation = self._quantisation = wire.quantisation
         self._tensors = wire.tensors
-        self._destination = destination
         held = source if source is not None else destination
         self._device = torch.device("cpu") if held is None else held.device
         part = plan.for_rank(rank)
         self._shadows = [] if source is None else list(self._new_shadows(source, (*part.sends, *part.local)))
-        at_source, at_destination = (Groups(name, self._device, quantisation) for name in (AT_SOURCE, AT_DESTINATION))
+        at_source, at_destination = (Groups(name, self._device, quantisation) for name in self.phases)
         self._demand = OnDemand(at_source, self._sent_weights(), self._source_jobs)
         self._arrival = OnArrival(at_destination, self._arrived_weights(), self._destination_jobs)
         self._pipelines = (self._demand, self._arrival)
-        self._sent = self._received = None
+        self.source: LocalWeights | None = None
+        self.destination: LocalWeights | None = None
         if source is not None:
-            self._sent = PipelinedWeights(self._sent_shards(source), self._demand)
+            self.source = PipelinedWeights(self._sent_shards(source), self._demand)
         if destination is not None:
-            self._received = PipelinedWeights((*destination, *self._new_arrivals(wire, rank)), self._arrival)
+            self.destination = PipelinedWeights((*destination, *self._new_arrivals(wire, rank)), self._arrival)
         if self._device.type == "cuda":
             load_quantise_kernel(self._device, quantisation)
-        self._program = prepare(self._sent, self._received)
-        refresh_all(destination)
-        for pipeline in self._pipelines:
-            pipeline.begin()  # makes the groups, now that the transport has said what it copies
 
     @property
     def staging_bytes(self) -> int:
-        """The transport's staging, codes and scales at a source, and weights that wait to be quantised."""
+        """Codes and scales at a source, and weights that wait to be quantised."""
         own = [*self._arrivals(), *(shard for shadow in self._shadows for shard in (shadow.codes, shadow.scales))]
         gathered = (job.gather.whole for job in self._demand.jobs if job.gather is not None)
         nbytes: int = sum(view.numel() * view.element_size() for view in (*(shard.view for shard in own), *gathered))
-        return self._program.staging_bytes + nbytes
+        return nbytes
 
-    def run(self) -> RunReport:
-        """Quantise and transfer. Raises RefitError where weights have NaN or infinity, and as transports do."""
-        with torch.no_grad():
-            for pipeline in self._pipelines:
-                pipeline.begin()
-            generation = generations(self._received)
-            report = self._program.run()
-            moved = time.perf_counter()
-            if generations(self._received) != generation:
-                refresh_all(self._destination)
-            for pipeline in self._pipelines:
-                pipeline.groups.finish()
-        rest_s = time.perf_counter() - moved
-        phases = {AT_SOURCE: 0.0, AT_DESTINATION: 0.0, **report.phases_s}
-        phases[AT_DESTINATION] += rest_s
-        return replace(report, phases_s=phases, beside_s=self._beside_s(rest_s))
+    def prepared(self) -> None:
+        """Make the groups, now that the transport has said what it copies."""
+        self.begin()
 
-    def close(self) -> None:
-        self._program.close()
-        refresh_all(self._destination)
-        self._shadows, self._sent, self._received = [], None, None
+    def begin(self) -> None:
         for pipeline in self._pipelines:
-            pipeline.close()
+            pipeline.begin()
 
-    def _beside_s(self, rest_s: float) -> dict[str, float]:
+    def finish(self) -> None:
+        """Raises RefitError where weights have NaN or infinity."""
+        for pipeline in self._pipelines:
+            pipeline.groups.finish()
+
+    def beside_s(self, finish_s: float) -> Mapping[str, float]:
         """Of a GPU's quantising, what ran beside the transfer: neither for its first message nor after its last."""
         sent, arrived = self._demand.groups, self._arrival.groups
-        beside = {AT_SOURCE: sent.busy_s - sent.first_s, AT_DESTINATION: arrived.busy_s - rest_s}
+        beside = {AT_SOURCE: sent.busy_s - sent.first_s, AT_DESTINATION: arrived.busy_s - finish_s}
         return {phase: seconds for phase, seconds in beside.items() if seconds > 0.0}
+
+    def close(self) -> None:
+        self._shadows, self.source, self.destination = [], None, None
+        for pipeline in self._pipelines:
+            pipeline.close()
 
     def _sent_weights(self) -> Callable[[Part], Part | None]:
         """Of a part that is sent, the weights that it is made of: those of codes, or of scales."""
@@ -159,7 +145,7 @@ class QuantisingProgram:
             scales = new_shard(scale_spec(tensor, grid), grid.scales(box), source.device)
             yield _Shadow(tensor, box, codes, scales)
 
-    def _new_arrivals(self, wire: WireShardings, rank: int) -> Iterator[LocalShard]:
+    def _new_arrivals(self, wire: QuantisedWire, rank: int) -> Iterator[LocalShard]:
         """Memory for the weights that this rank receives unquantised."""
         held = wire.destination.of_rank(rank).shards
         for tensor in self._tensors.values():
@@ -170,7 +156,7 @@ class QuantisingProgram:
     def _arrivals(self) -> Iterator[LocalShard]:
         """The weights that this rank receives unquantised."""
         keys = {unquantised(tensor).key for tensor in self._tensors.values()}
-        return (shard for shard in self._received or () if shard.tensor.key in keys)
+        return (shard for shard in self.destination or () if shard.tensor.key in keys)
 
     def _sent_shards(self, source: LocalWeights) -> Iterator[LocalShard]:
         """The source as the wire sees it: codes and scales, and weights under the keys that they are sent under."""
@@ -185,10 +171,10 @@ class QuantisingProgram:
             yield from self._jobs_of(shadow)
 
     def _jobs_of(self, shadow: _Shadow) -> Iterator[Job]:
-        assert self._sent is not None
+        assert self.source is not None
         grid = self._grid(shadow.tensor)
         for part in matrices_of(shadow.box):
-            views = self._sent.views(unquantised(shadow.tensor).key, part)
+            views = self.source.views(unquantised(shadow.tensor).key, part)
             gather = None
             if all(grid.is_aligned(view.box) for view in views):
                 pieces = [(view.box, view.data) for view in views]
@@ -206,12 +192,12 @@ class QuantisingProgram:
     def _destination_jobs(self) -> Iterator[Job]:
         keys = {unquantised(tensor).key: tensor for tensor in self._tensors.values()}
         for arrival in self._arrivals():
-            assert self._received is not None
+            assert self.destination is not None
             tensor = keys[arrival.tensor.key]
             grid = self._grid(tensor)
             for part in matrices_of(arrival.box):
-                for codes in self._received.views(tensor.key, part):  # several where an engine has fused tensors
-                    (scales,) = self._received.views(scale_key(tensor.key), grid.scales(codes.box))
+                for codes in self.destination.views(tensor.key, part):  # several where an engine has fused tensors
+                    (scales,) = self.destination.views(scale_key(tensor.key), grid.scales(codes.box))
                     weights = part_within(arrival.view, arrival.box, codes.box)
                     matrix = Matrix(tensor.key, matrix_of(weights), matrix_of(codes.data), matrix_of(scales.data))
                     yield Job(codes.box, matrix)

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refit.config.quantisation import BLOCK_FORMATS, Place, Quantisation, scale_key
+from refit.encodings.fp8.wire import unquantised, wire_shardings
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
 from refit.plan.planner import plan_refit
-from refit.plan.quantised import Grid, quantised_sharding, unquantised, wire_shardings
+from refit.plan.quantised import Grid, quantised_sharding
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 
 BLOCK = Quantisation("fp8-block", "amax")

@@ -1,0 +1,40 @@
+"""Wire: what crosses the wire in a refit, which need not be what its sides hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from refit.plan.box import Box
+from refit.plan.plan import RefitPlan
+from refit.plan.sharding import Sharding, TensorSpec
+
+MaxBytes = Callable[[TensorSpec, Box], int]
+"""The most bytes that a box of a tensor takes in a message. It must not grow where the box shrinks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """What one encoding sends: shardings of both sides that hold the same tensors, of the same dtypes.
+
+    The plan is made between these, so planner, transports, bounds and dry run know nothing of the encoding.
+
+    `max_bytes` is for an encoding that packs its messages itself. A message then has a header with its length, and
+    takes at most the sum over its boxes. None: a message is as long as its weights, and has no header.
+    `is_pipelined`: weights are made, or used, beside the transfer. `work` is what needs `memory_bytes`, as a word.
+    """
+
+    source: Sharding
+    destination: Sharding
+    max_bytes: MaxBytes | None = None
+    is_pipelined: bool = False
+    work: str = "encoding"
+
+    def memory_bytes(self, plan: RefitPlan) -> Mapping[int, int]:
+        """What the encoding needs on each rank, beside the models and staging. Ranks that need nothing are left out."""
+        return {}
+
+    @property
+    def most_memory_bytes(self) -> Mapping[str, Mapping[int, int]]:
+        """The same, or more, found without a plan: for the ranks of the `source` and of the `destination`."""
+        return {}
