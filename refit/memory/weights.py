@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from refit.memory.codec import Decoder, Encoder, Piece
 from refit.memory.views import View, part_within
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import RankSharding, TensorSpec
@@ -72,12 +73,16 @@ class LocalWeights:
         self._index = self._index_stacked()
         self._owners = list({id(shard.owner): shard.owner for shard in self}.values())
         self._addresses = self._current_addresses()
-        self.generation = 0
-        """How often `refresh` has found new storage. Holders of views compare it to learn that theirs are stale."""
+        self._generation = 0
 
     def __iter__(self) -> Iterator[LocalShard]:
         for shards in self._shards.values():
             yield from shards
+
+    @property
+    def generation(self) -> int:
+        """How often `refresh` has found new storage. Holders of views compare it to learn that theirs are stale."""
+        return self._generation
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +121,7 @@ class LocalWeights:
             self._shards[key] = [_rebound(shard, before[id(shard.owner)]) for shard in shards]
         self._index = self._index_stacked()
         self._addresses = addresses
-        self.generation += 1
+        self._generation += 1
         return True
 
     def before_reading(self, parts: Iterable[Part]) -> Hook | None:
@@ -126,6 +131,14 @@ class LocalWeights:
     def after_writing(self, parts: Iterable[Part]) -> Hook | None:
         """What to call, once in a refit, after copies have written these parts; None for nothing."""
         return None
+
+    def encoder(self, pieces: Sequence[Piece]) -> Encoder:
+        """What packs a message of these pieces, in place of copies. For weights whose wire has `max_bytes`."""
+        raise AssertionError("these weights do not pack their messages")
+
+    def decoder(self, pieces: Sequence[Piece]) -> Decoder:
+        """What unpacks such a message into the weights."""
+        raise AssertionError("these weights do not pack their messages")
 
     def _candidates(self, key: str, box: Box) -> list[LocalShard]:
         """Shards that may overlap `box`. The index avoids a search through the hundreds of experts of one key."""

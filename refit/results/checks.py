@@ -73,6 +73,8 @@ def _check_sample(sample: Sample, place: str) -> None:
     if not 0 <= sample.slowest_rank < len(sample.seconds_per_rank):
         raise ValueError(f"{place}.slowest_rank {sample.slowest_rank} is not one of its ranks")
     _not_negative(min(sample.seconds_per_rank), f"{place}.seconds_per_rank")
+    if not 0 <= (sample.sent_bytes or 0) <= (sample.most_sent_bytes or 0):
+        raise ValueError(f"{place}: sent_bytes {sample.sent_bytes} are not up to {sample.most_sent_bytes}")
     _not_negative(min(sample.num_compared, sample.num_wrong), f"{place}: number of elements")
 
 

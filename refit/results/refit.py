@@ -15,7 +15,8 @@ class Sample:
     """One refit: seconds of every rank of the job, in rank order. Phases are those of the slowest rank.
 
     `unattributed_s` is that rank's time outside all phases, `beside_s` the time of its GPU's work that was hidden
-    beside them. Summaries leave `warmup` samples out.
+    beside them. Summaries leave `warmup` samples out. `sent_bytes` are those that all ranks sent, headers included, of
+    at most `most_sent_bytes`; None where messages are as long as their weights, whose bytes the plan has.
     """
 
     iteration: int
@@ -27,6 +28,8 @@ class Sample:
     num_compared: int
     num_wrong: int
     beside_s: dict[str, float] = field(default_factory=dict)
+    sent_bytes: int | None = None
+    most_sent_bytes: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -173,6 +176,13 @@ class EngineResult:
     @property
     def warmup_s(self) -> list[float]:
         return [sample.seconds for sample in self.samples if sample.warmup]
+
+    @property
+    def sent_share(self) -> float | None:
+        """What the measured refits sent, of what they could have sent; None where messages have a fixed length."""
+        timed = [sample for sample in self.samples if not sample.warmup]
+        most = sum(sample.most_sent_bytes or 0 for sample in timed)
+        return sum(sample.sent_bytes or 0 for sample in timed) / most if most else None
 
     @property
     def median_s(self) -> float | None:

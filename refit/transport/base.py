@@ -8,6 +8,7 @@ from typing import Protocol
 from refit.config.registry import METHODS, load
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
+from refit.plan.wire import MaxBytes
 from refit.transport.ranks import Ranks
 
 
@@ -21,6 +22,9 @@ class TransportOptions:
     `one_sided_force_put` treats peers with mapped memory like peers on other nodes (nvshmem only).
     `is_pipelined` is whether weights are pipelined on any rank (`LocalWeights.is_pipelined`): a transport that sends
     all of a pair's weights as one message then sends several, so that something can be done beside them.
+    `max_bytes` is that of the wire (`refit.plan.wire`). Where it is given, the weights' encoders and decoders take the
+    place of copies of messages, on all ranks. A message that must be decoded cannot be written in place: then all are
+    staged, also with "direct".
     """
 
     staging_bytes: int = 512 << 20
@@ -28,6 +32,12 @@ class TransportOptions:
     one_sided_buffers: str = "ring"
     one_sided_force_put: bool = False
     is_pipelined: bool = False
+    max_bytes: MaxBytes | None = None
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether one-sided transports write into the destination's weights."""
+        return self.one_sided_buffers == "direct" and self.max_bytes is None
 
 
 @dataclass(slots=True)
@@ -35,7 +45,8 @@ class RunReport:
     """What one `Program.run` did on this rank: seconds by phase, and bytes.
 
     Phases are those of the main thread. They do not overlap, and add up to nearly all of the run. `beside_s` is the
-    time of a GPU's work that was hidden beside the transfer.
+    time of a GPU's work that was hidden beside the transfer. Where an encoding packs the messages, bytes on the wire
+    include their headers, and `most_wire_bytes_sent` is what could have been sent; elsewhere that is what was sent.
     """
 
     phases_s: dict[str, float] = field(default_factory=dict)
@@ -43,6 +54,7 @@ class RunReport:
     wire_bytes_received: int = 0
     local_bytes: int = 0
     beside_s: dict[str, float] = field(default_factory=dict)
+    most_wire_bytes_sent: int = 0
 
 
 class Program(Protocol):

@@ -7,12 +7,15 @@
 3. The other pieces are packed one after another into buckets; each bucket is a message.
 
 No message exceeds the bucket size: larger pieces are cut along their leading dim. `schedule` says when each goes.
+
+Messages that an encoding packs are buckets too. They hold as many pieces as fit at their most bytes, so both ends know
+which these are. How long a message is in a run is in its header (`transport.packing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,12 +26,16 @@ from refit.plan.box import Box
 from refit.plan.cost import bytes_matrix, wire_only
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
 from refit.plan.sharding import TensorSpec
+from refit.plan.wire import MaxBytes
 from refit.transport.base import RunReport
 
 ALIGNMENT = 16
 """Pieces start at multiples of this in a bucket: any dtype can be viewed there, and GPUs can load 16 bytes at once."""
 
 MIN_BUCKET_BYTES = 256
+
+HEADER_BYTES = ALIGNMENT
+"""In front of a message that an encoding packs: its length, as int64, and a gap, so that what follows is aligned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +44,18 @@ class Framing:
 
     Pieces of at least `direct_send_threshold` bytes are messages of their own; None packs all pieces into buckets.
     `pair_bytes` are the bucket sizes of (source, destination) pairs where they differ; none exceeds `bucket_bytes`.
+    `max_bytes` is for messages that an encoding packs, which are all buckets.
     """
 
     bucket_bytes: int
     direct_send_threshold: int | None
     pair_bytes: Mapping[tuple[int, int], int] | None = None
+    max_bytes: MaxBytes | None = None
 
     def of_pair(self, source: int, destination: int) -> Framing:
         if self.pair_bytes is None:
             return self
-        return Framing(self.pair_bytes[source, destination], self.direct_send_threshold)
+        return replace(self, bucket_bytes=self.pair_bytes[source, destination], pair_bytes=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Pieces that are sent together, as `nbytes` bytes.
+    """Pieces that are sent together, as `nbytes` bytes, or as at most `max_bytes` where an encoding packs them.
 
     In `stage` 0 they are read in the source's weights, later in the destination's. `step` orders the messages of all
     ranks (`schedule`).
@@ -72,8 +81,19 @@ class Message:
 
     pieces: tuple[Piece, ...]
     nbytes: int
+    max_bytes: int | None = None
     stage: int = 0
     step: int = 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the message takes in a buffer, with the header where it has one."""
+        return self.nbytes if self.max_bytes is None else HEADER_BYTES + self.max_bytes
+
+    @property
+    def tensor_boxes(self) -> list[tuple[TensorSpec, Box]]:
+        """Its pieces, without their places in the message."""
+        return [(piece.tensor, piece.box) for piece in self.pieces]
 
     @property
     def parts(self) -> Iterator[Part]:
@@ -104,7 +124,11 @@ class Schedule:
     def report(self, clock: PhaseClock) -> RunReport:
         """The report of a run that `clock` has timed."""
         return RunReport(
-            dict(clock.phases_s), self.totals.sent_bytes, self.totals.received_bytes, self.totals.local_bytes
+            phases_s=dict(clock.phases_s),
+            wire_bytes_sent=self.totals.sent_bytes,
+            wire_bytes_received=self.totals.received_bytes,
+            local_bytes=self.totals.local_bytes,
+            most_wire_bytes_sent=self.totals.sent_bytes,
         )
 
 
@@ -180,6 +204,9 @@ def even_framing(plan: RefitPlan, message_bytes: int) -> Framing:
 
 def messages_of(transfers: Iterable[Transfer], framing: Framing) -> Iterator[Message]:
     """The messages of one pair's transfers, in their order."""
+    if framing.max_bytes is not None:
+        yield from _packed_messages(transfers, framing.bucket_bytes - HEADER_BYTES, framing.max_bytes)
+        return
     open_bucket = _Bucket(framing.bucket_bytes)
     for transfer in transfers:
         tensor = transfer.tensor
@@ -207,6 +234,40 @@ def _sent_directly(tensor: TensorSpec, box: Box, limit: int) -> Iterator[Message
             yield Message((Piece(tensor, part, 0),), nbytes)
         else:
             pending += reversed(list(part.split(-(-nbytes // limit))))
+
+
+def _packed_messages(transfers: Iterable[Transfer], limit: int, max_bytes: MaxBytes) -> Iterator[Message]:
+    """Messages of as many pieces as take at most `limit` bytes together."""
+    pieces: list[Piece] = []
+    most = 0
+    for transfer in transfers:
+        for whole in transfer.tensor.memory_boxes(transfer.box):
+            for box in _within(transfer.tensor, whole, limit, max_bytes):
+                needed = max_bytes(transfer.tensor, box)
+                if most + needed > limit:
+                    yield _packed(pieces, most)
+                    pieces, most = [], 0
+                pieces.append(Piece(transfer.tensor, box, 0))
+                most += needed
+    if pieces:
+        yield _packed(pieces, most)
+
+
+def _packed(pieces: Sequence[Piece], max_bytes: int) -> Message:
+    return Message(tuple(pieces), sum(piece.nbytes for piece in pieces), max_bytes)
+
+
+def _within(tensor: TensorSpec, box: Box, limit: int, max_bytes: MaxBytes) -> Iterator[Box]:
+    """`box`, cut along leading dims until each part takes at most `limit` bytes."""
+    pending = [box]
+    while pending:
+        part = pending.pop()
+        needed = max_bytes(tensor, part)
+        if needed <= limit:
+            yield part
+        else:
+            assert part.volume > 1, f"one element of {tensor.key} takes {needed} bytes, a message {limit}"
+            pending += reversed(list(part.split(-(-needed // limit))))
 
 
 class _Bucket:

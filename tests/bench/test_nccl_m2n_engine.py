@@ -18,8 +18,8 @@ from refit.errors import UnavailableError
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.box import Box
 from refit.plan.meshes import Mesh, Reshard
-from refit.plan.plan import RefitPlan
 from refit.plan.sharding import TensorSpec
+from refit.predict.sides import PlannedSides
 from refit.transport.ranks import Ranks
 
 FC1 = TensorSpec("experts.linear_fc1.weight", (2, 8, 3), "bfloat16", stacked=True)
@@ -103,7 +103,7 @@ def test_calls_are_grouped_only_where_gpus_reach_the_network(
     monkeypatch.setattr(NcclM2nEngine, "_check_everywhere", lambda self: None)
     monkeypatch.setattr(nccl_m2n, "_gathered", lambda mine: [mine, (True, "")])  # another rank has GIN
     monkeypatch.setattr(nccl_m2n.dist, "broadcast_object_list", lambda shared: None)
-    connected = under_test.connect(cast(RefitPlan, None), Ranks(0, 4, HashStore(), ("host",) * 4))
+    connected = under_test.connect(cast(PlannedSides, None), Ranks(0, 4, HashStore(), ("host",) * 4))
     assert connected == f"one communicator of 4 ranks, {words}"
 
 

@@ -161,7 +161,7 @@ class GatheringEngine:
     def check_available(self) -> None:
         """Gathering needs a process group only."""
 
-    def connect(self, plan: RefitPlan, ranks: Ranks) -> None: ...
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> None: ...
 
     def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
         return GatheringProgram(source, destination)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -30,6 +30,7 @@ from refit.transport.one_sided.receive_buffers import DirectBuffers, ReceiveBuff
 from refit.transport.schedule import make_schedule
 from refit.transport.turns import in_turn
 from tests.plan.strategies import staged
+from tests.seams import nonzero_rows
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 
 TIMEOUT_S = 100.0
@@ -129,7 +130,7 @@ class QueuedMemory:
         """As on a GPU, hooks are called when a batch is enqueued, and its copies are executed later."""
         if batch.before is not None:
             batch.before()
-        self._do(lambda: [copy.destination.copy_(copy.source) for copy in batch._copies])
+        self._do(partial(_without_hooks, batch))
         if batch.after is not None:
             batch.after()
 
@@ -138,6 +139,13 @@ class QueuedMemory:
             self._queue.append(lambda: (action(), True)[1])
         else:
             action()
+
+
+def _without_hooks(batch: CopyBatch) -> None:
+    hooks = batch.before, batch.after
+    batch.before = batch.after = None
+    batch.run()
+    batch.before, batch.after = hooks
 
 
 class SharedAddresses(QueuedMemory):
@@ -179,14 +187,21 @@ def _run(
     return wrong_tensors(destination, plan, iteration) if destination is not None else []
 
 
-def _rank(case: Case, plan: RefitPlan, kind: str, window: int, rank: int, world: World, problems: list[str]) -> None:
-    """Four runs. A rank starts the next one as soon as it can."""
+def _rank(
+    case: Case, plan: RefitPlan, kind: str, window: int, packs: bool, rank: int, world: World, problems: list[str]
+) -> None:
+    """Four runs. A rank starts the next one as soon as it can. `packs`: messages are packed by an encoding."""
     slot_bytes = 1 << 10
     memory = QueuedMemory(rank, world, mapped=kind != "put")
     try:
-        source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
+        source: LocalWeights | None = case.memory(case.source, rank)
+        destination: LocalWeights | None = case.memory(case.destination, rank)
+        framing = Framing(slot_bytes, None)
+        if packs:
+            source, destination = nonzero_rows.packed(source), nonzero_rows.packed(destination)
+            framing = replace(framing, max_bytes=nonzero_rows.max_bytes)
         buffers = _buffers(destination, kind, window, slot_bytes)
-        schedule = make_schedule(plan, rank, Framing(slot_bytes, None))
+        schedule = make_schedule(plan, rank, framing)
         buffers.attach(memory, schedule)
         program = OneSidedProgram(schedule, memory, buffers, source, destination, TIMEOUT_S)
         for iteration in range(4):
@@ -204,12 +219,13 @@ TOGETHER = Case(Layout(2, 2, 2, 1, 4), Layout(4, 4, 1, 1, 4))
 
 
 BUFFERS = [("ring", 1), ("ring", 2), ("ring", 5), ("put", 2), ("direct", 0)]
+PACKED_OR_NOT = [*((*each, False) for each in BUFFERS), ("ring", 1, True), ("ring", 2, True), ("put", 2, True)]
 
 
 @pytest.mark.parametrize("case", [APART, TOGETHER], ids=["apart", "together"])
-@pytest.mark.parametrize(("kind", "window"), BUFFERS)
-def test_work_enqueued_in_one_queue_per_rank_ends_and_is_right(case: Case, kind: str, window: int) -> None:
-    _run_in_threads(case, case.plan, kind, window)
+@pytest.mark.parametrize(("kind", "window", "packs"), PACKED_OR_NOT)
+def test_work_enqueued_in_one_queue_per_rank_ends_and_is_right(case: Case, kind: str, window: int, packs: bool) -> None:
+    _run_in_threads(case, case.plan, kind, window, packs)
 
 
 REPLICATED = Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 6))
@@ -217,13 +233,15 @@ REPLICATED = Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 6))
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
-@pytest.mark.parametrize(("kind", "window"), BUFFERS)
-def test_stages_enqueued_in_one_queue_per_rank_end_and_are_right(num_stages: int, kind: str, window: int) -> None:
-    _run_in_threads(REPLICATED, staged(*REPLICATED.plan.shardings, num_stages, Random(7)), kind, window)
+@pytest.mark.parametrize(("kind", "window", "packs"), PACKED_OR_NOT)
+def test_stages_enqueued_in_one_queue_per_rank_end_and_are_right(
+    num_stages: int, kind: str, window: int, packs: bool
+) -> None:
+    _run_in_threads(REPLICATED, staged(*REPLICATED.plan.shardings, num_stages, Random(7)), kind, window, packs)
 
 
-def _run_in_threads(case: Case, plan: RefitPlan, kind: str, window: int) -> None:
-    _in_threads(partial(_rank, case, plan, kind, window), len(plan.ranks))
+def _run_in_threads(case: Case, plan: RefitPlan, kind: str, window: int, packs: bool) -> None:
+    _in_threads(partial(_rank, case, plan, kind, window, packs), len(plan.ranks))
 
 
 def _in_threads(rank: Callable[[int, World, list[str]], None], num_ranks: int) -> World:

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,8 @@ class _NoStreams:
         return self
 
 
-def _refit_through_pinned_memory(rank: int, case: Case, staging_bytes: int) -> Outcome:
+@contextmanager
+def through_pinned_memory() -> Iterator[None]:
     """The backend for GPU weights over Gloo, on a machine that has neither CUDA streams nor pinned memory."""
     pageable, pinned = torch.empty, gloo.PinnedGlooBackend
 
@@ -112,6 +113,11 @@ def _refit_through_pinned_memory(rank: int, case: Case, staging_bytes: int) -> O
         mock.patch.object(torch, "empty", empty),
         mock.patch.object(gloo, "GlooBackend", partial(pinned, device=torch.device("cpu"))),
     ):
+        yield
+
+
+def _refit_through_pinned_memory(rank: int, case: Case, staging_bytes: int) -> Outcome:
+    with through_pinned_memory():
         return _refit(rank, case, ("gloo", "ring"), staging_bytes)
 
 

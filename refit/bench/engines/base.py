@@ -9,7 +9,6 @@ import torch
 
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
-from refit.plan.plan import RefitPlan
 from refit.predict.sides import PlannedSides
 from refit.transport.base import Program
 from refit.transport.ranks import Ranks
@@ -34,7 +33,7 @@ class RefitEngine(Protocol):
         """Raise UnavailableError that names what is missing and how to get it. Needs no process group."""
         ...
 
-    def connect(self, plan: RefitPlan, ranks: Ranks) -> str | None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
         """Do the set-up that a process does once, before it prepares. It counts towards no refit.
 
         Returns what was connected, in words, where there was a choice. Collective: every rank of the job.

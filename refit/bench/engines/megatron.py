@@ -92,13 +92,13 @@ class MegatronEngine:
     def check_available(self) -> None:
         """Nothing to check: importing this module already needs Megatron's resharding package."""
 
-    def connect(self, plan: RefitPlan, ranks: Ranks) -> None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> None:
         """On GPUs, connect our plan's pairs of ranks over NCCL, as for our own refit. Collective: every rank.
 
         Megatron's refit knows the default group only, so `ranks` are those of it.
         """
         if self._device.type == "cuda":
-            _connect_default_group(plan, ranks.rank, self._device)
+            _connect_default_group(planned.plan, ranks.rank, self._device)
 
     def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> MegatronProgram:
         assert not planned.wires, "its row of ENGINES does not encode"

@@ -27,7 +27,6 @@ from refit.errors import RefitError, UnavailableError
 from refit.memory.streams import new_stream, wait_for_events
 from refit.memory.weights import LocalWeights, generations
 from refit.plan.meshes import Mesh, MeshLimits, Reshard, mesh_refit
-from refit.plan.plan import RefitPlan
 from refit.plan.sharding import TensorSpec
 from refit.predict.sides import PlannedSides
 from refit.transport.base import RunReport
@@ -87,7 +86,7 @@ class NcclM2nEngine:
                 f"nccl_m2n cannot be loaded ({error}): pip install 'nccl-extensions[cu13]'"
             ) from error
 
-    def connect(self, plan: RefitPlan, ranks: Ranks) -> str | None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
         """Create a communicator of all ranks of the job, which are those of the default group.
 
         Collective: every rank of the job.

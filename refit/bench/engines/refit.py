@@ -10,7 +10,6 @@ import torch
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
 from refit.memory.weights import LocalWeights
-from refit.plan.plan import RefitPlan
 from refit.predict.sides import PlannedSides
 from refit.transport.base import Program, TransportOptions, get_transport
 from refit.transport.encoded import EncodedProgram
@@ -36,13 +35,12 @@ class PlannedEngine:
     def check_available(self) -> None:
         self._transport.check_available()
 
-    def connect(self, plan: RefitPlan, ranks: Ranks) -> str | None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
         self._ranks = ranks
-        return self._transport.connect(plan, ranks, self._options)
+        return self._transport.connect(planned.plan, ranks, self._options_of(planned))
 
     def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
-        plan, wires, ranks = planned.plan, planned.wires, self._ranks
-        options = replace(self._options, is_pipelined=any(wire.is_pipelined for wire in wires.values()))
+        plan, wires, options, ranks = planned.plan, planned.wires, self._options_of(planned), self._ranks
         assert ranks is not None, "connect comes first"
 
         def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
@@ -51,6 +49,10 @@ class PlannedEngine:
         if not wires:
             return prepare(source.weights, destination.weights)
         return EncodedProgram(plan, wires, ranks.rank, source.weights, destination.weights, prepare)
+
+    def _options_of(self, planned: PlannedSides) -> TransportOptions:
+        is_pipelined = any(wire.is_pipelined for wire in planned.wires.values())
+        return replace(self._options, is_pipelined=is_pipelined, max_bytes=planned.max_bytes)
 
     def not_moved(self) -> Mapping[str, str]:
         return {}

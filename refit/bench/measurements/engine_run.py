@@ -76,6 +76,7 @@ class EngineRun:
         self._session = session
         self._scenario = session.scenario
         self._planned = planned
+        self._packs = planned.sides.max_bytes is not None
         self._oracle = oracle.part_of(session.scenario)
         self._name = name
         self._engine = engine
@@ -122,9 +123,7 @@ class EngineRun:
         before = past_torch(session.device)
         connected: list[str | None] = []
         with self._stopwatch.step("connect"):
-            refusal = self._attempt(
-                lambda: connected.append(self._engine.connect(self._planned.sides.plan, session.ranks))
-            )
+            refusal = self._attempt(lambda: connected.append(self._engine.connect(self._planned.sides, session.ranks)))
         if self._is_refused(refusal):
             return None
         self._update(
@@ -200,7 +199,7 @@ class EngineRun:
                 self._update(status=refused.status, reason=refused.reason)
                 return False
             ranks = [each for each in answers if isinstance(each, RankSample)]
-            sample = sample_of(ranks, iteration, iteration < scenario.num_warmup)
+            sample = sample_of(ranks, iteration, warmup=iteration < scenario.num_warmup, packs=self._packs)
             self._update(
                 samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *wrong_weights(ranks, iteration))
             )
@@ -236,7 +235,7 @@ class EngineRun:
         slowest = {name: max(self._gathered(seconds)) for name, seconds in self._stopwatch.seconds.items()}
         summary = summarise(result.measured_s)
         busiest, bound = self._planned.sides.cost.busiest.nbytes, self._planned.bound
-        if self._not_moved:  # the plan's bytes are not those that were moved
+        if self._not_moved or self._packs:  # the plan's bytes are not those that were moved
             busiest, bound = 0, None
         self._update(
             status=Status.OK,

@@ -23,10 +23,10 @@ class RankSample:
     verdict: Verdict
 
 
-def sample_of(ranks: Sequence[RankSample], iteration: int, warmup: bool) -> Sample:
-    """The refit of all ranks, with the phases of the slowest."""
+def sample_of(ranks: Sequence[RankSample], iteration: int, *, warmup: bool, packs: bool) -> Sample:
+    """The refit of all ranks, with the phases of the slowest. `packs`: an encoding packs the messages."""
     slowest = max(ranks, key=lambda each: each.timing.seconds)
-    report = slowest.timing.report
+    report, reports = slowest.timing.report, [each.timing.report for each in ranks]
     return Sample(
         iteration=iteration,
         warmup=warmup,
@@ -37,6 +37,8 @@ def sample_of(ranks: Sequence[RankSample], iteration: int, warmup: bool) -> Samp
         num_compared=sum(each.verdict.num_compared for each in ranks),
         num_wrong=sum(each.verdict.num_wrong for each in ranks),
         beside_s=dict(report.beside_s),
+        sent_bytes=sum(each.wire_bytes_sent for each in reports) if packs else None,
+        most_sent_bytes=sum(each.most_wire_bytes_sent for each in reports) if packs else None,
     )
 
 

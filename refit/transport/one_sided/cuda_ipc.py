@@ -23,11 +23,12 @@ from refit.memory.streams import is_over, late_peers_error, new_stream
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import IdleProgram, Program, TransportOptions
-from refit.transport.messages import Framing, even_framing
+from refit.transport.messages import Framing, bucket_bytes, even_framing
 from refit.transport.one_sided import cuda_peers
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.in_place import InPlaceBuffers
 from refit.transport.one_sided.peer_memory import Counter, Put
+from refit.transport.one_sided.receive_buffers import RingBuffers
 from refit.transport.one_sided.shm import SharedMemory
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
@@ -51,6 +52,12 @@ all of it, and let local copies begin only after them."""
 
 LOCAL_BATCH_BYTES = 4 << 30
 """In one launch: on H200, copy engines keep 365 of their 368 GB/s beside local copies at full speed."""
+
+SLOTS_PER_PEER = 4
+SLOT_BYTES = 64 << 20
+"""Of messages that must be decoded."""
+
+HEAP_BYTES = 512
 
 DEVICE = 6
 """The index of the owner's device number among the arguments that rebuild a shared tensor."""
@@ -97,6 +104,8 @@ class CudaIpcTransport:
             return IdleProgram()
         rendezvous = _rendezvous(plan, ranks, options)
         rendezvous.agree(_check_devices(source, destination))
+        if options.max_bytes is not None:
+            return _staged(plan, rendezvous, source, destination, options)
         memory = IpcMemory(rendezvous, options.timeout_s)
         # What is passed on, too, goes message by message.
         is_pipelined = options.is_pipelined or plan.num_stages > 1
@@ -104,6 +113,26 @@ class CudaIpcTransport:
         schedule = in_turn(make_schedule(plan, rendezvous.rank, framing), plan)
         buffers = InPlaceBuffers(memory, schedule, destination, ENGINE_BYTES, PUT_PROGRAMS)
         return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)
+
+
+def _staged(
+    plan: RefitPlan,
+    rendezvous: Rendezvous,
+    source: LocalWeights | None,
+    destination: LocalWeights | None,
+    options: TransportOptions,
+) -> Program:
+    """The program of messages that must be decoded: through rings, since they cannot be written in place.
+
+    Collective: every rank of the plan.
+    """
+    slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
+    framing = Framing(slot_bytes, None, max_bytes=options.max_bytes)
+    schedule = in_turn(make_schedule(plan, rendezvous.rank, framing), plan)
+    heap = IpcHeap(rendezvous, options.timeout_s)
+    buffers = RingBuffers(destination, SLOTS_PER_PEER, slot_bytes)
+    buffers.attach(heap, schedule)
+    return OneSidedProgram(schedule, heap, buffers, source, destination, options.timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +237,40 @@ class IpcMemory:
             sent = self._sent.popleft()
             self._flags.raise_counter(sent.peer, Counter.ARRIVED, sent.value)
         return bool(self._sent)
+
+
+class IpcHeap(IpcMemory):
+    """The `PeerHeap` of GPUs on one host, for messages that a destination unpacks."""
+
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
+        """Collective: every rank of the rendezvous."""
+        super().__init__(rendezvous, timeout_s)
+        self._heaps: dict[int, torch.Tensor] = {}
+
+    def is_mapped(self, rank: int) -> bool:
+        return True
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        # Every handle that is given must be opened, so there is memory on ranks that receive nothing too.
+        heap = torch.zeros(max(nbytes, HEAP_BYTES), dtype=torch.uint8, device=self._device)
+        torch.cuda.synchronize(self._device)
+        others = [rank for rank in self._rendezvous.members if rank != self.rank]
+        offers = self.exchange(self.share(heap, others), others)
+        self._heaps = {rank: self.map([offers[rank][self.rank]])[0] for rank in others}
+        self._heaps[self.rank] = heap
+        return heap[:nbytes]
+
+    def peer(self, rank: int) -> torch.Tensor:
+        return self._heaps[rank]
+
+    def unpack(self, peer: int, batch: CopyBatch) -> None:
+        """The host gives credit for the slot as soon as this returns."""
+        batch.run()
+        torch.cuda.current_stream(self._device).synchronize()
+
+    def close(self) -> None:
+        self._heaps.clear()
+        super().close()
 
 
 def _here() -> torch.device:

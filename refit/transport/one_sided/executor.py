@@ -37,6 +37,7 @@ from refit.transport.local_sides import LocalSides
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
 from refit.transport.one_sided.receive_buffers import ReceiveBuffers
+from refit.transport.packing import run_report
 
 
 @dataclass(slots=True)
@@ -115,7 +116,9 @@ class OneSidedProgram:
             self._memory.finish()
             clock.lap("wait")
         self._has_run = True
-        return self._schedule.report(clock)
+        sent = (put.batch for flow in self._sends for put in flow.puts)
+        received = (batch for flow in self._receives for batch in flow.batches)
+        return run_report(self._schedule, clock, sent, received)
 
     def close(self) -> None:
         self._sends, self._receives, self._local = [], [], []

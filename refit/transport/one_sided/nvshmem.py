@@ -73,7 +73,7 @@ class NvshmemTransport:
             raise
         schedule = make_schedule(plan, rendezvous.rank, framing)
         buffers.attach(memory, schedule)
-        if options.one_sided_buffers == "direct":
+        if options.writes_in_place:
             # The weights' former memory is in PyTorch's caching allocator, which the heap cannot use.
             torch.cuda.empty_cache()
         return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)
@@ -97,9 +97,9 @@ def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Ren
 
 def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
     """The most bytes of symmetric memory that any rank can need. Allocations have the same size on all ranks."""
-    if options.one_sided_buffers == "ring":
-        return options.staging_bytes
-    return max(plan.destination_sharding.bytes_per_rank.values())
+    if options.writes_in_place:
+        return max(plan.destination_sharding.bytes_per_rank.values())
+    return options.staging_bytes
 
 
 def _buffers(
@@ -110,7 +110,7 @@ def _buffers(
     found = memory.exchange([target for target in targets if not memory.is_mapped(target)])
     unmapped = {rank: peers for rank, peers in found.items() if peers}
     programs = max(MIN_PUT_PROGRAMS, PUT_PROGRAMS // max(1, len(targets)))
-    if options.one_sided_buffers == "direct":
+    if options.writes_in_place:
         for rank, peers in unmapped.items():
             reason = "--nvshmem-force-put is given" if options.one_sided_force_put else "they share no NVLink"
             raise UsageError(
@@ -122,4 +122,5 @@ def _buffers(
     slots_per_peer = SLOTS_PER_PEER + 1 if unmapped else SLOTS_PER_PEER
     slot_bytes = bucket_bytes(plan, options.staging_bytes, slots_per_peer, SLOT_BYTES)
     slot_bytes = slot_bytes // SLOT_ALIGNMENT * SLOT_ALIGNMENT or slot_bytes
-    return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes, programs), Framing(slot_bytes, None)
+    framing = Framing(slot_bytes, None, max_bytes=options.max_bytes)
+    return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes, programs), framing

@@ -16,7 +16,7 @@ from refit.memory.weights import LocalWeights
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import PeerHeap, Put
 from refit.transport.one_sided.places import mapped_weights, place_of, strided
-from refit.transport.packing import pack_copies, unpack_copies
+from refit.transport.packing import pack_batch, unpack_batch
 
 HEAP_ALIGNMENT = 64
 """Weights start at multiples of this in a heap."""
@@ -122,7 +122,8 @@ class RingBuffers:
         assert self._destination is not None
         ring = self._own[channel.source]
         return [
-            CopyBatch(unpack_copies(m, self._destination, self._slot(ring, n))) for n, m in enumerate(channel.messages)
+            unpack_batch(message, self._destination, self._slot(ring, number), channel.source)
+            for number, message in enumerate(channel.messages)
         ]
 
     def rebind(self) -> None:
@@ -136,11 +137,11 @@ class RingBuffers:
 
     def _put(self, number: int, message: Message, target: _Target, source: LocalWeights) -> Put:
         if target.ring is not None:
-            copies = pack_copies(message, source, self._slot(target.ring, number))
-            return Put(CopyBatch(copies, num_programs=self._put_programs))
+            return Put(pack_batch(message, source, self._slot(target.ring, number), self._put_programs))
         assert target.outgoing is not None
-        packed = target.outgoing[: message.nbytes]
-        return Put(CopyBatch(pack_copies(message, source, packed)), packed, target.start + self._slot_start(number))
+        packed = target.outgoing[: message.buffer_bytes]
+        batch = pack_batch(message, source, packed, sends_all=True)
+        return Put(batch, packed, target.start + self._slot_start(number))
 
     def _slot(self, ring: torch.Tensor, number: int) -> torch.Tensor:
         start = self._slot_start(number)

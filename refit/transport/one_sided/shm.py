@@ -76,11 +76,12 @@ class SharedMemoryTransport:
 def _buffers(
     plan: RefitPlan, destination: LocalWeights | None, options: TransportOptions
 ) -> tuple[RingBuffers | DirectBuffers, Framing]:
-    if options.one_sided_buffers == "direct":
+    if options.writes_in_place:
         return DirectBuffers(destination), Framing(DIRECT_BATCH_BYTES, None)
-    if options.one_sided_buffers == "ring":
+    if options.one_sided_buffers in ("ring", "direct"):
         slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
-        return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes), Framing(slot_bytes, None)
+        framing = Framing(slot_bytes, None, max_bytes=options.max_bytes)
+        return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes), framing
     raise UsageError(f"unknown buffers {options.one_sided_buffers!r} for one-sided transports: choose ring or direct")
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from refit.copies.batch import CopyBatch
 from refit.memory.streams import new_stream
+from refit.transport.packing import PackBatch, UnpackBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,8 @@ class BackendTraits:
     Pieces of at least `direct_send_threshold` bytes are messages of their own; no message exceeds `bucket_bytes`.
     At most `slots_per_peer` staged messages of a pair and `window` rounds are in flight; a message that needs no
     staging takes no slot. `copies` is the number of buffers per slot. `num_programs` limits the share of a GPU that
-    packing and unpacking take from the backend's own kernels; None is no limit.
+    packing and unpacking take from the backend's own kernels; None is no limit. `sends_all`: of a message that an
+    encoding packs it sends the whole buffer, since the receiver must know the number of bytes beforehand.
     """
 
     direct_send_threshold: int | None
@@ -29,6 +31,7 @@ class BackendTraits:
     window: int
     copies: int = 1
     num_programs: int | None = None
+    sends_all: bool = False
 
 
 @dataclass(slots=True)
@@ -36,8 +39,9 @@ class BoundMessage:
     """One message bound to this rank's memory.
 
     `buffer` (uint8, contiguous, on the weights' device) is sent or received into: the weights themselves, or a slot
-    that `batch` packs or unpacks. `batch` also has the hooks of the weights. `host` is the slot's copy in pinned memory
-    where the backend cannot read the device. `reuses` is the round that used the slot before, -1 for none.
+    that `batch` packs or unpacks. A message that an encoding packs may be shorter than its buffer. `batch` also has the
+    hooks of the weights. `host` is the slot's copy in pinned memory where the backend cannot read the device. `reuses`
+    is the round that used the slot before, -1 for none.
     """
 
     peer: int
@@ -45,6 +49,23 @@ class BoundMessage:
     batch: CopyBatch | None
     host: torch.Tensor | None = None
     reuses: int = -1
+
+    @property
+    def filled_bytes(self) -> int:
+        """Of the buffer of a message to be sent, what is to be sent once it is packed.
+
+        On a GPU, where an encoding has packed it: waits for the current stream.
+        """
+        return self.batch.moved_bytes if isinstance(self.batch, PackBatch) else self.buffer.numel()
+
+    @property
+    def arrived_bytes(self) -> int:
+        """Of the buffer of a message that has arrived in `host`, what the sender has filled.
+
+        Raises RefitError where the header says what cannot be.
+        """
+        assert self.host is not None
+        return self.batch.told_bytes(self.host) if isinstance(self.batch, UnpackBatch) else self.buffer.numel()
 
 
 @dataclass(slots=True)

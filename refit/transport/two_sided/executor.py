@@ -12,19 +12,18 @@ and the next is packed while those in between are transferred.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from refit.copies.batch import CopyBatch, local_batches
-from refit.copies.copy import Copy
 from refit.memory.phases import PhaseClock
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
 from refit.transport.local_sides import LocalSides
 from refit.transport.messages import Channel, Framing, Message, Schedule, pair_buckets
-from refit.transport.packing import pack_copies, unpack_copies
+from refit.transport.packing import pack_batch, run_report, unpack_batch
 from refit.transport.schedule import make_schedule
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound
 
@@ -35,9 +34,6 @@ have a stream of their own, and a launch costs more than copying megabytes."""
 LOCAL_PROGRAMS = 132
 """Programs of the copy kernel for local copies. On a GPU they reach 3.2 of the 3.8 TB/s of all programs, and leave room
 for the backend's kernels."""
-
-Copier = Callable[[Message, LocalWeights, torch.Tensor], list[Copy]]
-"""`pack_copies` or `unpack_copies`."""
 
 
 def prepare_program(
@@ -60,7 +56,8 @@ def _schedule(plan: RefitPlan, rank: int, traits: BackendTraits, options: Transp
     """Staging is divided over peers in proportion to their bytes, and evenly over the slots of a peer."""
     staging_bytes = options.staging_bytes // traits.copies
     sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, traits.bucket_bytes)
-    return make_schedule(plan, rank, Framing(traits.bucket_bytes, traits.direct_send_threshold, sizes))
+    framing = Framing(traits.bucket_bytes, traits.direct_send_threshold, sizes, options.max_bytes)
+    return make_schedule(plan, rank, framing)
 
 
 class _Ring:
@@ -69,7 +66,7 @@ class _Ring:
     def __init__(self, traits: BackendTraits) -> None:
         self._depth = traits.slots_per_peer
         self._pinned = traits.copies > 1
-        self._num_programs = traits.num_programs
+        self._traits = traits
         self._slots: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     @property
@@ -82,14 +79,15 @@ class _Ring:
         rounds: Sequence[int],
         peer: int,
         memory_of: Callable[[Message], LocalWeights],
-        copies: Copier,
+        *,
+        sends: bool,
     ) -> Iterator[BoundMessage]:
         """Bind each message to the weights themselves where they are contiguous, else to a slot. `rounds` has the round
         of each."""
         # The backend cannot read the device where slots are pinned, so every message needs a slot there.
         direct = [None if self._pinned else _contiguous_bytes(each, memory_of(each)) for each in messages]
         staged = [number for number, weights in enumerate(direct) if weights is None]
-        largest = max((messages[number].nbytes for number in staged), default=0)
+        largest = max((messages[number].buffer_bytes for number in staged), default=0)
         turns = {number: turn for turn, number in enumerate(staged)}
         for number, (message, weights) in enumerate(zip(messages, direct, strict=True)):
             if weights is not None:
@@ -97,10 +95,18 @@ class _Ring:
                 continue
             turn, memory = turns[number], memory_of(message)
             device, host = self._slot(turn % self._depth, largest, memory.device)
-            batch = CopyBatch(copies(message, memory, device), num_programs=self._num_programs)
-            pinned = None if host is None else host[: message.nbytes]
+            batch = self._batch(message, peer, memory, device, sends=sends)
+            pinned = None if host is None else host[: message.buffer_bytes]
             before = rounds[staged[turn - self._depth]] if turn >= self._depth else -1
-            yield BoundMessage(peer, device[: message.nbytes], batch, pinned, before)
+            yield BoundMessage(peer, device[: message.buffer_bytes], batch, pinned, before)
+
+    def _batch(
+        self, message: Message, peer: int, memory: LocalWeights, slot: torch.Tensor, *, sends: bool
+    ) -> CopyBatch:
+        traits = self._traits
+        if sends:
+            return pack_batch(message, memory, slot, traits.num_programs, sends_all=traits.sends_all)
+        return unpack_batch(message, memory, slot, peer, traits.num_programs)
 
     def _slot(self, index: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         slot = self._slots.get(index)
@@ -112,7 +118,7 @@ class _Ring:
 
 def _contiguous_bytes(message: Message, memory: LocalWeights) -> torch.Tensor | None:
     """A message's bytes in the weights, uint8; None where they are not contiguous there in the destination's dtype."""
-    if len(message.pieces) != 1:
+    if len(message.pieces) != 1 or message.max_bytes is not None:
         return None
     piece = message.pieces[0]
     views = memory.views(piece.tensor.key, piece.box)
@@ -188,7 +194,7 @@ class TwoSidedProgram:
                 self._backend.wait_sent(pending)
             self._backend.finish(rounds)
             clock.lap("wire")
-        return self._schedule.report(clock)
+        return run_report(self._schedule, clock, _batches(self._sends), _batches(self._receives))
 
     def close(self) -> None:
         self._sends, self._receives, self._local = [], [], []
@@ -232,8 +238,8 @@ class TwoSidedProgram:
         sides.refresh()
         sides.unbind()
         self._bound_to = sides.generations
-        self._sends = self._rounds(schedule.sends, sides.read_by, pack_copies)
-        self._receives = self._rounds(schedule.receives, sides.written_by, unpack_copies)
+        self._sends = self._rounds(schedule.sends, sides.read_by, sends=True)
+        self._receives = self._rounds(schedule.receives, sides.written_by, sends=False)
         rounds = zip(self._sends, self._receives, strict=True)
         self._reuses = [max((bound.reuses for bound in (*sends, *receives)), default=-1) for sends, receives in rounds]
         self._local = local_batches(
@@ -247,16 +253,16 @@ class TwoSidedProgram:
         )
 
     def _rounds(
-        self, channels: Sequence[Channel], memory_of: Callable[[Message], LocalWeights], copies: Copier
+        self, channels: Sequence[Channel], memory_of: Callable[[Message], LocalWeights], *, sends: bool
     ) -> list[list[BoundMessage]]:
         rounds: list[list[BoundMessage]] = [[] for _ in self._round_of]
         for channel in channels:
-            peer = channel.destination if copies is pack_copies else channel.source
+            peer = channel.destination if sends else channel.source
             ring = self._rings[channel.source, channel.destination]
             numbers = [self._round_of[message.step] for message in channel.messages]
-            bound = ring.bind(channel.messages, numbers, peer, memory_of, copies)
+            bound = ring.bind(channel.messages, numbers, peer, memory_of, sends=sends)
             for number, message, one in zip(numbers, channel.messages, bound, strict=True):
-                _attach(one, message, self._sides, sends=copies is pack_copies)
+                _attach(one, message, self._sides, sends=sends)
                 rounds[number].append(one)
         return rounds
 
@@ -271,6 +277,10 @@ def _attach(bound: BoundMessage, message: Message, sides: LocalSides, *, sends: 
         bound.batch.before = hook
     else:
         bound.batch.after = hook
+
+
+def _batches(rounds: Iterable[Sequence[BoundMessage]]) -> Iterator[CopyBatch | None]:
+    return (bound.batch for messages in rounds for bound in messages)
 
 
 def _shares(num_batches: int, num_steps: int) -> list[int]:

@@ -120,7 +120,8 @@ class GlooBackend:
         for bound in pending.receives:
             pending.receive_works.append(self._links.receive(_message(bound), bound.peer))
         for bound in pending.sends:
-            pending.send_works.append(self._links.send(_message(bound), bound.peer))
+            # A message may be shorter than the buffer that its receiver has posted: Gloo leaves the rest as it is.
+            pending.send_works.append(self._links.send(_message(bound)[: bound.filled_bytes], bound.peer))
 
     def wait_received(self, pending: PendingRound) -> None:
         for work, bound in zip(pending.receive_works, pending.receives, strict=True):
@@ -170,7 +171,8 @@ class PinnedGlooBackend(GlooBackend):
                 if bound.batch is not None:
                     bound.batch.run()
                 assert bound.host is not None
-                bound.host.copy_(bound.buffer, non_blocking=True)
+                nbytes = bound.filled_bytes
+                bound.host[:nbytes].copy_(bound.buffer[:nbytes], non_blocking=True)
         # Gloo's thread reads host memory as soon as the send is posted.
         self._streams.pack.synchronize()
 
@@ -183,7 +185,8 @@ class PinnedGlooBackend(GlooBackend):
         with torch.cuda.stream(self._streams.unpack):
             for bound in pending.receives:
                 assert bound.host is not None
-                bound.buffer.copy_(bound.host, non_blocking=True)
+                nbytes = bound.arrived_bytes
+                bound.buffer[:nbytes].copy_(bound.host[:nbytes], non_blocking=True)
                 if bound.batch is not None:
                     bound.batch.run()
             pending.unpacked = self._streams.unpack.record_event()

@@ -80,7 +80,12 @@ class NcclBackend:
     # over 16 MiB on each (NCCL 2.28, addP2pToPlan): on 4 H200, 128 MiB reach 262 GB/s and 256 MiB reach 359.
     # 64 programs copy 1 TB/s, three times the speed of a link, and leave room for NCCL's kernels to start at once.
     traits = BackendTraits(
-        direct_send_threshold=96 << 20, bucket_bytes=256 << 20, slots_per_peer=2, window=2, num_programs=64
+        direct_send_threshold=96 << 20,
+        bucket_bytes=256 << 20,
+        slots_per_peer=2,
+        window=2,
+        num_programs=64,
+        sends_all=True,
     )
 
     def __init__(self, rank: int, timeout_s: float, device: torch.device, links: NcclLinks) -> None:

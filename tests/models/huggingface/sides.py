@@ -51,7 +51,7 @@ def refit_once(scenario: Scenario, source: Side, destination: Side) -> None:
     """One refit without the oracle. Collective: every rank of the job."""
     planned = plan_sides(source.sharding, destination.sharding, destination.spec, None)
     engine = PlannedEngine(scenario, CPU)
-    engine.connect(planned.plan, Ranks.of_default_group())
+    engine.connect(planned, Ranks.of_default_group())
     program = engine.prepare(planned, source, destination)
     program.run()
     program.close()

@@ -120,7 +120,7 @@ def quantising_refit(scenario: Scenario, source: Side, destination: Side) -> Non
     source = refitted_to(destination.spec, scenario.model, source)
     planned = plan_sides(source.sharding, destination.sharding, destination.spec, None)
     moving = PlannedEngine(scenario, CPU)
-    moving.connect(planned.plan, Ranks.of_default_group())
+    moving.connect(planned, Ranks.of_default_group())
     program = moving.prepare(planned, source, destination)
     program.run()
     program.close()

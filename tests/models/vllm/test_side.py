@@ -198,9 +198,9 @@ def built(argv: list[str]) -> tuple[Scenario, Side, Side]:
 
 
 def refit(scenario: Scenario, source: Side, destination: Side, plan: RefitPlan) -> None:
-    planned = PlannedEngine(scenario, CPU)
-    planned.connect(plan, Ranks.of_default_group())
-    program = planned.prepare(PlannedSides(plan, cost_of(plan)), source, destination)
+    engine, planned = PlannedEngine(scenario, CPU), PlannedSides(plan, cost_of(plan))
+    engine.connect(planned, Ranks.of_default_group())
+    program = engine.prepare(planned, source, destination)
     with torch.no_grad():
         program.run()
     program.close()
