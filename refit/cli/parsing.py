@@ -13,7 +13,7 @@ from refit.cli.presets import config_flags, give_way, load_preset
 from refit.cli.side_flags import read_mode, read_sides, world_size_note
 from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
-from refit.config.registry import AUTO, ENGINES, FORMATS, METHODS
+from refit.config.registry import AUTO, ENGINES, FORMATS, IDENTITY, METHODS
 from refit.config.scenario import Scenario, Verify
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -75,6 +75,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     model, notes = _model(args, sides)
     notes += (*args.preset_notes, *filter(None, [world_size_note(args, sides)]))
     _check_engines(args.refit_engine, sides)
+    _check_encoding(args)
     recorded = recorded_flags(args)
     steps = step_settings(args, sides, model, recorded)
     if args.check_forward and model is not None:
@@ -106,6 +107,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         cluster=load_cluster(args.cluster) if args.cluster else None,
         run_name=args.run_name,
         steps=steps,
+        encoding=args.refit_encoding,
     )
 
 
@@ -150,6 +152,21 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
                 f"--refit-engine {name} refits 1 model chunk per rank, virtual pipeline stages make {chunks}: "
                 "leave one of them out"
             )
+
+
+def _check_encoding(args: argparse.Namespace) -> None:
+    """Raise UsageError where nothing is sent, or an engine sends the weights as they are."""
+    encoding = args.refit_encoding
+    if encoding == IDENTITY:
+        return
+    if "refit" not in args.measure:
+        raise UsageError(f"--refit-encoding {encoding} needs a refit: add refit to --measure, or leave it out")
+    plain = next((name for name in args.refit_engine if not ENGINES[name].encodes), None)
+    if plain is not None:
+        raise UsageError(
+            f"--refit-engine {plain} sends weights as they are, --refit-encoding {encoding} does not: "
+            "leave one of them out"
+        )
 
 
 def _check_forward_flags(args: argparse.Namespace, model: ModelShape) -> None:

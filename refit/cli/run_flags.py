@@ -7,7 +7,7 @@ from pathlib import Path
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
 from refit.config import limits
-from refit.config.registry import AUTO, ENGINES, MEASUREMENTS, METHODS
+from refit.config.registry import AUTO, ENCODINGS, ENGINES, IDENTITY, MEASUREMENTS, METHODS, chosen_encodings
 from refit.config.scenario import Mode, Verify
 from refit.results.stats import CONFIDENCE, STABLE_WIDTH
 
@@ -46,6 +46,13 @@ def add_refit_flags(parser: FlagParser) -> None:
         choices=[*METHODS, AUTO],
         help=f"what moves the bytes; required, except in a dry run. {needs}; {AUTO} takes the first of these that can "
         "run here",
+    )
+    titles = "; ".join(f"{name}: {ENCODINGS[name].title}" for name in chosen_encodings())
+    group.add_argument(
+        "--refit-encoding",
+        choices=chosen_encodings(),
+        default=IDENTITY,
+        help=f"what is sent of the weights that the destination will hold. {titles}; default: {IDENTITY}",
     )
     group.add_argument(
         "--refit-engine",

@@ -75,6 +75,11 @@ class Scenario:
     encoding: str = IDENTITY
 
     @property
+    def way(self) -> str:
+        """How the bytes move, in words: the method, and the encoding where one was chosen: `gloo with delta`."""
+        return self.method if self.encoding == IDENTITY else f"{self.method} with {self.encoding}"
+
+    @property
     def encodings(self) -> list[str]:
         """The rows of ENCODINGS that its refits go through, in order: what the destination holds, then `encoding`."""
         return encodings_of(self.destination.held_dtype, self.encoding)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refit import units
+from refit.config.registry import ENCODINGS, IDENTITY
 from refit.plan.cost import BusiestRank
 from refit.predict.dry_run import DryRun
 from refit.report.bound import bound_text
@@ -74,7 +75,10 @@ def _moved(run: DryRun) -> dict[str, str]:
     """What a refit moves."""
     cost = run.cost
     sender, receiver = cost.busiest_sender, cost.busiest_receiver
+    scenario = run.scenario
+    sent = {} if scenario.encoding == IDENTITY else {"Encoding": _encoding(scenario.encoding)}
     return {
+        **sent,
         "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
         "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
         "Local": f"{units.gb(cost.local_bytes)} within a GPU",
@@ -82,6 +86,10 @@ def _moved(run: DryRun) -> dict[str, str]:
         "Busiest receiver": _busiest(run, receiver, "received"),
         "Lower bound": _lower_bound(run),
     }
+
+
+def _encoding(name: str) -> str:
+    return f"{name}: {ENCODINGS[name].title}; the bytes below are those of a refit that sends everything"
 
 
 def _nodes(run: DryRun) -> str:

@@ -75,6 +75,7 @@ def _record(entry: Entry) -> Record:
         "model": entry.model,
         "mode": planned.mode,
         "method": entry.method,
+        "encoding": planned.scenario.encoding if planned.scenario else None,
         "source": planned.source.title if planned.source else None,
         "destination": planned.destination.title if planned.destination else None,
         **_sizes("source", planned.source),

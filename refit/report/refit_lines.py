@@ -40,7 +40,7 @@ def header(
         ", ".join(f"{name} {version}" for name, version in environment.versions.items()),
         f"{environment.host}: "
         + (f"{len(gpus)} x {gpus[0]}" if gpus else f"{environment.num_cpus} cores of {environment.cpu}"),
-        f"{_mapping(scenario, world_size)}, {scenario.mode.value}, {scenario.method}, verify {scenario.verify.value}",
+        f"{_mapping(scenario, world_size)}, {scenario.mode.value}, {scenario.way}, verify {scenario.verify.value}",
         f"model {scenario.model_title or 'from flags'}: {facts.num_parameters:,} elements in {facts.num_tensors} "
         f"tensors, {' and '.join(facts.dtypes)}",
         f"payload {units.gb(plan.payload_bytes)}: wire {units.gb(plan.wire_bytes)}, local {units.gb(plan.local_bytes)}"
@@ -95,7 +95,7 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
             lines += [times(engine)] if len(engines) == 1 else []
             lines += [stability_line(name, engine.stability)] if engine.stability else []
             lines += warnings.of_engine(name, engine, scenario, result)
-        lines += [wrong_weights(name, engine), not_moved(name, engine)]
+        lines += [wrong_weights(name, engine), not_moved(name, engine), sent(name, engine)]
     lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
     lines += (verdict(name, engine, scenario.verify.value) for name, engine in engines.items())
     if result.rearranged is not None:
@@ -241,6 +241,16 @@ def not_moved(name: str, engine: EngineResult) -> str:
         f"{', ...' if each.num_tensors > len(each.first_keys) else ''})"
         for each in engine.not_moved
     )
+
+
+def sent(name: str, engine: EngineResult) -> str:
+    """`refit: sent 1.23 GB of at most 4.56 GB in the last refit; 27 % over all`; empty where the plan has the bytes."""
+    share = engine.sent_share
+    if share is None:
+        return ""
+    last = engine.samples[-1]
+    found, most = units.gb(last.sent_bytes or 0), units.gb(last.most_sent_bytes or 0)
+    return f"{ENGINES[name].title}: sent {found} of at most {most} in the last refit, {100 * share:.1f} % over all"
 
 
 def _number(value: float | None) -> str:

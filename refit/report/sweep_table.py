@@ -94,7 +94,7 @@ def _cells(planned: Planned, scale: _Units) -> list[str]:
         planned.status.value,
         " -> ".join(side.title if side else "?" for side in sides),
         planned.mode if planned.uses_destination else "-",
-        planned.method if planned.refits else "-",
+        planned.way if planned.refits else "-",
     ]
 
 

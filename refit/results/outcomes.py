@@ -51,7 +51,7 @@ class Outcome:
         if self.tested is not None and self.tested.transport is not None:
             return self.tested.transport
         scenario = self.result.scenario if self.result else None
-        return scenario.method if scenario else self.planned.method
+        return scenario.way if scenario else self.planned.way
 
     def transport_of(self, name: str | None) -> str:
         """What moved the bytes of the engine called `name`; with None, or for the one under test, `method`."""

@@ -64,6 +64,11 @@ class Planned:
     run_of: str | None = None
 
     @property
+    def way(self) -> str:
+        """The method, and the encoding where one was chosen."""
+        return self.method if self.scenario is None else self.scenario.way
+
+    @property
     def uses_destination(self) -> bool:
         """Whether anything is measured on the destination; True where the flags are refused."""
         return self.scenario is None or "destination" in self.scenario.used_sides

@@ -22,7 +22,7 @@ class PlannedEngine:
     uses_plan = True
 
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
-        self.transport = scenario.method
+        self.transport = scenario.way
         self._transport = get_transport(scenario.method)
         self._ranks: Ranks | None = None
         self._options = TransportOptions(
