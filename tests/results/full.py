@@ -45,7 +45,7 @@ ENGINE = EngineResult(
     cold_s={"plan": 0.1, "prepare": 0.2, "first": 0.3},
     samples=(
         Sample(0, True, (0.1, 0.3, 0.2), 1, {"wire": 0.25}, 0.05, 100, 0),
-        Sample(1, False, (0.1, 0.2, 0.3), 2, {"wire": 0.25, "pack": 0.01}, 0.04, 100, 7),
+        Sample(1, False, (0.1, 0.2, 0.3), 2, {"wire": 0.25, "pack": 0.01}, 0.04, 100, 7, {"quantise": 0.1}, 10, 12),
     ),
     summary=summarise([0.3]),
     stability=stability([0.3] * 6),
@@ -120,6 +120,7 @@ FULL = Result(
         recorded={"seq-length": 128, "data-path": ["a", "b"], "swiglu": True, "lr": 0.5, "nothing": None},
         notes=("a choice",),
         device="cuda",
+        encoding="delta",
         one_sided_buffers="symmetric",
         nvshmem_force_put=True,
         cluster=Cluster("mine", 391e9, None, 8, None, 80 * 10**9, "H200", "measured"),

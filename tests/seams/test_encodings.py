@@ -26,7 +26,7 @@ from refit.results.result import ResultFile, read_result
 from refit.results.status import Status
 from tests.ranks.pool import RankPool
 from tests.seams import nonzero_rows
-from tests.seams.nonzero_rows import ROWS
+from tests.seams.nonzero_rows import CHANGES, ROWS
 from tests.seams.test_seams import FLAGS, LAYOUTS
 
 SENT_AS_ROWS = [*LAYOUTS, "--refit-encoding", "rows"]
@@ -43,6 +43,7 @@ def run_scenario(rank: int, argv: list[str], drops: bool = False, directory: str
     printed = io.StringIO()
     with (
         ENCODINGS.added("rows", ROWS),
+        ENCODINGS.added("changes", CHANGES),
         rows_dropped() if drops and rank == 0 else contextlib.nullcontext(),
         contextlib.redirect_stdout(printed),
     ):
@@ -81,6 +82,19 @@ def test_rows_of_codes_and_scales(ranks: RankPool, way: list[str]) -> None:
     assert min(quantised.blocks_at_source, quantised.blocks_at_destination) > 0
     assert set(engine.samples[0].phases_s) >= {"quantise", "quantise arrived"}
     assert 0.4 < engine.sent_share < 0.7
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize("dtype", [[], FP8], ids=["bf16", "fp8"])
+def test_rows_that_have_changed(ranks: RankPool, way: list[str], dtype: list[str]) -> None:
+    """A refit builds on the one before. The oracle then leaves the destination as it is, and compares all of it."""
+    argv = [*(dtype or LAYOUTS), "--refit-encoding", "changes", "--refit-method", *way]
+    result, *_ = ranks.run(run_scenario, argv)[0]
+    engine = result.refit.engines["refit"]
+    assert (result.exit_code, engine.status, engine.num_wrong) == (0, Status.OK, 0)
+    first, *later = (sample.sent_bytes / sample.most_sent_bytes for sample in engine.samples)
+    assert first == 1
+    assert all(share < 0.75 for share in later)
 
 
 @contextmanager

@@ -1,7 +1,18 @@
 """The pure part of FP8: which codes, scales and unquantised weights cross the wire. Imports no torch.
 
 `wire_shardings` quantises at the source the blocks that lie whole in what one rank holds, and sends the others in the
-source's dtype, to be quantised where they arrive.
+source's dtype, to be quantised where they arrive. An example: 384 rows in three blocks of 128, which two source ranks
+hold 192 rows each of, and one destination rank whole.
+
+    row               0             128     192    256             384
+    block             |----- 0 -----|----- 1 ------|------ 2 ------|
+    source rank 0     [=====================]
+    source rank 1                           [======================]
+    whole at one      |----- 0 -----|              |------ 2 ------|    codes of these rows, and scales 0 and 2
+    cut                             [=======|======]                    rows 128 to 256, unquantised
+
+The destination gets the codes of rows 0 to 128 and 256 to 384 with two rows of scales, and `KEY@unquantised` of the 128
+rows between, from both ranks. It quantises these together, since their scale follows from all 128.
 """
 
 from __future__ import annotations
@@ -177,6 +188,7 @@ class _Side:
 
 
 def _divide(source: TensorSharding, destination: TensorSharding, grid: Grid, place: Place) -> _Division:
+    # A source whose cuts lie on the grid is its own interior, and the rest is empty.
     codes = None if place is Place.DESTINATION else mapped(source, grid.interior)
     whole = coalesce(_disjoint(shard.box for shard in codes.shards)) if codes is not None else ()
     covered: list[ReplicatedShard] = []
@@ -184,6 +196,7 @@ def _divide(source: TensorSharding, destination: TensorSharding, grid: Grid, pla
     at_source = at_destination = 0
     for shard in destination.shards:
         inside = [part for box in whole if (part := shard.box.intersect(box)) is not None]
+        # What no source rank can quantise: the destination's box without all blocks that are whole at one.
         outside = [shard.box]
         for box in inside:
             outside = [part for each in outside for part in each.subtract(box)]
