@@ -115,8 +115,7 @@ def check(
     """Compare shards of a destination, as bits, with the source's values of `iteration`.
 
     `source` has each tensor's dtype and first dim at the source. Expected values are cast from that dtype to the
-    destination's, or what `part` makes of them. `sample` compares every 16th row only, of quantised tensors every 16th
-    row of blocks.
+    destination's, or what `part` makes of them. `sample` compares every 16th row only, or row of what `part` compares.
     """
     tally = _Tally()
     held = LocalWeights(memory)

@@ -80,7 +80,7 @@ def _can_be_built(run: DryRun, change: _Change) -> bool:
 def _fits(run: DryRun, change: _Change, available: int) -> bool:
     try:
         return _needed(run, change) <= available
-    except UsageError:  # --quantise source, and blocks that no source rank holds whole
+    except UsageError:  # an encoding that cannot send to these layouts
         return False
 
 

@@ -4,7 +4,7 @@
 2. `candidates` keeps the pairs that can be built and that fit the cluster's memory. Each has a floor below its bound,
    found without a plan.
 3. `Search.run` plans the pairs with the lowest floors and sorts them by bound. Those that do not fit with what
-   quantising needs, which the plan says, are left out. What was left out is counted.
+   encodings need, which the plan says, are left out. What was left out is counted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Candidate:
     """A pair of layouts that fits. `flags` are its whole command line, less the refit method.
 
     `memory_bytes` are those of the fullest GPU that serves: weights, of both sides where they share it, and staging;
-    what quantising needs comes on top. `floor_s` is a lower bound of the plan's lower bound: no plan was needed for it.
+    what encodings need comes on top. `floor_s` is a lower bound of the plan's lower bound: no plan was needed for it.
     """
 
     flags: tuple[str, ...]
