@@ -66,6 +66,7 @@ def _identity(entry: Entry) -> Record:
 def _record(entry: Entry) -> Record:
     outcome, environment = entry.outcome, entry.environment
     planned, result = outcome.planned, outcome.result
+    scenario = result.scenario if result is not None and result.scenario is not None else planned.scenario
     return {
         **_identity(entry),
         "date": result.started if result else None,
@@ -75,7 +76,7 @@ def _record(entry: Entry) -> Record:
         "model": entry.model,
         "mode": planned.mode,
         "method": entry.method,
-        "encoding": planned.scenario.encoding if planned.scenario else None,
+        "encoding": scenario.encoding if scenario is not None else None,
         "source": planned.source.title if planned.source else None,
         "destination": planned.destination.title if planned.destination else None,
         **_sizes("source", planned.source),
