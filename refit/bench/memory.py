@@ -15,12 +15,14 @@ class PeakMemory:
     """Peak bytes within `watch` blocks, above the level when this object was constructed.
 
     On a GPU: the peak of torch's allocator, plus the growth of other device memory (NVSHMEM's heap, NCCL's buffers) by
-    any process. On a CPU: the process's resident memory. Its high-water mark is reset through /proc/self/clear_refs
-    (Linux, proc(5)); `extra_bytes` is None where that is not allowed.
+    any process. On a GPU that `is_shared` with other ranks only the former, since the allocators of those ranks would
+    count as growth. On a CPU: the process's resident memory. Its high-water mark is reset through
+    /proc/self/clear_refs (Linux, proc(5)); `extra_bytes` is None where that is not allowed.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_shared: bool = False) -> None:
         self._device = device
+        self._is_shared = is_shared
         self.extra_bytes: int | None = 0
         self._baseline = used_bytes(device)
         self._past_torch = past_torch(device)
@@ -31,7 +33,7 @@ class PeakMemory:
             self.extra_bytes = None
         yield
         if self.extra_bytes is not None:
-            taken = past_torch(self._device) - self._past_torch
+            taken = 0 if self._is_shared else past_torch(self._device) - self._past_torch
             self.extra_bytes = max(self.extra_bytes, peak_bytes(self._device) - self._baseline + taken)
 
 

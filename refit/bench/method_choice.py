@@ -33,7 +33,7 @@ def with_method(scenario: Scenario) -> Scenario:
             continue
         try:
             check_hosts(name)
-            get_transport(name).check_available()
+            get_transport(name).check_available(scenario.ranks_per_gpu)
         except UnavailableError as error:
             reasons.append(str(error))
             continue

@@ -31,7 +31,7 @@ def run(scenario: Scenario) -> int:
     """
     scenario = with_method(scenario)
     _check_available(scenario)
-    if device_for(scenario.method, scenario.device).type == "cuda":
+    if device_for(scenario).type == "cuda":
         start_loading_kernels()
     else:
         _check_cpus(scenario)
@@ -104,7 +104,7 @@ def _check_available(scenario: Scenario) -> None:
         for library, command in FORMATS[side.format].libraries:
             if importlib.util.find_spec(library) is None:
                 raise UnavailableError(f"{side.format} sides need {library}, which is not installed: {command}")
-    device = device_for(scenario.method, scenario.device)
+    device = device_for(scenario)
     for side in scenario.sides.values():
         available = FORMATS[side.format].available
         if available is not None:

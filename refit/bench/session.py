@@ -15,6 +15,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from refit.bench.clock import StartClock
 from refit.bench.environment import manifest
 from refit.bench.watchdog import Failure, Watchdog
+from refit.config.gpus import GpuMap
 from refit.config.registry import METHODS
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError, UsageError
@@ -22,7 +23,7 @@ from refit.report import live
 from refit.report.console import show_aside, show_text
 from refit.results import result
 from refit.results.result import Environment, MeasurementResult, ResultFile
-from refit.transport.ranks import Ranks
+from refit.transport.ranks import Ranks, gpus_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,15 @@ class Session:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         return local if 0 < local < self.world_size else None
 
+    @property
+    def gpus(self) -> GpuMap:
+        """Which ranks share a GPU."""
+        return GpuMap(self.ranks_per_node or self.world_size, self.scenario.ranks_per_gpu)
+
+    @property
+    def is_gpu_shared(self) -> bool:
+        return self.device.type == "cuda" and self.gpus.is_shared
+
     def enter(self, phase: str, shown: str | None = None) -> None:
         """Enter a phase. A terminal shows its name with the seconds it has taken, or `shown`, which stands still.
 
@@ -87,23 +97,30 @@ class Launch:
     file: ResultFile | None
 
 
-def device_for(method: str, asked: str | None = None) -> torch.device:
-    """The device on which a method moves weights: `asked`, or the method's default.
+def device_for(scenario: Scenario) -> torch.device:
+    """The device on which this rank's weights are: that which the scenario asks for, or its method's default.
 
-    Raises UnavailableError where that is a GPU and this rank has none.
+    Raises UnavailableError, on every rank, where those are GPUs and this host has too few.
     """
-    if (asked or METHODS[method].device) == "cpu":
+    shared = scenario.ranks_per_gpu
+    if (scenario.device or METHODS[scenario.method].device) == "cpu":
+        if shared > 1:
+            raise UnavailableError(
+                f"--ranks-per-gpu {shared} places ranks on GPUs, this machine has none: leave it out"
+            )
         return torch.device("cpu")
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    gpus, num_gpus = gpus_here(shared), torch.cuda.device_count()
     # With --gpus-per-task, Slurm shows each task its own GPU only. For torchrun's ranks, one GPU means too few.
     if num_gpus == 1 and os.environ.get("SLURM_LOCALID") == os.environ.get("LOCAL_RANK"):
         return torch.device("cuda", 0)
-    if local_rank >= num_gpus:
+    if gpus.gpus_per_host > num_gpus:
+        needed = "one per rank" if shared == 1 else f"one for each {shared} ranks"
+        share = f"give --ranks-per-gpu {-(-gpus.ranks_per_host // num_gpus)} with cuda-ipc, " if num_gpus else ""
         raise UnavailableError(
-            f"--refit-method {method} on GPUs needs one per rank, this machine has {num_gpus} for "
-            f"{os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks: start fewer, or use --refit-method gloo or shm on CPUs"
+            f"--refit-method {scenario.method} on GPUs needs {needed}, this machine has {num_gpus} for "
+            f"{gpus.ranks_per_host} ranks: {share}start fewer, or use --refit-method gloo or shm on CPUs"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", gpus.device_of(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
 @contextmanager
@@ -113,7 +130,7 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
     Collective: every rank of the job. On exit the process group is destroyed. Raises UsageError for `--profile-refit`
     on CPUs, and UnavailableError where this rank has no GPU that it needs.
     """
-    device = device_for(scenario.method, scenario.device)
+    device = device_for(scenario)
     if scenario.profile and device.type != "cuda":
         raise UsageError(
             "--profile-refit records what GPUs do, and this run is on CPUs: leave it out, each refit's line has its "
@@ -126,7 +143,10 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
         live.draw(f"connecting {os.environ.get('WORLD_SIZE', '')} ranks")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+        if gpus_here(scenario.ranks_per_gpu).is_shared:  # NCCL refuses two ranks on one GPU
+            dist.init_process_group("cpu:gloo,cuda:gloo", timeout=timeout)
+        else:
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
         control = dist.new_group(backend="gloo", timeout=timeout)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

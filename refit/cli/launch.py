@@ -72,8 +72,9 @@ def check_launch(scenario: Scenario, environ: Mapping[str, str], gpus_per_node: 
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return check_num_ranks(scenario, int(environ["WORLD_SIZE"]))
     needed = scenario.num_ranks
-    nodes = num_nodes(needed, gpus_per_node)
-    per_node = f"--nnodes {nodes} --nproc-per-node {gpus_per_node}" if nodes > 1 else f"--nproc-per-node {needed}"
+    ranks_per_node = gpus_per_node * scenario.ranks_per_gpu
+    nodes = num_nodes(needed, ranks_per_node)
+    per_node = f"--nnodes {nodes} --nproc-per-node {ranks_per_node}" if nodes > 1 else f"--nproc-per-node {needed}"
     raise UsageError(
         f"no ranks have been started, {needed} are needed: "
         f"torchrun {per_node} benchmark_refit.py <the same flags>, or add --dry-run to plan without them"

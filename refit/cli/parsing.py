@@ -102,6 +102,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         recorded=recorded,
         notes=notes,
         device=_device(args),
+        ranks_per_gpu=_ranks_per_gpu(args),
         one_sided_buffers=args.one_sided_buffers,
         nvshmem_force_put=args.nvshmem_force_put,
         cluster=load_cluster(args.cluster) if args.cluster else None,
@@ -132,6 +133,16 @@ def _device(args: argparse.Namespace) -> str | None:
         f"--refit-method {args.refit_method} moves weights on {METHODS[args.refit_method].device} only: "
         f"leave --device {device} out, or use --refit-method gloo"
     )
+
+
+def _ranks_per_gpu(args: argparse.Namespace) -> int:
+    """Raises UsageError where the method moves no weights on GPUs."""
+    shared: int = args.ranks_per_gpu
+    devices = ("cuda",) if args.refit_method in (None, AUTO) else METHODS[args.refit_method].devices
+    if shared > 1 and (args.device or devices[0]) == "cpu":
+        remedy = "give --device cuda" if "cuda" in devices and args.refit_method != AUTO else "leave it out"
+        raise UsageError(f"--ranks-per-gpu {shared} places ranks on GPUs, and these are on CPUs: {remedy}")
+    return shared
 
 
 def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:

@@ -131,6 +131,13 @@ def _add_transport_flags(parser: FlagParser) -> None:
         help="where gloo finds the models; cuda copies through pinned host memory; default: cpu",
     )
     group.add_argument(
+        "--ranks-per-gpu",
+        type=flag_types.positive,
+        default=1,
+        metavar="N",
+        help="let up to N ranks share a GPU (cuda-ipc; gloo with --device cuda); default: 1",
+    )
+    group.add_argument(
         "--one-sided-buffers",
         "--nvshmem-buffers",
         choices=("ring", "direct"),

@@ -259,7 +259,8 @@ def _place(args: argparse.Namespace) -> int:
     scenario, _ = check.checked(flags, allocation.options, allocation.machine)
     if allocation.cluster is not None and scenario.cluster is None:
         flags = [*flags, f"--cluster={allocation.cluster}"]
-    placement = check.place(scenario.num_ranks, None if args.cpu_fallback else allocation.gpus_per_node)
+    gpus_per_node = None if args.cpu_fallback else allocation.gpus_per_node
+    placement = check.place(scenario.num_ranks, gpus_per_node, scenario.ranks_per_gpu)
     lines = [
         _fields("num_ranks", str(placement.num_ranks)),
         _fields("nodes", str(placement.nodes)),

@@ -41,9 +41,10 @@ class Scenario:
     (`--seq-length`, ...), for the result file. `run_name` names the result file; None uses time and scenario.
     `steps` are the settings of training steps and forward passes, None where neither is measured.
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
-    "cuda" where the user chose it; None uses the method's default. `notes` are lines for the log on choices made for
-    the user. `encoding` is the row of ENCODINGS that says what is sent of what the destination will hold.
-    `max_iterations` is set where refits go on until the median is stable: the most that are timed.
+    "cuda" where the user chose it; None uses the method's default. At most `ranks_per_gpu` ranks share a GPU
+    (`refit.config.gpus`). `notes` are lines for the log on choices made for the user. `encoding` is the row of ENCODINGS
+    that says what is sent of what the destination will hold. `max_iterations` is set where refits go on until the median
+    is stable: the most that are timed.
     """
 
     model: ModelShape | None
@@ -67,6 +68,7 @@ class Scenario:
     recorded: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     device: str | None = None
+    ranks_per_gpu: int = 1
     one_sided_buffers: str = "ring"
     nvshmem_force_put: bool = False
     cluster: Cluster | None = None
@@ -153,15 +155,20 @@ def check_num_ranks(scenario: Scenario, available: int) -> None:
     needed = scenario.num_ranks
     if needed <= available:
         return
+    shared = scenario.ranks_per_gpu
+    what = f"ranks ({shared} per GPU)" if shared > 1 else "GPUs"
+    remedies = [f"lower {' or '.join(_flags_to_lower(scenario, available))}", f"start {needed} ranks"]
+    if shared > 1:
+        remedies.insert(1, "raise --ranks-per-gpu")
     raise UsageError(
-        f"{scenario.num_ranks_text} GPUs needed > {available} available: "
-        f"lower {' or '.join(_flags_to_lower(scenario, available))}, or start {needed} ranks"
+        f"{scenario.num_ranks_text} {what} needed > {available} available: "
+        f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
     )
 
 
-def num_nodes(num_ranks: int, gpus_per_node: int) -> int:
+def num_nodes(num_ranks: int, ranks_per_node: int) -> int:
     """The fewest nodes that suffice."""
-    return math.ceil(num_ranks / gpus_per_node)
+    return math.ceil(num_ranks / ranks_per_node)
 
 
 def _flags_to_lower(scenario: Scenario, available: int) -> list[str]:

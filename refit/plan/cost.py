@@ -10,6 +10,7 @@ import numpy as np
 
 from refit import units
 from refit.config.clusters import Cluster
+from refit.config.gpus import GpuMap
 from refit.plan.box_array import BoolArray, IntArray
 from refit.plan.pieces import ZEROS
 from refit.plan.plan import RefitPlan
@@ -31,10 +32,10 @@ class Bound:
 class Traffic:
     """Bytes of every rank, each `[num_ranks]`: wire bytes within and between nodes, and local copies.
 
-    Ranks fill nodes in order: the first `gpus_per_node` ranks are node 0, the next ones node 1.
+    Ranks fill nodes in order: the first `ranks_per_node` ranks are node 0, the next ones node 1.
     """
 
-    gpus_per_node: int
+    ranks_per_node: int
     sent_within: IntArray
     sent_between: IntArray
     received_within: IntArray
@@ -146,26 +147,44 @@ def wire_only(matrix: IntArray) -> IntArray:
     return wire
 
 
-def split_traffic(matrix: IntArray, gpus_per_node: int) -> Traffic:
-    """Divide a `bytes_matrix` into traffic within nodes of `gpus_per_node` ranks and traffic between them."""
+def per_gpu(matrix: IntArray, gpus: GpuMap) -> IntArray:
+    """A `bytes_matrix` from each GPU to each GPU. The diagonal has what a GPU's ranks copy, each for itself or to
+    another rank of that GPU."""
+    of_rank = np.array([gpus.gpu_of(rank) for rank in range(len(matrix))], np.int64)
+    num_gpus = 1 + int(of_rank.max(initial=-1))
+    rows = np.zeros((num_gpus, len(matrix)), np.int64)
+    np.add.at(rows, of_rank, matrix)
+    summed = np.zeros((num_gpus, num_gpus), np.int64)
+    np.add.at(summed.T, of_rank, rows.T)
+    return summed
+
+
+def split_traffic(matrix: IntArray, ranks_per_node: int) -> Traffic:
+    """Divide a `bytes_matrix` into traffic within nodes of `ranks_per_node` ranks and traffic between them."""
     num_ranks = len(matrix)
     local = np.diagonal(matrix).copy()
     sent_within, received_within = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
-    for first in range(0, num_ranks, gpus_per_node):  # node by node: thousands of ranks make a large matrix
-        node = slice(first, first + gpus_per_node)
+    for first in range(0, num_ranks, ranks_per_node):  # node by node: thousands of ranks make a large matrix
+        node = slice(first, first + ranks_per_node)
         sent_within[node], received_within[node] = matrix[node, node].sum(1), matrix[node, node].sum(0)
     sent_between, received_between = matrix.sum(1) - sent_within, matrix.sum(0) - received_within
-    return Traffic(gpus_per_node, sent_within - local, sent_between, received_within - local, received_between, local)
+    return Traffic(ranks_per_node, sent_within - local, sent_between, received_within - local, received_between, local)
 
 
-def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:
-    """The longest time that any rank needs for its bytes of one kind at the cluster's full speed for them.
+def lower_bound(matrix: IntArray, cluster: Cluster, gpus: GpuMap | None = None) -> Bound | None:
+    """The longest time that any GPU needs for its bytes of one kind at the cluster's full speed for them.
+
+    `gpus` says which ranks share a GPU; None: none do. The bytes of its ranks add up, on its links and in its memory:
+    those between two of them cross no link, and are read and written there as local copies are.
 
     The kinds are sends and receives, each within and between nodes, and copies within a GPU. They can all overlap, also
     those of several stages, so the slowest is a lower bound of the refit time. None where bytes cross nodes and the
     cluster states no speed for that. Where nodes run fewer ranks than they have GPUs, some bytes between nodes count as
     bytes within a node. The bound is then too low, never too high.
     """
+    subject, memory = "rank", "within its GPU"
+    if gpus is not None and gpus.is_shared:
+        matrix, subject, memory = per_gpu(matrix, gpus), "GPU", "within its memory"
     traffic = split_traffic(matrix, cluster.gpus_per_node)
     if cluster.inter_bytes_per_s is None and traffic.sent_between.any():
         return None
@@ -174,14 +193,14 @@ def lower_bound(matrix: IntArray, cluster: Cluster) -> Bound | None:
         (traffic.sent_between, cluster.inter_bytes_per_s, "sends", "between nodes"),
         (traffic.received_within, cluster.intra_bytes_per_s, "receives", "within its node"),
         (traffic.sent_within, cluster.intra_bytes_per_s, "sends", "within its node"),
-        (traffic.local, cluster.copy_bytes_per_s, "copies", "within its GPU"),
+        (traffic.local, cluster.copy_bytes_per_s, "copies", memory),
     ]
     worst = Bound(cluster.name, 0.0, "nothing moves")
     for nbytes, bytes_per_s, verb, where in candidates:
-        rank = int(nbytes.argmax())
-        if bytes_per_s and nbytes[rank] / bytes_per_s > worst.seconds:
-            cause = f"rank {rank} {verb} {units.gb(int(nbytes[rank]))} {where} at {bytes_per_s / 1e9:g} GB/s"
-            worst = Bound(cluster.name, float(nbytes[rank] / bytes_per_s), cause)
+        most = int(nbytes.argmax())
+        if bytes_per_s and nbytes[most] / bytes_per_s > worst.seconds:
+            cause = f"{subject} {most} {verb} {units.gb(int(nbytes[most]))} {where} at {bytes_per_s / 1e9:g} GB/s"
+            worst = Bound(cluster.name, float(nbytes[most] / bytes_per_s), cause)
     return worst
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from refit.config.clusters import Cluster
+from refit.config.gpus import GpuMap, planned_gpus
 from refit.config.scenario import Mode, Scenario, check_num_ranks
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -42,7 +44,8 @@ class DryRun:
     """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
     `encoding_needs` are the bytes that encodings need on ranks, by what for: `quantising`.
 
-    `matrix` has the bytes from each rank (row) to each rank (column). `bound` is None without a cluster, and
+    `gpus` says which ranks share a GPU. `matrix` has the bytes from each rank (row) to each rank (column), `traffic`
+    splits them at the boundaries of nodes. `bound` is None without a cluster, and
     where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside
     their weights to train; empty where no training step is measured. `expert_maps` are the destination's, empty for a
     format that does not let users place experts. `linear` is the same scenario with experts in order and none twice,
@@ -53,6 +56,7 @@ class DryRun:
     model: ModelShape
     options: DryRunOptions
     num_gpus: int
+    gpus: GpuMap
     num_parameters: int
     num_tensors: int
     source_bytes: dict[int, int]
@@ -72,7 +76,12 @@ class DryRun:
     @property
     def memory_bytes(self) -> int:
         """Bytes on the fullest GPU: what it holds of both sides where they share it, and the staging limit."""
-        return max(max(held.values()) for held in self.held_bytes.values()) + self.scenario.staging_bytes
+        return max(max(held.values()) for held in self.held_bytes.values()) + self.staging_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """The staging limit of a GPU: of all its ranks."""
+        return self.scenario.staging_bytes * self.gpus.most_ranks
 
     @property
     def encoding_bytes(self) -> dict[int, int]:
@@ -84,10 +93,17 @@ class DryRun:
 
     @property
     def held_bytes(self) -> dict[str, Mapping[int, int]]:
-        """Bytes on each rank, of `source` and `destination`, or of `both` where they share GPUs.
+        """Bytes on each GPU, of `source` and `destination`, or of `both` where they share GPUs.
 
-        They are weights, what encodings need and, on a side that trains, what training needs.
+        They are weights, what encodings need and, on a side that trains, what training needs. Without ranks that
+        share a GPU, a GPU has its rank's number.
         """
+        held = self.held_by_rank
+        return held if not self.gpus.is_shared else {"both": held_on(self.gpus, held)}
+
+    @property
+    def held_by_rank(self) -> dict[str, Mapping[int, int]]:
+        """The same on each rank."""
         extra = self.encoding_bytes
         training = {rank: needed.total_bytes for rank, needed in self.training.items()}
         source = {rank: held + training.get(rank, 0) + extra.get(rank, 0) for rank, held in self.source_bytes.items()}
@@ -103,8 +119,9 @@ class DryRun:
     def held_text(self, side: str) -> str:
         """What `held_bytes` of `side` are: `weights`, `weights, quantising and training`."""
         what = ["weights"]
-        ranks = self.held_bytes[side]
-        what += [work for work, needed in self.encoding_needs.items() if any(rank in needed for rank in ranks)]
+        for work, needed in self.encoding_needs.items():
+            if any(rank in needed for rank in self.held_by_rank.get(side, needed)):
+                what.append(work)
         if self.training and side != "destination":
             what.append("training")
         return " and ".join(part for part in (", ".join(what[:-1]), what[-1]) if part)
@@ -114,14 +131,17 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     """Plan `scenario` on predicted rank shardings. Raises UsageError where there are too few GPUs."""
     if scenario.model is None:
         raise UsageError("--dry-run predicts the models that flags describe: a --model-provider has to be run")
-    num_gpus = options.num_gpus or scenario.num_ranks
-    check_num_ranks(scenario, num_gpus)
-    figures = _planned(scenario.model, scenario.source, scenario.destination, options.gpus_per_node, scenario.encoding)
+    shared = scenario.ranks_per_gpu
+    check_num_ranks(scenario, options.num_gpus * shared if options.num_gpus else scenario.num_ranks)
+    gpus = planned_gpus(scenario.num_ranks, options.gpus_per_node, shared)
+    ranks_per_node = options.gpus_per_node * shared
+    figures = _planned(scenario.model, scenario.source, scenario.destination, ranks_per_node, scenario.encoding)
     return DryRun(
         scenario=scenario,
         model=scenario.model,
         options=options,
-        num_gpus=num_gpus,
+        num_gpus=options.num_gpus or math.ceil(scenario.num_ranks / shared),
+        gpus=gpus,
         num_parameters=figures.num_parameters,
         num_tensors=figures.num_tensors,
         source_bytes=figures.source_bytes if "source" in scenario.used_sides else {},
@@ -129,8 +149,8 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         encoding_needs=figures.encoding_needs,
         cost=figures.cost,
         matrix=figures.matrix,
-        traffic=split_traffic(figures.matrix, options.gpus_per_domain),
-        bound=lower_bound(figures.matrix, options.cluster) if options.cluster else None,
+        traffic=split_traffic(figures.matrix, options.gpus_per_domain * shared),
+        bound=lower_bound(figures.matrix, options.cluster, gpus) if options.cluster else None,
         training=training_bytes(scenario),
         predict_s=figures.predict_s,
         plan_s=figures.plan_s,
@@ -138,6 +158,15 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         linear=_with_destination(scenario, _linear(scenario.model, scenario.destination), options),
         rearranged=_with_destination(scenario, scenario.destination.rearranged, options),
     )
+
+
+def held_on(gpus: GpuMap, held: Mapping[str, Mapping[int, int]]) -> dict[int, int]:
+    """Bytes on each GPU: those of all its ranks, of every side in `held`."""
+    summed: dict[int, int] = {}
+    for of_rank in held.values():
+        for rank, nbytes in of_rank.items():
+            summed[gpus.gpu_of(rank)] = summed.get(gpus.gpu_of(rank), 0) + nbytes
+    return summed
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from refit import units
 from refit.config.flag_names import size_flag
+from refit.config.gpus import planned_gpus
 from refit.config.layout import Layout
 from refit.errors import UsageError
-from refit.predict.dry_run import DryRun
+from refit.predict.dry_run import DryRun, held_on
 from refit.predict.sides import check_side, most_encoding_bytes, predict_side, predict_sides, training_bytes
 
 MAX_EP_FACTOR = 64
@@ -36,16 +37,18 @@ def check_memory(run: DryRun) -> None:
     cluster = run.options.cluster
     if cluster is None or cluster.gpu_memory_bytes is None:
         return
-    staging = run.scenario.staging_bytes
+    staging = run.staging_bytes
     for side, held in run.held_bytes.items():
         weights = max(held.values())
         if weights + staging <= cluster.gpu_memory_bytes:
             continue
         subject = f"both sides ({run.scenario.title}) need" if side == "both" else f"the {side} needs"
-        remedies = [
-            *_lower_staging(weights, cluster.gpu_memory_bytes),
-            *_fitting_layouts(run, side, cluster.gpu_memory_bytes),
-        ]
+        available = cluster.gpu_memory_bytes
+        if run.gpus.is_shared:
+            subject = f"{run.gpus.most_ranks} ranks of a GPU ({run.scenario.title}) need"
+            remedies = [*_lower_staging(run, weights, available), *_fewer_ranks(run, available)]
+        else:
+            remedies = [*_lower_staging(run, weights, available), *_fitting_layouts(run, side, available)]
         raise UsageError(
             f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of {run.held_text(side)}, "
             f"{units.gb(staging)} of staging), {cluster.name} has {units.gb(cluster.gpu_memory_bytes)}: "
@@ -53,9 +56,19 @@ def check_memory(run: DryRun) -> None:
         )
 
 
-def _lower_staging(weights: int, available: int) -> list[str]:
-    left_mib = (available - weights) >> 20
+def _lower_staging(run: DryRun, weights: int, available: int) -> list[str]:
+    left_mib = (available - weights) // run.gpus.most_ranks >> 20
     return [f"lower --staging-mib to {left_mib}"] if left_mib > 0 else []
+
+
+def _fewer_ranks(run: DryRun, available: int) -> list[str]:
+    """The most ranks of a GPU that fit, on more GPUs."""
+    num_ranks, staging = run.scenario.num_ranks, run.scenario.staging_bytes
+    for fewer in range(run.gpus.most_ranks - 1, 0, -1):
+        gpus = planned_gpus(num_ranks, run.options.gpus_per_node, fewer)
+        if max(held_on(gpus, run.held_by_rank).values()) + staging * gpus.most_ranks <= available:
+            return [f"lower --ranks-per-gpu to {fewer} ({-(-num_ranks // fewer)} GPUs)"]
+    return []
 
 
 def _fitting_layouts(run: DryRun, side: str, available: int) -> list[str]:

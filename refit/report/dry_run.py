@@ -9,7 +9,7 @@ from typing import Literal
 
 from refit import units
 from refit.config.registry import ENCODINGS, IDENTITY
-from refit.plan.cost import BusiestRank
+from refit.plan.cost import BusiestRank, per_gpu
 from refit.predict.dry_run import DryRun
 from refit.report.bound import bound_text
 from refit.report.expert_map import expert_lines
@@ -27,7 +27,8 @@ def dry_run_text(run: DryRun) -> str:
     """Rank map, notes, figures and a table, as plain text without a newline at the end."""
     notes = [f"Note: {note}" for note in run.scenario.notes]
     table = _rank_table(run) if run.scenario.num_ranks <= MAX_TABLE_RANKS else _summary_table(run)
-    return "\n".join([rank_map(run.scenario, run.num_gpus), *notes, "", *_figures(run), "", *table, *expert_lines(run)])
+    ranks = rank_map(run.scenario, _num_ranks(run))
+    return "\n".join([ranks, *notes, "", *_figures(run), "", *table, *expert_lines(run)])
 
 
 def dry_run_json(run: DryRun) -> str:
@@ -42,12 +43,13 @@ def dry_run_json(run: DryRun) -> str:
         "num_ranks": run.scenario.num_ranks,
         "num_gpus": run.num_gpus,
         "gpus_per_node": run.options.gpus_per_node,
+        "ranks_per_gpu": run.gpus.most_ranks,
         "memory_bytes": run.memory_bytes,
         "fits_memory": None if limit is None else run.memory_bytes <= limit,
         "plan": run.cost,
         "bound": run.bound,
         "traffic": {
-            "gpus_per_node": traffic.gpus_per_node,
+            "gpus_per_node": run.options.gpus_per_domain,
             **{name: getattr(traffic, name).tolist() for name in TRAFFIC},
         },
         "predict_s": run.predict_s,
@@ -59,7 +61,7 @@ def dry_run_json(run: DryRun) -> str:
 def _figures(run: DryRun) -> list[str]:
     dtypes = " and ".join(dict.fromkeys(side.dtype.value for side in run.scenario.sides.values() if side.dtype))
     figures = {
-        "GPUs needed": f"{run.scenario.num_ranks_text}{_nodes(run)}",
+        "GPUs needed": _gpus(run) + _nodes(run),
         "Model": f"{run.scenario.model_name or 'by flags'}, {units.count(run.num_parameters)} parameters "
         f"({run.num_parameters:,} with buffers) in {run.num_tensors:,} tensors, {dtypes}",
         **_memory(run),
@@ -74,14 +76,17 @@ def _figures(run: DryRun) -> list[str]:
 def _moved(run: DryRun) -> dict[str, str]:
     """What a refit moves."""
     cost = run.cost
+    shared = run.gpus.is_shared
+    within = int(per_gpu(run.matrix, run.gpus).trace()) - cost.local_bytes if shared else 0
     sender, receiver = cost.busiest_sender, cost.busiest_receiver
     scenario = run.scenario
     sent = {} if scenario.encoding == IDENTITY else {"Encoding": _encoding(scenario.encoding)}
     return {
         **sent,
         "Payload": f"{units.gb(cost.payload_bytes)} in {cost.num_transfers:,} transfers",
-        "Wire": f"{units.gb(cost.wire_bytes)} between GPUs",
-        "Local": f"{units.gb(cost.local_bytes)} within a GPU",
+        "Wire": f"{units.gb(cost.wire_bytes)} between "
+        + (f"ranks, {units.gb(within)} of them on one GPU" if shared else "GPUs"),
+        "Local": f"{units.gb(cost.local_bytes)} within a {'rank' if shared else 'GPU'}",
         "Busiest sender": f"{_busiest(run, sender, 'sent')}, {cost.sender_imbalance:.2f} x mean sender",
         "Busiest receiver": _busiest(run, receiver, "received"),
         "Lower bound": _lower_bound(run),
@@ -92,14 +97,27 @@ def _encoding(name: str) -> str:
     return f"{name}: {ENCODINGS[name].title}; the bytes below are those of a refit that sends everything"
 
 
+def _num_ranks(run: DryRun) -> int:
+    """Ranks of a job on all its GPUs. Where ranks share them, none is idle."""
+    return run.scenario.num_ranks if run.gpus.is_shared else run.num_gpus
+
+
+def _gpus(run: DryRun) -> str:
+    """`4 + 4 = 8`; where ranks share GPUs `2, for 4 + 4 = 8 ranks`."""
+    num_ranks = run.scenario.num_ranks_text
+    if not run.gpus.is_shared:
+        return num_ranks
+    return f"{1 + max(map(run.gpus.gpu_of, range(run.scenario.num_ranks)))}, for {num_ranks} ranks"
+
+
 def _nodes(run: DryRun) -> str:
-    nodes = math.ceil(run.scenario.num_ranks / run.options.gpus_per_node)
+    nodes = math.ceil(run.scenario.num_ranks / (run.options.gpus_per_node * run.scenario.ranks_per_gpu))
     return f" ({nodes} nodes of {run.options.gpus_per_node})" if nodes > 1 else ""
 
 
 def _memory(run: DryRun) -> dict[str, str]:
     """Memory of the fullest GPU of each side, or of both sides together where they share GPUs."""
-    staging = run.scenario.staging_bytes
+    staging = run.staging_bytes
     labels = {"both": "Memory per GPU", "source": "Memory per source GPU", "destination": "Memory per destination GPU"}
     fullest = {side: max(held.values()) for side, held in run.held_bytes.items()}
     return {
@@ -140,7 +158,7 @@ def _busiest(run: DryRun, load: BusiestRank, direction: Literal["sent", "receive
     """`rank 64, 66.64 GB`, and how much of it crosses nodes where there are several."""
     traffic = run.traffic
     text = f"rank {load.rank}, {units.gb(load.nbytes)}"
-    if run.scenario.num_ranks <= traffic.gpus_per_node:
+    if run.scenario.num_ranks <= traffic.ranks_per_node:
         return text
     kinds = {
         "sent": (traffic.sent_within, traffic.sent_between),

@@ -19,7 +19,7 @@ def expert_lines(run: DryRun) -> list[str]:
     for one in run.expert_maps:
         lines += [
             f"layer{'s' if len(one.layers) > 1 else ''} {_ranges(one.layers)}:",
-            *_by_node(one, run.options.gpus_per_domain),
+            *_by_node(one, run.traffic.ranks_per_node, "rank" if run.gpus.is_shared else "GPU"),
         ]
     lines += ["", f"Refit of this placement: {_traffic(run)}"]
     if run.linear is not None:
@@ -45,9 +45,9 @@ def _least_to_most(values: Sequence[int]) -> str:
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
-def _by_node(one: ExpertMap, gpus_per_node: int) -> Iterator[str]:
-    for node, ranks in itertools.groupby(one.experts_of, key=lambda rank: rank // gpus_per_node):
-        yield f"  node {node}: " + " | ".join(f"GPU {rank}: {_ranges(one.experts_of[rank])}" for rank in ranks)
+def _by_node(one: ExpertMap, ranks_per_node: int, place: str) -> Iterator[str]:
+    for node, ranks in itertools.groupby(one.experts_of, key=lambda rank: rank // ranks_per_node):
+        yield f"  node {node}: " + " | ".join(f"{place} {rank}: {_ranges(one.experts_of[rank])}" for rank in ranks)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -9,7 +9,7 @@ def rank_map(scenario: Scenario, world_size: int) -> str:
     """Three lines, and a fourth where ranks are idle, for a job of `world_size` ranks."""
     used = scenario.num_ranks
     lines = [
-        f"World size: {world_size} (using {used} GPUs)",
+        f"World size: {world_size} (using {used} {_what(scenario)})",
         f"Source ranks: {_span(scenario.source.ranks)} ({scenario.source.summary})",
     ]
     if "destination" in scenario.used_sides:
@@ -18,6 +18,10 @@ def rank_map(scenario: Scenario, world_size: int) -> str:
     if used < world_size:
         lines.append(f"Idle ranks: {_span(range(used, world_size))} (not participating)")
     return "\n".join(lines)
+
+
+def _what(scenario: Scenario) -> str:
+    return "GPUs" if scenario.ranks_per_gpu == 1 else f"ranks, up to {scenario.ranks_per_gpu} per GPU"
 
 
 def _span(ranks: range) -> str:

@@ -77,7 +77,8 @@ def _mapping(scenario: Scenario, world_size: int) -> str:
     else:
         used = scenario.num_ranks
         ranks = f"{used} shared" if source == destination else f"{source} and {destination} on the same {used}"
-    return f"{scenario.title} ({ranks}, {world_size - scenario.num_ranks} idle)"
+    shared = f", up to {scenario.ranks_per_gpu} per GPU" if scenario.ranks_per_gpu > 1 else ""
+    return f"{scenario.title} ({ranks}, {world_size - scenario.num_ranks} idle{shared})"
 
 
 def busiest_text(plan: Cost) -> str:

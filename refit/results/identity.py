@@ -46,11 +46,13 @@ def differences(planned: Scenario, ran: Scenario) -> list[str]:
 
 
 def _chosen(planned: Scenario, ran: Scenario) -> tuple[str, ...]:
-    """The fields that a run fills in for the planned scenario."""
+    """The fields that a run fills in for the planned scenario. On CPUs no GPU is shared."""
     if planned.method == AUTO:
-        return ("method",) if planned.device else ("method", "device")
+        on_cpus = ran.method in METHODS and (ran.device or METHODS[ran.method].device) == "cpu"
+        shared = ("ranks_per_gpu",) if on_cpus else ()
+        return ("method", *shared) if planned.device else ("method", "device", *shared)
     stands_in = planned.method in METHODS and ran.method == METHODS[planned.method].cpu_stand_in
-    return ("method",) if stands_in else ()
+    return ("method", "ranks_per_gpu") if stands_in else ()
 
 
 def _compare(name: str, before: object, after: object, found: list[str]) -> None:

@@ -141,7 +141,7 @@ def _combined(folder: Path, run_id: str, named: dict[str, Result]) -> Run:
         date=next(reversed(started.values())).started or "unknown",
         jobs=tuple(jobs),
         nodes=max(entry.nodes for entry in planned),
-        num_gpus=max(entry.num_ranks for entry in planned),
+        num_gpus=max(entry.num_gpus for entry in planned),
         gpus_per_node=max(entry.ranks_per_node for entry in planned),
         cluster=None,
         scenarios=tuple(planned),
@@ -158,7 +158,7 @@ def _planned(name: str, result: Result) -> Planned:
     """The scenario that a result is of."""
     scenario, environment = result.scenario, result.environment or Environment()
     num_ranks = scenario.num_ranks if scenario else 0
-    per_node = len(environment.gpus) or max(num_ranks, 1)
+    per_node = len(environment.gpus) * (scenario.ranks_per_gpu if scenario else 1) or max(num_ranks, 1)
     return Planned(
         name=name,
         flags=_flags(environment.command),

@@ -7,6 +7,7 @@ lists the scenarios. The first attempt at a scenario writes `<RUN_ID>_<NAME>.log
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -67,6 +68,11 @@ class Planned:
     def way(self) -> str:
         """The method, and the encoding where one was chosen."""
         return self.method if self.scenario is None else self.scenario.way
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that its ranks use."""
+        return math.ceil(self.num_ranks / (self.scenario.ranks_per_gpu if self.scenario else 1))
 
     @property
     def uses_destination(self) -> bool:

@@ -29,13 +29,16 @@ class Placement:
     ranks_per_node: int
 
 
-def place(num_ranks: int, gpus_per_node: int | None) -> Placement:
+def place(num_ranks: int, gpus_per_node: int | None, ranks_per_gpu: int = 1) -> Placement:
     """The fewest nodes that suffice, with a rank on every GPU, so that ranks planned for one node share it.
 
-    `gpus_per_node` None: ranks on CPUs, where an idle one would only take a core from the others.
+    `gpus_per_node` None: ranks on CPUs, where an idle one would only take a core from the others. On one node where
+    ranks share GPUs, idle ones would spread the others over more GPUs: none is started.
     """
-    gpus_per_node = gpus_per_node or max(num_ranks, 1)
-    return Placement(num_ranks, num_nodes(num_ranks, gpus_per_node), gpus_per_node)
+    ranks_per_node = gpus_per_node * ranks_per_gpu if gpus_per_node else max(num_ranks, 1)
+    if ranks_per_gpu > 1:
+        ranks_per_node = min(ranks_per_node, max(num_ranks, 1))
+    return Placement(num_ranks, num_nodes(num_ranks, ranks_per_node), ranks_per_node)
 
 
 def checked(
@@ -48,7 +51,7 @@ def checked(
     """
     scenario = parse(flags).scenario
     if scenario.model is None:
-        check_num_ranks(scenario, options.num_gpus or scenario.num_ranks)
+        check_num_ranks(scenario, options.num_gpus * scenario.ranks_per_gpu if options.num_gpus else scenario.num_ranks)
         run = None
     else:
         run = dry_run(scenario, replace(options, cluster=options.cluster or scenario.cluster))
@@ -85,7 +88,7 @@ def outline(candidate: Candidate, gpus_per_node: int | None) -> Planned:
     with contextlib.suppress(UsageError):
         source, destination = sides = read_sides(args)
         mode = read_mode(args, sides).value
-        placement = place(max(source.ranks.stop, destination.ranks.stop), gpus_per_node)
+        placement = place(max(source.ranks.stop, destination.ranks.stop), gpus_per_node, args.ranks_per_gpu)
     return Planned(
         name=candidate.name,
         flags=tuple(candidate.flags),
@@ -101,11 +104,13 @@ def outline(candidate: Candidate, gpus_per_node: int | None) -> Planned:
 
 
 def on_cpus(flags: Sequence[str]) -> tuple[list[str], str]:
-    """`flags` with the CPU stand-in of a GPU method, and a note about it; "" where none is needed."""
-    method = read_flags(flags).refit_method
+    """`flags` with the CPU stand-in of a GPU method, and a note about it; "" where none is needed. No GPU is shared."""
+    args = read_flags(flags)
+    method = args.refit_method
+    # The last --ranks-per-gpu and the last --refit-method count.
+    flags = [*flags, "--ranks-per-gpu=1"] if args.ranks_per_gpu > 1 else list(flags)
     stand_in = METHODS[method].cpu_stand_in if method in METHODS else None
     if stand_in is None:
-        return list(flags), ""
-    # The last --refit-method counts.
+        return flags, ""
     note = f"There is no GPU here: ranks run on CPUs and --refit-method {stand_in} stands in for {method}."
     return [*flags, f"--refit-method={stand_in}"], note

@@ -59,7 +59,7 @@ def plan(selection: Selection, allocation: Allocation, run_id: str = "", jobs: S
     scenarios = tuple(plan_all(selection.candidates, _check(allocation)))
     if all(planned.status is Status.SKIPPED for planned in scenarios):
         raise UsageError(f"all {len(scenarios)} scenarios are skipped, {scenarios[0].name}: {scenarios[0].reason}")
-    num_gpus = allocation.num_gpus or max(planned.num_ranks for planned in scenarios)
+    num_gpus = allocation.num_gpus or max(planned.num_gpus for planned in scenarios)
     return Sweep(
         run_id=run_id,
         title=selection.title,

@@ -92,7 +92,7 @@ class Search:
         run = dry_run(scenario, DryRunOptions(None, self.gpus_per_node, self.cluster))
         room = tokens = None
         held = run.held_bytes
-        memory = max(held.get("both", held.get("destination", {})).values()) + scenario.staging_bytes
+        memory = max(held.get("both", held.get("destination", {})).values()) + run.staging_bytes
         if self.cluster.gpu_memory_bytes is not None:
             room = self.cluster.gpu_memory_bytes - memory
             tokens = room // kv_bytes_per_token(run.model, scenario.destination.layout)
@@ -171,6 +171,8 @@ class Search:
         self, flags: tuple[str, ...], scenario: Scenario, source: list[int], destination: list[int]
     ) -> Candidate:
         memory, floor_s = max(destination), 0.0
+        if scenario.ranks_per_gpu > 1:  # which ranks meet on a GPU is for the plan: this is the least of one
+            return Candidate(flags, memory + scenario.staging_bytes, floor_s)
         if scenario.mode is Mode.COLLOCATED:
             pairs = itertools.zip_longest(source, destination, fillvalue=0)
             memory = max(mine + other for mine, other in pairs)

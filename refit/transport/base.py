@@ -94,8 +94,11 @@ class Transport(Protocol):
 
     name: str
 
-    def check_available(self) -> None:
-        """Raise UnavailableError that says what is missing and how to get it. Needs no process group."""
+    def check_available(self, ranks_per_gpu: int = 1) -> None:
+        """Raise UnavailableError that says what is missing and how to get it, or why ranks cannot share a GPU.
+
+        At most `ranks_per_gpu` do, where weights are on GPUs. Needs no process group.
+        """
         ...
 
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:

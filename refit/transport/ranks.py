@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
-from refit.errors import RefitError, first_line
+from refit.config.gpus import GpuMap
+from refit.errors import RefitError, UnavailableError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,21 @@ class Ranks:
 def host_name() -> str:
     """The host of this process. The only place that decides which ranks share one."""
     return socket.gethostname()
+
+
+def gpus_here(ranks_per_gpu: int) -> GpuMap:
+    """Which GPU each of this host's ranks uses, by what torchrun has started. Hosts are taken to have equally many."""
+    return GpuMap(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ranks_per_gpu)
+
+
+def check_own_gpus(method: str, ranks_per_gpu: int, why: str) -> None:
+    """Raise UnavailableError, with the reason `why` and what to use, where ranks of this host share a GPU."""
+    gpus = gpus_here(ranks_per_gpu)
+    if gpus.is_shared:
+        raise UnavailableError(
+            f"{method} needs a GPU per rank, and --ranks-per-gpu {ranks_per_gpu} puts {gpus.ranks_per_host} ranks on "
+            f"{gpus.gpus_per_host} ({why}): use --refit-method cuda-ipc, or gloo with --device cuda"
+        )
 
 
 def _stored(store: Store, key: str, rank: int) -> str:

@@ -137,3 +137,12 @@ def test_it_names_what_moves_its_bytes(method: str, device: str, transport: str)
     note = engine.note()
     assert (note is None) == (method == transport)
     assert note is None or f"runs over {transport} here" in note
+
+
+def test_ranks_that_share_a_gpu_run_it_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is connected over NCCL before."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    scenario = parse(["--model", "tiny", "--refit-method", "cuda-ipc", "--ranks-per-gpu", "2"]).scenario
+    engine = MegatronEngine(scenario, torch.device("cuda"))
+    assert engine.transport == "gloo"
+    assert "runs over gloo here: it has no cuda-ipc, and NCCL refuses two ranks on one GPU" in (engine.note() or "")

@@ -34,7 +34,7 @@ def test_several_hosts_of_cpus_take_gloo_and_say_why(monkeypatch: pytest.MonkeyP
 
 
 def test_gpus_without_peer_access_or_nvshmem_take_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: object) -> None:
+    def missing(_: object, ranks_per_gpu: int) -> None:
         raise UnavailableError("nvshmem4py is missing")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -43,15 +43,24 @@ def test_gpus_without_peer_access_or_nvshmem_take_nccl(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, peer: False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(NvshmemTransport, "check_available", missing)
-    monkeypatch.setattr(NcclTransport, "check_available", lambda _: None)
+    monkeypatch.setattr(NcclTransport, "check_available", lambda _, ranks_per_gpu: None)
     chosen = with_method(scenario())
     assert (chosen.method, chosen.device) == ("nccl", "cuda")
     assert "GPU 0 has none to GPU 1" in chosen.notes[-1]
     assert "nvshmem4py is missing" in chosen.notes[-1]
 
 
+def test_ranks_that_share_a_gpu_take_cuda_ipc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    chosen = with_method(scenario("--ranks-per-gpu", "2"))
+    assert (chosen.method, chosen.device) == ("cuda-ipc", "cuda")
+
+
 def test_without_any_method_all_reasons_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: object) -> None:
+    def refused(_: object, ranks_per_gpu: int) -> None:
         raise UnavailableError("no /dev/shm")
 
     monkeypatch.setattr(SharedMemoryTransport, "check_available", refused)

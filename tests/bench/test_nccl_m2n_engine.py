@@ -40,6 +40,13 @@ def test_it_is_waived_on_cpus() -> None:
     assert missing("cpu") == "nccl_m2n moves memory of GPUs only, the models are on CPUs"
 
 
+def test_it_is_waived_where_ranks_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    flags = ["--model", "tiny", "--refit-method", "cuda-ipc", "--ranks-per-gpu", "2"]
+    with pytest.raises(UnavailableError, match=r"nccl_m2n needs a GPU per rank, .*NCCL refuses two ranks on one GPU"):
+        NcclM2nEngine(parse(flags).scenario, torch.device("cuda")).check_available()
+
+
 @pytest.mark.parametrize(("loaded", "found"), [((2, 28, 9), "2.28.9"), ((2, 30, 5), "2.30.5"), (None, "none")])
 def test_it_is_waived_under_an_older_nccl(
     monkeypatch: pytest.MonkeyPatch, loaded: tuple[int, int, int] | None, found: str

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from refit.bench.session import device_for, launched
 from refit.cli.launch import check_launch, rank_variables
 from refit.cli.main import main
 from refit.cli.parsing import parse
-from refit.config.scenario import check_num_ranks
+from refit.config.scenario import Scenario, check_num_ranks
 from refit.errors import UnavailableError, UsageError
 from tests.cli.lines import SMALL, TWO_HEADS, scenario, sizes
 from tests.ranks.ports import job_with_a_free_port
@@ -155,8 +158,13 @@ def test_tasks_of_a_step_run_a_refit(tmp_path: Path) -> None:
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.delenv("SLURM_LOCALID", raising=False)
     return monkeypatch
+
+
+def moved_by(*flags: str) -> Scenario:
+    return parse(["--model", "tiny", "--refit-method", *flags]).scenario
 
 
 def test_a_profile_of_cpus_is_refused_before_ranks_meet() -> None:
@@ -170,19 +178,67 @@ def test_a_profile_of_cpus_is_refused_before_ranks_meet() -> None:
 
 def test_gloo_takes_gpus_only_where_it_is_told_to(one_gpu: pytest.MonkeyPatch) -> None:
     one_gpu.setenv("SLURM_LOCALID", "3")
-    assert device_for("gloo") == torch.device("cpu")
-    assert device_for("gloo", "cuda") == torch.device("cuda", 0)
+    assert device_for(moved_by("gloo")) == torch.device("cpu")
+    assert device_for(moved_by("gloo", "--device", "cuda")) == torch.device("cuda", 0)
 
 
 def test_a_task_that_sees_one_gpu_takes_it(one_gpu: pytest.MonkeyPatch) -> None:
     one_gpu.setenv("SLURM_LOCALID", "3")
-    assert device_for("nccl") == torch.device("cuda", 0)
+    assert device_for(moved_by("nccl")) == torch.device("cuda", 0)
 
 
 def test_ranks_of_torchrun_do_not_share_one_gpu(one_gpu: pytest.MonkeyPatch) -> None:
     one_gpu.setenv("SLURM_LOCALID", "0")
-    with pytest.raises(UnavailableError, match="needs one per rank, this machine has 1"):
-        device_for("nccl")
+    with pytest.raises(UnavailableError) as refused:
+        device_for(moved_by("nccl"))
+    assert str(refused.value) == (
+        "--refit-method nccl on GPUs needs one per rank, this machine has 1 for 4 ranks: give --ranks-per-gpu 4 with "
+        "cuda-ipc, start fewer, or use --refit-method gloo or shm on CPUs"
+    )
+
+
+@pytest.mark.parametrize(("num_gpus", "ranks_per_gpu", "device"), [(1, 4, 0), (2, 2, 1), (2, 3, 1), (4, 2, 1)])
+def test_ranks_share_gpus_where_they_are_told_to(
+    one_gpu: pytest.MonkeyPatch, num_gpus: int, ranks_per_gpu: int, device: int
+) -> None:
+    """Local rank 3 of 4, on the fewest GPUs that suffice."""
+    one_gpu.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    shared = moved_by("cuda-ipc", "--ranks-per-gpu", str(ranks_per_gpu))
+    assert device_for(shared) == torch.device("cuda", device)
+
+
+def test_ranks_that_do_not_fit_the_gpus_are_refused_with_both_numbers(one_gpu: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UnavailableError, match=r"one for each 3 ranks, this machine has 1 for 4 ranks: give --ranks-per-gpu 4"
+    ):
+        device_for(moved_by("cuda-ipc", "--ranks-per-gpu", "3"))
+
+
+def test_ranks_on_cpus_share_no_gpu() -> None:
+    on_cpus = replace(moved_by("auto", "--ranks-per-gpu", "2"), method="shm", device="cpu")
+    with pytest.raises(UnavailableError, match="--ranks-per-gpu 2 places ranks on GPUs, this machine has none"):
+        device_for(on_cpus)
+
+
+@pytest.mark.parametrize(("ranks_per_gpu", "backend"), [(1, "cpu:gloo,cuda:nccl"), (2, "cpu:gloo,cuda:gloo")])
+def test_ranks_that_share_a_gpu_get_no_nccl_group(
+    one_gpu: pytest.MonkeyPatch, ranks_per_gpu: int, backend: str
+) -> None:
+    """NCCL is bound to a device at once, and refuses the second rank there."""
+    asked: list[tuple[str, object]] = []
+
+    def initialise(backend: str, timeout: timedelta, device_id: object = None) -> None:
+        asked.append((backend, device_id))
+        raise UsageError("far enough")
+
+    one_gpu.setattr(torch.cuda, "device_count", lambda: 4)
+    one_gpu.setattr(torch.cuda, "set_device", lambda device: None)
+    one_gpu.setattr(dist, "init_process_group", initialise)
+    run = moved_by("cuda-ipc", "--ranks-per-gpu", str(ranks_per_gpu))
+    with pytest.raises(UsageError, match="far enough"), launched(run):
+        pass
+    device = torch.device("cuda", 3) if ranks_per_gpu == 1 else None
+    assert asked == [(backend, device)]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +280,18 @@ def test_a_launch_is_checked_by_what_torchrun_sets() -> None:
         check_launch(run, {}, 8)
     with pytest.raises(UsageError, match=r"torchrun --nnodes 2 --nproc-per-node 4 benchmark_refit.py"):
         check_launch(run, {}, 4)
+
+
+def test_ranks_that_share_gpus_are_counted_as_ranks() -> None:
+    run = scenario(f"{sizes(4, 1, 2, 1, 'non-collocated', 'cuda-ipc')} {SMALL} --ranks-per-gpu 2")
+    with pytest.raises(
+        UsageError, match=r"4 \+ 2 = 6 ranks \(2 per GPU\) needed > 4 available: .* raise --ranks-per-gpu, or"
+    ):
+        check_launch(run, {"RANK": "0", "WORLD_SIZE": "4"}, 8)
+    with pytest.raises(UsageError, match=r"torchrun --nproc-per-node 6 benchmark_refit.py"):
+        check_launch(run, {}, 4)
+    with pytest.raises(UsageError, match=r"torchrun --nnodes 2 --nproc-per-node 4 benchmark_refit.py"):
+        check_launch(run, {}, 2)
 
 
 def test_too_few_ranks_end_main_before_anything_is_built(

@@ -19,6 +19,13 @@ REFUSED_FLAGS = [
     ("--num-benchmark-iterations 0", "--num-benchmark-iterations: must be at least 1, got 0"),
     ("--num-benchmark-warmup -1", "--num-benchmark-warmup: must be at least 0, got -1"),
     ("--refit-method shm --device cuda", "--refit-method shm moves weights on cpu only: leave --device cuda"),
+    ("--refit-method shm --ranks-per-gpu 2", "places ranks on GPUs, and these are on CPUs: leave it"),
+    (
+        "--refit-method gloo --ranks-per-gpu 2",
+        "and these are on CPUs: give --device cuda",
+    ),
+    ("--refit-method auto --device cpu --ranks-per-gpu 2", "and these are on CPUs: leave it out"),
+    ("--ranks-per-gpu 0", "--ranks-per-gpu: must be at least 1, got 0"),
     ("--timeout 0", "--timeout: must be a positive number of seconds, got 0"),
     ("--timeout nan", "--timeout: must be a positive number of seconds, got nan"),
     ("--num-layers", "--num-layers: expected one argument"),

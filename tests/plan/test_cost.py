@@ -9,9 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refit.config.clusters import Cluster
+from refit.config.gpus import GpuMap
 from refit.plan.box import Box
 from refit.plan.box_array import IntArray
-from refit.plan.cost import Bound, BusiestRank, Cost, bytes_matrix, cost_of, lower_bound, split_traffic, wire_only
+from refit.plan.cost import (
+    Bound,
+    BusiestRank,
+    Cost,
+    bytes_matrix,
+    cost_of,
+    lower_bound,
+    per_gpu,
+    split_traffic,
+    wire_only,
+)
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 
@@ -142,6 +153,31 @@ def test_no_bound_where_bytes_cross_nodes_at_no_known_speed() -> None:
     assert lower_bound(FOUR_RANKS, cluster(inter=None, gpus_per_node=4)) == Bound(
         "example", 4.8, "rank 1 receives 48 bytes within its node at 1e-08 GB/s"
     )
+
+
+def test_bytes_of_ranks_that_share_a_gpu_add_up() -> None:
+    """Ranks 0 and 2 on GPU 0, 1 and 3 on GPU 1: 7 and 8 bytes stay on a GPU, 76 and 5 go to the other."""
+    assert per_gpu(FOUR_RANKS, GpuMap(4, 2)).tolist() == [[7, 40 + 6 + 30], [5, 8]]
+    assert per_gpu(FOUR_RANKS, GpuMap(4, 4)).tolist() == [[96]]
+    assert per_gpu(FOUR_RANKS, GpuMap(4)).tolist() == FOUR_RANKS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "copy", "expected"),
+    [
+        (GpuMap(4, 4), 2.0, Bound("example", 48.0, "GPU 0 copies 96 bytes within its memory at 2e-09 GB/s")),
+        (GpuMap(4, 2), 0.5, Bound("example", 16.0, "GPU 1 copies 8 bytes within its memory at 5e-10 GB/s")),
+        (GpuMap(4, 2), 100.0, Bound("example", 7.6, "GPU 1 receives 76 bytes within its node at 1e-08 GB/s")),
+        (GpuMap(4, 4), None, Bound("example", 0.0, "nothing moves")),
+    ],
+    ids=["all on one GPU", "memory", "links", "no speed of copies"],
+)
+def test_what_limits_ranks_that_share_gpus(gpus: GpuMap, copy: float | None, expected: Bound) -> None:
+    assert lower_bound(FOUR_RANKS, cluster(copy=copy), gpus) == expected
+
+
+def test_ranks_with_gpus_of_their_own_have_the_bound_of_ranks() -> None:
+    assert lower_bound(FOUR_RANKS, cluster(), GpuMap(4)) == lower_bound(FOUR_RANKS, cluster())
 
 
 def matrices() -> st.SearchStrategy[IntArray]:

@@ -102,3 +102,26 @@ def test_gpus_too_small_for_any_layout(tmp_path: Path) -> None:
     assert refusal(f"--model tiny --dry-run --cluster {path}").endswith(
         "raise TP, EP or PP, or use GPUs with more memory"
     )
+
+
+SHARED = "--model tiny --dry-run --staging-mib 16 --tensor-model-parallel-size 2 --ranks-per-gpu"
+
+
+def test_a_gpu_holds_all_its_ranks_of_both_sides() -> None:
+    """Source ranks 0 and 1, destination ranks 2 and 3: GPU 0 has the first of each, or all of them."""
+    apart, paired, together = (planned(f"{SHARED} {ranks}") for ranks in (1, 2, 4))
+    assert apart.memory_bytes == max(*apart.source_bytes.values(), *apart.destination_bytes.values()) + (16 << 20)
+    both = [paired.source_bytes[rank] + paired.destination_bytes[2 + rank] for rank in (0, 1)]
+    assert paired.held_bytes == {"both": dict(enumerate(both))}
+    assert paired.memory_bytes == max(both) + (32 << 20)
+    assert together.memory_bytes == sum(both) + (64 << 20)
+
+
+def test_too_many_ranks_on_a_gpu_are_refused_with_the_number_that_fits(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("intra_node_gb_per_s: 1\ngpus_per_node: 8\ngpu_memory_gb: 0.055\n")
+    message = refusal(f"{SHARED} 4 --cluster {path}")
+    assert message.startswith("4 ranks of a GPU (TP2 EP1 -> TP2 EP1) need 103.")
+    assert message.endswith(": lower --staging-mib to 4, or lower --ranks-per-gpu to 3 (2 GPUs)")
+    check_memory(planned(f"{SHARED} 3 --cluster {path}"))
+    check_memory(planned(f"{SHARED} 4 --staging-mib 4 --cluster {path}"))

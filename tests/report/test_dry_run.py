@@ -9,7 +9,7 @@ import pytest
 from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.predict.dry_run import dry_run
-from refit.report.dry_run import dry_run_text
+from refit.report.dry_run import dry_run_json, dry_run_text
 from refit.report.rank_map import rank_map
 
 TINY = "--model tiny --dry-run --tensor-model-parallel-size 2 --expert-model-parallel-size 2"
@@ -78,6 +78,22 @@ def test_collocated_memory_is_both_sides_on_one_gpu() -> None:
     )
     assert figure(text, "GPUs needed:") == "max(4, 4) = 4"
     assert figure(text, "Wire:") == "0 bytes between GPUs"
+
+
+def test_ranks_that_share_gpus_are_told_from_the_gpus() -> None:
+    request = parse(f"{TINY} --ranks-per-gpu 8 --cluster h200_nvlink --staging-mib 1".split())
+    assert request.dry_run is not None
+    run = dry_run(request.scenario, request.dry_run)
+    text = dry_run_text(run)
+    num_ranks = request.scenario.num_ranks
+    assert (run.num_gpus, figure(text, "GPUs needed:")) == (1, f"1, for {request.scenario.num_ranks_text} ranks")
+    assert text.startswith(f"World size: {num_ranks} (using {num_ranks} ranks, up to 8 per GPU)")
+    held = sum(run.source_bytes.values()) + sum(run.destination_bytes.values())
+    assert figure(text, "Memory per GPU:").startswith(f"{(held + num_ranks * (1 << 20)) / 2**20:,.1f} MiB")
+    wire = figure(text, "Payload:").split(" in ")[0]
+    assert figure(text, "Wire:") == f"{wire} between ranks, {wire} of them on one GPU"
+    assert f"GPU 0 copies {wire} within its memory" in figure(text, "Lower bound:")
+    assert json.loads(dry_run_json(run))["ranks_per_gpu"] == num_ranks
 
 
 def test_too_small_gpus_and_notes_are_pointed_out() -> None:

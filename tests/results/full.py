@@ -120,6 +120,7 @@ FULL = Result(
         recorded={"seq-length": 128, "data-path": ["a", "b"], "swiglu": True, "lr": 0.5, "nothing": None},
         notes=("a choice",),
         device="cuda",
+        ranks_per_gpu=2,
         encoding="delta",
         one_sided_buffers="symmetric",
         nvshmem_force_put=True,

@@ -44,7 +44,7 @@ HERE = "tests.seams.small_parts"
 class QueueTransport:
     name = "queue"
 
-    def check_available(self) -> None:
+    def check_available(self, ranks_per_gpu: int = 1) -> None:
         """Ranks always have a store."""
 
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> None:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.errors import UsageError
 from refit.predict.cpus import Machine
@@ -40,6 +41,29 @@ def planned_lines(lines: list[str], num_gpus: int, *common: str, cluster: str | 
 )
 def test_ranks_go_to_all_gpus_of_few_nodes(num_ranks: int, gpus_per_node: int | None, expected: Placement) -> None:
     assert place(num_ranks, gpus_per_node) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "ranks_per_gpu", "expected"),
+    [(2, 2, Placement(2, 1, 2)), (6, 4, Placement(6, 1, 6)), (20, 2, Placement(20, 2, 16))],
+)
+def test_ranks_that_share_gpus_leave_none_idle(num_ranks: int, ranks_per_gpu: int, expected: Placement) -> None:
+    assert place(num_ranks, 8, ranks_per_gpu) == expected
+
+
+def test_a_sweep_counts_gpus_where_ranks_share_them() -> None:
+    lines = ["2:2:1:1:collocated:cuda-ipc:a"]
+    sweep = plan(select_lines(lines, ("--model=tiny", "--ranks-per-gpu=4")), Allocation(None, 8, "h200_nvlink"))
+    (planned,) = sweep.scenarios
+    assert (planned.status, planned.num_ranks, planned.ranks_per_node, sweep.num_gpus) == (Status.READY, 4, 4, 1)
+    assert planned.bound is not None
+    assert planned.bound.limited_by.startswith("GPU 0 copies ")
+
+
+def test_cpus_share_no_gpu() -> None:
+    flags, note = on_cpus(["--model=tiny", "--refit-method=cuda-ipc", "--ranks-per-gpu=2"])
+    assert parse(flags).scenario.ranks_per_gpu == 1
+    assert "shm stands in for cuda-ipc" in note
 
 
 def test_a_scenario_that_is_ready() -> None:

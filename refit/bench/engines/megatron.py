@@ -23,7 +23,7 @@ from refit.models.megatron.side import MegatronSide
 from refit.plan.plan import RefitPlan
 from refit.predict.sides import PlannedSides
 from refit.transport.base import RunReport
-from refit.transport.ranks import Ranks
+from refit.transport.ranks import Ranks, gpus_here
 from refit.transport.two_sided.nccl_links import peers_of
 
 SERVICES = ("nccl", "nvshmem", "gloo")
@@ -85,7 +85,8 @@ class MegatronEngine:
     uses_plan = False
 
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
-        self.transport = service_name(scenario.method, device)
+        self._is_shared = gpus_here(scenario.ranks_per_gpu).is_shared
+        self.transport = service_name(scenario.method, device, is_shared=self._is_shared)
         self._method = scenario.method
         self._device = device
 
@@ -97,12 +98,12 @@ class MegatronEngine:
 
         Megatron's refit knows the default group only, so `ranks` are those of it.
         """
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and not self._is_shared:
             _connect_default_group(planned.plan, ranks.rank, self._device)
 
     def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> MegatronProgram:
         assert not planned.wires, "its row of ENGINES does not encode"
-        return prepare_megatron_refit(_built(source), _built(destination), self._method, device=self._device)
+        return prepare_megatron_refit(_built(source), _built(destination), self.transport, device=self._device)
 
     def not_moved(self) -> Mapping[str, str]:
         return {}
@@ -111,12 +112,17 @@ class MegatronEngine:
         if self.transport == self._method:
             return None
         why = f"it has no {self._method}" if self._device.type == "cuda" else "on CPUs it has no other way"
+        if self._is_shared and self._device.type == "cuda":
+            why += ", and NCCL refuses two ranks on one GPU"
         return f"Megatron-Core's own refit runs over {self.transport} here: {why}"
 
 
-def service_name(method: str, device: torch.device) -> str:
-    """What moves Megatron's bytes where ours go by `method`: the same where it has it, on CPUs always Gloo."""
-    if device.type != "cuda":
+def service_name(method: str, device: torch.device, *, is_shared: bool = False) -> str:
+    """What moves Megatron's bytes where ours go by `method`: the same where it has it, on CPUs always Gloo.
+
+    Where ranks share a GPU (`is_shared`) only Gloo can.
+    """
+    if device.type != "cuda" or is_shared:
         return "gloo"
     return method if method in SERVICES else DEFAULT_SERVICE
 

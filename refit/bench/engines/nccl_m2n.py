@@ -30,7 +30,7 @@ from refit.plan.meshes import Mesh, MeshLimits, Reshard, mesh_refit
 from refit.plan.sharding import TensorSpec
 from refit.predict.sides import PlannedSides
 from refit.transport.base import RunReport
-from refit.transport.ranks import Ranks
+from refit.transport.ranks import Ranks, check_own_gpus
 
 MIN_NCCL = (2, 30, 7)
 """The NCCL that the package nccl-extensions 0.1.0 is built for and requires."""
@@ -64,6 +64,7 @@ class NcclM2nEngine:
 
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
         self._timeout_s = scenario.timeout_s
+        self._ranks_per_gpu = scenario.ranks_per_gpu
         self._device = device
         self._communicator: Any = None
         self._has_gin = False
@@ -73,6 +74,7 @@ class NcclM2nEngine:
         """Raise UnavailableError without GPUs, the package, or an NCCL that is new enough."""
         if self._device.type != "cuda":
             raise UnavailableError("nccl_m2n moves memory of GPUs only, the models are on CPUs")
+        check_own_gpus("nccl_m2n", self._ranks_per_gpu, "NCCL refuses two ranks on one GPU as invalid usage")
         loaded = loaded_nccl_version()
         if loaded is None or loaded < MIN_NCCL:
             needed, found = (".".join(map(str, version)) for version in (MIN_NCCL, loaded or ("none",)))

@@ -24,6 +24,7 @@ class PlannedEngine:
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
         self.transport = scenario.way
         self._transport = get_transport(scenario.method)
+        self._ranks_per_gpu = scenario.ranks_per_gpu
         self._ranks: Ranks | None = None
         self._options = TransportOptions(
             staging_bytes=scenario.staging_bytes,
@@ -33,7 +34,7 @@ class PlannedEngine:
         )
 
     def check_available(self) -> None:
-        self._transport.check_available()
+        self._transport.check_available(self._ranks_per_gpu)
 
     def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
         self._ranks = ranks

@@ -103,9 +103,9 @@ class EngineRun:
         self._leave_out(self._engine.not_moved())
         if not self._iterate(program, memory):
             return
-        gathered = self._gathered
+        session, gathered = self._session, self._gathered
         self._update(
-            extra_memory_bytes_per_rank=gathered(memory.extra_bytes),
+            extra_memory_bytes_per_rank=_of_gpus(session, gathered(memory.extra_bytes)),
             staging_bytes_per_rank=gathered(program.staging_bytes),
         )
         self._summarise()
@@ -130,7 +130,7 @@ class EngineRun:
             connected=connected[0],
             connect_memory_bytes_per_rank=self._gathered(past_torch(session.device) - before),
         )
-        return PeakMemory(session.device)
+        return PeakMemory(session.device, is_shared=session.is_gpu_shared)
 
     def _prepared(self, memory: PeakMemory) -> Program | None:
         """Prepare and return the program; None where the engine cannot run."""
@@ -289,6 +289,17 @@ class EngineRun:
 
     def _gathered(self, mine: Any) -> tuple[Any, ...]:
         return tuple(gather(self._session.control, mine))
+
+
+def _of_gpus(session: Session, extra_bytes: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """For each rank what all ranks of its GPU need together, where they share it."""
+    if not session.is_gpu_shared:
+        return extra_bytes
+    gpu_of = session.gpus.gpu_of
+    return tuple(
+        sum(nbytes or 0 for other, nbytes in enumerate(extra_bytes) if gpu_of(other) == gpu_of(rank))
+        for rank in range(len(extra_bytes))
+    )
 
 
 def _left_out(reason: str, keys: Sequence[str], destination: Sharding) -> NotMoved:

@@ -65,7 +65,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     plan = sides.plan
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
-    bound = cost.lower_bound(cost.bytes_matrix(plan), cluster) if cluster else None
+    bound = cost.lower_bound(cost.bytes_matrix(plan), cluster, session.gpus) if cluster else None
     trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
     plan_s = stopwatch.seconds["plan"]
     doubt = _doubt_of_training(session)
@@ -126,7 +126,8 @@ def _choose_cluster(session: Session) -> tuple[Cluster | None, str]:
     if named is not None or session.device.type == "cpu":
         return named, ""
     num_hosts = math.ceil(session.world_size / (session.ranks_per_node or session.world_size))
-    choice = choose_cluster(torch.cuda.get_device_name(session.device), session.world_size, num_hosts)
+    num_gpus = num_hosts * session.gpus.gpus_per_host
+    choice = choose_cluster(torch.cuda.get_device_name(session.device), num_gpus, num_hosts)
     return choice.cluster, choice.remedy
 
 

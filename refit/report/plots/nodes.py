@@ -15,7 +15,8 @@ def node_size(outcome: Outcome) -> int:
     """Ranks of one node: the NVLink domain of the cluster that the scenario names, else the ranks of a host."""
     scenario = outcome.result.scenario if outcome.result else None
     cluster = scenario.cluster if scenario else None
-    return max(1, cluster.gpus_per_node if cluster else outcome.planned.ranks_per_node)
+    shared = scenario.ranks_per_gpu if scenario else 1
+    return max(1, cluster.gpus_per_node * shared if cluster else outcome.planned.ranks_per_node)
 
 
 def draw_node_lines(axes: Axes, size: int, ranks: range, along: str) -> None:

@@ -1,4 +1,5 @@
-"""CUDA IPC as a substrate of the one-sided executor: sources write the weights of GPUs on the same host.
+"""CUDA IPC as a substrate of the one-sided executor: sources write the weights of GPUs on the same host, or of other
+ranks of their own GPU.
 
 Weights stay where PyTorch has allocated them, in ordinary or expandable segments. A source opens the memory of its
 destinations and copies into it: large contiguous runs by copy engine, all others in one kernel launch per destination,
@@ -52,8 +53,8 @@ SLOT_BYTES = 64 << 20
 class CudaIpcTransport:
     name = "cuda-ipc"
 
-    def check_available(self) -> None:
-        cuda_peers.check_available()
+    def check_available(self, ranks_per_gpu: int = 1) -> None:
+        cuda_peers.check_available(ranks_per_gpu)
 
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
         """Load the copy kernel, and open a piece of every peer's memory as a test. Collective: every rank of the plan.

@@ -14,7 +14,7 @@ from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
 from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
-from refit.transport.ranks import Ranks
+from refit.transport.ranks import Ranks, check_own_gpus
 from refit.transport.rendezvous import Rendezvous
 from refit.transport.schedule import make_schedule
 
@@ -34,10 +34,16 @@ wait for the link thus leave room for programs that unpack and copy locally."""
 MIN_PUT_PROGRAMS = 64
 
 
+SHARED = "without MPS, NVSHMEM's processes on one GPU cannot wait for each other's signals"
+"""NVSHMEM's installation guide, "Using NVSHMEM with Multiple Processes-Per-GPU": point-to-point synchronisation, which
+carries our messages, needs MPS and shares of the GPU that add up to one."""
+
+
 class NvshmemTransport:
     name = "nvshmem"
 
-    def check_available(self) -> None:
+    def check_available(self, ranks_per_gpu: int = 1) -> None:
+        check_own_gpus(self.name, ranks_per_gpu, SHARED)
         library.check_available()
 
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:

@@ -40,7 +40,7 @@ CACHE_LINE = 64
 class SharedMemoryTransport:
     name = "shm"
 
-    def check_available(self) -> None:
+    def check_available(self, ranks_per_gpu: int = 1) -> None:
         if not (DIRECTORY.is_dir() and os.access(DIRECTORY, os.W_OK)):
             raise UnavailableError(f"shm needs a writable {DIRECTORY} (Linux): use --refit-method gloo")
 

@@ -29,7 +29,7 @@ class GlooTransport:
     def __init__(self) -> None:
         self._connected: dict[str, GlooLinks] = {}
 
-    def check_available(self) -> None:
+    def check_available(self, ranks_per_gpu: int = 1) -> None:
         if not dist.is_gloo_available():
             raise UnavailableError("gloo needs a torch built with Gloo: install torch from its package index")
 

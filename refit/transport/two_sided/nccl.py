@@ -13,7 +13,7 @@ from refit.memory.streams import late_peers_error, wait_for_events
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions
-from refit.transport.ranks import Ranks
+from refit.transport.ranks import Ranks, check_own_gpus
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams
 from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
 from refit.transport.two_sided.nccl_links import NcclLinks, connect_links
@@ -27,11 +27,12 @@ class NcclTransport:
     def __init__(self) -> None:
         self._links: NcclLinks | None = None
 
-    def check_available(self) -> None:
+    def check_available(self, ranks_per_gpu: int = 1) -> None:
         if not torch.cuda.is_available():
             raise UnavailableError("nccl needs CUDA GPUs, this machine has none: use --refit-method gloo or shm")
         if not dist.is_nccl_available():
             raise UnavailableError("nccl needs a torch built with NCCL: install a CUDA build of torch, or use gloo")
+        check_own_gpus(self.name, ranks_per_gpu, "NCCL refuses two ranks on one GPU as invalid usage")
 
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str:
         """Create the communicators, connect every pair of the plan, and load the copy kernel. Once.
