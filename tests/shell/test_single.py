@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from refit.cli.parsing import parse
 from tests.ranks.ports import job_with_a_free_port
 from tests.ranks.waiting import read_until
 from tests.shell.conftest import ROOT, Shell
@@ -119,14 +120,32 @@ def test_the_smoke_test_ends_in_a_line_that_says_it(job: Shell, name: str, expec
     assert call[call.index("--refit-method") + 1] == "nvshmem"
 
 
-@pytest.mark.parametrize(("arguments", "needed"), [((), 6), (("--minimal",), 3)])
+def test_the_smoke_test_shares_one_gpu_where_it_is_told_to(job: Shell) -> None:
+    code, output = job.run(SMOKE, "--one-gpu", "--run-name", "good", SLURM_GPUS_ON_NODE="1")
+    assert code == 0, output
+    assert output.splitlines()[-1].startswith("PASS: One GPU, good: ")
+    (call,) = job.calls("srun")
+    scenario = parse(call[call.index("--tensor-model-parallel-size") :]).scenario
+    assert (scenario.method, scenario.ranks_per_gpu, scenario.num_ranks) == ("cuda-ipc", 2, 2)
+    node = call.index("node")
+    assert call[node + 2 : node + 4] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus_of_a_node", "expected"),
+    [
+        ((), "1", "needs 6 GPUs, 2 are here"),
+        (("--minimal",), "1", "needs 3 GPUs, 2 are here"),
+        (("--one-gpu",), "0", "needs a GPU, 0 are here"),
+    ],
+)
 def test_the_smoke_test_is_waived_without_gpus_and_never_runs_on_cpus(
-    job: Shell, arguments: tuple[str, ...], needed: int
+    job: Shell, arguments: tuple[str, ...], gpus_of_a_node: str, expected: str
 ) -> None:
-    code, output = job.run(SMOKE, *arguments, SLURM_GPUS_ON_NODE="1")
+    code, output = job.run(SMOKE, *arguments, SLURM_GPUS_ON_NODE=gpus_of_a_node)
     assert code == 3, output
     assert output.startswith("WAIVED: ")
-    assert f"needs {needed} GPUs, 2 are here" in output
+    assert expected in output
     assert not job.calls("srun")
 
 
