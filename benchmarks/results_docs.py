@@ -3,9 +3,9 @@
     python -m benchmarks.results_docs            rewrite docs/performance.md, README.md and the picture
     python -m benchmarks.results_docs --check    exit code 1, naming what differs, where they do not match the files
 
-`benchmarks.gpu_matrix`, `benchmarks.cpu_matrix`, `benchmarks.dispatchers` and `benchmarks.trainers` write the files. A
-document's text between the lines `<!-- results: NAME -->` and `<!-- end of results: NAME -->` is made here; it stays as
-it is while NAME has no file.
+`benchmarks.gpu_matrix`, `cpu_matrix`, `shared_gpu`, `dispatchers` and `trainers` write the files. A document's
+text between the lines `<!-- results: NAME -->` and `<!-- end of results: NAME -->` is made here; it stays as it is
+while NAME has no file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import results_dispatchers, results_text, results_trainers
+from benchmarks import results_dispatchers, results_layouts, results_text, results_trainers
 from refit.report.plots.style import save
 from refit.results.collection import COLLECTION_SUFFIX
 from refit.results.outcomes import Outcome
@@ -60,6 +60,7 @@ BLOCKS = (
     Block("docs/performance.md", "gpu4_te", ("gpu4_te",), results_text.section),
     Block("docs/performance.md", "gpu4_fp8", ("gpu4_fp8",), results_text.quantised_section),
     Block("docs/performance.md", "gpu4_fp8-large", ("gpu4_fp8-large",), results_text.quantised_section),
+    Block("docs/performance.md", "gpu1_layouts", ("gpu1_layouts",), results_layouts.section),
     Block("docs/performance.md", "gpu2_speed", ("gpu2_speed",), results_text.section),
     Block("docs/performance.md", "gpu2_fp8", ("gpu2_fp8",), results_text.quantised_section),
     Block("docs/performance.md", "dispatchers", DISPATCHERS, results_dispatchers.section),

@@ -113,6 +113,9 @@ def check_refit(words: list[str]) -> None:
     if words[0] in ("bounds", "place") and "--into" not in words:
         assert commands.main(words) == 0
         return
+    if words[0] == "run":
+        cli.parse(words[1:])
+        return
     end = words.index("--") if "--" in words else len(words)
     commands.command_parser().parse_args(words[:end])
     full_parser().parse_flags(words[end + 1 :])

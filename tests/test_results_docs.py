@@ -32,7 +32,7 @@ from tests.report.factories import planned, result, side, timed
 from tests.report.test_dispatchers import outcome as dispatched
 from tests.report.test_trainers import outcome as trained
 
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 3 << 19
 
 
 def test_the_documents_are_what_the_result_files_give() -> None:
@@ -104,6 +104,17 @@ def test_dispatchers_have_a_table_once_they_are_measured(tmp_path: Path) -> None
     assert re.search(r"\| TP1 EP2 \| 1 \| allgather \| .* \|  \|  \| 75.0 \| 12.5 \| 12.5 \| 10.0 \|", text)
     write_collection(file, [replace(cells[0].result, run_id="alone")] if cells[0].result else [])
     assert "| allgather |" not in documents(root)[page]
+
+
+def test_layouts_have_a_table_once_they_have_run(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    file, page = root / RESULTS / "gpu1_layouts.jsonl", root / "docs/performance.md"
+    file.unlink(missing_ok=True)
+    found = [one.result for one in outcomes() if one.result]
+    write_collection(file, found)
+    made = documents(root)[page]
+    assert "| formats | layouts | bf16 | fp8-block | mxfp8 | collocated | TP changes |" in made
+    assert f"| megatron -> megatron | {len(found)} | {len(found)} | 0 | 0 |" in made
 
 
 def test_trainers_have_a_table_once_they_are_measured(tmp_path: Path) -> None:

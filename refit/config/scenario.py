@@ -42,9 +42,9 @@ class Scenario:
     `steps` are the settings of training steps and forward passes, None where neither is measured.
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
     "cuda" where the user chose it; None uses the method's default. At most `ranks_per_gpu` ranks share a GPU
-    (`refit.config.gpus`). `notes` are lines for the log on choices made for the user. `encoding` is the row of ENCODINGS
-    that says what is sent of what the destination will hold. `max_iterations` is set where refits go on until the median
-    is stable: the most that are timed.
+    (`refit.config.gpus`). `notes` are lines for the log on choices made for the user. `encoding` is the row of
+    ENCODINGS that says what is sent of what the destination will hold. `max_iterations` is set where refits go on until
+    the median is stable: the most that are timed.
     """
 
     model: ModelShape | None
