@@ -149,12 +149,12 @@ def row(result: Result, seconds: float | None = None) -> str:
     if tested is None or result.failure is not None:
         failure = result.failure
         where = f" on rank {failure.rank} in phase '{failure.phase}'" if failure and failure.phase else ""
-        return f"{name:<64} {result.status.text.upper()}{where}: {failure.message if failure else '-'}"
+        return f"{name:<72} {result.status.text.upper()}{where}: {failure.message if failure else '-'}"
     if tested.median_s is None:
-        return f"{name:<64} {tested.status.text.upper()}: {tested.reason}"
+        return f"{name:<72} {tested.status.text.upper()}: {tested.reason}"
     took = f", {seconds:.1f} s" if seconds is not None else ""
     line = (
-        f"{name:<64} {1e3 * tested.median_s:8.2f} ms, {tested.num_compared:>13,} elements compared, "
+        f"{name:<72} {1e3 * tested.median_s:8.2f} ms, {tested.num_compared:>13,} elements compared, "
         f"{tested.num_wrong:,} wrong{took}{'' if tested.doubt is None else f'  {tested.doubt}'}"
     )
     return "\n".join(filter(None, [line, wrong_weights("refit", tested)]))
@@ -256,7 +256,7 @@ def main() -> int:
     scenarios = [parse(flags_of(each, args.device, args.num_ranks)).scenario for each in listed]
     print(f"{len(listed)} layouts of seed {args.seed}: {coverage(scenarios)}", flush=True)
     if args.list:
-        print("\n".join(f"{each.name:<64} {one.num_ranks} ranks" for each, one in zip(listed, scenarios, strict=True)))
+        print("\n".join(f"{each.name:<72} {one.num_ranks} ranks" for each, one in zip(listed, scenarios, strict=True)))
         return 0
     directory = args.output_dir.absolute()
     results = run_all(listed, directory, args.device, args.num_ranks, args.budget_s)

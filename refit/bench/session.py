@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -73,6 +73,13 @@ class Session:
     @property
     def is_gpu_shared(self) -> bool:
         return self.device.type == "cuda" and self.gpus.is_shared
+
+    def on_gpus(self, of_rank: Sequence[int | None]) -> tuple[int | None, ...]:
+        """For each rank the bytes of all ranks of its GPU, where they share it; `of_rank` itself elsewhere."""
+        if not self.is_gpu_shared:
+            return tuple(of_rank)
+        held = [(self.gpus.gpu_of(rank), nbytes or 0) for rank, nbytes in enumerate(of_rank)]
+        return tuple(sum(nbytes for gpu, nbytes in held if gpu == own) for own, _ in held)
 
     def enter(self, phase: str, shown: str | None = None) -> None:
         """Enter a phase. A terminal shows its name with the seconds it has taken, or `shown`, which stands still.

@@ -103,9 +103,9 @@ class EngineRun:
         self._leave_out(self._engine.not_moved())
         if not self._iterate(program, memory):
             return
-        session, gathered = self._session, self._gathered
+        gathered = self._gathered
         self._update(
-            extra_memory_bytes_per_rank=_of_gpus(session, gathered(memory.extra_bytes)),
+            extra_memory_bytes_per_rank=self._session.on_gpus(gathered(memory.extra_bytes)),
             staging_bytes_per_rank=gathered(program.staging_bytes),
         )
         self._summarise()
@@ -289,17 +289,6 @@ class EngineRun:
 
     def _gathered(self, mine: Any) -> tuple[Any, ...]:
         return tuple(gather(self._session.control, mine))
-
-
-def _of_gpus(session: Session, extra_bytes: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """For each rank what all ranks of its GPU need together, where they share it."""
-    if not session.is_gpu_shared:
-        return extra_bytes
-    gpu_of = session.gpus.gpu_of
-    return tuple(
-        sum(nbytes or 0 for other, nbytes in enumerate(extra_bytes) if gpu_of(other) == gpu_of(rank))
-        for rank in range(len(extra_bytes))
-    )
 
 
 def _left_out(reason: str, keys: Sequence[str], destination: Sharding) -> NotMoved:
