@@ -165,10 +165,9 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
     file = ResultFile.create(scenario.output_dir, name) if ranks.rank == 0 else None
     if file is not None:  # a run that ends at once still says what it was
         file.write(result.Result(file.run_id, started=result.now(), world_size=ranks.size, scenario=scenario))
-    shared = [file]
-    dist.broadcast_object_list(shared, group=control)
-    path = shared[0]
-    assert path is not None
+    # Result files have the environment of rank 0, and asking Git on every rank would take longer than to connect them.
+    shared = (file, manifest()) if file is not None else None
+    path, environment = _from_rank_0(shared, control)
 
     def mark(failure: Failure) -> None:
         # Rank 0 may have written a measurement over what another rank has marked.
@@ -179,10 +178,21 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
     watchdog = Watchdog(watched, scenario.timeout_s, lambda failure: _report(path, failure), on_exit=mark)
     watchdog.start()
     try:
-        yield Launch(Session(scenario, ranks, device, control, manifest(), watchdog.phase, start=start), watchdog, file)
+        session = Session(scenario, ranks, device, control, environment, watchdog.phase, start=start)
+        yield Launch(session, watchdog, file)
     finally:
         watchdog.stop()
     dist.destroy_process_group()
+
+
+def _from_rank_0(
+    value: tuple[ResultFile, Environment] | None, group: dist.ProcessGroup
+) -> tuple[ResultFile, Environment]:
+    """What rank 0 gives, on every rank. Collective: every rank of `group`."""
+    shared = [value]
+    dist.broadcast_object_list(shared, group=group)
+    assert shared[0] is not None
+    return shared[0]
 
 
 def new_session(scenario: Scenario, device: torch.device, control: dist.ProcessGroup) -> Session:
