@@ -16,18 +16,31 @@ from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 
 RANKS_PER_CORE = 8
-FEW_RANKS = 64
-"""On CPUs: at most RANKS_PER_CORE ranks a core, or FEW_RANKS where the cores are few."""
+"""On CPUs: at most so many ranks a core, or `Start.few_ranks` where the cores are few."""
 
-RANK_PROCESS_BYTES = 350_000_000
-"""Memory of a rank's process without its weights: Python, torch and Megatron-Core."""
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a way of starting ranks needs: memory of Python, torch and Megatron-Core, and seconds of a core.
+
+    `shared_bytes` and `shared_s` count once for all ranks, `rank_bytes` and `rank_s` for each, without its weights.
+    """
+
+    few_ranks: int
+    shared_bytes: int
+    rank_bytes: int
+    shared_s: float
+    rank_s: float
+
+
+SPAWNED = Start(few_ranks=64, shared_bytes=0, rank_bytes=350_000_000, shared_s=0.0, rank_s=8.0)
+FORKED = Start(few_ranks=128, shared_bytes=350_000_000, rank_bytes=25_000_000, shared_s=8.0, rank_s=1.0)
 
 REMEDY = "plan it with --dry-run, or run --model tiny on few ranks"
 
-RANK_START_S = 8.0
 CPU_BYTES_PER_S = 100e6
 MAX_CPU_RUN_S = 3600.0
-"""A rough time for ranks on CPUs: RANK_START_S of a core to start and build a rank, then CPU_BYTES_PER_S of payload a
+"""A rough time for ranks on CPUs: that of `Start` to start and build them, then CPU_BYTES_PER_S of payload a
 core and refit, verification included. Measured on 2 cores of an AMD EPYC: `benchmark_refit_sbatch.sh --model tiny
 --hidden-size 1024 --num-layers 8 --vocab-size 32000 --refit-method gloo` took 17 CPU seconds for 2 ranks and 5 refits
 of 295 MB."""
@@ -71,18 +84,18 @@ def has_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def most_cpu_ranks(machine: Machine) -> int:
+def most_cpu_ranks(machine: Machine, start: Start = SPAWNED) -> int:
     """The most ranks that its cores may run."""
-    return max(FEW_RANKS, RANKS_PER_CORE * machine.cores)
+    return max(start.few_ranks, RANKS_PER_CORE * machine.cores)
 
 
-def check_cpus(scenario: Scenario, run: DryRun | None, machine: Machine) -> None:
+def check_cpus(scenario: Scenario, run: DryRun | None, machine: Machine, start: Start = SPAWNED) -> None:
     """Raise UsageError, with both figures, where `machine` has too few cores, memory or speed for ranks on CPUs.
 
     `run` None: the model's size is not known, only its ranks count.
     """
-    num_ranks, most_ranks = scenario.num_ranks, most_cpu_ranks(machine)
-    memory_bytes, run_s = _cpu_memory_bytes(scenario, run), _cpu_run_s(scenario, run, machine.cores)
+    num_ranks, most_ranks = scenario.num_ranks, most_cpu_ranks(machine, start)
+    memory_bytes, run_s = _cpu_memory_bytes(scenario, run, start), _cpu_run_s(scenario, run, machine.cores, start)
     problems = []
     if num_ranks > most_ranks:
         problems.append(f"{num_ranks} ranks > {most_ranks} for {machine.cores} cores")
@@ -107,9 +120,10 @@ def check_running(scenario: Scenario, machine: Machine) -> None:
         )
 
 
-def _cpu_memory_bytes(scenario: Scenario, run: DryRun | None) -> int:
+def _cpu_memory_bytes(scenario: Scenario, run: DryRun | None, start: Start) -> int:
     """Memory of all ranks: processes, weights and staging."""
-    return scenario.num_ranks * RANK_PROCESS_BYTES + (_weights_bytes(scenario, run) if run is not None else 0)
+    processes = start.shared_bytes + scenario.num_ranks * start.rank_bytes
+    return processes + (_weights_bytes(scenario, run) if run is not None else 0)
 
 
 def _weights_bytes(scenario: Scenario, run: DryRun) -> int:
@@ -119,8 +133,9 @@ def _weights_bytes(scenario: Scenario, run: DryRun) -> int:
     return sum(run.source_bytes.values()) + sum(run.destination_bytes.values()) + staging
 
 
-def _cpu_run_s(scenario: Scenario, run: DryRun | None, cores: int) -> float:
+def _cpu_run_s(scenario: Scenario, run: DryRun | None, cores: int, start: Start) -> float:
     """Rough seconds of a whole run on that many cores."""
     payload_bytes = run.cost.payload_bytes if run else 0
     num_refits = scenario.num_warmup + scenario.most_iterations
-    return (scenario.num_ranks * RANK_START_S + num_refits * payload_bytes / CPU_BYTES_PER_S) / cores
+    start_s = start.shared_s + scenario.num_ranks * start.rank_s
+    return (start_s + num_refits * payload_bytes / CPU_BYTES_PER_S) / cores

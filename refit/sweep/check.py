@@ -12,7 +12,7 @@ from refit.config.registry import METHODS
 from refit.config.scenario import Scenario, check_num_ranks, num_nodes
 from refit.config.side import SideSpec
 from refit.errors import UsageError
-from refit.predict.cpus import Machine, check_cpus
+from refit.predict.cpus import SPAWNED, Machine, Start, check_cpus
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.predict.memory import check_memory
 from refit.results.status import Status
@@ -42,12 +42,12 @@ def place(num_ranks: int, gpus_per_node: int | None, ranks_per_gpu: int = 1) -> 
 
 
 def checked(
-    flags: Sequence[str], options: DryRunOptions, machine: Machine | None = None
+    flags: Sequence[str], options: DryRunOptions, machine: Machine | None = None, start: Start = SPAWNED
 ) -> tuple[Scenario, DryRun | None]:
     """A scenario and its dry run. The dry run is None for a model provider, whose model has no known shape.
 
     Raises UsageError, with the remedy, for a scenario that `options.num_gpus` GPUs of that cluster cannot run, or that
-    the CPUs of `machine` cannot. `machine` None: the ranks are not on CPUs.
+    the CPUs of `machine` cannot, where ranks are started as `start` says. `machine` None: the ranks are not on CPUs.
     """
     scenario = parse(flags).scenario
     if scenario.model is None:
@@ -57,7 +57,7 @@ def checked(
         run = dry_run(scenario, replace(options, cluster=options.cluster or scenario.cluster))
         check_memory(run)
     if machine is not None:
-        check_cpus(scenario, run, machine)
+        check_cpus(scenario, run, machine, start)
     return scenario, run
 
 

@@ -9,7 +9,8 @@ from refit.config.registry import AUTO
 from refit.config.scenario import Scenario
 from refit.errors import UsageError
 from refit.predict import cpus
-from refit.predict.cpus import Machine, check_running, has_gpu, is_on_cpus, this_machine
+from refit.predict.cpus import FORKED, SPAWNED, Machine, check_cpus, check_running, has_gpu, is_on_cpus, this_machine
+from refit.predict.dry_run import DryRunOptions, dry_run
 
 GB = 10**9
 
@@ -59,3 +60,19 @@ def test_ranks_that_are_started_already_need_room_for_their_weights(method: str)
         check_running(found, Machine(2, 4 * GB))
     check_running(found, Machine(2, 4000 * GB))
     check_running(found, Machine(2, None))
+
+
+MANY = ("--refit-method=gloo", "--source-world-size=64", "--destination-world-size=64")
+MANY = (*MANY, "--tensor-model-parallel-size=2", "--expert-model-parallel-size=2")
+MANY = (*MANY, "--rl-inference-tensor-model-parallel-size=1", "--rl-inference-expert-model-parallel-size=4")
+
+
+def test_forked_ranks_share_what_each_spawned_one_imports() -> None:
+    """128 ranks of a tiny model, on two cores with 8 GB."""
+    found = scenario(*MANY)
+    run = dry_run(found, DryRunOptions())
+    check_cpus(found, run, Machine(2, 8 * GB), FORKED)
+    with pytest.raises(UsageError, match=r"128 ranks > 64 for 2 cores, 4\d\.\d+ GB of memory > 8\.00 GB free"):
+        check_cpus(found, run, Machine(2, 8 * GB), SPAWNED)
+    with pytest.raises(UsageError, match=r"[56]\.\d+ GB of memory > 4\.00 GB free"):
+        check_cpus(found, run, Machine(2, 4 * GB), FORKED)
