@@ -31,7 +31,7 @@ fi
 
 if ((nodes == 1)); then
     export PET_LOG_DIR=$logs PET_TEE=2 # torchrun's --log-dir and --tee
-    exec "${command[@]}" -m refit run --nproc-per-node "$ranks_per_node" "$@"
+    exec "${command[@]}" -m refit run --start spawn --nproc-per-node "$ranks_per_node" "$@"
 fi
 
 port=$("$python" -m refit.cli.launch)

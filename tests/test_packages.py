@@ -33,7 +33,10 @@ HEAVY = (
     "refit.bench",
 )
 MAY_IMPORT_MEGATRON = ("refit/models/megatron/", "refit/bench/engines/megatron.py")
-LATER = {"refit/cli/main.py": {"refit.bench.runner.run"}}
+LATER = {
+    "refit/cli/main.py": {"refit.bench.runner.run"},
+    "refit/cli/forked.py": {f"refit.bench.launcher.{name}" for name in ("launch", "load_libraries", "uses_cuda")},
+}
 """What a function of a torch-free package imports when it is called."""
 
 

@@ -78,15 +78,16 @@ class Stopwatch:
 
 
 class StartClock:
-    """Seconds of each phase of a process's start, from the start of the process to the end of its first refit.
+    """Seconds of each phase of a rank's start, from the start of its process to the end of its first refit.
 
-    It begins in the phase `imports`. A phase that is entered again adds up. After `stop` nothing is counted.
+    A forked rank counts from the start of the process that has imported for it. The clock begins in the phase
+    `imports`. A phase that is entered again adds up. After `stop` nothing is counted.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._phase: str | None = "imports"
-        self._since = _process_start_s()
+        self._since = _PROCESS_START_S
 
     def enter(self, phase: str) -> None:
         """End the current phase and begin `phase`."""
@@ -108,6 +109,10 @@ def _process_start_s() -> float:
     """When this process started, on CLOCK_BOOTTIME: field 22 of /proc/self/stat (proc(5)), in clock ticks."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+_PROCESS_START_S = _process_start_s()
+"""Forked processes inherit it."""
 
 
 class Spans:

@@ -32,7 +32,7 @@ PACKAGES = (
 )
 ALLOWED_VARIABLES = re.compile(
     r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|PYTORCH_ALLOC_CONF$|PYTORCH_CUDA_ALLOC_CONF$|"
-    r"OMP_NUM_THREADS$|CUDA_DEVICE_MAX_CONNECTIONS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
+    r"OMP_NUM_THREADS$|REFIT_START$|CUDA_DEVICE_MAX_CONNECTIONS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
 )
 """Environment variables stored in a result: those that change performance. Others may hold tokens or paths."""
 

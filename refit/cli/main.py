@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from refit.cli.launch import check_launch, rank_variables
 from refit.cli.output import check_output
@@ -18,17 +18,22 @@ from refit.report.dry_run import dry_run_json, dry_run_text
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line and return this process's exit code, that of a closed pipe included."""
-    return ending_quietly(lambda: _main(argv))
+    return ending_quietly(lambda: _main(lambda: parse(argv)))
 
 
-def _main(argv: Sequence[str]) -> int:
-    """Run the command line and return this process's exit code. Errors meant for the user are printed once.
+def main_of(request: Request) -> int:
+    """What `main` does with a command line that is parsed."""
+    return ending_quietly(lambda: _main(lambda: request))
+
+
+def _main(request: Callable[[], Request]) -> int:
+    """Run the request and return this process's exit code. Errors meant for the user are printed once.
 
     Errors common to all ranks exit non-zero on rank 0 only, so that a launcher reports one failure.
     """
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
-        code = _run(parse(argv), first)
+        code = _run(request(), first)
     except UsageError as error:
         if first:
             show_error(str(error))

@@ -10,9 +10,16 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1
 """Of `prctl(2)`, Linux only: the signal that a process gets when its parent ends."""
+
+
+def command(parent: int, num_ranks: int, flags: Sequence[str]) -> list[str]:
+    """The command line of this module, for ranks of benchmark_refit.py on this machine."""
+    own = [sys.executable, "-m", "refit.cli.torchrun", str(parent), "--standalone", "--local-addr", "localhost"]
+    return [*own, "--nproc-per-node", str(num_ranks), "-m", "refit.cli", *flags]
 
 
 def end_with_parent(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""`refit run`: a scenario on the ranks of this machine, started with torchrun."""
+"""`refit run`: a scenario on the ranks of this machine, forked from one process or started with torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from refit.cli import flag_types
+from refit.cli import flag_types, forked, torchrun
 from refit.cli.flag_parser import FlagParser
 from refit.cli.main import main
 from refit.cli.parsing import parse
@@ -30,11 +30,15 @@ from refit.results.status import Status
 from refit.sweep import check
 from refit.sweep.close import NOTICED, Cause, killed_text, phase_of, root_cause, telling_line, tells_more
 
+STARTS = {"fork": (forked.command, cpus.FORKED), "spawn": (torchrun.command, cpus.SPAWNED)}
+"""Ways of starting ranks: from one process that has imported for all, or each on its own, by torchrun. The launcher's
+command line, and what such ranks need on CPUs."""
+
 KEPT_LINES = 500
-"""The end of the ranks' stderr, where torchrun reports which rank failed first."""
+"""The end of the ranks' stderr, where their launcher reports which rank failed first."""
 
 LAUNCHER_ERRORS = ("ChildFailedError", "SignalException")
-"""What torchrun ends with where a rank has failed, and where it was told to stop."""
+"""What launchers end with where a rank has failed, and where torchrun was told to stop."""
 
 AGENT_PREFIXES = ("W", "E", "I")
 """What lines of torchrun's own log begin with, before the date: `W1121 13:00:07.440000 22955 torch/...`."""
@@ -44,10 +48,11 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "run",
-        usage="refit run [--nproc-per-node N] FLAGS",
+        usage="refit run [--nproc-per-node N] [--start fork|spawn] FLAGS",
         help="run a scenario on this machine",
         description="Start one rank per GPU that the scenario needs (CPU ranks for gloo and shm), or N ranks of which "
-        "some stay idle, and run it. "
+        "some stay idle, and run it. They are forked from one process, which imports PyTorch and Megatron-Core for "
+        "all; with --start spawn torchrun starts each on its own, as PET_* variables say. "
         "`refit run --help` lists the flags of benchmark_refit.py.",
         epilog="example:\n  refit run --model tiny --refit-method gloo --rl-inference-tensor-model-parallel-size 2",
     )
@@ -57,32 +62,23 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the scenario and return its exit code, not torchrun's. Raises UsageError before anything is started."""
     live.draw("checking the scenario")
-    own, flags = _own_flags().parse_known_args(args.flags)
+    own, flags = own_flags().parse_known_args(args.flags)
     request = parse(flags)
     if request.dry_run is not None:
         return main(flags)
     num_ranks = own.nproc_per_node or request.scenario.num_ranks
     check_num_ranks(request.scenario, num_ranks)
+    command, start = STARTS[own.start]
     if cpus.is_on_cpus(request.scenario):
-        check.checked(flags, DryRunOptions(), cpus.this_machine())
+        check.checked(flags, DryRunOptions(), cpus.this_machine(), start)
     flags, own_result = _with_own_result(flags, request.scenario)
-    command = [
-        sys.executable,
-        "-m",
-        "refit.cli.torchrun",
-        str(os.getpid()),
-        "--standalone",
-        "--local-addr",
-        "localhost",
-    ]
-    command += ["--nproc-per-node", str(num_ranks), "-m", "refit.cli", *flags]
     log: deque[str] = deque(maxlen=KEPT_LINES)
     # On a terminal rank 0 draws over this line as soon as it runs.
     rank_0_draws = live.is_terminal(sys.stdout)
     live.draw(f"{'starting' if rank_0_draws else 'running'} {num_ranks} ranks", ticking=not rank_0_draws)
     # In a session of its own: a signal reaches the ranks once, through torchrun.
     process = subprocess.Popen(
-        command,
+        command(os.getpid(), num_ranks, flags),
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
@@ -147,10 +143,11 @@ def _complete(file: ResultFile, scenario: Scenario, cause: Cause, code: ExitCode
     file.write(result)
 
 
-def _own_flags() -> FlagParser:
+def own_flags() -> FlagParser:
     """The flags that the ranks do not get."""
     parser = FlagParser(add_help=False)
     parser.add_argument("--nproc-per-node", type=flag_types.positive)
+    parser.add_argument("--start", choices=sorted(STARTS), default="fork")
     return parser
 
 

@@ -97,6 +97,8 @@ class Format:
     `available(scenario, device)` raises UnavailableError where this machine lacks a library or a device for what the
     scenario asks of such sides beyond `libraries`; None where nothing can be asked.
 
+    `preload(scenario, device)` imports what `build` imports when it is called, for ranks that share it; None: nothing.
+
     `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
     experts placed as the new `side` says.
     """
@@ -117,6 +119,7 @@ class Format:
     parts: str | None = None
     available: str | None = None
     note: str | None = None
+    preload: str | None = None
     rearrange: str | None = None
 
     @property
@@ -227,6 +230,7 @@ FORMATS = Registry(
             ),
             available="refit.models.huggingface.attention:check_available",
             note="refit.predict.families.releases:fsdp2_note",
+            preload="refit.models.huggingface.model:load_family",
         ),
         "autotp": Format(
             predict="refit.predict.autotp:predict",
@@ -241,6 +245,7 @@ FORMATS = Registry(
             ),
             available="refit.models.huggingface.attention:check_available",
             note="refit.predict.families.releases:autotp_note",
+            preload="refit.models.autotp.engine:load_libraries",
         ),
         "vllm": Format(
             predict="refit.predict.vllm.sharding:predict",

@@ -36,6 +36,8 @@ SMALL = [
     "gloo",
 ]
 
+STARTS = pytest.mark.parametrize("start", ["fork", "spawn"])
+
 AGENTS_LOG = """\
 W1121 13:00:07.440000 22955 torch/distributed/run.py:874] Setting OMP_NUM_THREADS environment variable
 E1121 13:00:09.100000 22955 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 2) local_rank: 0
@@ -116,6 +118,26 @@ def test_no_method_starts_ranks_that_need_more_memory_than_there_is(
     assert re.search(r"error: ranks on the CPUs .* GB of memory > 16\.00 GB free", capsys.readouterr().err)
 
 
+class Started(Exception):
+    """Ranks would have been started."""
+
+
+def test_the_memory_that_ranks_need_follows_from_their_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(command: list[str], **_: object) -> None:
+        assert command[2] == "refit.cli.forked"
+        raise Started
+
+    monkeypatch.setattr(cpus, "this_machine", lambda: cpus.Machine(2, 8 * 10**9))
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    flags = ["--model", "tiny", "--refit-method", "gloo", "--source-world-size", "24", "--destination-world-size", "24"]
+    with pytest.raises(Started):
+        main(["run", *flags])
+    assert main(["run", "--start", "spawn", *flags]) == 2
+    assert "GB of memory > 8.00 GB free" in capsys.readouterr().err
+
+
 TOLD = "FAILED: rank 0 failed in phase 'build': was told to stop (SIGTERM)"
 KILLED = """\
 Root Cause (first observed failure):
@@ -163,8 +185,11 @@ def test_fewer_ranks_than_the_scenario_needs_are_refused(capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_a_rank_killed_from_outside_is_named(tmp_path: Path) -> None:
-    process = started("--nproc-per-node", "3", "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
+@STARTS
+def test_a_rank_killed_from_outside_is_named(tmp_path: Path, start: str) -> None:
+    process = started(
+        start, "--nproc-per-node", "3", "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path)
+    )
     assert process.stdout is not None
     output = read_until(process.stdout.readline, "/100000:")
     os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
@@ -186,25 +211,31 @@ def test_a_dry_run_starts_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "World size: 2 (using 2 GPUs)" in capsys.readouterr().out
 
 
-def started(*flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "refit", "run", *SMALL, *flags]
+def started(start: str, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "refit", "run", "--start", start, *SMALL, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_a_verified_refit(tmp_path: Path) -> None:
-    process = started("--output-dir", str(tmp_path))
+@STARTS
+def test_a_verified_refit(tmp_path: Path, start: str) -> None:
+    process = started(start, "--output-dir", str(tmp_path))
     output, errors = process.communicate(timeout=150)
     assert process.returncode == 0, errors
     assert "0 wrong" in output
     assert errors == ""
-    assert len(list(tmp_path.glob("*.json"))) == 1
+    (path,) = tmp_path.glob("*.json")
+    result = read_result(path)
+    assert result.environment is not None
+    assert result.environment.variables.get("REFIT_START", "spawn") == start
+    assert result.environment.command.startswith("__main__.py --model tiny")
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path) -> None:
+@STARTS
+def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path, start: str) -> None:
     flags = ["--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed"]
-    process = started(*flags)
+    process = started(start, *flags)
     assert process.stdout is not None
     read_until(process.stdout.readline, "/100000:")
     os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
@@ -219,9 +250,10 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@STARTS
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals) -> None:
-    process = started("--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
+def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals, start: str) -> None:
+    process = started(start, "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
     assert process.stdout is not None
     read_until(process.stdout.readline, "/100000:")
     os.kill(process.pid, number)
@@ -232,10 +264,13 @@ def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals) -> None
 
 
 @pytest.mark.slow
+@STARTS
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl(2)")
-def test_a_kill_ends_the_ranks_too(tmp_path: Path) -> None:
+def test_a_kill_ends_the_ranks_too(tmp_path: Path, start: str) -> None:
     """Nobody reads any more what they print, and the result says how they ended all the same."""
-    process = started("--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed")
+    process = started(
+        start, "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed"
+    )
     assert process.stdout is not None
     read_until(process.stdout.readline, "/100000:")
     assert ranks_left(tmp_path)

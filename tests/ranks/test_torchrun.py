@@ -1,4 +1,4 @@
-"""The suite started with torchrun: output, exit codes, and faults that end the whole job."""
+"""The suite started with torchrun, or with ranks that are forked: output, exit codes, faults that end the whole job."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from refit.cli.forked import command as forking
 from tests.ranks.waiting import pid_of_rank, read_until
 
 pytestmark = pytest.mark.megatron
+
+Launch = Callable[..., subprocess.Popen[str]]
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--model", "tiny", "--num-layers", "1", "--moe-layer-freq", "1", "--vocab-size", "512"]
@@ -27,6 +31,14 @@ def torchrun(num_ranks: int, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "benchmark_refit.py"), *flags]
     return _started(command)
+
+
+def forked(num_ranks: int, *flags: str) -> subprocess.Popen[str]:
+    """What `refit run` starts in torchrun's place."""
+    return _started(forking(os.getpid(), num_ranks, flags))
+
+
+LAUNCHERS = pytest.mark.parametrize("launch", [torchrun, forked])
 
 
 def refit_run(*flags: str) -> subprocess.Popen[str]:
@@ -49,6 +61,7 @@ def result_in(directory: Path) -> dict[str, Any]:
     return content
 
 
+@LAUNCHERS
 @pytest.mark.parametrize(
     ("num_ranks", "layouts", "said"),
     [
@@ -67,8 +80,8 @@ def result_in(directory: Path) -> dict[str, Any]:
     ],
     ids=["two ranks", "with an idle rank"],
 )
-def test_a_verified_refit(tmp_path: Path, num_ranks: int, layouts: list[str], said: list[str]) -> None:
-    process = torchrun(num_ranks, *SMALL, *layouts, "--output-dir", str(tmp_path))
+def test_a_verified_refit(tmp_path: Path, launch: Launch, num_ranks: int, layouts: list[str], said: list[str]) -> None:
+    process = launch(num_ranks, *SMALL, *layouts, "--output-dir", str(tmp_path))
     output = finish(process)
     assert process.returncode == 0, output
     assert set(said) <= set(output.splitlines())
@@ -83,8 +96,9 @@ def test_a_verified_refit(tmp_path: Path, num_ranks: int, layouts: list[str], sa
     assert result_in(tmp_path)["status"] == "ok"
 
 
-def test_too_few_ranks_is_one_line_before_anything_is_built(tmp_path: Path) -> None:
-    process = torchrun(2, *SMALL, *ONE_TO_TWO, "--output-dir", str(tmp_path))
+@LAUNCHERS
+def test_too_few_ranks_is_one_line_before_anything_is_built(tmp_path: Path, launch: Launch) -> None:
+    process = launch(2, *SMALL, *ONE_TO_TWO, "--output-dir", str(tmp_path))
     output = finish(process)
     assert process.returncode != 0
     errors = [line for line in output.splitlines() if line.startswith("error:")]
@@ -95,11 +109,14 @@ def test_too_few_ranks_is_one_line_before_anything_is_built(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@LAUNCHERS
 @pytest.mark.parametrize("send", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_rank_that_is_gone_ends_the_job_and_keeps_what_was_measured(tmp_path: Path, send: signal.Signals) -> None:
+def test_a_rank_that_is_gone_ends_the_job_and_keeps_what_was_measured(
+    tmp_path: Path, launch: Launch, send: signal.Signals
+) -> None:
     flags = [*SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000"]
     flags += ["--output-dir", str(tmp_path)]
-    process = torchrun(3, *flags)
+    process = launch(3, *flags)
     assert process.stdout is not None
     output = read_until(process.stdout.readline, "/100000:")
     (timed,) = re.findall(r"(\d+)/100000:", output)
@@ -118,9 +135,10 @@ def test_a_rank_that_is_gone_ends_the_job_and_keeps_what_was_measured(tmp_path: 
 
 
 @pytest.mark.slow
-def test_without_its_launcher_a_job_reports_one_failure(tmp_path: Path) -> None:
+@LAUNCHERS
+def test_without_its_launcher_a_job_reports_one_failure(tmp_path: Path, launch: Launch) -> None:
     """The launcher hosts the store, through which ranks otherwise agree on who reports."""
-    process = torchrun(3, *SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
+    process = launch(3, *SMALL, *ONE_TO_TWO, "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
     assert process.stdout is not None
     read_until(process.stdout.readline, "/100000:")
     process.kill()
@@ -144,7 +162,9 @@ def build(layout, groups, device):
 
 
 @pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("launcher", ["refit run", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "torchrun"))]
+)
 def test_a_rank_that_fails_while_it_builds_is_the_only_one_that_is_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, launcher: str
 ) -> None:
@@ -154,7 +174,7 @@ def test_a_rank_that_fails_while_it_builds_is_the_only_one_that_is_heard(
     monkeypatch.setenv("FAILING_RANK", rank)
     flags = ["--model-provider", "failing:build", "--refit-method", "gloo", "--output-dir", str(tmp_path / "results")]
     flags += ["--source-world-size", "2"]
-    process = torchrun(3, *flags) if launcher == "torchrun" else refit_run(*flags)
+    process = torchrun(3, *flags) if launcher == "torchrun" else refit_run("--start", launcher, *flags)
     output = finish(process)
     assert process.returncode != 0
     assert re.findall(r"^FAILED: .*", output, re.MULTILINE) == [

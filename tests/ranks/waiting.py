@@ -26,13 +26,16 @@ def read_until(readline: Callable[[], str], text: str) -> str:
 
 
 def pid_of_rank(rank: int, directory: Path) -> int:
-    """The process that torchrun started as `rank` with this test's output directory."""
+    """The process of `rank`, forked or started by torchrun, with this test's output directory."""
     for entry in Path("/proc").iterdir():
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")
             words = (entry / "cmdline").read_bytes().split(b"\0")
+            name = (entry / "comm").read_text().strip()
         except OSError:
             continue
-        if f"RANK={rank}".encode() in environment and str(directory).encode() in words:
+        if str(directory).encode() in words and (
+            name == f"refit rank {rank}" or f"RANK={rank}".encode() in environment
+        ):
             return int(entry.name)
     raise AssertionError(f"no process of rank {rank}")

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from refit.config.scenario import Scenario
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import AutotpOptions, SideSpec
 from refit.config.steps import LOSS_SCALE_WINDOW, StepSettings
 from refit.errors import RefitError
 from refit.models.autotp.groups import ParallelGroups, told_to
-from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
+from refit.models.huggingface.model import compute_rotary_buffers, load_family, materialise, meta_model
 from refit.models.huggingface.training import adamw
 from refit.predict.autotp import is_split
 from refit.predict.families.names import NamedModel
@@ -38,6 +39,12 @@ def load_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":  # it refuses fp16 on CPUs without instructions for it, which torch does not need
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
+
+
+def load_libraries(scenario: Scenario, device: torch.device) -> None:
+    """Import what a side needs when it is built."""
+    load_family(scenario, device)
+    load_deepspeed(device)
 
 
 def whole_model(shape: ModelShape, named: NamedModel, side: SideSpec) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.models.huggingface.autocast import EXPERTS
@@ -15,6 +17,13 @@ from refit.predict.families.names import NamedModel
 
 GROUPED = {"experts_implementation": "grouped_mm"}
 """All experts of a layer in one product. One by one ("eager"), each would allocate the gradient of all of them."""
+
+
+def load_family(scenario: Scenario, device: torch.device) -> None:
+    """Import the module of the scenario's model family, which transformers does when a model is built."""
+    assert scenario.model is not None, "such sides build no model of a provider"
+    family = config_values(scenario.model)["model_type"]
+    import_module(f"transformers.models.{family}.modeling_{family}")
 
 
 def meta_model(shape: ModelShape, named: NamedModel, side: SideSpec) -> Any:
