@@ -1,55 +1,128 @@
-"""Times the start of a run, from torchrun to the first refit, by phase: a tiny model on many CPU ranks.
+"""Ranks that are forked against ranks that are spawned: the time to the end of the first refit, and their memory then.
 
-python -m benchmarks.start [--ranks 16 64 128]
+python -m benchmarks.start [--ranks 8 64] [--turns 3]
+
+A tiny model on CPU ranks over gloo, half of them source, half destination; both ways in turn. Memory is that of
+/proc/PID/smaps_rollup: private pages of each rank, and the proportional shares of all ranks and their launcher.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
+from refit.commands.run import STARTS
 from refit.results.result import read_result
 
-ROOT = Path(__file__).resolve().parent.parent
+FIRST_REFIT = "refit 1/"
+"""What the line of the first refit begins with."""
 
 
-def start(num_ranks: int) -> tuple[float, dict[str, float]]:
-    """Run a refit from the first half of the ranks to the other. Seconds that the whole command took, and `start_s`."""
-    half = str(num_ranks // 2)
-    flags = [
-        "--model",
-        "tiny",
-        "--refit-method",
-        "gloo",
-        "--num-benchmark-warmup",
-        "0",
-        "--num-benchmark-iterations",
-        "1",
-    ]
-    flags += ["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--source-world-size", half]
-    flags += ["--rl-inference-tensor-model-parallel-size", "1", "--rl-inference-expert-model-parallel-size", "4"]
-    flags += ["--destination-world-size", half]
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Seconds from the command to the end of the first refit, those of each phase on the slowest ranks, and bytes then.
+
+    `private_bytes` is the mean over the ranks, `total_bytes` what ranks and launcher take together.
+    """
+
+    seconds: float
+    phases: dict[str, float]
+    private_bytes: float
+    total_bytes: int
+
+
+def flags(num_ranks: int) -> list[str]:
+    """TP2 EP2 to EP4 where there are enough ranks."""
+    half = num_ranks // 2
+    found = ["--model", "tiny", "--refit-method", "gloo", "--num-benchmark-warmup", "0"]
+    found += ["--num-benchmark-iterations", "100", "--source-world-size", str(half)]
+    tp = min(2, half)
+    found += ["--tensor-model-parallel-size", str(tp), "--expert-model-parallel-size", str(min(2, half // tp))]
+    found += ["--destination-world-size", str(half), "--rl-inference-tensor-model-parallel-size", "1"]
+    return [*found, "--rl-inference-expert-model-parallel-size", str(min(4, half))]
+
+
+def measured(way: str, num_ranks: int) -> Start:
+    """Start ranks and look at them after the first of their refits."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-        command += [str(ROOT / "benchmark_refit.py"), *flags, "--output-dir", folder, "--run-name", "start"]
+        command = [sys.executable, "-m", "refit", "run", "--start", way, *flags(num_ranks)]
         begin = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "--output-dir", folder, "--run-name", "start"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        lines = []
+        while not (line := process.stdout.readline()).startswith(FIRST_REFIT):
+            lines.append(line)
+            if not line:
+                raise RuntimeError(f"{way}: no refit:\n{''.join(lines)}{process.communicate()[1]}")
+        seconds = time.perf_counter() - begin
+        (launcher,) = children(process.pid)
+        ranks = children(launcher)
+        assert len(ranks) == num_ranks, (len(ranks), num_ranks)
+        private = [memory(pid, "Private_Clean", "Private_Dirty") for pid in ranks]
+        total = sum(memory(pid, "Pss") for pid in [launcher, *ranks])
+        _, errors = process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(f"{way}: {errors}")
         refit = read_result(Path(folder) / "start.json").refit
-        assert refit is not None
-        return time.perf_counter() - begin, refit.start_s
+    assert refit is not None
+    return Start(seconds, refit.start_s, sum(private) / num_ranks, total)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started and that have not ended."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def memory(pid: int, *fields: str) -> int:
+    """Bytes of the given fields of /proc/PID/smaps_rollup together."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(
+        int(size) * 1024 for name, size in re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE) if name in fields
+    )
+
+
+def show(way: str, num_ranks: int, start: Start) -> None:
+    parts = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in start.phases.items())
+    print(
+        f"{num_ranks} ranks, {way}: {start.seconds:.1f} s to the end of the first refit, private memory per rank "
+        f"{start.private_bytes / 1e6:.0f} MB, all together {start.total_bytes / 1e9:.2f} GB ({parts})",
+        flush=True,
+    )
+
+
+def ratio(found: dict[str, list[Start]], of: Callable[[Start], float]) -> float:
+    """Median of the forked starts to that of the spawned ones."""
+    return median(map(of, found["fork"])) / median(map(of, found["spawn"]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128])
-    for num_ranks in parser.parse_args().ranks:
-        command_s, phases = start(num_ranks)
-        parts = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items())
-        print(f"{num_ranks} ranks: command {command_s:.1f} s, to the first refit {sum(phases.values()):.1f} s: {parts}")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--starts", nargs="+", choices=sorted(STARTS), default=sorted(STARTS))
+    args = parser.parse_args()
+    for num_ranks in args.ranks:
+        found: dict[str, list[Start]] = {way: [] for way in args.starts}
+        for _ in range(args.turns):
+            for way, starts in found.items():
+                starts.append(measured(way, num_ranks))
+                show(way, num_ranks, starts[-1])
+        if len(found) == 2:
+            times, private = ratio(found, lambda start: start.seconds), ratio(found, lambda start: start.private_bytes)
+            print(f"{num_ranks} ranks, fork to spawn: {times:.2f} x time, {private:.2f} x private memory per rank")
     return 0
 
 
