@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 
 ## demo: a real refit on eight CPU ranks, verified bit for bit (TP2 EP2 -> TP2 EP1, two ranks idle)
 demo: $(READY)
-	$(BIN)/torchrun --nproc-per-node 8 benchmark_refit.py --model tiny \
+	$(BIN)/python -m refit run --nproc-per-node 8 --model tiny \
 	    --tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 \
 	    --rl-inference-tensor-model-parallel-size 2 --rl-inference-expert-model-parallel-size 1 \
 	    --rl-inference-expert-tensor-model-parallel-size 1 \

@@ -21,6 +21,7 @@ from refit import commands
 from refit.cli import parsing as cli
 from refit.cli.flags import full_parser
 from refit.cli.main import main
+from refit.commands.run import own_flags
 from refit.config.scenario import check_num_ranks
 from refit.errors import UsageError
 from refit.report.export import records, sample_records
@@ -263,7 +264,7 @@ def test_flags_exist(path: Path) -> None:
 
 @cache
 def known_flags() -> frozenset[str]:
-    own = set(full_parser()._option_string_actions) | set(flags_of(commands.command_parser()))
+    own = {*full_parser()._option_string_actions, *flags_of(commands.command_parser()), *flags_of(own_flags())}
     scripts = "".join(help_text(path) for path in ROOT.glob("*.sh"))
     modules = (benchmark_flags(path) for path in (ROOT / "benchmarks").glob("*.py"))
     return frozenset(own.union(*modules, re.findall(r"--[a-z][a-z-]+", scripts), FOREIGN_FLAGS))
