@@ -26,7 +26,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from refit.config.registry import AUTO, ENGINES, FORMATS, MEASUREMENTS, METHODS, load
+from refit.config.registry import AUTO, ENCODINGS, ENGINES, FORMATS, MEASUREMENTS, METHODS, load
 from refit.config.scenario import Scenario
 from refit.errors import RefitError
 
@@ -42,7 +42,7 @@ CUDA_ERROR_NOT_INITIALIZED = 3
 
 
 def load_libraries(scenario: Scenario) -> None:
-    """Import what the ranks of `scenario` need, so that they share it: the runner, sides, transports, engines.
+    """Import what the ranks of `scenario` need, so that they share it.
 
     What cannot be imported is left to the ranks, which say why.
     """
@@ -50,6 +50,8 @@ def load_libraries(scenario: Scenario) -> None:
     modules = ["refit.bench.runner", "numpy.ma"]  # np.unique imports numpy.ma when it is called
     modules += [name for row in formats for name in (row.build, row.available) if name]
     modules += [row.transport for name, row in METHODS.items() if scenario.method in (name, AUTO)]
+    encodings = [ENCODINGS[name] for name in scenario.encodings]
+    modules += [name for row in encodings for name in (row.wire, row.bind, row.oracle) if name]
     modules += [ENGINES[name].engine for name in scenario.engines]
     modules += [MEASUREMENTS[name].measurement for name in scenario.measurements]
     for name in modules:
