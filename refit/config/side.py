@@ -133,7 +133,7 @@ class VllmOptions:
         if ep not in (1, tp * dp):
             raise UsageError(
                 f"EP size {ep} of an engine with TP x DP = {tp} x {dp}: vLLM has whole experts on all {tp * dp} ranks "
-                f"or slices of each, give EP {tp * dp} or 1"
+                f"or slices of each, give EP {f'{tp * dp} or 1' if tp * dp > 1 else 1}, or raise DP"
             )
         return Sized(cls(**{**options, "data_parallel_size": dp}), {**sizes, "ep": ep, "world_size": ranks})
 
