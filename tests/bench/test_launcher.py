@@ -85,7 +85,7 @@ def test_the_first_rank_that_fails_is_reported_and_the_others_are_ended() -> Non
 
 
 def test_an_unexpected_error_has_its_traceback_and_is_reported() -> None:
-    code, _, errors = finished("launch(2, lambda: 1 // int(os.environ['RANK']))")
+    code, _, errors = finished("launch(2, lambda: 0 // int(os.environ['RANK']))")
     assert "ZeroDivisionError" in errors
     assert cause(code, errors) == (1, 0)
 
