@@ -137,11 +137,16 @@ def load_kernels(device: torch.device) -> None:
 
 
 def weight_copies(tensor: TensorSpec, box: Box, source: LocalWeights, destination: LocalWeights) -> Iterator[Copy]:
-    """`box` from weights to weights that this process can both address: one copy per pair of views."""
+    """`box` from weights to weights that this process can both address: one copy per pair of views.
+
+    A source may be made where the destination has it: what lies there already is not copied.
+    """
     for part in tensor.memory_boxes(box):
         for target in destination.views(tensor.key, part):
             for origin in source.views(tensor.key, target.box):
-                yield Copy(part_within(target.data, target.box, origin.box), origin.data)
+                copy = Copy(part_within(target.data, target.box, origin.box), origin.data)
+                if not copy.is_in_place:
+                    yield copy
 
 
 def zero_copies(tensor: TensorSpec, box: Box, destination: LocalWeights) -> Iterator[Copy]:
@@ -179,9 +184,13 @@ def local_batches(
 
 @dataclass(frozen=True, slots=True)
 class _LocalPart:
-    """The copies into the weights at `place`, from the source's weights at that place if `is_read`."""
+    """The copies into the weights at `place`, from the source's weights at that place if `is_read`.
+
+    `nbytes` are those of the place, whether or not they are copied: before the copies they may have to be made.
+    """
 
     place: Part
+    nbytes: int
     copies: list[Copy]
     is_read: bool
 
@@ -194,7 +203,7 @@ def _local_parts(
         assert destination is not None
         for box in transfer.tensor.memory_boxes(transfer.box):
             copies = list(weight_copies(transfer.tensor, box, source, destination))
-            yield _LocalPart((transfer.tensor.key, box), copies, is_read=True)
+            yield _LocalPart((transfer.tensor.key, box), box.volume * transfer.tensor.itemsize, copies, is_read=True)
 
 
 def _zero_parts(zeros: Iterable[Transfer], destination: LocalWeights | None) -> Iterator[_LocalPart]:
@@ -202,7 +211,7 @@ def _zero_parts(zeros: Iterable[Transfer], destination: LocalWeights | None) -> 
         assert destination is not None
         for box in transfer.tensor.memory_boxes(transfer.box):
             copies = list(zero_copies(transfer.tensor, box, destination))
-            yield _LocalPart((transfer.tensor.key, box), copies, is_read=False)
+            yield _LocalPart((transfer.tensor.key, box), box.volume * transfer.tensor.itemsize, copies, is_read=False)
 
 
 def _batches(parts: Iterable[_LocalPart], batch_bytes: int) -> Iterator[list[_LocalPart]]:
@@ -210,7 +219,7 @@ def _batches(parts: Iterable[_LocalPart], batch_bytes: int) -> Iterator[list[_Lo
     nbytes = 0
     for part in parts:
         batch.append(part)
-        nbytes += sum(copy.nbytes for copy in part.copies)
+        nbytes += part.nbytes
         if nbytes >= batch_bytes:
             yield batch
             batch, nbytes = [], 0

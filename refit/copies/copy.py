@@ -18,3 +18,9 @@ class Copy:
     def nbytes(self) -> int:
         """Bytes written."""
         return self.destination.numel() * self.destination.element_size()
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether both are the same memory."""
+        one, other = self.destination, self.source
+        return (one.data_ptr(), one.dtype, one.stride()) == (other.data_ptr(), other.dtype, other.stride())

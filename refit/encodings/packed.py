@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from refit.memory.codec import Decoder, Encoder, Piece
-from refit.memory.views import View
 from refit.memory.weights import Hook, LocalShard, LocalWeights, Part
 from refit.plan.box import Box
 
@@ -29,8 +28,8 @@ class PackedWeights(LocalWeights):
     def generation(self) -> int:
         return self._inner.generation
 
-    def views(self, key: str, box: Box) -> list[View]:
-        return self._inner.views(key, box)
+    def parts(self, key: str, box: Box) -> list[LocalShard]:
+        return self._inner.parts(key, box)
 
     def refresh(self) -> bool:
         return self._inner.refresh()

@@ -97,8 +97,8 @@ class LocalWeights:
         """What this rank holds, without the memory."""
         return RankSharding.of((shard.tensor, shard.box) for shard in self)
 
-    def views(self, key: str, box: Box) -> list[View]:
-        """Disjoint views that together are `box`, sorted by their offsets.
+    def parts(self, key: str, box: Box) -> list[LocalShard]:
+        """Disjoint parts of shards that together are `box`, sorted by their offsets.
 
         Raises KeyError where this rank does not hold all of `box`.
         """
@@ -106,10 +106,15 @@ class LocalWeights:
         for shard in self._candidates(key, box):
             part = box.intersect(shard.box)
             if part is not None:
-                found.append(View(part, part_within(shard.view.detach(), shard.box, part)))
-        if sum(view.box.volume for view in found) != box.volume:
+                view = part_within(shard.view.detach(), shard.box, part)
+                found.append(LocalShard(shard.tensor, part, shard.owner, view))
+        if sum(part.box.volume for part in found) != box.volume:
             raise KeyError(f"{key}: {box} is not held here as a whole")
-        return sorted(found, key=lambda view: view.box.offsets)
+        return sorted(found, key=lambda part: part.box.offsets)
+
+    def views(self, key: str, box: Box) -> list[View]:
+        """The views of `parts`. Raises KeyError as it does."""
+        return [View(part.box, part.view) for part in self.parts(key, box)]
 
     def refresh(self) -> bool:
         """Derive views again from owners with new storage. Returns whether any owner had some since the last call."""

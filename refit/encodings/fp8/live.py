@@ -7,36 +7,26 @@ that it is given what to do before it reads them and after it has written them, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
-from refit.config.quantisation import CODES_DTYPE, scale_key
+from refit.config.quantisation import scale_key
 from refit.encodings.fp8.batch import load_quantise_kernel
 from refit.encodings.fp8.groups import Gather, Groups, Job
+from refit.encodings.fp8.made import Made, Places
 from refit.encodings.fp8.matrix import Matrix
 from refit.encodings.fp8.pipeline import OnArrival, OnDemand, PipelinedWeights
 from refit.encodings.fp8.wire import QuantisedWire, unquantised
 from refit.memory.views import matrices_of, matrix_of, part_within
 from refit.memory.weights import LocalShard, LocalWeights, Part, new_shard
-from refit.plan.box import Box
-from refit.plan.plan import RefitPlan, Transfer
-from refit.plan.quantised import Grid, scale_spec
+from refit.plan.plan import RefitPlan
+from refit.plan.quantised import Grid
 from refit.plan.sharding import TensorSpec
 
 AT_SOURCE, AT_DESTINATION = "quantise", "quantise arrived"
 """Phases of a run, beside the transport's."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Shadow:
-    """Codes and scales, at a source, of `box` of `tensor`."""
-
-    tensor: TensorSpec
-    box: Box
-    codes: LocalShard
-    scales: LocalShard
 
 
 class LiveFp8:
@@ -58,7 +48,10 @@ class LiveFp8:
         held = source if source is not None else destination
         self._device = torch.device("cpu") if held is None else held.device
         part = plan.for_rank(rank)
-        self._shadows = [] if source is None else list(self._new_shadows(source, (*part.sends, *part.local)))
+        self._places: Places | None = None
+        if source is not None:
+            self._places = Places(self._tensors, quantisation.format, source, destination, part)
+        self._sends = bool(part.sends)
         at_source, at_destination = (Groups(name, self._device, quantisation) for name in self.phases)
         self._demand = OnDemand(at_source, self._sent_weights(), self._source_jobs)
         self._arrival = OnArrival(at_destination, self._arrived_weights(), self._destination_jobs)
@@ -74,8 +67,9 @@ class LiveFp8:
 
     @property
     def staging_bytes(self) -> int:
-        """Codes and scales at a source, and weights that wait to be quantised."""
-        own = [*self._arrivals(), *(shard for shadow in self._shadows for shard in (shadow.codes, shadow.scales))]
+        """Codes and scales that a source makes for others, and weights that wait to be quantised."""
+        shadows = () if self._places is None else self._places.shadows
+        own = [*self._arrivals(), *(shard for shadow in shadows for shard in (shadow.codes, shadow.scales))]
         gathered = (job.gather.whole for job in self._demand.jobs if job.gather is not None)
         nbytes: int = sum(view.numel() * view.element_size() for view in (*(shard.view for shard in own), *gathered))
         return nbytes
@@ -94,13 +88,17 @@ class LiveFp8:
             pipeline.groups.finish()
 
     def beside_s(self, finish_s: float) -> Mapping[str, float]:
-        """Of a GPU's quantising, what ran beside the transfer: neither for its first message nor after its last."""
+        """Of a GPU's quantising, what ran beside the transfer: neither for its first message nor after its last.
+
+        A source that sends nothing has its transfer in the quantising itself.
+        """
         sent, arrived = self._demand.groups, self._arrival.groups
-        beside = {AT_SOURCE: sent.busy_s - sent.first_s, AT_DESTINATION: arrived.busy_s - finish_s}
+        at_source = sent.busy_s - sent.first_s if self._sends else 0.0
+        beside = {AT_SOURCE: at_source, AT_DESTINATION: arrived.busy_s - finish_s}
         return {phase: seconds for phase, seconds in beside.items() if seconds > 0.0}
 
     def close(self) -> None:
-        self._shadows, self.source, self.destination = [], None, None
+        self._places, self.source, self.destination = None, None, None
         for pipeline in self._pipelines:
             pipeline.close()
 
@@ -124,27 +122,6 @@ class LiveFp8:
     def _grid(self, tensor: TensorSpec) -> Grid:
         return Grid(tensor.shape, self._quantisation.format)
 
-    def _new_shadows(self, source: LocalWeights, transfers: Iterable[Transfer]) -> Iterator[_Shadow]:
-        """Memory for the codes and scales that this rank sends: per box it holds, the box of blocks around them."""
-        held = source.rank_sharding.shards
-        of_scales = {scale_key(key): key for key in self._tensors}
-        boxes: dict[tuple[str, Box], Box] = {}
-        for transfer in transfers:
-            key = of_scales.get(transfer.tensor.key, transfer.tensor.key)
-            if key not in self._tensors or transfer.stage > 0:  # later stages pass on what has arrived
-                continue
-            grid = self._grid(self._tensors[key])
-            box = transfer.box if key == transfer.tensor.key else grid.elements(transfer.box)
-            outer = next(each for each in held[key].boxes if each.contains(box))
-            known = boxes.get((key, outer))
-            boxes[key, outer] = grid.hull(box) if known is None else _around(known, grid.hull(box))
-        for (key, _), box in boxes.items():
-            tensor = self._tensors[key]
-            grid = self._grid(tensor)
-            codes = new_shard(replace(tensor, dtype=CODES_DTYPE), box, source.device)
-            scales = new_shard(scale_spec(tensor, grid), grid.scales(box), source.device)
-            yield _Shadow(tensor, box, codes, scales)
-
     def _new_arrivals(self, wire: QuantisedWire, rank: int) -> Iterator[LocalShard]:
         """Memory for the weights that this rank receives unquantised."""
         held = wire.destination.of_rank(rank).shards
@@ -163,18 +140,22 @@ class LiveFp8:
         for shard in source:
             quantised = shard.tensor.key in self._tensors
             yield replace(shard, tensor=unquantised(shard.tensor)) if quantised else shard
-        for shadow in self._shadows:
-            yield from (shadow.codes, shadow.scales)
+        for made in self._made():
+            yield from (made.codes, made.scales)
+
+    def _made(self) -> Iterator[Made]:
+        if self._places is not None:
+            yield from (*self._places.homes, *self._places.shadows)
 
     def _source_jobs(self) -> Iterator[Job]:
-        for shadow in self._shadows:
-            yield from self._jobs_of(shadow)
+        for made in self._made():
+            yield from self._jobs_of(made)
 
-    def _jobs_of(self, shadow: _Shadow) -> Iterator[Job]:
+    def _jobs_of(self, made: Made) -> Iterator[Job]:
         assert self.source is not None
-        grid = self._grid(shadow.tensor)
-        for part in matrices_of(shadow.box):
-            views = self.source.views(unquantised(shadow.tensor).key, part)
+        key, grid = made.tensor.key, self._grid(made.tensor)
+        for part in matrices_of(made.box):
+            views = self.source.views(unquantised(made.tensor).key, part)
             gather = None
             if all(grid.is_aligned(view.box) for view in views):
                 pieces = [(view.box, view.data) for view in views]
@@ -184,9 +165,9 @@ class LiveFp8:
                 gather = Gather(whole, parts, tuple(view.data for view in views))
                 pieces = [(part, whole)]
             for box, data in pieces:
-                codes = part_within(shadow.codes.view, shadow.box, box)
-                scales = part_within(shadow.scales.view, shadow.scales.box, grid.scales(box))
-                matrix = Matrix(shadow.tensor.key, matrix_of(data), matrix_of(codes), matrix_of(scales))
+                (codes,) = self.source.views(key, box)  # where they are now: a destination's storage may be new
+                (scales,) = self.source.views(scale_key(key), grid.scales(box))
+                matrix = Matrix(key, matrix_of(data), matrix_of(codes.data), matrix_of(scales.data))
                 yield Job(box, matrix, gather)
 
     def _destination_jobs(self) -> Iterator[Job]:
@@ -201,10 +182,3 @@ class LiveFp8:
                     weights = part_within(arrival.view, arrival.box, codes.box)
                     matrix = Matrix(tensor.key, matrix_of(weights), matrix_of(codes.data), matrix_of(scales.data))
                     yield Job(codes.box, matrix)
-
-
-def _around(one: Box, other: Box) -> Box:
-    """The smallest box around two."""
-    offsets = tuple(map(min, one.offsets, other.offsets))
-    ends = map(max, one.ends, other.ends)
-    return Box(offsets, tuple(end - offset for end, offset in zip(ends, offsets, strict=True)))

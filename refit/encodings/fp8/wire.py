@@ -54,9 +54,10 @@ class QuantisedWire(Wire):
     work: str = "quantising"
 
     def memory_bytes(self, plan: RefitPlan) -> Mapping[int, int]:
-        """Codes and scales at a source, what waits to be quantised elsewhere.
+        """Codes and scales that a source sends to other ranks, what waits to be quantised elsewhere.
 
         A source keeps what it sends, and what it sends to several ranks once: at most the codes of all that it holds.
+        What its own destination wants is made there.
         """
         scales = {scale_key(key) for key in self.tensors}
         made = np.array(
@@ -65,7 +66,7 @@ class QuantisedWire(Wire):
         waits = np.array([each.tensors[0].key.endswith(UNQUANTISED_SUFFIX) for each in plan.classes])
         needed = np.zeros(1 + plan.ranks[-1], np.int64)
         # What a later stage passes on was made at a source, and lies in the destination's own memory.
-        kept = made[plan.tensor_class] & (plan.stage == 0)
+        kept = made[plan.tensor_class] & (plan.stage == 0) & (plan.source != plan.destination)
         np.add.at(needed, plan.source[kept], plan.nbytes[kept])
         for rank, nbytes in self._made_bytes.items():
             needed[rank] = min(needed[rank], nbytes)
