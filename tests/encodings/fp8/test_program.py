@@ -117,12 +117,25 @@ class Case:
 def prepared(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisation, spoil: str = "") -> Case:
     """`spoil` is a rule to follow in place of the named one."""
     source, destination = random_sides(seed, quantisation)
+    return bound(rank, source, destination, way, quantisation, pieces=1 + seed % 2, spoil=spoil)
+
+
+def bound(
+    rank: int,
+    source: Sharding,
+    destination: Sharding,
+    way: tuple[str, str],
+    quantisation: Quantisation,
+    pieces: int = 1,
+    spoil: str = "",
+) -> Case:
+    """Of the unquantised shardings of both sides, with each box of the source in up to `pieces` shards."""
     held = quantised_sharding(destination, quantisation)
     side = SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1), quantisation=quantisation)
     planned = plan_sides(source, held, side, None)
     wire = planned.wires["fp8"]
     assert isinstance(wire, QuantisedWire)
-    mine = live(source, rank, pieces=1 + seed % 2)
+    mine = live(source, rank, pieces)
     theirs = QuantisedModel(Model(live(destination, rank, pieces=1)), quantisation).weights
     if theirs is not None:
         assert held.of_rank(rank).differences(theirs.rank_sharding) == []
@@ -141,11 +154,15 @@ def prepared(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisat
 
 
 def refit_twice(rank: int, seed: int, way: tuple[str, str], quantisation: Quantisation, spoil: str = "") -> Any:
-    """Wrong elements of two refits on this rank, by tensor, and the blocks quantised at each place.
-
-    Before the second refit all weights move into new memory.
-    """
+    """Wrong elements of two refits on this rank, by tensor, and the blocks quantised at each place."""
     case = prepared(rank, seed, way, quantisation, spoil)
+    wrong = wrong_in_two_refits(case, quantisation)
+    case.program.close()
+    return wrong, case.num_blocks
+
+
+def wrong_in_two_refits(case: Case, quantisation: Quantisation) -> dict[str, int]:
+    """Wrong elements on this rank, by tensor. Before the second refit all weights move into new memory."""
     wrong: dict[str, int] = {}
     for iteration in range(2):
         if iteration:
@@ -164,8 +181,7 @@ def refit_twice(rank: int, seed: int, way: tuple[str, str], quantisation: Quanti
             verdict = oracle.check(case.theirs, case.tensors, iteration, part=Fp8Part(quantisation))
             assert verdict.num_compared == sum(shard.view.numel() for shard in case.theirs)
             wrong |= {each.key: each.num_wrong for each in verdict.wrong}
-    case.program.close()
-    return wrong, case.num_blocks
+    return wrong
 
 
 WAYS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]
