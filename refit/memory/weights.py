@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,12 +69,10 @@ class LocalWeights:
 
     def __init__(self, shards: Iterable[LocalShard]) -> None:
         self._shards: dict[str, list[LocalShard]] = defaultdict(list)
-        for shard in shards:
-            self._shards[shard.tensor.key].append(shard)
-        self._index = self._index_stacked()
-        self._owners = list({id(shard.owner): shard.owner for shard in self}.values())
-        self._addresses = self._current_addresses()
+        self._owners: list[torch.Tensor] = []
+        self._addresses: list[int] = []
         self._generation = 0
+        self._hold(shards)
 
     def __iter__(self) -> Iterator[LocalShard]:
         for shards in self._shards.values():
@@ -137,6 +136,13 @@ class LocalWeights:
         """What to call, once in a refit, after copies have written these parts; None for nothing."""
         return None
 
+    def reaches(self, peer: int, theirs: LocalWeights) -> None:
+        """What these weights send to `peer` can be written into `theirs`, that rank's own in memory mapped here.
+
+        A transport calls it before it asks for views, and again where `theirs` have new storage. Weights that are made
+        can be made there: what lies where it is sent to is not copied.
+        """
+
     def encoder(self, pieces: Sequence[Piece]) -> Encoder:
         """What packs a message of these pieces, in place of copies. For weights whose wire has `max_bytes`."""
         raise AssertionError("these weights do not pack their messages")
@@ -144,6 +150,21 @@ class LocalWeights:
     def decoder(self, pieces: Sequence[Piece]) -> Decoder:
         """What unpacks such a message into the weights."""
         raise AssertionError("these weights do not pack their messages")
+
+    def _hold(self, shards: Iterable[LocalShard]) -> None:
+        """Hold these too, in place of those with equal keys and boxes."""
+        new: dict[str, list[LocalShard]] = defaultdict(list)
+        for shard in shards:
+            new[shard.tensor.key].append(shard)
+        for key, added in new.items():
+            boxes = {shard.box for shard in added}
+            self._shards[key] = [*(shard for shard in self._shards[key] if shard.box not in boxes), *added]
+        self._index = self._index_stacked()
+        known = dict(zip(map(id, self._owners), self._addresses, strict=True))
+        every = itertools.chain.from_iterable(self._shards.values())
+        self._owners = list({id(shard.owner): shard.owner for shard in every}.values())
+        # Of owners held before, what `refresh` has seen: it has yet to find what has moved since.
+        self._addresses = [known.get(id(owner), owner.data_ptr()) for owner in self._owners]
 
     def _candidates(self, key: str, box: Box) -> list[LocalShard]:
         """Shards that may overlap `box`. The index avoids a search through the hundreds of experts of one key."""
@@ -153,7 +174,7 @@ class LocalWeights:
 
     def _index_stacked(self) -> dict[tuple[str, int], list[LocalShard]]:
         index: dict[tuple[str, int], list[LocalShard]] = defaultdict(list)
-        for shard in self:
+        for shard in itertools.chain.from_iterable(self._shards.values()):
             if shard.tensor.stacked:
                 for row in range(shard.box.offsets[0], shard.box.ends[0]):
                     index[shard.tensor.key, row].append(shard)

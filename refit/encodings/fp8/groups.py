@@ -58,10 +58,22 @@ class Groups:
         self._quantisation = quantisation
         # Of the lowest priority: copies, which the wire waits for, come before the next group.
         self._stream = new_stream(device) if device.type == "cuda" else None
+        self._keys: list[str] = []
+        self._flags = torch.zeros(0, dtype=torch.int32, device=device)
+        self._has_run: set[int] = set()
+        self._replaced: list[tuple[list[str], torch.Tensor]] = []
         self.load(())
 
     def load(self, groups: Sequence[Sequence[Job]]) -> None:
-        """Run these groups from now on, instead of others. Not once a run has begun to quantise."""
+        """Run these groups from now on, instead of others.
+
+        Once a run has begun to quantise: the same jobs in the same groups, of which some that have not run may have
+        other memory.
+        """
+        if self._has_run:
+            if self._stream is not None:
+                self._stream.synchronize()  # their tables are in use
+            self._replaced.append((self._keys, self._flags))
         self._keys = [job.matrix.key for group in groups for job in group]
         self._flags = torch.zeros(len(self._keys), dtype=torch.int32, device=self._device)
         self._gathers = [[job.gather for job in group if job.gather is not None] for group in groups]
@@ -76,7 +88,8 @@ class Groups:
     def begin(self) -> None:
         """A run begins, whose weights the current stream may still be writing."""
         self._spans: dict[int, _Span] = {}
-        self._has_run: set[int] = set()
+        self._has_run.clear()
+        self._replaced.clear()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
@@ -110,9 +123,13 @@ class Groups:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         # Reading the flags waits for the device.
-        found = torch.nonzero(self._flags).flatten().tolist()
+        found = [
+            names[number]
+            for names, flags in (*self._replaced, (self._keys, self._flags))
+            for number in torch.nonzero(flags).flatten().tolist()
+        ]
         if found:
-            keys = sorted({self._keys[number] for number in found})
+            keys = sorted(set(found))
             raise RefitError(
                 f"{len(keys)} tensors have NaN or infinity, which FP8 codes cannot hold: {', '.join(keys[:3])}: "
                 "check the source's weights"

@@ -15,7 +15,7 @@ import torch
 from refit.config.quantisation import scale_key
 from refit.encodings.fp8.batch import load_quantise_kernel
 from refit.encodings.fp8.groups import Gather, Groups, Job
-from refit.encodings.fp8.made import Made, Places
+from refit.encodings.fp8.made import Made, MadeWeights, Places
 from refit.encodings.fp8.matrix import Matrix
 from refit.encodings.fp8.pipeline import OnArrival, OnDemand, PipelinedWeights
 from refit.encodings.fp8.wire import QuantisedWire, unquantised
@@ -48,9 +48,7 @@ class LiveFp8:
         held = source if source is not None else destination
         self._device = torch.device("cpu") if held is None else held.device
         part = plan.for_rank(rank)
-        self._places: Places | None = None
-        if source is not None:
-            self._places = Places(self._tensors, quantisation.format, source, destination, part)
+        self._made: MadeWeights | None = None
         self._sends = bool(part.sends)
         at_source, at_destination = (Groups(name, self._device, quantisation) for name in self.phases)
         self._demand = OnDemand(at_source, self._sent_weights(), self._source_jobs)
@@ -59,7 +57,8 @@ class LiveFp8:
         self.source: LocalWeights | None = None
         self.destination: LocalWeights | None = None
         if source is not None:
-            self.source = PipelinedWeights(self._sent_shards(source), self._demand)
+            places = Places(self._tensors, quantisation.format, source, destination, rank, part)
+            self.source = self._made = MadeWeights(self._sent_shards(source), places, self._demand)
         if destination is not None:
             self.destination = PipelinedWeights((*destination, *self._new_arrivals(wire, rank)), self._arrival)
         if self._device.type == "cuda":
@@ -68,7 +67,7 @@ class LiveFp8:
     @property
     def staging_bytes(self) -> int:
         """Codes and scales that a source makes for others, and weights that wait to be quantised."""
-        shadows = () if self._places is None else self._places.shadows
+        shadows = () if self._made is None else self._made.shadows
         own = [*self._arrivals(), *(shard for shadow in shadows for shard in (shadow.codes, shadow.scales))]
         gathered = (job.gather.whole for job in self._demand.jobs if job.gather is not None)
         nbytes: int = sum(view.numel() * view.element_size() for view in (*(shard.view for shard in own), *gathered))
@@ -98,7 +97,7 @@ class LiveFp8:
         return {phase: seconds for phase, seconds in beside.items() if seconds > 0.0}
 
     def close(self) -> None:
-        self._places, self.source, self.destination = None, None, None
+        self._made, self.source, self.destination = None, None, None
         for pipeline in self._pipelines:
             pipeline.close()
 
@@ -136,26 +135,20 @@ class LiveFp8:
         return (shard for shard in self.destination or () if shard.tensor.key in keys)
 
     def _sent_shards(self, source: LocalWeights) -> Iterator[LocalShard]:
-        """The source as the wire sees it: codes and scales, and weights under the keys that they are sent under."""
+        """The source's weights under the keys that they are sent under."""
         for shard in source:
             quantised = shard.tensor.key in self._tensors
             yield replace(shard, tensor=unquantised(shard.tensor)) if quantised else shard
-        for made in self._made():
-            yield from (made.codes, made.scales)
-
-    def _made(self) -> Iterator[Made]:
-        if self._places is not None:
-            yield from (*self._places.homes, *self._places.shadows)
 
     def _source_jobs(self) -> Iterator[Job]:
-        for made in self._made():
-            yield from self._jobs_of(made)
+        if self._made is not None:
+            for made in self._made.made:
+                yield from self._jobs_of(made, self._made)
 
-    def _jobs_of(self, made: Made) -> Iterator[Job]:
-        assert self.source is not None
+    def _jobs_of(self, made: Made, held: LocalWeights) -> Iterator[Job]:
         key, grid = made.tensor.key, self._grid(made.tensor)
         for part in matrices_of(made.box):
-            views = self.source.views(unquantised(made.tensor).key, part)
+            views = held.views(unquantised(made.tensor).key, part)
             gather = None
             if all(grid.is_aligned(view.box) for view in views):
                 pieces = [(view.box, view.data) for view in views]
@@ -165,8 +158,8 @@ class LiveFp8:
                 gather = Gather(whole, parts, tuple(view.data for view in views))
                 pieces = [(part, whole)]
             for box, data in pieces:
-                (codes,) = self.source.views(key, box)  # where they are now: a destination's storage may be new
-                (scales,) = self.source.views(scale_key(key), grid.scales(box))
+                (codes,) = held.views(key, box)  # where they are now: a destination's storage may be new
+                (scales,) = held.views(scale_key(key), grid.scales(box))
                 matrix = Matrix(key, matrix_of(data), matrix_of(codes.data), matrix_of(scales.data))
                 yield Job(box, matrix, gather)
 

@@ -204,7 +204,14 @@ class OneSidedProgram:
 
     def _renew_if_moved(self, flow: _Send) -> None:
         if self._buffers.has_moved(flow.peer):
+            self._reach(flow.peer)
             flow.puts = self._puts(flow.channel)
+
+    def _reach(self, peer: int) -> None:
+        """Let the source know what it can write of `peer`."""
+        theirs = self._buffers.weights_of(peer)
+        if theirs is not None and self._sides.source is not None:
+            self._sides.source.reaches(peer, theirs)
 
     def _puts(self, channel: Channel) -> list[Put]:
         puts = self._buffers.puts(channel, self._sides.read_by)
@@ -237,6 +244,8 @@ class OneSidedProgram:
         sides.refresh()
         sides.unbind()
         self._bound_to = sides.generations
+        for flow in self._sends:
+            self._reach(flow.peer)
         for flow in self._sends:
             flow.puts = self._puts(flow.channel)
         for receive in self._receives:

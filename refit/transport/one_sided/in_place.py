@@ -87,6 +87,9 @@ class InPlaceBuffers:
             for message in channel.messages
         ]
 
+    def weights_of(self, peer: int) -> LocalWeights | None:
+        return self._peers[peer]
+
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         return [CopyBatch(()) for _ in channel.messages]
 

@@ -41,6 +41,10 @@ class ReceiveBuffers(Protocol):
         """For each message, the copies from the weights that it is `read_by` into the peer's memory."""
         ...
 
+    def weights_of(self, peer: int) -> LocalWeights | None:
+        """The weights of `peer` that `puts` writes into; None where it writes messages for `peer` to unpack."""
+        ...
+
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         """For each message, the copies from the memory that sources write into this rank's weights."""
         ...
@@ -117,6 +121,9 @@ class RingBuffers:
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         target = self._targets[channel.destination]
         return [self._put(number, message, target, read_by(message)) for number, message in enumerate(channel.messages)]
+
+    def weights_of(self, peer: int) -> LocalWeights | None:
+        return None
 
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         assert self._destination is not None
@@ -199,6 +206,9 @@ class DirectBuffers:
             )
             for message in channel.messages
         ]
+
+    def weights_of(self, peer: int) -> LocalWeights | None:
+        return self._peers[peer]
 
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         return [CopyBatch(()) for _ in channel.messages]

@@ -131,7 +131,7 @@ def test_places_are_disjoint_and_hold_all_that_is_sent(seed: int, quantisation: 
             shards = held.of_rank(rank).shards.values()
             theirs = LocalWeights(new_shard(each.tensor, box, mine.device) for each in shards for box in each.boxes)
         part = plan.for_rank(rank)
-        places = Places(wire.tensors, quantisation.format, mine, theirs, part)
+        places = Places(wire.tensors, quantisation.format, mine, theirs, rank, part)
         everything = [*places.homes, *places.shadows]
         for one, other in itertools.combinations(everything, 2):
             assert one.tensor.key != other.tensor.key or one.box.intersect(other.box) is None
