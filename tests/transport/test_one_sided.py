@@ -241,10 +241,10 @@ def test_stages_enqueued_in_one_queue_per_rank_end_and_are_right(
 
 
 def _run_in_threads(case: Case, plan: RefitPlan, kind: str, window: int, packs: bool) -> None:
-    _in_threads(partial(_rank, case, plan, kind, window, packs), len(plan.ranks))
+    in_threads(partial(_rank, case, plan, kind, window, packs), len(plan.ranks))
 
 
-def _in_threads(rank: Callable[[int, World, list[str]], None], num_ranks: int) -> World:
+def in_threads(rank: Callable[[int, World, list[str]], None], num_ranks: int) -> World:
     world, problems = World(num_ranks), list[str]()
     threads = [threading.Thread(target=rank, args=(number, world, problems)) for number in range(num_ranks)]
     for thread in threads:
@@ -289,7 +289,7 @@ def _rank_in_place(
 @pytest.mark.parametrize("case", [APART, TOGETHER], ids=["apart", "together"])
 @pytest.mark.parametrize("moves", [False, True])
 def test_weights_are_written_where_they_are_and_found_again_when_they_move(case: Case, moves: bool) -> None:
-    world = _in_threads(partial(_rank_in_place, case, case.plan, 1 << 62, moves), len(case.plan.ranks))
+    world = in_threads(partial(_rank_in_place, case, case.plan, 1 << 62, moves), len(case.plan.ranks))
     assert bool(world.published) == moves
     assert max((int(key.split("/")[1]) for _, key in world.published), default=0) == (2 if moves else 0)
 
@@ -298,4 +298,4 @@ def test_weights_are_written_where_they_are_and_found_again_when_they_move(case:
 @pytest.mark.parametrize("message_bytes", [1 << 10, 1 << 62])
 def test_what_was_written_where_it_is_is_passed_on_from_there(message_bytes: int, moves: bool) -> None:
     plan = staged(*REPLICATED.plan.shardings, 3, Random(8))
-    _in_threads(partial(_rank_in_place, REPLICATED, plan, message_bytes, moves), len(plan.ranks))
+    in_threads(partial(_rank_in_place, REPLICATED, plan, message_bytes, moves), len(plan.ranks))

@@ -42,7 +42,10 @@ class ReceiveBuffers(Protocol):
         ...
 
     def weights_of(self, peer: int) -> LocalWeights | None:
-        """The weights of `peer` that `puts` writes into; None where it writes messages for `peer` to unpack."""
+        """The weights of `peer` that `puts` writes into, if the host knows of credit before a put is enqueued.
+
+        None elsewhere, and where `puts` writes messages for `peer` to unpack.
+        """
         ...
 
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
@@ -208,7 +211,9 @@ class DirectBuffers:
         ]
 
     def weights_of(self, peer: int) -> LocalWeights | None:
-        return self._peers[peer]
+        peer_weights = self._peers[peer]
+        # On a GPU, a put may be enqueued behind a wait for credit, which no other stream knows of.
+        return peer_weights if peer_weights.device.type == "cpu" else None
 
     def unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         return [CopyBatch(()) for _ in channel.messages]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,14 +23,21 @@ from refit.encodings.fp8.made import Places
 from refit.encodings.fp8.oracle import Fp8Part
 from refit.encodings.fp8.wire import wire_shardings
 from refit.errors import RefitError
-from refit.memory.weights import LocalWeights, new_shard
+from refit.memory.weights import LocalWeights, new_shard, refresh_all
 from refit.plan.box import Box
 from refit.plan.planner import plan_refit
 from refit.plan.quantised import Grid, quantised_sharding
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
+from refit.transport.encoded import EncodedProgram
+from refit.transport.messages import Framing
+from refit.transport.one_sided.executor import OneSidedProgram
+from refit.transport.one_sided.in_place import InPlaceBuffers
+from refit.transport.schedule import make_schedule
+from refit.transport.turns import in_turn
 from tests.encodings.fp8 import test_program
 from tests.encodings.fp8.test_program import Case, bound, live, random_sides
 from tests.ranks.pool import RankPool
+from tests.transport.test_one_sided import SharedAddresses, World, in_threads
 
 pytestmark = pytest.mark.no_megatron
 
@@ -93,6 +103,84 @@ def test_what_is_sent_too_is_sent_from_where_it_belongs(ranks: RankPool, quantis
     staged = [staged for _, staged, _ in answers]
     assert staged[0] == 0, "all that rank 0 sends it holds as well"
     assert FC_BYTES // 2 < staged[1] < FC_BYTES // 2 * 1.04, "its codes and scales, once for both readers"
+
+
+@pytest.mark.parametrize("quantisation", RULES, ids=lambda each: each.dtype)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_what_one_peer_wants_is_made_in_its_weights(ranks: RankPool, quantisation: Quantisation, pieces: int) -> None:
+    source, destination = side({0: (0, 256), 1: (256, 512)}), side({2: (0, 128), 3: (128, 384), 4: (384, 512)})
+    answers = ranks.run(refits, source, destination, ("shm", "direct"), quantisation, pieces)
+    assert [wrong for wrong, _, _ in answers] == [{}] * test_program.RANKS
+    assert [(staged, copied) for _, staged, copied in answers[:2]] == [(0, ["torch.bfloat16"])] * 2
+
+
+def test_what_several_peers_want_is_made_once_in_staging(ranks: RankPool) -> None:
+    source, destination = side({0: (0, 512)}), side({1: (0, 512), 2: (0, 256), 3: (256, 384)})
+    answers = ranks.run(refits, source, destination, ("shm", "direct"), RULES[0], 1)
+    assert [wrong for wrong, _, _ in answers] == [{}] * test_program.RANKS
+    assert FC_BYTES * 3 // 4 < answers[0][1] < FC_BYTES * 0.78, "rows 384 to 512 are written in place"
+
+
+def refits_in_place(
+    source: Sharding,
+    destination: Sharding,
+    quantisation: Quantisation,
+    moving: int | None,
+    rank: int,
+    world: World,
+    problems: list[str],
+) -> None:
+    """Four refits over InPlaceBuffers, of weights whose storages on rank `moving` are new before each but the first."""
+    memory = SharedAddresses(rank, world, mapped=True)
+    held = quantised_sharding(destination, quantisation)
+    wire = wire_shardings(source, held, quantisation)
+    plan = plan_refit(wire.source, wire.destination)
+    mine, theirs = live(source, rank, 1), None
+    if rank in held.ranks:
+        theirs = LocalWeights(
+            new_shard(each.tensor, box, torch.device("cpu"))
+            for each in held.of_rank(rank).shards.values()
+            for box in each.boxes
+        )
+
+    def prepare(a: LocalWeights | None, b: LocalWeights | None) -> OneSidedProgram:
+        schedule = in_turn(make_schedule(plan, rank, Framing(1 << 14, None)), plan)  # cuts blocks
+        return OneSidedProgram(schedule, memory, InPlaceBuffers(memory, schedule, b, None), a, b, 100.0)
+
+    try:
+        program = EncodedProgram(plan, {"fp8": wire}, rank, mine, theirs, prepare)
+        for iteration in range(4):
+            if iteration and rank == moving:
+                for shard in (*(mine or ()), *(theirs or ())):
+                    shard.owner.data = shard.owner.data.clone()
+            refresh_all(mine, theirs)
+            if mine is not None:
+                oracle.fill(mine, iteration, Fp8Part(quantisation))
+            if theirs is not None:
+                oracle.poison(theirs)
+            program.run()
+            if theirs is not None:
+                verdict = oracle.check(theirs, source.tensors, iteration, part=Fp8Part(quantisation))
+                problems += [f"{rank}, run {iteration}: {each.key}" for each in verdict.wrong]
+        if mine is not None and program.staging_bytes > 0:
+            problems.append(f"{rank} stages {program.staging_bytes} bytes")
+        program.close()
+    except Exception as error:
+        problems.append(f"{rank}: {error!r}")
+        world.gate.abort()
+
+
+@pytest.mark.parametrize("quantisation", RULES, ids=lambda each: each.dtype)
+@pytest.mark.parametrize("moving", [None, 0, 1, 2, 3])
+def test_a_peer_whose_weights_have_moved_is_written_where_they_are(
+    quantisation: Quantisation, moving: int | None
+) -> None:
+    """Rank 0 sends to rank 1, which is a source too, and to ranks 2 and 3."""
+    source = side({0: (0, 256), 1: (256, 512)})
+    destination = side({1: (0, 128), 2: (128, 384), 3: (384, 512)})
+    # Phases are those of a process's main thread.
+    with mock.patch("refit.encodings.fp8.groups.counted_apart", lambda phase: nullcontext()):
+        in_threads(partial(refits_in_place, source, destination, quantisation, moving), 4)
 
 
 def nan_is_named(rank: int, quantisation: Quantisation) -> str:

@@ -176,3 +176,25 @@ def test_a_tensor_that_is_not_finite_is_named(value: float) -> None:
     hooks[1]()
     with pytest.raises(RefitError, match=r"1 tensors have NaN or infinity.*: b: check"):
         pipeline.groups.finish()
+
+
+def test_what_was_not_finite_is_named_though_a_peer_has_moved_since() -> None:
+    all_jobs = jobs(2)
+    all_jobs[0].matrix.weights[0, 0] = float("nan")
+    if (gather := all_jobs[0].gather) is not None:
+        gather.views[0][0, 0] = float("nan")
+    pipeline = OnDemand(groups(), lambda part: part, lambda: all_jobs)
+    hooks = [pipeline.before_reading([(key, Box((0, 0, 0), (EXPERTS, ROWS, COLUMNS)))]) for key in KEYS]
+    wiped(all_jobs)
+    pipeline.begin()
+    assert hooks[0] is not None
+    hooks[0]()
+    pipeline.rebind()
+    wiped([one for one in all_jobs if one.matrix.key == "a"])
+    for hook in hooks:
+        assert hook is not None
+        hook()
+    assert not any(is_done(one) for one in all_jobs if one.matrix.key == "a"), "quantised twice"
+    assert all(is_done(one) for one in all_jobs if one.matrix.key == "b")
+    with pytest.raises(RefitError, match=r"1 tensors have NaN or infinity.*: a: check"):
+        pipeline.groups.finish()
