@@ -179,7 +179,7 @@ def test_a_peer_whose_weights_have_moved_is_written_where_they_are(
     source = side({0: (0, 256), 1: (256, 512)})
     destination = side({1: (0, 128), 2: (128, 384), 3: (384, 512)})
     # Phases are those of a process's main thread.
-    with mock.patch("refit.encodings.fp8.groups.counted_apart", lambda phase: nullcontext()):
+    with mock.patch("refit.encodings.fp8.groups.counted_apart", return_value=nullcontext()):
         in_threads(partial(refits_in_place, source, destination, quantisation, moving), 4)
 
 
