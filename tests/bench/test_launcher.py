@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def wait():
 
 def started(program: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM + program]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # as `refit run` sets it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
 
 
 def finished(program: str) -> tuple[int, str, str]:
