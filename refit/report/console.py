@@ -39,8 +39,7 @@ KEPT_BLANK = "\xa0"
 
 def show(text: str) -> None:
     """Print to standard output as it is, for programs and files, and flush."""
-    live.erase()
-    print(text, flush=True)
+    _print(text, sys.stdout)
 
 
 def show_text(text: str) -> None:
@@ -110,8 +109,13 @@ def show_error(message: str) -> None:
 
 def show_aside(text: str) -> None:
     """Print text for people to standard error, where a script reads standard output."""
+    _print(_for_people(text, sys.stderr), sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """In one write, the newline included: lines of several processes in one log do not begin in one another."""
     live.erase()
-    print(_for_people(text, sys.stderr), file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=stream, flush=True)
 
 
 def ending_quietly(run: Callable[[], int]) -> int:
