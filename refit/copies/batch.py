@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 PIPELINED_BATCH_BYTES = 256 << 20
-"""Copied in 0.2 ms on an H200, where a launch takes some 20 us."""
+"""Between the messages of a rank that sends, so that making them does not hold up the next message: copied in 0.2 ms on
+an H200, where a launch takes some 20 us. A rank that sends nothing makes a refit of 10 B elements in 8.6 ms with
+1 GiB, and in 8.9 ms with this."""
+
+UNSENT_BATCH_BYTES = 1 << 30
 
 
 class CopyBatch:
@@ -163,14 +167,16 @@ def local_batches(
     batch_bytes: int,
     num_programs: int | None = None,
     after_writing: Callable[[Iterable[Part]], Hook | None] | None = None,
+    sends: bool = True,
 ) -> list[CopyBatch]:
     """The local copies and zeros of this rank, in batches of about `batch_bytes`, to run between transfers.
 
     `after_writing` gives their hooks in place of that of `destination`. Of weights that are made while others move, at
-    most PIPELINED_BATCH_BYTES: a batch waits for all that it reads.
+    most PIPELINED_BATCH_BYTES, or UNSENT_BATCH_BYTES on a rank that `sends` nothing: a batch waits for all that it
+    reads.
     """
     if any(weights is not None and weights.is_pipelined for weights in (source, destination)):
-        batch_bytes = min(batch_bytes, PIPELINED_BATCH_BYTES)
+        batch_bytes = min(batch_bytes, PIPELINED_BATCH_BYTES if sends else UNSENT_BATCH_BYTES)
     found = []
     for parts in _batches((*_local_parts(local, source, destination), *_zero_parts(zeros, destination)), batch_bytes):
         assert destination is not None

@@ -102,9 +102,9 @@ class Cost:
 def cost_of(plan: RefitPlan) -> Cost:
     """Add up the bytes of a plan."""
     wire, local = plan.is_wire, plan.is_local
-    sent = _bytes_by_rank(plan, plan.source, wire)
-    received = _bytes_by_rank(plan, plan.destination, wire)
-    copied = _bytes_by_rank(plan, plan.destination, local)
+    sent = bytes_by_rank(plan, plan.source, wire)
+    received = bytes_by_rank(plan, plan.destination, wire)
+    copied = bytes_by_rank(plan, plan.destination, local)
     relays = sorted(set(plan.source[wire & (plan.stage > 0)].tolist()) - set(plan.source_sharding.ranks))
     return Cost(
         payload_bytes=int(plan.nbytes.sum()),
@@ -121,7 +121,7 @@ def cost_of(plan: RefitPlan) -> Cost:
     )
 
 
-def _bytes_by_rank(plan: RefitPlan, rank: IntArray, routes: BoolArray) -> IntArray:
+def bytes_by_rank(plan: RefitPlan, rank: IntArray, routes: BoolArray) -> IntArray:
     """Bytes of these routes by `rank`, the plan's column of one end, `[num_ranks]`."""
     nbytes = np.zeros(1 + plan.ranks[-1], np.int64)
     np.add.at(nbytes, rank[routes], plan.nbytes[routes])
@@ -171,30 +171,40 @@ def split_traffic(matrix: IntArray, ranks_per_node: int) -> Traffic:
     return Traffic(ranks_per_node, sent_within - local, sent_between, received_within - local, received_between, local)
 
 
-def lower_bound(matrix: IntArray, cluster: Cluster, gpus: GpuMap | None = None) -> Bound | None:
+def lower_bound(
+    matrix: IntArray, cluster: Cluster, gpus: GpuMap | None = None, work: Mapping[int, int] | None = None
+) -> Bound | None:
     """The longest time that any GPU needs for its bytes of one kind at the cluster's full speed for them.
 
     `gpus` says which ranks share a GPU; None: none do. The bytes of its ranks add up, on its links and in its memory:
-    those between two of them cross no link, and are read and written there as local copies are.
+    those between two of them cross no link, and are read and written there as local copies are. `work` are the bytes
+    that encodings read and write on each rank beyond these (`Wire.work_bytes`).
 
-    The kinds are sends and receives, each within and between nodes, and copies within a GPU. They can all overlap, also
-    those of several stages, so the slowest is a lower bound of the refit time. None where bytes cross nodes and the
-    cluster states no speed for that. Where nodes run fewer ranks than they have GPUs, some bytes between nodes count as
-    bytes within a node. The bound is then too low, never too high.
+    The kinds are sends and receives, each within and between nodes, and copies within a GPU with the work there. They
+    can all overlap, also those of several stages, so the slowest is a lower bound of the refit time. None where bytes
+    cross nodes and the cluster states no speed for that. Where nodes run fewer ranks than they have GPUs, some bytes
+    between nodes count as bytes within a node. The bound is then too low, never too high.
     """
     subject, memory = "rank", "within its GPU"
+    extra = np.zeros(len(matrix), np.int64)
+    for rank, added in (work or {}).items():
+        extra[rank] = added
     if gpus is not None and gpus.is_shared:
+        extra = np.diagonal(per_gpu(np.diag(extra), gpus))
         matrix, subject, memory = per_gpu(matrix, gpus), "GPU", "within its memory"
     traffic = split_traffic(matrix, cluster.gpus_per_node)
     if cluster.inter_bytes_per_s is None and traffic.sent_between.any():
         return None
-    candidates = [
+    candidates: list[tuple[IntArray, float | None, str, str]] = [
         (traffic.received_between, cluster.inter_bytes_per_s, "receives", "between nodes"),
         (traffic.sent_between, cluster.inter_bytes_per_s, "sends", "between nodes"),
         (traffic.received_within, cluster.intra_bytes_per_s, "receives", "within its node"),
         (traffic.sent_within, cluster.intra_bytes_per_s, "sends", "within its node"),
-        (traffic.local, cluster.copy_bytes_per_s, "copies", memory),
     ]
+    if cluster.copy_bytes_per_s is not None and not extra.any():
+        candidates.append((traffic.local, cluster.copy_bytes_per_s, "copies", memory))
+    elif cluster.copy_bytes_per_s is not None:
+        candidates.append((2 * traffic.local + extra, 2 * cluster.copy_bytes_per_s, "reads and writes", memory))
     worst = Bound(cluster.name, 0.0, "nothing moves")
     for nbytes, bytes_per_s, verb, where in candidates:
         most = int(nbytes.argmax())

@@ -34,6 +34,13 @@ class Wire:
         """What the encoding needs on each rank, beside the models and staging. Ranks that need nothing are left out."""
         return {}
 
+    def work_bytes(self, plan: RefitPlan) -> Mapping[int, int]:
+        """Bytes that the encoding reads and writes on each rank, at least, beyond those of copies of what `plan` moves.
+
+        A copy of n bytes reads n and writes n. Ranks without such bytes are left out.
+        """
+        return {}
+
     @property
     def most_memory_bytes(self) -> Mapping[str, Mapping[int, int]]:
         """The same, or more, found without a plan: for the ranks of the `source` and of the `destination`."""

@@ -45,11 +45,12 @@ class DryRun:
     `encoding_needs` are the bytes that encodings need on ranks, by what for: `quantising`.
 
     `gpus` says which ranks share a GPU. `matrix` has the bytes from each rank (row) to each rank (column), `traffic`
-    splits them at the boundaries of nodes. `bound` is None without a cluster, and
-    where the cluster has no speed for bytes that cross its nodes. `training` is what the source's ranks need beside
-    their weights to train; empty where no training step is measured. `expert_maps` are the destination's, empty for a
-    format that does not let users place experts. `linear` is the same scenario with experts in order and none twice,
-    `rearranged` with those of the next placement; both None where they are not another.
+    splits them at the boundaries of nodes, `work_bytes` are those that encodings read and write on ranks beside them.
+    `bound` is None without a cluster, and where the cluster has no speed for bytes that cross its nodes. `training` is
+    what the source's ranks need beside their weights to train; empty where no training step is measured. `expert_maps`
+    are the destination's, empty for a format that does not let users place experts. `linear` is the same scenario with
+    experts in order and none twice, `rearranged` with those of the next placement; both None where they are not
+    another.
     """
 
     scenario: Scenario
@@ -64,6 +65,7 @@ class DryRun:
     encoding_needs: dict[str, Mapping[int, int]]
     cost: Cost
     matrix: IntArray
+    work_bytes: Mapping[int, int]
     traffic: Traffic
     bound: Bound | None
     training: Mapping[int, TrainingMemory]
@@ -149,8 +151,9 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         encoding_needs=figures.encoding_needs,
         cost=figures.cost,
         matrix=figures.matrix,
+        work_bytes=figures.work_bytes,
         traffic=split_traffic(figures.matrix, options.gpus_per_domain * shared),
-        bound=lower_bound(figures.matrix, options.cluster, gpus) if options.cluster else None,
+        bound=lower_bound(figures.matrix, options.cluster, gpus, figures.work_bytes) if options.cluster else None,
         training=training_bytes(scenario),
         predict_s=figures.predict_s,
         plan_s=figures.plan_s,
@@ -180,6 +183,7 @@ class _Figures:
     encoding_needs: dict[str, Mapping[int, int]]
     cost: Cost
     matrix: IntArray
+    work_bytes: Mapping[int, int]
     predict_s: float
     plan_s: float
     expert_maps: tuple[ExpertMap, ...]
@@ -203,6 +207,7 @@ def _planned(
         encoding_needs=planned.encoding_needs,
         cost=planned.cost,
         matrix=matrix,
+        work_bytes=planned.work_bytes,
         predict_s=predicted_s - start_s,
         plan_s=planned_s - predicted_s,
         expert_maps=expert_maps(shardings[1]) if destination.places_experts else (),

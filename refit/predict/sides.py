@@ -95,6 +95,15 @@ class PlannedSides:
         needs = {wire.work: wire.memory_bytes(self.plan) for wire in self.wires.values()}
         return {work: held for work, held in needs.items() if held}
 
+    @property
+    def work_bytes(self) -> Mapping[int, int]:
+        """What encodings read and write on each rank beyond copies of what the plan moves. Ranks without are left
+        out."""
+        summed: Counter[int] = Counter()
+        for wire in self.wires.values():
+            summed.update(wire.work_bytes(self.plan))
+        return dict(summed)
+
 
 def wires_between(source: Sharding, destination: Sharding, side: SideSpec, encoding: str) -> dict[str, Wire]:
     """What each encoding sends from `source` to `destination`, the sharding of `side`, by its name, in order.

@@ -24,7 +24,7 @@ def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str
 
 def _row(name: str, run: DryRun, clusters: Sequence[Cluster]) -> list[str]:
     cost, busiest = run.cost, run.cost.busiest
-    bounds = (lower_bound(run.matrix, cluster, run.gpus) for cluster in clusters)
+    bounds = (lower_bound(run.matrix, cluster, run.gpus, run.work_bytes) for cluster in clusters)
     return [
         name,
         run.scenario.num_ranks_text,

@@ -148,6 +148,20 @@ def test_what_limits_a_plan(intra: float, inter: float, copy: float | None, expe
     assert lower_bound(FOUR_RANKS, cluster(intra, inter, 2, copy)) == expected
 
 
+def test_what_encodings_read_and_write_counts_beside_copies() -> None:
+    """Rank 0 copies 7 bytes, which are 14 read and written. Work of other ranks counts on their own GPUs."""
+    of_copies = cluster(40.0, 40.0, 2, 1.0)
+    assert lower_bound(FOUR_RANKS, of_copies, work={0: 6, 1: 19}) == Bound(
+        "example", 10.0, "rank 0 reads and writes 20 bytes within its GPU at 2e-09 GB/s"
+    )
+    assert lower_bound(FOUR_RANKS, of_copies, work={1: 42}) == Bound(
+        "example", 21.0, "rank 1 reads and writes 42 bytes within its GPU at 2e-09 GB/s"
+    )
+    assert lower_bound(FOUR_RANKS, cluster(copy=2.0), GpuMap(4, 4), {1: 42, 3: 6}) == Bound(
+        "example", 60.0, "GPU 0 reads and writes 240 bytes within its memory at 4e-09 GB/s"
+    )
+
+
 def test_no_bound_where_bytes_cross_nodes_at_no_known_speed() -> None:
     assert lower_bound(FOUR_RANKS, cluster(inter=None)) is None
     assert lower_bound(FOUR_RANKS, cluster(inter=None, gpus_per_node=4)) == Bound(

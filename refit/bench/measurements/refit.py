@@ -65,7 +65,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     plan = sides.plan
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
-    bound = cost.lower_bound(cost.bytes_matrix(plan), cluster, session.gpus) if cluster else None
+    bound = cost.lower_bound(cost.bytes_matrix(plan), cluster, session.gpus, sides.work_bytes) if cluster else None
     trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
     plan_s = stopwatch.seconds["plan"]
     doubt = _doubt_of_training(session)

@@ -26,6 +26,8 @@ from refit.config.quantisation import CODES_DTYPE, Place, Quantisation, scale_ke
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
+from refit.plan.box_array import BoolArray, IntArray
+from refit.plan.cost import bytes_by_rank
 from refit.plan.plan import RefitPlan
 from refit.plan.quantised import Grid, keep_text, mapped, scale_spec
 from refit.plan.sharding import ReplicatedShard, Sharding, TensorSharding, TensorSpec
@@ -59,19 +61,35 @@ class QuantisedWire(Wire):
         A source keeps what it sends, and what it sends to several ranks once: at most the codes of all that it holds.
         What its own destination wants is made there.
         """
-        scales = {scale_key(key) for key in self.tensors}
-        made = np.array(
-            [each.tensors[0].dtype == CODES_DTYPE or each.tensors[0].key in scales for each in plan.classes]
-        )
-        waits = np.array([each.tensors[0].key.endswith(UNQUANTISED_SUFFIX) for each in plan.classes])
-        needed = np.zeros(1 + plan.ranks[-1], np.int64)
-        # What a later stage passes on was made at a source, and lies in the destination's own memory.
-        kept = made[plan.tensor_class] & (plan.stage == 0) & (plan.source != plan.destination)
-        np.add.at(needed, plan.source[kept], plan.nbytes[kept])
+        routes = self._routes(plan)
+        needed = bytes_by_rank(plan, plan.source, (routes.codes | routes.scales) & (plan.source != plan.destination))
         for rank, nbytes in self._made_bytes.items():
             needed[rank] = min(needed[rank], nbytes)
-        np.add.at(needed, plan.destination[waits[plan.tensor_class]], plan.nbytes[waits[plan.tensor_class]])
-        return {rank: int(nbytes) for rank, nbytes in enumerate(needed) if nbytes}
+        return _where_any(needed + bytes_by_rank(plan, plan.destination, routes.waits))
+
+    def work_bytes(self, plan: RefitPlan) -> Mapping[int, int]:
+        """Quantising reads 2 bytes where a copy of the code would read 1, and no scale.
+
+        What waits is read again, and written as codes of half its bytes. A code that several ranks want is made once.
+        """
+        routes = self._routes(plan)
+        codes = bytes_by_rank(plan, plan.source, routes.codes)
+        for rank, nbytes in _bytes_of(self.source, lambda key: key in self.tensors).items():
+            codes[rank] = min(codes[rank], nbytes)
+        made = np.maximum(0, codes - bytes_by_rank(plan, plan.source, routes.scales))
+        return _where_any(made + bytes_by_rank(plan, plan.destination, routes.waits) * 3 // 2)
+
+    def _routes(self, plan: RefitPlan) -> _Routes:
+        scales = {scale_key(key) for key in self.tensors}
+        first = [each.tensors[0] for each in plan.classes]
+        kinds = (
+            [tensor.dtype == CODES_DTYPE for tensor in first],
+            [tensor.key in scales for tensor in first],
+            [tensor.key.endswith(UNQUANTISED_SUFFIX) for tensor in first],
+        )
+        codes, scale, waits = (np.array(kind, np.bool_)[plan.tensor_class] for kind in kinds)
+        # What a later stage passes on was made at a source, and lies in the destination's own memory.
+        return _Routes(codes & (plan.stage == 0), scale & (plan.stage == 0), waits)
 
     @property
     def most_memory_bytes(self) -> Mapping[str, Mapping[int, int]]:
@@ -84,6 +102,19 @@ class QuantisedWire(Wire):
         """Codes and scales that each source rank holds of what is quantised at the source."""
         scales = {scale_key(key) for key in self.tensors}
         return _bytes_of(self.source, lambda key: key in scales or key in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Routes:
+    """Which routes of a plan have codes and scales made at the source, and what is quantised where it arrives."""
+
+    codes: BoolArray
+    scales: BoolArray
+    waits: BoolArray
+
+
+def _where_any(nbytes: IntArray) -> dict[int, int]:
+    return {rank: int(each) for rank, each in enumerate(nbytes) if each}
 
 
 def _bytes_of(sharding: Sharding, chosen: Callable[[str], bool]) -> Mapping[int, int]:

@@ -98,7 +98,7 @@ class CudaIpcTransport:
         is_pipelined = options.is_pipelined or plan.num_stages > 1
         framing = even_framing(plan, PIPELINED_BYTES) if is_pipelined else WHOLE_CHANNEL
         schedule = in_turn(make_schedule(plan, rendezvous.rank, framing), plan)
-        buffers = InPlaceBuffers(memory, schedule, destination, ENGINE_BYTES, PUT_PROGRAMS)
+        buffers = InPlaceBuffers(memory, schedule, destination, ENGINE_BYTES, PUT_PROGRAMS, _near(rendezvous))
         return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)
 
 
@@ -124,6 +124,12 @@ def _staged(
 
 def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Rendezvous:
     return Rendezvous(ranks, f"cuda-ipc/{plan.digest}", plan.ranks, options.timeout_s)
+
+
+def _near(rendezvous: Rendezvous) -> set[int]:
+    """The ranks whose GPU is this rank's. Collective: every rank of the plan."""
+    of_rank = rendezvous.exchange(str(torch.cuda.get_device_properties(here()).uuid))
+    return {rank for rank, gpu in of_rank.items() if gpu == of_rank[rendezvous.rank]}
 
 
 def _check_probes(handles: dict[int, Any]) -> None:

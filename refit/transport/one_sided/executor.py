@@ -258,6 +258,7 @@ class OneSidedProgram:
             sides.destination,
             batch_bytes,
             after_writing=sides.after_writing,
+            sends=bool(self._sends),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,12 +61,15 @@ class InPlaceBuffers:
         destination: LocalWeights | None,
         engine_bytes: int | None,
         put_programs: int | None = None,
+        near: Collection[int] = (),
     ) -> None:
-        """`engine_bytes`: see `CopyBatch`. `put_programs`: see `RingBuffers`. Collective: every rank of `memory`."""
+        """`engine_bytes`: see `CopyBatch`. `put_programs`: see `RingBuffers`. Neither holds for peers that are `near`,
+        in the same memory: no link limits copies there. Collective: every rank of `memory`."""
         self._memory = memory
         self._destination = destination
         self._engine_bytes = engine_bytes
         self._put_programs = put_programs
+        self._near = near
         self._sources = [channel.source for channel in schedule.receives]
         self._num_offers = 0
         targets = [channel.destination for channel in schedule.sends]
@@ -75,13 +78,13 @@ class InPlaceBuffers:
         self._num_seen = dict.fromkeys(targets, 0)
 
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
-        peer = self._peers[channel.destination]
+        peer, is_near = self._peers[channel.destination], channel.destination in self._near
         return [
             Put(
                 CopyBatch(
                     _copies(message, read_by(message), peer),
-                    engine_bytes=self._engine_bytes,
-                    num_programs=self._put_programs,
+                    engine_bytes=None if is_near else self._engine_bytes,
+                    num_programs=None if is_near else self._put_programs,
                 )
             )
             for message in channel.messages

@@ -250,6 +250,7 @@ class TwoSidedProgram:
             LOCAL_BATCH_BYTES[sides.device.type],
             LOCAL_PROGRAMS,
             sides.after_writing,
+            sends=bool(schedule.sends),
         )
 
     def _rounds(

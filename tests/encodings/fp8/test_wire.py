@@ -94,6 +94,25 @@ def test_blocks_cut_at_the_source_are_quantised_at_the_destination() -> None:
         wire_shardings(source, held, Quantisation("fp8-block", "amax", place=Place.SOURCE))
 
 
+def test_quantising_reads_weights_and_no_scales() -> None:
+    """Of 256 x 256 weights at two ranks: 256 x 256 codes and 4 scales of 4 bytes for each of two destinations."""
+    tensor = TensorSpec("w.weight", (256, 256), "bfloat16")
+    source, whole = sharded(tensor, rows(tensor.shape, 128)), sharded(tensor, rows(tensor.shape) * 2, first=1)
+    wire = wire_shardings(source, quantised_sharding(whole, BLOCK), BLOCK)
+    plan = plan_refit(wire.source, wire.destination)
+    half = 128 * 256
+    # Rank 0 makes its half once for both destinations. Its copies would read two scales for each.
+    assert dict(wire.work_bytes(plan)) == {0: half - 2 * 2 * 4, 1: half - 2 * 2 * 4}
+
+
+def test_what_is_quantised_where_it_arrives_is_read_and_written_again() -> None:
+    tensor = TensorSpec("w.weight", (256, 256), "bfloat16")
+    rule = Quantisation("fp8-block", "amax", place=Place.DESTINATION)
+    side = sharded(tensor, rows(tensor.shape))
+    wire = wire_shardings(side, quantised_sharding(side, rule), rule)
+    assert dict(wire.work_bytes(plan_refit(wire.source, wire.destination))) == {0: 256 * 256 * 3}
+
+
 @pytest.mark.parametrize(
     ("shape", "cuts", "name", "message"),
     [
