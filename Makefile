@@ -9,7 +9,7 @@ LOCK ?= requirements/lock.txt
 MEGATRON ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SHELL_SCRIPTS := $(wildcard *.sh scripts/*.sh tests/*.sh tests/slurm/*.sh) tests/shell/bin/scontrol .ci/run
+SHELL_SCRIPTS := $(wildcard *.sh scripts/*.sh tests/*.sh tests/slurm/*.sh findings/*.sh) tests/shell/bin/scontrol .ci/run
 # torchrun would set and announce the same default.
 export OMP_NUM_THREADS ?= 1
 
