@@ -28,6 +28,7 @@ def test_a_cell_can_be_run(one: Cell) -> None:
     assert run.scenario.num_ranks == one.num_ranks
 
 
+@pytest.mark.slow
 def test_every_cell_of_one_method_stands_for_the_other_too() -> None:
     assert {name.replace("nccl", "nvshmem") for name in ALL if "nccl" in name} <= ALL.keys()
     for name, one in ALL.items():

@@ -30,6 +30,7 @@ def test_layouts_are_random_by_their_seed_alone() -> None:
     assert random_layouts(6, 8, 1) != random_layouts(6, 8, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_deepspeed", [True, False])
 def test_sixty_layouts_have_something_of_everything(monkeypatch: pytest.MonkeyPatch, has_deepspeed: bool) -> None:
     here = {"transformers", "deepspeed"} if has_deepspeed else {"transformers"}

@@ -36,6 +36,7 @@ VLLM, FSDP2 = "--rl-inference-format=vllm", "--rl-inference-format=fsdp2"
 # --- What agrees ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -126,6 +127,7 @@ def checks_of_faults(rank: int, argv: list[str]) -> tuple[dict[str, ForwardCheck
         return found, run_scenario(rank, argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "num_without"),
     [

@@ -53,6 +53,7 @@ def wrong(
     return {each.key: each.num_wrong for each in verdict.wrong}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda each: each.rule)
 def test_a_right_refit_has_nothing_wrong(rule: Quantisation) -> None:
     weights = refitted(3, rule)
@@ -106,6 +107,7 @@ def test_faults_are_found(
         assert found[key] > views(weights)[1].numel() / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda each: each.rule)
 def test_another_rule_or_iteration_is_found(rule: Quantisation) -> None:
     for other in RULES:

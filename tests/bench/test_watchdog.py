@@ -61,6 +61,7 @@ def _watch(process: int, folder: Path, way: str) -> str:
     return "not ended"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["failed", "killed"])
 def test_ranks_with_a_store_of_their_own_agree_on_the_one_that_failed(
     ranks: RankPool, tmp_path: Path, way: str

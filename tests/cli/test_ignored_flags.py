@@ -197,6 +197,7 @@ def typos(draw: st.DrawFn, flags: list[str]) -> str:
     return before + middle + after
 
 
+@pytest.mark.slow
 @given(typos([f"--{name}" for name in SIZES]), st.sampled_from([[], ["2"]]))
 def test_no_typo_of_a_size_is_accepted(flag: str, value: list[str]) -> None:
     assume(flag not in full_parser()._option_string_actions)
@@ -204,6 +205,7 @@ def test_no_typo_of_a_size_is_accepted(flag: str, value: list[str]) -> None:
         full_parser().parse_flags([flag, *value])
 
 
+@pytest.mark.slow
 @given(typos(HONOURED))
 def test_no_typo_of_any_honoured_or_refused_flag_is_accepted(flag: str) -> None:
     assume(flag not in full_parser()._option_string_actions)

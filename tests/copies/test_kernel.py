@@ -23,6 +23,7 @@ from tests.copies.interpreted import LIMIT_S, run_cases
 CASES = Path(__file__).parent / "kernel_cases.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.timeout(LIMIT_S)
 def test_the_kernel_copies_what_pytorch_copies() -> None:

@@ -179,6 +179,7 @@ def refusal(shape: ModelShape, spec: SideSpec) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=300)
 def test_dense_models_are_taken_exactly_where_every_row_finds_its_scale(data: st.DataObject) -> None:

@@ -96,6 +96,7 @@ def test_a_verified_refit(tmp_path: Path, launch: Launch, num_ranks: int, layout
     assert result_in(tmp_path)["status"] == "ok"
 
 
+@pytest.mark.slow
 @LAUNCHERS
 def test_too_few_ranks_is_one_line_before_anything_is_built(tmp_path: Path, launch: Launch) -> None:
     process = launch(2, *SMALL, *ONE_TO_TWO, "--output-dir", str(tmp_path))

@@ -104,6 +104,7 @@ def rendered(folder: Path) -> int:
     return 0
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damaged(), st.sampled_from(COMMANDS))
 def test_no_damage_ends_in_a_traceback(tmp_path: Path, capsys: Any, content: tuple[bool, str], command: str) -> None:

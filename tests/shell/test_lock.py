@@ -33,6 +33,7 @@ def finished(job: Shell) -> str:
     return job.only("*_sweep.json").name.removesuffix("_sweep.json")
 
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with_by_one_process(job: Shell) -> None:
     process, run_id = begun(job)
     before = sorted(job.logs.iterdir())
@@ -46,6 +47,7 @@ def test_a_run_is_gone_on_with_by_one_process(job: Shell) -> None:
     assert not list(job.logs.glob("*.lock"))
 
 
+@pytest.mark.slow
 def test_a_killed_script_holds_its_lock_while_its_ranks_run(job: Shell) -> None:
     process, run_id = begun(job)
     process.kill()
@@ -77,6 +79,7 @@ def started_from(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("jobs", "code"), [("5", 2), ("", 0)], ids=["still there", "over"])
 def test_a_lock_of_another_node_stands_until_slurm_says_its_job_is_over(job: Shell, jobs: str, code: int) -> None:
     run_id = finished(job)
@@ -100,6 +103,7 @@ def test_a_lock_file_is_never_executed(job: Shell) -> None:
     assert not (job.cwd / "x").exists()
 
 
+@pytest.mark.slow
 def test_jobs_of_an_array_share_a_run_but_no_scenario(job: Shell) -> None:
     run_id = finished(job)
     sweep = str(job.only("*_sweep.json"))

@@ -90,6 +90,7 @@ def test_the_exit_code_is_that_of_the_result(job: Shell, name: str, expected: in
     assert (job.cwd / "the results" / f"{name}_ranks").exists() == (name == "crash")
 
 
+@pytest.mark.slow
 def test_too_long_and_cancelled_runs_are_recorded(job: Shell) -> None:
     flags = [*SMALL, *ONE_TO_TWO, "--run-name"]
     code, output = job.run(SINGLE, *flags, "hang1", REFIT_SCENARIO_TIMEOUT="5")

@@ -79,6 +79,7 @@ def test_a_site_file_that_ends_early_is_an_error(shell: Shell, ending: str) -> N
     assert output.startswith(f"error: site file {site} {END}: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ending", ["false", "[[ -d /nowhere ]] && REFIT_PARTITION=other", "return", "set -e", "set -u"]
 )

@@ -29,6 +29,7 @@ def line(name: str, sizes: str = "2:1:1:2", mode: str = "collocated") -> str:
     return f"{sizes}:{mode}:gloo:{name}"
 
 
+@pytest.mark.slow
 def test_scenarios_run_in_turn_and_the_rest_outlive_what_fails(job: Shell) -> None:
     lines = [
         line("good"),
@@ -51,6 +52,7 @@ def test_scenarios_run_in_turn_and_the_rest_outlive_what_fails(job: Shell) -> No
     assert summary.strip() in output
 
 
+@pytest.mark.slow
 def test_a_scenario_takes_the_first_nodes_it_needs(job: Shell) -> None:
     code, output = job.run(KIMI, *scenarios(job.cwd, line("one"), line("two", "1:2:2:1", "non-collocated")))
     assert code == 0, output
@@ -98,6 +100,7 @@ def test_a_container_holds_the_steps_and_the_decisions(job: Shell) -> None:
     assert "--mpi=none" in next(call for call in calls if "--overlap" not in call)
 
 
+@pytest.mark.slow
 def test_a_scenario_that_takes_too_long_is_ended(job: Shell) -> None:
     """What comes after it crashes, which is quick on any machine: the limit is for it too."""
     code, output = job.run(KIMI, *scenarios(job.cwd, line("hang"), line("crash")), "--timeout", "5")
@@ -140,6 +143,7 @@ def test_only_what_failed_is_run_again_beside_the_first_attempt(job: Shell) -> N
     ]
 
 
+@pytest.mark.slow
 def test_runs_are_repeated_in_turn(job: Shell) -> None:
     code, output = job.run(KIMI, *scenarios(job.cwd, line("a"), line("b")), "--num-runs", "2")
     assert code == 0, output
@@ -186,6 +190,7 @@ def test_an_array_runs_what_is_ready_and_sums_up_after_all(shell: Shell) -> None
     assert "3 scenarios: 1 ok, 1 failed, 1 refused" in text
 
 
+@pytest.mark.slow
 def test_submit_passes_everything_on_to_a_job_that_finds_the_checkout(shell: Shell) -> None:
     environ = {"SLURM_JOB_NODELIST": "localhost,127.0.0.1", "SLURM_GPUS_ON_NODE": "2"}
     environ |= {"STANDIN_NODE": str(ROOT / "tests/shell/bin/stub_node"), "REFIT_PARTITION": "gpus"}

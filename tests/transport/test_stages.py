@@ -202,6 +202,7 @@ def _without_rank_1(rank: int, backend: tuple[str, str]) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
 def test_neighbours_name_a_rank_that_passes_nothing_on(ranks: RankPool, backend: tuple[str, str]) -> None:
     try:

@@ -187,6 +187,7 @@ def wrong_in_two_refits(case: Case, quantisation: Quantisation) -> dict[str, int
 WAYS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_random_layouts_arrive_as_the_rule_says(ranks: RankPool, way: tuple[str, str]) -> None:
     rules = [Quantisation(name, rule) for name, block in BLOCK_FORMATS.items() for rule in block.rules]

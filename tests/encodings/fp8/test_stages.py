@@ -32,6 +32,7 @@ def _refits_in_stages(rank: int, seed: int, way: tuple[str, str], quantisation: 
     return wrong, num_blocks, passed_on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", test_program.WAYS, ids="-".join)
 def test_quantised_weights_arrive_by_way_of_others(ranks: RankPool, way: tuple[str, str]) -> None:
     relayed = 0
