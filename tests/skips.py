@@ -13,6 +13,7 @@ EXPECTED = (
     "needs a Slurm of its own: make slurm-test",  # a part of .ci/run
     "needs two GPUs",
     "no CUDA GPU",
+    "no vLLM environment: make test-vllm",  # a part of .ci/run
     "vLLM is not installed",
 )
 """Why a test may be skipped in CI, whose machine has no GPU."""

@@ -9,6 +9,7 @@ from functools import partial
 
 from refit.bench.measurements.base import Measurement
 from refit.bench.method_choice import check_hosts, check_same_method, with_method
+from refit.bench.served import served
 from refit.bench.session import Session, device_for, launched
 from refit.bench.sides import build_side
 from refit.config.registry import ENGINES, FORMATS, MEASUREMENTS, load
@@ -52,10 +53,11 @@ def benchmark(session: Session, file: ResultFile | None = None) -> Result:
     record = _Record(session, file)
     session.say(rank_map(scenario, session.world_size))
     source, destination = (build_side(session, name) for name in ("source", "destination"))
-    for name in scenario.measurements:
-        measurement: Measurement = load(MEASUREMENTS[name].measurement)()
-        recording = replace(session, publish=partial(record.keep, name), measured=record.measured)
-        record.keep(name, measurement.run(recording, source, destination))
+    with served(session, destination):
+        for name in scenario.measurements:
+            measurement: Measurement = load(MEASUREMENTS[name].measurement)()
+            recording = replace(session, publish=partial(record.keep, name), measured=record.measured)
+            record.keep(name, measurement.run(recording, source, destination))
     result = record.conclude()
     for line in _closing_lines(session, result):
         session.say(line)

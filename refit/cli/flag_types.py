@@ -6,8 +6,10 @@ import argparse
 import ast
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from refit.config import limits
@@ -28,6 +30,14 @@ def positive(text: str) -> int:
 def non_negative(text: str) -> int:
     """0, 1, 2, ... up to MAX_COUNT."""
     return _whole_number(text, 0, limits.MAX_COUNT)
+
+
+def python(text: str) -> str:
+    """A Python that can be executed, as an absolute path: links stay, since an environment's is one."""
+    path = Path(text).absolute()
+    if not path.is_file() or not os.access(path, os.X_OK):
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is no program: make vllm makes .venv-vllm/bin/python")
+    return str(path)
 
 
 def up_to(most: int, least: int = 1) -> Callable[[str], int]:

@@ -76,6 +76,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     notes += (*args.preset_notes, *filter(None, [world_size_note(args, sides)]))
     _check_engines(args.refit_engine, sides)
     _check_encoding(args)
+    _check_running_engine(args, destination)
     recorded = recorded_flags(args)
     steps = step_settings(args, sides, model, recorded)
     if args.check_forward and model is not None:
@@ -163,6 +164,18 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
                 f"--refit-engine {name} refits 1 model chunk per rank, virtual pipeline stages make {chunks}: "
                 "leave one of them out"
             )
+
+
+def _check_running_engine(args: argparse.Namespace, destination: SideSpec) -> None:
+    """Raise UsageError where a running engine is needed, or could not see what is written."""
+    running = destination.vllm is not None and destination.vllm.engine_python is not None
+    own = next((name for name in args.refit_engine if ENGINES[name].of_running), None)
+    if own is not None and not running:
+        raise UsageError(f"--refit-engine {own} updates a running vLLM: give --rl-inference-engine-python")
+    if running and args.one_sided_buffers == "direct":
+        raise UsageError(
+            "--one-sided-buffers direct gives the weights other memory, which a running vLLM does not see: leave it out"
+        )
 
 
 def _check_encoding(args: argparse.Namespace) -> None:

@@ -53,6 +53,11 @@ _OPTION_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "PLACEMENT",
         "help": "the placement that an engine changes to between two refits; default: none",
     },
+    "engine_python": {
+        "type": flag_types.python,
+        "metavar": "PYTHON",
+        "help": "refit into a running vLLM: the python of its environment (make vllm); default: tensors without vLLM",
+    },
 }
 """Field of a format's options -> how its flags are added. A number is at most MAX_RANKS unless a type is given."""
 

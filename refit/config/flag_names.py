@@ -38,6 +38,7 @@ OPTION_FLAGS: dict[str, dict[str, tuple[str | None, str | None]]] = {
         "num_redundant_experts": (None, "rl-inference-num-redundant-experts"),
         "placement": (None, "rl-inference-expert-placement"),
         "placement_next": (None, "rl-inference-expert-placement-next"),
+        "engine_python": (None, "rl-inference-engine-python"),
     },
 }
 """Format -> field of its options (`SideSpec.options`) -> the source's flag and the destination's, without dashes.

@@ -177,6 +177,7 @@ class Engine:
     A baseline is measured beside the engine under test. It decides the exit code only where it runs alone.
     `formats` are the sides it can refit; None stands for all. `single_chunk` ones refit one model chunk per rank.
     `encodes`: it sends through encodings, so it can refit to FP8 destinations, or send other than the weights.
+    `of_running`: it is a running engine's own update, which puts the weights to use itself.
     """
 
     engine: str
@@ -185,6 +186,7 @@ class Engine:
     formats: tuple[str, ...] | None = None
     single_chunk: bool = False
     encodes: bool = False
+    of_running: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +252,7 @@ FORMATS = Registry(
         "vllm": Format(
             predict="refit.predict.vllm.sharding:predict",
             check="refit.predict.vllm.sharding:check",
-            build="refit.models.vllm.side:build_side",
+            build="refit.models.vllm.build:build_side",
             axes=("tp", "ep", "pp"),
             options="refit.config.side:VllmOptions",
             destination_only=True,
@@ -258,6 +260,7 @@ FORMATS = Registry(
             searched_options=("replicas",),
             builds_codes=True,
             parts="refit.predict.vllm.parameters:parts",
+            available="refit.models.vllm.engine.available:check_available",
             note="refit.predict.vllm.names:note",
             rearrange="refit.models.vllm.side:rearranged",
         ),
@@ -351,6 +354,12 @@ ENGINES = Registry(
             single_chunk=True,
         ),
         "nccl-m2n": Engine(engine="refit.bench.engines.nccl_m2n:NcclM2nEngine", title="NCCL M2N", is_baseline=True),
+        "vllm-reload": Engine(
+            engine="refit.bench.engines.vllm_reload:VllmReloadEngine",
+            title="vLLM's reload",
+            is_baseline=True,
+            of_running=True,
+        ),
     },
 )
 

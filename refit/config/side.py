@@ -91,7 +91,8 @@ class VllmOptions:
     `data_parallel_size` is the number of ranks with the same dense weights (attention data parallelism); experts are
     divided over all ranks of a stage, whole ones with expert parallelism (EP = TP x DP), else slices of each.
     `replicas` is the number of engines. `num_redundant_experts` are the second copies of a layer in an engine; None is
-    0, or what the placement's file has. `placement_next` replaces `placement` between two refits.
+    0, or what the placement's file has. `placement_next` replaces `placement` between two refits. `engine_python` is
+    the Python of an environment with vLLM, which then serves the side; None: tensors as vLLM has them, without it.
     """
 
     data_parallel_size: int = 1
@@ -99,9 +100,11 @@ class VllmOptions:
     num_redundant_experts: int | None = None
     placement: ExpertPlacement = field(default_factory=ExpertPlacement)
     placement_next: ExpertPlacement | None = None
+    engine_python: str | None = None
 
     def title(self, layout: Layout) -> str:
-        """`TP2 DP4 EP8`, and what is not the default: `PP2 round_robin +8 x2` has 8 redundant experts, 2 engines."""
+        """`TP2 DP4 EP8`, and what is not the default: `PP2 round_robin +8 x2` has 8 redundant experts, 2 engines;
+        `running` has a vLLM that runs."""
         words = [f"TP{layout.tp}", f"EP{layout.ep}"]
         if self.data_parallel_size > 1:
             words.insert(1, f"DP{self.data_parallel_size}")
@@ -113,6 +116,8 @@ class VllmOptions:
             words.append(f"+{self.num_redundant_experts}")
         if self.replicas > 1:
             words.append(f"x{self.replicas}")
+        if self.engine_python is not None:
+            words.append("running")
         return " ".join(words)
 
     @classmethod

@@ -37,6 +37,9 @@ class Start:
 SPAWNED = Start(few_ranks=64, shared_bytes=0, rank_bytes=300_000_000, shared_s=0.0, rank_s=8.0)
 FORKED = Start(few_ranks=128, shared_bytes=350_000_000, rank_bytes=25_000_000, shared_s=8.0, rank_s=1.0)
 
+ENGINE_WORKER_BYTES = 1_700_000_000
+"""Of each worker of a running vLLM 0.32.0 on CPUs, with 1 GiB for its cache."""
+
 REMEDY = "plan it with --dry-run, or run --model tiny on few ranks"
 
 CPU_BYTES_PER_S = 100e6
@@ -122,8 +125,11 @@ def check_running(scenario: Scenario, machine: Machine) -> None:
 
 
 def _cpu_memory_bytes(scenario: Scenario, run: DryRun | None, start: Start) -> int:
-    """Memory of all ranks: processes, weights and staging."""
+    """Memory of all ranks: processes, weights and staging, and of a running engine."""
     processes = start.shared_bytes + scenario.num_ranks * start.rank_bytes
+    vllm = scenario.destination.vllm
+    if vllm is not None and vllm.engine_python is not None:
+        processes += scenario.destination.world_size * ENGINE_WORKER_BYTES
     return processes + (_weights_bytes(scenario, run) if run is not None else 0)
 
 

@@ -108,6 +108,7 @@ def _measured(entry: Entry) -> Record:
         "cold_ms": _ms(engine.cold_total_s) if engine and cold else None,
         **{f"cold_{name}_ms": _ms(cold.get(name)) for name in COLD},
         "connect_ms": _ms(engine.connect_s) if engine else None,
+        "engine_pause_ms": _ms(engine.served.pause_s) if engine and engine.served else None,
         "gb_per_s": engine.bottleneck_gb_per_s if engine else None,
         "staging_bytes": max(engine.staging_bytes_per_rank, default=None) if engine else None,
         "extra_memory_bytes": _largest(engine.extra_memory_bytes_per_rank) if engine else None,

@@ -106,6 +106,7 @@ def _figures(outcome: Outcome, engine: EngineResult, problem: str | None) -> str
     parts = [
         _times(engine.summary, num_refits),
         _speed(engine, None if problem else outcome.bound),
+        _pause(engine),
         _wrong(outcome, engine),
     ]
     return ", ".join(part for part in (*parts, *engine.wrong_passes) if part)
@@ -130,6 +131,12 @@ def _speed(engine: EngineResult, bound: Bound | None) -> str:
     percent = 100 * bound.seconds / engine.median_s
     share = f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
     return f"{rate} = {share} of the link's bound" if rate else f"{share} of the lower bound"
+
+
+def _pause(engine: EngineResult) -> str:
+    """`engine pause 45.1 ms`; empty where no engine runs."""
+    paused = engine.served.pause_s if engine.served else None
+    return "" if paused is None else f"engine pause {units.seconds(paused)}"
 
 
 def _wrong(outcome: Outcome, engine: EngineResult) -> str:

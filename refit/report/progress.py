@@ -44,7 +44,7 @@ class Progress:
         now = self._clock()
         due = self._last_line is None or now - self._last_line >= MIN_INTERVAL_S
         is_last = sample.iteration + 1 == self._num_warmup + self._num_iterations
-        if not (due or is_last or sample.num_wrong):
+        if not (due or is_last or sample.num_wrong or sample.engine_wrong):
             return ""
         self._last_line = now
         return iteration_line(self._engine, sample, self._number(sample.iteration, sample.warmup))

@@ -14,6 +14,7 @@ from refit.report.console import table_width
 from refit.report.grid import Column, fitted
 from refit.report.headline import headlines, title
 from refit.report.neutral import FILE_WIDTH, plain_lines
+from refit.report.served_lines import engine_lines
 from refit.results.refit import EngineResult, QuantisedRefit, RefitResult, Sample
 from refit.results.result import Environment, Result
 from refit.results.runs import outcome_of
@@ -96,6 +97,7 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
             lines += [times(engine)] if len(engines) == 1 else []
             lines += [stability_line(name, engine.stability)] if engine.stability else []
             lines += warnings.of_engine(name, engine, scenario, result)
+            lines += engine_lines(name, engine)
         lines += [wrong_weights(name, engine), not_moved(name, engine), sent(name, engine)]
     lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
     lines += (verdict(name, engine, scenario.verify.value) for name, engine in engines.items())
@@ -111,9 +113,11 @@ def iteration_line(engine: str, sample: Sample, number: str) -> str:
     phases = "".join(f"{name} {1e3 * seconds:.2f}, " for name, seconds in sample.phases_s.items())
     beside = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in sample.beside_s.items())
     beside = f"; beside them {beside}" if beside else ""
-    wrong = f"  {sample.num_wrong:,} WRONG" if sample.num_wrong else ""
+    num_wrong = sample.num_wrong + sample.engine_wrong
+    wrong = f"  {num_wrong:,} WRONG" if num_wrong else ""
+    pause = "" if sample.pause_s is None else f", engine pause {1e3 * sample.pause_s:.2f}"
     return (
-        f"{ENGINES[engine].title} {label}: {1e3 * sample.seconds:.2f} ms "
+        f"{ENGINES[engine].title} {label}: {1e3 * sample.seconds:.2f} ms{pause} "
         f"(slowest rank {sample.slowest_rank}: {phases}rest {1e3 * sample.unattributed_s:.2f}{beside}){wrong}"
     )
 
@@ -296,6 +300,7 @@ def verdict(name: str, engine: EngineResult, verify: str) -> str:
     return (
         f"{outcome} ({title}): {engine.num_compared:,} elements compared{how} over {len(engine.samples)} refits, "
         f"{engine.num_wrong:,} wrong"
+        + (f"; {engine.num_wrong_in_engine:,} wrong in the engine" if engine.num_wrong_in_engine else "")
         + (f"; {sum(each.num_tensors for each in engine.not_moved):,} tensors not moved" if engine.not_moved else "")
         + "".join(f"; {wrong}" for wrong in engine.wrong_passes)
     )

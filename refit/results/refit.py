@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from refit.config.registry import ENGINES
 from refit.plan.cost import Bound, Cost
+from refit.results.serving import Served
 from refit.results.stats import Stability, Summary
 from refit.results.status import Status
 
@@ -30,10 +31,18 @@ class Sample:
     beside_s: dict[str, float] = field(default_factory=dict)
     sent_bytes: int | None = None
     most_sent_bytes: int | None = None
+    around_s: dict[str, float] = field(default_factory=dict)
+    engine_compared: int = 0
+    engine_wrong: int = 0
 
     @property
     def seconds(self) -> float:
         return max(self.seconds_per_rank)
+
+    @property
+    def pause_s(self) -> float | None:
+        """How long a running engine served nothing: the refit and all phases around it; None without one."""
+        return self.seconds + sum(self.around_s.values()) if self.around_s else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ class EngineResult:
     where a refit is as fast as the plan allows, None without a bound. `stability` is None without
     `--repeat-until-stable`. `trained` compares the logits of both sides after one more refit, of the weights that
     training steps left. Where some tensors were `not_moved`, the others were timed and compared, and nothing is set
-    against the plan's bytes.
+    against the plan's bytes. `served` is the running engine of the destination, None without one.
     """
 
     status: Status = Status.RUNNING
@@ -155,6 +164,7 @@ class EngineResult:
     forward: ForwardCheck | None = None
     trained: ForwardCheck | None = None
     profile: tuple[tuple[Activity, ...], ...] = ()
+    served: Served | None = None
 
     @property
     def num_compared(self) -> int:
@@ -164,6 +174,10 @@ class EngineResult:
     @property
     def num_wrong(self) -> int:
         return sum(sample.num_wrong for sample in self.samples)
+
+    @property
+    def num_wrong_in_engine(self) -> int:
+        return sum(sample.engine_wrong for sample in self.samples)
 
     @property
     def not_moved_bytes(self) -> int:
@@ -203,12 +217,15 @@ class EngineResult:
         """What is wrong with what the engine moved: elements, or what the models compute with them; None where nothing
         that was compared is."""
         found = [f"{self.num_wrong:,} of {self.num_compared:,} elements wrong"] if self.num_wrong else []
+        found += [f"{self.num_wrong_in_engine:,} elements wrong in the engine"] if self.num_wrong_in_engine else []
         return "; ".join([*found, *self.wrong_passes]) or None
 
     @property
     def wrong_passes(self) -> list[str]:
         """What is wrong with the forward passes that were compared."""
         found = [self.forward.fault] if self.forward and self.forward.fault else []
+        served = self.served.check.fault if self.served and self.served.check else None
+        found += [served] if served else []
         return [*found, *([f"{self.trained.fault} after training"] if self.trained and self.trained.fault else [])]
 
     @property

@@ -28,6 +28,7 @@ from refit.results.refit import (
     WrongWeights,
 )
 from refit.results.result import Environment, Failure, Gpu, Result, ResultFile, read_result
+from refit.results.serving import Served, ServedCheck
 from refit.results.stats import stability, summarise
 from refit.results.status import Status
 from tests.report.factories import MODEL
@@ -45,7 +46,10 @@ ENGINE = EngineResult(
     cold_s={"plan": 0.1, "prepare": 0.2, "first": 0.3},
     samples=(
         Sample(0, True, (0.1, 0.3, 0.2), 1, {"wire": 0.25}, 0.05, 100, 0),
-        Sample(1, False, (0.1, 0.2, 0.3), 2, {"wire": 0.25, "pack": 0.01}, 0.04, 100, 7, {"quantise": 0.1}, 10, 12),
+        Sample(
+            *(1, False, (0.1, 0.2, 0.3), 2, {"wire": 0.25, "pack": 0.01}, 0.04, 100, 7, {"quantise": 0.1}, 10, 12),
+            *({"pause": 0.01, "commit": 0.02}, 90, 3),
+        ),
     ),
     summary=summarise([0.3]),
     stability=stability([0.3] * 6),
@@ -57,6 +61,10 @@ ENGINE = EngineResult(
     forward=ForwardCheck(True, None, 0.75, 0.125, 25.5, 0.05),
     trained=ForwardCheck(False, None, 0.5, 0.25, 12.5),
     profile=((), (Activity(7, "kernel", 3, 0.1, 0.0, 0.2),)),
+    served=Served(
+        *("0.32.0", 2, ("norm",), ("embed",), ("qkv",), {"linears": 0.01}, 0.33),
+        ServedCheck(False, "a reason", "transformers", 2, 110, 9, 3, 0.5, 0.25, "prompt token 2"),
+    ),
 )
 REFIT = RefitResult(
     quantised=QuantisedRefit(
@@ -82,7 +90,7 @@ REFIT = RefitResult(
     engines={"refit": ENGINE, "megatron": EngineResult(Status.WAIVED, "no")},
     rearranged=RefitResult(status=Status.OK, engines={"refit": EngineResult(Status.OK)}),
 )
-PLACED = VllmOptions(2, 3, 4, ExpertPlacement("a.json", ((0, 1), (1, 0))), ExpertPlacement("round_robin"))
+PLACED = VllmOptions(2, 3, 4, ExpertPlacement("a.json", ((0, 1), (1, 0))), ExpertPlacement("round_robin"), "a/python")
 FULL = Result(
     run_id="run",
     status=Status.WRONG_DATA,

@@ -17,6 +17,7 @@ from refit.bench.measurements.rank_samples import RankSample, sample_of, wrong_w
 from refit.bench.memory import PeakMemory, past_torch
 from refit.bench.profile import profiled
 from refit.bench.saved_weights import SavedWeights
+from refit.bench.served import served_by
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.config.registry import ENGINES
@@ -28,6 +29,7 @@ from refit.predict.sides import PlannedSides
 from refit.report import refit_lines
 from refit.report.forward_line import forward_line
 from refit.report.progress import Progress
+from refit.report.served_lines import served_line
 from refit.results.refit import EngineResult, ForwardCheck, NotMoved
 from refit.results.stats import stability, summarise
 from refit.results.status import Status
@@ -83,6 +85,7 @@ class EngineRun:
         self._keep = keep
         self._result = EngineResult(transport=engine.transport)
         self._not_moved: Mapping[str, str] = {}
+        self._serving = served_by(session, planned.source, planned.destination, ENGINES[name])
         self._stopwatch = Stopwatch()
         if engine.uses_plan:
             self._stopwatch.seconds["plan"] = planned.plan_s
@@ -109,7 +112,8 @@ class EngineRun:
             staging_bytes_per_rank=gathered(program.staging_bytes),
         )
         self._summarise()
-        self._check_forward()
+        self._update(served=self._serving.result(self._result.samples))
+        self._check_forward(program)
         self._profile(program)
         self._move_trained(program)
         self._session.enter(f"close {self._name}")
@@ -185,15 +189,20 @@ class EngineRun:
             session.start.enter("fill")
             if self._planned.source.weights is not None:
                 oracle.fill(self._planned.source.weights, iteration, self._oracle)
+            label = f"{self._name} iteration {iteration + 1}"
+            around = self._serving.begin(label)
             self._poison(is_first=iteration == 0)
-            session.enter(f"{self._name} iteration {iteration + 1}: move", shown)
+            session.enter(f"{label}: move", shown)
             session.start.enter("first refit")
             timings: list[Timing] = []
             with memory.watch():
                 refusal = self._attempt(partial(self._time, program, timings))
             session.start.stop()
-            session.enter(f"{self._name} iteration {iteration + 1}: check", shown)
-            mine = refusal or RankSample(session.rank, timings[0], self._check(iteration))
+            around |= self._serving.finish(label)
+            session.enter(f"{label}: check", shown)
+            mine = refusal or RankSample(
+                session.rank, timings[0], self._check(iteration), around, self._serving.verify(self._scenario.verify)
+            )
             answers: list[RankSample | _Refusal] = gather(session.control, mine)
             if refused := next((each for each in answers if isinstance(each, _Refusal)), None):
                 self._update(status=refused.status, reason=refused.reason)
@@ -247,8 +256,13 @@ class EngineRun:
             share_of_lower_bound=bound.seconds / summary.median_s if bound else None,
         )
 
-    def _check_forward(self) -> None:
+    def _check_forward(self, program: Program) -> None:
         if not self._scenario.check_forward:
+            return
+        if self._result.served is not None:
+            served = replace(self._result.served, check=self._serving.check(self._name, program))
+            self._update(served=served)
+            self._session.say(served_line(self._name, served))
             return
         self._session.enter(f"forward after {self._name}")
         if self._not_moved:

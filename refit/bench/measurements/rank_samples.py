@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from refit.bench.clock import Timing
 from refit.bench.oracle import Verdict
+from refit.models.vllm.engine.serving import Findings
 from refit.results.refit import Sample, WrongWeights
 
 MAX_WRONG_PER_RANK = 100
 """Most wrong tensors that a rank reports per iteration. Counts of wrong elements are always complete."""
 
+NOTHING_FOUND = Findings(0)
+
 
 @dataclass(frozen=True, slots=True)
 class RankSample:
-    """One rank's part of one refit, as gathered."""
+    """One rank's part of one refit, as gathered. `around_s` and `engine` are of a running engine, on its first rank."""
 
     rank: int
     timing: Timing
     verdict: Verdict
+    around_s: dict[str, float] = field(default_factory=dict)
+    engine: Findings = NOTHING_FOUND
 
 
 def sample_of(ranks: Sequence[RankSample], iteration: int, *, warmup: bool, packs: bool) -> Sample:
@@ -39,11 +44,15 @@ def sample_of(ranks: Sequence[RankSample], iteration: int, *, warmup: bool, pack
         beside_s=dict(report.beside_s),
         sent_bytes=sum(each.wire_bytes_sent for each in reports) if packs else None,
         most_sent_bytes=sum(each.most_wire_bytes_sent for each in reports) if packs else None,
+        around_s={phase: seconds for each in ranks for phase, seconds in each.around_s.items()},
+        engine_compared=sum(each.engine.num_compared for each in ranks),
+        engine_wrong=sum(sum(each.engine.wrong.values()) for each in ranks),
     )
 
 
 def wrong_weights(ranks: Sequence[RankSample], iteration: int) -> list[WrongWeights]:
-    """The first wrong weight of each wrong tensor, of every rank. A value that is NaN is left out."""
+    """The first wrong weight of each wrong tensor, of every rank, then the parameters that are wrong in a running
+    engine, by worker. A value that is NaN is left out."""
     found = []
     for each in ranks:
         for wrong in each.verdict.wrong[:MAX_WRONG_PER_RANK]:
@@ -53,4 +62,6 @@ def wrong_weights(ranks: Sequence[RankSample], iteration: int) -> list[WrongWeig
             found.append(
                 WrongWeights(iteration, each.rank, wrong.key, wrong.num_wrong, wrong.first.index, expected, actual)
             )
+        for (worker, name), count in list(each.engine.wrong.items())[:MAX_WRONG_PER_RANK]:
+            found.append(WrongWeights(iteration, worker, f"in the engine: {name}", count, (), None, None))
     return found

@@ -13,6 +13,7 @@ from refit.config.side import SideSpec
 from refit.errors import RefitError
 from refit.memory.weights import LocalShard, LocalWeights, joined
 from refit.models.forward_pass import ForwardPass, Trace
+from refit.models.sharded_model import WithoutSteps
 from refit.models.vllm.dequantised import Dequantised, InFloat32
 from refit.models.vllm.forward import ReferenceForward
 from refit.models.vllm.groups import Groups, build_groups
@@ -32,12 +33,12 @@ class RankModel:
     parameters: Mapping[str, torch.Tensor]
 
 
-class VllmSide:
+class VllmSide(WithoutSteps):
     """The `ShardedModel` of an engine. `model` is None on ranks outside the side."""
 
     def __init__(self, model: RankModel | None) -> None:
         self.model = model
-        self.weights = read_weights(model) if model is not None else None
+        self.weights = weights_of(model.engines, model.blocks, model.parameters) if model is not None else None
 
     def check_forward(self) -> None:
         """The reference forward pass runs every model of the families, in any layout."""
@@ -80,14 +81,14 @@ def rearranged(side: VllmSide, scenario: Scenario, spec: SideSpec) -> VllmSide:
     return VllmSide(RankModel(before.shape, engines, before.groups, blocks, before.parameters))
 
 
-def read_weights(model: RankModel) -> LocalWeights:
-    """Every parameter as shards of logical tensors, views of its memory."""
-    logical = held_tensors(model.engines)
+def weights_of(engines: Engines, blocks: Sequence[RankBlock], parameters: Mapping[str, torch.Tensor]) -> LocalWeights:
+    """Every parameter of a rank's blocks, by its full name, as shards of logical tensors, views of its memory."""
+    logical = held_tensors(engines)
     shards = [
         shard
-        for block in model.blocks
+        for block in blocks
         for parameter in block.parameters
-        for shard in _shards(parameter, block, model.parameters, logical)
+        for shard in _shards(parameter, block, parameters, logical)
     ]
     return LocalWeights(joined(shards))
 

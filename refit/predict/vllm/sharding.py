@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from refit.config.flag_names import size_flag
 from refit.config.shape import ModelShape
-from refit.config.side import SideSpec
+from refit.config.side import SideSpec, VllmOptions
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import Sharding, TensorSharding
@@ -19,10 +20,13 @@ from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
 from refit.predict.vllm.quantised import held_blocks
 
+EP_ON_CPUS = "PLACEHOLDER"
+
 
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     """Raise UsageError where vLLM has no such model or cannot shard it so; `name` is the side's in the message."""
     engine, experts = _engine(side, name), shape.experts
+    _check_running(side, name)
     if side.layout.chunk_sizes is not None:
         check_pipeline(shape, side.layout, name)
     divisible = [
@@ -53,6 +57,25 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
         _check_rearranged(shape, side)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def _check_running(side: SideSpec, name: str) -> None:
+    """Raise UsageError for what a running engine cannot be asked for: its sizes are those of one `vllm.LLM`."""
+    options = side.vllm
+    if options is None or options.engine_python is None:
+        return
+    layout = side.layout
+    plain = replace(options, engine_python=None) == VllmOptions()
+    if layout.ep > 1:
+        raise UsageError(
+            f"{name}: EP {layout.ep} in a running vLLM: {EP_ON_CPUS}: give {size_flag(name, 'ep')} 1, or leave "
+            "--rl-inference-engine-python out"
+        )
+    if not plain or layout.pp > 1 or side.quantisation is not None:
+        raise UsageError(
+            f"{name}: a running vLLM is one engine with TP, its experts in order and no FP8: leave the "
+            "other sizes and settings out, or --rl-inference-engine-python"
+        )
 
 
 def _engine(side: SideSpec, name: str) -> Engine:

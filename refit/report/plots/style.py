@@ -53,7 +53,12 @@ METHOD_LOOKS = (
     Look("#3a6ea5", "--", "v"),
     Look("#c3d9ee", "++", "P"),
 )
-BASELINE_LOOKS = (Look("#d9d9d9", "||", "s"), Look("#9a9a9a", "oo", "D"), Look("#f2f2f2", "--", "v"))
+BASELINE_LOOKS = (
+    Look("#d9d9d9", "||", "s"),
+    Look("#9a9a9a", "oo", "D"),
+    Look("#f2f2f2", "--", "v"),
+    Look("#b5b5b5", "**", "^"),
+)
 PHASE_LOOKS = tuple(
     Look(color, hatch, "o")
     for color, hatch in (
@@ -102,7 +107,9 @@ def method_look(name: str) -> Look:
 
 def baseline_look(name: str) -> Look:
     """The look of a baseline, by its place among the registered ones."""
-    return BASELINE_LOOKS[_place(name, [known for known, row in ENGINES.items() if row.is_baseline]) % 3]
+    return BASELINE_LOOKS[
+        _place(name, [known for known, row in ENGINES.items() if row.is_baseline]) % len(BASELINE_LOOKS)
+    ]
 
 
 def _place(name: str, known: Sequence[str]) -> int:

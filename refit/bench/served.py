@@ -1,0 +1,268 @@
+"""A refit into a running engine: its phases around the refit, what it then holds, and what it generates."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from refit.bench import oracle
+from refit.bench.clock import time_run, timed
+from refit.bench.exchange import gather
+from refit.bench.initial_weights import spread
+from refit.bench.measurements.rank_samples import NOTHING_FOUND
+from refit.bench.session import Session
+from refit.bench.sides import Side
+from refit.config.registry import Engine
+from refit.config.scenario import Verify
+from refit.config.shape import Dtype
+from refit.errors import RefitError
+from refit.models.vllm.engine.serving import Findings, Generated, Serving
+from refit.results.refit import Sample
+from refit.results.serving import Served, ServedCheck
+from refit.transport.base import Program
+
+if TYPE_CHECKING:
+    from refit.models.huggingface.whole import WholeModel, WholePass
+
+NUM_SETS = 2
+"""Sets of weights that are compared in turn: what is left of the one before would show."""
+
+TOLERANCE = {Dtype.FP32: 1e-3, Dtype.FP16: 5e-2, Dtype.BF16: 0.25}
+"""Nats between a log-probability of the engine, which computes in this dtype, and the reference in float32."""
+
+NEAR_TIE = {Dtype.FP32: 1e-5, Dtype.FP16: 5e-3, Dtype.BF16: 2e-2}
+"""Share of the largest score of a router. Where a token's experts lie closer to others, rounding in this dtype may send
+it elsewhere, so that nothing can be said of what follows it."""
+
+MIN_COMPARED = 0.5
+"""Share of the tokens that must be left for a verdict."""
+
+
+class NotServed:
+    """Of a destination that no engine serves: nothing comes before or after a refit."""
+
+    def begin(self, label: str) -> dict[str, float]:
+        return {}
+
+    def finish(self, label: str) -> dict[str, float]:
+        return {}
+
+    def verify(self, verify: Verify) -> Findings:
+        return NOTHING_FOUND
+
+    def result(self, samples: Sequence[Sample]) -> Served | None:
+        return None
+
+    def check(self, name: str, program: Program) -> ServedCheck:
+        raise AssertionError("no engine serves this destination")
+
+
+class ServedBy(NotServed):
+    """The engine `serving` of the destination, refitted by an engine of ENGINES. Every rank calls all methods."""
+
+    def __init__(self, session: Session, source: Side, destination: Side, serving: Serving, row: Engine) -> None:
+        self._session, self._source, self._destination = session, source, destination
+        self._serving, self._commits = serving, not row.of_running
+        self._parts: list[dict[str, float]] = []
+
+    def begin(self, label: str) -> dict[str, float]:
+        """Pause. Returns the seconds by phase, on the rank that has the engine.
+
+        No rank leaves before the engine is paused: poison in a weight that is written live would reach its cache.
+        """
+        session = self._session
+        session.enter(f"{label}: pause")
+        found = timed(self._serving.begin, session.control, session.device).value
+        dist.barrier(session.control)
+        return found
+
+    def finish(self, label: str) -> dict[str, float]:
+        """Commit, reset the prefix cache and resume, once all ranks have come here."""
+        session = self._session
+        session.enter(f"{label}: commit")
+        found = timed(lambda: self._serving.finish(self._commits), session.control, session.device).value
+        self._parts.append(_slowest(self._serving.commit_parts))
+        return found
+
+    def verify(self, verify: Verify) -> Findings:
+        """What the engine's processes find wrong, on the rank that has the engine."""
+        if verify is Verify.OFF:
+            return NOTHING_FOUND
+        return self._serving.verify(gather(self._session.control, self._serving.digests()))
+
+    def result(self, samples: Sequence[Sample]) -> Served | None:
+        facts = self._serving.facts
+        measured = [sample.iteration for sample in samples if not sample.warmup]
+        mine = [self._parts[iteration] for iteration in measured]
+        parts: list[dict[str, float]] = next((each for each in gather(self._session.control, mine) if any(each)), [])
+        kinds = dict.fromkeys(kind for each in parts for kind in each)
+        pauses = [sample.pause_s for sample in samples if not sample.warmup and sample.pause_s is not None]
+        return Served(
+            version=facts.version,
+            num_workers=facts.num_workers,
+            live=facts.live,
+            copied=facts.copied,
+            packed=facts.packed,
+            commit_s={kind: median(each.get(kind, 0.0) for each in parts) for kind in kinds},
+            pause_s=median(pauses) if pauses else None,
+        )
+
+    def check(self, name: str, program: Program) -> ServedCheck:
+        """Refit other weights, twice, and compare what the engine generates with transformers in float32."""
+        session = self._session
+        session.enter(f"reference for {name}")
+        mine: ServedCheck | None = None
+        reference = self._reference() if self._serving.process is not None else None
+        if isinstance(reference, str):
+            mine = ServedCheck(passed=True, skipped=reference)
+        skipped: ServedCheck | None = next((each for each in gather(session.control, mine) if each), None)
+        if skipped is not None:
+            return skipped
+        found: list[tuple[Generated, WholePass]] = []
+        for number in range(1, NUM_SETS + 1):
+            label = f"{name} weights {number}"
+            if self._source.weights is not None:
+                spread(self._source.weights, number, self._source.sharding.tensors)
+            self.begin(label)
+            if self._destination.weights is not None:
+                oracle.poison(self._destination.weights)
+            session.enter(f"{label}: move")
+            time_run(program, session.control, session.device)
+            self.finish(label)
+            session.enter(f"{label}: generate")
+            generated = self._serving.generate()
+            if generated is not None and reference is not None and not isinstance(reference, str):
+                spread(reference.weights, number, self._source.sharding.tensors, self._destination.sharding.tensors)
+                found.append((generated, reference.pass_of([*self._serving.prompt, *generated.tokens])))
+        if found and reference is not None and not isinstance(reference, str):
+            dtype = self._destination.spec.dtype
+            assert dtype is not None
+            title = f"{reference.title} in float32, the engine in {dtype.value}"
+            mine = compared(self._serving.prompt, found, TOLERANCE[dtype], NEAR_TIE[dtype], title)
+        verdict: ServedCheck = next(each for each in gather(session.control, mine) if each)
+        return verdict
+
+    def _reference(self) -> WholeModel | str:
+        """The reference, or why there is none."""
+        shape = self._session.scenario.model
+        assert shape is not None
+        try:
+            from refit.models.huggingface.whole import WholeModel
+        except ImportError as error:
+            return f"the reference needs transformers: {error}: pip install 'refit-benchmark[hf]'"
+        return WholeModel(shape, Dtype.FP32, self._session.device)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Tokens compared, and those that are wrong."""
+
+    tolerance: float
+    near_tie: float
+    num_tokens: int = 0
+    num_excluded: int = 0
+    num_wrong: int = 0
+    difference: float = 0.0
+    first: str | None = None
+
+    def add(self, where: str, found: float, token: int, after: WholePass, place: int, is_greedy: bool = False) -> None:
+        """`found` is the engine's log-probability of `token` after the one at `place`."""
+        if after.gap[place] < self.near_tie:
+            self.num_excluded += 1
+            return
+        expected = float(after.logprobs[place, token])
+        likeliest = float(after.logprobs[place].max()) if is_greedy else expected
+        difference = abs(found - expected)
+        if math.isnan(difference):
+            difference = math.inf
+        self.difference = max(self.difference, difference)
+        unlikely = not likeliest - expected <= 2 * self.tolerance
+        self.num_tokens += 1
+        if difference > self.tolerance or unlikely:
+            self.num_wrong += 1
+            what = f"{found:.4g} for {expected:.4g}" if difference > self.tolerance else "another is likelier"
+            self.first = self.first or f"{where}: {what}"
+
+    def verdict(self, num_sets: int, reference: str) -> ServedCheck:
+        num_all, skipped = self.num_tokens + self.num_excluded, None
+        if self.num_tokens < MIN_COMPARED * num_all and not self.num_wrong:
+            skipped = (
+                f"near ties of experts leave {self.num_tokens} of {num_all} tokens to compare, at least "
+                f"{MIN_COMPARED * num_all:.0f} are needed: check it in float32 (--fp32)"
+            )
+        return ServedCheck(
+            passed=not self.num_wrong,
+            skipped=skipped,
+            reference=reference,
+            num_sets=num_sets,
+            num_tokens=self.num_tokens,
+            num_excluded=self.num_excluded,
+            num_wrong=self.num_wrong,
+            difference=self.difference if math.isfinite(self.difference) else None,
+            tolerance=self.tolerance,
+            first_wrong=self.first,
+        )
+
+
+def compared(
+    prompt: Sequence[int],
+    found: Sequence[tuple[Generated, WholePass]],
+    tolerance: float,
+    near_tie: float,
+    reference: str,
+) -> ServedCheck:
+    """The verdict on what was generated with every set of weights, beside the reference's pass over the prompt and the
+    generated tokens."""
+    tally = _Tally(tolerance, near_tie)
+    for number, (generated, after) in enumerate(found, 1):
+        for place, value in enumerate(generated.prompt_logprobs):
+            tally.add(f"prompt token {place + 2}, weights {number}", value, prompt[place + 1], after, place)
+        for place, (token, value) in enumerate(zip(generated.tokens, generated.logprobs, strict=True)):
+            where = f"generated token {place + 1}, weights {number}"
+            tally.add(where, value, token, after, len(prompt) - 1 + place, is_greedy=True)
+    return tally.verdict(len(found), reference)
+
+
+def served_by(session: Session, source: Side, destination: Side, row: Engine) -> NotServed:
+    """What comes before and after the refits of `row` to this destination. Raises RefitError where only a running
+    engine can be refitted so."""
+    serving = getattr(destination.model, "serving", None)
+    if isinstance(serving, Serving):
+        return ServedBy(session, source, destination, serving, row)
+    if row.of_running:
+        raise RefitError(f"{row.title} updates a running engine: give --rl-inference-engine-python")
+    return NotServed()
+
+
+@contextmanager
+def served(session: Session, destination: Side) -> Iterator[None]:
+    """A running engine behind `destination` ends with this context, before any rank leaves it.
+
+    Collective: every rank of the job.
+    """
+    serving = getattr(destination.model, "serving", None)
+    try:
+        yield
+        session.enter("end of the engine")
+    finally:
+        if isinstance(serving, Serving):
+            serving.close()
+    if isinstance(serving, Serving):
+        dist.barrier(session.control)
+
+
+def _slowest(workers: Sequence[object]) -> dict[str, float]:
+    """Seconds by kind of layer, each of the worker that took longest."""
+    slowest: dict[str, float] = defaultdict(float)
+    for worker in workers:
+        assert isinstance(worker, dict)
+        for kind, seconds in worker.items():
+            slowest[kind] = max(slowest[kind], seconds)
+    return dict(slowest)

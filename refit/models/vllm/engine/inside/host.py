@@ -1,0 +1,164 @@
+"""The process of a running engine: `host.py FD PARENT`, with the Python of vLLM's environment.
+
+It makes the engine of the settings that come first over the socket FD, and then does what it is asked to, one request
+after another. A request is the name of a method of `Host` and its arguments. The answer is `("ok", value)` or
+`("error", reason)`. It ends with PARENT, the process that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Host:
+    """The engine and what is done with it. Its scheduler and first worker are in this process."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(**settings)
+        self._num_requests = 0
+        self._running: list[str] = []
+
+    def describe(self) -> dict[str, Any]:
+        """Versions, sizes, and the load format of every worker."""
+        import torch
+        import vllm
+
+        config = self._llm.llm_engine.vllm_config
+        return {
+            "version": vllm.__version__,
+            "torch": torch.__version__,
+            "tp": config.parallel_config.tensor_parallel_size,
+            "workers": self._llm.collective_rpc("refit_layout"),
+        }
+
+    def open(self, regions: dict[int, Any]) -> list[Any]:
+        return self._rpc("refit_open", regions)
+
+    def serve(self, prompt: list[int], num_requests: int) -> int:
+        """Put requests in flight and decode their first tokens. Returns how many run."""
+        from vllm import SamplingParams
+
+        engine = self._llm.llm_engine
+        for _ in range(num_requests):
+            self._num_requests += 1
+            self._running.append(f"running-{self._num_requests}")
+            parameters = SamplingParams(max_tokens=64, temperature=0, detokenize=False, ignore_eos=True)
+            engine.add_request(self._running[-1], {"prompt_token_ids": prompt}, parameters)
+        for _ in range(2):
+            engine.step()
+        return int(engine.get_num_unfinished_requests())
+
+    def pause(self) -> float:
+        """Abort what runs and schedule nothing more. Returns the seconds; so do the other phases."""
+        begin = time.perf_counter()
+        self._llm.llm_engine.abort_request(self._running)
+        self._running.clear()
+        self._llm.sleep(level=0, mode="abort")
+        return time.perf_counter() - begin
+
+    def commit(self) -> tuple[float, list[dict[str, float]]]:
+        """The seconds of the slowest worker, and every worker's by kind of layer."""
+        begin = time.perf_counter()
+        parts = self._rpc("refit_commit")
+        return time.perf_counter() - begin, parts
+
+    def reset_cache(self) -> float:
+        begin = time.perf_counter()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache, since requests still use it")
+        return time.perf_counter() - begin
+
+    def resume(self) -> float:
+        begin = time.perf_counter()
+        self._llm.wake_up(tags=["scheduling"])
+        return time.perf_counter() - begin
+
+    def verify(self) -> list[Any]:
+        return self._rpc("refit_verify")
+
+    def read_back(self) -> list[Any]:
+        return self._rpc("refit_read_back")
+
+    def reload(self, path: str) -> float:
+        """vLLM's own reload, from a checkpoint."""
+        begin = time.perf_counter()
+        self._rpc("refit_reload", path)
+        return time.perf_counter() - begin
+
+    def generate(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
+        """Greedy tokens and their log-probabilities, then those of the prompt.
+
+        The first request may use cached prefixes, the second never does.
+        """
+        from vllm import SamplingParams
+
+        common: dict[str, Any] = {"temperature": 0, "detokenize": False, "ignore_eos": True}
+        first = self._one(prompt, SamplingParams(max_tokens=num_tokens, logprobs=0, **common))
+        second = self._one(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0, **common))
+        tokens = list(first.outputs[0].token_ids)
+        return {
+            "tokens": tokens,
+            "logprobs": [place[token].logprob for place, token in zip(first.outputs[0].logprobs, tokens, strict=True)],
+            "prompt_logprobs": [
+                place[token].logprob for place, token in zip(second.prompt_logprobs[1:], prompt[1:], strict=True)
+            ],
+            "num_cached": first.num_cached_tokens,
+        }
+
+    def _one(self, prompt: list[int], parameters: Any) -> Any:
+        return self._llm.generate({"prompt_token_ids": prompt}, parameters, use_tqdm=False)[0]
+
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        return list(self._llm.collective_rpc(method, args=args))
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line. Errors of vLLM's settings have their text in the middle of several."""
+    text = str(error)
+    found = re.search(r"(?:Value|Assertion) error, (.*?)(?: \[type=|$)", text, re.DOTALL)
+    line = next(iter((found[1] if found else text).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}" if line and not found else line or type(error).__name__
+
+
+def main() -> None:
+    # Linux: the worker module has it too, but imports torch, for which a parent that is gone should not wait.
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, 9)
+    if os.getppid() != int(sys.argv[2]):
+        sys.exit(1)
+    os.environ["REFIT_ENGINE_PROCESS"] = str(os.getpid())
+    connection = Connection(int(sys.argv[1]))
+    host: Host | None = None
+    answer: Any
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            break
+        if method == "stop":
+            os._exit(0)  # workers end with this process, and the resource tracker removes what is left
+        try:
+            if method == "start":
+                host = Host(**arguments)
+                answer = host.describe()
+            else:
+                answer = getattr(host, method)(**arguments)
+            outcome = "ok"
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            outcome, answer = "error", reason(error)
+        connection.send((outcome, answer))
+
+
+if __name__ == "__main__":
+    main()

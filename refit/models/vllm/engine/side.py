@@ -1,0 +1,160 @@
+"""Builds a side that a running vLLM serves: its ranks map the memory of the engine's workers."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from refit.config.scenario import Scenario
+from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
+from refit.errors import ShardingError, UnavailableError
+from refit.memory.weights import LocalWeights
+from refit.models.forward_pass import ForwardPass
+from refit.models.sharded_model import WithoutSteps
+from refit.models.vllm.engine.layout import Layout
+from refit.models.vllm.engine.process import ON_CPUS, WORKER, EngineError, EngineProcess, model_folder
+from refit.models.vllm.engine.serving import GENERATED_TOKENS, PROMPT_TOKENS, Serving, facts_of
+from refit.models.vllm.side import weights_of
+from refit.predict.families.config_json import config_values
+from refit.predict.vllm.names import followed_name
+from refit.predict.vllm.parameters import Engines
+from refit.predict.vllm.quantised import held_blocks
+
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+"""`model_type` of config.json -> vLLM's class of the model."""
+
+
+class RunningSide(WithoutSteps):
+    """The `ShardedModel` of a rank whose weights are those of a worker of `serving`."""
+
+    def __init__(self, weights: LocalWeights | None, serving: Serving) -> None:
+        self.weights, self.serving = weights, serving
+
+    def check_forward(self) -> None:
+        """Raises UnavailableError: an engine says what it generates, not what its layers compute."""
+        raise UnavailableError("a running engine is compared by what it generates")
+
+    def forward(self, tokens: torch.Tensor, replayed: Mapping[int, torch.Tensor] | None = None) -> ForwardPass:
+        return ForwardPass()
+
+
+def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.device) -> RunningSide:
+    """Start the engine on the side's first rank, and map its workers' memory on every rank of the side.
+
+    Collective: every rank of the job. Raises UsageError with vLLM's reason where vLLM refuses the model, and
+    ShardingError where the engine holds other parameters than predicted.
+    """
+    shape, options = scenario.model, side.vllm
+    assert shape is not None, "a model provider builds Megatron models only"
+    assert options is not None
+    assert options.engine_python is not None
+    rank, process = dist.get_rank(), None
+    if rank == side.ranks[0]:
+        with model_folder(json.dumps(config_of(shape, side))) as folder:
+            process = EngineProcess(Path(options.engine_python), settings_of(shape, side, folder), ON_CPUS)
+    described = _from_first(side, process.facts if process is not None else None)
+    if described["tp"] != side.layout.tp:
+        raise EngineError(f"the vLLM engine runs with TP {described['tp']}, the {name} has TP {side.layout.tp}")
+    prompt = torch.randint(
+        shape.vocab_size, (prompt_tokens(shape),), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    worker = rank - side.ranks[0] if rank in side.ranks else None
+    if worker is None:
+        _gathered(None)
+        return RunningSide(None, Serving(None, facts_of(described, _from_first(side, None)), prompt, None, {}))
+    engines = Engines(shape, side)
+    blocks = tuple(held_blocks(engines, engines.engine.place(worker)))
+    layout = Layout.stated(next(each for each in described["workers"] if each["rank"] == worker))
+    if differences := layout.differences(blocks):
+        raise ShardingError(
+            f"worker {worker} of vLLM {described['version']} holds other than predicted in {len(differences)} "
+            f"parameters (predicted != vLLM's): {'; '.join(differences)}"
+        )
+    descriptor = _new_memory(layout.nbytes)
+    try:
+        region = (f"/proc/{os.getpid()}/fd/{descriptor}", layout.nbytes, layout.offsets)
+        regions = {each[0]: each[1] for each in _gathered((worker, region)) if each is not None}
+        opened = _from_first(side, process.ask("open", regions=regions) if process is not None else None)
+        whole = torch.frombuffer(mmap.mmap(descriptor, layout.nbytes), dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
+    held = {name: _tensor(layout, name, whole) for name in layout.held}
+    weights = weights_of(engines, blocks, {followed_name(name): tensor for name, tensor in held.items()})
+    return RunningSide(weights, Serving(process, facts_of(described, opened), prompt, worker, held))
+
+
+def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
+    """The config.json that the engine gets."""
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    values = config_values(shape)
+    extra: dict[str, Any] = {"architectures": [ARCHITECTURES[values["model_type"]]], "torch_dtype": side.dtype.value}
+    if shape.mla is not None:
+        extra |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    return {**values, **extra, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def settings_of(shape: ModelShape, side: SideSpec, folder: Path) -> dict[str, Any]:
+    """The keyword arguments of `vllm.LLM`."""
+    assert side.dtype is not None, "flags that describe a model give its dtype"
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": side.dtype.value,
+        "max_model_len": min(shape.max_position_embeddings, 512),
+        "max_num_seqs": 8,
+        "tensor_parallel_size": side.layout.tp,
+        "enable_expert_parallel": side.layout.ep > 1,
+        "enable_prefix_caching": True,
+        "block_size": 16 if shape.mla is not None else 32,
+        "enforce_eager": True,
+        "worker_extension_cls": WORKER,
+        "disable_log_stats": True,
+    }
+    if shape.mla is not None:  # with plain rope, vLLM's kernel for CPUs takes the wrong stride of a query of 3 dims
+        settings["compilation_config"] = {"custom_ops": ["none"]}
+    return settings
+
+
+def prompt_tokens(shape: ModelShape) -> int:
+    return min(PROMPT_TOKENS, shape.max_position_embeddings - GENERATED_TOKENS)
+
+
+def _new_memory(nbytes: int) -> int:
+    """The descriptor of shared memory without a name, so that nothing is left of it whichever process dies."""
+    descriptor = os.memfd_create("refit-vllm")
+    os.posix_fallocate(descriptor, 0, nbytes)
+    return descriptor
+
+
+def _tensor(layout: Layout, name: str, whole: torch.Tensor) -> torch.Tensor:
+    held = layout.held[name]
+    dtype: torch.dtype = getattr(torch, held.dtype)
+    size = torch.Size(held.shape).numel() * dtype.itemsize
+    return whole[layout.offsets[name] :][:size].view(dtype).view(held.shape)
+
+
+def _from_first(side: SideSpec, mine: Any) -> Any:
+    """What the side's first rank gives, on every rank of the job. Collective: every one of them."""
+    said = [mine]
+    dist.broadcast_object_list(said, src=side.ranks[0], device=torch.device("cpu"))
+    return said[0]
+
+
+def _gathered(mine: Any) -> list[Any]:
+    """Collective: every rank of the job."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found

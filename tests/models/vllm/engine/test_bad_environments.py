@@ -1,0 +1,84 @@
+"""Environments without vLLM or with another one, and what a running engine cannot be: refused before it starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from refit.cli.parsing import parse
+from refit.commands import main
+from refit.errors import UnavailableError, UsageError
+from refit.models.vllm.engine.available import check_available
+from refit.models.vllm.engine.process import installed_version
+
+FLAGS = ["--model", "tiny_qwen3_moe", "--refit-method", "gloo", "--rl-inference-format", "vllm"]
+FLAGS += ["--rl-inference-engine-python", sys.executable]
+
+
+def with_vllm(folder: Path, version: str) -> Path:
+    """A Python whose environment says that it has this vLLM."""
+    info = folder / f"vllm-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def test_an_environment_without_vllm() -> None:
+    with pytest.raises(UnavailableError, match=r"has no vLLM: make vllm"):
+        installed_version(Path(sys.executable))
+
+
+def test_a_program_that_is_no_python(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("no program")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(UnavailableError, match="is no Python that runs"):
+        installed_version(tmp_path / "python")
+
+
+def test_a_version_that_was_not_tried(tmp_path: Path) -> None:
+    python = with_vllm(tmp_path, "9.9.9")
+    scenario = parse([*FLAGS[:-1], str(python)]).scenario
+    with pytest.raises(UnavailableError, match=r"has vLLM 9\.9\.9, tried is 0\.32\.0"):
+        check_available(scenario, torch.device("cpu"))
+
+
+def test_a_run_is_waived_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *FLAGS]) == 3
+    errors = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert len(errors) == 1
+    assert "has no vLLM" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (
+            ["--rl-inference-expert-model-parallel-size", "2", "--rl-inference-data-parallel-size", "2"],
+            "EP 2 in a running",
+        ),
+        (["--rl-inference-data-parallel-size", "2"], "is one engine with TP"),
+        (["--rl-inference-replicas", "2"], "is one engine with TP"),
+        (["--rl-inference-pipeline-model-parallel-size", "2"], "is one engine with TP"),
+        (["--rl-inference-dtype", "fp8-block"], "is one engine with TP"),
+        (["--refit-method", "shm", "--one-sided-buffers", "direct"], "leave it out"),
+    ],
+)
+def test_what_a_running_engine_cannot_be(flags: list[str], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        parse([*FLAGS, *flags])
+
+
+def test_its_own_update_needs_a_running_engine() -> None:
+    with pytest.raises(UsageError, match="give --rl-inference-engine-python"):
+        parse([*FLAGS[:-2], "--refit-engine", "refit,vllm-reload"])
+
+
+def test_a_path_without_a_program() -> None:
+    with pytest.raises(UsageError, match="is no program: make vllm"):
+        parse([*FLAGS[:-1], "no/such/python"])
