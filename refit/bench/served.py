@@ -48,6 +48,9 @@ MIN_COMPARED = 0.5
 class NotServed:
     """Of a destination that no engine serves: nothing comes before or after a refit."""
 
+    def convert(self, label: str, program: Program) -> dict[str, float]:
+        return {}
+
     def begin(self, label: str) -> dict[str, float]:
         return {}
 
@@ -71,6 +74,15 @@ class ServedBy(NotServed):
         self._session, self._source, self._destination = session, source, destination
         self._serving, self._commits = serving, not row.of_running
         self._parts: list[dict[str, float]] = []
+
+    def convert(self, label: str, program: Program) -> dict[str, float]:
+        """What a program makes of the source's weights while the engine still serves. Returns the seconds by phase."""
+        convert = getattr(program, "convert", None)
+        if convert is None:
+            return {}
+        self._session.enter(f"{label}: convert")
+        found: dict[str, float] = timed(convert, self._session.control, self._session.device).value
+        return found if self._serving.process is not None else {}
 
     def begin(self, label: str) -> dict[str, float]:
         """Pause. Returns the seconds by phase, on the rank that has the engine.
@@ -130,6 +142,7 @@ class ServedBy(NotServed):
             label = f"{name} weights {number}"
             if self._source.weights is not None:
                 spread(self._source.weights, number, self._source.sharding.tensors)
+            self.convert(label, program)
             self.begin(label)
             if self._destination.weights is not None:
                 oracle.poison(self._destination.weights)

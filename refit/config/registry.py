@@ -355,8 +355,14 @@ ENGINES = Registry(
         ),
         "nccl-m2n": Engine(engine="refit.bench.engines.nccl_m2n:NcclM2nEngine", title="NCCL M2N", is_baseline=True),
         "vllm-reload": Engine(
-            engine="refit.bench.engines.vllm_reload:VllmReloadEngine",
+            engine="refit.bench.engines.vllm_own:VllmReloadEngine",
             title="vLLM's reload",
+            is_baseline=True,
+            of_running=True,
+        ),
+        "vllm-ipc": Engine(
+            engine="refit.bench.engines.vllm_own:VllmIpcEngine",
+            title="vLLM's ipc update",
             is_baseline=True,
             of_running=True,
         ),

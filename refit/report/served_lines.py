@@ -45,6 +45,9 @@ def engine_lines(name: str, engine: EngineResult) -> list[str]:
         kinds = ", ".join(f"{kind} {1e3 * seconds:.2f}" for kind, seconds in served.commit_s.items())
         commit = f"; commit by layers: {kinds}" if kinds else ""
         lines.append(f"Engine pause: {1e3 * served.pause_s:.2f} ms median ({', '.join(parts)}{commit})")
+    if apart := timed[0].apart_s if timed else {}:
+        parts = [f"{phase} {1e3 * median(sample.apart_s[phase] for sample in timed):.2f}" for phase in apart]
+        lines.append(f"Before the pause, not counted in it ({ENGINES[name].title}): {', '.join(parts)} ms median")
     compared = sum(sample.engine_compared for sample in engine.samples)
     if compared:
         lines.append(

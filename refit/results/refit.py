@@ -18,6 +18,11 @@ class Sample:
     `unattributed_s` is that rank's time outside all phases, `beside_s` the time of its GPU's work that was hidden
     beside them. Summaries leave `warmup` samples out. `sent_bytes` are those that all ranks sent, headers included, of
     at most `most_sent_bytes`; None where messages are as long as their weights, whose bytes the plan has.
+
+    Of a running engine, `around_s` are the phases before and after the refit, which its requests wait for, too, and
+    `apart_s` those of an own update of the engine while it still serves, such as converting weights for it. Its own
+    processes compared `engine_compared` elements of what they compute with; `engine_wrong` of them, or of the memory
+    that they share with the ranks, were wrong.
     """
 
     iteration: int
@@ -34,6 +39,7 @@ class Sample:
     around_s: dict[str, float] = field(default_factory=dict)
     engine_compared: int = 0
     engine_wrong: int = 0
+    apart_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:

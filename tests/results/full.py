@@ -48,7 +48,7 @@ ENGINE = EngineResult(
         Sample(0, True, (0.1, 0.3, 0.2), 1, {"wire": 0.25}, 0.05, 100, 0),
         Sample(
             *(1, False, (0.1, 0.2, 0.3), 2, {"wire": 0.25, "pack": 0.01}, 0.04, 100, 7, {"quantise": 0.1}, 10, 12),
-            *({"pause": 0.01, "commit": 0.02}, 90, 3),
+            *({"pause": 0.01, "commit": 0.02}, 90, 3, {"convert": 0.1}),
         ),
     ),
     summary=summarise([0.3]),

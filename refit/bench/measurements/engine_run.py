@@ -190,6 +190,7 @@ class EngineRun:
             if self._planned.source.weights is not None:
                 oracle.fill(self._planned.source.weights, iteration, self._oracle)
             label = f"{self._name} iteration {iteration + 1}"
+            apart = self._serving.convert(label, program)
             around = self._serving.begin(label)
             self._poison(is_first=iteration == 0)
             session.enter(f"{label}: move", shown)
@@ -201,7 +202,12 @@ class EngineRun:
             around |= self._serving.finish(label)
             session.enter(f"{label}: check", shown)
             mine = refusal or RankSample(
-                session.rank, timings[0], self._check(iteration), around, self._serving.verify(self._scenario.verify)
+                session.rank,
+                timings[0],
+                self._check(iteration),
+                around,
+                self._serving.verify(self._scenario.verify),
+                apart,
             )
             answers: list[RankSample | _Refusal] = gather(session.control, mine)
             if refused := next((each for each in answers if isinstance(each, _Refusal)), None):

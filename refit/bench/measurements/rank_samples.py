@@ -19,13 +19,14 @@ NOTHING_FOUND = Findings(0)
 
 @dataclass(frozen=True, slots=True)
 class RankSample:
-    """One rank's part of one refit, as gathered. `around_s` and `engine` are of a running engine, on its first rank."""
+    """One rank's part of one refit, as gathered. The last three are of a running engine, on its first rank."""
 
     rank: int
     timing: Timing
     verdict: Verdict
     around_s: dict[str, float] = field(default_factory=dict)
     engine: Findings = NOTHING_FOUND
+    apart_s: dict[str, float] = field(default_factory=dict)
 
 
 def sample_of(ranks: Sequence[RankSample], iteration: int, *, warmup: bool, packs: bool) -> Sample:
@@ -45,6 +46,7 @@ def sample_of(ranks: Sequence[RankSample], iteration: int, *, warmup: bool, pack
         sent_bytes=sum(each.wire_bytes_sent for each in reports) if packs else None,
         most_sent_bytes=sum(each.most_wire_bytes_sent for each in reports) if packs else None,
         around_s={phase: seconds for each in ranks for phase, seconds in each.around_s.items()},
+        apart_s={phase: seconds for each in ranks for phase, seconds in each.apart_s.items()},
         engine_compared=sum(each.engine.num_compared for each in ranks),
         engine_wrong=sum(sum(each.engine.wrong.values()) for each in ranks),
     )

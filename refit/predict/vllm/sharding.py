@@ -20,7 +20,9 @@ from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
 from refit.predict.vllm.quantised import held_blocks
 
-EP_ON_CPUS = "PLACEHOLDER"
+EP_ON_CPUS = "its workers end with a segmentation fault in their first pass (vLLM 0.32.0 on CPUs)"
+"""vLLM starts with `enable_expert_parallel`, and then reports `Worker proc VllmWorker-0 died unexpectedly (exit code:
+-11)`."""
 
 
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:

@@ -58,6 +58,7 @@ BASELINE_LOOKS = (
     Look("#9a9a9a", "oo", "D"),
     Look("#f2f2f2", "--", "v"),
     Look("#b5b5b5", "**", "^"),
+    Look("#7d7d7d", "++", "P"),
 )
 PHASE_LOOKS = tuple(
     Look(color, hatch, "o")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from refit.config.scenario import Scenario
+from refit.config.scenario import Mode, Scenario
 from refit.errors import UnavailableError
 from refit.models.vllm.engine.process import installed_version
 
-TRIED = ("0.32.0",)
-"""Versions of vLLM whose load format, post-processing and phases are known."""
+TRIED = {"cpu": ("0.32.0",), "cuda": ("0.25.0",)}
+"""By device: versions of vLLM whose load format, post-processing and phases are known."""
 
 
 def check_available(scenario: Scenario, device: torch.device) -> None:
@@ -19,10 +19,17 @@ def check_available(scenario: Scenario, device: torch.device) -> None:
     options = scenario.destination.vllm
     if options is None or options.engine_python is None:
         return
-    if device.type != "cpu":
-        raise UnavailableError("--rl-inference-engine-python runs vLLM on CPUs only so far: use gloo or shm")
-    found = installed_version(Path(options.engine_python))
-    if found.partition("+")[0] not in TRIED:
+    layout = scenario.destination.layout
+    if device.type == "cuda" and (scenario.mode is not Mode.COLLOCATED or layout.tp > 1):
         raise UnavailableError(
-            f"--rl-inference-engine-python has vLLM {found}, tried is {', '.join(TRIED)}: make vllm sets it up"
+            f"on GPUs a running vLLM shares its GPU with the one rank that refits it, here are "
+            f"{scenario.num_ranks} ranks and TP {layout.tp}: give --refit-mode collocated and TP 1"
+        )
+    if device.type == "cpu" and "vllm-ipc" in scenario.engines:
+        raise UnavailableError("--refit-engine vllm-ipc updates a running vLLM by CUDA IPC: leave it out on CPUs")
+    found = installed_version(Path(options.engine_python))
+    if found.partition("+")[0] not in TRIED[device.type]:
+        raise UnavailableError(
+            f"--rl-inference-engine-python has vLLM {found}, tried is {', '.join(TRIED[device.type])} on "
+            f"{device.type}: make vllm sets up that for CPUs"
         )

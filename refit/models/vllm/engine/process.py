@@ -31,11 +31,14 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-ON_CPUS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else TP 2 is refused where there is one NUMA node
+ON_DEVICE: dict[str, dict[str, str]] = {
+    "cpu": {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else TP 2 is refused where there is one NUMA node
+    },
+    "cuda": {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
 }
-GENERIC = ("WorkerProc initialization failed", "Engine core initialization failed", "EngineCore", "cancelled", "dead")
+GENERIC = ("WorkerProc initialization failed", "EngineCore", "cancelled", "skip_tokenizer_init")
 """What vLLM says where the reason is in another process's log."""
 
 
@@ -124,12 +127,12 @@ class EngineProcess:
         return (self._telling_line() or told) if any(word in told for word in GENERIC) else told
 
     def _telling_line(self) -> str | None:
-        """The first line of the log that names an error and its cause."""
+        """What the first line of the log says that names an error and its cause, or a worker that died."""
         self._log.seek(0)
         for line in self._log.read().decode(errors="replace").splitlines():
-            found = re.search(r"\b(\w*(?:Error|Exception)): (.+)", line)
-            if found and not any(word in found[2] for word in GENERIC):
-                return f"{found[1]}: {found[2]}"
+            found = re.search(r"\b(?:\w*(?:Error|Exception): |Worker proc .* died unexpectedly).+", line)
+            if found and " WARNING " not in line and not any(word in found[0] for word in GENERIC):
+                return found[0]
         return None
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
@@ -20,12 +21,12 @@ from refit.memory.weights import LocalWeights
 from refit.models.forward_pass import ForwardPass
 from refit.models.sharded_model import WithoutSteps
 from refit.models.vllm.engine.layout import Layout
-from refit.models.vllm.engine.process import ON_CPUS, WORKER, EngineError, EngineProcess, model_folder
+from refit.models.vllm.engine.process import ON_DEVICE, WORKER, EngineError, EngineProcess, model_folder
 from refit.models.vllm.engine.serving import GENERATED_TOKENS, PROMPT_TOKENS, Serving, facts_of
 from refit.models.vllm.side import weights_of
 from refit.predict.families.config_json import config_values
 from refit.predict.vllm.names import followed_name
-from refit.predict.vllm.parameters import Engines
+from refit.predict.vllm.parameters import Engines, RankBlock
 from refit.predict.vllm.quantised import held_blocks
 
 ARCHITECTURES = {
@@ -34,6 +35,12 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 """`model_type` of config.json -> vLLM's class of the model."""
+
+GPU_SHARE = 0.35
+"""Of a GPU's memory for the engine's weights and cache: the trainer has the rest."""
+
+DEVICE = 6
+"""The index of the owner's device number among the arguments that rebuild a shared tensor."""
 
 
 class RunningSide(WithoutSteps):
@@ -63,36 +70,61 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     rank, process = dist.get_rank(), None
     if rank == side.ranks[0]:
         with model_folder(json.dumps(config_of(shape, side))) as folder:
-            process = EngineProcess(Path(options.engine_python), settings_of(shape, side, folder), ON_CPUS)
+            settings = settings_of(shape, side, folder, device.type)
+            process = EngineProcess(Path(options.engine_python), settings, ON_DEVICE[device.type])
     described = _from_first(side, process.facts if process is not None else None)
     if described["tp"] != side.layout.tp:
         raise EngineError(f"the vLLM engine runs with TP {described['tp']}, the {name} has TP {side.layout.tp}")
-    prompt = torch.randint(
-        shape.vocab_size, (prompt_tokens(shape),), generator=torch.Generator().manual_seed(0)
-    ).tolist()
+    prompt = prompt_of(shape)
     worker = rank - side.ranks[0] if rank in side.ranks else None
+    blocks: tuple[RankBlock, ...] = ()
+    layout = Layout({})
+    if worker is not None:
+        engines = Engines(shape, side)
+        blocks = tuple(held_blocks(engines, engines.engine.place(worker)))
+        layout = Layout.stated(next(each for each in described["workers"] if each["rank"] == worker))
+        if differences := layout.differences(blocks):
+            raise ShardingError(
+                f"worker {worker} of vLLM {described['version']} holds other than predicted in {len(differences)} "
+                f"parameters (predicted != vLLM's): {'; '.join(differences)}"
+            )
+    share = opened if device.type == "cpu" else exported
+    answers, held = share(side, process, worker, layout)
+    serving = Serving(process, facts_of(described, answers), prompt, worker, held)
+    if worker is None:
+        return RunningSide(None, serving)
+    weights = weights_of(engines, blocks, {followed_name(name): tensor for name, tensor in held.items()})
+    return RunningSide(weights, serving)
+
+
+Shared = tuple[Sequence[Mapping[str, Any]], dict[str, torch.Tensor]]
+"""What each worker said of its weights, and those of this rank's worker by the engine's names."""
+
+
+def opened(side: SideSpec, process: EngineProcess | None, worker: int | None, layout: Layout) -> Shared:
+    """Give the engine memory that it maps, on CPUs. Collective: every rank of the job."""
     if worker is None:
         _gathered(None)
-        return RunningSide(None, Serving(None, facts_of(described, _from_first(side, None)), prompt, None, {}))
-    engines = Engines(shape, side)
-    blocks = tuple(held_blocks(engines, engines.engine.place(worker)))
-    layout = Layout.stated(next(each for each in described["workers"] if each["rank"] == worker))
-    if differences := layout.differences(blocks):
-        raise ShardingError(
-            f"worker {worker} of vLLM {described['version']} holds other than predicted in {len(differences)} "
-            f"parameters (predicted != vLLM's): {'; '.join(differences)}"
-        )
+        return _from_first(side, None), {}
     descriptor = _new_memory(layout.nbytes)
     try:
         region = (f"/proc/{os.getpid()}/fd/{descriptor}", layout.nbytes, layout.offsets)
-        regions = {each[0]: each[1] for each in _gathered((worker, region)) if each is not None}
-        opened = _from_first(side, process.ask("open", regions=regions) if process is not None else None)
+        regions = dict(each for each in _gathered((worker, region)) if each is not None)
+        answers = _from_first(side, process.ask("open", regions=regions) if process is not None else None)
         whole = torch.frombuffer(mmap.mmap(descriptor, layout.nbytes), dtype=torch.uint8)
     finally:
         os.close(descriptor)
-    held = {name: _tensor(layout, name, whole) for name in layout.held}
-    weights = weights_of(engines, blocks, {followed_name(name): tensor for name, tensor in held.items()})
-    return RunningSide(weights, Serving(process, facts_of(described, opened), prompt, worker, held))
+    return answers, {name: _tensor(layout, name, whole) for name in layout.held}
+
+
+def exported(side: SideSpec, process: EngineProcess | None, worker: int | None, layout: Layout) -> Shared:
+    """Map memory that the engine exports, on a GPU. Collective: every rank of the job."""
+    answers = _from_first(side, process.ask("export") if process is not None else None)
+    mine: Mapping[str, Any] = next((each["handles"] for each in answers if each["rank"] == worker), {})
+    here, rebuild = torch.cuda.current_device(), cast("Callable[..., torch.Tensor]", rebuild_cuda_tensor)
+    return answers, {
+        name: rebuild(*arguments[:DEVICE], here, *arguments[DEVICE + 1 :]) for name, arguments in mine.items()
+    }
 
 
 def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
@@ -105,8 +137,8 @@ def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
     return {**values, **extra, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def settings_of(shape: ModelShape, side: SideSpec, folder: Path) -> dict[str, Any]:
-    """The keyword arguments of `vllm.LLM`."""
+def settings_of(shape: ModelShape, side: SideSpec, folder: Path, device: str) -> dict[str, Any]:
+    """The keyword arguments of `vllm.LLM` on a `device` of this type."""
     assert side.dtype is not None, "flags that describe a model give its dtype"
     settings: dict[str, Any] = {
         "model": str(folder),
@@ -116,20 +148,27 @@ def settings_of(shape: ModelShape, side: SideSpec, folder: Path) -> dict[str, An
         "max_model_len": min(shape.max_position_embeddings, 512),
         "max_num_seqs": 8,
         "tensor_parallel_size": side.layout.tp,
-        "enable_expert_parallel": side.layout.ep > 1,
         "enable_prefix_caching": True,
-        "block_size": 16 if shape.mla is not None else 32,
-        "enforce_eager": True,
         "worker_extension_cls": WORKER,
         "disable_log_stats": True,
     }
+    if device == "cuda":
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
+        settings |= {"gpu_memory_utilization": GPU_SHARE, "weight_transfer_config": {"backend": "ipc"}}
+        return {**settings, "compilation_config": graphs}
+    settings |= {"block_size": 16 if shape.mla is not None else 32, "enforce_eager": True}
     if shape.mla is not None:  # with plain rope, vLLM's kernel for CPUs takes the wrong stride of a query of 3 dims
         settings["compilation_config"] = {"custom_ops": ["none"]}
     return settings
 
 
-def prompt_tokens(shape: ModelShape) -> int:
-    return min(PROMPT_TOKENS, shape.max_position_embeddings - GENERATED_TOKENS)
+def prompt_of(shape: ModelShape) -> list[int]:
+    """Tokens that are the same in every run."""
+    num_tokens = min(PROMPT_TOKENS, shape.max_position_embeddings - GENERATED_TOKENS)
+    drawn: list[int] = torch.randint(
+        shape.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    return drawn
 
 
 def _new_memory(nbytes: int) -> int:

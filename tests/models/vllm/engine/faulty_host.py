@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from typing import Any
 
 inside, fault = sys.argv[1:3]
@@ -42,7 +41,7 @@ def byte_corrupted() -> None:
 
     def corrupting(original: Any, self: Any) -> Any:
         norm = next(each for each in self.refit_weights if each.name == "model.norm.weight")
-        norm.memory.view(refit_worker.torch.uint8)[3] ^= 0x40
+        norm.memory.view(refit_worker.torch.uint8)[3] ^= 1
         return original(self)
 
     second_time("refit_commit", Worker, corrupting)
@@ -91,13 +90,20 @@ def dies_in_pause() -> None:
 
 
 def dies_in_refit() -> None:
-    original = Host.pause
+    """Right after it has answered that it is paused."""
+    original, paused = Host.pause, list[bool]()
 
     def pause(self: Any) -> float:
-        threading.Timer(0.05, die).start()
+        paused.append(True)
         return float(original(self))
 
-    Host.pause = pause
+    class Connection(host.Connection):  # type: ignore[misc]
+        def send(self, value: Any) -> None:
+            super().send(value)
+            if paused:
+                die()
+
+    Host.pause, host.Connection = pause, Connection
 
 
 def dies_in_commit() -> None:

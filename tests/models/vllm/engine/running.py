@@ -63,7 +63,8 @@ def leftovers(token: str, shared: set[str]) -> list[str]:
     deadline = time.monotonic() + 20
     while True:
         found = [f"process {pid}" for pid in processes(token)]
-        found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared if is_ours(name)]
+        new = [name for name in set(os.listdir("/dev/shm")) - shared if is_ours(name)]
+        found += [f"/dev/shm/{name}" for name in new if not is_in_use(name)]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)
@@ -82,6 +83,18 @@ def processes(token: str) -> list[int]:
             if f"{TOKEN}={token}".encode() in environment and state != "Z":
                 found.append(int(place.name))
     return found
+
+
+def is_in_use(name: str) -> bool:
+    """By a process that lives: of another run."""
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            try:
+                if f"/dev/shm/{name}" in (place / "maps").read_text():
+                    return True
+            except OSError:
+                continue
+    return False
 
 
 def is_ours(name: str) -> bool:

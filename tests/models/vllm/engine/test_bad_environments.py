@@ -44,7 +44,19 @@ def test_a_program_that_is_no_python(tmp_path: Path) -> None:
 def test_a_version_that_was_not_tried(tmp_path: Path) -> None:
     python = with_vllm(tmp_path, "9.9.9")
     scenario = parse([*FLAGS[:-1], str(python)]).scenario
-    with pytest.raises(UnavailableError, match=r"has vLLM 9\.9\.9, tried is 0\.32\.0"):
+    with pytest.raises(UnavailableError, match=r"has vLLM 9\.9\.9, tried is 0\.32\.0 on cpu"):
+        check_available(scenario, torch.device("cpu"))
+
+
+def test_on_a_gpu_one_rank_shares_it_with_the_engine() -> None:
+    scenario = parse([*FLAGS[:2], *FLAGS[4:], "--refit-method", "cuda-ipc"]).scenario
+    with pytest.raises(UnavailableError, match="give --refit-mode collocated and TP 1"):
+        check_available(scenario, torch.device("cuda"))
+
+
+def test_its_update_by_cuda_ipc_needs_a_gpu() -> None:
+    scenario = parse([*FLAGS, "--refit-engine", "refit,vllm-ipc"]).scenario
+    with pytest.raises(UnavailableError, match="by CUDA IPC: leave it out on CPUs"):
         check_available(scenario, torch.device("cpu"))
 
 

@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import time
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
 
@@ -19,11 +21,15 @@ class Host:
     """The engine and what is done with it. Its scheduler and first worker are in this process."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        _stand_in_for_ray()
         from vllm import LLM
 
         self._llm = LLM(**settings)
+        if settings.get("weight_transfer_config"):
+            self._llm.init_weight_transfer_engine({"init_info": {}})
         self._num_requests = 0
         self._running: list[str] = []
+        self.generate(list(range(1, 9)), 2)  # some models start, and then have no kernel
 
     def describe(self) -> dict[str, Any]:
         """Versions, sizes, and the load format of every worker."""
@@ -40,6 +46,9 @@ class Host:
 
     def open(self, regions: dict[int, Any]) -> list[Any]:
         return self._rpc("refit_open", regions)
+
+    def export(self) -> list[Any]:
+        return self._rpc("refit_export")
 
     def serve(self, prompt: list[int], num_requests: int) -> int:
         """Put requests in flight and decode their first tokens. Returns how many run."""
@@ -61,6 +70,7 @@ class Host:
         self._llm.llm_engine.abort_request(self._running)
         self._running.clear()
         self._llm.sleep(level=0, mode="abort")
+        self._rpc("refit_idle")
         return time.perf_counter() - begin
 
     def commit(self) -> tuple[float, list[dict[str, float]]]:
@@ -92,6 +102,25 @@ class Host:
         self._rpc("refit_reload", path)
         return time.perf_counter() - begin
 
+    def update(
+        self, names: list[str], dtypes: list[str], shapes: list[list[int]], handles: list[Any]
+    ) -> dict[str, float]:
+        """vLLM's own update from tensors of another process on the same GPU. Returns the seconds of its calls."""
+        import torch
+
+        laps = [time.perf_counter()]
+        self._llm.start_weight_update()
+        laps.append(time.perf_counter())
+        info = {"names": names, "dtype_names": dtypes, "shapes": shapes, "ipc_handles": handles}
+        self._llm.update_weights({"update_info": info})
+        torch.cuda.synchronize()
+        laps.append(time.perf_counter())
+        self._llm.finish_weight_update()
+        torch.cuda.synchronize()
+        laps.append(time.perf_counter())
+        parts = ("start", "update", "finish")
+        return {part: end - begin for part, begin, end in zip(parts, laps, laps[1:], strict=False)}
+
     def generate(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
         """Greedy tokens and their log-probabilities, then those of the prompt.
 
@@ -117,6 +146,12 @@ class Host:
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         return list(self._llm.collective_rpc(method, args=args))
+
+
+def _stand_in_for_ray() -> None:
+    """vLLM's update by CUDA IPC imports ray for one of its ways to be called, which is not used here."""
+    if find_spec("ray") is None:
+        sys.modules["ray"] = ModuleType("ray")
 
 
 def reason(error: BaseException) -> str:

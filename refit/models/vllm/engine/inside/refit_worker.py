@@ -31,18 +31,19 @@ LIVE, COPIED, PACKED = "live", "copied", "packed"
 
 PR_SET_PDEATHSIG = 1
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def digest(tensor: torch.Tensor) -> int:
     """A number of 64 bits that any change of one element changes, equal on every device: the sum of all elements' bits,
     each multiplied by an odd number of its place."""
-    bits, total = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()]), 0
+    bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK].long()
         places = torch.arange(start, start + part.numel(), dtype=torch.int64, device=part.device)
-        total += int((part * ((places * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019) | 1)).sum())
-    return total & (1 << 64) - 1
+        total += (part * ((places * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E019) | 1)).sum()
+    return int(total)
 
 
 def num_different(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -126,6 +127,59 @@ class RefitWorker:
                 each.held = COPIED
         return {"held": {each.name: each.held for each in self.refit_weights if not each.is_alias}}
 
+    def refit_export(self) -> dict[str, Any]:
+        """On a GPU: the memory of this worker's weights by CUDA IPC, what rebuilds each tensor in another process.
+
+        It is that of the live tensors where the kernels use the load format, else a buffer that a commit reads.
+        """
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        assert self.refit_weights is not None
+        kept: dict[int, bool] = {}
+        for each in self.refit_weights:
+            key = id(each.module)
+            if key not in kept:
+                kept[key] = each.is_plain and self._keeps_load_format(each.module)
+            if kept[key] and each.is_plain:
+                assert each.live is not None
+                each.memory, each.held = each.live.data, LIVE
+            else:
+                each.memory = torch.empty(each.shape, dtype=each.dtype, device=self.device)  # type: ignore[attr-defined]
+        torch.cuda.synchronize()
+        owned = [each for each in self.refit_weights if not each.is_alias]
+        handles = {each.name: reduce_tensor(each.memory)[1] for each in owned}  # type: ignore[no-untyped-call]
+        return {"rank": self.rank, "held": {each.name: each.held for each in owned}, "handles": handles}  # type: ignore[attr-defined]
+
+    def _keeps_load_format(self, module: Any) -> bool:
+        """Whether a layer computes with its parameters as a checkpoint fills them.
+
+        Of experts in 16 bits a pattern that is processed shows it; their processing keeps its memory, which graphs have
+        captured. Other layers on GPUs that pack or reorder change a shape or a dtype.
+        """
+        from vllm.config import set_current_vllm_config
+
+        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is None:
+            return True
+        held = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+        if any(tensor.element_size() != 2 for tensor in held.values()):
+            return True
+        before = {name: (tensor.data_ptr(), tensor.detach().clone()) for name, tensor in held.items()}
+        for tensor in held.values():
+            tensor.data.uniform_(-0.1, 0.1)
+        pattern = {name: tensor.detach().clone() for name, tensor in held.items()}
+        with set_current_vllm_config(self.vllm_config), torch.no_grad():  # type: ignore[attr-defined]
+            self.refit_process(module)
+        kept = all(not num_different(module._parameters[name], pattern[name]) for name in held)
+        for name, (address, values) in before.items():
+            kept = kept and module._parameters[name].data_ptr() == address
+            module._parameters[name].data.copy_(values)
+        return kept
+
+    def refit_idle(self) -> None:
+        """Return once this worker computes nothing any more."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def refit_commit(self) -> dict[str, float]:
         """Have the layers use what is in the memory. Returns the seconds by kind of layer."""
         from vllm.config import set_current_vllm_config
@@ -142,13 +196,14 @@ class RefitWorker:
                 begin, module = time.perf_counter(), weights[0].module
                 for each in weights:
                     _put(each)
-                kind = self.refit_process(module)
+                kind = "written live" if all(each.held == LIVE for each in weights) else self.refit_process(module)
                 seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - begin
             begin = time.perf_counter()
             for module in model.modules():  # MLA's absorbed weights come of linears that were just processed
                 if is_deferred_attention_layer(module):
-                    module.process_weights_after_loading(self.model_config.dtype)  # type: ignore[attr-defined]
+                    _process_attention(module, self.model_config.dtype)  # type: ignore[attr-defined]
             seconds["attention"] = time.perf_counter() - begin
+        self.refit_idle()
         return seconds
 
     def refit_process(self, module: Any) -> str:
@@ -198,7 +253,8 @@ def _remove_names() -> None:
 
     `_CPUSHMDistributed.make_group_name` (cpu_communicator.py) makes them.
     """
-    for path in Path("/dev/shm").glob(f"{glob.escape(os.environ['VLLM_DIST_IDENT'])}-*-cpushm*"):
+    identity = os.environ.get("VLLM_DIST_IDENT")  # of workers on CPUs
+    for path in Path("/dev/shm").glob(f"{glob.escape(identity)}-*-cpushm*") if identity else ():
         path.unlink(missing_ok=True)
 
 
@@ -222,6 +278,18 @@ def _is_processed(module: Any) -> bool:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
+
+
+def _process_attention(module: Any, dtype: torch.dtype) -> None:
+    """Derive MLA's absorbed weights again, in the memory that they have: graphs have captured its address."""
+    names = [name for name in ("W_UV", "W_UK_T") if isinstance(getattr(module, name, None), torch.Tensor)]
+    before = {name: getattr(module, name) for name in names}
+    module.process_weights_after_loading(dtype)
+    for name, tensor in before.items():
+        made = getattr(module, name)
+        if made.data_ptr() != tensor.data_ptr() and tensor.is_cuda:
+            tensor.copy_(made)
+            setattr(module, name, tensor)
 
 
 def _put(weight: Weight) -> None:

@@ -1,0 +1,97 @@
+"""Refits into a running vLLM beside vLLM's own update, trainer and engine on one GPU:
+
+    python -m benchmarks.vllm_engine --engine-python ENVIRONMENT/bin/python --output-dir DIR
+
+Each case is one `refit run`, verified in the engine's memory and by what it generates. The figures of the first are set
+against what they should reach. With `--device cpu` the cases are small, and vLLM's reload stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from refit.errors import ExitCode
+from refit.results.refit import EngineResult
+from refit.results.result import read_result
+
+RUN = ("--rl-inference-format", "vllm", "--num-benchmark-warmup", "2", "--num-benchmark-iterations", "7")
+QWEN3_MOE = ("--model", "qwen3_30b_a3b", "--num-layers", "8", "--max-position-embeddings", "2048")
+SMALL_MOE = ("--model", "tiny_qwen3_moe", "--check-forward")
+DEEPSEEK = ("--model", "tiny_deepseek_v3", "--kv-lora-rank", "512", "--qk-pos-emb-head-dim", "64", "--check-forward")
+CASES = {
+    "cuda": {
+        "qwen3_moe_8_layers": (*QWEN3_MOE, "--refit-engine", "refit,vllm-ipc"),
+        "qwen3_moe_8_layers_fsdp2": (*QWEN3_MOE, "--source-format", "fsdp2", "--check-forward"),
+        "small_qwen3_moe": (*SMALL_MOE, "--refit-engine", "refit,vllm-ipc"),
+        "small_deepseek_v3": (*DEEPSEEK, "--qk-head-dim", "128", "--v-head-dim", "128", "--num-attention-heads", "16"),
+    },
+    "cpu": {
+        "small_qwen3_moe": (*SMALL_MOE, "--refit-engine", "refit,vllm-reload"),
+        "small_deepseek_v3": (*DEEPSEEK, "--fp32"),
+    },
+}
+WAY = {
+    "cuda": ("--refit-method", "cuda-ipc", "--refit-mode", "collocated"),
+    "cpu": ("--refit-method", "shm", "--refit-mode", "collocated"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a refit of 11.2 GB in BF16 on one H200 should reach."""
+
+    median_ms: float = 7.0
+    ratio: float = 70.0
+    pause_ms: float = 25.0
+    extra_mib: float = 64.0
+
+    def lines(self, ours: EngineResult, theirs: EngineResult | None) -> list[str]:
+        """A line per figure: what was found, what it should be, and whether it is."""
+        served, median_s = ours.served, ours.median_s
+        if served is None or median_s is None:
+            return ["no figures"]
+        extra = max((nbytes for nbytes in ours.extra_memory_bytes_per_rank if nbytes is not None), default=0)
+        found = [
+            ("median of 7 refits, ms", 1e3 * median_s, self.median_ms, False),
+            ("engine pause, ms", 1e3 * (served.pause_s or 0.0), self.pause_ms, False),
+            ("memory beyond engine and trainer, MiB", extra / 2**20, self.extra_mib, False),
+        ]
+        if theirs is not None and theirs.measured_s:
+            found.append(("vLLM's fastest update / our median", min(theirs.measured_s) / median_s, self.ratio, True))
+        return [
+            f"{name}: {value:.2f}, {'at least' if at_least else 'at most'} {limit:g} wanted: "
+            f"{'reached' if (value >= limit) is at_least or value == limit else 'NOT reached'}"
+            for name, value, limit, at_least in found
+        ]
+
+
+def main() -> int:
+    """Run the cases. Returns the worst exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-python", type=Path, required=True, help="the Python of an environment with vLLM")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmark_results/vllm"), help="folder of the results")
+    parser.add_argument("--device", choices=sorted(CASES), default="cuda", help="where the weights are")
+    parser.add_argument("--cases", nargs="*", help="the cases to run; default: all of the device")
+    args = parser.parse_args()
+    worst = 0
+    for name, flags in CASES[args.device].items():
+        if args.cases and name not in args.cases:
+            continue
+        print(f"\n== {name}", flush=True)
+        own = ("--rl-inference-engine-python", str(args.engine_python), "--output-dir", str(args.output_dir))
+        command = [sys.executable, "-m", "refit", "run", *RUN, *WAY[args.device], *own, "--run-name", name, *flags]
+        code = subprocess.run(command, check=False).returncode
+        worst = max(worst, code)
+        file = args.output_dir / f"{name}.json"
+        if name.startswith("qwen3_moe") and file.exists() and code in (ExitCode.OK, ExitCode.WRONG_DATA):
+            engines = read_result(file).refit.engines
+            print("\n".join(Target().lines(engines["refit"], engines.get("vllm-ipc"))), flush=True)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
