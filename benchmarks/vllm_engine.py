@@ -26,6 +26,7 @@ CASES = {
     "cuda": {
         "qwen3_moe_8_layers": (*QWEN3_MOE, "--refit-engine", "refit,vllm-ipc"),
         "qwen3_moe_8_layers_fsdp2": (*QWEN3_MOE, "--source-format", "fsdp2", "--check-forward"),
+        "qwen3_moe_8_layers_fp8": (*QWEN3_MOE, "--rl-inference-dtype", "fp8-block"),
         "small_qwen3_moe": (*SMALL_MOE, "--refit-engine", "refit,vllm-ipc"),
         "small_deepseek_v3": (*DEEPSEEK, "--qk-head-dim", "128", "--v-head-dim", "128", "--num-attention-heads", "16"),
     },
@@ -87,7 +88,7 @@ def main() -> int:
         code = subprocess.run(command, check=False).returncode
         worst = max(worst, code)
         file = args.output_dir / f"{name}.json"
-        if name.startswith("qwen3_moe") and file.exists() and code in (ExitCode.OK, ExitCode.WRONG_DATA):
+        if name == "qwen3_moe_8_layers" and file.exists() and code in (ExitCode.OK, ExitCode.WRONG_DATA):
             engines = read_result(file).refit.engines
             print("\n".join(Target().lines(engines["refit"], engines.get("vllm-ipc"))), flush=True)
     return worst

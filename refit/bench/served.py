@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from refit.bench import oracle
 from refit.bench.clock import time_run, timed
 from refit.bench.exchange import gather
+from refit.bench.generated import NEAR_TIE, TOLERANCE, compared
 from refit.bench.initial_weights import spread
 from refit.bench.measurements.rank_samples import NOTHING_FOUND
 from refit.bench.session import Session
@@ -33,16 +32,6 @@ if TYPE_CHECKING:
 
 NUM_SETS = 2
 """Sets of weights that are compared in turn: what is left of the one before would show."""
-
-TOLERANCE = {Dtype.FP32: 1e-3, Dtype.FP16: 5e-2, Dtype.BF16: 0.25}
-"""Nats between a log-probability of the engine, which computes in this dtype, and the reference in float32."""
-
-NEAR_TIE = {Dtype.FP32: 1e-5, Dtype.FP16: 5e-3, Dtype.BF16: 2e-2}
-"""Share of the largest score of a router. Where a token's experts lie closer to others, rounding in this dtype may send
-it elsewhere, so that nothing can be said of what follows it."""
-
-MIN_COMPARED = 0.5
-"""Share of the tokens that must be left for a verdict."""
 
 
 class NotServed:
@@ -130,6 +119,8 @@ class ServedBy(NotServed):
         """Refit other weights, twice, and compare what the engine generates with transformers in float32."""
         session = self._session
         session.enter(f"reference for {name}")
+        if self._destination.spec.quantisation is not None:
+            return ServedCheck(passed=True, skipped="the reference computes with weights of 16 or 32 bits")
         mine: ServedCheck | None = None
         reference = self._reference() if self._serving.process is not None else None
         if isinstance(reference, str):
@@ -171,76 +162,6 @@ class ServedBy(NotServed):
         except ImportError as error:
             return f"the reference needs transformers: {error}: pip install 'refit-benchmark[hf]'"
         return WholeModel(shape, Dtype.FP32, self._session.device)
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Tokens compared, and those that are wrong."""
-
-    tolerance: float
-    near_tie: float
-    num_tokens: int = 0
-    num_excluded: int = 0
-    num_wrong: int = 0
-    difference: float = 0.0
-    first: str | None = None
-
-    def add(self, where: str, found: float, token: int, after: WholePass, place: int, is_greedy: bool = False) -> None:
-        """`found` is the engine's log-probability of `token` after the one at `place`."""
-        if after.gap[place] < self.near_tie:
-            self.num_excluded += 1
-            return
-        expected = float(after.logprobs[place, token])
-        likeliest = float(after.logprobs[place].max()) if is_greedy else expected
-        difference = abs(found - expected)
-        if math.isnan(difference):
-            difference = math.inf
-        self.difference = max(self.difference, difference)
-        unlikely = not likeliest - expected <= 2 * self.tolerance
-        self.num_tokens += 1
-        if difference > self.tolerance or unlikely:
-            self.num_wrong += 1
-            what = f"{found:.4g} for {expected:.4g}" if difference > self.tolerance else "another is likelier"
-            self.first = self.first or f"{where}: {what}"
-
-    def verdict(self, num_sets: int, reference: str) -> ServedCheck:
-        num_all, skipped = self.num_tokens + self.num_excluded, None
-        if self.num_tokens < MIN_COMPARED * num_all and not self.num_wrong:
-            skipped = (
-                f"near ties of experts leave {self.num_tokens} of {num_all} tokens to compare, at least "
-                f"{MIN_COMPARED * num_all:.0f} are needed: check it in float32 (--fp32)"
-            )
-        return ServedCheck(
-            passed=not self.num_wrong,
-            skipped=skipped,
-            reference=reference,
-            num_sets=num_sets,
-            num_tokens=self.num_tokens,
-            num_excluded=self.num_excluded,
-            num_wrong=self.num_wrong,
-            difference=self.difference if math.isfinite(self.difference) else None,
-            tolerance=self.tolerance,
-            first_wrong=self.first,
-        )
-
-
-def compared(
-    prompt: Sequence[int],
-    found: Sequence[tuple[Generated, WholePass]],
-    tolerance: float,
-    near_tie: float,
-    reference: str,
-) -> ServedCheck:
-    """The verdict on what was generated with every set of weights, beside the reference's pass over the prompt and the
-    generated tokens."""
-    tally = _Tally(tolerance, near_tie)
-    for number, (generated, after) in enumerate(found, 1):
-        for place, value in enumerate(generated.prompt_logprobs):
-            tally.add(f"prompt token {place + 2}, weights {number}", value, prompt[place + 1], after, place)
-        for place, (token, value) in enumerate(zip(generated.tokens, generated.logprobs, strict=True)):
-            where = f"generated token {place + 1}, weights {number}"
-            tally.add(where, value, token, after, len(prompt) - 1 + place, is_greedy=True)
-    return tally.verdict(len(found), reference)
 
 
 def served_by(session: Session, source: Side, destination: Side, row: Engine) -> NotServed:

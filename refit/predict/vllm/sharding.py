@@ -73,9 +73,10 @@ def _check_running(side: SideSpec, name: str) -> None:
             f"{name}: EP {layout.ep} in a running vLLM: {EP_ON_CPUS}: give {size_flag(name, 'ep')} 1, or leave "
             "--rl-inference-engine-python out"
         )
-    if not plain or layout.pp > 1 or side.quantisation is not None:
+    is_fp8 = side.quantisation is not None and side.quantisation.dtype != "fp8-block"
+    if not plain or layout.pp > 1 or is_fp8:
         raise UsageError(
-            f"{name}: a running vLLM is one engine with TP, its experts in order and no FP8: leave the "
+            f"{name}: a running vLLM is one engine with TP, its experts in order and no MXFP8: leave the "
             "other sizes and settings out, or --rl-inference-engine-python"
         )
 

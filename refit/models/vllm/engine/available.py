@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,9 +16,12 @@ TRIED = {"cpu": ("0.32.0",), "cuda": ("0.25.0",)}
 
 
 def check_available(scenario: Scenario, device: torch.device) -> None:
-    """Raise UnavailableError where the side's environment lacks vLLM or has a version that was not tried."""
+    """Raise UnavailableError where the side's environment lacks vLLM or has a version that was not tried.
+
+    One rank of a machine asks: of several that find it missing, the first to end would have the one that says so killed.
+    """
     options = scenario.destination.vllm
-    if options is None or options.engine_python is None:
+    if options is None or options.engine_python is None or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     layout = scenario.destination.layout
     if device.type == "cuda" and (scenario.mode is not Mode.COLLOCATED or layout.tp > 1):
@@ -27,6 +31,10 @@ def check_available(scenario: Scenario, device: torch.device) -> None:
         )
     if device.type == "cpu" and "vllm-ipc" in scenario.engines:
         raise UnavailableError("--refit-engine vllm-ipc updates a running vLLM by CUDA IPC: leave it out on CPUs")
+    if device.type == "cpu" and scenario.destination.quantisation is not None:
+        raise UnavailableError(
+            f"vLLM on CPUs serves no {scenario.destination.quantisation.dtype}: leave --rl-inference-dtype out"
+        )
     found = installed_version(Path(options.engine_python))
     if found.partition("+")[0] not in TRIED[device.type]:
         raise UnavailableError(

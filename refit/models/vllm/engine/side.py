@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from refit.config.quantisation import CODES_DTYPE
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -26,7 +27,7 @@ from refit.models.vllm.engine.serving import GENERATED_TOKENS, PROMPT_TOKENS, Se
 from refit.models.vllm.side import weights_of
 from refit.predict.families.config_json import config_values
 from refit.predict.vllm.names import followed_name
-from refit.predict.vllm.parameters import Engines, RankBlock
+from refit.predict.vllm.parameters import FUSED, Engines, RankBlock
 from refit.predict.vllm.quantised import held_blocks
 
 ARCHITECTURES = {
@@ -134,7 +135,29 @@ def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
     extra: dict[str, Any] = {"architectures": [ARCHITECTURES[values["model_type"]]], "torch_dtype": side.dtype.value}
     if shape.mla is not None:
         extra |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    if side.quantisation is not None:
+        extra["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [side.quantisation.format.rows, side.quantisation.format.columns],
+            "modules_to_not_convert": kept_modules(shape, side),
+        }
     return {**values, **extra, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def kept_modules(shape: ModelShape, side: SideSpec) -> list[str]:
+    """The modules with matrices that stay in 16 bits, by the names of a checkpoint; of fused ones those of their parts.
+
+    vLLM quantises all linears but these, routers too.
+    """
+    engines, found = Engines(shape, side), list[str]()
+    for block in held_blocks(engines, engines.engine.place(0)):
+        for one in block.parameters:
+            if len(one.shape) > 1 and one.dtype not in (CODES_DTYPE, "float32"):
+                names = FUSED.get(one.name, (one.name,))
+                found += [f"{block.block.prefix}{name}".removesuffix(".weight") for name in names]
+    return found
 
 
 def settings_of(shape: ModelShape, side: SideSpec, folder: Path, device: str) -> dict[str, Any]:

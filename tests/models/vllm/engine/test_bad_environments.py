@@ -13,6 +13,7 @@ from refit.commands import main
 from refit.errors import UnavailableError, UsageError
 from refit.models.vllm.engine.available import check_available
 from refit.models.vllm.engine.process import installed_version
+from refit.models.vllm.engine.side import config_of
 
 FLAGS = ["--model", "tiny_qwen3_moe", "--refit-method", "gloo", "--rl-inference-format", "vllm"]
 FLAGS += ["--rl-inference-engine-python", sys.executable]
@@ -54,6 +55,23 @@ def test_on_a_gpu_one_rank_shares_it_with_the_engine() -> None:
         check_available(scenario, torch.device("cuda"))
 
 
+def test_fp8_needs_a_gpu() -> None:
+    scenario = parse([*FLAGS, "--rl-inference-dtype", "fp8-block", "--moe-ffn-hidden-size", "256"]).scenario
+    with pytest.raises(UnavailableError, match="serves no fp8-block"):
+        check_available(scenario, torch.device("cpu"))
+
+
+def test_the_modules_that_stay_in_16_bits_are_named_as_checkpoints_name_them() -> None:
+    flags = [*FLAGS, "--rl-inference-dtype", "fp8-block", "--moe-ffn-hidden-size", "256"]
+    scenario = parse([*flags, "--fp8-keep-bf16", "router,embedding,output_layer,linear_qkv"]).scenario
+    assert scenario.model is not None
+    config = config_of(scenario.model, scenario.destination)["quantization_config"]
+    kept = config["modules_to_not_convert"]
+    assert config["weight_block_size"] == [128, 128]
+    assert {"lm_head", "model.embed_tokens", "model.layers.1.mlp.gate", "model.layers.0.self_attn.k_proj"} <= set(kept)
+    assert not [name for name in kept if "o_proj" in name or "experts" in name]
+
+
 def test_its_update_by_cuda_ipc_needs_a_gpu() -> None:
     scenario = parse([*FLAGS, "--refit-engine", "refit,vllm-ipc"]).scenario
     with pytest.raises(UnavailableError, match="by CUDA IPC: leave it out on CPUs"):
@@ -77,7 +95,7 @@ def test_a_run_is_waived_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
         (["--rl-inference-data-parallel-size", "2"], "is one engine with TP"),
         (["--rl-inference-replicas", "2"], "is one engine with TP"),
         (["--rl-inference-pipeline-model-parallel-size", "2"], "is one engine with TP"),
-        (["--rl-inference-dtype", "fp8-block"], "is one engine with TP"),
+        (["--rl-inference-dtype", "mxfp8"], "is one engine with TP"),
         (["--refit-method", "shm", "--one-sided-buffers", "direct"], "leave it out"),
     ],
 )

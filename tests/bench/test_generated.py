@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from refit.bench.served import compared
+from refit.bench.generated import compared
 from refit.models.huggingface.whole import WholePass
 from refit.models.vllm.engine.serving import Generated
 from refit.results.serving import ServedCheck
