@@ -54,7 +54,7 @@ _OPTION_FLAGS: dict[str, dict[str, Any]] = {
         "help": "the placement that an engine changes to between two refits; default: none",
     },
     "engine_python": {
-        "type": flag_types.python,
+        "type": flag_types.absolute_path,
         "metavar": "PYTHON",
         "help": "refit into a running vLLM: the python of its environment (make vllm); default: tensors without vLLM",
     },

@@ -18,7 +18,7 @@ TRIED = {"cpu": ("0.32.0",), "cuda": ("0.25.0",)}
 def check_available(scenario: Scenario, device: torch.device) -> None:
     """Raise UnavailableError where the side's environment lacks vLLM or has a version that was not tried.
 
-    One rank of a machine asks: of several that find it missing, the first to end would have the one that says so killed.
+    One rank of a machine asks: of several that find it missing, the first to end would have the speaker killed.
     """
     options = scenario.destination.vllm
     if options is None or options.engine_python is None or os.environ.get("LOCAL_RANK", "0") != "0":

@@ -110,5 +110,7 @@ def test_its_own_update_needs_a_running_engine() -> None:
 
 
 def test_a_path_without_a_program() -> None:
-    with pytest.raises(UsageError, match="is no program: make vllm"):
-        parse([*FLAGS[:-1], "no/such/python"])
+    """It may be planned anywhere, and says what is missing where it is run."""
+    scenario = parse([*FLAGS[:-1], "no/such/python"]).scenario
+    with pytest.raises(UnavailableError, match=r"/no/such/python is no Python that runs: .*: make vllm"):
+        check_available(scenario, torch.device("cpu"))
