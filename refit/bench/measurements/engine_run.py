@@ -286,10 +286,14 @@ class EngineRun:
         trained, destination, doubt = self._planned.trained, self._planned.destination, self._planned.training_doubt
         if trained is None:
             return
-        self._session.enter(f"refit of the trained weights with {self._name}")
+        label = f"refit of the trained weights with {self._name}"
         trained.restore(self._planned.source.weights)
+        self._serving.convert(label, program)
+        self._serving.begin(label)
+        self._session.enter(label)
         self._poison()
         time_run(program, self._session.control, self._session.device)
+        self._serving.finish(label)
         skipped = ForwardCheck(passed=True, skipped=doubt) if doubt else None
         forward = skipped or compare_forward(self._session, self._planned.source, destination)
         self._update(trained=forward)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,24 +39,27 @@ class Run:
     result: Result | None
 
 
-def refit(folder: Path, *flags: str, python: Path | str = PYTHON) -> Run:
-    """`refit run` of `flags` into a running vLLM. Checks that no process and no shared memory is left."""
+def refit(
+    folder: Path, *flags: str, python: Path | str = PYTHON, meanwhile: Callable[[str, Path], None] | None = None
+) -> Run:
+    """`refit run` of `flags` into a running vLLM. Checks that no process and no shared memory is left.
+
+    `meanwhile` is called while it runs, with its token and the file that it prints into.
+    """
     token, shared = uuid.uuid4().hex, set(os.listdir("/dev/shm"))
     command = [sys.executable, "-m", "refit", "run", *SMALL, "--rl-inference-format", "vllm"]
     command += ["--rl-inference-engine-python", str(python), "--output-dir", str(folder), "--run-name", "run", *flags]
-    ran = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, TOKEN: token, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=540,
-    )
+    log = folder / "log"
+    environment = {**os.environ, TOKEN: token, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as printed:
+        ran = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT)
+    if meanwhile is not None:
+        meanwhile(token, log)
+    code, output = ran.wait(timeout=540), log.read_text()
     left = leftovers(token, shared)
-    assert left == [], f"{left} left behind; the run said:\n{ran.stdout}"
+    assert left == [], f"{left} left behind; the run said:\n{output}"
     file = folder / "run.json"
-    return Run(ran.returncode, ran.stdout, read_result(file) if file.exists() else None)
+    return Run(code, output, read_result(file) if file.exists() else None)
 
 
 def leftovers(token: str, shared: set[str]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from refit.results.status import Status
-from tests.models.vllm.engine.running import Run, faulty, needs_vllm, refit
+from tests.models.vllm.engine.running import Run, faulty, needs_vllm, processes, refit
+from tests.ranks.waiting import wait_until
 
 pytestmark = needs_vllm
 
@@ -101,6 +104,19 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
     ran = refit(tmp_path, *QWEN3, *tp(1, 2), python=faulty(tmp_path, "worker_dies_in_commit"))
     assert ran.code == 4, ran.output
     assert "vLLM failed in commit" in ran.output
+    assert_named_once(ran)
+
+
+def test_the_engine_ends_with_the_rank_that_has_started_it(tmp_path: Path) -> None:
+    def kill_its_rank(token: str, log: Path) -> None:
+        wait_until(lambda: "warm-up 1/1" in log.read_text(), 300)
+        host = next(pid for pid in processes(token) if b"host.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(int(Path(f"/proc/{host}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+
+    endless = ["--num-benchmark-iterations", "100000"]
+    ran = refit(tmp_path, *QWEN3, *tp(1, 1), *endless, meanwhile=kill_its_rank)
+    assert ran.code == 4, ran.output
+    assert "by signal 9 (SIGKILL)" in ran.output
     assert_named_once(ran)
 
 
