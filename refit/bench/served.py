@@ -89,7 +89,7 @@ class ServedBy(NotServed):
         session = self._session
         session.enter(f"{label}: commit")
         found = timed(lambda: self._serving.finish(self._commits), session.control, session.device).value
-        self._parts.append(_slowest(self._serving.commit_parts))
+        self._parts.append(_slowest(self._serving.commit_parts) if self._commits else {})
         return found
 
     def verify(self, verify: Verify) -> Findings:
