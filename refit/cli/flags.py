@@ -9,6 +9,7 @@ from typing import Any
 
 import refit
 from refit.cli import flag_types, ignored_flags
+from refit.cli.delta_flags import add_delta_flags
 from refit.cli.flag_parser import FlagParser
 from refit.cli.listing import add_list
 from refit.cli.model_flags import add_model_flags
@@ -68,6 +69,7 @@ def full_parser() -> BenchmarkParser:
     add_refit_flags(parser)
     add_side_flags(parser)
     add_quantisation_flags(parser)
+    add_delta_flags(parser)
     add_run_flags(parser)
     _add_preset_flags(parser)
     return parser

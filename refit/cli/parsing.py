@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refit.cli.delta_flags import delta_options
 from refit.cli.flags import full_parser, recorded_flags
 from refit.cli.model_checks import check_parameters, wide_experts_note, without_unbuildable_biases
 from refit.cli.model_flags import check_no_shape, model_shape
@@ -110,6 +111,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         run_name=args.run_name,
         steps=steps,
         encoding=args.refit_encoding,
+        delta=delta_options(args),
     )
 
 

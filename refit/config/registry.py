@@ -154,13 +154,14 @@ class Encoding:
     """What is sent in place of a destination's weights. `title` is for help texts.
 
     `wire(source, destination, side) -> Wire` states what crosses between two shardings; it is pure and imports no torch
-    (`refit.plan.wire`). `bind(plan, wire, rank, source, destination) -> LiveEncoding` makes and uses the weights of a
-    rank message by message (`refit.encodings.base`). `oracle(inner, scenario) -> OraclePart` says what a source is
+    (`refit.plan.wire`). `bind(plan, wire, peers, source, destination) -> LiveEncoding` makes and uses the weights of
+    a rank message by message (`refit.encodings.base`). `oracle(inner, scenario) -> OraclePart` says what a source is
     filled with and what a destination must then hold (`refit.encodings.oracle`). None, as identity has them, stands for
     weights that are sent, filled and compared as they are.
 
     `dtypes` are those of destinations from which the encoding follows, as codes from FP8. An encoding without any is
-    one that users choose, with `--refit-encoding`.
+    one that users choose, with `--refit-encoding`. One with `has_options` gets the scenario's as a fourth argument of
+    `wire` (`refit.config.delta`).
     """
 
     title: str
@@ -168,6 +169,7 @@ class Encoding:
     bind: str | None = None
     oracle: str | None = None
     dtypes: tuple[str, ...] = ()
+    has_options: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +324,13 @@ ENCODINGS = Registry(
             bind="refit.encodings.fp8.live:LiveFp8",
             oracle="refit.encodings.fp8.oracle:oracle",
             dtypes=("fp8-block", "mxfp8"),
+        ),
+        "delta": Encoding(
+            title="what has changed since the refit before",
+            wire="refit.encodings.delta.wire:wire_of",
+            bind="refit.encodings.delta.live:LiveDelta",
+            oracle="refit.encodings.delta.oracle:oracle",
+            has_options=True,
         ),
     },
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refit.config.clusters import Cluster
+from refit.config.delta import DeltaOptions
 from refit.config.flag_names import size_flag
 from refit.config.registry import IDENTITY, MEASUREMENTS, encodings_of
 from refit.config.shape import ModelShape
@@ -33,6 +34,14 @@ class Verify(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Sending:
+    """What is sent of what a destination will hold: a row of ENCODINGS, and its settings where it has any."""
+
+    encoding: str = IDENTITY
+    options: DeltaOptions | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """Two sides of one model, what to measure and how to move the weights.
 
@@ -43,8 +52,8 @@ class Scenario:
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
     "cuda" where the user chose it; None uses the method's default. At most `ranks_per_gpu` ranks share a GPU
     (`refit.config.gpus`). `notes` are lines for the log on choices made for the user. `encoding` is the row of
-    ENCODINGS that says what is sent of what the destination will hold. `max_iterations` is set where refits go on until
-    the median is stable: the most that are timed.
+    ENCODINGS that says what is sent of what the destination will hold, `delta` its settings, None where it has none.
+    `max_iterations` is set where refits go on until the median is stable: the most that are timed.
     """
 
     model: ModelShape | None
@@ -75,6 +84,11 @@ class Scenario:
     run_name: str | None = None
     steps: StepSettings | None = None
     encoding: str = IDENTITY
+    delta: DeltaOptions | None = None
+
+    @property
+    def sending(self) -> Sending:
+        return Sending(self.encoding, self.delta)
 
     @property
     def way(self) -> str:

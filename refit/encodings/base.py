@@ -7,9 +7,27 @@ The pure part of an encoding, what crosses the wire, is a `refit.plan.wire.Wire`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from refit.memory.weights import LocalWeights
+
+
+class Peers(Protocol):
+    """This rank, and what it and the other ranks of a plan tell one another beside the transfer."""
+
+    rank: int
+
+    def publish(self, key: str, value: Any) -> None:
+        """Let the others read `value`, which is pickled, under this rank's `key`."""
+        ...
+
+    def fetch(self, rank: int, key: str) -> Any:
+        """The value that `rank` publishes under `key`. Waits for it; raises RefitError, naming the rank, in the end."""
+        ...
+
+    def forget(self, key: str) -> None:
+        """Nobody reads this rank's `key` again."""
+        ...
 
 
 class LiveEncoding(Protocol):
@@ -19,7 +37,8 @@ class LiveEncoding(Protocol):
     the weights: `before_reading` and `after_writing` beside a message of fixed length, `encoder` and `decoder` in place
     of its copies where the wire has `max_bytes`.
 
-    `phases` are the names of the encoding's own phases in a report, the last one with the time of `finish`.
+    `phases` are the names of the encoding's own phases in a report, the first one with the time of `begin`, the last
+    one with that of `finish`.
     """
 
     source: LocalWeights | None
@@ -36,7 +55,7 @@ class LiveEncoding(Protocol):
         ...
 
     def begin(self) -> None:
-        """A run begins. The current stream may still be writing the source's weights."""
+        """A run begins. The current stream may still be writing the source's weights. Raises RefitError."""
         ...
 
     def finish(self) -> None:
@@ -51,6 +70,15 @@ class LiveEncoding(Protocol):
 
         `finish_s` is the time that `finish` took.
         """
+        ...
+
+    def counted(self) -> Mapping[str, int]:
+        """What this rank has counted in the run that has ended, by name; the same names on all ranks."""
+        ...
+
+    @property
+    def remark(self) -> str | None:
+        """What is to be said of the run that has ended; None for nothing."""
         ...
 
     def close(self) -> None:

@@ -29,9 +29,14 @@ class PhaseClock:
         self._since = now
 
 
+def count_apart(phase: str, seconds: float) -> None:
+    """Count seconds of the present lap as `phase`, whatever the phase around it."""
+    _APART[phase] += seconds
+
+
 @contextmanager
 def counted_apart(phase: str) -> Iterator[None]:
     """Count the time of this context as `phase`, whatever the phase around it. For hooks, which know no clock."""
     begin = time.perf_counter()
     yield
-    _APART[phase] += time.perf_counter() - begin
+    count_apart(phase, time.perf_counter() - begin)

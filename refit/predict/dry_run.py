@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap, planned_gpus
-from refit.config.scenario import Mode, Scenario, check_num_ranks
+from refit.config.scenario import Mode, Scenario, Sending, check_num_ranks
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -137,7 +137,7 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     check_num_ranks(scenario, options.num_gpus * shared if options.num_gpus else scenario.num_ranks)
     gpus = planned_gpus(scenario.num_ranks, options.gpus_per_node, shared)
     ranks_per_node = options.gpus_per_node * shared
-    figures = _planned(scenario.model, scenario.source, scenario.destination, ranks_per_node, scenario.encoding)
+    figures = _planned(scenario.model, scenario.source, scenario.destination, ranks_per_node, scenario.sending)
     return DryRun(
         scenario=scenario,
         model=scenario.model,
@@ -191,12 +191,12 @@ class _Figures:
 
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
 def _planned(
-    model: ModelShape, source: SideSpec, destination: SideSpec, ranks_per_node: int, encoding: str
+    model: ModelShape, source: SideSpec, destination: SideSpec, ranks_per_node: int, sending: Sending
 ) -> _Figures:
     start_s = time.perf_counter()
     shardings = predict_sides(model, source, destination)
     predicted_s = time.perf_counter()
-    planned = plan_sides(shardings[0], shardings[1], destination, ranks_per_node, encoding)
+    planned = plan_sides(shardings[0], shardings[1], destination, ranks_per_node, sending)
     matrix = bytes_matrix(planned.plan)
     planned_s = time.perf_counter()
     return _Figures(

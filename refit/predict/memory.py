@@ -105,7 +105,7 @@ def _needed(run: DryRun, change: _Change) -> int:
     encoding = dict[str, Mapping[int, int]]()
     if scenario.encodings:
         source, destination = predict_sides(run.model, sides["source"], sides["destination"])
-        encoding = most_encoding_bytes(source, destination, sides["destination"], scenario.encoding)
+        encoding = most_encoding_bytes(source, destination, sides["destination"], scenario.sending)
     fullest = 0
     for name in changed:
         training = training_bytes(scenario) if name == "source" else {}

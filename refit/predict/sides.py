@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from refit.config.registry import ENCODINGS, FORMATS, IDENTITY, encodings_of, load
-from refit.config.scenario import Scenario
+from refit.config.registry import ENCODINGS, FORMATS, encodings_of, load
+from refit.config.scenario import Scenario, Sending
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -19,6 +19,9 @@ from refit.plan.sharding import Sharding
 from refit.plan.wire import MaxBytes, Wire
 from refit.predict.families.parts import Parts, sharding_in_parts
 from refit.predict.training_memory import TrainingMemory
+
+WEIGHTS = Sending()
+"""They are sent as they are."""
 
 
 def predict_side(model: ModelShape, side: SideSpec) -> Sharding:
@@ -105,17 +108,18 @@ class PlannedSides:
         return dict(summed)
 
 
-def wires_between(source: Sharding, destination: Sharding, side: SideSpec, encoding: str) -> dict[str, Wire]:
+def wires_between(source: Sharding, destination: Sharding, side: SideSpec, sending: Sending) -> dict[str, Wire]:
     """What each encoding sends from `source` to `destination`, the sharding of `side`, by its name, in order.
 
-    `encoding` is the scenario's. What it sends is made from what follows from the dtype of `side`, if anything does: a
+    `sending` is the scenario's. What it sends is made from what follows from the dtype of `side`, if anything does: a
     delta to an FP8 destination is one of codes and scales. Raises UsageError as the encodings do.
     """
     found: dict[str, Wire] = {}
-    for name in encodings_of(side.held_dtype, encoding):
+    for name in encodings_of(side.held_dtype, sending.encoding):
         row = ENCODINGS[name]
         assert row.wire is not None
-        wire: Wire = load(row.wire)(source, destination, side)
+        options = (sending.options,) if row.has_options else ()
+        wire: Wire = load(row.wire)(source, destination, side, *options)
         # One that follows another may only pack its messages: the first finds in the plan the tensors that it makes.
         assert not found or (wire.source.tensors, wire.destination.tensors) == (source.tensors, destination.tensors)
         found[name] = wire
@@ -125,24 +129,28 @@ def wires_between(source: Sharding, destination: Sharding, side: SideSpec, encod
 
 
 def most_encoding_bytes(
-    source: Sharding, destination: Sharding, side: SideSpec, encoding: str
+    source: Sharding, destination: Sharding, side: SideSpec, sending: Sending
 ) -> dict[str, Mapping[int, int]]:
     """What the encodings need at most on each rank, by the name of the side. Found without a plan.
 
     Raises UsageError as `wires_between` does.
     """
     needed: dict[str, Counter[int]] = {"source": Counter(), "destination": Counter()}
-    for wire in wires_between(source, destination, side, encoding).values():
+    for wire in wires_between(source, destination, side, sending).values():
         for name, held in wire.most_memory_bytes.items():
             needed[name].update(held)
     return {name: dict(held) for name, held in needed.items()}
 
 
 def plan_sides(
-    source: Sharding, destination: Sharding, side: SideSpec, ranks_per_node: int | None, encoding: str = IDENTITY
+    source: Sharding,
+    destination: Sharding,
+    side: SideSpec,
+    ranks_per_node: int | None,
+    sending: Sending = WEIGHTS,
 ) -> PlannedSides:
     """Plan the refit from `source` to `destination`, the sharding of `side`. Raises PlanError as `plan_refit` does."""
-    wires = wires_between(source, destination, side, encoding)
+    wires = wires_between(source, destination, side, sending)
     if not wires:
         plan = plan_refit(source, destination, ranks_per_node=ranks_per_node)
         return PlannedSides(plan, cost_of(plan))

@@ -25,7 +25,7 @@ def pair_bytes(outcome: Outcome, gpus_per_node: int) -> IntArray:
         # A run on one node plans without nodes, and a cluster's NVLink domain may be larger than a host.
         domain = (scenario.cluster.gpus_per_node if scenario.cluster else gpus_per_node) * scenario.ranks_per_gpu
         for ranks_per_node in dict.fromkeys((domain, planned.ranks_per_node, None)):
-            plan = plan_sides(source, destination, scenario.destination, ranks_per_node, scenario.encoding).plan
+            plan = plan_sides(source, destination, scenario.destination, ranks_per_node, scenario.sending).plan
             if digest in ("", plan.digest):
                 return bytes_matrix(plan)
     except RefitError as error:

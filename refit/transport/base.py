@@ -47,6 +47,7 @@ class RunReport:
     Phases are those of the main thread. They do not overlap, and add up to nearly all of the run. `beside_s` is the
     time of a GPU's work that was hidden beside the transfer. Where an encoding packs the messages, bytes on the wire
     include their headers, and `most_wire_bytes_sent` is what could have been sent; elsewhere that is what was sent.
+    `counts` and `remark` are what encodings counted on this rank, and say of the run.
     """
 
     phases_s: dict[str, float] = field(default_factory=dict)
@@ -55,6 +56,8 @@ class RunReport:
     local_bytes: int = 0
     beside_s: dict[str, float] = field(default_factory=dict)
     most_wire_bytes_sent: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    remark: str | None = None
 
 
 class Program(Protocol):

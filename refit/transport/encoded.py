@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from refit.config.registry import ENCODINGS, load
-from refit.encodings.base import LiveEncoding
+from refit.encodings.base import LiveEncoding, Peers
 from refit.memory.weights import LocalWeights, generations, refresh_all
 from refit.plan.plan import RefitPlan
 from refit.plan.wire import Wire
@@ -26,7 +26,7 @@ class EncodedProgram:
         self,
         plan: RefitPlan,
         wires: Mapping[str, Wire],
-        rank: int,
+        peers: Peers,
         source: LocalWeights | None,
         destination: LocalWeights | None,
         prepare: Prepare,
@@ -38,7 +38,7 @@ class EncodedProgram:
         for name, wire in wires.items():
             bind = ENCODINGS[name].bind
             assert bind is not None, f"{name} states what it sends and does not send it"
-            live: LiveEncoding = load(bind)(plan, wire, rank, source, destination)
+            live: LiveEncoding = load(bind)(plan, wire, peers, source, destination)
             source, destination = live.source, live.destination
             self._live.append(live)
             self._held.append(destination)
@@ -55,11 +55,16 @@ class EncodedProgram:
     def run(self) -> RunReport:
         """Encode and transfer. Raises RefitError as encodings and transports do."""
         with torch.no_grad():
+            begun: dict[str, float] = {}
             for live in self._live:
+                since = time.perf_counter()
                 live.begin()
+                begun |= dict.fromkeys(live.phases[:1], time.perf_counter() - since)
             generation = generations(self._held[-1])
             report = self._program.run()
             phases = {name: 0.0 for live in self._live for name in live.phases} | report.phases_s
+            for name, seconds in begun.items():
+                phases[name] += seconds
             beside: dict[str, float] = {}
             since = time.perf_counter()
             if generations(self._held[-1]) != generation:
@@ -71,7 +76,9 @@ class EncodedProgram:
                 if live.phases:
                     phases[live.phases[-1]] += now - since
                     since = now
-        return replace(report, phases_s=phases, beside_s=beside)
+        counts = {name: number for live in self._live for name, number in live.counted().items()}
+        remarks = [live.remark for live in self._live if live.remark is not None]
+        return replace(report, phases_s=phases, beside_s=beside, counts=counts, remark="; ".join(remarks) or None)
 
     def close(self) -> None:
         self._program.close()

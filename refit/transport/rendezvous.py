@@ -53,9 +53,13 @@ class Rendezvous:
             self.store.wait([name], timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             raise RefitError(
-                f"rank {rank} did not come to prepare the refit within {self._timeout_s:g} s (--timeout)"
+                f"rank {rank} did not come to the refit within {self._timeout_s:g} s (--timeout)"
             ) from error
         return pickle.loads(zlib.decompress(self.store.get(name)))
+
+    def forget(self, key: str) -> None:
+        """Nobody fetches this rank's `key` again."""
+        self.store.delete_key(f"{key}/{self.rank}")
 
     def agree(self, problem: RefitError | None) -> None:
         """Raise the problem of the first rank that has one, on every rank. Collective.

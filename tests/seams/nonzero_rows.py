@@ -15,6 +15,7 @@ import torch
 from refit.config.registry import Encoding
 from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
+from refit.encodings.base import Peers
 from refit.encodings.oracle import Comparison, OraclePart, Values
 from refit.encodings.packed import PackedWeights
 from refit.encodings.values import hash_bits
@@ -118,9 +119,10 @@ class LiveRows:
 
     phases = ()
     staging_bytes = 0
+    remark = None
 
     def __init__(
-        self, plan: RefitPlan, wire: Wire, rank: int, source: LocalWeights | None, destination: LocalWeights | None
+        self, plan: RefitPlan, wire: Wire, peers: Peers, source: LocalWeights | None, destination: LocalWeights | None
     ) -> None:
         self.source, self.destination = packed(source), packed(destination)
 
@@ -128,6 +130,9 @@ class LiveRows:
     def begin(self) -> None: ...
     def finish(self) -> None: ...
     def beside_s(self, finish_s: float) -> dict[str, float]:
+        return {}
+
+    def counted(self) -> dict[str, int]:
         return {}
 
     def close(self) -> None:
@@ -160,7 +165,7 @@ class RowsPart:
 
 class LiveChanges(LiveRows):
     def __init__(
-        self, plan: RefitPlan, wire: Wire, rank: int, source: LocalWeights | None, destination: LocalWeights | None
+        self, plan: RefitPlan, wire: Wire, peers: Peers, source: LocalWeights | None, destination: LocalWeights | None
     ) -> None:
         self.source, self.destination = (
             None if weights is None else PackedWeights(weights, ChangeEncoder, ChangeDecoder)

@@ -14,6 +14,7 @@ from refit.predict.sides import PlannedSides
 from refit.transport.base import Program, TransportOptions, get_transport
 from refit.transport.encoded import EncodedProgram
 from refit.transport.ranks import Ranks
+from refit.transport.rendezvous import Rendezvous
 
 
 class PlannedEngine:
@@ -49,7 +50,8 @@ class PlannedEngine:
 
         if not wires:
             return prepare(source.weights, destination.weights)
-        return EncodedProgram(plan, wires, ranks.rank, source.weights, destination.weights, prepare)
+        peers = Rendezvous(ranks, f"encodings/{plan.digest}", plan.ranks, options.timeout_s)
+        return EncodedProgram(plan, wires, peers, source.weights, destination.weights, prepare)
 
     def _options_of(self, planned: PlannedSides) -> TransportOptions:
         is_pipelined = any(wire.is_pipelined for wire in planned.wires.values())

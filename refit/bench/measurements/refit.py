@@ -60,7 +60,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     stopwatch = Stopwatch()
     with stopwatch.step("plan"):
         sides = plan_sides(
-            source.sharding, destination.sharding, destination.spec, session.ranks_per_node, session.scenario.encoding
+            source.sharding, destination.sharding, destination.spec, session.ranks_per_node, session.scenario.sending
         )
     plan = sides.plan
     _check_agreement(session, plan)

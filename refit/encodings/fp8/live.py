@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from refit.config.quantisation import scale_key
+from refit.encodings.base import Peers
 from refit.encodings.fp8.batch import load_quantise_kernel
 from refit.encodings.fp8.groups import Gather, Groups, Job
 from refit.encodings.fp8.made import Made, MadeWeights, Places
@@ -33,16 +34,18 @@ class LiveFp8:
     """The `LiveEncoding` of one rank."""
 
     phases = (AT_SOURCE, AT_DESTINATION)
+    remark = None
 
     def __init__(
         self,
         plan: RefitPlan,
         wire: QuantisedWire,
-        rank: int,
+        peers: Peers,
         source: LocalWeights | None,
         destination: LocalWeights | None,
     ) -> None:
         """`plan` is the plan of what crosses the wire."""
+        rank = peers.rank
         quantisation = self._quantisation = wire.quantisation
         self._tensors = wire.tensors
         held = source if source is not None else destination
@@ -95,6 +98,9 @@ class LiveFp8:
         at_source = sent.busy_s - sent.first_s if self._sends else 0.0
         beside = {AT_SOURCE: at_source, AT_DESTINATION: arrived.busy_s - finish_s}
         return {phase: seconds for phase, seconds in beside.items() if seconds > 0.0}
+
+    def counted(self) -> Mapping[str, int]:
+        return {}
 
     def close(self) -> None:
         self._made, self.source, self.destination = None, None, None

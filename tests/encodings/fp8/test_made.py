@@ -36,6 +36,7 @@ from refit.transport.schedule import make_schedule
 from refit.transport.turns import in_turn
 from tests.encodings.fp8 import test_program
 from tests.encodings.fp8.test_program import Case, bound, live, random_sides
+from tests.encodings.peers import ThreadPeers
 from tests.ranks.pool import RankPool
 from tests.transport.test_one_sided import SharedAddresses, World, in_threads
 
@@ -148,7 +149,7 @@ def refits_in_place(
         return OneSidedProgram(schedule, memory, InPlaceBuffers(memory, schedule, b, None), a, b, 100.0)
 
     try:
-        program = EncodedProgram(plan, {"fp8": wire}, rank, mine, theirs, prepare)
+        program = EncodedProgram(plan, {"fp8": wire}, ThreadPeers(rank), mine, theirs, prepare)
         for iteration in range(4):
             if iteration and rank == moving:
                 for shard in (*(mine or ()), *(theirs or ())):

@@ -33,6 +33,7 @@ from refit.transport.base import TransportOptions, get_transport
 from refit.transport.encoded import EncodedProgram
 from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
+from tests.encodings.peers import ThreadPeers
 from tests.ranks.pool import RankPool
 
 pytestmark = pytest.mark.no_megatron
@@ -145,7 +146,7 @@ def bound(
     program = EncodedProgram(
         planned.plan,
         {"fp8": replace(wire, quantisation=rule)},
-        rank,
+        ThreadPeers(rank),
         mine,
         theirs,
         lambda a, b: transport.prepare(planned.plan, ranks, a, b, options),

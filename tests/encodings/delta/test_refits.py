@@ -1,0 +1,160 @@
+"""Refits that send changes, of whole models between ranks, and what goes wrong when they are changed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from refit.bench.runner import benchmark
+from refit.bench.session import new_session
+from refit.cli.parsing import parse
+from refit.encodings.delta import cpu
+from refit.encodings.delta.versions import Versions
+from refit.errors import RefitError
+from refit.results.result import ResultFile, read_result
+from refit.results.status import Status
+from tests.ranks.pool import RankPool
+from tests.seams.test_encodings import FP8, WAYS
+from tests.seams.test_seams import FLAGS, LAYOUTS
+
+DELTA = ["--refit-encoding", "delta", "--num-benchmark-iterations", "3", "--num-benchmark-warmup", "1"]
+
+
+def run_scenario(rank: int, argv: list[str], broken: str | None = None, directory: str | None = None) -> Any:
+    """The result, what was printed, and on rank 0 the content of the file. `broken` is one of MUTANTS, on all ranks."""
+    printed = io.StringIO()
+    mutant = MUTANTS[broken]() if broken else contextlib.nullcontext()
+    with mutant, contextlib.redirect_stdout(printed):
+        scenario = parse([*FLAGS, *DELTA, *argv]).scenario
+        assert dist.group.WORLD is not None
+        file = ResultFile.create(Path(directory), "run") if directory and rank == 0 else None
+        try:
+            result = benchmark(new_session(scenario, torch.device("cpu"), dist.group.WORLD), file)
+        except RefitError as error:
+            return str(error), printed.getvalue(), None
+        return result, printed.getvalue(), read_result(file.path) if file else None
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize("sides", [LAYOUTS, FP8, [*LAYOUTS, "--refit-mode", "collocated"]], ids=["bf16", "fp8", "coll"])
+def test_changes_are_sent(ranks: RankPool, way: list[str], sides: list[str], tmp_path: Path) -> None:
+    result, output, stored = ranks.run(run_scenario, [*sides, "--refit-method", *way], None, str(tmp_path))[0]
+    engine = result.refit.engines["refit"]
+    assert stored.refit.engines["refit"] == engine
+    assert (result.exit_code, engine.status, engine.num_wrong) == (0, Status.OK, 0), output
+    first, *later = engine.samples
+    assert first.sent_bytes > 0.99 * result.refit.plan.wire_bytes
+    most = 0.1 if sides is not FP8 else 1.01  # a change of one weight can move the scale of a block, and all its codes
+    assert all(sample.sent_bytes < most * first.sent_bytes for sample in later)
+
+
+MUTANTS: dict[str, Callable[[], Any]] = {}
+"""What each name does wrong, on every rank."""
+
+
+def mutant(broken: Callable[[], Any]) -> Callable[[], Any]:
+    made = contextmanager(broken)
+    MUTANTS[broken.__name__] = made
+    return made
+
+
+@mutant
+def dropped_block() -> Iterator[None]:
+    """The first block with changes of each message says that it has none."""
+    pack = cpu.CpuEncoder._pack_changes
+
+    def broken(self: Any, message: Any, table: Any) -> int:
+        end = pack(self, message, table)
+        changed = np.flatnonzero(table[:, 1])
+        if len(changed):
+            table[changed[0], 1] = 0
+        return end
+
+    with mock.patch.object(cpu.CpuEncoder, "_pack_changes", broken):
+        yield
+
+
+@mutant
+def position_off_by_one() -> Iterator[None]:
+    apply = cpu.unpack_block
+
+    def broken(form: Any, count: int, num: int, data: Any, dtype: Any) -> Any:
+        positions, values = apply(form, count, num, data, dtype)
+        return np.minimum(positions + 1, num - 1), values
+
+    with mock.patch.object(cpu, "unpack_block", broken):
+        yield
+
+
+@mutant
+def value_of_the_version_before() -> Iterator[None]:
+    pack, changed = cpu.pack_block, cpu.changed
+    before: dict[str, Any] = {}
+
+    def remember(old: Any, new: Any) -> Any:
+        before["old"] = old.copy()
+        return changed(old, new)
+
+    def stale(form: Any, positions: Any, new: Any, data: Any) -> int:
+        return pack(form, positions, before["old"], data)
+
+    with mock.patch.object(cpu, "changed", remember), mock.patch.object(cpu, "pack_block", stale):
+        yield
+
+
+@mutant
+def snapshot_runs_ahead() -> Iterator[None]:
+    """It takes a change before that has been sent."""
+    changed = cpu.changed
+
+    def broken(old: Any, new: Any) -> Any:
+        if len(old):
+            old[: len(old) // 2] = new[: len(new) // 2]
+        return changed(old, new)
+
+    with mock.patch.object(cpu, "changed", broken):
+        yield
+
+
+@mutant
+def swallowed_apply() -> Iterator[None]:
+    unpack = cpu.CpuDecoder.unpack
+
+    def broken(self: Any, payload: torch.Tensor, length: torch.Tensor) -> None:
+        if self._versions.version != 2:
+            unpack(self, payload, length)
+
+    with mock.patch.object(cpu.CpuDecoder, "unpack", broken):
+        yield
+
+
+@mutant
+def wrong_base() -> Iterator[None]:
+    """A source sends changes whatever its destinations hold, and these do not look."""
+    begin = Versions.begin
+
+    def broken(self: Versions) -> None:
+        self.weights.version = self.snapshot.version = max(0, self.version)
+        begin(self)
+
+    with mock.patch.object(Versions, "begin", broken), mock.patch.object(Versions, "check", return_value=None):
+        yield
+
+
+@pytest.mark.parametrize("broken", sorted(MUTANTS))
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[1]], ids=" ".join)
+def test_mutants_are_found(ranks: RankPool, broken: str, way: list[str]) -> None:
+    result, output, _ = ranks.run(run_scenario, [*LAYOUTS, "--refit-method", *way], broken)[0]
+    engine = result.refit.engines["refit"]
+    assert engine.status is Status.WRONG_DATA, output
+    assert engine.num_wrong > 0
