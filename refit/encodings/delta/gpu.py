@@ -10,7 +10,7 @@ import triton.language as tl
 
 from refit.copies.batch import CopyBatch
 from refit.copies.copy import Copy
-from refit.encodings.delta.form import GPU_BLOCK, NO_BASE, element_bytes, num_blocks, num_elements, table_end
+from refit.encodings.delta.form import GPU_BLOCK, table_end
 from refit.encodings.delta.kernel import apply_changes, find_and_pack
 from refit.encodings.delta.regions import Group, Region, groups_of, offsets_of, region_of
 from refit.encodings.delta.versions import Versions
@@ -23,11 +23,12 @@ ITEMS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the kernels take a block of 32 x `lanes` x `tiles` elements: 1 or 2 tiles."""
+    """How the kernels take a block of 32 x `lanes` x `tiles` elements: by up to `num_programs` programs at a time."""
 
-    lanes: int = 128
-    tiles: int = 2
-    num_warps: int = 4
+    lanes: int = 32
+    tiles: int = 8
+    num_warps: int = 1
+    num_programs: int = 132 * 20
     apply_lanes: int = 128
     apply_warps: int = 4
 
@@ -82,22 +83,24 @@ class GpuEncoder:
         regions = [each.region for each in self._gathered]
         *begins, end = offsets_of(region.num * region.size for region in regions)
         device = weights.device
-        self._snapshot = (
+        self.snapshot = (
             torch.empty(end, dtype=torch.uint8, pin_memory=True)
             if on_host
             else torch.empty(end, dtype=torch.uint8, device=device)
         )
-        addresses = [self._snapshot.data_ptr() + begin for begin in begins]
+        addresses = [self.snapshot.data_ptr() + begin for begin in begins]
         self._groups = groups_of(regions, addresses, tuning.block, device)
         blocks = sum(len(group.table) for group in self._groups)
         self._data_begins = table_end(blocks)
         self._full_end = self._data_begins + end
         self.counts = torch.zeros(blocks, dtype=torch.int32, device=device)
+        programs = min(blocks, tuning.num_programs)
+        self._scratch = torch.empty(programs * tuning.tiles * tuning.lanes, dtype=torch.uint32, device=device)
         self.num_elements = sum(region.num for region in regions)
 
     @property
     def snapshot_bytes(self) -> int:
-        return self._snapshot.numel()
+        return self.snapshot.numel()
 
     def pack(self, payload: torch.Tensor, length: torch.Tensor) -> None:
         versions, tuning = self._versions, self._tuning
@@ -105,11 +108,16 @@ class GpuEncoder:
         for each in self._gathered:
             each.copy_in.run()
         for group in self._groups:
-            find_and_pack[(len(group.table),)](
+            num_blocks = len(group.table)
+            num_programs = min(num_blocks, tuning.num_programs)
+            find_and_pack[(num_programs,)](
                 group.table,
+                num_blocks,
+                num_programs,
                 payload,
                 length,
                 self.counts,
+                self._scratch,
                 versions.version,
                 versions.base,
                 ITEM=ITEMS[group.size],

@@ -1,17 +1,18 @@
 """The kernels of deltas: one finds and packs what has changed, one applies it. Importing this module needs Triton.
 
-A program has one block. A lane compares 32 elements at a time, in words of eight bytes that lie `LANES` words apart, so
-that all loads are coalesced, and keeps a bit for each. Only lanes know which elements have changed then; one prefix sum
-over the lanes' counts says where each writes, and one atomic addition where the block does, so most of the work is
-comparing. Lanes take their bits one by one: at a share of 1 %, few have more than one.
+A program takes one block after another, in tiles. A lane compares 32 elements of a tile, in words of eight bytes that
+lie as many words apart as there are lanes, so that all loads are coalesced, and keeps a bit for each. Only lanes know
+which elements have changed then: one prefix sum over the lanes' counts says where each writes, and one atomic addition
+where the block does, so most of the work is comparing. Lanes take their bits one by one: of 32 elements at a share of
+1 %, few have more than one.
 
-    word      j = 0                    j = 1                 . . .
+    turn      0                        1                 . . .
     lane      0     1     2  .  .  .   0     1     2  .  .
     elements  0..3  4..7  8..11        4 LANES ..            of 2 bytes
 
-Of a word's two halves, `_changed_fields` leaves the highest bit of each element that differs, in one half where it is,
-in the other shifted by one. Words then differ by shifts of two: of elements of 2 bytes, bit 15 - 2 j - half of a field
-of 16 stands for word j. So 8 words of 4 elements fill 32 bits.
+Of a word's two halves, `_changed_fields` leaves the highest bit of each element that differs, in the lower half where
+it is, in the upper one shifted by one. The bits of turns then differ by shifts of two: of elements of 2 bytes, bit
+15 - 2 turn - half of a field of 16. So 8 turns with 4 elements each fill 32 bits.
 
 A snapshot is written where a word has changed, and nowhere else.
 """
@@ -52,6 +53,12 @@ def _number_of(bit: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _bit_of(k: tl.constexpr, turn: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """The bit that stands for element `k` of the word of a `turn`."""
+    return (k % (4 // SIZE)) * 8 * SIZE + 8 * SIZE - 1 - k // (4 // SIZE) - 2 * turn
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _element_of(number: tl.tensor, lane: tl.tensor, SIZE: tl.constexpr, LANES: tl.constexpr) -> tl.tensor:
     """The element in its tile that bit `number` of `lane` stands for."""
     field_bits: tl.constexpr = 8 * SIZE
@@ -70,20 +77,173 @@ def _places_bytes(count: tl.tensor, num: tl.tensor, SIZE: tl.constexpr) -> tl.te
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _at(element: tl.tensor, width: tl.tensor, stride: tl.tensor, STRIDED: tl.constexpr) -> tl.tensor:
-    """Where an element of a piece is, in elements from its first: in rows of `width` that are `stride` apart."""
+def _at(first: tl.tensor, element: tl.tensor, width: tl.tensor, stride: tl.tensor, STRIDED: tl.constexpr) -> tl.tensor:
+    """Where an element of a block that begins at `first` is: in rows of `width` that are `stride` apart.
+
+    Without them the block's address is in the table, as one that is known to be a multiple of 16 stays one.
+    """
+    where = element
     if STRIDED:
-        row = element // width
-        return row.to(tl.int64) * stride + (element - row * width)
-    return element
+        row = (first + element) // width
+        where = row.to(tl.int64) * stride + (first + element - row * width)
+    return where
 
 
-@triton.jit(do_not_specialize=["version", "base", "table_bytes"])  # type: ignore[untyped-decorator]
-def find_and_pack(
-    table: tl.tensor,
+@triton.jit  # type: ignore[untyped-decorator]
+def _copy_block(
+    new: tl.tensor,
+    first: tl.tensor,
+    num: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    data: tl.tensor,
+    old: tl.tensor,
+    BLOCK: tl.constexpr,
+    STRIDED: tl.constexpr,
+    KEEP: tl.constexpr,
+) -> None:
+    """All elements of a block into `data`, and with KEEP into the snapshot `old`."""
+    done = 0
+    while done < num:
+        element = done + tl.arange(0, BLOCK)
+        present = element < num
+        values = tl.load(new + _at(first, element, width, stride, STRIDED), mask=present)
+        tl.store(data + element, values, mask=present)
+        if KEEP:
+            tl.store(old + element, values, mask=present)
+        done += BLOCK
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _changed_bits(
+    new: tl.tensor,
+    old: tl.tensor,
+    first: tl.tensor,
+    num: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    tile: tl.tensor,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDE: tl.constexpr,
+    STRIDED: tl.constexpr,
+) -> tl.tensor:
+    """The bits of a tile's changed elements, uint32 `[LANES]`. The snapshot `old` then has the new elements.
+
+    All is loaded before anything is stored: a load may not overtake a store that might be to its address.
+    """
+    per_word: tl.constexpr = 8 // SIZE
+    turn = tl.arange(0, 4 * SIZE)[:, None]
+    word = (tile * 4 * SIZE + turn) * LANES + tl.arange(0, LANES)[None, :]
+    if WIDE:
+        new_words = tl.multiple_of(new.to(tl.pointer_type(tl.int64)), 16)
+        old_words = tl.multiple_of(old.to(tl.pointer_type(tl.int64)), 16)
+        present = word < tl.multiple_of(num // per_word, 2)
+        word_at = _at(first // per_word, word, width // per_word, stride // per_word, STRIDED)
+        after = tl.load(new_words + word_at, mask=present, other=0)
+        before = tl.load(old_words + word, mask=present, other=0, eviction_policy="evict_first")
+        differs = before ^ after
+        lower = _changed_fields((differs & 0xFFFFFFFF).to(tl.uint32), SIZE)
+        upper = _changed_fields(((differs >> 32) & 0xFFFFFFFF).to(tl.uint32), SIZE)
+        bits = tl.sum((lower | (upper >> 1)) >> (2 * turn).to(tl.uint32), 0)
+        tl.store(old_words + word, after, mask=differs != 0)
+    else:
+        bits = tl.zeros((LANES,), tl.uint32)
+        for k in tl.static_range(per_word):
+            element = word * per_word + k
+            present = element < num
+            after = tl.load(new + _at(first, element, width, stride, STRIDED), mask=present, other=0)
+            before = tl.load(old + element, mask=present, other=0)
+            differs = before != after
+            tl.store(old + element, after, mask=differs)
+            bits |= tl.sum(differs.to(tl.uint32) << _bit_of(k, turn, SIZE).to(tl.uint32), 0)
+    return bits
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pack_positions(
+    new: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    bits: tl.tensor,
+    positions: tl.tensor,
+    data: tl.tensor,
+    at: tl.tensor,
+    tile: tl.tensor,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    STRIDED: tl.constexpr,
+) -> tl.tensor:
+    """Each lane takes its bits of a tile, one at a time, and writes from `at` on. Returns where it ends."""
+    lane = tl.arange(0, LANES)
+    most = tl.max(_num_bits(bits), 0)
+    turn = 0
+    while turn < most:
+        bit = _lowest_bit(bits)
+        bits = bits ^ bit
+        present = bit != 0
+        element = tile * 32 * LANES + _element_of(_number_of(bit), lane, SIZE, LANES)
+        values = tl.load(new + _at(first, element, width, stride, STRIDED), mask=present)
+        tl.store(positions + at, element.to(tl.int16), mask=present)
+        tl.store(data + at, values, mask=present)
+        at += present.to(tl.int32)
+        turn += 1
+    return at
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pack_masks(
+    new: tl.tensor,
+    first: tl.tensor,
+    num: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    bits: tl.tensor,
+    masks: tl.tensor,
+    data: tl.tensor,
+    done: tl.tensor,
+    tile: tl.tensor,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    STRIDED: tl.constexpr,
+) -> tl.tensor:
+    """The masks and the values of a tile, these from `done` on: each turn has a word of each lane, in order.
+
+    Returns where the values end.
+    """
+    per_word: tl.constexpr = 8 // SIZE
+    lanes_per_mask: tl.constexpr = 32 // per_word
+    lane = tl.arange(0, LANES)
+    shift = ((lane % lanes_per_mask) * per_word).to(tl.uint32)
+    turn = 0
+    while turn < 4 * SIZE:
+        word = (tile * 4 * SIZE + turn) * LANES + lane
+        here = tl.zeros((LANES,), tl.uint32)
+        for k in tl.static_range(per_word):
+            here |= ((bits >> _bit_of(k, turn, SIZE).to(tl.uint32)) & 1) << k
+        mask = tl.sum(tl.reshape(here << shift, (LANES // lanes_per_mask, lanes_per_mask)), 1)
+        mask_at = (tile * 4 * SIZE + turn) * (LANES // lanes_per_mask) + tl.arange(0, LANES // lanes_per_mask)
+        tl.store(masks + mask_at, mask.to(tl.int32, bitcast=True), mask=mask_at < (num + 31) // 32)
+        counts = _num_bits(here)
+        at = done + tl.cumsum(counts, 0) - counts
+        for k in tl.static_range(per_word):
+            present = ((here >> k) & 1) != 0
+            values = tl.load(new + _at(first, word * per_word + k, width, stride, STRIDED), mask=present)
+            tl.store(data + at, values, mask=present)
+            at += present.to(tl.int32)
+        done += tl.sum(counts, 0)
+        turn += 1
+    return done
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _find_in_block(
+    entry: tl.tensor,
     payload: tl.tensor,
     length: tl.tensor,
     counts: tl.tensor,
+    scratch: tl.tensor,
     version: tl.tensor,
     base: tl.tensor,
     ITEM: tl.constexpr,
@@ -94,17 +254,7 @@ def find_and_pack(
     STRIDED: tl.constexpr,
     FULL: tl.constexpr,
 ) -> None:
-    """Compare a block of new elements with the snapshot, pack what differs, and write that into the snapshot.
-
-    `table` `[blocks, 8]`, int64, has for each block: the address of the piece's new elements, that of the block in the
-    snapshot, the block's first element in the piece, its elements, the width and the stride of the piece's rows, the
-    block's number in the message, and where it lies in a full one, in 16 bytes. ITEM is the integer of SIZE bytes.
-    WIDE: the new elements, the snapshot, rows and the block have multiples of 16 bytes, at addresses that are, too.
-    STRIDED: rows are not one behind another. FULL: all blocks are sent whole.
-
-    `length`, int64, is where the data begins, in bytes, and then where it ends. `counts` get each block's changes.
-    """
-    entry = table + tl.program_id(0).to(tl.int64) * 8
+    """One block of `find_and_pack`, whose row of the table is at `entry`."""
     new = tl.load(entry).to(tl.pointer_type(ITEM))
     old = tl.load(entry + 1).to(tl.pointer_type(ITEM))
     first = tl.load(entry + 2).to(tl.int32)
@@ -112,65 +262,27 @@ def find_and_pack(
     width = tl.load(entry + 4).to(tl.int32)
     stride = tl.load(entry + 5)
     number = tl.load(entry + 6)
-    per_word: tl.constexpr = 8 // SIZE
-    words: tl.constexpr = 4 * SIZE
-    tile_elements: tl.constexpr = 32 * LANES
-    lane = tl.arange(0, LANES)
     if number == 0:
         preamble = payload.to(tl.pointer_type(tl.int64))
         tl.store(preamble, version)
         tl.store(preamble + 1, base)
-        tl.store(preamble + 2, tl.full((), tile_elements * TILES, tl.int64))
+        tl.store(preamble + 2, tl.full((), 32 * LANES * TILES, tl.int64))
         tl.store(preamble + 3, tl.full((), 0, tl.int64))
     place = payload.to(tl.pointer_type(tl.int32)) + 8 + number * 2
     if FULL:
         start = tl.load(entry + 7)
-        data = (payload + start * 16).to(tl.pointer_type(ITEM))
-        done = 0
-        while done < num:
-            element = done + tl.arange(0, tile_elements)
-            present = element < num
-            values = tl.load(new + _at(first + element, width, stride, STRIDED), mask=present)
-            tl.store(old + element, values, mask=present)
-            tl.store(data + element, values, mask=present)
-            done += tile_elements
+        whole = (payload + start * 16).to(tl.pointer_type(ITEM))
+        _copy_block(new, first, num, width, stride, whole, old, 8 * LANES, STRIDED, True)
         tl.store(place, start.to(tl.int32))
         tl.store(place + 1, num)
         tl.store(counts + number, num)
     else:
-        low = tl.zeros((LANES,), tl.uint32)
-        high = tl.zeros((LANES,), tl.uint32)
-        for tile in tl.static_range(TILES):
-            bits = tl.zeros((LANES,), tl.uint32)
-            for j in tl.static_range(words):
-                word = (tile * words + j) * LANES + lane
-                if WIDE:
-                    word_at = _at(first // per_word + word, width // per_word, stride // per_word, STRIDED)
-                    new_words = tl.multiple_of(new.to(tl.pointer_type(tl.int64)), 16)
-                    old_words = tl.multiple_of(old.to(tl.pointer_type(tl.int64)), 16)
-                    present = word < tl.multiple_of(num // per_word, 2)
-                    after = tl.load(new_words + word_at, mask=present, other=0)
-                    before = tl.load(old_words + word, mask=present, other=0, eviction_policy="evict_first")
-                    tl.store(old_words + word, after, mask=before != after)
-                    differs = before ^ after
-                    lower = _changed_fields((differs & 0xFFFFFFFF).to(tl.uint32), SIZE)
-                    upper = _changed_fields(((differs >> 32) & 0xFFFFFFFF).to(tl.uint32), SIZE)
-                    bits |= (lower | (upper >> 1)) >> (2 * j)
-                else:
-                    for k in tl.static_range(per_word):
-                        element = word * per_word + k
-                        present = element < num
-                        after = tl.load(new + _at(first + element, width, stride, STRIDED), mask=present, other=0)
-                        before = tl.load(old + element, mask=present, other=0)
-                        tl.store(old + element, after, mask=before != after)
-                        bit = (k % (4 // SIZE)) * 8 * SIZE + 8 * SIZE - 1 - 2 * j - k // (4 // SIZE)
-                        bits |= (before != after).to(tl.uint32) << bit
-            if tile == 0:
-                low = bits
-            else:
-                high = bits
-        lane_counts = _num_bits(low) + _num_bits(high)
-        ends = tl.cumsum(lane_counts, 0)
+        lane = tl.arange(0, LANES)
+        lane_counts = tl.zeros((LANES,), tl.int32)
+        for tile in range(TILES):
+            bits = _changed_bits(new, old, first, num, width, stride, tile, SIZE, LANES, WIDE, STRIDED)
+            tl.store(scratch + tile * LANES + lane, bits)
+            lane_counts += _num_bits(bits)
         count = tl.sum(lane_counts, 0)
         tl.store(counts + number, count)
         tl.store(place + 1, count)
@@ -181,60 +293,66 @@ def find_and_pack(
             nbytes = tl.where(places < 0, num * SIZE, places + count * SIZE)
             begin = tl.atomic_add(length, ((nbytes + 15) // 16 * 16).to(tl.int64), sem="relaxed")
             tl.store(place, (begin // 16).to(tl.int32))
+            data = (payload + begin + tl.maximum(places, 0)).to(tl.pointer_type(ITEM))
             if places < 0:
-                data = (payload + begin).to(tl.pointer_type(ITEM))
-                done = 0
-                while done < num:
-                    element = done + tl.arange(0, tile_elements)
-                    present = element < num
-                    values = tl.load(new + _at(first + element, width, stride, STRIDED), mask=present)
-                    tl.store(data + element, values, mask=present)
-                    done += tile_elements
+                _copy_block(new, first, num, width, stride, data, old, 8 * LANES, STRIDED, False)
             elif places == (count + 1) // 2 * 4:
                 positions = (payload + begin).to(tl.pointer_type(tl.int16))
-                data = (payload + begin + places).to(tl.pointer_type(ITEM))
-                at = ends - lane_counts
-                most = tl.max(lane_counts, 0)
-                turn = 0
-                while turn < most:
-                    is_low = low != 0
-                    bit = _lowest_bit(tl.where(is_low, low, high))
-                    low = tl.where(is_low, low ^ bit, low)
-                    high = tl.where(is_low, high, high ^ bit)
-                    present = bit != 0
-                    element = _element_of(_number_of(bit), lane, SIZE, LANES) + tl.where(is_low, 0, tile_elements)
-                    values = tl.load(new + _at(first + element, width, stride, STRIDED), mask=present)
-                    tl.store(positions + at, element.to(tl.int16), mask=present)
-                    tl.store(data + at, values, mask=present)
-                    at += 1
-                    turn += 1
+                at = tl.cumsum(lane_counts, 0) - lane_counts
+                for tile in range(TILES):
+                    bits = tl.load(scratch + tile * LANES + lane)
+                    at = _pack_positions(
+                        new, first, width, stride, bits, positions, data, at, tile, SIZE, LANES, STRIDED
+                    )
             else:
                 masks = (payload + begin).to(tl.pointer_type(tl.int32))
-                data = (payload + begin + places).to(tl.pointer_type(ITEM))
-                lanes_per_mask: tl.constexpr = 32 // per_word
-                mask_number = tl.arange(0, LANES // lanes_per_mask)
-                shift = ((lane % lanes_per_mask) * per_word).to(tl.uint32)
-                done = 0
-                for tile in tl.static_range(TILES):
-                    bits = low if tile == 0 else high
-                    for j in tl.static_range(words):
-                        word = (tile * words + j) * LANES + lane
-                        here = tl.zeros((LANES,), tl.uint32)
-                        for k in tl.static_range(per_word):
-                            bit = (k % (4 // SIZE)) * 8 * SIZE + 8 * SIZE - 1 - 2 * j - k // (4 // SIZE)
-                            here |= ((bits >> bit) & 1) << k
-                        mask = tl.sum(tl.reshape(here << shift, (LANES // lanes_per_mask, lanes_per_mask)), 1)
-                        mask_at = (tile * words + j) * (LANES // lanes_per_mask) + mask_number
-                        tl.store(masks + mask_at, mask.to(tl.int32, bitcast=True), mask=mask_at < (num + 31) // 32)
-                        here_counts = _num_bits(here)
-                        at = done + tl.cumsum(here_counts, 0) - here_counts
-                        for k in tl.static_range(per_word):
-                            present = ((here >> k) & 1) != 0
-                            element = word * per_word + k
-                            values = tl.load(new + _at(first + element, width, stride, STRIDED), mask=present)
-                            tl.store(data + at, values, mask=present)
-                            at += present.to(tl.int32)
-                        done += tl.sum(here_counts, 0)
+                done = tl.sum(tl.zeros((LANES,), tl.int32), 0)
+                for tile in range(TILES):
+                    bits = tl.load(scratch + tile * LANES + lane)
+                    done = _pack_masks(
+                        new, first, num, width, stride, bits, masks, data, done, tile, SIZE, LANES, STRIDED
+                    )
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_programs", "version", "base"])  # type: ignore[untyped-decorator]
+def find_and_pack(
+    table: tl.tensor,
+    num_blocks: tl.tensor,
+    num_programs: tl.tensor,
+    payload: tl.tensor,
+    length: tl.tensor,
+    counts: tl.tensor,
+    scratch: tl.tensor,
+    version: tl.tensor,
+    base: tl.tensor,
+    ITEM: tl.constexpr,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    FULL: tl.constexpr,
+) -> None:
+    """Compare blocks of new elements with their snapshots, pack what differs, and write that into the snapshots.
+
+    `table` `[num_blocks, 8]`, int64, has for each block: the address of its new elements, that of the block in the
+    snapshot, the block's first element in the piece, its elements, the width and the stride of the piece's rows, the
+    block's number in the message, and where it lies in a full one, in 16 bytes. ITEM is the integer of SIZE bytes.
+    WIDE: the new elements, the snapshot, rows and the block have multiples of 16 bytes, at addresses that are, too.
+    STRIDED: rows are not one behind another, and the first column has the address of the piece. FULL: all blocks are
+    sent whole. Program p has blocks p, p + num_programs, ...; each has `TILES` x `LANES` uint32 of `scratch`.
+
+    `length`, int64, is where the data begins, in bytes, and then where it ends. `counts` get each block's changes.
+    """
+    block = tl.program_id(0)
+    scratch += block.to(tl.int64) * TILES * LANES
+    while block < num_blocks:
+        entry = table + block.to(tl.int64) * 8
+        _find_in_block(
+            entry, payload, length, counts, scratch, version, base,
+            ITEM, SIZE, LANES, TILES, WIDE, STRIDED, FULL,
+        )  # fmt: skip
+        block += num_programs
 
 
 @triton.jit(do_not_specialize=["version", "base", "max_bytes"])  # type: ignore[untyped-decorator]
@@ -287,17 +405,17 @@ def apply_changes(
                 mask_at = word + lane
                 bits = tl.load(masks + mask_at, mask=mask_at * 32 < num, other=0).to(tl.uint32, bitcast=True)
                 lane_counts = _num_bits(bits)
-                at = done + tl.cumsum(lane_counts, 0) - lane_counts
+                value_at = done + tl.cumsum(lane_counts, 0) - lane_counts
                 most = tl.max(lane_counts, 0)
                 turn = 0
                 while turn < most:
                     bit = _lowest_bit(bits)
                     bits = bits ^ bit
                     element = mask_at * 32 + _number_of(bit)
-                    present = (bit != 0) & (element < num) & (at < count)
-                    values = tl.load(data + at, mask=present)
-                    tl.store(held + _at(first + element, width, stride, STRIDED), values, mask=present)
-                    at += 1
+                    present = (bit != 0) & (element < num) & (value_at < count)
+                    values = tl.load(data + value_at, mask=present)
+                    tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
+                    value_at += 1
                     turn += 1
                 done += tl.sum(lane_counts, 0)
                 word += LANES
@@ -313,5 +431,5 @@ def apply_changes(
                     element = tl.load(positions + at, mask=present, other=0).to(tl.int32) & 0xFFFF
                     present = present & (element < num)
                 values = tl.load(data + at, mask=present)
-                tl.store(held + _at(first + element, width, stride, STRIDED), values, mask=present)
+                tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
                 done += LANES
