@@ -10,9 +10,10 @@ import triton.language as tl
 
 from refit.copies.batch import CopyBatch
 from refit.copies.copy import Copy
+from refit.encodings.delta.counts import Counts
 from refit.encodings.delta.form import GPU_BLOCK, table_end
 from refit.encodings.delta.kernel import apply_changes, find_and_pack
-from refit.encodings.delta.regions import Group, Region, groups_of, offsets_of, region_of
+from refit.encodings.delta.regions import Group, Region, groups_of, offsets_of, region_of, sizes_of
 from refit.encodings.delta.versions import Versions
 from refit.memory.codec import Piece
 from refit.memory.views import part_within
@@ -35,6 +36,29 @@ class Tuning:
     @property
     def block(self) -> int:
         return 32 * self.lanes * self.tiles
+
+
+class Timer:
+    """The time on the device between two calls on one stream."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+        if torch.cuda.is_available():
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._has_run = False
+
+    def begin(self) -> None:
+        for event in self._events[:1]:
+            event.record()
+
+    def end(self) -> None:
+        for event in self._events[1:]:
+            event.record()
+        self._has_run = bool(self._events)
+
+    def seconds(self) -> float:
+        """Of the last run, which has ended."""
+        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._has_run else 0.0
 
 
 TUNING = Tuning()
@@ -90,13 +114,14 @@ class GpuEncoder:
         )
         addresses = [self.snapshot.data_ptr() + begin for begin in begins]
         self._groups = groups_of(regions, addresses, tuning.block, device)
-        blocks = sum(len(group.table) for group in self._groups)
+        self.sizes = sizes_of(regions, tuning.block, device)
+        blocks = self.sizes.shape[1]
         self._data_begins = table_end(blocks)
         self._full_end = self._data_begins + end
         self.counts = torch.zeros(blocks, dtype=torch.int32, device=device)
         programs = min(blocks, tuning.num_programs)
         self._scratch = torch.empty(programs * tuning.tiles * tuning.lanes, dtype=torch.uint32, device=device)
-        self.num_elements = sum(region.num for region in regions)
+        self.timer = Timer()
 
     @property
     def snapshot_bytes(self) -> int:
@@ -104,6 +129,7 @@ class GpuEncoder:
 
     def pack(self, payload: torch.Tensor, length: torch.Tensor) -> None:
         versions, tuning = self._versions, self._tuning
+        self.timer.begin()
         length.fill_(self._full_end if versions.is_full else self._data_begins)
         for each in self._gathered:
             each.copy_in.run()
@@ -129,6 +155,7 @@ class GpuEncoder:
                 FULL=versions.is_full,
                 num_warps=tuning.num_warps,
             )
+        self.timer.end()
 
 
 class GpuDecoder:
@@ -147,10 +174,12 @@ class GpuDecoder:
         self._weights = weights
         self._gathered = [_Gathered(weights, piece) for piece in pieces]
         regions = [each.region for each in self._gathered]
+        self.timer = Timer()
         self._groups: list[Group] = groups_of(regions, [0] * len(regions), tuning.block, weights.device)
 
     def unpack(self, payload: torch.Tensor, length: torch.Tensor) -> None:
         versions, tuning = self._versions, self._tuning
+        self.timer.begin()
         for each in self._gathered:
             each.copy_in.run()
         for group in self._groups:
@@ -170,3 +199,18 @@ class GpuDecoder:
             )
         for each in self._gathered:
             each.copy_out.run()
+        self.timer.end()
+
+
+def add_counts(encoders: Sequence[GpuEncoder], counts: Counts, *, is_full: bool) -> None:
+    """What the encoders packed in the run that has ended. Waits for the device."""
+    if not encoders:
+        return
+    changed = torch.cat([encoder.counts for encoder in encoders]).long()
+    num, size = torch.cat([encoder.sizes for encoder in encoders], dim=1)
+    positions, masks = (changed + 1) // 2 * 4, (num + 31) // 32 * 4
+    places = torch.minimum(positions, masks)
+    is_whole = places + changed * size >= num * size
+    place_bytes = places.masked_fill(is_whole, 0).sum()
+    value_bytes = torch.where(is_whole, num * size, changed * size).sum()
+    counts.add(*torch.stack([num.sum(), changed.sum() * (not is_full), place_bytes, value_bytes]).tolist())

@@ -87,6 +87,15 @@ def groups_of(regions: Sequence[Region], snapshots: Sequence[int], block: int, d
     return [Group(*kind, torch.from_numpy(np.concatenate(rows)).to(device)) for kind, rows in found.items()]
 
 
+def sizes_of(regions: Sequence[Region], block: int, device: torch.device) -> torch.Tensor:
+    """Of each block of a message, int64 `[2, blocks]`: how many elements it has, and their bytes."""
+    found = []
+    for region in regions:
+        num = np.minimum(block, region.num - np.arange(0, region.num, block, dtype=np.int64))
+        found.append(np.stack([num, np.full_like(num, region.size)]))
+    return torch.from_numpy(np.concatenate(found, axis=1)).to(device)
+
+
 def offsets_of(sizes: Iterable[int]) -> list[int]:
     """Where parts of `sizes` bytes begin, each aligned, and where they end."""
     offsets = [0]
