@@ -14,7 +14,7 @@ from refit.cli.presets import config_flags, give_way, load_preset
 from refit.cli.side_flags import read_mode, read_sides, world_size_note
 from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
-from refit.config.registry import AUTO, ENGINES, FORMATS, IDENTITY, METHODS
+from refit.config.registry import AUTO, ENCODINGS, ENGINES, FORMATS, IDENTITY, METHODS
 from refit.config.scenario import Scenario, Verify
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -75,9 +75,10 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     source, destination = sides = read_sides(args)
     model, notes = _model(args, sides)
     notes += (*args.preset_notes, *filter(None, [world_size_note(args, sides)]))
-    _check_engines(args.refit_engine, sides)
-    _check_encoding(args)
-    _check_running_engine(args, destination)
+    engines = _engines(args)
+    _check_engines(engines, sides)
+    _check_encoding(args, engines)
+    _check_running_engine(args, engines, destination)
     recorded = recorded_flags(args)
     steps = step_settings(args, sides, model, recorded)
     if args.check_forward and model is not None:
@@ -88,7 +89,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         destination=destination,
         mode=read_mode(args, sides),
         method=args.refit_method or DRY_RUN_METHOD,
-        engines=args.refit_engine,
+        engines=engines,
         measurements=args.measure,
         num_warmup=args.num_benchmark_warmup,
         num_iterations=args.num_benchmark_iterations,
@@ -168,10 +169,10 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
             )
 
 
-def _check_running_engine(args: argparse.Namespace, destination: SideSpec) -> None:
+def _check_running_engine(args: argparse.Namespace, engines: Sequence[str], destination: SideSpec) -> None:
     """Raise UsageError where a running engine is needed, or could not see what is written."""
     running = destination.vllm is not None and destination.vllm.engine_python is not None
-    own = next((name for name in args.refit_engine if ENGINES[name].of_running), None)
+    own = next((name for name in engines if ENGINES[name].of_running), None)
     if own is not None and not running:
         raise UsageError(f"--refit-engine {own} updates a running vLLM: give --rl-inference-engine-python")
     if running and args.one_sided_buffers == "direct":
@@ -180,18 +181,39 @@ def _check_running_engine(args: argparse.Namespace, destination: SideSpec) -> No
         )
 
 
-def _check_encoding(args: argparse.Namespace) -> None:
-    """Raise UsageError where nothing is sent, or an engine sends the weights as they are."""
+def _engines(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those that were asked for, or this suite's: where it sends changes, beside full refits."""
+    if args.refit_engine is not None:
+        given: tuple[str, ...] = args.refit_engine
+        return given
+    compares = ENCODINGS[args.refit_encoding].has_options
+    return ("refit", *(name for name, row in ENGINES.items() if compares and row.sends_everything))
+
+
+def _check_encoding(args: argparse.Namespace, engines: Sequence[str]) -> None:
+    """Raise UsageError where nothing is sent, an engine sends the weights as they are, or no refit is the first."""
     encoding = args.refit_encoding
     if encoding == IDENTITY:
+        full = next((name for name in engines if ENGINES[name].sends_everything and len(engines) > 1), None)
+        if full is not None:
+            raise UsageError(f"--refit-engine {full} sends everything, as the others do: give --refit-encoding delta")
         return
     if "refit" not in args.measure:
         raise UsageError(f"--refit-encoding {encoding} needs a refit: add refit to --measure, or leave it out")
-    plain = next((name for name in args.refit_engine if not ENGINES[name].encodes), None)
+    if all(ENGINES[name].sends_everything for name in engines):
+        raise UsageError(
+            f"--refit-engine {engines[0]} alone leaves --refit-encoding {encoding} out: give refit,{engines[0]}"
+        )
+    plain = next((name for name in engines if not ENGINES[name].encodes), None)
     if plain is not None:
         raise UsageError(
             f"--refit-engine {plain} sends weights as they are, --refit-encoding {encoding} does not: "
             "leave one of them out"
+        )
+    if ENCODINGS[encoding].has_options and not args.num_benchmark_warmup:
+        raise UsageError(
+            f"--num-benchmark-warmup 0 measures the first refit, which sends everything whatever --refit-encoding "
+            f"{encoding} sends later: give 1 or more"
         )
 
 

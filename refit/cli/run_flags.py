@@ -57,9 +57,9 @@ def add_refit_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--refit-engine",
         type=flag_types.engines,
-        default=("refit",),
         metavar="NAME[,NAME]",
-        help=f"engines to run, one after the other: {', '.join(ENGINES)}; both: refit,megatron; default: refit",
+        help=f"engines to run, one after the other: {', '.join(ENGINES)}; both: refit,megatron; default: refit, "
+        "and full where --refit-encoding sends changes",
     )
 
 

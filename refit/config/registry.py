@@ -180,6 +180,7 @@ class Engine:
     `formats` are the sides it can refit; None stands for all. `single_chunk` ones refit one model chunk per rank.
     `encodes`: it sends through encodings, so it can refit to FP8 destinations, or send other than the weights.
     `of_running`: it is a running engine's own update, which puts the weights to use itself.
+    `sends_everything`: it leaves out the scenario's encoding, which others are compared with.
     """
 
     engine: str
@@ -189,6 +190,7 @@ class Engine:
     single_chunk: bool = False
     encodes: bool = False
     of_running: bool = False
+    sends_everything: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +376,13 @@ ENGINES = Registry(
             title="vLLM's ipc update",
             is_baseline=True,
             of_running=True,
+        ),
+        "full": Engine(
+            engine="refit.bench.engines.refit:PlannedEngine",
+            title="full refit",
+            is_baseline=True,
+            encodes=True,
+            sends_everything=True,
         ),
     },
 )

@@ -10,6 +10,7 @@ from refit.report.entries import Entry, entries_of
 from refit.report.grid import comma_separated
 from refit.results.refit import Sample
 from refit.results.runs import Run
+from refit.results.shares import share_rows
 from refit.results.stats import Summary
 
 Record = dict[str, object]
@@ -113,10 +114,20 @@ def _measured(entry: Entry) -> Record:
         "staging_bytes": max(engine.staging_bytes_per_rank, default=None) if engine else None,
         "extra_memory_bytes": _largest(engine.extra_memory_bytes_per_rank) if engine else None,
         "not_moved_bytes": engine.not_moved_bytes if engine else None,
+        **_changes(entry),
         "num_compared": engine.num_compared if engine else None,
         "num_wrong": engine.num_wrong if engine else None,
         "ratio": entry.ratio,
         "ratio_between": entry.ratio_between,
+    }
+
+
+def _changes(entry: Entry) -> Record:
+    """What an engine that sends changes sent, of the first share."""
+    rows = share_rows(entry.outcome.refit) if entry.is_tested else []
+    return {
+        "changed_share": rows[0].changed_share if rows else None,
+        "sent_bytes": rows[0].sent_bytes if rows else None,
     }
 
 

@@ -6,6 +6,7 @@ from refit import units
 from refit.config.registry import ENGINES
 from refit.config.scenario import Mode, Verify
 from refit.plan.cost import Bound, Cost
+from refit.report.delta_lines import delta_headline
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.stats import Summary
@@ -105,6 +106,7 @@ def _figures(outcome: Outcome, engine: EngineResult, problem: str | None) -> str
     num_refits = len(engine.measured_s)
     parts = [
         _times(engine.summary, num_refits),
+        delta_headline(outcome.refit) if engine is outcome.tested else "",
         _speed(engine, None if problem else outcome.bound),
         _pause(engine),
         _wrong(outcome, engine),
@@ -150,13 +152,24 @@ def _wrong(outcome: Outcome, engine: EngineResult) -> str:
 def ratios(outcome: Outcome) -> list[str]:
     """How the engine under test compares with each baseline of the same run; nothing unless both have times.
 
+    Full refits are compared with in the headline itself.
+
     Where either result does not count, the line says so in place of a ratio.
     """
     tested = outcome.tested
     if tested is None or tested.median_s is None:
         return []
-    timed = ((name, theirs) for name, theirs in outcome.refit.baselines.items() if theirs.median_s is not None)
+    timed = (
+        (name, theirs)
+        for name, theirs in outcome.refit.baselines.items()
+        if theirs.median_s is not None and not _is_in_headline(name)
+    )
     return [_ratio(outcome, tested, theirs, name) for name, theirs in timed]
+
+
+def _is_in_headline(name: str) -> bool:
+    """Whether the headline of the engine under test has its ratio with this baseline."""
+    return name in ENGINES and ENGINES[name].sends_everything
 
 
 def _ratio(outcome: Outcome, tested: EngineResult, theirs: EngineResult, name: str) -> str:

@@ -11,6 +11,7 @@ from refit.config.scenario import Mode, Scenario
 from refit.plan.cost import Cost
 from refit.report import warnings
 from refit.report.console import table_width
+from refit.report.delta_lines import delta_lines
 from refit.report.grid import Column, fitted
 from refit.report.headline import headlines, title
 from refit.report.neutral import FILE_WIDTH, plain_lines
@@ -99,6 +100,7 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
             lines += warnings.of_engine(name, engine, scenario, result)
             lines += engine_lines(name, engine)
         lines += [wrong_weights(name, engine), not_moved(name, engine), sent(name, engine)]
+    lines += delta_lines(result, table_width())
     lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
     lines += (verdict(name, engine, scenario.verify.value) for name, engine in engines.items())
     if result.rearranged is not None:
@@ -249,9 +251,10 @@ def not_moved(name: str, engine: EngineResult) -> str:
 
 
 def sent(name: str, engine: EngineResult) -> str:
-    """`refit: sent 1.23 GB of at most 4.56 GB in the last refit; 27 % over all`; empty where the plan has the bytes."""
+    """`refit: sent 1.23 GB of at most 4.56 GB in the last refit; 27 % over all`; empty where the plan has the bytes,
+    and where a table has them share by share."""
     share = engine.sent_share
-    if share is None:
+    if share is None or engine.asked_shares:
         return ""
     last = engine.samples[-1]
     found, most = units.gb(last.sent_bytes or 0), units.gb(last.most_sent_bytes or 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from refit.config.registry import ENGINES
 from refit.plan.cost import Bound, Cost
+from refit.results.delta import DeltaSample
 from refit.results.serving import Served
 from refit.results.stats import Stability, Summary
 from refit.results.status import Status
@@ -17,7 +18,8 @@ class Sample:
 
     `unattributed_s` is that rank's time outside all phases, `beside_s` the time of its GPU's work that was hidden
     beside them. Summaries leave `warmup` samples out. `sent_bytes` are those that all ranks sent, headers included, of
-    at most `most_sent_bytes`; None where messages are as long as their weights, whose bytes the plan has.
+    at most `most_sent_bytes`; None where messages are as long as their weights, whose bytes the plan has. `delta` is
+    what a refit that sends changes counted; None of others.
 
     Of a running engine, `around_s` are the phases before and after the refit, which its requests wait for, too, and
     `apart_s` those of an own update of the engine while it still serves, such as converting weights for it. Its own
@@ -40,6 +42,7 @@ class Sample:
     engine_compared: int = 0
     engine_wrong: int = 0
     apart_s: dict[str, float] = field(default_factory=dict)
+    delta: DeltaSample | None = None
 
     @property
     def seconds(self) -> float:
@@ -190,8 +193,21 @@ class EngineResult:
         return sum(each.nbytes for each in self.not_moved)
 
     @property
+    def num_timed(self) -> int:
+        """Measured refits, of every share."""
+        return sum(not sample.warmup for sample in self.samples)
+
+    @property
+    def asked_shares(self) -> list[float | None]:
+        """The shares of the weights that were changed before measured refits, in turn, the first one first."""
+        return list(dict.fromkeys(each.delta.asked_share for each in self.samples if each.delta and not each.warmup))
+
+    @property
     def measured_s(self) -> list[float]:
-        return [sample.seconds for sample in self.samples if not sample.warmup]
+        """Seconds of the measured refits. Where several shares took turns: of the first."""
+        asked = self.asked_shares
+        timed = (sample for sample in self.samples if not sample.warmup)
+        return [each.seconds for each in timed if each.delta is None or each.delta.asked_share == asked[0]]
 
     @property
     def warmup_s(self) -> list[float]:

@@ -62,7 +62,8 @@ REFUSED_FLAGS = [
     ("--refit-mode both", "--refit-mode: invalid choice: 'both'"),
     (
         "--refit-engine refit,rfit",
-        "--refit-engine: invalid choice: 'rfit' (choose from refit, megatron, nccl-m2n, vllm-reload, vllm-ipc, both)",
+        "--refit-engine: invalid choice: 'rfit' (choose from refit, megatron, nccl-m2n, vllm-reload, vllm-ipc, full, "
+        "both)",
     ),
     ("--position-embedding-type alibi", "--position-embedding-type: invalid choice: 'alibi'"),
     ("--context-parallel-size 2", "--context-parallel-size: 2 is not supported"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from refit.config.clusters import Cluster
+from refit.config.delta import DeltaOptions, Pattern, Snapshot
 from refit.config.layout import Layout
 from refit.config.placement import ExpertPlacement
 from refit.config.scenario import Mode, Scenario, Verify
@@ -16,6 +17,7 @@ from refit.config.side import Fsdp2Options, SideSpec, VllmOptions
 from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
+from refit.results.delta import DeltaSample
 from refit.results.refit import (
     Activity,
     EngineResult,
@@ -35,6 +37,7 @@ from tests.report.factories import MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
 """Files of the first edition, and what its `refit report --format csv` printed of them."""
+DELTA = DeltaSample(0.01, 90, 1, 4, 2, 0.01, 0.02, 0.03, 180, 1, "rank 0: nothing was sent before")
 ENGINE = EngineResult(
     status=Status.WRONG_DATA,
     reason="a reason",
@@ -48,7 +51,7 @@ ENGINE = EngineResult(
         Sample(0, True, (0.1, 0.3, 0.2), 1, {"wire": 0.25}, 0.05, 100, 0),
         Sample(
             *(1, False, (0.1, 0.2, 0.3), 2, {"wire": 0.25, "pack": 0.01}, 0.04, 100, 7, {"quantise": 0.1}, 10, 12),
-            *({"pause": 0.01, "commit": 0.02}, 90, 3, {"convert": 0.1}),
+            *({"pause": 0.01, "commit": 0.02}, 90, 3, {"convert": 0.1}, DELTA),
         ),
     ),
     summary=summarise([0.3]),
@@ -130,6 +133,7 @@ FULL = Result(
         device="cuda",
         ranks_per_gpu=2,
         encoding="delta",
+        delta=DeltaOptions((0.5, 0.25), Pattern.ROWS, Snapshot.HOST),
         one_sided_buffers="symmetric",
         nvshmem_force_put=True,
         cluster=Cluster("mine", 391e9, None, 8, None, 80 * 10**9, "H200", "measured"),

@@ -214,7 +214,8 @@ class EngineRun:
                 self._update(status=refused.status, reason=refused.reason)
                 return False
             ranks = [each for each in answers if isinstance(each, RankSample)]
-            sample = sample_of(ranks, iteration, warmup=iteration < scenario.num_warmup, packs=self._packs)
+            warmup = iteration < scenario.num_warmup
+            sample = sample_of(ranks, iteration, warmup=warmup, packs=self._packs, delta=scenario.delta)
             self._update(
                 samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *wrong_weights(ranks, iteration))
             )
@@ -232,10 +233,10 @@ class EngineRun:
 
     def _is_enough(self) -> bool:
         """Whether no refit is left to time. All ranks hold the times of all ranks, so all decide alike."""
-        timed, scenario = self._result.measured_s, self._scenario
-        if scenario.max_iterations is None or len(timed) < scenario.num_iterations:
-            return len(timed) == scenario.num_iterations
-        return len(timed) == scenario.max_iterations or stability(timed).is_stable
+        num_timed, scenario = self._result.num_timed, self._scenario
+        if scenario.max_iterations is None or num_timed < scenario.num_iterations:
+            return num_timed == scenario.num_iterations
+        return num_timed == scenario.max_iterations or stability(self._result.measured_s).is_stable
 
     def _check(self, iteration: int) -> oracle.Verdict:
         weights, verify = self._planned.destination.weights, self._scenario.verify

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 
 from refit.bench.clock import Timing
 from refit.bench.oracle import Verdict
+from refit.config.delta import DeltaOptions
+from refit.encodings.delta.cpu import APPLY, FIND, PACK
 from refit.models.vllm.engine.serving import Findings
+from refit.results.delta import DeltaSample
 from refit.results.refit import Sample, WrongWeights
+from refit.transport.base import RunReport
 
 MAX_WRONG_PER_RANK = 100
 """Most wrong tensors that a rank reports per iteration. Counts of wrong elements are always complete."""
@@ -29,8 +33,11 @@ class RankSample:
     apart_s: dict[str, float] = field(default_factory=dict)
 
 
-def sample_of(ranks: Sequence[RankSample], iteration: int, *, warmup: bool, packs: bool) -> Sample:
-    """The refit of all ranks, with the phases of the slowest. `packs`: an encoding packs the messages."""
+def sample_of(
+    ranks: Sequence[RankSample], iteration: int, *, warmup: bool, packs: bool, delta: DeltaOptions | None = None
+) -> Sample:
+    """The refit of all ranks, with the phases of the slowest. `packs`: an encoding packs the messages. `delta`: it
+    sends what has changed."""
     slowest = max(ranks, key=lambda each: each.timing.seconds)
     report, reports = slowest.timing.report, [each.timing.report for each in ranks]
     return Sample(
@@ -49,6 +56,30 @@ def sample_of(ranks: Sequence[RankSample], iteration: int, *, warmup: bool, pack
         apart_s={phase: seconds for each in ranks for phase, seconds in each.apart_s.items()},
         engine_compared=sum(each.engine.num_compared for each in ranks),
         engine_wrong=sum(sum(each.engine.wrong.values()) for each in ranks),
+        delta=_delta(reports, delta.share_of(iteration) if iteration else None) if delta is not None else None,
+    )
+
+
+def _delta(reports: Sequence[RunReport], asked_share: float | None) -> DeltaSample:
+    def total(name: str) -> int:
+        return sum(each.counts.get(name, 0) for each in reports)
+
+    def longest(phase: str) -> float:
+        return max(each.phases_s.get(phase, 0.0) + each.beside_s.get(phase, 0.0) for each in reports)
+
+    reasons = [f"rank {rank}: {each.remark}" for rank, each in enumerate(reports) if each.remark]
+    return DeltaSample(
+        asked_share=asked_share,
+        num_elements=total("num_compared"),
+        num_changed=None if reasons else total("num_changed"),
+        place_bytes=total("place_bytes"),
+        value_bytes=total("value_bytes"),
+        find_s=longest(FIND),
+        pack_s=longest(PACK),
+        apply_s=longest(APPLY),
+        snapshot_bytes=max(each.counts.get("snapshot_bytes", 0) for each in reports),
+        num_full=len(reasons),
+        full_because=reasons[0] if reasons else None,
     )
 
 

@@ -14,7 +14,8 @@ from refit.bench.saved_weights import SavedWeights
 from refit.bench.session import Session
 from refit.bench.sides import Side, rearranged, refitted_to
 from refit.config.clusters import Cluster, choose_cluster
-from refit.config.registry import ENGINES, load
+from refit.config.registry import ENGINES, IDENTITY, load
+from refit.config.scenario import Scenario
 from refit.encodings.fp8.wire import QuantisedWire
 from refit.errors import PlanError
 from refit.plan import cost
@@ -65,7 +66,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     plan = sides.plan
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
-    bound = cost.lower_bound(cost.bytes_matrix(plan), cluster, session.gpus, sides.work_bytes) if cluster else None
+    bound = _bound(session, sides, cluster)
     trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
     plan_s = stopwatch.seconds["plan"]
     doubt = _doubt_of_training(session)
@@ -76,7 +77,8 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
         bound=bound,
         quantised=_quantised(sides, destination),
     )
-    engines = {name: load(ENGINES[name].engine)(session.scenario, session.device) for name in session.scenario.engines}
+    scenarios = {name: scenario_of(name, session.scenario) for name in session.scenario.engines}
+    engines = {name: load(ENGINES[name].engine)(each, session.device) for name, each in scenarios.items()}
     notes = (*session.scenario.notes, *(note for engine in engines.values() if (note := engine.note())))
     lower_bound = bound_text(bound, cluster) if cluster else remedy
     session.say(
@@ -90,9 +92,42 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
             result = replace(result, engines={**result.engines, name: found})
             session.publish(result)
 
-        EngineRun(session, planned, name, engine, keep).measure()
+        own = replace(session, scenario=scenarios[name])
+        EngineRun(own, _sending(own, planned, cluster), name, engine, keep).measure()
         result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
+
+
+def scenario_of(name: str, scenario: Scenario) -> Scenario:
+    """What the engine called `name` is asked to do: each share is measured as often as the scenario says, in turn.
+
+    An engine that sends everything knows no encoding but what follows from the destination.
+    """
+    if ENGINES[name].sends_everything:
+        return replace(scenario, encoding=IDENTITY, delta=None)
+    if scenario.delta is None:
+        return scenario
+    turns, most = len(scenario.delta.shares), scenario.max_iterations
+    return replace(
+        scenario, num_iterations=turns * scenario.num_iterations, max_iterations=turns * most if most else None
+    )
+
+
+def _sending(session: Session, planned: PlannedRefit, cluster: Cluster | None) -> PlannedRefit:
+    """`planned` for an engine's own scenario: planned again where that sends other than the run's."""
+    source, destination, sides = planned.source, planned.destination, planned.sides
+    if list(sides.wires) == session.scenario.encodings:
+        return planned
+    sides = plan_sides(
+        source.sharding, destination.sharding, destination.spec, session.ranks_per_node, session.scenario.sending
+    )
+    return replace(planned, sides=sides, bound=_bound(session, sides, cluster))
+
+
+def _bound(session: Session, sides: PlannedSides, cluster: Cluster | None) -> cost.Bound | None:
+    if cluster is None:
+        return None
+    return cost.lower_bound(cost.bytes_matrix(sides.plan), cluster, session.gpus, sides.work_bytes)
 
 
 def _doubt_of_training(session: Session) -> str | None:

@@ -59,6 +59,7 @@ BASELINE_LOOKS = (
     Look("#f2f2f2", "--", "v"),
     Look("#b5b5b5", "**", "^"),
     Look("#7d7d7d", "++", "P"),
+    Look("#cdcdcd", "xx", "P"),
 )
 PHASE_LOOKS = tuple(
     Look(color, hatch, "o")

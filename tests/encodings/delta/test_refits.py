@@ -22,6 +22,7 @@ from refit.encodings.delta import cpu
 from refit.encodings.delta.versions import Versions
 from refit.errors import RefitError
 from refit.results.result import ResultFile, read_result
+from refit.results.shares import share_rows
 from refit.results.status import Status
 from tests.ranks.pool import RankPool
 from tests.seams.test_encodings import FP8, WAYS
@@ -56,6 +57,62 @@ def test_changes_are_sent(ranks: RankPool, way: list[str], sides: list[str], tmp
     assert first.sent_bytes > 0.99 * result.refit.plan.wire_bytes
     most = 0.1 if sides is not FP8 else 1.01  # a change of one weight can move the scale of a block, and all its codes
     assert all(sample.sent_bytes < most * first.sent_bytes for sample in later)
+    assert first.delta.full_because.endswith("nothing was sent before")
+    for sample in later:
+        assert sample.delta.num_full == 0
+        assert sample.delta.asked_share == 0.01
+        assert sample.delta.num_changed > 0
+        assert sample.delta.place_bytes + sample.delta.value_bytes < sample.sent_bytes
+    assert stored.refit.engines["full"].num_wrong == 0
+    assert len(stored.refit.engines["full"].measured_s) == 3
+    assert "x as fast as full in this run" in output
+
+
+def test_shares_take_turns_and_each_is_measured_as_often(ranks: RankPool) -> None:
+    shares = ["--delta-changed-share", "0.5%", "--delta-changed-share", "25%"]
+    result, output, _ = ranks.run(run_scenario, [*LAYOUTS, "--refit-method", "gloo", *shares])[0]
+    engine = result.refit.engines["refit"]
+    assert (engine.num_wrong, engine.num_timed, len(engine.measured_s)) == (0, 6, 3)
+    rows = {row.asked_share: row for row in share_rows(result.refit)}
+    assert set(rows) == {0.005, 0.25}
+    for share, row in rows.items():
+        assert row.num_refits == 3
+        assert row.changed_share == pytest.approx(share, rel=0.05)
+    assert rows[0.005].sent_bytes < rows[0.25].sent_bytes
+    assert "Changes sent" in output
+
+
+@contextmanager
+def a_joiner() -> Iterator[None]:
+    """Before the second refit every destination loses its weights, and says so."""
+    begin, unpack = Versions.begin, cpu.CpuDecoder.unpack
+
+    def forgetful(self: Versions) -> None:
+        if self.version == 1:
+            self.weights.forget("it has joined")
+        begin(self)
+
+    def empty(self: Any, payload: torch.Tensor, length: torch.Tensor) -> None:
+        if self._versions.version == 2:
+            for piece in self._pieces:
+                piece.write(np.zeros_like(piece.read()))
+        unpack(self, payload, length)
+
+    with mock.patch.object(Versions, "begin", forgetful), mock.patch.object(cpu.CpuDecoder, "unpack", empty):
+        yield
+
+
+def run_with_joiner(rank: int, argv: list[str]) -> Any:
+    with a_joiner():
+        return run_scenario(rank, argv)
+
+
+def test_a_joiner_gets_everything_and_the_result_says_why(ranks: RankPool) -> None:
+    result, output, _ = ranks.run(run_with_joiner, [*LAYOUTS, "--refit-method", "gloo"])[0]
+    engine = result.refit.engines["refit"]
+    assert (engine.status, engine.num_wrong) == (Status.OK, 0), output
+    assert [sample.delta.num_full > 0 for sample in engine.samples] == [True, True, False, False]
+    assert engine.samples[1].delta.full_because.endswith("it has joined")
 
 
 MUTANTS: dict[str, Callable[[], Any]] = {}
@@ -140,14 +197,12 @@ def swallowed_apply() -> Iterator[None]:
 
 @mutant
 def wrong_base() -> Iterator[None]:
-    """A source sends changes whatever its destinations hold, and these do not look."""
-    begin = Versions.begin
-
-    def broken(self: Versions) -> None:
-        self.weights.version = self.snapshot.version = max(0, self.version)
-        begin(self)
-
-    with mock.patch.object(Versions, "begin", broken), mock.patch.object(Versions, "check", return_value=None):
+    """A source sends changes to a destination that has joined anew, and that does not look."""
+    with (
+        a_joiner(),
+        mock.patch.object(Versions, "_why_full", lambda self: self.snapshot.reason if not self.version > 1 else None),
+        mock.patch.object(Versions, "check", return_value=None),
+    ):
         yield
 
 
