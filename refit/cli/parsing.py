@@ -24,6 +24,7 @@ from refit.predict.families.config_json import read_config_json
 from refit.predict.sides import check_side, library_notes
 from refit.results.stats import LEAST_FOR_INTERVAL
 
+DEFAULT_WARMUP = 2
 DRY_RUN_METHOD = "nccl"
 """The method of a dry run without `--refit-method`. No figure of a dry run depends on it."""
 
@@ -91,7 +92,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         method=args.refit_method or DRY_RUN_METHOD,
         engines=engines,
         measurements=args.measure,
-        num_warmup=args.num_benchmark_warmup,
+        num_warmup=_num_warmup(args),
         num_iterations=args.num_benchmark_iterations,
         max_iterations=_max_iterations(args),
         verify=Verify(args.verify),
@@ -210,11 +211,24 @@ def _check_encoding(args: argparse.Namespace, engines: Sequence[str]) -> None:
             f"--refit-engine {plain} sends weights as they are, --refit-encoding {encoding} does not: "
             "leave one of them out"
         )
-    if ENCODINGS[encoding].has_options and not args.num_benchmark_warmup:
+    least = _least_warmup(args)
+    if args.num_benchmark_warmup is not None and args.num_benchmark_warmup < least:
+        why = "tries before it chooses" if least > 1 else "sends everything at first"
         raise UsageError(
-            f"--num-benchmark-warmup 0 measures the first refit, which sends everything whatever --refit-encoding "
-            f"{encoding} sends later: give 1 or more"
+            f"--num-benchmark-warmup {args.num_benchmark_warmup} < {least}: --refit-encoding {encoding} {why}: "
+            f"give {least} or more"
         )
+
+
+def _num_warmup(args: argparse.Namespace) -> int:
+    given: int | None = args.num_benchmark_warmup
+    return max(DEFAULT_WARMUP, _least_warmup(args)) if given is None else given
+
+
+def _least_warmup(args: argparse.Namespace) -> int:
+    """The refits that show nothing of how later ones go: the first that sends changes sends everything."""
+    row = ENCODINGS[args.refit_encoding]
+    return max(int(row.has_options), row.num_to_decide + 1 if row.num_to_decide else 0)
 
 
 def _check_forward_flags(args: argparse.Namespace, model: ModelShape) -> None:

@@ -88,9 +88,9 @@ def _add_measurement_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--num-benchmark-warmup",
         type=flag_types.non_negative,
-        default=2,
         metavar="N",
-        help="refits before the timed ones; default: 2",
+        help="refits before the timed ones; default: 2, and more with --refit-encoding auto, which tries before it "
+        "chooses",
     )
     group.add_argument(
         "--num-benchmark-iterations", type=flag_types.positive, default=5, metavar="N", help="timed refits; default: 5"

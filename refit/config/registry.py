@@ -161,7 +161,8 @@ class Encoding:
 
     `dtypes` are those of destinations from which the encoding follows, as codes from FP8. An encoding without any is
     one that users choose, with `--refit-encoding`. One with `has_options` gets the scenario's as a fourth argument of
-    `wire` (`refit.config.delta`).
+    `wire` (`refit.config.delta`). One with `num_to_decide` is left out of refits where that is faster
+    (`refit.transport.chosen`): so many refits try both.
     """
 
     title: str
@@ -170,6 +171,7 @@ class Encoding:
     oracle: str | None = None
     dtypes: tuple[str, ...] = ()
     has_options: bool = False
+    num_to_decide: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +335,14 @@ ENCODINGS = Registry(
             bind="refit.encodings.delta.live:LiveDelta",
             oracle="refit.encodings.delta.oracle:oracle",
             has_options=True,
+        ),
+        "auto": Encoding(
+            title="what has changed, or everything, whichever was faster before",
+            wire="refit.encodings.delta.wire:wire_of",
+            bind="refit.encodings.delta.live:LiveDelta",
+            oracle="refit.encodings.delta.oracle:oracle",
+            has_options=True,
+            num_to_decide=5,
         ),
     },
 )

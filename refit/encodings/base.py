@@ -81,6 +81,10 @@ class LiveEncoding(Protocol):
         """What is to be said of the run that has ended; None for nothing."""
         ...
 
+    def forget(self, reason: str) -> None:
+        """The destination has got weights by another way: nothing may build on what was sent before."""
+        ...
+
     def close(self) -> None:
         """Drop all references to weights."""
         ...

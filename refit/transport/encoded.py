@@ -80,6 +80,11 @@ class EncodedProgram:
         remarks = [live.remark for live in self._live if live.remark is not None]
         return replace(report, phases_s=phases, beside_s=beside, counts=counts, remark="; ".join(remarks) or None)
 
+    def forget(self, reason: str) -> None:
+        """The destination has got weights by another way, for which `reason` stands: what was sent before is void."""
+        for live in self._live:
+            live.forget(reason)
+
     def close(self) -> None:
         self._program.close()
         refresh_all(*self._held)

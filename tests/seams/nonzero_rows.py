@@ -135,6 +135,8 @@ class LiveRows:
     def counted(self) -> dict[str, int]:
         return {}
 
+    def forget(self, reason: str) -> None: ...
+
     def close(self) -> None:
         self.source = self.destination = None
 

@@ -8,12 +8,16 @@ from dataclasses import replace
 import torch
 
 from refit.bench.sides import Side
+from refit.config.registry import ENCODINGS
 from refit.config.scenario import Scenario
+from refit.encodings.delta.choice import Bounds
 from refit.memory.weights import LocalWeights
+from refit.plan.cost import bytes_matrix, lower_bound, per_gpu, wire_only
 from refit.predict.sides import PlannedSides
 from refit.transport.base import Program, TransportOptions, get_transport
+from refit.transport.chosen import ChosenProgram
 from refit.transport.encoded import EncodedProgram
-from refit.transport.ranks import Ranks
+from refit.transport.ranks import Ranks, gpus_here
 from refit.transport.rendezvous import Rendezvous
 
 
@@ -25,6 +29,7 @@ class PlannedEngine:
     def __init__(self, scenario: Scenario, device: torch.device) -> None:
         self.transport = scenario.way
         self._transport = get_transport(scenario.method)
+        self._encoding, self._cluster = scenario.encoding, scenario.cluster
         self._ranks_per_gpu = scenario.ranks_per_gpu
         self._ranks: Ranks | None = None
         self._options = TransportOptions(
@@ -51,7 +56,38 @@ class PlannedEngine:
         if not wires:
             return prepare(source.weights, destination.weights)
         peers = Rendezvous(ranks, f"encodings/{plan.digest}", plan.ranks, options.timeout_s)
+        if not ENCODINGS[self._encoding].num_to_decide:
+            return EncodedProgram(plan, wires, peers, source.weights, destination.weights, prepare)
+        # First the one that may move the destination's weights.
+        options = replace(options, staging_bytes=options.staging_bytes // 2)
+        everything = self._everything(planned, source, destination, options)
+        changes = EncodedProgram(plan, wires, peers, source.weights, destination.weights, prepare)
+        chooser = Rendezvous(ranks, f"choice/{plan.digest}", plan.ranks, options.timeout_s)
+        return ChosenProgram(chooser, everything, changes, self._bounds(planned))
+
+    def _everything(self, planned: PlannedSides, source: Side, destination: Side, options: TransportOptions) -> Program:
+        """Moves the same plan without the last encoding, which only packs messages."""
+        plan, wires, ranks = planned.plan, dict(list(planned.wires.items())[:-1]), self._ranks
+        assert ranks is not None
+        options = replace(options, max_bytes=None)
+
+        def prepare(sent: LocalWeights | None, received: LocalWeights | None) -> Program:
+            return self._transport.prepare(plan, ranks, sent, received, options)
+
+        if not wires:
+            return prepare(source.weights, destination.weights)
+        peers = Rendezvous(ranks, f"encodings/{plan.digest}", plan.ranks, options.timeout_s)
         return EncodedProgram(plan, wires, peers, source.weights, destination.weights, prepare)
+
+    def _bounds(self, planned: PlannedSides) -> Bounds | None:
+        """On the scenario's cluster; None without one, or without the speed of its memory."""
+        matrix, cluster, gpus = bytes_matrix(planned.plan), self._cluster, gpus_here(self._ranks_per_gpu)
+        if cluster is None or cluster.copy_bytes_per_s is None:
+            return None
+        full = lower_bound(matrix, cluster, gpus, planned.work_bytes)
+        # Reading old and new takes as long as copying one of them.
+        sent = per_gpu(wire_only(matrix), gpus).sum(axis=1)
+        return None if full is None else Bounds(full.seconds, float(sent.max()) / cluster.copy_bytes_per_s)
 
     def _options_of(self, planned: PlannedSides) -> TransportOptions:
         is_pipelined = any(wire.is_pipelined for wire in planned.wires.values())

@@ -78,7 +78,10 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
         quantised=_quantised(sides, destination),
     )
     scenarios = {name: scenario_of(name, session.scenario) for name in session.scenario.engines}
-    engines = {name: load(ENGINES[name].engine)(each, session.device) for name, each in scenarios.items()}
+    engines = {
+        name: load(ENGINES[name].engine)(replace(each, cluster=cluster), session.device)
+        for name, each in scenarios.items()
+    }
     notes = (*session.scenario.notes, *(note for engine in engines.values() if (note := engine.note())))
     lower_bound = bound_text(bound, cluster) if cluster else remedy
     session.say(

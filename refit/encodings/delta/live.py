@@ -79,8 +79,7 @@ class LiveDelta:
             self._generations = generations(*self._held)
             self._encoders.clear()
             self._decoders.clear()
-            for held in (self.versions.snapshot, self.versions.weights):
-                held.forget(MOVED)
+            self.forget(MOVED)
         self.counts.begin()
         self.versions.begin()
 
@@ -109,6 +108,10 @@ class LiveDelta:
         packed = sum(encoder.timer.seconds() for encoder in self._encoders if not isinstance(encoder, CpuEncoder))
         applied = sum(decoder.timer.seconds() for decoder in self._decoders)
         return {phase: seconds for phase, seconds in ((PACK, packed), (APPLY, applied)) if seconds > 0.0}
+
+    def forget(self, reason: str) -> None:
+        for held in (self.versions.snapshot, self.versions.weights):
+            held.forget(reason)
 
     def close(self) -> None:
         self.source = self.destination = None

@@ -102,6 +102,9 @@ class LiveFp8:
     def counted(self) -> Mapping[str, int]:
         return {}
 
+    def forget(self, reason: str) -> None:
+        """No refit builds on another."""
+
     def close(self) -> None:
         self._made, self.source, self.destination = None, None, None
         for pipeline in self._pipelines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from refit.bench.engines.refit import PlannedEngine
 from refit.bench.runner import benchmark
 from refit.bench.session import new_session
 from refit.cli.parsing import parse
@@ -24,6 +26,7 @@ from refit.errors import RefitError
 from refit.results.result import ResultFile, read_result
 from refit.results.shares import share_rows
 from refit.results.status import Status
+from refit.transport.base import Program, RunReport
 from tests.ranks.pool import RankPool
 from tests.seams.test_encodings import FP8, WAYS
 from tests.seams.test_seams import FLAGS, LAYOUTS
@@ -113,6 +116,52 @@ def test_a_joiner_gets_everything_and_the_result_says_why(ranks: RankPool) -> No
     assert (engine.status, engine.num_wrong) == (Status.OK, 0), output
     assert [sample.delta.num_full > 0 for sample in engine.samples] == [True, True, False, False]
     assert engine.samples[1].delta.full_because.endswith("it has joined")
+
+
+class Sleepy:
+    """A program that takes a quarter of a second longer."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.staging_bytes, self.close = program.staging_bytes, program.close
+
+    def run(self) -> RunReport:
+        time.sleep(0.25)
+        return self.program.run()
+
+
+def run_auto(rank: int, argv: list[str], slower: str) -> Any:
+    """`slower` is what takes a quarter of a second longer: `changes` or `everything`."""
+    everything, unpack = PlannedEngine._everything, cpu.CpuDecoder.unpack
+
+    def sleepy_unpack(self: Any, payload: torch.Tensor, length: torch.Tensor) -> None:
+        time.sleep(0.25 * (slower == "changes"))
+        unpack(self, payload, length)
+
+    def sleepy_everything(*args: Any) -> Any:
+        program = everything(*args)
+        return Sleepy(program) if slower == "everything" else program
+
+    with (
+        mock.patch.object(PlannedEngine, "_everything", sleepy_everything),
+        mock.patch.object(cpu.CpuDecoder, "unpack", sleepy_unpack),
+    ):
+        return run_scenario(rank, [*argv, "--refit-encoding", "auto", "--num-benchmark-warmup", "7"])
+
+
+@pytest.mark.parametrize("sides", [LAYOUTS, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize("slower", ["changes", "everything"])
+def test_auto_sends_what_was_faster(ranks: RankPool, sides: list[str], way: list[str], slower: str) -> None:
+    result, output, _ = ranks.run(run_auto, [*sides, "--refit-method", *way], slower)[0]
+    engine = result.refit.engines["refit"]
+    assert (engine.status, engine.num_wrong) == (Status.OK, 0), output
+    is_full = [sample.delta.num_full > 0 for sample in engine.samples]
+    assert is_full[:5] == [True, False, False, True, True]
+    assert is_full[7:] == [slower == "changes"] * 3, output
+    if slower == "changes":
+        assert "Sent in full: 8 of 10 refits" in output
+        assert "everything was sent, which had been faster" in output
 
 
 MUTANTS: dict[str, Callable[[], Any]] = {}
