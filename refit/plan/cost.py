@@ -128,15 +128,16 @@ def bytes_by_rank(plan: RefitPlan, rank: IntArray, routes: BoolArray) -> IntArra
     return nbytes
 
 
-def bytes_matrix(plan: RefitPlan) -> IntArray:
+def bytes_matrix(plan: RefitPlan, nbytes: IntArray | None = None) -> IntArray:
     """Bytes from each rank (row) to each rank (column), `[num_ranks, num_ranks]`. The diagonal has local copies.
 
-    Those of all stages: stages overlap, message by message, so that a link has the bytes of all to carry in one refit.
+    `nbytes` are those of each route, `[num_routes]`; None: all that it writes. Those of all stages: stages overlap,
+    message by message, so that a link has the bytes of all to carry in one refit.
     """
     num_ranks = 1 + plan.ranks[-1]
     matrix = np.zeros((num_ranks, num_ranks), np.int64)
     moved = plan.source != ZEROS
-    np.add.at(matrix, (plan.source[moved], plan.destination[moved]), plan.nbytes[moved])
+    np.add.at(matrix, (plan.source[moved], plan.destination[moved]), (plan.nbytes if nbytes is None else nbytes)[moved])
     return matrix
 
 

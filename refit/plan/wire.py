@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from refit.plan.box import Box
+from refit.plan.box_array import IntArray
 from refit.plan.plan import RefitPlan
 from refit.plan.sharding import Sharding, TensorSpec
 
 MaxBytes = Callable[[TensorSpec, Box], int]
 """The most bytes that a box of a tensor takes in a message. It must not grow where the box shrinks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a refit sends where `share` of the weights has changed: about `nbytes` of each route, `[num_routes]`.
+
+    `work_bytes` are as `Wire.work_bytes`.
+    """
+
+    share: float
+    nbytes: IntArray
+    work_bytes: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +53,10 @@ class Wire:
         A copy of n bytes reads n and writes n. Ranks without such bytes are left out.
         """
         return {}
+
+    def forecasts(self, plan: RefitPlan) -> Sequence[Forecast]:
+        """One for each share that is asked for; none where what is sent does not depend on what has changed."""
+        return ()
 
     @property
     def most_memory_bytes(self) -> Mapping[str, Mapping[int, int]]:

@@ -134,10 +134,11 @@ def _cpu_memory_bytes(scenario: Scenario, run: DryRun | None, start: Start) -> i
 
 
 def _weights_bytes(scenario: Scenario, run: DryRun) -> int:
-    """Both sides' weights, and staging, of which a rank uses no more than it moves."""
+    """Both sides' weights, what encodings need, and staging, of which a rank uses no more than it moves."""
     moved = run.matrix.sum(axis=0) + run.matrix.sum(axis=1) - 2 * run.matrix.diagonal()
     staging = sum(min(scenario.staging_bytes, int(nbytes)) for nbytes in moved)
-    return sum(run.source_bytes.values()) + sum(run.destination_bytes.values()) + staging
+    held = (run.source_bytes, run.destination_bytes, run.encoding_bytes)
+    return sum(sum(each.values()) for each in held) + staging
 
 
 def _cpu_run_s(scenario: Scenario, run: DryRun | None, cores: int, start: Start) -> float:

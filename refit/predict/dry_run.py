@@ -40,17 +40,27 @@ class DryRunOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """What a refit sends where `share` of the weights has changed, at most, and its bound; None as `DryRun.bound`."""
+
+    share: float
+    wire_bytes: int
+    bound: Bound | None
+
+
+@dataclass(frozen=True, slots=True)
 class DryRun:
     """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
     `encoding_needs` are the bytes that encodings need on ranks, by what for: `quantising`.
 
     `gpus` says which ranks share a GPU. `matrix` has the bytes from each rank (row) to each rank (column), `traffic`
     splits them at the boundaries of nodes, `work_bytes` are those that encodings read and write on ranks beside them.
-    `bound` is None without a cluster, and where the cluster has no speed for bytes that cross its nodes. `training` is
-    what the source's ranks need beside their weights to train; empty where no training step is measured. `expert_maps`
-    are the destination's, empty for a format that does not let users place experts. `linear` is the same scenario with
-    experts in order and none twice, `rearranged` with those of the next placement; both None where they are not
-    another.
+    `changes` has a row for each share of changed weights that is asked for; the other bytes are those of a refit that
+    sends everything. `bound` is None without a cluster, and where the cluster has no speed for bytes that cross its
+    nodes. `training` is what the source's ranks need beside their weights to train; empty where no training step is
+    measured. `expert_maps` are the destination's, empty for a format that does not let users place experts. `linear` is
+    the same scenario with experts in order and none twice, `rearranged` with those of the next placement; both None
+    where they are not another.
     """
 
     scenario: Scenario
@@ -68,6 +78,7 @@ class DryRun:
     work_bytes: Mapping[int, int]
     traffic: Traffic
     bound: Bound | None
+    changes: tuple[Changes, ...]
     training: Mapping[int, TrainingMemory]
     predict_s: float
     plan_s: float
@@ -154,6 +165,7 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         work_bytes=figures.work_bytes,
         traffic=split_traffic(figures.matrix, options.gpus_per_domain * shared),
         bound=lower_bound(figures.matrix, options.cluster, gpus, figures.work_bytes) if options.cluster else None,
+        changes=tuple(_changes(share, matrix, work, options.cluster, gpus) for share, matrix, work in figures.changes),
         training=training_bytes(scenario),
         predict_s=figures.predict_s,
         plan_s=figures.plan_s,
@@ -161,6 +173,11 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         linear=_with_destination(scenario, _linear(scenario.model, scenario.destination), options),
         rearranged=_with_destination(scenario, scenario.destination.rearranged, options),
     )
+
+
+def _changes(share: float, matrix: IntArray, work: Mapping[int, int], cluster: Cluster | None, gpus: GpuMap) -> Changes:
+    bound = lower_bound(matrix, cluster, gpus, work) if cluster else None
+    return Changes(share, int(matrix.sum() - matrix.trace()), bound)
 
 
 def held_on(gpus: GpuMap, held: Mapping[str, Mapping[int, int]]) -> dict[int, int]:
@@ -174,7 +191,8 @@ def held_on(gpus: GpuMap, held: Mapping[str, Mapping[int, int]]) -> dict[int, in
 
 @dataclass(frozen=True, slots=True)
 class _Figures:
-    """What a dry run finds for two sides, whatever moves the bytes. Fields are those of DryRun."""
+    """What a dry run finds for two sides, whatever moves the bytes. Fields are those of DryRun; `changes` has a share,
+    its `bytes_matrix` and what encodings then read and write on ranks."""
 
     num_parameters: int
     num_tensors: int
@@ -184,6 +202,7 @@ class _Figures:
     cost: Cost
     matrix: IntArray
     work_bytes: Mapping[int, int]
+    changes: tuple[tuple[float, IntArray, Mapping[int, int]], ...]
     predict_s: float
     plan_s: float
     expert_maps: tuple[ExpertMap, ...]
@@ -208,6 +227,9 @@ def _planned(
         cost=planned.cost,
         matrix=matrix,
         work_bytes=planned.work_bytes,
+        changes=tuple(
+            (each.share, bytes_matrix(planned.plan, each.nbytes), each.work_bytes) for each in planned.forecasts
+        ),
         predict_s=predicted_s - start_s,
         plan_s=planned_s - predicted_s,
         expert_maps=expert_maps(shardings[1]) if destination.places_experts else (),

@@ -14,7 +14,8 @@ from refit.plan.cost import Bound, BusiestRank
 class Found:
     """One planned candidate. `kv_room_bytes` is the GPU memory left beside `memory_bytes`, `kv_tokens` the tokens
     whose cache fits there on one replica of the attention; both None where the cluster's memory is not known.
-    `bound` is None where the cluster has no speed for bytes that cross its nodes.
+    `bound` is None where the cluster has no speed for bytes that cross its nodes. It is that of a refit that sends
+    changes of `share` of the weights; None: everything.
     """
 
     flags: tuple[str, ...]
@@ -30,6 +31,7 @@ class Found:
     kv_room_bytes: int | None
     kv_tokens: int | None
     bound: Bound | None
+    share: float | None = None
 
     @property
     def bound_s(self) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from refit import units
+from refit.config.delta import Snapshot
 from refit.config.flag_names import size_flag
 from refit.config.gpus import planned_gpus
 from refit.config.layout import Layout
@@ -49,11 +50,22 @@ def check_memory(run: DryRun) -> None:
             remedies = [*_lower_staging(run, weights, available), *_fewer_ranks(run, available)]
         else:
             remedies = [*_lower_staging(run, weights, available), *_fitting_layouts(run, side, available)]
+        remedies = [*_snapshot_on_host(run, side, available), *remedies]
         raise UsageError(
             f"{subject} {units.gb(weights + staging)} per GPU ({units.gb(weights)} of {run.held_text(side)}, "
             f"{units.gb(staging)} of staging), {cluster.name} has {units.gb(cluster.gpu_memory_bytes)}: "
             f"{', or '.join(remedies) or 'raise TP, EP or PP, or use GPUs with more memory'}"
         )
+
+
+def _snapshot_on_host(run: DryRun, side: str, available: int) -> list[str]:
+    """Where that alone suffices."""
+    delta = run.scenario.delta
+    if delta is None or delta.snapshot is Snapshot.HOST:
+        return []
+    moved = replace(run, encoding_needs={work: held for work, held in run.encoding_needs.items() if work != "snapshot"})
+    fits = max(moved.held_bytes[side].values()) + run.staging_bytes <= available
+    return ["keep the snapshot in the host's memory with --delta-snapshot host"] if fits else []
 
 
 def _lower_staging(run: DryRun, weights: int, available: int) -> list[str]:

@@ -16,7 +16,7 @@ from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.plan.quantised import check_kept, quantised_sharding
 from refit.plan.sharding import Sharding
-from refit.plan.wire import MaxBytes, Wire
+from refit.plan.wire import Forecast, MaxBytes, Wire
 from refit.predict.families.parts import Parts, sharding_in_parts
 from refit.predict.training_memory import TrainingMemory
 
@@ -97,6 +97,11 @@ class PlannedSides:
         """What encodings need on each rank, beside the models and staging, by what for. Ranks without are left out."""
         needs = {wire.work: wire.memory_bytes(self.plan) for wire in self.wires.values()}
         return {work: held for work, held in needs.items() if held}
+
+    @property
+    def forecasts(self) -> list[Forecast]:
+        """What is sent by the share of the weights that has changed; empty where that does not count."""
+        return [forecast for wire in self.wires.values() for forecast in wire.forecasts(self.plan)]
 
     @property
     def work_bytes(self) -> Mapping[int, int]:

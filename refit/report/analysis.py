@@ -1,7 +1,7 @@
 """Answers questions from a sweep's results, in sentences with figures.
 
 EP against TP, the cost of separate GPU sets, how time scales with bytes, one-sided against two-sided transport, and
-what quantising saves where a destination quantises. Where results are missing for an answer, the answer names them.
+what quantising saves where a destination quantises, and from which share of changed weights on all are sent as fast. Where results are missing for an answer, the answer names them.
 Where versions, spread or fit do not support a conclusion (`evidence`), one line says why.
 """
 
@@ -21,6 +21,7 @@ from refit.report.neutral import plain_lines
 from refit.report.points import Point, median, points_of
 from refit.report.run_spread import Samples, by_scenario
 from refit.report.scaling import scalings
+from refit.report.shares import shares_lines
 from refit.results.outcomes import Outcome
 
 NEARLY_EQUAL = 1.05
@@ -62,6 +63,8 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
     ]
     if any(point.quantisation for point in points):
         findings.append(Finding("FP8: how much faster is a refit that quantises?", tuple(quantised(points))))
+    if shares := shares_lines(outcomes):
+        findings.append(Finding("Deltas: up to which share of changed weights is sending them faster?", tuple(shares)))
     return findings
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 from refit import units
 from refit.config.registry import ENCODINGS, IDENTITY
 from refit.plan.cost import BusiestRank, per_gpu
-from refit.predict.dry_run import DryRun
+from refit.predict.dry_run import Changes, DryRun
 from refit.report.bound import bound_text
+from refit.report.delta_lines import percent
 from refit.report.expert_map import expert_lines
 from refit.report.rank_map import rank_map
 from refit.results.result import encoded
@@ -48,6 +49,7 @@ def dry_run_json(run: DryRun) -> str:
         "fits_memory": None if limit is None else run.memory_bytes <= limit,
         "plan": run.cost,
         "bound": run.bound,
+        "changes": run.changes,
         "traffic": {
             "gpus_per_node": run.options.gpus_per_domain,
             **{name: getattr(traffic, name).tolist() for name in TRAFFIC},
@@ -90,7 +92,18 @@ def _moved(run: DryRun) -> dict[str, str]:
         "Busiest sender": f"{_busiest(run, sender, 'sent')}, {cost.sender_imbalance:.2f} x mean sender",
         "Busiest receiver": _busiest(run, receiver, "received"),
         "Lower bound": _lower_bound(run),
+        **{f"{percent(each.share)} % changed": _changes(run, each) for each in run.changes},
     }
+
+
+def _changes(run: DryRun, changes: Changes) -> str:
+    """`at most 1.39 GB (2.1 %) between ranks; lower bound 3.12 ms on h100_ib400: ...`."""
+    wire = run.cost.wire_bytes
+    text = f"at most {units.gb(changes.wire_bytes)}"
+    text += f" ({percent(changes.wire_bytes / wire)} %)" if wire else ""
+    cluster = run.options.cluster
+    bound = f"; lower bound {bound_text(changes.bound, cluster)}" if cluster else ""
+    return f"{text} between {'ranks' if run.gpus.is_shared else 'GPUs'}{bound}"
 
 
 def _encoding(name: str) -> str:

@@ -128,7 +128,7 @@ def _times(summary: Summary, num_refits: int) -> str:
 def _speed(engine: EngineResult, bound: Bound | None) -> str:
     """`291 GB/s = 74 % of the link's bound`; what is not known, or where nothing crosses a link, is left out."""
     rate = f"{units.three_digits(engine.bottleneck_gb_per_s)} GB/s" if engine.bottleneck_gb_per_s else ""
-    if bound is None or not bound.seconds or not engine.median_s:
+    if bound is None or not bound.seconds or not engine.median_s or engine.sent_share is not None:
         return rate
     percent = 100 * bound.seconds / engine.median_s
     share = f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"

@@ -10,6 +10,7 @@ from refit.config.clusters import Cluster
 from refit.config.quantisation import BLOCK_FORMATS
 from refit.predict.findings import Findings, Found
 from refit.report.console import table_width
+from refit.report.delta_lines import percent
 from refit.report.grid import Column, comma_separated, fitted
 from refit.results.plain import plain
 
@@ -28,6 +29,9 @@ def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
         rows.append([f"{'*' if index in findings.pareto else ' '} {layouts}", *_figures(found, large)])
     table = fitted(_columns("destination" if len(sources) == 1 else "layouts", large), rows, table_width())
     lines = [*_counts(findings, cluster), "", table, "", LEGEND]
+    share = findings.found[0].share
+    if share is not None:
+        lines.insert(0, f"Sent:    what has changed, {percent(share)} % of the weights: bounds are those of that")
     if dtype is not None:
         lines.insert(0, f"Dtype:   {dtype} at the destination")
     if len(sources) == 1:

@@ -74,7 +74,9 @@ class Outcome:
 
     @property
     def share_of_bound(self) -> float | None:
-        """The lower bound over the median, 0 to 1."""
+        """The lower bound over the median, 0 to 1; None too where an encoding sends other bytes than the plan has."""
+        if self.tested is not None and self.tested.sent_share is not None:
+            return None
         return self.bound.seconds / self.median_s if self.bound and self.bound.seconds and self.median_s else None
 
 

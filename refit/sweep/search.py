@@ -109,7 +109,8 @@ class Search:
             memory_bytes=memory,
             kv_room_bytes=room,
             kv_tokens=tokens,
-            bound=run.bound,
+            bound=run.changes[0].bound if run.changes else run.bound,
+            share=run.changes[0].share if run.changes else None,
         )
 
     def _fitting(self) -> tuple[list[Candidate], int, str]:
@@ -171,7 +172,8 @@ class Search:
         self, flags: tuple[str, ...], scenario: Scenario, source: list[int], destination: list[int]
     ) -> Candidate:
         memory, floor_s = max(destination), 0.0
-        if scenario.ranks_per_gpu > 1:  # which ranks meet on a GPU is for the plan: this is the least of one
+        # Which ranks meet on a GPU is for the plan: this is the least of one. Changes have no floor either.
+        if scenario.ranks_per_gpu > 1:
             return Candidate(flags, memory + scenario.staging_bytes, floor_s)
         if scenario.mode is Mode.COLLOCATED:
             pairs = itertools.zip_longest(source, destination, fillvalue=0)
@@ -179,6 +181,7 @@ class Search:
         else:
             # Every byte of a destination on GPUs of its own arrives over a link, and some source sent it.
             floor_s = max(max(destination), sum(destination) / len(source)) / self._fastest_link(len(source))
+            floor_s *= scenario.delta is None
         return Candidate(flags, memory + scenario.staging_bytes, floor_s)
 
 

@@ -96,6 +96,21 @@ def test_flags_that_no_scenario_can_take(common: list[str], message: str) -> Non
     assert message in str(caught.value)
 
 
+def test_shares_of_changed_weights_are_an_axis(tmp_path: Path) -> None:
+    selection = from_text(
+        tmp_path,
+        """
+        title: Shares
+        defaults: {model: tiny, refit-method: gloo, refit-encoding: delta}
+        scenarios:
+          - {name: at, delta-changed-share: [0.1%, 1%, 50%]}
+        """,
+    )
+    deltas = [parse(candidate.flags).scenario.delta for candidate in selection.candidates]
+    assert [delta.shares for delta in deltas if delta] == [(0.001,), (0.01,), (0.5,)]
+    assert len(set(names(selection))) == 3
+
+
 def test_lists_are_axes_unless_the_flag_takes_a_list(tmp_path: Path) -> None:
     selection = from_text(
         tmp_path,

@@ -94,7 +94,8 @@ def max_bytes(tensor: TensorSpec, box: Box) -> int:
 
 
 def expected_bytes(num: int, size: int, share: float, block: int = CPU_BLOCK) -> int:
-    """About what `num` elements take where `share` of them have changed, evenly."""
+    """About what `num` elements take where `share` of them have changed, evenly. Where they lie together, it is less:
+    the bytes of a block grow ever slower with its changes."""
     count = round(min(num, block) * share)
     whole = data_bytes(form_of(count, min(num, block), size), count, min(num, block), size) if num else 0
     return round(num / max(1, min(num, block)) * (whole + ENTRY_BYTES))

@@ -9,10 +9,12 @@ import numpy as np
 
 from refit.config.delta import DeltaOptions, Snapshot
 from refit.config.side import SideSpec
-from refit.encodings.delta.form import max_bytes
+from refit.encodings.delta.form import CPU_BLOCK, expected_bytes, max_bytes
 from refit.plan.plan import RefitPlan
 from refit.plan.sharding import Sharding
-from refit.plan.wire import Wire
+from refit.plan.wire import Forecast, Wire
+
+SAMPLE = 64 * CPU_BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +28,22 @@ class DeltaWire(Wire):
         """The snapshots, where they are on the device."""
         return {} if self.options.snapshot is Snapshot.HOST else snapshot_bytes(plan)
 
+    def forecasts(self, plan: RefitPlan) -> list[Forecast]:
+        """What goes within a rank is copied whole. A source reads old and new of all that it sends."""
+        sizes = np.array([min(each.itemsize, 4) for each in plan.classes], np.int64)[plan.tensor_class]
+        work = {rank: 2 * nbytes for rank, nbytes in snapshot_bytes(plan).items()}
+        found = []
+        for share in self.options.shares:
+            part = {size: expected_bytes(SAMPLE, size, share) / (SAMPLE * size) for size in set(sizes.tolist())}
+            nbytes = np.rint(plan.nbytes * np.array([part[size] for size in sizes.tolist()])).astype(np.int64)
+            found.append(Forecast(share, np.where(plan.is_wire, nbytes, plan.nbytes), work))
+        return found
+
 
 def snapshot_bytes(plan: RefitPlan) -> dict[int, int]:
     """What each source rank sends to others: a snapshot of it takes as much."""
     needed = np.zeros(1 + plan.ranks[-1], np.int64)
-    sent = plan.source != plan.destination
+    sent = plan.is_wire
     np.add.at(needed, plan.source[sent], plan.nbytes[sent])
     return {rank: int(nbytes) for rank, nbytes in enumerate(needed) if nbytes}
 

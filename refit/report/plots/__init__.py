@@ -16,12 +16,14 @@ from refit.report.plots.pairs import NoPairs, Pairs, pairs_figure
 from refit.report.plots.phases import phases_figure
 from refit.report.plots.rank_bytes import rank_bytes_figure
 from refit.report.plots.scaling import scaling_figure
+from refit.report.plots.shares import shares_figure
 from refit.report.plots.steps import crossover_figure, losses_figure
 from refit.report.plots.style import check_available, save
 from refit.report.plots.times import times_figure
 from refit.report.points import points_of
 from refit.report.run_spread import by_scenario
 from refit.report.scaling import scalings
+from refit.report.shares import curves_of
 from refit.results.outcomes import Outcome
 from refit.results.runs import Run
 
@@ -60,6 +62,10 @@ def _run_pictures(run: Run, directory: Path) -> Iterator[Path | str]:
         yield save(scaling_figure(groups, under), directory / "scaling.png")
     else:
         yield "no time against bytes: needs two scenarios of one mode, method and model that are ok"
+    if curves := curves_of(run.outcomes):
+        yield save(shares_figure(curves, under), directory / "shares.png")
+    elif any(outcome.tested and outcome.tested.asked_shares for outcome in measured):
+        yield "no time against the share of changed weights: needs two shares"
 
 
 def _scenario_pictures(name: str, outcome: Outcome, pairs: Pairs, directory: Path) -> Iterator[Path | str]:
