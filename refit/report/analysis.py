@@ -1,7 +1,8 @@
 """Answers questions from a sweep's results, in sentences with figures.
 
 EP against TP, the cost of separate GPU sets, how time scales with bytes, one-sided against two-sided transport, and
-what quantising saves where a destination quantises, and from which share of changed weights on all are sent as fast. Where results are missing for an answer, the answer names them.
+what quantising saves where a destination quantises, and from which share of changed weights on sending all is as fast.
+Where results are missing for an answer, the answer names them.
 Where versions, spread or fit do not support a conclusion (`evidence`), one line says why.
 """
 

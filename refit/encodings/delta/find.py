@@ -14,26 +14,13 @@ from refit.errors import RefitError
 Bytes = NDArray[np.uint8]
 Positions = NDArray[np.int64]
 
-WORD_BYTES = 8
-
-
 def changed(old: Array, new: Array) -> Positions:
-    """The positions, in order, at which `new` differs from `old`. Both are contiguous, of equal dtype and length.
+    """The positions, in order, at which `new` differs from `old`, of equal dtype and length.
 
-    Words of eight bytes are compared first: at 1 % of changes, 96 % of them need no second look.
+    numpy compares in vectors and skips what is equal quickly: comparing words of eight bytes first takes three times as
+    long at 1 % of changes.
     """
-    size = old.itemsize
-    per_word = WORD_BYTES // size
-    num_words = len(old) // per_word
-    before, after = (array[: num_words * per_word].view(np.uint64) for array in (old, new))
-    words = np.flatnonzero(before != after)
-    differs = (before[words] ^ after[words]).view(UNSIGNED[size]) != 0
-    hits = np.flatnonzero(differs)
-    positions = words[hits // per_word] * per_word + hits % per_word
-    rest = slice(num_words * per_word, None)
-    if rest.start == len(old):
-        return positions
-    return np.concatenate([positions, rest.start + np.flatnonzero(old[rest] != new[rest])])
+    return np.flatnonzero(old != new)
 
 
 def pack_block(form: Form, positions: Positions, new: Array, data: Bytes) -> int:
