@@ -38,7 +38,7 @@ def pack_block(form: Form, positions: Positions, new: Array, data: Bytes) -> int
         is_changed = np.zeros(begin * 8, np.uint8)
         is_changed[positions] = 1
         data[:begin] = np.packbits(is_changed, bitorder="little")
-    np.take(new, positions, out=values)
+    np.take(new, positions, out=values, mode="clip")  # with "raise" numpy takes into a buffer of its own first
     return end
 
 
