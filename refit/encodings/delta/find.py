@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refit.encodings.delta.elements import UNSIGNED, Array
+from refit.encodings.delta.elements import Array
 from refit.encodings.delta.form import Form, data_bytes, places_bytes
 from refit.errors import RefitError
 
 Bytes = NDArray[np.uint8]
 Positions = NDArray[np.int64]
+
 
 def changed(old: Array, new: Array) -> Positions:
     """The positions, in order, at which `new` differs from `old`, of equal dtype and length.
