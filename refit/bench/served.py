@@ -129,13 +129,14 @@ class ServedBy(NotServed):
         if skipped is not None:
             return skipped
         found: list[tuple[Generated, WholePass]] = []
+        keeps_base = oracle.part_of(session.scenario).keeps_base
         for number in range(1, NUM_SETS + 1):
             label = f"{name} weights {number}"
             if self._source.weights is not None:
                 spread(self._source.weights, number, self._source.sharding.tensors)
             self.convert(label, program)
             self.begin(label)
-            if self._destination.weights is not None:
+            if self._destination.weights is not None and not keeps_base:
                 oracle.poison(self._destination.weights)
             session.enter(f"{label}: move")
             time_run(program, session.control, session.device)

@@ -36,15 +36,15 @@ class Curve:
 
     @property
     def crossover(self) -> float | None:
-        """The share at which both take as long, between two measured ones; None where they do not cross there.
+        """The largest share up to which changes are faster, between two measured ones; None where there is none.
 
         Straight between points of log share and log time.
         """
         if self.full_s is None:
             return None
-        for before, after in itertools.pairwise(self.points):
+        for before, after in reversed(list(itertools.pairwise(self.points))):
             low, high, full = (math.log(seconds) for seconds in (before.median_s, after.median_s, self.full_s))
-            if (low - full) * (high - full) <= 0 and low != high:
+            if low < full <= high:
                 part = (full - low) / (high - low)
                 return math.exp(math.log(before.share) * (1 - part) + math.log(after.share) * part)
         return None

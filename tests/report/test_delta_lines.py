@@ -40,7 +40,9 @@ def changes(iteration: int, seconds: float, asked: float | None, **found: object
         full_because="rank 0: nothing was sent before" if is_full else None,
     )
     sent = WIRE if is_full else round(2.1 * WIRE * share)
-    return Sample(iteration, iteration < 1, (seconds, *[seconds / 2] * 7), 0, {}, 0.0, 100, 0, {}, sent, WIRE, delta)
+    return Sample(
+        iteration, iteration < 1, (seconds, *[seconds / 2] * 7), 0, {}, 0.0, 100, 0, {}, sent, WIRE, delta=delta
+    )
 
 
 def engine(*samples: Sample) -> EngineResult:

@@ -62,6 +62,8 @@ def test_one_share_is_no_curve() -> None:
 def test_without_full_refits_nothing_is_compared() -> None:
     curve = Curve("a", (Point(0.01, 1.0, None), Point(0.1, 2.0, None)), None)
     assert (curve.crossover, curve.verdict) == (None, "no full refits to compare with")
+    noisy = Curve("a", tuple(Point(10.0**-n, seconds, None) for n, seconds in ((3, 3.0), (2, 1.0), (1, 4.0))), 2.0)
+    assert noisy.crossover == pytest.approx(10**-1.5)
     slow = replace(curve, full_s=0.5)
     assert slow.verdict == "slower than full at every share measured"
 

@@ -110,9 +110,15 @@ def scenario_of(name: str, scenario: Scenario) -> Scenario:
         return replace(scenario, encoding=IDENTITY, delta=None)
     if scenario.delta is None:
         return scenario
-    turns, most = len(scenario.delta.shares), scenario.max_iterations
+    shares, most = scenario.delta.shares, scenario.max_iterations
+    turns = len(shares)
+    # Turned so that the first measured refit has the first share: refit n has number n of them, warm-up included.
+    turned = tuple(shares[(place - scenario.num_warmup) % turns] for place in range(turns))
     return replace(
-        scenario, num_iterations=turns * scenario.num_iterations, max_iterations=turns * most if most else None
+        scenario,
+        delta=replace(scenario.delta, shares=turned),
+        num_iterations=turns * scenario.num_iterations,
+        max_iterations=turns * most if most else None,
     )
 
 

@@ -43,6 +43,7 @@ def shares_figure(curves: Sequence[Curve], under: str) -> Figure:
         axes.set_xlabel(picture_text("changed (% of the weights)"))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         grid(axes, "both")
     legend(figure)
     return figure
