@@ -24,18 +24,16 @@ ITEMS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the kernels take a block of 32 x `lanes` x `tiles` elements: by up to `num_programs` programs at a time."""
+    """How the kernels take a block of 32 x `lanes` elements, each in a program. Measured on an H200."""
 
-    lanes: int = 32
-    tiles: int = 8
-    num_warps: int = 1
-    num_programs: int = 132 * 20
+    lanes: int = 256
+    num_warps: int = 4
     apply_lanes: int = 128
     apply_warps: int = 4
 
     @property
     def block(self) -> int:
-        return 32 * self.lanes * self.tiles
+        return 32 * self.lanes
 
 
 class Timer:
@@ -119,8 +117,6 @@ class GpuEncoder:
         self._data_begins = table_end(blocks)
         self._full_end = self._data_begins + end
         self.counts = torch.zeros(blocks, dtype=torch.int32, device=device)
-        programs = min(blocks, tuning.num_programs)
-        self._scratch = torch.empty(programs * tuning.tiles * tuning.lanes, dtype=torch.uint32, device=device)
         self.timer = Timer()
 
     @property
@@ -134,22 +130,16 @@ class GpuEncoder:
         for each in self._gathered:
             each.copy_in.run()
         for group in self._groups:
-            num_blocks = len(group.table)
-            num_programs = min(num_blocks, tuning.num_programs)
-            find_and_pack[(num_programs,)](
+            find_and_pack[(len(group.table),)](
                 group.table,
-                num_blocks,
-                num_programs,
                 payload,
                 length,
                 self.counts,
-                self._scratch,
                 versions.version,
                 versions.base,
                 ITEM=ITEMS[group.size],
                 SIZE=group.size,
                 LANES=tuning.lanes,
-                TILES=tuning.tiles,
                 WIDE=group.wide,
                 STRIDED=group.strided,
                 FULL=versions.is_full,

@@ -1,7 +1,7 @@
 """The kernels of deltas: one finds and packs what has changed, one applies it. Importing this module needs Triton.
 
-A program takes one block after another, in tiles. A lane compares 32 elements of a tile, in words of eight bytes that
-lie as many words apart as there are lanes, so that all loads are coalesced, and keeps a bit for each. Only lanes know
+A program takes a block. A lane compares 32 of its elements, in words of eight bytes that lie as many words apart as
+there are lanes, so that all loads are coalesced, and keeps a bit for each. Only lanes know
 which elements have changed then: one prefix sum over the lanes' counts says where each writes, and one atomic addition
 where the block does, so most of the work is comparing. Lanes take their bits one by one: of 32 elements at a share of
 1 %, few have more than one.
@@ -60,7 +60,7 @@ def _bit_of(k: tl.constexpr, turn: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _element_of(number: tl.tensor, lane: tl.tensor, SIZE: tl.constexpr, LANES: tl.constexpr) -> tl.tensor:
-    """The element in its tile that bit `number` of `lane` stands for."""
+    """The element in its block that bit `number` of `lane` stands for."""
     field_bits: tl.constexpr = 8 * SIZE
     field = number // field_bits
     turn = field_bits - 1 - number % field_bits
@@ -122,26 +122,26 @@ def _changed_bits(
     num: tl.tensor,
     width: tl.tensor,
     stride: tl.tensor,
-    tile: tl.tensor,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
     WIDE: tl.constexpr,
     STRIDED: tl.constexpr,
 ) -> tl.tensor:
-    """The bits of a tile's changed elements, uint32 `[LANES]`. The snapshot `old` then has the new elements.
+    """The bits of a block's changed elements, uint32 `[LANES]`. The snapshot `old` then has the new elements.
 
-    All is loaded before anything is stored: a load may not overtake a store that might be to its address.
+    All is loaded before anything is stored: a load may not overtake a store that might be to its address. The snapshot
+    is not loaded to be evicted first: a word stored into a sector that the L2 cache has lost must be merged in memory.
     """
     per_word: tl.constexpr = 8 // SIZE
     turn = tl.arange(0, 4 * SIZE)[:, None]
-    word = (tile * 4 * SIZE + turn) * LANES + tl.arange(0, LANES)[None, :]
+    word = turn * LANES + tl.arange(0, LANES)[None, :]
     if WIDE:
         new_words = tl.multiple_of(new.to(tl.pointer_type(tl.int64)), 16)
         old_words = tl.multiple_of(old.to(tl.pointer_type(tl.int64)), 16)
         present = word < tl.multiple_of(num // per_word, 2)
         word_at = _at(first // per_word, word, width // per_word, stride // per_word, STRIDED)
         after = tl.load(new_words + word_at, mask=present, other=0)
-        before = tl.load(old_words + word, mask=present, other=0, eviction_policy="evict_first")
+        before = tl.load(old_words + word, mask=present, other=0)
         differs = before ^ after
         lower = _changed_fields((differs & 0xFFFFFFFF).to(tl.uint32), SIZE)
         upper = _changed_fields(((differs >> 32) & 0xFFFFFFFF).to(tl.uint32), SIZE)
@@ -170,12 +170,11 @@ def _pack_positions(
     positions: tl.tensor,
     data: tl.tensor,
     at: tl.tensor,
-    tile: tl.tensor,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
     STRIDED: tl.constexpr,
-) -> tl.tensor:
-    """Each lane takes its bits of a tile, one at a time, and writes from `at` on. Returns where it ends."""
+) -> None:
+    """Each lane takes its bits, one at a time, and writes from `at` on."""
     lane = tl.arange(0, LANES)
     most = tl.max(_num_bits(bits), 0)
     turn = 0
@@ -183,13 +182,12 @@ def _pack_positions(
         bit = _lowest_bit(bits)
         bits = bits ^ bit
         present = bit != 0
-        element = tile * 32 * LANES + _element_of(_number_of(bit), lane, SIZE, LANES)
+        element = _element_of(_number_of(bit), lane, SIZE, LANES)
         values = tl.load(new + _at(first, element, width, stride, STRIDED), mask=present)
         tl.store(positions + at, element.to(tl.int16), mask=present)
         tl.store(data + at, values, mask=present)
         at += present.to(tl.int32)
         turn += 1
-    return at
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -202,28 +200,24 @@ def _pack_masks(
     bits: tl.tensor,
     masks: tl.tensor,
     data: tl.tensor,
-    done: tl.tensor,
-    tile: tl.tensor,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
     STRIDED: tl.constexpr,
-) -> tl.tensor:
-    """The masks and the values of a tile, these from `done` on: each turn has a word of each lane, in order.
-
-    Returns where the values end.
-    """
+) -> None:
+    """The masks and the values of a block: each turn has a word of each lane, in order."""
     per_word: tl.constexpr = 8 // SIZE
     lanes_per_mask: tl.constexpr = 32 // per_word
     lane = tl.arange(0, LANES)
     shift = ((lane % lanes_per_mask) * per_word).to(tl.uint32)
+    done = tl.sum(tl.zeros((LANES,), tl.int32), 0)
     turn = 0
     while turn < 4 * SIZE:
-        word = (tile * 4 * SIZE + turn) * LANES + lane
+        word = turn * LANES + lane
         here = tl.zeros((LANES,), tl.uint32)
         for k in tl.static_range(per_word):
             here |= ((bits >> _bit_of(k, turn, SIZE).to(tl.uint32)) & 1) << k
         mask = tl.sum(tl.reshape(here << shift, (LANES // lanes_per_mask, lanes_per_mask)), 1)
-        mask_at = (tile * 4 * SIZE + turn) * (LANES // lanes_per_mask) + tl.arange(0, LANES // lanes_per_mask)
+        mask_at = turn * (LANES // lanes_per_mask) + tl.arange(0, LANES // lanes_per_mask)
         tl.store(masks + mask_at, mask.to(tl.int32, bitcast=True), mask=mask_at < (num + 31) // 32)
         counts = _num_bits(here)
         at = done + tl.cumsum(counts, 0) - counts
@@ -234,27 +228,35 @@ def _pack_masks(
             at += present.to(tl.int32)
         done += tl.sum(counts, 0)
         turn += 1
-    return done
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _find_in_block(
-    entry: tl.tensor,
+@triton.jit(do_not_specialize=["version", "base"])  # type: ignore[untyped-decorator]
+def find_and_pack(
+    table: tl.tensor,
     payload: tl.tensor,
     length: tl.tensor,
     counts: tl.tensor,
-    scratch: tl.tensor,
     version: tl.tensor,
     base: tl.tensor,
     ITEM: tl.constexpr,
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
-    TILES: tl.constexpr,
     WIDE: tl.constexpr,
     STRIDED: tl.constexpr,
     FULL: tl.constexpr,
 ) -> None:
-    """One block of `find_and_pack`, whose row of the table is at `entry`."""
+    """Compare a block of new elements with its snapshot, pack what differs, and write that into the snapshot.
+
+    `table` `[blocks, 8]`, int64, has for each block: the address of its new elements, that of the block in the
+    snapshot, the block's first element in the piece, its elements, the width and the stride of the piece's rows, the
+    block's number in the message, and where it lies in a full one, in 16 bytes. ITEM is the integer of SIZE bytes.
+    WIDE: the new elements, the snapshot, rows and the block have multiples of 16 bytes, at addresses that are, too.
+    STRIDED: rows are not one behind another, and the first column has the address of the piece. FULL: all blocks are
+    sent whole.
+
+    `length`, int64, is where the data begins, in bytes, and then where it ends. `counts` get each block's changes.
+    """
+    entry = table + tl.program_id(0).to(tl.int64) * 8
     new = tl.load(entry).to(tl.pointer_type(ITEM))
     old = tl.load(entry + 1).to(tl.pointer_type(ITEM))
     first = tl.load(entry + 2).to(tl.int32)
@@ -266,7 +268,7 @@ def _find_in_block(
         preamble = payload.to(tl.pointer_type(tl.int64))
         tl.store(preamble, version)
         tl.store(preamble + 1, base)
-        tl.store(preamble + 2, tl.full((), 32 * LANES * TILES, tl.int64))
+        tl.store(preamble + 2, tl.full((), 32 * LANES, tl.int64))
         tl.store(preamble + 3, tl.full((), 0, tl.int64))
     place = payload.to(tl.pointer_type(tl.int32)) + 8 + number * 2
     if FULL:
@@ -277,12 +279,8 @@ def _find_in_block(
         tl.store(place + 1, num)
         tl.store(counts + number, num)
     else:
-        lane = tl.arange(0, LANES)
-        lane_counts = tl.zeros((LANES,), tl.int32)
-        for tile in range(TILES):
-            bits = _changed_bits(new, old, first, num, width, stride, tile, SIZE, LANES, WIDE, STRIDED)
-            tl.store(scratch + tile * LANES + lane, bits)
-            lane_counts += _num_bits(bits)
+        bits = _changed_bits(new, old, first, num, width, stride, SIZE, LANES, WIDE, STRIDED)
+        lane_counts = _num_bits(bits)
         count = tl.sum(lane_counts, 0)
         tl.store(counts + number, count)
         tl.store(place + 1, count)
@@ -299,60 +297,10 @@ def _find_in_block(
             elif places == (count + 1) // 2 * 4:
                 positions = (payload + begin).to(tl.pointer_type(tl.int16))
                 at = tl.cumsum(lane_counts, 0) - lane_counts
-                for tile in range(TILES):
-                    bits = tl.load(scratch + tile * LANES + lane)
-                    at = _pack_positions(
-                        new, first, width, stride, bits, positions, data, at, tile, SIZE, LANES, STRIDED
-                    )
+                _pack_positions(new, first, width, stride, bits, positions, data, at, SIZE, LANES, STRIDED)
             else:
                 masks = (payload + begin).to(tl.pointer_type(tl.int32))
-                done = tl.sum(tl.zeros((LANES,), tl.int32), 0)
-                for tile in range(TILES):
-                    bits = tl.load(scratch + tile * LANES + lane)
-                    done = _pack_masks(
-                        new, first, num, width, stride, bits, masks, data, done, tile, SIZE, LANES, STRIDED
-                    )
-
-
-@triton.jit(do_not_specialize=["num_blocks", "num_programs", "version", "base"])  # type: ignore[untyped-decorator]
-def find_and_pack(
-    table: tl.tensor,
-    num_blocks: tl.tensor,
-    num_programs: tl.tensor,
-    payload: tl.tensor,
-    length: tl.tensor,
-    counts: tl.tensor,
-    scratch: tl.tensor,
-    version: tl.tensor,
-    base: tl.tensor,
-    ITEM: tl.constexpr,
-    SIZE: tl.constexpr,
-    LANES: tl.constexpr,
-    TILES: tl.constexpr,
-    WIDE: tl.constexpr,
-    STRIDED: tl.constexpr,
-    FULL: tl.constexpr,
-) -> None:
-    """Compare blocks of new elements with their snapshots, pack what differs, and write that into the snapshots.
-
-    `table` `[num_blocks, 8]`, int64, has for each block: the address of its new elements, that of the block in the
-    snapshot, the block's first element in the piece, its elements, the width and the stride of the piece's rows, the
-    block's number in the message, and where it lies in a full one, in 16 bytes. ITEM is the integer of SIZE bytes.
-    WIDE: the new elements, the snapshot, rows and the block have multiples of 16 bytes, at addresses that are, too.
-    STRIDED: rows are not one behind another, and the first column has the address of the piece. FULL: all blocks are
-    sent whole. Program p has blocks p, p + num_programs, ...; each has `TILES` x `LANES` uint32 of `scratch`.
-
-    `length`, int64, is where the data begins, in bytes, and then where it ends. `counts` get each block's changes.
-    """
-    block = tl.program_id(0)
-    scratch += block.to(tl.int64) * TILES * LANES
-    while block < num_blocks:
-        entry = table + block.to(tl.int64) * 8
-        _find_in_block(
-            entry, payload, length, counts, scratch, version, base,
-            ITEM, SIZE, LANES, TILES, WIDE, STRIDED, FULL,
-        )  # fmt: skip
-        block += num_programs
+                _pack_masks(new, first, num, width, stride, bits, masks, data, SIZE, LANES, STRIDED)
 
 
 @triton.jit(do_not_specialize=["version", "base", "max_bytes"])  # type: ignore[untyped-decorator]

@@ -71,10 +71,15 @@ class Pair:
         self.sent = Versions(ThreadPeers(0, self.board), [1], receives=False)
         self.received = Versions(ThreadPeers(1, self.board), [], receives=True)
         self.counts = Counts()
+        self.bind()
+        device = self.source.device
+        self.payload = torch.zeros(sum(max_bytes(*piece) for piece in self.pieces), dtype=torch.uint8, device=device)
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def bind(self) -> None:
+        """Make `encoder` and `decoder`."""
         self.encoder = CpuEncoder(self.source, self.pieces, self.sent, self.counts, self.block)
         self.decoder = CpuDecoder(self.destination, self.pieces, self.received)
-        self.payload = torch.zeros(sum(max_bytes(*piece) for piece in self.pieces), dtype=torch.uint8)
-        self.length = torch.zeros(1, dtype=torch.int64)
 
     def begin(self) -> None:
         self.received.begin()
