@@ -61,9 +61,12 @@ class Session:
 
     @property
     def ranks_per_node(self) -> int | None:
-        """Ranks on each node, from torchrun; None on a single node, where all replicas are equally near."""
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-        return local if 0 < local < self.world_size else None
+        """Ranks on each host; None on a single one, where all replicas are equally near.
+
+        Raises UsageError where ranks do not fill the hosts in order.
+        """
+        per_host = self.ranks.ranks_per_host
+        return per_host if per_host < self.world_size else None
 
     @property
     def gpus(self) -> GpuMap:
@@ -78,7 +81,8 @@ class Session:
         """For each rank the bytes of all ranks of its GPU, where they share it; `of_rank` itself elsewhere."""
         if not self.is_gpu_shared:
             return tuple(of_rank)
-        held = [(self.gpus.gpu_of(rank), nbytes or 0) for rank, nbytes in enumerate(of_rank)]
+        gpus = self.gpus
+        held = [(gpus.gpu_of(rank), nbytes or 0) for rank, nbytes in enumerate(of_rank)]
         return tuple(sum(nbytes for gpu, nbytes in held if gpu == own) for own, _ in held)
 
     def enter(self, phase: str, shown: str | None = None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from refit.config.gpus import GpuMap
-from refit.errors import RefitError, UnavailableError, first_line
+from refit.errors import RefitError, UnavailableError, UsageError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Ranks:
         store.set(f"refit/host/{rank}", host_name())
         if rank == 0:  # reads for all, so that the traffic is linear in the number of ranks
             names = [_stored(store, f"refit/host/{other}", other) for other in range(size)]
-            store.set("refit/hosts", json.dumps(names))
+            store.set("refit/hosts", json.dumps(_plain(names)))
         return cls(rank, size, store, tuple(json.loads(_stored(store, "refit/hosts", 0))))
 
     @classmethod
@@ -55,10 +56,46 @@ class Ranks:
         """The names of the hosts that `ranks` are on, each once."""
         return sorted({self.host_of[rank] for rank in ranks})
 
+    @property
+    def ranks_per_host(self) -> int:
+        """Ranks on each host but the last, which may have fewer. Ranks fill hosts in order.
+
+        Raises UsageError where they do not: plans, GPUs and clusters number them so.
+        """
+        per_host, names = self.host_of.count(self.host_of[0]), list(dict.fromkeys(self.host_of))
+        in_order = [name for name in names for _ in range(per_host)]
+        if list(self.host_of) != in_order[: self.size]:
+            counts = ", ".join(f"{self.host_of.count(name)} on {name}" for name in names[:4])
+            raise UsageError(
+                f"{self.size} ranks do not fill {len(names)} hosts in order, {per_host} on each ({counts}): start "
+                "equally many on each host, one host after the other"
+            )
+        return per_host
+
+
+SEPARATOR = " in network namespace "
+
 
 def host_name() -> str:
-    """The host of this process. The only place that decides which ranks share one."""
-    return socket.gethostname()
+    """The host of this process. The only place that decides which ranks share one.
+
+    It is what the launcher says (REFIT_HOST), else the machine's name with the network namespace: what reaches others
+    by an address of its own is a host, also where one machine stands for several.
+    """
+    named = os.environ.get("REFIT_HOST")
+    if named:
+        return named
+    try:
+        return f"{socket.gethostname()}{SEPARATOR}{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    """`names` without the namespace, where it tells no two of them apart."""
+    machines = {name: name.partition(SEPARATOR)[0] for name in names}
+    several = Counter(machines.values())
+    return [machines[name] if several[machines[name]] == 1 else name for name in names]
 
 
 def gpus_here(ranks_per_gpu: int) -> GpuMap:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
+from refit.transport import ranks as transport_ranks
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import nvshmem_library
-from refit.transport.ranks import Ranks
+from refit.transport.ranks import Ranks, host_name
 from tests.ranks.pool import RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 from tests.transport.test_transports import BACKENDS, TIMEOUT_S
@@ -165,3 +168,41 @@ def test_nvshmem_numbers_a_process_once() -> None:
     nvshmem_library.check_pe((1, 4), (1, 4))
     with pytest.raises(UsageError, match=r"was rank 1 of 4 before and is rank 0 of 2 now: use nccl"):
         nvshmem_library.check_pe((1, 4), (0, 2))
+
+
+def on_hosts(*names: str) -> Ranks:
+    return Ranks(0, len(names), cast(Any, None), names)
+
+
+def test_ranks_fill_hosts_in_order() -> None:
+    assert on_hosts("a", "a", "b", "b").ranks_per_host == 2
+    assert on_hosts("a", "a", "b").ranks_per_host == 2, "the last host may have fewer"
+    assert on_hosts("a", "a", "a").ranks_per_host == 3
+
+
+@pytest.mark.parametrize("names", ["abab", "aabbb", "abb", "aba"])
+def test_ranks_that_do_not_fill_hosts_in_order_are_refused(names: str) -> None:
+    with pytest.raises(UsageError, match=f"^{len(names)} ranks do not fill 2 hosts in order, ") as caught:
+        _ = on_hosts(*names).ranks_per_host
+    assert "\n" not in str(caught.value)
+
+
+def test_the_launcher_names_a_host_else_machine_and_namespace_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REFIT_HOST", raising=False)
+    assert host_name().startswith(f"{socket.gethostname()} in network namespace ")
+    monkeypatch.setenv("REFIT_HOST", "rack7")
+    assert host_name() == "rack7"
+
+
+def _meets(store: Any, names: list[str]) -> list[str]:
+    for rank, name in enumerate(names[1:], 1):
+        store.set(f"refit/host/{rank}", name)
+    with mock.patch.object(transport_ranks, "host_name", return_value=names[0]):
+        return list(Ranks.meet(0, len(names), store).host_of)
+
+
+def test_namespaces_are_named_only_where_a_machine_has_several() -> None:
+    name = "{} in network namespace {}".format
+    apart = [name("a", 1), name("a", 2), name("b", 1)]
+    assert _meets(HashStore(), apart) == [name("a", 1), name("a", 2), "b"]
+    assert _meets(HashStore(), [name("a", 1), name("b", 1)]) == ["a", "b"]
