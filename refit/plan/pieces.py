@@ -96,7 +96,7 @@ class _ClassPieces:
 
 
 def _pieces_of(tensors: TensorClass, sets: _HolderSets, ranks_per_node: int | None) -> _ClassPieces:
-    cells, wanted = _cells(tensors.source), tensors.destination
+    cells, wanted = cells_of(tensors.source), tensors.destination
     parts = _parts(tensors, cells.boxes)
     # Every rank that holds a destination box needs all of its parts: a join of holders and parts over the box. Parts
     # are sorted by it, so those of one box are the rows first, first + 1, ... of `parts`. In the module's example each
@@ -105,16 +105,19 @@ def _pieces_of(tensors: TensorClass, sets: _HolderSets, ranks_per_node: int | No
     counts = np.searchsorted(parts.of, wanted.holders.box, side="right") - first
     part, rank = ranges(first, counts), np.repeat(wanted.holders.rank, counts)
     pieces = _ClassPieces(parts.boxes[part], rank, _preferred(cells, parts.cell[part], rank, sets, ranks_per_node))
-    return _merged(pieces) if cells.are_cut else pieces
+    return _merged(pieces, parts.of[part]) if cells.are_cut else pieces
 
 
-def _merged(pieces: _ClassPieces) -> _ClassPieces:
-    """Merge pieces that the same ranks may send to one rank: it needs a box whole that others hold parts of."""
-    num_ranks = 1 + int(pieces.rank.max(initial=0))
-    merged = Grouped(pieces.holders * num_ranks + pieces.rank, pieces.boxes).merged()
+def _merged(pieces: _ClassPieces, of: IntArray) -> _ClassPieces:
+    """Merge pieces of one box that the same ranks may send to one rank: it needs a box whole that others hold parts of.
+
+    `of` has each piece's box: a rank may need two that touch, where more is delivered in a later stage.
+    """
+    num_ranks, num_boxes = 1 + int(pieces.rank.max(initial=0)), 1 + int(of.max(initial=0))
+    merged = Grouped((pieces.holders * num_ranks + pieces.rank) * num_boxes + of, pieces.boxes).merged()
     # In an order that does not depend on the numbers of ranks.
     order = np.lexsort(merged.boxes.offsets.T) if merged.boxes.dims else np.arange(len(merged.groups))
-    holders, rank = np.divmod(merged.groups[order], num_ranks)
+    holders, rank = np.divmod(merged.groups[order] // num_boxes, num_ranks)
     return _ClassPieces(merged.boxes[order], rank, holders)
 
 
@@ -154,7 +157,7 @@ def _parts(tensors: TensorClass, cells: BoxArray) -> _Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cells:
+class Cells:
     """Disjoint boxes that cover what a source holds, and the ranks that hold each.
 
     `are_cut`: the source's own boxes overlap, so cells are parts of them.
@@ -165,7 +168,7 @@ class _Cells:
     are_cut: bool
 
 
-def _cells(source: TensorSharding) -> _Cells:
+def cells_of(source: TensorSharding) -> Cells:
     """The source's boxes; where they overlap, cut so that all elements of a cell are held by the same ranks.
 
     row        0     1     2     3     4     5
@@ -176,7 +179,7 @@ def _cells(source: TensorSharding) -> _Cells:
     # Boxes of a side are distinct, so each touches itself, and more pairs than that mean an overlap.
     itself, _ = touching(source.boxes, source.boxes)
     if len(itself) == len(source.shards):
-        return _Cells(source.boxes, tuple(shard.ranks for shard in source.shards), are_cut=False)
+        return Cells(source.boxes, tuple(shard.ranks for shard in source.shards), are_cut=False)
     cells: list[tuple[Box, tuple[int, ...]]] = []
     for shard in source.shards:
         rest, cut = [shard.box], []
@@ -189,12 +192,10 @@ def _cells(source: TensorSharding) -> _Cells:
             rest = [part for each in rest for part in each.subtract(common)]
         cells = cut + [(part, shard.ranks) for part in rest]
     boxes = BoxArray.of([box for box, _ in cells], source.boxes.dims)
-    return _Cells(boxes, tuple(ranks for _, ranks in cells), are_cut=True)
+    return Cells(boxes, tuple(ranks for _, ranks in cells), are_cut=True)
 
 
-def _preferred(
-    cells: _Cells, cell: IntArray, rank: IntArray, sets: _HolderSets, ranks_per_node: int | None
-) -> IntArray:
+def _preferred(cells: Cells, cell: IntArray, rank: IntArray, sets: _HolderSets, ranks_per_node: int | None) -> IntArray:
     """For each row, the number of the set of ranks that may send `cell[row]` to `rank[row]`, `[num_rows]`.
 
     Rows that share cell and scope share their set, which is looked up once. Eight ranks on two nodes, a cell that 0, 1
@@ -225,7 +226,7 @@ def _preferred(
             return (ZEROS,) if cell == NO_CELL else cells.ranks[cell]
         assert ranks_per_node is not None
         if cell not in by_node:
-            by_node[cell] = _grouped_by_node(cells.ranks[cell], ranks_per_node)
+            by_node[cell] = grouped_by_node(cells.ranks[cell], ranks_per_node)
         return by_node[cell][scope - num_ranks]
 
     numbers = np.zeros(len(keys), np.int64)
@@ -235,7 +236,7 @@ def _preferred(
     return numbers[rows]
 
 
-def _grouped_by_node(ranks: tuple[int, ...], ranks_per_node: int) -> dict[int, tuple[int, ...]]:
+def grouped_by_node(ranks: tuple[int, ...], ranks_per_node: int) -> dict[int, tuple[int, ...]]:
     grouped: dict[int, list[int]] = defaultdict(list)
     for rank in ranks:
         grouped[rank // ranks_per_node].append(rank)
