@@ -15,6 +15,7 @@ from refit.cli.side_flags import read_mode, read_sides, world_size_note
 from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
 from refit.config.registry import AUTO, ENCODINGS, ENGINES, FORMATS, IDENTITY, METHODS
+from refit.config.relay import Relay
 from refit.config.scenario import Scenario, Verify
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -80,6 +81,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     _check_engines(engines, sides)
     _check_encoding(args, engines)
     _check_running_engine(args, engines, destination)
+    _check_relay(args)
     recorded = recorded_flags(args)
     steps = step_settings(args, sides, model, recorded)
     if args.check_forward and model is not None:
@@ -114,6 +116,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         steps=steps,
         encoding=args.refit_encoding,
         delta=delta_options(args),
+        relay=Relay(args.refit_relay),
     )
 
 
@@ -229,6 +232,19 @@ def _least_warmup(args: argparse.Namespace) -> int:
     """The refits that show nothing of how later ones go: the first that sends changes sends everything."""
     row = ENCODINGS[args.refit_encoding]
     return max(int(row.has_options), row.num_to_decide + 1 if row.num_to_decide else 0)
+
+
+def _check_relay(args: argparse.Namespace) -> None:
+    """Raise UsageError where nothing is sent, or only by engines with plans of their own."""
+    if args.refit_relay == Relay.OFF.value:
+        return
+    if "refit" not in args.measure:
+        raise UsageError(f"--refit-relay {args.refit_relay} needs a refit: add refit to --measure, or leave it out")
+    if all(ENGINES[name].is_baseline for name in args.refit_engine):
+        raise UsageError(
+            f"--refit-relay {args.refit_relay} is for this suite's plans, --refit-engine {','.join(args.refit_engine)} "
+            "has none of them: add refit to it, or leave the relay out"
+        )
 
 
 def _check_forward_flags(args: argparse.Namespace, model: ModelShape) -> None:

@@ -8,6 +8,7 @@ from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
 from refit.config import limits
 from refit.config.registry import AUTO, ENCODINGS, ENGINES, IDENTITY, MEASUREMENTS, METHODS, chosen_encodings
+from refit.config.relay import Relay
 from refit.config.scenario import Mode, Verify
 from refit.results.stats import CONFIDENCE, STABLE_WIDTH
 
@@ -53,6 +54,14 @@ def add_refit_flags(parser: FlagParser) -> None:
         choices=chosen_encodings(),
         default=IDENTITY,
         help=f"what is sent of the weights that the destination will hold. {titles}; default: {IDENTITY}",
+    )
+    group.add_argument(
+        "--refit-relay",
+        choices=[relay.value for relay in Relay],
+        default=Relay.OFF.value,
+        help="who passes on weights that several ranks need. node: each host gets them once, and its ranks exchange "
+        "them; engine: they also leave the source once, and the hosts exchange them; auto: what has the least lower "
+        "bound; default: off",
     )
     group.add_argument(
         "--refit-engine",

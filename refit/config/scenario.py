@@ -12,6 +12,7 @@ from refit.config.clusters import Cluster
 from refit.config.delta import DeltaOptions
 from refit.config.flag_names import size_flag
 from refit.config.registry import IDENTITY, MEASUREMENTS, encodings_of
+from refit.config.relay import Relay
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
@@ -52,8 +53,9 @@ class Scenario:
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
     "cuda" where the user chose it; None uses the method's default. At most `ranks_per_gpu` ranks share a GPU
     (`refit.config.gpus`). `notes` are lines for the log on choices made for the user. `encoding` is the row of
-    ENCODINGS that says what is sent of what the destination will hold, `delta` its settings, None where it has none.
-    `max_iterations` is set where refits go on until the median is stable: the most that are timed.
+    ENCODINGS that says what is sent of what the destination will hold, `delta` its settings, None where it has none;
+    `relay` says who passes it on. `max_iterations` is set where refits go on until the median is stable: the most that
+    are timed.
     """
 
     model: ModelShape | None
@@ -85,6 +87,7 @@ class Scenario:
     steps: StepSettings | None = None
     encoding: str = IDENTITY
     delta: DeltaOptions | None = None
+    relay: Relay = Relay.OFF
 
     @property
     def sending(self) -> Sending:
@@ -92,8 +95,10 @@ class Scenario:
 
     @property
     def way(self) -> str:
-        """How the bytes move, in words: the method, and the encoding where one was chosen: `gloo with delta`."""
-        return self.method if self.encoding == IDENTITY else f"{self.method} with {self.encoding}"
+        """How the bytes move, in words: the method, and what was chosen: `gloo with delta`, `gloo with relay node`."""
+        chosen = [self.encoding] if self.encoding != IDENTITY else []
+        chosen += [f"relay {self.relay.value}"] if self.relay is not Relay.OFF else []
+        return f"{self.method} with {' and '.join(chosen)}" if chosen else self.method
 
     @property
     def encodings(self) -> list[str]:

@@ -11,13 +11,17 @@ from dataclasses import dataclass, replace
 
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap, planned_gpus
+from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario, Sending, check_num_ranks
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, lower_bound, split_traffic
+from refit.plan.floor import LeastBytes, floor_of, least_bytes
+from refit.plan.planner import plan_refit
 from refit.predict.expert_map import ExpertMap, expert_maps
+from refit.predict.relays import Relaying
 from refit.predict.sides import check_side, plan_sides, predict_sides, training_bytes
 from refit.predict.training_memory import TrainingMemory
 
@@ -49,6 +53,15 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
+class WithoutRelay:
+    """Bytes between and within nodes of the plan that relays nothing, and its lower bound."""
+
+    between_bytes: int
+    within_bytes: int
+    bound: Bound | None
+
+
+@dataclass(frozen=True, slots=True)
 class DryRun:
     """The figures of a scenario. `source_bytes` and `destination_bytes` are each rank's weights of that side.
     `encoding_needs` are the bytes that encodings need on ranks, by what for: `quantising`.
@@ -57,10 +70,12 @@ class DryRun:
     splits them at the boundaries of nodes, `work_bytes` are those that encodings read and write on ranks beside them.
     `changes` has a row for each share of changed weights that is asked for; the other bytes are those of a refit that
     sends everything. `bound` is None without a cluster, and where the cluster has no speed for bytes that cross its
-    nodes. `training` is what the source's ranks need beside their weights to train; empty where no training step is
-    measured. `expert_maps` are the destination's, empty for a format that does not let users place experts. `linear` is
-    the same scenario with experts in order and none twice, `rearranged` with those of the next placement; both None
-    where they are not another.
+    nodes, and so is `floor`, the least bound of all plans. `least_between_bytes` cross nodes in every plan. `relay` is
+    off, node or engine; `without_relay` has the figures of the plan without one, None where this is that plan.
+    `training` is what the source's ranks need beside their weights to train; empty where no training step is measured.
+    `expert_maps` are the destination's, empty for a format that does not let users place experts. `linear` is the same
+    scenario with experts in order and none twice, `rearranged` with those of the next placement; both None where they
+    are not another.
     """
 
     scenario: Scenario
@@ -79,6 +94,10 @@ class DryRun:
     traffic: Traffic
     bound: Bound | None
     changes: tuple[Changes, ...]
+    relay: Relay
+    least_between_bytes: int
+    floor: Bound | None
+    without_relay: WithoutRelay | None
     training: Mapping[int, TrainingMemory]
     predict_s: float
     plan_s: float
@@ -148,7 +167,10 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     check_num_ranks(scenario, options.num_gpus * shared if options.num_gpus else scenario.num_ranks)
     gpus = planned_gpus(scenario.num_ranks, options.gpus_per_node, shared)
     ranks_per_node = options.gpus_per_node * shared
-    figures = _planned(scenario.model, scenario.source, scenario.destination, ranks_per_node, scenario.sending)
+    cluster, per_domain = options.cluster, options.gpus_per_domain * shared
+    relaying = Relaying(scenario.relay if "refit" in scenario.measurements else Relay.OFF, cluster, gpus)
+    hardware = _Hardware(ranks_per_node, per_domain, relaying)
+    figures = _planned(scenario.model, scenario.source, scenario.destination, hardware, scenario.sending)
     return DryRun(
         scenario=scenario,
         model=scenario.model,
@@ -163,9 +185,13 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         cost=figures.cost,
         matrix=figures.matrix,
         work_bytes=figures.work_bytes,
-        traffic=split_traffic(figures.matrix, options.gpus_per_domain * shared),
-        bound=lower_bound(figures.matrix, options.cluster, gpus, figures.work_bytes) if options.cluster else None,
-        changes=tuple(_changes(share, matrix, work, options.cluster, gpus) for share, matrix, work in figures.changes),
+        traffic=split_traffic(figures.matrix, per_domain),
+        bound=lower_bound(figures.matrix, cluster, gpus, figures.work_bytes) if cluster else None,
+        relay=figures.relay,
+        least_between_bytes=figures.least.between,
+        floor=floor_of(figures.least, cluster, per_domain, gpus) if cluster else None,
+        without_relay=_without_relay(figures, per_domain, cluster, gpus),
+        changes=tuple(_changes(share, matrix, work, cluster, gpus) for share, matrix, work in figures.changes),
         training=training_bytes(scenario),
         predict_s=figures.predict_s,
         plan_s=figures.plan_s,
@@ -201,6 +227,9 @@ class _Figures:
     encoding_needs: dict[str, Mapping[int, int]]
     cost: Cost
     matrix: IntArray
+    relay: Relay
+    least: LeastBytes
+    direct: IntArray | None
     work_bytes: Mapping[int, int]
     changes: tuple[tuple[float, IntArray, Mapping[int, int]], ...]
     predict_s: float
@@ -208,16 +237,29 @@ class _Figures:
     expert_maps: tuple[ExpertMap, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Hardware:
+    """What a plan depends on: ranks of a host and of an NVLink domain, and what `auto` compares."""
+
+    ranks_per_node: int
+    ranks_per_domain: int
+    relaying: Relaying
+
+
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
 def _planned(
-    model: ModelShape, source: SideSpec, destination: SideSpec, ranks_per_node: int, sending: Sending
+    model: ModelShape, source: SideSpec, destination: SideSpec, hardware: _Hardware, sending: Sending
 ) -> _Figures:
     start_s = time.perf_counter()
     shardings = predict_sides(model, source, destination)
     predicted_s = time.perf_counter()
-    planned = plan_sides(shardings[0], shardings[1], destination, ranks_per_node, sending)
-    matrix = bytes_matrix(planned.plan)
+    per_node = hardware.ranks_per_node
+    planned = plan_sides(*shardings, destination, per_node, sending, hardware.relaying)
+    matrix, (sent, *_, received) = bytes_matrix(planned.plan), planned.plan.shardings
     planned_s = time.perf_counter()
+    direct = None
+    if planned.relay is not Relay.OFF:
+        direct = bytes_matrix(plan_refit(sent, received, ranks_per_node=per_node))
     return _Figures(
         num_parameters=shardings[0].num_parameters,
         num_tensors=len(shardings[0].tensors),
@@ -226,6 +268,9 @@ def _planned(
         encoding_needs=planned.encoding_needs,
         cost=planned.cost,
         matrix=matrix,
+        relay=planned.relay,
+        least=least_bytes(sent, received, hardware.ranks_per_domain),
+        direct=direct,
         work_bytes=planned.work_bytes,
         changes=tuple(
             (each.share, bytes_matrix(planned.plan, each.nbytes), each.work_bytes) for each in planned.forecasts
@@ -234,6 +279,16 @@ def _planned(
         plan_s=planned_s - predicted_s,
         expert_maps=expert_maps(shardings[1]) if destination.places_experts else (),
     )
+
+
+def _without_relay(
+    figures: _Figures, ranks_per_node: int, cluster: Cluster | None, gpus: GpuMap
+) -> WithoutRelay | None:
+    if figures.direct is None:
+        return None
+    traffic = split_traffic(figures.direct, ranks_per_node)
+    bound = lower_bound(figures.direct, cluster, gpus, figures.work_bytes) if cluster else None
+    return WithoutRelay(int(traffic.sent_between.sum()), int(traffic.sent_within.sum()), bound)
 
 
 def _linear(model: ModelShape, side: SideSpec) -> SideSpec | None:

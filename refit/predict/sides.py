@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from refit.config.registry import ENCODINGS, FORMATS, encodings_of, load
+from refit.config.relay import Relay
 from refit.config.scenario import Scenario, Sending
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.cost import Cost, cost_of
 from refit.plan.plan import RefitPlan
-from refit.plan.planner import plan_refit
 from refit.plan.quantised import check_kept, quantised_sharding
 from refit.plan.sharding import Sharding
 from refit.plan.wire import Forecast, MaxBytes, Wire
 from refit.predict.families.parts import Parts, sharding_in_parts
+from refit.predict.relays import DIRECT, Relaying, plan_with_relay
 from refit.predict.training_memory import TrainingMemory
 
 WEIGHTS = Sending()
@@ -80,12 +81,13 @@ class PlannedSides:
     """A refit between two sides. `plan` is of what crosses the wire, `cost` counts the sides' own weights.
 
     `wires` has what each encoding sends, by its name in ENCODINGS, in the order in which a source applies them. It is
-    empty where weights are sent as they are: the plan is then that of the two sides.
+    empty where weights are sent as they are: the plan is then that of the two sides. `relay` is how the plan relays.
     """
 
     plan: RefitPlan
     cost: Cost
     wires: Mapping[str, Wire] = field(default_factory=dict)
+    relay: Relay = Relay.OFF
 
     @property
     def max_bytes(self) -> MaxBytes | None:
@@ -153,17 +155,22 @@ def plan_sides(
     side: SideSpec,
     ranks_per_node: int | None,
     sending: Sending = WEIGHTS,
+    relaying: Relaying = DIRECT,
 ) -> PlannedSides:
-    """Plan the refit from `source` to `destination`, the sharding of `side`. Raises PlanError as `plan_refit` does."""
+    """Plan the refit from `source` to `destination`, the sharding of `side`.
+
+    Raises PlanError as `plan_refit` does, and UsageError where there is nothing to relay.
+    """
     wires = wires_between(source, destination, side, sending)
-    if not wires:
-        plan = plan_refit(source, destination, ranks_per_node=ranks_per_node)
-        return PlannedSides(plan, cost_of(plan))
-    last = list(wires.values())[-1]
-    plan = plan_refit(last.source, last.destination, ranks_per_node=ranks_per_node)
-    cost = replace(
-        cost_of(plan),
-        source_weights_by_rank=dict(source.bytes_per_rank),
-        destination_weights_by_rank=dict(destination.bytes_per_rank),
-    )
-    return PlannedSides(plan, cost, wires)
+    packed = next((name for name, wire in wires.items() if wire.max_bytes is not None), None)
+    last = list(wires.values())[-1] if wires else None
+    sent = (last.source, last.destination) if last is not None else (source, destination)
+    plan, relay = plan_with_relay(*sent, ranks_per_node, relaying, packed)
+    cost = cost_of(plan)
+    if last is not None:
+        cost = replace(
+            cost,
+            source_weights_by_rank=dict(source.bytes_per_rank),
+            destination_weights_by_rank=dict(destination.bytes_per_rank),
+        )
+    return PlannedSides(plan, cost, wires, relay)

@@ -15,3 +15,8 @@ def bound_text(bound: Bound | None, cluster: Cluster) -> str:
             f"nodes of {cluster.gpus_per_node} GPUs"
         )
     return f"{units.seconds(bound.seconds)} on {cluster.name}: {bound.limited_by}"
+
+
+def floor_text(floor: Bound) -> str:
+    """`1.33 s: node 8 receives 530.8 GB at 400 GB/s`."""
+    return f"{units.seconds(floor.seconds)}: {floor.limited_by}"

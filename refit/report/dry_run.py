@@ -11,7 +11,7 @@ from refit import units
 from refit.config.registry import ENCODINGS, IDENTITY
 from refit.plan.cost import BusiestRank, per_gpu
 from refit.predict.dry_run import Changes, DryRun
-from refit.report.bound import bound_text
+from refit.report.bound import bound_text, floor_text
 from refit.report.delta_lines import percent
 from refit.report.expert_map import expert_lines
 from refit.report.rank_map import rank_map
@@ -50,6 +50,10 @@ def dry_run_json(run: DryRun) -> str:
         "plan": run.cost,
         "bound": run.bound,
         "changes": run.changes,
+        "floor": run.floor,
+        "relay": run.relay,
+        "least_between_bytes": run.least_between_bytes,
+        "without_relay": run.without_relay,
         "traffic": {
             "gpus_per_node": run.options.gpus_per_domain,
             **{name: getattr(traffic, name).tolist() for name in TRAFFIC},
@@ -91,9 +95,30 @@ def _moved(run: DryRun) -> dict[str, str]:
         "Local": f"{units.gb(cost.local_bytes)} within a {'rank' if shared else 'GPU'}",
         "Busiest sender": f"{_busiest(run, sender, 'sent')}, {cost.sender_imbalance:.2f} x mean sender",
         "Busiest receiver": _busiest(run, receiver, "received"),
+        **_between(run),
         "Lower bound": _lower_bound(run),
+        **({"Floor of all plans": floor_text(run.floor)} if run.floor else {}),
         **{f"{percent(each.share)} % changed": _changes(run, each) for each in run.changes},
     }
+
+
+def _between(run: DryRun) -> dict[str, str]:
+    """Bytes between nodes and within them, where there are several, with the plan's relay and without."""
+    traffic = run.traffic
+    if run.scenario.num_ranks <= traffic.ranks_per_node:
+        return {}
+    between, within = int(traffic.sent_between.sum()), int(traffic.sent_within.sum())
+    lines = {
+        "Between nodes": f"{units.gb(between)}, within them {units.gb(within)}, relay {run.relay.value}; in every plan "
+        f"{units.gb(run.least_between_bytes)} cross"
+    }
+    other = run.without_relay
+    if other is not None:
+        bound = f"; lower bound {units.seconds(other.bound.seconds)}" if other.bound else ""
+        lines["Without relay"] = (
+            f"{units.gb(other.between_bytes)} between nodes, within them {units.gb(other.within_bytes)}{bound}"
+        )
+    return lines
 
 
 def _changes(run: DryRun, changes: Changes) -> str:

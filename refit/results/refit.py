@@ -302,8 +302,24 @@ class QuantisedRefit:
 
 
 @dataclass(frozen=True, slots=True)
+class HostTraffic:
+    """What the plan moves between hosts and within them, where there are several.
+
+    `num_ranks` are those of each host, by its name. `relay` is how the plan relays: off, node or engine. `least_bytes`
+    is what crosses between hosts in every plan.
+    """
+
+    num_ranks: dict[str, int]
+    relay: str
+    between_bytes: int
+    within_bytes: int
+    least_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RefitResult:
-    """One plan and the result of each engine on it. `bound` is None without a cluster's speeds.
+    """One plan and the result of each engine on it. `bound` is None without a cluster's speeds, and so is `floor`, the
+    least bound of all plans. `hosts` is None on a single host.
 
     `start_s` is the time from the start of the processes to the end of the first refit, by phase, each on the rank that
     took longest; empty where there was none, and in files of versions that did not measure it.
@@ -314,6 +330,8 @@ class RefitResult:
     model: ModelFacts | None = None
     plan: Cost | None = None
     bound: Bound | None = None
+    floor: Bound | None = None
+    hosts: HostTraffic | None = None
     quantised: QuantisedRefit | None = None
     start_s: dict[str, float] = field(default_factory=dict)
     engines: dict[str, EngineResult] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from refit.cli.parsing import parse
 from refit.errors import RefitError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix
+from refit.predict.relays import Relaying
 from refit.predict.sides import plan_sides, predict_sides
 from refit.report.plots.pairs import NoPairs
 from refit.results.outcomes import Outcome
@@ -24,8 +25,11 @@ def pair_bytes(outcome: Outcome, gpus_per_node: int) -> IntArray:
         source, destination = predict_sides(scenario.model, scenario.source, scenario.destination)
         # A run on one node plans without nodes, and a cluster's NVLink domain may be larger than a host.
         domain = (scenario.cluster.gpus_per_node if scenario.cluster else gpus_per_node) * scenario.ranks_per_gpu
+        # The speeds that `auto` compares are those of the run's own cluster; which GPUs are shared follows the nodes.
+        relaying = Relaying(scenario.relay, scenario.cluster)
         for ranks_per_node in dict.fromkeys((domain, planned.ranks_per_node, None)):
-            plan = plan_sides(source, destination, scenario.destination, ranks_per_node, scenario.sending).plan
+            sides = (source, destination, scenario.destination)
+            plan = plan_sides(*sides, ranks_per_node, scenario.sending, relaying).plan
             if digest in ("", plan.digest):
                 return bytes_matrix(plan)
     except RefitError as error:

@@ -11,6 +11,7 @@ from refit.config.clusters import Cluster
 from refit.config.delta import DeltaOptions, Pattern, Snapshot
 from refit.config.layout import Layout
 from refit.config.placement import ExpertPlacement
+from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario, Verify
 from refit.config.shape import Dtype, LatentAttention
 from refit.config.side import Fsdp2Options, SideSpec, VllmOptions
@@ -22,6 +23,7 @@ from refit.results.refit import (
     Activity,
     EngineResult,
     ForwardCheck,
+    HostTraffic,
     ModelFacts,
     NotMoved,
     QuantisedRefit,
@@ -89,6 +91,8 @@ REFIT = RefitResult(
         casts={"router.weight": ("float32", "bfloat16")},
     ),
     bound=Bound("mine", 0.15, "rank 0 sends 200 bytes within its node at 391 GB/s"),
+    floor=Bound("mine", 0.125, "the source sends 100 bytes at 50 GB/s"),
+    hosts=HostTraffic({"a": 2, "b": 1}, "node", 150, 50, 120),
     start_s={"imports": 3.0, "first refit": 0.25},
     engines={"refit": ENGINE, "megatron": EngineResult(Status.WAIVED, "no")},
     rearranged=RefitResult(status=Status.OK, engines={"refit": EngineResult(Status.OK)}),
@@ -134,6 +138,7 @@ FULL = Result(
         ranks_per_gpu=2,
         encoding="delta",
         delta=DeltaOptions((0.5, 0.25), Pattern.ROWS, Snapshot.HOST),
+        relay=Relay.NODE,
         one_sided_buffers="symmetric",
         nvshmem_force_put=True,
         cluster=Cluster("mine", 391e9, None, 8, None, 80 * 10**9, "H200", "measured"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -19,12 +20,14 @@ from refit.config.scenario import Scenario
 from refit.encodings.fp8.wire import QuantisedWire
 from refit.errors import PlanError
 from refit.plan import cost
+from refit.plan.floor import floor_of, least_bytes
 from refit.plan.plan import RefitPlan
 from refit.plan.sharding import Sharding
+from refit.predict.relays import Relaying
 from refit.predict.sides import PlannedSides, plan_sides
 from refit.report import refit_lines
 from refit.report.bound import bound_text
-from refit.results.refit import EngineResult, ModelFacts, QuantisedRefit, RefitResult
+from refit.results.refit import EngineResult, HostTraffic, ModelFacts, QuantisedRefit, RefitResult
 from refit.results.result import MeasurementResult
 from refit.results.status import Status, worst
 from refit.results.step import StepResult
@@ -60,9 +63,9 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     source = refitted_to(destination.spec, session.scenario.model, source)
     stopwatch = Stopwatch()
     with stopwatch.step("plan"):
-        sides = plan_sides(
-            source.sharding, destination.sharding, destination.spec, session.ranks_per_node, session.scenario.sending
-        )
+        relaying = Relaying(session.scenario.relay, session.scenario.cluster, session.gpus)
+        per_node, sending = session.ranks_per_node, session.scenario.sending
+        sides = plan_sides(source.sharding, destination.sharding, destination.spec, per_node, sending, relaying)
     plan = sides.plan
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
@@ -75,6 +78,8 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
         model=_facts(source.sharding, destination.sharding),
         plan=sides.cost,
         bound=bound,
+        floor=_floor(session, plan, cluster) if cluster is not None and session.is_reporter else None,
+        hosts=_host_traffic(session, sides) if session.is_reporter else None,
         quantised=_quantised(sides, destination),
     )
     scenarios = {name: scenario_of(name, session.scenario) for name in session.scenario.engines}
@@ -151,6 +156,32 @@ def _check_agreement(session: Session, plan: RefitPlan) -> None:
             raise PlanError(
                 f"ranks {session.rank} and {rank} made different plans: {plan.digest[:12]} and {digest[:12]}"
             )
+
+
+def _floor(session: Session, plan: RefitPlan, cluster: Cluster) -> cost.Bound | None:
+    ranks_per_node = cluster.gpus_per_node * session.gpus.most_ranks
+    return floor_of(
+        least_bytes(plan.source_sharding, plan.destination_sharding, ranks_per_node),
+        cluster,
+        ranks_per_node,
+        session.gpus,
+    )
+
+
+def _host_traffic(session: Session, sides: PlannedSides) -> HostTraffic | None:
+    """What crosses between hosts; None on a single one."""
+    per_host = session.ranks_per_node
+    if per_host is None:
+        return None
+    plan = sides.plan
+    traffic = cost.split_traffic(cost.bytes_matrix(plan), per_host)
+    return HostTraffic(
+        num_ranks=dict(Counter(session.ranks.host_of)),
+        relay=sides.relay.value,
+        between_bytes=int(traffic.sent_between.sum()),
+        within_bytes=int(traffic.sent_within.sum()),
+        least_bytes=least_bytes(plan.source_sharding, plan.destination_sharding, per_host).between,
+    )
 
 
 def _slowest_start(session: Session) -> dict[str, float]:
