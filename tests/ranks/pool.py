@@ -27,8 +27,11 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    def __init__(self, num_ranks: int = 8) -> None:
+    """`enter(rank)` is called on each rank before it meets the others: it may move the process elsewhere."""
+
+    def __init__(self, num_ranks: int = 8, enter: Callable[[int], None] = lambda rank: None) -> None:
         self.num_ranks = num_ranks
+        self._enter = enter
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -72,11 +75,17 @@ class RankPool:
         store = f"{self._folder.name}/store"
         for rank in range(self.num_ranks):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.num_ranks, store, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.num_ranks, store, theirs, self._enter), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(mine)
+
+    def kill(self, rank: int) -> None:
+        """End `rank` at once, as a machine that is lost."""
+        os.kill(self._processes[rank].pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End the ranks; the next `run` starts a fresh set, in about 0.2 s."""
@@ -92,8 +101,9 @@ class RankPool:
             self._folder = None
 
 
-def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, num_ranks: int, store: str, pipe: Connection, enter: Callable[[int], None]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
+    enter(rank)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     while True:
         try:
