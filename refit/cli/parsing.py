@@ -81,7 +81,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     _check_engines(engines, sides)
     _check_encoding(args, engines)
     _check_running_engine(args, engines, destination)
-    _check_relay(args)
+    _check_relay(args, engines)
     recorded = recorded_flags(args)
     steps = step_settings(args, sides, model, recorded)
     if args.check_forward and model is not None:
@@ -234,15 +234,15 @@ def _least_warmup(args: argparse.Namespace) -> int:
     return max(int(row.has_options), row.num_to_decide + 1 if row.num_to_decide else 0)
 
 
-def _check_relay(args: argparse.Namespace) -> None:
+def _check_relay(args: argparse.Namespace, engines: Sequence[str]) -> None:
     """Raise UsageError where nothing is sent, or only by engines with plans of their own."""
     if args.refit_relay == Relay.OFF.value:
         return
     if "refit" not in args.measure:
         raise UsageError(f"--refit-relay {args.refit_relay} needs a refit: add refit to --measure, or leave it out")
-    if all(ENGINES[name].is_baseline for name in args.refit_engine):
+    if all(ENGINES[name].is_baseline for name in engines):
         raise UsageError(
-            f"--refit-relay {args.refit_relay} is for this suite's plans, --refit-engine {','.join(args.refit_engine)} "
+            f"--refit-relay {args.refit_relay} is for this suite's plans, --refit-engine {','.join(engines)} "
             "has none of them: add refit to it, or leave the relay out"
         )
 
