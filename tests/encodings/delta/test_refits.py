@@ -151,6 +151,7 @@ def run_auto(rank: int, argv: list[str], slower: str) -> Any:
         return run_scenario(rank, [*argv, "--refit-encoding", "auto", "--num-benchmark-warmup", "7"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [LAYOUTS, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
 @pytest.mark.parametrize("slower", ["changes", "everything"])
