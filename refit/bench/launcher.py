@@ -171,8 +171,8 @@ def _wait(ranks: dict[int, int], signals: _Signals) -> None:
     stopped = False
     deadline = float("inf")
     while ranks:
-        for pid, code in _ended(ranks):
-            rank = ranks.pop(pid)
+        ended = [(ranks.pop(pid), pid, code) for pid, code in _ended(ranks)]  # all of them, before others are told
+        for rank, pid, code in ended:
             if code != 0 and failure is None and not stopped:
                 failure = rank, ProcessFailure(rank, pid, code, error_file="")
                 deadline = _tell(ranks, signal.SIGTERM)

@@ -87,6 +87,17 @@ def test_the_first_rank_that_fails_is_reported_and_the_others_are_ended() -> Non
     assert cause(code, errors) == (4, 1)
 
 
+def test_ranks_that_fail_at_once_are_one_failure() -> None:
+    program = """
+ended = launcher._ended
+launcher._ended = lambda ranks: time.sleep(0.5) or ended(ranks)  # until all have
+launch(3, lambda: 4)
+"""
+    code, _, errors = finished(program)
+    assert cause(code, errors) == (4, 0)
+    assert "ProcessLookupError" not in errors
+
+
 def test_an_unexpected_error_has_its_traceback_and_is_reported() -> None:
     code, _, errors = finished("launch(2, lambda: 0 // int(os.environ['RANK']))")
     assert "ZeroDivisionError" in errors
