@@ -30,7 +30,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 test: check test-quick
 
 test-quick: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not vllm"
 
 ## test-all: style, types and all tests, which is what CI runs
 test-all: check
