@@ -18,7 +18,7 @@ from refit.bench.initial_weights import spread
 from refit.bench.measurements.rank_samples import NOTHING_FOUND
 from refit.bench.session import Session
 from refit.bench.sides import Side
-from refit.config.registry import Engine
+from refit.config.rows import Engine
 from refit.config.scenario import Verify
 from refit.config.shape import Dtype
 from refit.errors import RefitError

@@ -93,6 +93,30 @@ class PlainPart:
 PLAIN = PlainPart()
 
 
+class WrappedPart:
+    """A part around `inner`, which has what the part does not say itself."""
+
+    def __init__(self, inner: OraclePart) -> None:
+        self.inner = inner
+
+    @property
+    def keeps_base(self) -> bool:
+        return self.inner.keeps_base
+
+    def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
+        return self.inner.values(tensor, block, iteration)
+
+    def comparisons(
+        self,
+        values: Values,
+        held: LocalWeights,
+        shard: LocalShard,
+        source: Mapping[str, TensorSpec],
+        start: int | None = None,
+    ) -> Iterator[Comparison]:
+        return self.inner.comparisons(values, held, shard, source, start)
+
+
 def _index_in(block: Rows, shape: tuple[int, ...]) -> Index:
     """For rows of a tensor of `shape`."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from refit.cli.main import main
-from refit.config.registry import ENGINES, Engine
+from refit.config.registry import ENGINES
+from refit.config.rows import Engine
 from refit.errors import UsageError
 from tests.cli.lines import TWO_HEADS, TWO_STAGES, scenario
 

@@ -8,22 +8,22 @@ destination must still have the others: its part of the oracle changes half of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from refit.config.registry import Encoding
+from refit.config.rows import Encoding
 from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
 from refit.encodings.base import Peers
-from refit.encodings.oracle import Comparison, OraclePart, Values
+from refit.encodings.oracle import OraclePart, WrappedPart
 from refit.encodings.packed import PackedWeights
 from refit.encodings.values import hash_bits
 from refit.errors import RefitError
 from refit.memory.codec import Piece
 from refit.memory.rows import Rows
 from refit.memory.views import part_within
-from refit.memory.weights import LocalShard, LocalWeights, Part, assembled
+from refit.memory.weights import LocalWeights, Part, assembled
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan
 from refit.plan.sharding import Sharding, TensorSpec
@@ -141,28 +141,16 @@ class LiveRows:
         self.source = self.destination = None
 
 
-class RowsPart:
+class RowsPart(WrappedPart):
     """About half of the rows are zeros."""
 
     def __init__(self, inner: OraclePart, scenario: Scenario | None = None) -> None:
-        self._inner = inner
-
-    keeps_base = False
+        super().__init__(inner)
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         first = Rows(block.row_numbers, 0, block.data[:, :1])
         is_zero = hash_bits(tensor.key + " row", iteration, first) < 0
-        return self._inner.values(tensor, block, iteration).masked_fill_(is_zero, 0)
-
-    def comparisons(
-        self,
-        values: Values,
-        held: LocalWeights,
-        shard: LocalShard,
-        source: Mapping[str, TensorSpec],
-        start: int | None = None,
-    ) -> Iterator[Comparison]:
-        return self._inner.comparisons(values, held, shard, source, start)
+        return self.inner.values(tensor, block, iteration).masked_fill_(is_zero, 0)
 
 
 class LiveChanges(LiveRows):
@@ -181,7 +169,7 @@ class ChangesPart(RowsPart):
     keeps_base = True
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
-        now, before = (self._inner.values(tensor, block, each) for each in (iteration, max(iteration - 1, 0)))
+        now, before = (self.inner.values(tensor, block, each) for each in (iteration, max(iteration - 1, 0)))
         is_even = hash_bits(tensor.key + " row", 0, Rows(block.row_numbers, 0, block.data[:, :1])) < 0
         return torch.where(is_even if iteration % 2 == 0 else ~is_even, now, before)
 

@@ -17,7 +17,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from refit.bench.exchange import gather
 from refit.bench.session import Session
 from refit.bench.sides import Side
-from refit.config.registry import Engine, Format, MeasurementKind, Method
+from refit.config.rows import Engine, Format, MeasurementKind, Method
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec

@@ -17,17 +17,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
 from refit.config.delta import DeltaOptions, Pattern
 from refit.config.scenario import Scenario
-from refit.encodings.oracle import Comparison, OraclePart, Values
+from refit.encodings.oracle import OraclePart, WrappedPart
 from refit.memory.rows import Rows
-from refit.memory.weights import LocalShard, LocalWeights
 from refit.plan.sharding import TensorSpec
 
 CIRCLE_BITS = 20
@@ -42,13 +39,14 @@ def oracle(inner: OraclePart, scenario: Scenario) -> OraclePart:
     return DeltaPart(inner, scenario.delta)
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaPart:
+class DeltaPart(WrappedPart):
     """Refits that build on the one before."""
 
-    inner: OraclePart
-    options: DeltaOptions
-    keeps_base: bool = True
+    keeps_base = True
+
+    def __init__(self, inner: OraclePart, options: DeltaOptions) -> None:
+        super().__init__(inner)
+        self.options = options
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         times = self._times_changed(tensor, block, iteration)
@@ -58,16 +56,6 @@ class DeltaPart:
             found = torch.where(times == number, self.inner.values(tensor, block, number), found)
         bits = found.view(_BITS[found.element_size()])
         return bits.bitwise_and_(~1).bitwise_or_((times & 1).to(bits.dtype)).view(found.dtype)
-
-    def comparisons(
-        self,
-        values: Values,
-        held: LocalWeights,
-        shard: LocalShard,
-        source: Mapping[str, TensorSpec],
-        start: int | None = None,
-    ) -> Iterator[Comparison]:
-        return self.inner.comparisons(values, held, shard, source, start)
 
     def _times_changed(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         """How often each element, `[rows, columns]` or broadcast to it, has changed, int64."""

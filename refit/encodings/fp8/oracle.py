@@ -7,7 +7,7 @@ the whole block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +15,7 @@ from refit.config.quantisation import SCALE_SUFFIX, Quantisation, scale_key
 from refit.config.scenario import Scenario
 from refit.encodings.fp8.reference import quantise
 from refit.encodings.fp8.strips import strips_of
-from refit.encodings.oracle import PLAIN, Comparison, Index, OraclePart, Values
+from refit.encodings.oracle import PLAIN, Comparison, Index, OraclePart, Values, WrappedPart
 from refit.encodings.values import hash_bits
 from refit.memory.rows import Rows
 from refit.memory.weights import LocalShard, LocalWeights
@@ -35,16 +35,12 @@ def oracle(inner: OraclePart, scenario: Scenario) -> OraclePart:
     return Fp8Part(quantisation, inner)
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Part:
+class Fp8Part(WrappedPart):
     """Refits to codes and scales."""
 
-    quantisation: Quantisation
-    inner: OraclePart = PLAIN
-
-    @property
-    def keeps_base(self) -> bool:
-        return self.inner.keeps_base
+    def __init__(self, quantisation: Quantisation, inner: OraclePart = PLAIN) -> None:
+        super().__init__(inner)
+        self.quantisation = quantisation
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         """Those of tensors that become codes differ in magnitude from block to block, with zeros, subnormals, and in
