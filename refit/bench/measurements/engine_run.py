@@ -291,7 +291,7 @@ class EngineRun:
         trained.restore(self._planned.source.weights)
         self._serving.convert(label, program)
         self._serving.begin(label)
-        self._session.enter(f"refit of the trained weights with {self._name}")
+        self._session.enter(f"{label}: move")
         self._poison()
         time_run(program, self._session.control, self._session.device)
         self._serving.finish(label)

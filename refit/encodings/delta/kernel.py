@@ -230,6 +230,50 @@ def _pack_masks(
         turn += 1
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _pack_changed(
+    new: tl.tensor,
+    old: tl.tensor,
+    first: tl.tensor,
+    num: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    bits: tl.tensor,
+    payload: tl.tensor,
+    length: tl.tensor,
+    place: tl.tensor,
+    ITEM: tl.constexpr,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    STRIDED: tl.constexpr,
+) -> tl.tensor:
+    """The changed elements of a block in their shortest form, where `length` says that there is room.
+
+    Writes the block's row of the message's table, at `place`, and returns how many have changed.
+    """
+    lane_counts = _num_bits(bits)
+    count = tl.sum(lane_counts, 0)
+    tl.store(place + 1, count)
+    if count == 0:
+        tl.store(place, 0)
+    else:
+        places = _places_bytes(count, num, SIZE)
+        nbytes = tl.where(places < 0, num * SIZE, places + count * SIZE)
+        begin = tl.atomic_add(length, ((nbytes + 15) // 16 * 16).to(tl.int64), sem="relaxed")
+        tl.store(place, (begin // 16).to(tl.int32))
+        data = (payload + begin + tl.maximum(places, 0)).to(tl.pointer_type(ITEM))
+        if places < 0:
+            _copy_block(new, first, num, width, stride, data, old, 8 * LANES, STRIDED, False)
+        elif places == (count + 1) // 2 * 4:
+            positions = (payload + begin).to(tl.pointer_type(tl.int16))
+            at = tl.cumsum(lane_counts, 0) - lane_counts
+            _pack_positions(new, first, width, stride, bits, positions, data, at, SIZE, LANES, STRIDED)
+        else:
+            masks = (payload + begin).to(tl.pointer_type(tl.int32))
+            _pack_masks(new, first, num, width, stride, bits, masks, data, SIZE, LANES, STRIDED)
+    return count
+
+
 @triton.jit(do_not_specialize=["version", "base"])  # type: ignore[untyped-decorator]
 def find_and_pack(
     table: tl.tensor,
@@ -280,27 +324,76 @@ def find_and_pack(
         tl.store(counts + number, num)
     else:
         bits = _changed_bits(new, old, first, num, width, stride, SIZE, LANES, WIDE, STRIDED)
-        lane_counts = _num_bits(bits)
-        count = tl.sum(lane_counts, 0)
+        count = _pack_changed(
+            new, old, first, num, width, stride, bits, payload, length, place, ITEM, SIZE, LANES, STRIDED
+        )
         tl.store(counts + number, count)
-        tl.store(place + 1, count)
-        if count == 0:
-            tl.store(place, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _apply_masks(
+    held: tl.tensor,
+    first: tl.tensor,
+    num: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    masks: tl.tensor,
+    data: tl.tensor,
+    count: tl.tensor,
+    LANES: tl.constexpr,
+    STRIDED: tl.constexpr,
+) -> None:
+    """Each lane takes a mask and writes the values of its bits, one at a time."""
+    lane = tl.arange(0, LANES)
+    done = 0
+    word = 0
+    while word * 32 < num:
+        mask_at = word + lane
+        bits = tl.load(masks + mask_at, mask=mask_at * 32 < num, other=0).to(tl.uint32, bitcast=True)
+        lane_counts = _num_bits(bits)
+        value_at = done + tl.cumsum(lane_counts, 0) - lane_counts
+        most = tl.max(lane_counts, 0)
+        turn = 0
+        while turn < most:
+            bit = _lowest_bit(bits)
+            bits = bits ^ bit
+            element = mask_at * 32 + _number_of(bit)
+            present = (bit != 0) & (element < num) & (value_at < count)
+            values = tl.load(data + value_at, mask=present)
+            tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
+            value_at += 1
+            turn += 1
+        done += tl.sum(lane_counts, 0)
+        word += LANES
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _apply_listed(
+    held: tl.tensor,
+    first: tl.tensor,
+    num: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    positions: tl.tensor,
+    data: tl.tensor,
+    count: tl.tensor,
+    is_whole: tl.tensor,
+    LANES: tl.constexpr,
+    STRIDED: tl.constexpr,
+) -> None:
+    """Write each value to its position; with `is_whole`, one behind another."""
+    done = 0
+    while done < count:
+        at = done + tl.arange(0, LANES)
+        present = at < count
+        if is_whole:
+            element = at
         else:
-            places = _places_bytes(count, num, SIZE)
-            nbytes = tl.where(places < 0, num * SIZE, places + count * SIZE)
-            begin = tl.atomic_add(length, ((nbytes + 15) // 16 * 16).to(tl.int64), sem="relaxed")
-            tl.store(place, (begin // 16).to(tl.int32))
-            data = (payload + begin + tl.maximum(places, 0)).to(tl.pointer_type(ITEM))
-            if places < 0:
-                _copy_block(new, first, num, width, stride, data, old, 8 * LANES, STRIDED, False)
-            elif places == (count + 1) // 2 * 4:
-                positions = (payload + begin).to(tl.pointer_type(tl.int16))
-                at = tl.cumsum(lane_counts, 0) - lane_counts
-                _pack_positions(new, first, width, stride, bits, positions, data, at, SIZE, LANES, STRIDED)
-            else:
-                masks = (payload + begin).to(tl.pointer_type(tl.int32))
-                _pack_masks(new, first, num, width, stride, bits, masks, data, SIZE, LANES, STRIDED)
+            element = tl.load(positions + at, mask=present, other=0).to(tl.int32) & 0xFFFF
+            present = present & (element < num)
+        values = tl.load(data + at, mask=present)
+        tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
+        done += LANES
 
 
 @triton.jit(do_not_specialize=["version", "base", "max_bytes"])  # type: ignore[untyped-decorator]
@@ -343,41 +436,10 @@ def apply_changes(
     if not is_right:
         tl.store(flag, 1)
     elif count > 0:
-        lane = tl.arange(0, LANES)
         data = (payload + begin + tl.maximum(places, 0)).to(tl.pointer_type(ITEM))
         if (places >= 0) & (places == (num + 31) // 32 * 4) & (places < (count + 1) // 2 * 4):
             masks = (payload + begin).to(tl.pointer_type(tl.int32))
-            done = 0
-            word = 0
-            while word * 32 < num:
-                mask_at = word + lane
-                bits = tl.load(masks + mask_at, mask=mask_at * 32 < num, other=0).to(tl.uint32, bitcast=True)
-                lane_counts = _num_bits(bits)
-                value_at = done + tl.cumsum(lane_counts, 0) - lane_counts
-                most = tl.max(lane_counts, 0)
-                turn = 0
-                while turn < most:
-                    bit = _lowest_bit(bits)
-                    bits = bits ^ bit
-                    element = mask_at * 32 + _number_of(bit)
-                    present = (bit != 0) & (element < num) & (value_at < count)
-                    values = tl.load(data + value_at, mask=present)
-                    tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
-                    value_at += 1
-                    turn += 1
-                done += tl.sum(lane_counts, 0)
-                word += LANES
+            _apply_masks(held, first, num, width, stride, masks, data, count, LANES, STRIDED)
         else:
             positions = (payload + begin).to(tl.pointer_type(tl.int16))
-            done = 0
-            while done < count:
-                at = done + lane
-                present = at < count
-                if places < 0:
-                    element = at
-                else:
-                    element = tl.load(positions + at, mask=present, other=0).to(tl.int32) & 0xFFFF
-                    present = present & (element < num)
-                values = tl.load(data + at, mask=present)
-                tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
-                done += LANES
+            _apply_listed(held, first, num, width, stride, positions, data, count, places < 0, LANES, STRIDED)

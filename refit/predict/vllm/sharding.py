@@ -20,10 +20,6 @@ from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
 from refit.predict.vllm.quantised import held_blocks
 
-EP_ON_CPUS = "its workers end with a segmentation fault in their first pass (vLLM 0.32.0 on CPUs)"
-"""vLLM starts with `enable_expert_parallel`, and then reports `Worker proc VllmWorker-0 died unexpectedly (exit code:
--11)`."""
-
 
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     """Raise UsageError where vLLM has no such model or cannot shard it so; `name` is the side's in the message."""
@@ -70,8 +66,8 @@ def _check_running(side: SideSpec, name: str) -> None:
     plain = replace(options, engine_python=None) == VllmOptions()
     if layout.ep > 1:
         raise UsageError(
-            f"{name}: EP {layout.ep} in a running vLLM: {EP_ON_CPUS}: give {size_flag(name, 'ep')} 1, or leave "
-            "--rl-inference-engine-python out"
+            f"{name}: EP {layout.ep} in a running vLLM, which 0.32.0 does not do on CPUs: give "
+            f"{size_flag(name, 'ep')} 1, or leave --rl-inference-engine-python out"
         )
     is_fp8 = side.quantisation is not None and side.quantisation.dtype != "fp8-block"
     if not plain or layout.pp > 1 or is_fp8:

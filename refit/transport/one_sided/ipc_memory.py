@@ -188,7 +188,7 @@ def handles_of(shared: torch.Tensor, peers: Sequence[int]) -> dict[int, Any]:
 
 
 def open_region(handle: Any) -> torch.Tensor:
-    """The region behind `handle`, mapped for this rank's GPU.
+    """The region behind `handle`, what `reduce_tensor` gave its owner, mapped for this rank's GPU.
 
     Mapped for the owner's device number instead, kernels fault and copies run at 37 GB/s (H200).
     """

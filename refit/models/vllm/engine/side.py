@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from refit.predict.families.config_json import config_values
 from refit.predict.vllm.names import followed_name
 from refit.predict.vllm.parameters import FUSED, Engines, RankBlock
 from refit.predict.vllm.quantised import held_blocks
+from refit.transport.one_sided.ipc_memory import open_region
 
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -39,9 +40,6 @@ ARCHITECTURES = {
 
 GPU_SHARE = 0.35
 """Of a GPU's memory for the engine's weights and cache: the trainer has the rest."""
-
-DEVICE = 6
-"""The index of the owner's device number among the arguments that rebuild a shared tensor."""
 
 
 class RunningSide(WithoutSteps):
@@ -122,10 +120,7 @@ def exported(side: SideSpec, process: EngineProcess | None, worker: int | None, 
     """Map memory that the engine exports, on a GPU. Collective: every rank of the job."""
     answers = _from_first(side, process.ask("export") if process is not None else None)
     mine: Mapping[str, Any] = next((each["handles"] for each in answers if each["rank"] == worker), {})
-    here, rebuild = torch.cuda.current_device(), cast("Callable[..., torch.Tensor]", rebuild_cuda_tensor)
-    return answers, {
-        name: rebuild(*arguments[:DEVICE], here, *arguments[DEVICE + 1 :]) for name, arguments in mine.items()
-    }
+    return answers, {name: open_region((rebuild_cuda_tensor, arguments)) for name, arguments in mine.items()}
 
 
 def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
