@@ -183,7 +183,6 @@ class RefitWorker:
     def refit_commit(self) -> dict[str, float]:
         """Have the layers use what is in the memory. Returns the seconds by kind of layer."""
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.layers.attention import is_deferred_attention_layer
 
         assert self.refit_weights is not None
         seconds: dict[str, float] = {}
@@ -200,7 +199,7 @@ class RefitWorker:
                 seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - begin
             begin = time.perf_counter()
             for module in model.modules():  # MLA's absorbed weights come of linears that were just processed
-                if is_deferred_attention_layer(module):
+                if _is_attention(module):
                     _process_attention(module, self.model_config.dtype)  # type: ignore[attr-defined]
             seconds["attention"] = time.perf_counter() - begin
         self.refit_idle()
@@ -278,6 +277,15 @@ def _is_processed(module: Any) -> bool:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
+
+
+def _is_attention(module: Any) -> bool:
+    """Whether vLLM processes the module after all others."""
+    from vllm.model_executor.layers import attention
+
+    if hasattr(attention, "is_deferred_attention_layer"):
+        return bool(attention.is_deferred_attention_layer(module))
+    return isinstance(module, (attention.Attention, attention.MLAAttention))  # vLLM 0.25
 
 
 def _process_attention(module: Any, dtype: torch.dtype) -> None:
