@@ -376,16 +376,16 @@ def _apply_listed(
     stride: tl.tensor,
     positions: tl.tensor,
     data: tl.tensor,
-    count: tl.tensor,
+    num_values: tl.tensor,
     is_whole: tl.tensor,
     LANES: tl.constexpr,
     STRIDED: tl.constexpr,
 ) -> None:
     """Write each value to its position; with `is_whole`, one behind another."""
     done = 0
-    while done < count:
+    while done < num_values:
         at = done + tl.arange(0, LANES)
-        present = at < count
+        present = at < num_values
         if is_whole:
             element = at
         else:
@@ -441,5 +441,7 @@ def apply_changes(
             masks = (payload + begin).to(tl.pointer_type(tl.int32))
             _apply_masks(held, first, num, width, stride, masks, data, count, LANES, STRIDED)
         else:
+            is_whole = places < 0  # with all elements, whether they have changed or not
+            num_values = tl.where(is_whole, num, count)
             positions = (payload + begin).to(tl.pointer_type(tl.int16))
-            _apply_listed(held, first, num, width, stride, positions, data, count, places < 0, LANES, STRIDED)
+            _apply_listed(held, first, num, width, stride, positions, data, num_values, is_whole, LANES, STRIDED)

@@ -80,7 +80,7 @@ def test_messages_and_weights_are_those_of_the_twins(place: int, dtype: str, tun
     generator = torch.Generator().manual_seed(place)
     tensor = TensorSpec("weight", shape, dtype)
     new, held = (random_values(shape, dtype, generator) for _ in range(2))
-    ours = [new.to(DEVICE), held.to(DEVICE)]
+    ours = [new.to(DEVICE, copy=True), held.to(DEVICE, copy=True)]
     pieces = [(tensor, box), (tensor, Box(box.offsets, (1,) * len(shape)))]
     twin = Pair(held_in(new, tensor), held_in(held, tensor), pieces, tuning.block)
     twin.payload = torch.zeros(1 << 20, dtype=torch.uint8)

@@ -56,7 +56,7 @@ class EngineProcess:
         """
         ours, theirs = socket.socketpair()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the engine
-        kept = {name: value for name, value in os.environ.items() if name not in _RANKS_OWN}
+        kept = {name: value for name, value in os.environ.items() if not _RANKS_OWN.fullmatch(name)}
         self._process = subprocess.Popen(
             [str(python), str(INSIDE / "host.py"), str(theirs.fileno()), str(os.getpid())],
             env={**kept, "PYTHONPATH": str(INSIDE), **ENVIRONMENT, **environment},
@@ -140,8 +140,11 @@ class _Refused(Exception):
     """vLLM raised an error, and runs on."""
 
 
-_RANKS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
-"""Variables of this suite's ranks that would tell vLLM of ranks of its own."""
+_RANKS_OWN = re.compile(
+    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHONPATH"
+)
+"""Variables of this suite's ranks that would tell vLLM of ranks of its own: with TORCHELASTIC_USE_AGENT_STORE its
+worker would wait for a store that nobody starts."""
 
 
 @contextlib.contextmanager
