@@ -14,8 +14,8 @@ import torch
 
 from refit.copies.contiguous import split_runs
 from refit.copies.copy import Copy
-from refit.memory.views import part_within
-from refit.memory.weights import Hook, LocalWeights, Part
+from refit.memory.views import View, part_within
+from refit.memory.weights import Hook, LocalWeights, Part, Storages
 from refit.plan.box import Box
 from refit.plan.plan import Transfer
 from refit.plan.sharding import TensorSpec
@@ -30,6 +30,8 @@ an H200, where a launch takes some 20 us. A rank that sends nothing makes a refi
 1 GiB, and in 8.9 ms with this."""
 
 UNSENT_BATCH_BYTES = 1 << 30
+"""On a rank that sends nothing. The first batch waits until its weights were found where they were; the GPU copies it
+while those of the others are looked for."""
 
 
 class CopyBatch:
@@ -41,7 +43,7 @@ class CopyBatch:
     `engine_bytes` are left to the GPU's copy engines, one call each; None leaves them nothing. The batch keeps its
     tensors alive: keep it until its runs have ended.
 
-    `before` and `after` are called before and after the copies, on their stream.
+    `before` and `after` are called before and after the copies, on their stream. `storages` are those of the weights.
     """
 
     def __init__(
@@ -63,6 +65,11 @@ class CopyBatch:
         self._launched = _kernel_copies(for_kernel, num_programs) if for_kernel else None
         self.before: Hook | None = None
         self.after: Hook | None = None
+        self.storages: Storages | None = None
+
+    def is_where_it_was(self) -> bool:
+        """Whether all that it copies still has the memory that it had. False where that is not known."""
+        return self.storages is not None and not self.storages.have_moved()
 
     @property
     def table_bytes(self) -> int:
@@ -146,11 +153,22 @@ def weight_copies(tensor: TensorSpec, box: Box, source: LocalWeights, destinatio
     A source may be made where the destination has it: what lies there already is not copied.
     """
     for part in tensor.memory_boxes(box):
-        for target in destination.views(tensor.key, part):
-            for origin in source.views(tensor.key, target.box):
-                copy = Copy(part_within(target.data, target.box, origin.box), origin.data)
-                if not copy.is_in_place:
-                    yield copy
+        for target, origin in _meeting(tensor.key, part, source, destination):
+            yield from _copies_of(target, origin)
+
+
+def _meeting(key: str, box: Box, source: LocalWeights, destination: LocalWeights) -> Iterator[tuple[View, View]]:
+    """The views of the destination with those of the source that lie in them."""
+    for target in destination.views(key, box):
+        for origin in source.views(key, target.box):
+            yield target, origin
+
+
+def _copies_of(target: View, origin: View) -> Iterator[Copy]:
+    """One, or none where the source is made in the destination's memory."""
+    copy = Copy(part_within(target.data, target.box, origin.box), origin.data)
+    if not copy.is_in_place:
+        yield copy
 
 
 def zero_copies(tensor: TensorSpec, box: Box, destination: LocalWeights) -> Iterator[Copy]:
@@ -171,16 +189,22 @@ def local_batches(
 ) -> list[CopyBatch]:
     """The local copies and zeros of this rank, in batches of about `batch_bytes`, to run between transfers.
 
-    `after_writing` gives their hooks in place of that of `destination`. Of weights that are made while others move, at
-    most PIPELINED_BATCH_BYTES, or UNSENT_BATCH_BYTES on a rank that `sends` nothing: a batch waits for all that it
-    reads.
+    `after_writing` gives their hooks in place of that of `destination`. On a rank that `sends` nothing batches have at
+    most UNSENT_BATCH_BYTES; of weights that are made while others move, elsewhere at most PIPELINED_BATCH_BYTES: a
+    batch waits for all that it reads.
     """
-    if any(weights is not None and weights.is_pipelined for weights in (source, destination)):
-        batch_bytes = min(batch_bytes, PIPELINED_BATCH_BYTES if sends else UNSENT_BATCH_BYTES)
+    is_pipelined = any(weights is not None and weights.is_pipelined for weights in (source, destination))
+    if not sends:
+        batch_bytes = min(batch_bytes, UNSENT_BATCH_BYTES)
+    elif is_pipelined:
+        batch_bytes = min(batch_bytes, PIPELINED_BATCH_BYTES)
     found = []
     for parts in _batches((*_local_parts(local, source, destination), *_zero_parts(zeros, destination)), batch_bytes):
         assert destination is not None
         batch = CopyBatch((copy for part in parts for copy in part.copies), num_programs=num_programs)
+        owners = [owner for part in parts for owner in part.owners]
+        if not is_pipelined and None not in owners:
+            batch.storages = Storages(owner for owner in owners if owner is not None)
         if source is not None:
             batch.before = source.before_reading(part.place for part in parts if part.is_read)
         batch.after = (after_writing or destination.after_writing)(part.place for part in parts)
@@ -198,6 +222,7 @@ class _LocalPart:
     place: Part
     nbytes: int
     copies: list[Copy]
+    owners: list[torch.Tensor | None]
     is_read: bool
 
 
@@ -208,8 +233,11 @@ def _local_parts(
         assert source is not None
         assert destination is not None
         for box in transfer.tensor.memory_boxes(transfer.box):
-            copies = list(weight_copies(transfer.tensor, box, source, destination))
-            yield _LocalPart((transfer.tensor.key, box), box.volume * transfer.tensor.itemsize, copies, is_read=True)
+            views = list(_meeting(transfer.tensor.key, box, source, destination))
+            copies = [copy for target, origin in views for copy in _copies_of(target, origin)]
+            owners = [view.owner for pair in views for view in pair]
+            nbytes = box.volume * transfer.tensor.itemsize
+            yield _LocalPart((transfer.tensor.key, box), nbytes, copies, owners, is_read=True)
 
 
 def _zero_parts(zeros: Iterable[Transfer], destination: LocalWeights | None) -> Iterator[_LocalPart]:
@@ -217,7 +245,9 @@ def _zero_parts(zeros: Iterable[Transfer], destination: LocalWeights | None) -> 
         assert destination is not None
         for box in transfer.tensor.memory_boxes(transfer.box):
             copies = list(zero_copies(transfer.tensor, box, destination))
-            yield _LocalPart((transfer.tensor.key, box), box.volume * transfer.tensor.itemsize, copies, is_read=False)
+            owners = [view.owner for view in destination.views(transfer.tensor.key, box)]
+            nbytes = box.volume * transfer.tensor.itemsize
+            yield _LocalPart((transfer.tensor.key, box), nbytes, copies, owners, is_read=False)
 
 
 def _batches(parts: Iterable[_LocalPart], batch_bytes: int) -> Iterator[list[_LocalPart]]:

@@ -12,10 +12,14 @@ from refit.plan.box import Box
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A box of a tensor in this rank's memory. `data` has shape `box.extents` and any strides."""
+    """A box of a tensor in this rank's memory. `data` has shape `box.extents` and any strides.
+
+    `owner` is the parameter or buffer that it is a part of, where it is one.
+    """
 
     box: Box
     data: torch.Tensor
+    owner: torch.Tensor | None = None
 
 
 def part_within(data: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:

@@ -113,11 +113,11 @@ class LocalWeights:
 
     def views(self, key: str, box: Box) -> list[View]:
         """The views of `parts`. Raises KeyError as it does."""
-        return [View(part.box, part.view) for part in self.parts(key, box)]
+        return [View(part.box, part.view, part.owner) for part in self.parts(key, box)]
 
     def refresh(self) -> bool:
         """Derive views again from owners with new storage. Returns whether any owner had some since the last call."""
-        addresses = self._current_addresses()
+        addresses = addresses_of(self._owners)
         if addresses == self._addresses:
             return False
         before = {id(owner): address for owner, address in zip(self._owners, self._addresses, strict=True)}
@@ -180,9 +180,21 @@ class LocalWeights:
                     index[shard.tensor.key, row].append(shard)
         return index
 
-    def _current_addresses(self) -> list[int]:
-        """Called in every refit, so it does nothing but read one address per owner."""
-        return [owner.data_ptr() for owner in self._owners]
+
+class Storages:
+    """Where tensors have their memory, to learn whether one of them has been given other memory."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
+        self._addresses = addresses_of(self._tensors)
+
+    def have_moved(self) -> bool:
+        return addresses_of(self._tensors) != self._addresses
+
+
+def addresses_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Called in every refit for every parameter, so it does nothing but read one address of each."""
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 def shards_in_parts(shards: Iterable[LocalShard], parts: Parts) -> Iterator[LocalShard]:

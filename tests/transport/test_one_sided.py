@@ -20,7 +20,7 @@ import torch
 from refit.config.layout import Layout
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
-from refit.memory.weights import LocalWeights
+from refit.memory.weights import LocalWeights, Storages
 from refit.plan.plan import RefitPlan
 from refit.transport.messages import Framing
 from refit.transport.one_sided.executor import OneSidedProgram
@@ -292,6 +292,24 @@ def test_weights_are_written_where_they_are_and_found_again_when_they_move(case:
     world = in_threads(partial(_rank_in_place, case, case.plan, 1 << 62, moves), len(case.plan.ranks))
     assert bool(world.published) == moves
     assert max((int(key.split("/")[1]) for _, key in world.published), default=0) == (2 if moves else 0)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_rank_alone_looks_for_its_weights_batch_by_batch(moves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that have not moved, only the first run looks for all before it copies."""
+    looked = []
+    whole = OneSidedProgram._rebind_if_moved
+    monkeypatch.setattr(OneSidedProgram, "_rebind_if_moved", lambda self: looked.append(self) or whole(self))
+    case = Case(Layout(1, 1, 1, 1, 1), Layout(1, 1, 1, 1, 1))
+    in_threads(partial(_rank_in_place, case, case.plan, 1 << 62, moves), 1)
+    assert len(looked) == (3 if moves else 1)
+
+
+def test_weights_that_have_moved_unnoticed_are_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Storages, "have_moved", lambda self: False)
+    case = Case(Layout(1, 1, 1, 1, 1), Layout(1, 1, 1, 1, 1))
+    with pytest.raises(AssertionError, match="run 1"):
+        in_threads(partial(_rank_in_place, case, case.plan, 1 << 62, True), 1)
 
 
 @pytest.mark.parametrize("moves", [False, True])
