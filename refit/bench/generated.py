@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from refit.config.shape import Dtype
 from refit.models.vllm.engine.serving import Generated
 from refit.results.serving import ServedCheck
@@ -20,6 +22,11 @@ TOLERANCE = {Dtype.FP32: 1e-3, Dtype.FP16: 5e-2, Dtype.BF16: 0.25}
 NEAR_TIE = {Dtype.FP32: 1e-5, Dtype.FP16: 5e-3, Dtype.BF16: 2e-2}
 """Share of the largest score of a router. Where a token's experts lie closer to others, rounding in this dtype may send
 it elsewhere, so that nothing can be said of what follows it."""
+
+ROUNDINGS, MOST_NATS = 3.0, 1.0
+"""The tolerance is at least ROUNDINGS times what rounding to the engine's dtype changes in the reference itself: models
+differ in how much of it reaches their output, and engines in where they round. Beyond MOST_NATS nothing could be told
+from a weight that is wrong."""
 
 MIN_COMPARED = 0.5
 """Share of the tokens that must be left for a verdict."""
@@ -57,6 +64,13 @@ class _Tally:
 
     def verdict(self, num_sets: int, reference: str) -> ServedCheck:
         num_all, skipped = self.num_tokens + self.num_excluded, None
+        if self.tolerance > MOST_NATS:
+            rounding = self.tolerance / ROUNDINGS
+            skipped = (
+                f"rounding alone changes this model's log-probabilities by {rounding:.2g} nats; {ROUNDINGS:g} times "
+                f"that is more than {MOST_NATS:g}: check it in float32 or float16 (--fp32, --fp16)"
+            )
+            return ServedCheck(passed=True, skipped=skipped, reference=reference, num_sets=num_sets)
         if self.num_tokens < MIN_COMPARED * num_all and not self.num_wrong:
             skipped = (
                 f"near ties of experts leave {self.num_tokens} of {num_all} tokens to compare, at least "
@@ -74,6 +88,14 @@ class _Tally:
             tolerance=self.tolerance,
             first_wrong=self.first,
         )
+
+
+def rounding_of(tokens: Sequence[int], exact: WholePass, rounded: WholePass, near_tie: float) -> float:
+    """By how many nats the passes of a reference differ in what follows each token, without those near a tie."""
+    places = torch.arange(len(tokens) - 1)[exact.gap[: len(tokens) - 1] >= near_tie]
+    following = torch.tensor(tokens[1:])[places]
+    found = (rounded.logprobs[places, following] - exact.logprobs[places, following]).abs()
+    return float(found.max()) if len(found) else 0.0
 
 
 def compared(

@@ -13,22 +13,21 @@ import torch.distributed as dist
 from refit.bench import oracle
 from refit.bench.clock import time_run, timed
 from refit.bench.exchange import gather
-from refit.bench.generated import NEAR_TIE, TOLERANCE, compared
 from refit.bench.initial_weights import spread
+from refit.bench.judges import judge_of
 from refit.bench.measurements.rank_samples import NOTHING_FOUND
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.config.rows import Engine
 from refit.config.scenario import Verify
-from refit.config.shape import Dtype
 from refit.errors import RefitError
-from refit.models.vllm.engine.serving import Findings, Generated, Serving
+from refit.models.vllm.engine.serving import Findings, Serving
 from refit.results.refit import Sample
 from refit.results.serving import Served, ServedCheck
 from refit.transport.base import Program
 
 if TYPE_CHECKING:
-    from refit.models.huggingface.whole import WholeModel, WholePass
+    pass
 
 NUM_SETS = 2
 """Sets of weights that are compared in turn: what is left of the one before would show."""
@@ -61,7 +60,7 @@ class ServedBy(NotServed):
 
     def __init__(self, session: Session, source: Side, destination: Side, serving: Serving, row: Engine) -> None:
         self._session, self._source, self._destination = session, source, destination
-        self._serving, self._commits = serving, not row.of_running
+        self._serving, self._commits, self._title = serving, not row.of_running, row.title
         self._parts: list[dict[str, float]] = []
 
     def convert(self, label: str, program: Program) -> dict[str, float]:
@@ -116,19 +115,15 @@ class ServedBy(NotServed):
         )
 
     def check(self, name: str, program: Program) -> ServedCheck:
-        """Refit other weights, twice, and compare what the engine generates with transformers in float32."""
-        session = self._session
+        """Refit other weights, twice, and have what the engine generates judged."""
+        session, shape, judge = self._session, self._session.scenario.model, None
+        assert shape is not None
         session.enter(f"reference for {name}")
-        if self._destination.spec.quantisation is not None:
-            return ServedCheck(passed=True, skipped="the reference computes with weights of 16 or 32 bits")
-        mine: ServedCheck | None = None
-        reference = self._reference() if self._serving.process is not None else None
-        if isinstance(reference, str):
-            mine = ServedCheck(passed=True, skipped=reference)
-        skipped: ServedCheck | None = next((each for each in gather(session.control, mine) if each), None)
+        if self._serving.process is not None:
+            judge = judge_of(shape, self._source, self._destination, self._serving, self._title, session.device)
+        skipped = next(filter(None, gather(session.control, judge.skipped if judge else None)), None)
         if skipped is not None:
-            return skipped
-        found: list[tuple[Generated, WholePass]] = []
+            return ServedCheck(passed=True, skipped=skipped)
         keeps_base = oracle.part_of(session.scenario).keeps_base
         for number in range(1, NUM_SETS + 1):
             label = f"{name} weights {number}"
@@ -143,26 +138,10 @@ class ServedBy(NotServed):
             self.finish(label)
             session.enter(f"{label}: generate")
             generated = self._serving.generate()
-            if generated is not None and reference is not None and not isinstance(reference, str):
-                spread(reference.weights, number, self._source.sharding.tensors, self._destination.sharding.tensors)
-                found.append((generated, reference.pass_of([*self._serving.prompt, *generated.tokens])))
-        if found and reference is not None and not isinstance(reference, str):
-            dtype = self._destination.spec.dtype
-            assert dtype is not None
-            title = f"{reference.title} in float32, the engine in {dtype.value}"
-            mine = compared(self._serving.prompt, found, TOLERANCE[dtype], NEAR_TIE[dtype], title)
-        verdict: ServedCheck = next(each for each in gather(session.control, mine) if each)
-        return verdict
-
-    def _reference(self) -> WholeModel | str:
-        """The reference, or why there is none."""
-        shape = self._session.scenario.model
-        assert shape is not None
-        try:
-            from refit.models.huggingface.whole import WholeModel
-        except ImportError as error:
-            return f"the reference needs transformers: {error}: pip install 'refit-benchmark[hf]'"
-        return WholeModel(shape, Dtype.FP32, self._session.device)
+            if judge is not None and generated is not None:
+                judge.add(number, generated)
+        verdicts: list[ServedCheck | None] = gather(session.control, judge.verdict() if judge else None)
+        return next(each for each in verdicts if each is not None)
 
 
 def served_by(session: Session, source: Side, destination: Side, row: Engine) -> NotServed:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from refit.bench.generated import compared
+from refit.bench.generated import compared, rounding_of
 from refit.models.huggingface.whole import WholePass
 from refit.models.vllm.engine.serving import Generated
 from refit.results.serving import ServedCheck
@@ -72,3 +72,20 @@ def test_what_follows_a_near_tie_of_experts_is_left_out() -> None:
     many = after(1.0, 0.01, 0.01, 0.01)
     verdict = check((generated(many), many))
     assert (verdict.passed, verdict.skipped is not None) == (True, True)
+
+
+def test_rounding_is_that_of_tokens_that_are_compared() -> None:
+    exact = after(math.inf, 0.001, math.inf, math.inf)
+    moved = exact.logprobs.clone()
+    moved[0, 1] += 0.5
+    moved[1, 2] += 5.0  # near a tie
+    rounded = WholePass(moved, exact.gap)
+    assert rounding_of([3, 1, 2, 0], exact, rounded, 0.02) == pytest.approx(0.5)
+    assert rounding_of([3, 1, 2, 0], exact, exact, 0.02) == 0.0
+
+
+def test_a_model_that_rounding_changes_by_too_much_is_not_judged() -> None:
+    rows = after()
+    verdict = compared(PROMPT, [(generated(rows, shift=9.0), rows)], 1.2, 0.02, "a reference")
+    assert (verdict.passed, verdict.num_tokens) == (True, 0)
+    assert "by 0.4 nats" in str(verdict.skipped)

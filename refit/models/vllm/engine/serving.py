@@ -67,6 +67,8 @@ class Serving:
     ) -> None:
         self.process, self.facts, self.prompt = process, facts, list(prompt)
         self._worker, self._parameters = worker, parameters
+        self.generated: dict[str, dict[int, Generated]] = {}
+        """What was generated after refits of each refit engine, by set of weights."""
 
     def begin(self) -> dict[str, float]:
         """Pause the engine while requests are in flight. Returns seconds by phase."""
