@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,15 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from refit.bench.sides import Side
 from refit.config.layout import Layout
+from refit.config.quantisation import SCALE_SUFFIX, Quantisation
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
+from refit.encodings.fp8.reference import quantise
 from refit.errors import UnavailableError
 from refit.memory.phases import PhaseClock
 from refit.models.vllm.engine.serving import Serving, any_layer
+from refit.models.vllm.engine.side import kept_modules
 from refit.plan.planner import plan_refit
 from refit.predict.sides import PlannedSides, predict_side
 from refit.predict.vllm.names import followed_name
@@ -81,16 +84,33 @@ class _OwnUpdate:
             plan_refit(source.sharding, held), ranks, source.weights, model.weights if model else None, options
         )
         self._not_moved = dict.fromkeys(packed_keys(shape, destination.spec, serving.facts.packed), PACKED)
-        return _Gathered(gathering, model, serving)
+        quantised = destination.spec.quantisation
+        kept = frozenset(kept_modules(shape, destination.spec)) if quantised is not None else frozenset[str]()
+        return _Gathered(gathering, model, serving, quantised, kept)
 
 
 @dataclass(frozen=True, slots=True)
 class _Gathered:
-    """What brings the source's weights together; `model` is where, on the rank that has the engine."""
+    """What brings the source's weights together; `model` is where, on the rank that has the engine.
+
+    With `quantisation` a checkpoint has codes and scales of all matrices but those of the modules in `kept`.
+    """
 
     program: Program
     model: WholeModel | None
     serving: Serving
+    quantisation: Quantisation | None
+    kept: frozenset[str]
+
+    def checkpoint(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors of a checkpoint of the engine's dtype, on the rank that has the model."""
+        assert self.model is not None
+        for name, tensor in self.model.checkpoint():
+            if self.quantisation is None or tensor.ndim < 2 or name.removesuffix(".weight") in self.kept:
+                yield name, tensor
+            else:
+                made = quantise(tensor, self.quantisation)
+                yield from ((name, made.codes), (f"{name}{SCALE_SUFFIX}", made.scales))
 
 
 class VllmReloadEngine(_OwnUpdate):
@@ -129,7 +149,7 @@ class _Reload:
         if self._folder is not None and model is not None and process is not None:
             from safetensors.torch import save_file
 
-            save_file(dict(model.checkpoint()), Path(self._folder.name) / FILE_NAME)
+            save_file(dict(self._gathered.checkpoint()), Path(self._folder.name) / FILE_NAME)
             clock.lap("write")
             process.ask("reload", path=self._folder.name)
             clock.lap("reload")
@@ -158,7 +178,7 @@ class _Update:
         clock, model = PhaseClock(), self._gathered.model
         self._gathered.program.run()
         if model is not None:
-            self._tensors = list(model.checkpoint())
+            self._tensors = list(self._gathered.checkpoint())
             torch.cuda.synchronize()
         clock.lap("convert")
         if model is not None:
