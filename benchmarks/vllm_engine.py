@@ -22,13 +22,16 @@ RUN = ("--rl-inference-format", "vllm", "--num-benchmark-warmup", "2", "--num-be
 QWEN3_MOE = ("--model", "qwen3_30b_a3b", "--num-layers", "8", "--max-position-embeddings", "2048")
 SMALL_MOE = ("--model", "tiny_qwen3_moe", "--check-forward")
 DEEPSEEK = ("--model", "tiny_deepseek_v3", "--kv-lora-rank", "512", "--qk-pos-emb-head-dim", "64", "--check-forward")
+BOTH = ("--refit-engine", "refit,vllm-ipc")
 MLA_HEADS = ("--qk-head-dim", "128", "--v-head-dim", "128", "--num-attention-heads", "16")
 CASES = {
     "cuda": {
-        "qwen3_moe_8_layers": (*QWEN3_MOE, "--refit-engine", "refit,vllm-ipc"),
+        "qwen3_moe_8_layers": (*QWEN3_MOE, *BOTH),
         "qwen3_moe_8_layers_fsdp2": (*QWEN3_MOE, "--source-format", "fsdp2", "--check-forward"),
-        "qwen3_moe_8_layers_fp8": (*QWEN3_MOE, "--rl-inference-dtype", "fp8-block"),
-        "small_qwen3_moe": (*SMALL_MOE, "--refit-engine", "refit,vllm-ipc"),
+        "qwen3_moe_8_layers_fp8": (*QWEN3_MOE, "--rl-inference-dtype", "fp8-block", *BOTH, "--check-forward"),
+        "qwen3_moe_8_layers_asleep": (*QWEN3_MOE, "--rl-inference-engine-sleep", "2"),
+        "small_qwen3_moe_asleep": (*SMALL_MOE, "--rl-inference-engine-sleep", "1"),
+        "small_qwen3_moe": (*SMALL_MOE, *BOTH),
         "small_deepseek_v3": (*DEEPSEEK, *MLA_HEADS, "--fp16"),  # in BF16, rounding alone changes it by a nat
     },
     "cpu": {

@@ -64,12 +64,16 @@ class ServedBy(NotServed):
         self._parts: list[dict[str, float]] = []
 
     def convert(self, label: str, program: Program) -> dict[str, float]:
-        """What a program makes of the source's weights while the engine still serves. Returns the seconds by phase."""
+        """What a program makes of the source's weights while the engine still serves, and the engine's falling asleep.
+        Returns the seconds by phase."""
+        session, found = self._session, dict[str, float]()
         convert = getattr(program, "convert", None)
-        if convert is None:
-            return {}
-        self._session.enter(f"{label}: convert")
-        found: dict[str, float] = timed(convert, self._session.control, self._session.device).value
+        if convert is not None:
+            session.enter(f"{label}: convert")
+            found |= timed(convert, session.control, session.device).value
+        if self._serving.sleep_level:
+            session.enter(f"{label}: sleep")
+            found |= timed(self._serving.sleep, session.control, session.device).value
         return found if self._serving.process is not None else {}
 
     def begin(self, label: str) -> dict[str, float]:

@@ -58,6 +58,11 @@ _OPTION_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "PYTHON",
         "help": "refit into a running vLLM: the python of its environment (make vllm); default: tensors without vLLM",
     },
+    "engine_sleep": {
+        "type": flag_types.up_to(2),
+        "metavar": "LEVEL",
+        "help": "a running vLLM sleeps before each refit, at level 1 or 2, and wakes for it; default: it does not",
+    },
 }
 """Field of a format's options -> how its flags are added. A number is at most MAX_RANKS unless a type is given."""
 

@@ -39,6 +39,7 @@ OPTION_FLAGS: dict[str, dict[str, tuple[str | None, str | None]]] = {
         "placement": (None, "rl-inference-expert-placement"),
         "placement_next": (None, "rl-inference-expert-placement-next"),
         "engine_python": (None, "rl-inference-engine-python"),
+        "engine_sleep": (None, "rl-inference-engine-sleep"),
     },
 }
 """Format -> field of its options (`SideSpec.options`) -> the source's flag and the destination's, without dashes.

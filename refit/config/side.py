@@ -93,6 +93,7 @@ class VllmOptions:
     `replicas` is the number of engines. `num_redundant_experts` are the second copies of a layer in an engine; None is
     0, or what the placement's file has. `placement_next` replaces `placement` between two refits. `engine_python` is
     the Python of an environment with vLLM, which then serves the side; None: tensors as vLLM has them, without it.
+    `engine_sleep` is the level at which it sleeps before each refit: 1 keeps its weights in host memory, 2 drops them.
     """
 
     data_parallel_size: int = 1
@@ -101,6 +102,7 @@ class VllmOptions:
     placement: ExpertPlacement = field(default_factory=ExpertPlacement)
     placement_next: ExpertPlacement | None = None
     engine_python: str | None = None
+    engine_sleep: int = 0
 
     def title(self, layout: Layout) -> str:
         """`TP2 DP4 EP8`, and what is not the default: `PP2 round_robin +8 x2` has 8 redundant experts, 2 engines;

@@ -61,9 +61,14 @@ def _check_running(side: SideSpec, name: str) -> None:
     """Raise UsageError for what a running engine cannot be asked for: its sizes are those of one `vllm.LLM`."""
     options = side.vllm
     if options is None or options.engine_python is None:
+        if options is not None and options.engine_sleep:
+            raise UsageError(
+                f"{name}: --rl-inference-engine-sleep {options.engine_sleep} without an engine that runs: give "
+                "--rl-inference-engine-python"
+            )
         return
     layout = side.layout
-    plain = replace(options, engine_python=None) == VllmOptions()
+    plain = replace(options, engine_python=None, engine_sleep=0) == VllmOptions()
     if layout.ep > 1:
         raise UsageError(
             f"{name}: EP {layout.ep} in a running vLLM, which 0.32.0 does not do on CPUs: give "

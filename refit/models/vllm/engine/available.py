@@ -29,6 +29,10 @@ def check_available(scenario: Scenario, device: torch.device) -> None:
             f"on GPUs a running vLLM shares its GPU with the one rank that refits it, here are "
             f"{scenario.num_ranks} ranks and TP {layout.tp}: give --refit-mode collocated and TP 1"
         )
+    if device.type == "cpu" and options.engine_sleep:
+        raise UnavailableError(
+            f"vLLM on CPUs does not sleep (--rl-inference-engine-sleep {options.engine_sleep}): leave it out"
+        )
     if device.type == "cpu" and "vllm-ipc" in scenario.engines:
         raise UnavailableError("--refit-engine vllm-ipc updates a running vLLM by CUDA IPC: leave it out on CPUs")
     if device.type == "cpu" and scenario.destination.quantisation is not None:

@@ -54,7 +54,8 @@ class Generated:
 class Serving:
     """The engine of a side. `process` is None on all ranks but the one that has started it, whose calls do the work.
 
-    `parameters` are this rank's, by the engine's names; empty on ranks outside the side.
+    `parameters` are this rank's, by the engine's names; empty on ranks outside the side. `sleep_level` is that of
+    `VllmOptions.engine_sleep`.
     """
 
     def __init__(
@@ -64,16 +65,27 @@ class Serving:
         prompt: Sequence[int],
         worker: int | None,
         parameters: Mapping[str, torch.Tensor],
+        sleep_level: int = 0,
     ) -> None:
-        self.process, self.facts, self.prompt = process, facts, list(prompt)
+        self.process, self.facts, self.prompt, self.sleep_level = process, facts, list(prompt), sleep_level
         self._worker, self._parameters = worker, parameters
         self.generated: dict[str, dict[int, Generated]] = {}
         """What was generated after refits of each refit engine, by set of weights."""
 
+    def sleep(self) -> dict[str, float]:
+        """Put an engine that sleeps to sleep, as it does while a trainer uses the GPU. Returns seconds by phase."""
+        if self.process is None or not self.sleep_level:
+            return {}
+        self.process.ask("serve", prompt=self.prompt, num_requests=NUM_RUNNING)
+        return {"sleep": self.process.ask("sleep", level=self.sleep_level)}
+
     def begin(self) -> dict[str, float]:
-        """Pause the engine while requests are in flight. Returns seconds by phase."""
+        """Pause the engine while requests are in flight, or give one that sleeps its weights' memory again. Returns
+        seconds by phase."""
         if self.process is None:
             return {}
+        if self.sleep_level:
+            return {"wake weights": self.process.ask("wake", tag="weights")}
         self.process.ask("serve", prompt=self.prompt, num_requests=NUM_RUNNING)
         return {"pause": self.process.ask("pause")}
 
@@ -90,6 +102,8 @@ class Serving:
             seconds["commit"], self.commit_parts = self.process.ask("commit")
         else:
             self.process.ask("read_back")
+        if self.sleep_level:
+            seconds["wake cache"] = self.process.ask("wake", tag="kv_cache")
         seconds["cache reset"] = self.process.ask("reset_cache")
         seconds["resume"] = self.process.ask("resume")
         return seconds

@@ -89,7 +89,7 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
             )
     share = opened if device.type == "cpu" else exported
     answers, held = share(side, process, worker, layout)
-    serving = Serving(process, facts_of(described, answers), prompt, worker, held)
+    serving = Serving(process, facts_of(described, answers), prompt, worker, held, options.engine_sleep)
     if worker is None:
         return RunningSide(None, serving)
     weights = weights_of(engines, blocks, {followed_name(name): tensor for name, tensor in held.items()})
@@ -158,6 +158,7 @@ def kept_modules(shape: ModelShape, side: SideSpec) -> list[str]:
 def settings_of(shape: ModelShape, side: SideSpec, folder: Path, device: str) -> dict[str, Any]:
     """The keyword arguments of `vllm.LLM` on a `device` of this type."""
     assert side.dtype is not None, "flags that describe a model give its dtype"
+    assert side.vllm is not None
     settings: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",
@@ -169,6 +170,7 @@ def settings_of(shape: ModelShape, side: SideSpec, folder: Path, device: str) ->
         "enable_prefix_caching": True,
         "worker_extension_cls": WORKER,
         "disable_log_stats": True,
+        "enable_sleep_mode": side.vllm.engine_sleep > 0,
     }
     if device == "cuda":
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}

@@ -78,6 +78,14 @@ def test_its_update_by_cuda_ipc_needs_a_gpu() -> None:
         check_available(scenario, torch.device("cpu"))
 
 
+def test_sleeping_needs_a_gpu_and_an_engine() -> None:
+    scenario = parse([*FLAGS, "--rl-inference-engine-sleep", "2"]).scenario
+    with pytest.raises(UnavailableError, match=r"does not sleep \(--rl-inference-engine-sleep 2\): leave it out"):
+        check_available(scenario, torch.device("cpu"))
+    with pytest.raises(UsageError, match="without an engine that runs: give --rl-inference-engine-python"):
+        parse([*FLAGS[:-2], "--rl-inference-engine-sleep", "1"])
+
+
 def test_a_run_is_waived_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *FLAGS]) == 3
     errors = [line for line in capfd.readouterr().err.splitlines() if line]

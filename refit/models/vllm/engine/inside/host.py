@@ -73,6 +73,21 @@ class Host:
         self._rpc("refit_idle")
         return time.perf_counter() - begin
 
+    def sleep(self, level: int) -> float:
+        """Abort what runs, and give up the memory of weights and cache."""
+        begin = time.perf_counter()
+        self._llm.llm_engine.abort_request(self._running)
+        self._running.clear()
+        self._llm.sleep(level=level, mode="abort")
+        return time.perf_counter() - begin
+
+    def wake(self, tag: str) -> float:
+        """Take memory again, of `weights` or of `kv_cache`. Only what was kept in host memory has its values."""
+        begin = time.perf_counter()
+        self._llm.wake_up(tags=[tag])
+        self._rpc("refit_idle")
+        return time.perf_counter() - begin
+
     def commit(self) -> tuple[float, list[dict[str, float]]]:
         """The seconds of the slowest worker, and every worker's by kind of layer."""
         begin = time.perf_counter()

@@ -130,21 +130,24 @@ class RefitWorker:
     def refit_export(self) -> dict[str, Any]:
         """On a GPU: the memory of this worker's weights by CUDA IPC, what rebuilds each tensor in another process.
 
-        It is that of the live tensors where the kernels use the load format, else a buffer that a commit reads.
+        It is that of the live tensors where the kernels use the load format, else a buffer that a commit reads. So is
+        that of all weights of an engine that sleeps: the memory that it gives up and takes again cannot be exported.
         """
         from torch.multiprocessing.reductions import reduce_tensor
 
         assert self.refit_weights is not None
         kept: dict[int, bool] = {}
+        sleeps = self.model_config.enable_sleep_mode  # type: ignore[attr-defined]
         for each in self.refit_weights:
             key = id(each.module)
             if key not in kept:
                 kept[key] = each.is_plain and self._keeps_load_format(each.module)
-            if kept[key] and each.is_plain:
+            if kept[key] and each.is_plain and not sleeps:
                 assert each.live is not None
                 each.memory, each.held = each.live.data, LIVE
             else:
                 each.memory = torch.empty(each.shape, dtype=each.dtype, device=self.device)  # type: ignore[attr-defined]
+                each.held = COPIED if kept[key] and each.is_plain else PACKED
         torch.cuda.synchronize()
         owned = [each for each in self.refit_weights if not each.is_alias]
         handles = {each.name: reduce_tensor(each.memory)[1] for each in owned}  # type: ignore[no-untyped-call]
