@@ -239,6 +239,7 @@ ENGINES = Registry(
             title="vLLM's ipc update",
             is_baseline=True,
             of_running=True,
+            encodes=True,
         ),
         "full": Engine(
             engine="refit.bench.engines.refit:PlannedEngine",
