@@ -265,6 +265,8 @@ def _weights(model: Any) -> Iterator[Weight]:
 
     seen: dict[int, str] = {}
     for prefix, module in model.named_modules():
+        if _is_attention(module):  # has scales of its cache until they have been processed, and no weights
+            continue
         parameters, _ = get_layerwise_info(module).restore_metadata
         held = dict(parameters)
         if module._parameters.get(BIAS) is not None:
