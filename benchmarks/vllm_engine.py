@@ -22,13 +22,14 @@ RUN = ("--rl-inference-format", "vllm", "--num-benchmark-warmup", "2", "--num-be
 QWEN3_MOE = ("--model", "qwen3_30b_a3b", "--num-layers", "8", "--max-position-embeddings", "2048")
 SMALL_MOE = ("--model", "tiny_qwen3_moe", "--check-forward")
 DEEPSEEK = ("--model", "tiny_deepseek_v3", "--kv-lora-rank", "512", "--qk-pos-emb-head-dim", "64", "--check-forward")
+FP8 = ("--rl-inference-dtype", "fp8-block", "--fp8-scale-rule", "pow2")
 BOTH = ("--refit-engine", "refit,vllm-ipc")
 MLA_HEADS = ("--qk-head-dim", "128", "--v-head-dim", "128", "--num-attention-heads", "16")
 CASES = {
     "cuda": {
         "qwen3_moe_8_layers": (*QWEN3_MOE, *BOTH),
         "qwen3_moe_8_layers_fsdp2": (*QWEN3_MOE, "--source-format", "fsdp2", "--check-forward"),
-        "qwen3_moe_8_layers_fp8": (*QWEN3_MOE, "--rl-inference-dtype", "fp8-block", *BOTH, "--check-forward"),
+        "qwen3_moe_8_layers_fp8": (*QWEN3_MOE, *FP8, *BOTH, "--check-forward"),
         "qwen3_moe_8_layers_asleep": (*QWEN3_MOE, "--rl-inference-engine-sleep", "2"),
         "small_qwen3_moe_asleep": (*SMALL_MOE, "--rl-inference-engine-sleep", "1"),
         "small_qwen3_moe": (*SMALL_MOE, *BOTH),
@@ -91,9 +92,12 @@ def main() -> int:
         command = [sys.executable, "-m", "refit", "run", *RUN, *WAY[args.device], *own, "--run-name", name, *flags]
         code = subprocess.run(command, check=False).returncode
         worst = max(worst, code)
-        file = args.output_dir / f"{name}.json"
-        if name == "qwen3_moe_8_layers" and file.exists() and code in (ExitCode.OK, ExitCode.WRONG_DATA):
-            engines = read_result(file).refit.engines
+        files = (*args.output_dir.glob(f"{name}.json"), *args.output_dir.glob(f"{name}-*.json"))
+        file = max(files, key=lambda each: each.stat().st_mtime, default=None)
+        if name == "qwen3_moe_8_layers" and file is not None and code in (ExitCode.OK, ExitCode.WRONG_DATA):
+            refit = read_result(file).refit
+            assert refit is not None
+            engines = refit.engines
             print("\n".join(Target().lines(engines["refit"], engines.get("vllm-ipc"))), flush=True)
     return worst
 

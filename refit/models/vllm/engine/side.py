@@ -17,7 +17,7 @@ from refit.config.quantisation import CODES_DTYPE
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
-from refit.errors import ShardingError, UnavailableError
+from refit.errors import ShardingError, UnavailableError, UsageError
 from refit.memory.weights import LocalWeights
 from refit.models.forward_pass import ForwardPass
 from refit.models.sharded_model import WithoutSteps
@@ -37,6 +37,9 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 """`model_type` of config.json -> vLLM's class of the model."""
+
+POWERS_OF_TWO = "pow2"
+"""The rule by which DeepGEMM scales."""
 
 GPU_SHARE = 0.35
 """Of a GPU's memory for the engine's weights and cache: the trainer has the rest."""
@@ -74,6 +77,7 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     described = _from_first(side, process.facts if process is not None else None)
     if described["tp"] != side.layout.tp:
         raise EngineError(f"the vLLM engine runs with TP {described['tp']}, the {name} has TP {side.layout.tp}")
+    _check_scales(side, described, name)
     prompt = prompt_of(shape)
     worker = rank - side.ranks[0] if rank in side.ranks else None
     blocks: tuple[RankBlock, ...] = ()
@@ -180,6 +184,17 @@ def settings_of(shape: ModelShape, side: SideSpec, folder: Path, device: str) ->
     if shape.mla is not None:  # with plain rope, vLLM's kernel for CPUs takes the wrong stride of a query of 3 dims
         settings["compilation_config"] = {"custom_ops": ["none"]}
     return settings
+
+
+def _check_scales(side: SideSpec, described: Mapping[str, Any], name: str) -> None:
+    """Raise UsageError where the engine has other scales than a refit makes, and so other codes."""
+    if side.quantisation is None or not described["rounds_scales"] or side.quantisation.rule == POWERS_OF_TWO:
+        return
+    raise UsageError(
+        f"{name}: vLLM {described['version']} quantises block FP8 again when it loads, to scales that are powers of "
+        f"two (DeepGEMM), the refit's follow the rule {side.quantisation.rule}: give --fp8-scale-rule {POWERS_OF_TWO}, "
+        "or set VLLM_USE_DEEP_GEMM_E8M0=0"
+    )
 
 
 def prompt_of(shape: ModelShape) -> list[int]:

@@ -13,7 +13,7 @@ from refit.commands import main
 from refit.errors import UnavailableError, UsageError
 from refit.models.vllm.engine.available import check_available
 from refit.models.vllm.engine.process import installed_version
-from refit.models.vllm.engine.side import config_of
+from refit.models.vllm.engine.side import _check_scales, config_of
 
 FLAGS = ["--model", "tiny_qwen3_moe", "--refit-method", "gloo", "--rl-inference-format", "vllm"]
 FLAGS += ["--rl-inference-engine-python", sys.executable]
@@ -76,6 +76,16 @@ def test_its_update_by_cuda_ipc_needs_a_gpu() -> None:
     scenario = parse([*FLAGS, "--refit-engine", "refit,vllm-ipc"]).scenario
     with pytest.raises(UnavailableError, match="by CUDA IPC: leave it out on CPUs"):
         check_available(scenario, torch.device("cpu"))
+
+
+def test_an_engine_that_rounds_scales_gets_such() -> None:
+    flags = [*FLAGS, "--rl-inference-dtype", "fp8-block", "--moe-ffn-hidden-size", "256"]
+    described = {"version": "0.25.0", "rounds_scales": True}
+    side = parse(flags).scenario.destination
+    with pytest.raises(UsageError, match=r"follow the rule amax: give --fp8-scale-rule pow2"):
+        _check_scales(side, described, "destination")
+    _check_scales(side, {**described, "rounds_scales": False}, "destination")
+    _check_scales(parse([*flags, "--fp8-scale-rule", "pow2"]).scenario.destination, described, "destination")
 
 
 def test_sleeping_needs_a_gpu_and_an_engine() -> None:

@@ -41,6 +41,7 @@ class Host:
             "version": vllm.__version__,
             "torch": torch.__version__,
             "tp": config.parallel_config.tensor_parallel_size,
+            "rounds_scales": _rounds_scales(),
             "workers": self._llm.collective_rpc("refit_layout"),
         }
 
@@ -161,6 +162,13 @@ class Host:
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         return list(self._llm.collective_rpc(method, args=args))
+
+
+def _rounds_scales() -> bool:
+    """Whether vLLM quantises linears of block FP8 again when it loads them, with scales that are powers of two."""
+    from vllm.utils import deep_gemm
+
+    return bool(deep_gemm.is_deep_gemm_e8m0_used())
 
 
 def _stand_in_for_ray() -> None:
