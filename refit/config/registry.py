@@ -1,4 +1,4 @@
-"""Five tables of what the suite supports: side formats, refit methods, encodings, engines and measurements.
+"""Six tables of what the suite supports: side formats, refit methods, encodings, engines, measurements and launchers.
 
 Flags, dry runs, sweeps, runs and reports all read these tables, and nothing else lists the names. What a row says is in
 `refit.config.rows`.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-from refit.config.rows import Encoding, Engine, Format, MeasurementKind, Method, StepSupport
+from refit.config.rows import Encoding, Engine, Format, LauncherKind, MeasurementKind, Method, StepSupport
 from refit.errors import UsageError
 
 Row = TypeVar("Row")
@@ -273,5 +273,13 @@ MEASUREMENTS = Registry(
             runs_steps=True,
             sides=("destination",),
         ),
+    },
+)
+
+LAUNCHERS = Registry(
+    "launcher",
+    {
+        "local": LauncherKind(launcher="refit.launch.local:LocalLauncher", title="this machine"),
+        "slurm": LauncherKind(launcher="refit.launch.slurm:SlurmLauncher", title="the nodes of this Slurm allocation"),
     },
 )
