@@ -57,7 +57,7 @@ def test_what_is_no_plugin_is_one_line(
     ):
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"error: --plugin {name}") or error.startswith(f"error: --plugin '{name}'")
+        assert error.startswith((f"error: --plugin {name}", f"error: --plugin '{name}'"))
         assert message in error
         assert len(error.splitlines()) == 1
 
@@ -110,7 +110,6 @@ def test_the_example_starts_ranks(tmp_path: Path) -> None:
     chosen = ["--scenarios", str(tmp_path / "list.yaml"), "--cpu-fallback", "--output-dir", str(tmp_path)]
     code, output = ran(tmp_path, "sweep", "run", *chosen, "--launcher", "nice")
     assert code == 0, output
-    assert "small over queue: " in output or "small: " in output
     assert "1 ok" in output
     code, output = ran(tmp_path, "report", str(tmp_path))
     assert code == 0, output
