@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.ranks import Machine, this_machine
-from refit.report.headline import between, title
+from refit.report.refits.headline import between, title
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio

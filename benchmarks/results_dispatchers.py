@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.results_text import conditions, wrapped
-from refit.report.arms import Arm, StepRun
-from refit.report.cycle import cycle_lines
-from refit.report.dispatchers import Pairing, faster_by, pairings
-from refit.report.grid import markdown
-from refit.report.neutral import markdown_text
-from refit.report.overlap import overlap_pairings
-from refit.report.run_spread import beyond_text
+from refit.report.refits.run_spread import beyond_text
+from refit.report.steps.arms import Arm, StepRun
+from refit.report.steps.cycle import cycle_lines
+from refit.report.steps.dispatchers import Pairing, faster_by, pairings
+from refit.report.steps.overlap import overlap_pairings
+from refit.report.terminal.grid import markdown
+from refit.report.terminal.neutral import markdown_text
 from refit.results.outcomes import Outcome
 from refit.results.step import STEP_PARTS, Breakdown
 

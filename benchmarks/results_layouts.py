@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks import results_text
 from refit.config.scenario import Mode
-from refit.report.grid import markdown
+from refit.report.terminal.grid import markdown
 from refit.results.outcomes import Outcome
 
 DTYPES = ("bf16", "fp8-block", "mxfp8")

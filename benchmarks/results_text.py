@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from refit import units
 from refit.config.registry import METHODS
-from refit.report.evidence import MAX_CV
-from refit.report.grid import markdown
-from refit.report.headline import between
-from refit.report.neutral import markdown_code, markdown_text
 from refit.report.plots.caption import caption, hardware, model
 from refit.report.plots.style import check_available, engine_title
 from refit.report.plots.times import Bar, bars_figure, baseline_bar, tested_bar
-from refit.report.run_spread import exceeds_spread
-from refit.report.summary import marked_ms
+from refit.report.refits.evidence import MAX_CV
+from refit.report.refits.headline import between
+from refit.report.refits.run_spread import exceeds_spread
+from refit.report.refits.summary import marked_ms
+from refit.report.terminal.grid import markdown
+from refit.report.terminal.neutral import markdown_code, markdown_text
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.status import Status

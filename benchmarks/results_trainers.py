@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.results_text import conditions, wrapped
-from refit.report.arms import Arm
-from refit.report.grid import markdown
-from refit.report.neutral import markdown_text
-from refit.report.trainers import PARTS, Trainer, over_first, rankings, shares
+from refit.report.steps.arms import Arm
+from refit.report.steps.trainers import PARTS, Trainer, over_first, rankings, shares
+from refit.report.terminal.grid import markdown
+from refit.report.terminal.neutral import markdown_text
 from refit.results.outcomes import Outcome
 
 

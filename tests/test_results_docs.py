@@ -29,8 +29,8 @@ from refit.results.result import Failure
 from refit.results.status import Status
 from refit.results.step import Breakdown
 from tests.report.factories import planned, result, side, timed
-from tests.report.test_dispatchers import outcome as dispatched
-from tests.report.test_trainers import outcome as trained
+from tests.report.steps.test_dispatchers import outcome as dispatched
+from tests.report.steps.test_trainers import outcome as trained
 
 MAX_FILE_BYTES = 3 << 19
 

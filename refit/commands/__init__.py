@@ -11,7 +11,7 @@ import refit
 from refit.cli.flag_parser import FlagParser
 from refit.config import plugins
 from refit.errors import RefitError, UsageError
-from refit.report.console import ending_quietly, show_error
+from refit.report.terminal.console import ending_quietly, show_error
 
 NAMED_AFTER_MODULES = ("run", "report", "compare", "plot", "bounds", "search", "sweep", "completion", "outcome")
 COMMANDS: Mapping[str, str] = {**{name: name for name in NAMED_AFTER_MODULES}, "place": "sweep"}

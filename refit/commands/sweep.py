@@ -21,8 +21,8 @@ from refit.commands.sweep_parts import (
 )
 from refit.errors import ExitCode, UsageError
 from refit.launch.host import Stop, ThisProcess
-from refit.report.console import show, show_text, table_width
-from refit.report.sweep_table import outcome_lines, sweep_text
+from refit.report.refits.sweep_table import outcome_lines, sweep_text
+from refit.report.terminal.console import show, show_text, table_width
 from refit.results.status import Status
 from refit.results.sweep import Attempt, Sweep
 from refit.sweep import check, run

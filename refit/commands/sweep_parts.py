@@ -12,13 +12,13 @@ from refit.cli import flag_types
 from refit.config.limits import MAX_SCENARIOS
 from refit.errors import ExitCode, UsageError
 from refit.predict import cpus
-from refit.report.console import show, show_aside, show_text, table_width
-from refit.report.dispatchers import dispatcher_text
-from refit.report.overlap import overlap_text
-from refit.report.step_tables import write_step_tables
-from refit.report.summary import summary_text
-from refit.report.sweep_table import sweep_text
-from refit.report.trainers import trainer_text
+from refit.report.refits.summary import summary_text
+from refit.report.refits.sweep_table import sweep_text
+from refit.report.steps.dispatchers import dispatcher_text
+from refit.report.steps.overlap import overlap_text
+from refit.report.steps.step_tables import write_step_tables
+from refit.report.steps.trainers import trainer_text
+from refit.report.terminal.console import show, show_aside, show_text, table_width
 from refit.results.outcomes import load_outcomes
 from refit.results.plain import plain
 from refit.results.status import Status

@@ -14,7 +14,7 @@ from refit.commands.sweep_parts import LOGS, add_beginning, add_only, begun, sum
 from refit.config.registry import LAUNCHERS, load
 from refit.errors import RefitError, UsageError
 from refit.launch.host import CANCELLED, Cancelled, Host, Script, Stop, ThisProcess
-from refit.report.console import show, show_aside
+from refit.report.terminal.console import show, show_aside
 from refit.results.sweep import SWEEP_SUFFIX, Sweep, sweep_file
 from refit.sweep import run
 from refit.sweep.lock import hold

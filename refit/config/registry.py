@@ -257,19 +257,19 @@ MEASUREMENTS = Registry(
         "train-step": MeasurementKind(
             measurement="refit.bench.measurements.train_step:TrainStepMeasurement",
             result="refit.results.step:StepResult",
-            closing_lines="refit.report.step_lines:train_closing_lines",
+            closing_lines="refit.report.steps.step_lines:train_closing_lines",
             runs_steps=True,
             sides=("source",),
         ),
         "refit": MeasurementKind(
             measurement="refit.bench.measurements.refit:RefitMeasurement",
             result="refit.results.refit:RefitResult",
-            closing_lines="refit.report.refit_lines:closing_lines",
+            closing_lines="refit.report.refits.refit_lines:closing_lines",
         ),
         "forward": MeasurementKind(
             measurement="refit.bench.measurements.forward:ForwardMeasurement",
             result="refit.results.step:ForwardResult",
-            closing_lines="refit.report.step_lines:forward_closing_lines",
+            closing_lines="refit.report.steps.step_lines:forward_closing_lines",
             runs_steps=True,
             sides=("destination",),
         ),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from refit.errors import RefitError
-from refit.report.console import show
+from refit.report.terminal.console import show
 
 TIMED_OUT = 124
 """Exit code of a command that was ended after its time, as timeout(1) has it."""

@@ -22,7 +22,7 @@ from typing import Literal
 
 from refit.errors import UsageError
 from refit.launch.host import Host
-from refit.report.console import show_aside
+from refit.report.terminal.console import show_aside
 from refit.results.plain import plain
 
 Kind = Literal["exclusive", "shared"]

@@ -13,8 +13,8 @@ from refit.launch.host import CANCELLED, TIMED_OUT, Cancelled, Stop
 from refit.launch.rank_logs import keep_rank_logs
 from refit.predict import cpus
 from refit.predict.dry_run import DryRunOptions
-from refit.report.console import show, show_aside, show_text
-from refit.report.sweep_table import outcome_lines
+from refit.report.refits.sweep_table import outcome_lines
+from refit.report.terminal.console import show, show_aside, show_text
 from refit.results.plain import plain
 from refit.results.sweep import Attempt, Planned, Sweep
 from refit.sweep import check
