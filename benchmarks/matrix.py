@@ -1,7 +1,7 @@
 """Scenarios run one after another, each with a timeout of its own: their table, and their results as files.
 
 A cell that fails or hangs does not stop the others. `<output-dir>/<MACHINE>_<PART>.jsonl` holds the results of a part
-(`refit.results.collection`), in the form that docs/results keeps and `benchmarks.results_docs` reads.
+(`refit.results.collection`), in the form that docs/results keeps and `docs.tables` reads.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results_docs, results_text
-from benchmarks.results_docs import (
+from docs.tables import __main__ as results_docs
+from docs.tables import refits as results_text
+from docs.tables.__main__ import (
     BLOCKS,
     OPENING,
     PICTURE,

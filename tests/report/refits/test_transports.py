@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results_text
 from benchmarks.matrix import Cell, row
+from docs.tables import refits as results_text
 from refit.report.plots import changes
 from refit.report.plots.times import bars_of
 from refit.report.refits import refit_lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.results_text import conditions, wrapped
+from docs.tables.refits import conditions, wrapped
 from refit.report.steps.arms import Arm
 from refit.report.steps.trainers import PARTS, Trainer, over_first, rankings, shares
 from refit.report.terminal.grid import markdown

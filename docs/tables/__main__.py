@@ -1,7 +1,7 @@
 """Makes the documents' tables, and the picture that the README opens with, from the result files of docs/results.
 
-    python -m benchmarks.results_docs            rewrite docs/performance.md, README.md and the picture
-    python -m benchmarks.results_docs --check    exit code 1, naming what differs, where they do not match the files
+    python -m docs.tables            rewrite docs/performance.md, README.md and the picture
+    python -m docs.tables --check    exit code 1, naming what differs, where they do not match the files
 
 `benchmarks.gpu_matrix`, `cpu_matrix`, `shared_gpu`, `dispatchers` and `trainers` write the files. A document's
 text between the lines `<!-- results: NAME -->` and `<!-- end of results: NAME -->` is made here; it stays as it is
@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import results_dispatchers, results_layouts, results_text, results_trainers
+from docs.tables import dispatchers, layouts, refits, trainers
 from refit.report.plots.style import save
 from refit.results.collection import COLLECTION_SUFFIX
 from refit.results.outcomes import Outcome
 from refit.results.runs import find_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("docs/results")
 PICTURE = RESULTS / "opening.png"
 DIGEST = "Results SHA-256"
@@ -51,21 +51,21 @@ class Block:
 
 
 BLOCKS = (
-    Block("README.md", "opening", OPENING, lambda outcomes: results_text.opening(outcomes, PICTURE.as_posix())),
-    Block("README.md", "gpu4_summary", ("gpu4_speed",), results_text.summary),
-    Block("docs/performance.md", "gpu4_speed", ("gpu4_speed",), results_text.section),
-    Block("docs/performance.md", "gpu4_large", ("gpu4_large",), results_text.section),
-    Block("docs/performance.md", "gpu4_drift", ("gpu4_drift",), results_text.section),
-    Block("docs/performance.md", "gpu4_correctness", ("gpu4_correctness",), results_text.section),
-    Block("docs/performance.md", "gpu4_te", ("gpu4_te",), results_text.section),
-    Block("docs/performance.md", "gpu4_fp8", ("gpu4_fp8",), results_text.quantised_section),
-    Block("docs/performance.md", "gpu4_fp8-large", ("gpu4_fp8-large",), results_text.quantised_section),
-    Block("docs/performance.md", "gpu1_layouts", ("gpu1_layouts",), results_layouts.section),
-    Block("docs/performance.md", "gpu2_speed", ("gpu2_speed",), results_text.section),
-    Block("docs/performance.md", "gpu2_fp8", ("gpu2_fp8",), results_text.quantised_section),
-    Block("docs/performance.md", "dispatchers", DISPATCHERS, results_dispatchers.section),
-    Block("docs/performance.md", "trainers", TRAINERS, results_trainers.section),
-    Block("docs/performance.md", "cpu_tiny", ("cpu_tiny",), results_text.section),
+    Block("README.md", "opening", OPENING, lambda outcomes: refits.opening(outcomes, PICTURE.as_posix())),
+    Block("README.md", "gpu4_summary", ("gpu4_speed",), refits.summary),
+    Block("docs/performance.md", "gpu4_speed", ("gpu4_speed",), refits.section),
+    Block("docs/performance.md", "gpu4_large", ("gpu4_large",), refits.section),
+    Block("docs/performance.md", "gpu4_drift", ("gpu4_drift",), refits.section),
+    Block("docs/performance.md", "gpu4_correctness", ("gpu4_correctness",), refits.section),
+    Block("docs/performance.md", "gpu4_te", ("gpu4_te",), refits.section),
+    Block("docs/performance.md", "gpu4_fp8", ("gpu4_fp8",), refits.quantised_section),
+    Block("docs/performance.md", "gpu4_fp8-large", ("gpu4_fp8-large",), refits.quantised_section),
+    Block("docs/performance.md", "gpu1_layouts", ("gpu1_layouts",), layouts.section),
+    Block("docs/performance.md", "gpu2_speed", ("gpu2_speed",), refits.section),
+    Block("docs/performance.md", "gpu2_fp8", ("gpu2_fp8",), refits.quantised_section),
+    Block("docs/performance.md", "dispatchers", DISPATCHERS, dispatchers.section),
+    Block("docs/performance.md", "trainers", TRAINERS, trainers.section),
+    Block("docs/performance.md", "cpu_tiny", ("cpu_tiny",), refits.section),
 )
 
 
@@ -103,7 +103,7 @@ def documents(root: Path) -> dict[Path, str]:
 def draw_opening(root: Path) -> None:
     """Draw the README's picture, with the digest of its results. Raises UnavailableError without matplotlib."""
     if path := _first(root, OPENING):
-        save(results_text.opening_figure(find_run(path).outcomes), root / PICTURE, **{DIGEST: digest(path)})
+        save(refits.opening_figure(find_run(path).outcomes), root / PICTURE, **{DIGEST: digest(path)})
 
 
 def digest(path: Path) -> str:
@@ -127,7 +127,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.check:
         found = list(differences(ROOT))
-        print("\n".join([*found, "run python -m benchmarks.results_docs"] if found else ["nothing differs"]))
+        print("\n".join([*found, "run python -m docs.tables"] if found else ["nothing differs"]))
         return 1 if found else 0
     for path, text in documents(ROOT).items():
         path.write_text(text, encoding="utf-8")

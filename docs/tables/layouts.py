@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks import results_text
+from docs.tables import refits as results_text
 from refit.config.scenario import Mode
 from refit.report.terminal.grid import markdown
 from refit.results.outcomes import Outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.results_text import conditions, wrapped
+from docs.tables.refits import conditions, wrapped
 from refit.report.refits.run_spread import beyond_text
 from refit.report.steps.arms import Arm, StepRun
 from refit.report.steps.cycle import cycle_lines
