@@ -1,4 +1,4 @@
-"""Six tables of what the suite supports: side formats, refit methods, encodings, engines, measurements and launchers.
+"""Tables of what the suite supports: side formats, refit methods, encodings, model families and others.
 
 Flags, dry runs, sweeps, runs and reports all read these tables, and nothing else lists the names. What a row says is in
 `refit.config.rows`.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-from refit.config.rows import Encoding, Engine, Format, LauncherKind, MeasurementKind, Method, StepSupport
+from refit.config.rows import Encoding, Engine, Format, LauncherKind, MeasurementKind, Method, ModelFamily, StepSupport
 from refit.errors import UsageError
 
 Row = TypeVar("Row")
@@ -283,3 +283,12 @@ LAUNCHERS = Registry(
         "slurm": LauncherKind(launcher="refit.launch.slurm:SlurmLauncher", title="the nodes of this Slurm allocation"),
     },
 )
+
+FAMILIES = Registry(
+    "model family",
+    {
+        name: ModelFamily(family=f"refit.predict.families.{name}:{name.upper()}")
+        for name in ("qwen3", "qwen3_moe", "deepseek_v3")
+    },
+)
+"""The last one that fits a model names its tensors."""

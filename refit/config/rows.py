@@ -165,3 +165,10 @@ class LauncherKind:
 
     launcher: str
     title: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """Models with tensors of the same names in Hugging Face. `family` is a `refit.predict.families.tables.Family`."""
+
+    family: str
