@@ -84,7 +84,7 @@ bench-gpu: $(READY)
 
 ## results: the tables of docs/performance.md and the README's opening, from the files of docs/results
 results: $(READY)
-	$(BIN)/python -m benchmarks.results_docs
+	$(BIN)/python -m docs.tables
 
 # pip checks the lock's hashes. torch comes after it, so that what a CUDA build pins itself (Triton) wins.
 $(READY): pyproject.toml $(LOCK)

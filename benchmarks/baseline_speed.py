@@ -10,15 +10,15 @@ and set-up.
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.ranks import Machine, this_machine
 from refit.results.result import Result, read_result
 
-ROOT = Path(__file__).resolve().parent.parent
+NUM_RANKS = 6
 # Grouped experts and an unchanged ETP, which both versions of Megatron-Core refit correctly.
 FLAGS = """--model tiny --num-layers 4 --hidden-size 1024 --ffn-hidden-size 2048 --num-experts 16
     --moe-ffn-hidden-size 1024 --moe-shared-expert-intermediate-size 1024 --moe-layer-freq 1 --vocab-size 8192
@@ -45,13 +45,14 @@ WAYS = len("shm direct against gloo") + 1
 """Width of the column that names what moved the bytes of each side."""
 
 
-def measure(variant: Variant) -> Result:
-    """The result of one torchrun. Raises CalledProcessError where it fails."""
+def measure(here: Machine, variant: Variant) -> Result:
+    """The result of one run. Raises RuntimeError, with its log, where it fails."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "6"]
-        command += [str(ROOT / "benchmark_refit.py"), *shlex.split(FLAGS), *shlex.split(variant.flags)]
-        subprocess.run([*command, "--output-dir", directory], check=True, stdout=subprocess.DEVNULL)
-        (path,) = Path(directory).glob("*.json")
+        folder = Path(directory)
+        flags = [*shlex.split(FLAGS), *shlex.split(variant.flags), "--output-dir", directory]
+        if (code := here.run(flags, NUM_RANKS, folder / "log", None)) != 0:
+            raise RuntimeError(f"{variant.name}: exit code {code}\n{(folder / 'log').read_text()}")
+        (path,) = folder.glob("*.json")
         return read_result(path)
 
 
@@ -73,9 +74,10 @@ def main() -> int:
     times = f"{'baseline':>9}{'ratio':>7}"
     print(f"{'':<{WAYS}}{'steady (ms)':>18}{'':>7}{'cold (ms)':>20}{'':>7}{'#wrong':>21}")
     print(f"{'transports':<{WAYS}}{'ours':>9}{times}{'ours':>11}{times}{'ours':>9}{'baseline':>12}")
-    for variant in VARIANTS:
-        result = measure(variant)
-        print(row(variant, result), flush=True)
+    with this_machine() as here:
+        for variant in VARIANTS:
+            result = measure(here, variant)
+            print(row(variant, result), flush=True)
     assert result.environment is not None
     print(f"# Megatron-Core {result.environment.versions['megatron-core']}, {result.environment.cpu}")
     return 0

@@ -1,6 +1,6 @@
-"""A campaign: runs of `refit run` on one host, one after another, within a budget of time and resumable.
+"""A campaign: runs on one host, one after another, within a budget of time and resumable.
 
-Every run is a process group of its own and writes one small result file; one that is there and ok is not run again.
+Every run writes one small result file; one that is there and ok is not run again.
 The cases come in the order of their importance, so that a budget cut short leaves the first; the next call goes on with
 the others. At the end the report is printed and `tables/` has the index and the loss curves.
 `<MACHINE>_<NAME>.jsonl` holds all results that are ok, for docs/results.
@@ -9,7 +9,6 @@ the others. At the end the report is printed and `tables/` has the index and the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import subprocess
 import sys
 import time
@@ -17,15 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from benchmarks.ranks import Machine, this_machine
 from refit.cli.parsing import parse
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.result import Result, read_result
 from refit.results.status import Status
-
-ENDING_S = 30
-"""Seconds that a run has to end its ranks when its time is up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +52,30 @@ class Budget:
         return left_s is None or left_s > self.slowest_s
 
 
-def run(case: Case, output_dir: Path, steps: list[str], budget: Budget) -> None:
+def run(here: Machine, case: Case, output_dir: Path, steps: list[str], budget: Budget) -> None:
     """Run a case within the budget. What it prints goes to `<name>.log`."""
     path = output_dir / f"{case.name}.json"
     if path.exists():  # a run that failed is kept under another name
         path.replace(output_dir / f"{case.name}.{sum(1 for _ in output_dir.glob(f'{case.name}*'))}.failed")
     words = [*case.flags, *steps, f"--output-dir={output_dir}", f"--run-name={case.name}"]
     begin_s = time.monotonic()
-    with (output_dir / f"{case.name}.log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "refit", "run", *words]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            process.wait(budget.left_s)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # it ends its ranks
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING_S)
+    num_ranks = parse(words).scenario.num_ranks
+    code = here.run(words, num_ranks, output_dir / f"{case.name}.log", budget.left_s)
     taken_s = time.monotonic() - begin_s
     budget.slowest_s = max(budget.slowest_s, taken_s)
-    print(f"{case.name}: exit code {process.returncode}, {taken_s:.0f} s", flush=True)
+    print(f"{case.name}: exit code {code}, {taken_s:.0f} s", flush=True)
 
 
 def run_all(cases: Sequence[Case], output_dir: Path, steps: list[str], budget: Budget) -> None:
     """Run the cases that have no result yet, as far as the budget goes."""
-    for case in cases:
-        if _is_ok(result_of(case, output_dir)):
-            print(f"{case.name}: there already")
-        elif budget.allows_another:
-            run(case, output_dir, steps, budget)
-        else:
-            print(f"{case.name}: left for another call, the budget is used up", flush=True)
+    with this_machine() as here:
+        for case in cases:
+            if _is_ok(result_of(case, output_dir)):
+                print(f"{case.name}: there already")
+            elif budget.allows_another:
+                run(here, case, output_dir, steps, budget)
+            else:
+                print(f"{case.name}: left for another call, the budget is used up", flush=True)
 
 
 def result_of(case: Case, output_dir: Path) -> Result | None:

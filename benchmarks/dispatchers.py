@@ -8,7 +8,7 @@ each run needs. Layers of Transformer Engine are run too where it is installed, 
 run. Overlap is run in the first cell.
 
 At the end the report is printed and `tables/` has the index and the loss curves. `gpu<N>_dispatchers.jsonl` holds all
-results: copied to docs/results, it is what `benchmarks.results_docs` makes the table of docs/performance.md from.
+results: copied to docs/results, it is what `docs.tables` makes the table of docs/performance.md from.
 """
 
 from __future__ import annotations

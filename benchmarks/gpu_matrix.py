@@ -7,7 +7,7 @@
     python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
 `--output-dir` gets one JSON and one log per cell, a table of all cells, and one `gpu<N>_<PART>.jsonl` per part. Copied
-to docs/results these make the tables of docs/performance.md (`python -m benchmarks.results_docs`). The exit code is 0
+to docs/results these make the tables of docs/performance.md (`python -m docs.tables`). The exit code is 0
 if every cell that could run was right.
 """
 

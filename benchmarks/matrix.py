@@ -1,23 +1,20 @@
-"""Scenarios run one after another, each in a torchrun with its own timeout: their table, and their results as files.
+"""Scenarios run one after another, each with a timeout of its own: their table, and their results as files.
 
 A cell that fails or hangs does not stop the others. `<output-dir>/<MACHINE>_<PART>.jsonl` holds the results of a part
-(`refit.results.collection`), in the form that docs/results keeps and `benchmarks.results_docs` reads.
+(`refit.results.collection`), in the form that docs/results keeps and `docs.tables` reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refit.report.headline import between, title
+from benchmarks.ranks import Machine, this_machine
+from refit.report.refits.headline import between, title
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
@@ -25,7 +22,6 @@ from refit.results.result import Failure, Result, now, read_result
 from refit.results.runs import outcome_of
 from refit.results.status import Status
 
-ROOT = Path(__file__).resolve().parent.parent
 APART, TOGETHER = "non-collocated", "collocated"
 
 
@@ -96,43 +92,32 @@ def run_all(cells: Iterable[Cell], directory: Path, machine: str, num_ranks: int
 
     Returns 0 if every cell was right or waived, else 1. The collections are up to date after every cell.
     """
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     parts: dict[str, list[Result]] = {}
     lines, failed, number = [HEADER], 0, 0
-    for number, one in enumerate(cells, 1):
-        result = run(one, directory / f"{number - 1:02d}_{one.slug}", num_ranks or one.num_ranks)
-        failed += result.status not in (Status.OK, Status.WAIVED)
-        lines.append(row(one, result))
-        print(lines[-1], flush=True)
-        parts.setdefault(one.part, []).append(replace(result, run_id=one.slug))
-        write_collection(directory / f"{machine}_{one.part}{COLLECTION_SUFFIX}", parts[one.part])
+    with this_machine() as machine_here:
+        for number, one in enumerate(cells, 1):
+            folder = directory / f"{number - 1:02d}_{one.slug}"
+            result = run(machine_here, one, folder, num_ranks or one.num_ranks)
+            failed += result.status not in (Status.OK, Status.WAIVED)
+            lines.append(row(one, result))
+            print(lines[-1], flush=True)
+            parts.setdefault(one.part, []).append(replace(result, run_id=one.slug))
+            write_collection(directory / f"{machine}_{one.part}{COLLECTION_SUFFIX}", parts[one.part])
     table = "\n".join(lines)
     (directory / "table.txt").write_text(table + "\n")
     print(f"\n{table}\n\n{number - failed} of {number} cells right or waived")
     return 1 if failed else 0
 
 
-def run(one: Cell, directory: Path, num_ranks: int) -> Result:
+def run(here: Machine, one: Cell, directory: Path, num_ranks: int) -> Result:
     """Run a cell and return its result, a failed one where it wrote none. Its log is `<directory>/log`."""
     directory.mkdir(parents=True, exist_ok=True)
     started_s = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-    command += ["--nproc-per-node", str(num_ranks)]
-    command += [str(ROOT / "benchmark_refit.py"), *one.flags, "--output-dir", str(directory)]
-    command += ["--timeout", str(one.timeout_s // 2)]
-    with (directory / "log").open("w") as log:
-        # Its own process group, so that a timeout ends the ranks as well.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(one.timeout_s)
-        except BaseException as error:  # the cell's own timeout, or the end of the whole matrix
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+    flags = [*one.flags, "--output-dir", str(directory), "--timeout", str(one.timeout_s // 2)]
+    code = here.run(flags, num_ranks, directory / "log", one.timeout_s)
     written = max(directory.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, default=None)
     if written is None or written.stat().st_mtime < started_s or not written.stat().st_size:
-        failure = Failure(f"exit code {process.returncode}, no result: see its log")
+        failure = Failure(f"exit code {code}, no result: see its log")
         return Result(one.slug, status=Status.FAILED, failure=failure, started=now())
     return read_result(written)
 

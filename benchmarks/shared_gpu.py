@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks.random_layouts import Layouts, coverage, random_layouts
 from refit.cli.parsing import parse
 from refit.config.scenario import Scenario
-from refit.report.refit_lines import wrong_weights
+from refit.report.refits.refit_lines import wrong_weights
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.result import Failure, Result, encoded, now, read_result
 from refit.results.status import Status

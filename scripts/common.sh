@@ -133,11 +133,16 @@ choose_host_python() {
 }
 
 run_python() {
-    local command=(env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}" "$python" "$@")
     if [[ -n $in_container ]]; then
-        command=(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --export=ALL "${container[@]}" "${command[@]}")
-    fi
-    "${command[@]}" </dev/null
+        container_python "$@"
+    else
+        env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}" "$python" "$@"
+    fi </dev/null
+}
+
+container_python() {
+    srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --export=ALL "${container[@]}" \
+        env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}" "$python" "$@"
 }
 
 decide() { run_python -m refit "$@"; }

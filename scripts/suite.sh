@@ -1,17 +1,14 @@
 # shellcheck shell=bash
 # Runs scenarios one after another, for a script that sets `root`, CONFIGS, TITLE and CLUSTER: as a job, in an allocation, as
-# a job array, or on this machine without Slurm. `refit sweep` decides what to run. This file starts the steps, waits for
-# them, and stops them on signals.
+# a job array, or on this machine without Slurm. This file has the options and what is submitted; `refit sweep` has the loop.
 
 # shellcheck source=scripts/common.sh
 source "$root/scripts/common.sh"
-# shellcheck source=scripts/lock.sh
-source "$root/scripts/lock.sh"
 
 script=$(readlink -f -- "$0")
 action=run dry_run='' scenarios='' model='' output_dir='' timeout_s='' resume='' only='' num_runs='' asked_nodes='' array='' throttle=''
-cluster='' sweep_file='' current='' current_stem='' current_ranks_per_node='' on_cpus='' last_code=0
-flags=()
+cluster='' sweep_file=''
+flags=() selection=() common=() allocation=()
 
 suite() {
     parse "$@"
@@ -139,7 +136,7 @@ describe_allocation() {
     if [[ $action == local ]]; then
         nodes=1 count=$(gpus_per_node)
         if ((count == 0)); then
-            on_cpus=yes allocation=(--cpu-fallback)
+            allocation=(--cpu-fallback)
             echo "There is no GPU here: ranks run on the CPUs, gloo stands in for nccl and shm for nvshmem."
             return
         fi
@@ -160,22 +157,23 @@ header() {
     whole_number "the number in '#SBATCH --$1' of $script" "$found" 1 "$2"
 }
 
-# Checks every scenario, prints the table, sets `sweep_file` and locks the run.
+# Checks every scenario, prints the table and sets `sweep_file`.
 begin() {
-    select_scenarios
-    describe_allocation
-    if [[ -n $resume ]]; then
-        sweep_file=$output_dir/logs/${resume}_sweep.json
-        [[ ! -e $sweep_file ]] || lock_run exclusive
-        sweep_file=$(decide sweep begin "${allocation[@]}" --output-dir "$output_dir" --resume "$resume")
-    else
-        sweep_file=$(decide sweep begin "${selection[@]}" "${allocation[@]}" --output-dir "$output_dir" -- "${common[@]}")
-        lock_run exclusive
-    fi
+    describe_sweep
+    sweep_file=$(decide sweep begin "${sweep[@]}")
 }
 
-# Jobs of an array hold the run's lock together, and each the lock of its scenario.
-lock_run() { hold "run $(run_id)" "$1" "${sweep_file%.json}.lock"; }
+# Sets the array `sweep`: what to run, as arguments of `refit sweep begin` and `run`.
+describe_sweep() {
+    select_scenarios
+    describe_allocation
+    sweep=("${allocation[@]}" --output-dir "$output_dir" "$@")
+    if [[ -n $resume ]]; then
+        sweep+=(--resume "$resume")
+    else
+        sweep+=("${selection[@]}" -- "${common[@]}")
+    fi
+}
 
 # Sets the array `pending` to the lines of `refit sweep pending`.
 list_pending() {
@@ -186,85 +184,58 @@ list_pending() {
 }
 
 run_suite() {
-    trap cancel TERM INT
-    begin
-    list_pending
-    run_pending
-    decide sweep end "$sweep_file"
+    describe_sweep ${timeout_s:+--timeout "$timeout_s"} ${only:+--only "$only"}
+    run_loop sweep run "${sweep[@]}"
 }
 
 # One job of an array. FLAGS is a list of scenario names; the job's number is an index into it.
 run_array_task() {
-    trap cancel TERM INT
     : "${SLURM_ARRAY_TASK_ID:?--array-task is for jobs of an array}" # checked with the environment
-    ((SLURM_ARRAY_TASK_ID < ${#flags[@]})) || die "task $SLURM_ARRAY_TASK_ID of an array of ${#flags[@]} scenarios"
-    local name=${flags[SLURM_ARRAY_TASK_ID]} line
-    lock_run shared
-    hold "scenario $name of run $(run_id)" exclusive "${sweep_file%_sweep.json}_$name.lock"
-    list_pending
-    for line in "${pending[@]}"; do
-        [[ $line != "$name"$'\t'* ]] || pending=("$line")
-    done
-    [[ ${pending[0]:-} == "$name"$'\t'* ]] || pending=() # already done, for example after a requeue
-    run_pending
-    exit "$last_code"
+    run_loop sweep task ${timeout_s:+--timeout "$timeout_s"} ${only:+--only "$only"} \
+        "$sweep_file" "$SLURM_ARRAY_TASK_ID" "${flags[@]}"
 }
 
-run_pending() {
-    local line fields number=0
-    for line in "${pending[@]}"; do
-        mapfile -d $'\t' -t fields < <(printf '%s\t' "$line")
-        fields[1]=$(whole_number nodes "${fields[1]}" 1 "$MAX_NODES")
-        fields[2]=$(whole_number 'ranks per node' "${fields[2]}" 1 99999999)
-        number=$((number + 1))
-        echo "[$number/${#pending[@]}] ${fields[0]}: ${fields[1]} x ${fields[2]} ranks, log: ${fields[3]}.log"
-        run_scenario "${fields[@]}"
-    done
+# run_loop ARGUMENTS...: `refit` with these arguments, which starts steps until all is done or a signal comes. In a container
+# it cannot start any: there it asks this script to.
+run_loop() {
+    [[ -n $in_container ]] || exec env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -m refit "$@" </dev/null
+    coproc loop { container_python -m refit "${@:1:2}" --ask "${@:3}"; }
+    # shellcheck disable=SC2154 # coproc sets it
+    local process=$loop_PID from=${loop[0]} to=${loop[1]} code=0
+    exec 4<&"$from" 5>&"$to"
+    exec {from}<&- {to}>&- # bash drops these when the process has ended
+    trap 'cancel_loop "$process"' TERM INT
+    serve
+    wait "$process" || code=$?
+    exit "$code"
 }
 
-# run_scenario NAME NODES RANKS_PER_NODE STEM FLAGS...
-run_scenario() {
-    current=$1 current_stem=$4 current_ranks_per_node=$3
-    local nodes=$2 ranks_per_node=$3 stem=$4 code=0 ending
-    local flags=("${@:5}") note=''
-    if [[ -n $on_cpus ]]; then
-        local placement
-        placement=$(decide place --cpu-fallback -- "${flags[@]}" 2>>"$stem.log") || code=$?
-        read_placement "$placement"
-        echo "${note:+# note: $note}" >>"$stem.log"
-    fi
-    if ((code == 0)); then
-        ranks_command "$stem" "$nodes" "$ranks_per_node" "${flags[@]}"
-        exec 3>>"$stem.log"
-        wait_for "${timeout_s:-0}" "${ranks[@]}" || code=$?
+# Starts the steps that the loop asks for, in lines that begin with a record separator: the time limit, the log, the command.
+serve() {
+    local line fields code
+    while IFS= read -r line <&4; do
+        if [[ $line != $'\x1e'* ]]; then
+            printf '%s\n' "$line"
+            continue
+        fi
+        mapfile -d $'\t' -t fields < <(printf '%s\t' "${line#$'\x1e'}")
+        code=0
+        exec 3>>"${fields[1]}"
+        wait_for "$(whole_number seconds "${fields[0]}" 0 "$MAX_SECONDS")" "${fields[@]:2}" || code=$?
         exec 3>&-
-    fi
-    ending=(--stem "$stem" --exit-code "$code")
-    ((code != 124)) || ending+=(--timed-out "$timeout_s")
-    decide sweep close "$sweep_file" "$current" "${ending[@]}"
-    keep_rank_logs "$stem" "$code" "$ranks_per_node"
-    current='' last_code=$code
+        echo "$code" >&5
+    done
 }
 
-# On SIGTERM (scancel, the time limit) and SIGINT. A job that is being cancelled cannot start more steps, so the
-# remaining calls use a Python of this host.
-cancel() {
+# Ends the step and the loop's input, which tells it to sum up.
+cancel_loop() {
     trap '' TERM INT
-    echo "Cancelled${current:+ during $current}" >&2
     stop_step
-    [[ -z $in_container ]] || choose_host_python
-    if [[ -n $current ]]; then
-        decide sweep close "$sweep_file" "$current" --stem "$current_stem" --exit-code 143 --cancelled || true
-        keep_rank_logs "$current_stem" 143 "$current_ranks_per_node"
-    fi
-    if [[ -n $sweep_file && $action != array-task ]]; then
-        decide sweep end "$sweep_file" || true
-        echo "Go on with --resume $(run_id)" >&2
-    fi
+    exec 5>&-
+    serve
+    wait "$1" || true
     exit 143
 }
-
-run_id() { basename -- "$sweep_file" _sweep.json; }
 
 # Sets the array `job` to the sbatch command with these ARGUMENTS.
 job_command() {
@@ -312,7 +283,6 @@ submit() {
     list_pending
     ((${#pending[@]} > 0)) || die "nothing is left to run in $sweep_file"
     array_job "$sweep_file"
-    release # for the jobs, which may start at once
     local id
     if ! id=$("${job[@]}"); then
         [[ -n $resume ]] || rm -f -- "$sweep_file" # a sweep without a job would be taken for the latest run
@@ -320,7 +290,7 @@ submit() {
     fi
     id=${id%%;*} # on a federation, the cluster's name follows
     # The array needs the sweep file, so the job is added to that file only now.
-    decide sweep begin "${allocation[@]}" --output-dir "$output_dir" --resume "$(run_id)" --job "$id" >/dev/null 2>&1
+    decide sweep add-job "$sweep_file" "$id" >/dev/null
     summary_job "$sweep_file" "$id"
     echo "Submitted job array $id: ${#pending[@]} scenarios, $most_nodes nodes each"
     echo "Submitted summary job $("${job[@]}"), to run after all of them"

@@ -10,6 +10,7 @@ import pytest
 EXPECTED = (
     "0.16 builds it",  # one Megatron-Core or the other; CI runs both
     "0.19 plans it",
+    "0.19 has the flags",
     "needs a Slurm of its own: make slurm-test",  # a part of .ci/run
     "needs two GPUs",
     "no CUDA GPU",

@@ -24,7 +24,7 @@ from refit.cli.main import main
 from refit.commands.run import own_flags
 from refit.config.scenario import check_num_ranks
 from refit.errors import UsageError
-from refit.report.export import records, sample_records
+from refit.report.refits.export import records, sample_records
 from refit.results.outcomes import judged
 from refit.results.runs import Run
 from refit.sweep.selection import select_file, select_lines

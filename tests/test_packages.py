@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "refit").rglob("*.py"))
 
 ORDER = ("errors", "units", "config", "plan", "predict", "memory", "copies", "encodings", "transport", "models")
-ORDER = (*ORDER, "results", "report", "bench", "cli", "sweep", "commands")
+ORDER = (*ORDER, "results", "report", "bench", "cli", "launch", "sweep", "commands")
 """The packages of `refit` from the bottom up: each imports only those before it."""
 
-TORCH_FREE = ("config", "plan", "predict", "results", "report", "cli", "sweep", "commands")
+TORCH_FREE = ("config", "plan", "predict", "results", "report", "cli", "launch", "sweep", "commands")
 """Packages that load on a login node without torch. Functions may import matplotlib, and `cli` starts `bench`."""
 
 HEAVY = (

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results_docs, results_text
-from benchmarks.results_docs import (
+from docs.tables import __main__ as results_docs
+from docs.tables import refits as results_text
+from docs.tables.__main__ import (
     BLOCKS,
     OPENING,
     PICTURE,
@@ -29,8 +30,8 @@ from refit.results.result import Failure
 from refit.results.status import Status
 from refit.results.step import Breakdown
 from tests.report.factories import planned, result, side, timed
-from tests.report.test_dispatchers import outcome as dispatched
-from tests.report.test_trainers import outcome as trained
+from tests.report.steps.test_dispatchers import outcome as dispatched
+from tests.report.steps.test_trainers import outcome as trained
 
 MAX_FILE_BYTES = 3 << 19
 

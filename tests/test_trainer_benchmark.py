@@ -7,7 +7,7 @@ import pytest
 from benchmarks.campaign import memory_bytes
 from benchmarks.trainers import CONTENDERS, TrainerCampaign, contenders
 from refit.cli.parsing import parse
-from refit.report.trainers import work
+from refit.report.steps.trainers import work
 from refit.results.sweep import check_name
 
 MOST_GIB = {1: 113, 2: 79, 4: 64, 8: 57}

@@ -17,9 +17,9 @@ from refit.config.scenario import Scenario
 from refit.copies.batch import start_loading_kernels
 from refit.errors import UnavailableError
 from refit.predict.cpus import check_running, this_machine
-from refit.report.cycle import cycle_lines
-from refit.report.rank_map import rank_map
-from refit.report.warnings import idle_ranks
+from refit.report.plans.rank_map import rank_map
+from refit.report.refits.warnings import idle_ranks
+from refit.report.steps.cycle import cycle_lines
 from refit.results.result import MeasurementResult, Result, ResultFile, now
 from refit.results.status import worst
 

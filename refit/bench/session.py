@@ -19,8 +19,8 @@ from refit.config.gpus import GpuMap
 from refit.config.registry import METHODS
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError, UsageError
-from refit.report import live
-from refit.report.console import show_aside, show_text
+from refit.report.terminal import live
+from refit.report.terminal.console import show_aside, show_text
 from refit.results import result
 from refit.results.result import Environment, MeasurementResult, ResultFile
 from refit.transport.ranks import Ranks, gpus_here

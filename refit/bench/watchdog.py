@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refit.errors import ExitCode, RefitError
-from refit.report import live
+from refit.report.terminal import live
 from refit.results.result import GONE_TEXT, STOPPED_TEXT, STORE_TEXT
 from refit.transport.ranks import Ranks
 

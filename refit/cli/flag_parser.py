@@ -83,6 +83,10 @@ class FlagParser(argparse.ArgumentParser):
     def _unknown(self, flag: str) -> UsageError:
         return UsageError(f"unknown flag {flag}: {self._nearest(flag)}")
 
+    def _known(self) -> list[str]:
+        """The flags that a mistyped one may stand for."""
+        return list(self._option_string_actions)
+
     def _nearest(self, flag: str) -> str:
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(flag, self._known(), n=1, cutoff=0.6)
         return f"did you mean {near[0]}?" if near else "no known flag is close to it, --help lists them"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import functools
 from typing import Any
 
 import refit
@@ -21,7 +19,7 @@ from refit.config import limits
 
 EXAMPLES = """\
 Flags without a value are off unless given. Megatron-LM's flags that change no weight (--seq-length, --wandb-project, \
-...) are accepted and recorded.
+...) are accepted and recorded, as listed for its versions 0.16 to 0.19.
 
 examples:
   refit run --list
@@ -29,22 +27,22 @@ examples:
   refit run --model qwen3_30b_a3b --refit-method nccl --expert-model-parallel-size 4 --repeat-until-stable
   benchmark_refit.py --dry-run --model kimi_k2 --expert-model-parallel-size 64"""
 
-TYPO_CUTOFF = 0.9
-"""Similarity (difflib's ratio) from which a flag of a family is taken for a misspelt flag that the parser has."""
-
 
 class BenchmarkParser(FlagParser):
-    """The parser of benchmark_refit.py, which also knows the families of Megatron-LM's flags."""
+    """The parser of benchmark_refit.py, which also knows Megatron-LM's flags that change no weight."""
 
     def _has(self, flag: str) -> bool:
-        """Whether there is such a flag. A flag of a family is added here, when it is first seen."""
+        """Whether there is such a flag. One that is listed is added here, when it is first seen."""
         if super()._has(flag):
             return True
         name = flag.removeprefix("--")
-        if name == flag or not ignored_flags.in_family(name) or _resembles_known_flag(flag):
+        if name == flag or name not in ignored_flags.LISTED:
             return False
         _add_hidden(self, name, nargs="?", const=True)
         return True
+
+    def _known(self) -> list[str]:
+        return [*super()._known(), *(f"--{name}" for name in ignored_flags.LISTED)]
 
 
 def model_parser() -> BenchmarkParser:
@@ -81,25 +79,15 @@ def _add_preset_flags(parser: FlagParser) -> None:
     _add_ignored_flags(parser)
 
 
-@functools.cache
-def _resembles_known_flag(flag: str) -> bool:
-    """Whether `flag` is, or almost is, a flag of the full command line that is not one of a family."""
-    return bool(difflib.get_close_matches(flag, full_parser()._option_string_actions, n=1, cutoff=TYPO_CUTOFF))
-
-
 def recorded_flags(args: argparse.Namespace) -> dict[str, object]:
     """The flags given that change no weight, by name without dashes in front, with their values as given.
 
     Those of a step are among them where no step is measured.
     """
-    named = {*ignored_flags.NAMED, *ignored_flags.REFUSED_VALUES, *STEP_FLAGS}
+    named = {*ignored_flags.NAMED, *ignored_flags.LISTED, *ignored_flags.REFUSED_VALUES, *STEP_FLAGS}
     if runs_steps(getattr(args, "measure", ())):
         named -= STEP_FLAGS.keys()
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if name in named or (name not in STEP_FLAGS and ignored_flags.in_family(name))
-    }
+    return {name: value for name, value in vars(args).items() if name in named}
 
 
 def _add_ignored_flags(parser: FlagParser) -> None:

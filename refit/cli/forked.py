@@ -15,7 +15,7 @@ from refit.cli import torchrun
 from refit.cli.main import main_of
 from refit.cli.parsing import parse
 from refit.errors import RefitError
-from refit.report.console import show_aside, show_error
+from refit.report.terminal.console import show_aside, show_error
 
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """With 1, torch asks NVML whether there is a GPU. Its own question to CUDA would leave forked processes without one."""

@@ -1,14 +1,15 @@
 """Megatron-LM's flags that change no weight, or none that this benchmark builds.
 
 A training command line can be pasted as it stands. Flags that change no weight are accepted and recorded: those of
-NAMED and those of a family. Flags that change which weights exist, or where they lie, in a way not built here are
-refused: to ignore one would measure another model. Names are those of `megatron/training/arguments.py` in Megatron-LM
-0.16 to 0.19.
+NAMED and LISTED. All others are refused, since to ignore one could measure another model: those that change which
+weights exist, or where they lie, with the reason, and the rest as unknown. Names are those of the parser in
+`megatron/training/arguments.py` of Megatron-LM 0.16 to 0.19; megatron-core's wheels have it from 0.17 on.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 NAMED: dict[str, str] = dict(
     re.findall(
@@ -29,53 +30,22 @@ NAMED: dict[str, str] = dict(
 )
 """Flags that are checked: `name#` takes a positive number, `name=` one value, `name*` any number, `name` none."""
 
-FAMILIES = """
-    across-dp-ranks across-dp-replicas across-pp-ranks active-world adam adlr align-param all-gather amax app-tag
-    apply-probs apply-wd async async-tensor-model-parallel attention-backend barrier-with base-hidden batch bias-update
-    cache checkpoint chunked-prefill chunks ckpt clamp clip communication-unit communicator cross-entropy cuda-graph
-    cuda-graphs data-args data-parallel-random data-parallel-sharding dataloader dataset ddp decay deepep delay-param
-    deterministic distributed-backend distributed-timeout double-buffer dropout dump enable-experimental ep-consensus
-    ep-overlap eval exit exp-avg-dtype exp-avg-sq-dtype expert-capacity expert-parallel-comm
-    fake-process fault-injector fault-injector-num-ranks fault-injector-ranks fim fine-grained flash flex-dispatcher
-    flight-recorder for-prefill force-biased force-load fp4-format fp8-format fp8-margin fp8-output freeze-all-layers ft
-    full-validation fully-parallel fused-residual gc gelu-fusion gloo-process grad grad-comm-dtype gradient grads grpo
-    hidden-dropout high-priority hsdp hybridep in-fp32 inference init initialization injection inprocess interval jit
-    jitter l2-norm langrl layer-scaling layer-wise layernorm-1p layers-at-end layers-at-start layers-bf16 legacy-models
-    legacy-static linear-offset lion log log-world-size logger logging loss lr main-grads-dtype main-params-dtype
-    manual-registration mcore memory-level memory-snapshot merge-file microbatch mmap momentum msc mscale muon muon-tp
-    mup nccl-ub ncclep no-rope-freq norm-epsilon num-groups nvtx offload offloaded offloading offloading-num-layers onnx
-    oom op-fuser openai-gelu opt-param optim optimizer outer-dp overlap pad-expert-input pad-experts pad-tokens
-    parallel-comm per-dp-cp permute-fusion persist phase-transition pin-cpu pre-softmax profile-step pytorch-profiler
-    quantile quantizer recipe recompute recompute-num-layers record reduced-precision rejected relative-attention
-    replication rerun reset reshard residual-connection ring-exchange rl rng rope-fusion rope-scaling rope-type
-    rotary-base rotary-interleaved rotary-percent rotary-scaling rotary-seq router-dtype router-fusion router-group-topk
-    router-padding routing-replay sample-rate saved-activations scatter shared-expert-overlap sharp skip-train
-    softmax-fusion speculative squared-relu stash straggler strict-fsdp swiglu-fusion symmetric-ar
-    symmetric-registration te-activation te-precision template tensorboard test-mode tiktoken token-drop tokenizer
-    tokens-per-expert topk-scaling tp-comm tp-communication trust-remote validation-sets vocab-extra vocab-file wandb
-    wgrad window with-experts workers workload yarn
-"""
-"""Words that mark a flag as one of training, checkpoints, logs or serving. Such a flag has one value or none.
-
-Words that may name a size, a dtype or a setting of this benchmark are left out (`cpu`, `iters`, `nccl`, `timeout`, and
-all of `moe`): a flag that the parser does not have would be ignored where it must be refused.
-"""
-
-SIZES = "cp dp dtype ep etp expert experts ffn gpus heads hidden layers nodes parallel pp ranks topk tp vocab world"
-"""A flag with one of them, beside the words of its family, is in none: it may change weights."""
-
-_FAMILY = re.compile(rf"-(?:{'|'.join(sorted(FAMILIES.split(), key=len, reverse=True))})(?=-)")
+LISTS = Path(__file__).parent / "megatron_flags"
+"""A file per version of Megatron-LM: names, one a line, that this version has and the ones before it have not."""
 
 
-def in_family(name: str) -> bool:
-    """Whether a flag, without dashes in front, is in a family. Those of the destination, `rl-inference-`, are not.
+def _listed() -> dict[str, str]:
+    """The names of all lists, with the version that each is listed for."""
+    return {
+        name: file.stem
+        for file in sorted(LISTS.glob("*.txt"))
+        for name in file.read_text(encoding="utf-8").split("\n")
+        if name and not name.startswith("#")
+    }
 
-    Nor are two letters alone, which are a misspelt `--lr` or `--bf16` rather than a flag.
-    """
-    if len(name) <= 2:
-        return False
-    rest, num_found = _FAMILY.subn("", f"-{name}-")
-    return num_found > 0 and "rl-inference-" not in name and set(SIZES.split()).isdisjoint(rest.split("-"))
+
+LISTED = _listed()
+"""Flags that are recorded as they come, with one value or none, by the version of Megatron-LM that they are from."""
 
 
 REFUSED_VALUES = {
@@ -108,6 +78,7 @@ REFUSED_SWITCHES = {
     "account-for-embedding-in-pipeline-split": "use --decoder-first-pipeline-num-layers",
     "account-for-loss-in-pipeline-split": "use --decoder-last-pipeline-num-layers",
     "attention-output-gate": "attention output gates are not built",
+    "disable-pad-vocab-size": "give the size to build with --padded-vocab-size",
     "fp4-param-gather": "4-bit parameters are not built",
     "fp8-param-gather": "8-bit parameters are not built",
     "hybrid-context-parallel": "context parallelism does not cut weights",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from refit.config.scenario import Scenario, check_num_ranks, num_nodes
 from refit.errors import UsageError
-from refit.report.console import show
+from refit.report.terminal.console import show
 
 FIRST_PORT, NUM_PORTS = 12000, 16000
 """Ports for the rendezvous of a Slurm step. Linux assigns its own ports from 32768 on."""

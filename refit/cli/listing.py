@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from refit.config import yaml_files
 from refit.errors import RefitError
-from refit.report.console import show, show_error, terminal_width
+from refit.report.terminal.console import show, show_error, terminal_width
 
 KINDS = {
     "models": "models (--model NAME)",

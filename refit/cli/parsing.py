@@ -14,6 +14,7 @@ from refit.cli.presets import config_flags, give_way, load_preset
 from refit.cli.side_flags import read_mode, read_sides, world_size_note
 from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
+from refit.config.plugins import load_plugins
 from refit.config.registry import AUTO, ENCODINGS, ENGINES, FORMATS, IDENTITY, METHODS
 from refit.config.relay import Relay
 from refit.config.scenario import Scenario, Verify
@@ -54,6 +55,7 @@ def parse(argv: Sequence[str]) -> Request:
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of a command line, over those of its preset. Raises UsageError for unknown or invalid flags."""
+    load_plugins(argv)
     parser = full_parser()
     args = parser.parse_flags(argv)
     if args.hf_config is not None:
@@ -76,6 +78,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         raise UsageError(f"--refit-method missing: choose one of {', '.join([*METHODS, AUTO])}")
     source, destination = sides = read_sides(args)
     model, notes = _model(args, sides)
+    notes += tuple(f"Rows of the plugin {name} are registered." for name in args.plugin)
     notes += (*args.preset_notes, *filter(None, [world_size_note(args, sides)]))
     engines = _engines(args)
     _check_engines(engines, sides)

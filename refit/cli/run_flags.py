@@ -6,7 +6,7 @@ from pathlib import Path
 
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
-from refit.config import limits
+from refit.config import limits, plugins
 from refit.config.registry import AUTO, ENCODINGS, ENGINES, IDENTITY, MEASUREMENTS, METHODS, chosen_encodings
 from refit.config.relay import Relay
 from refit.config.scenario import Mode, Verify
@@ -34,6 +34,13 @@ def add_refit_flags(parser: FlagParser) -> None:
         type=flag_types.provider,
         metavar="MODULE:FUNCTION",
         help="build the Megatron-Core model with this function, not from model flags; default: none",
+    )
+    group.add_argument(
+        plugins.FLAG,
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="register the transports, formats, encodings and engines of this module; may be repeated; default: none",
     )
     group.add_argument(
         "--refit-mode",

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import refit
 from refit.cli.flag_parser import FlagParser
+from refit.config import plugins
 from refit.errors import RefitError, UsageError
-from refit.report.console import ending_quietly, show_error
+from refit.report.terminal.console import ending_quietly, show_error
 
 NAMED_AFTER_MODULES = ("run", "report", "compare", "plot", "bounds", "search", "sweep", "completion", "outcome")
 COMMANDS: Mapping[str, str] = {**{name: name for name in NAMED_AFTER_MODULES}, "place": "sweep"}
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     """Run a command line and return the exit code, that of a closed pipe included. Errors are printed once.
 
     Words after `--` are flags of benchmark_refit.py (`args.flags`), for the commands that take them; after `run` all
-    words are.
+    words are. Every command takes `--plugin MODULE` before them.
     """
     return ending_quietly(lambda: _main(argv))
 
@@ -47,6 +48,9 @@ def _main(argv: Sequence[str]) -> int:
         argv = ["run", "--", *(word for word in argv[1:] if word != "--")]
     end = argv.index("--") if "--" in argv else len(argv)
     try:
+        plugins.load_plugins(argv)
+        argv = [*(own := plugins.without(argv[:end])), *argv[end:]]
+        end = len(own)
         args = command_parser(*argv[:1]).parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
         if args.flags and not args.takes_flags:
             raise UsageError(f"flags after -- mean nothing here: {args.flags[0]}")

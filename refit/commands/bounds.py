@@ -12,9 +12,9 @@ from refit.config import yaml_files
 from refit.config.clusters import Cluster, load_cluster
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
-from refit.report.bounds import bounds_table
-from refit.report.console import show
-from refit.report.neutral import markdown_text
+from refit.report.plans.bounds import bounds_table
+from refit.report.terminal.console import show
+from refit.report.terminal.neutral import markdown_text
 from refit.sweep.parallel import plan_all
 from refit.sweep.selection import Candidate, Selection, select_file
 

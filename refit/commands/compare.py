@@ -9,9 +9,9 @@ from typing import Any
 
 from refit.commands.report import named_skipped
 from refit.errors import UsageError
-from refit.report.compare import Comparison, compare_runs, compare_text, exit_code
-from refit.report.console import show, show_text, table_width
 from refit.report.plots.changes import draw_changes
+from refit.report.refits.compare import Comparison, compare_runs, compare_text, exit_code
+from refit.report.terminal.console import show, show_text, table_width
 from refit.results.plain import plain
 from refit.results.runs import Run, find_run
 

@@ -8,7 +8,7 @@ from typing import Any
 from refit import commands
 from refit.cli.completion import completion_script
 from refit.cli.flags import full_parser
-from refit.report.console import show
+from refit.report.terminal.console import show
 
 
 def add(subparsers: argparse._SubParsersAction[Any]) -> None:

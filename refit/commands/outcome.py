@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from refit.cli import flag_types
-from refit.report.console import show_text
-from refit.report.sweep_table import outcome_lines
+from refit.report.refits.sweep_table import outcome_lines
+from refit.report.terminal.console import show_text
 from refit.results.runs import find_run
 from refit.results.sweep import Attempt
 from refit.sweep.close import Ending, close

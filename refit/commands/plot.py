@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from refit.commands.report import add_run_arguments, named_skipped
-from refit.report.console import show
 from refit.report.plots import draw
+from refit.report.terminal.console import show
 from refit.results.plain import plain
 from refit.results.runs import find_run
 from refit.sweep.pairs import pair_bytes

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from refit.errors import ExitCode, UnavailableError, UsageError
-from refit.report.analysis import analysis_text
-from refit.report.console import show, show_aside, show_text
-from refit.report.dispatchers import dispatcher_text
-from refit.report.export import Record, csv_text, json_text, records, sample_records
-from refit.report.overlap import overlap_text
-from refit.report.page import Pictures, page
 from refit.report.plots import draw
-from refit.report.step_tables import write_step_tables
-from refit.report.summary import summary_text
-from refit.report.tables import markdown_text
-from refit.report.trainers import trainer_text
+from refit.report.refits.analysis import analysis_text
+from refit.report.refits.export import Record, csv_text, json_text, records, sample_records
+from refit.report.refits.page import Pictures, page
+from refit.report.refits.summary import summary_text
+from refit.report.refits.tables import markdown_text
+from refit.report.steps.dispatchers import dispatcher_text
+from refit.report.steps.overlap import overlap_text
+from refit.report.steps.step_tables import write_step_tables
+from refit.report.steps.trainers import trainer_text
+from refit.report.terminal.console import show, show_aside, show_text
 from refit.results.reading import UnreadableFile
 from refit.results.runs import Run, find_run
 from refit.sweep.layouts import with_layouts

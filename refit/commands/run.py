@@ -23,8 +23,8 @@ from refit.config.scenario import Scenario, check_num_ranks
 from refit.errors import ExitCode
 from refit.predict import cpus
 from refit.predict.dry_run import DryRunOptions
-from refit.report import live
-from refit.report.console import show_aside
+from refit.report.terminal import live
+from refit.report.terminal.console import show_aside
 from refit.results.result import Failure, Result, ResultFile, default_name, now
 from refit.results.status import Status
 from refit.sweep import check

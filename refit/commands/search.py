@@ -12,8 +12,8 @@ from refit.config.clusters import load_cluster
 from refit.config.registry import FORMATS
 from refit.config.scenario import Mode
 from refit.errors import UsageError
-from refit.report import search as text
-from refit.report.console import show, show_aside
+from refit.report.plans import search as text
+from refit.report.terminal.console import show, show_aside
 from refit.sweep.search import Search
 from refit.sweep.search_scenarios import scenario_file
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     findings = search.run()
     show(RENDERERS[args.format](findings, cluster, args.top))
     if args.plot is not None:
-        from refit.report.search_picture import draw
+        from refit.report.plots.search_picture import draw
 
         show_aside(f"drawn: {draw(findings, cluster, args.plot)}")
     if args.write_scenarios is not None:

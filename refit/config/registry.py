@@ -1,4 +1,4 @@
-"""Five tables of what the suite supports: side formats, refit methods, encodings, engines and measurements.
+"""Tables of what the suite supports: side formats, refit methods, encodings, model families and others.
 
 Flags, dry runs, sweeps, runs and reports all read these tables, and nothing else lists the names. What a row says is in
 `refit.config.rows`.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-from refit.config.rows import Encoding, Engine, Format, MeasurementKind, Method, StepSupport
+from refit.config.rows import Encoding, Engine, Format, LauncherKind, MeasurementKind, Method, ModelFamily, StepSupport
 from refit.errors import UsageError
 
 Row = TypeVar("Row")
@@ -257,21 +257,38 @@ MEASUREMENTS = Registry(
         "train-step": MeasurementKind(
             measurement="refit.bench.measurements.train_step:TrainStepMeasurement",
             result="refit.results.step:StepResult",
-            closing_lines="refit.report.step_lines:train_closing_lines",
+            closing_lines="refit.report.steps.step_lines:train_closing_lines",
             runs_steps=True,
             sides=("source",),
         ),
         "refit": MeasurementKind(
             measurement="refit.bench.measurements.refit:RefitMeasurement",
             result="refit.results.refit:RefitResult",
-            closing_lines="refit.report.refit_lines:closing_lines",
+            closing_lines="refit.report.refits.refit_lines:closing_lines",
         ),
         "forward": MeasurementKind(
             measurement="refit.bench.measurements.forward:ForwardMeasurement",
             result="refit.results.step:ForwardResult",
-            closing_lines="refit.report.step_lines:forward_closing_lines",
+            closing_lines="refit.report.steps.step_lines:forward_closing_lines",
             runs_steps=True,
             sides=("destination",),
         ),
     },
 )
+
+LAUNCHERS = Registry(
+    "launcher",
+    {
+        "local": LauncherKind(launcher="refit.launch.local:LocalLauncher", title="this machine"),
+        "slurm": LauncherKind(launcher="refit.launch.slurm:SlurmLauncher", title="the nodes of this Slurm allocation"),
+    },
+)
+
+FAMILIES = Registry(
+    "model family",
+    {
+        name: ModelFamily(family=f"refit.predict.families.{name}:{name.upper()}")
+        for name in ("qwen3", "qwen3_moe", "deepseek_v3")
+    },
+)
+"""The last one that fits a model names its tensors."""

@@ -154,3 +154,21 @@ class MeasurementKind:
     closing_lines: str
     runs_steps: bool = False
     sides: tuple[str, ...] = ("source", "destination")
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherKind:
+    """One way to start ranks.
+
+    `launcher(host, environ)` is a `refit.launch.base.Launcher`. `title` is what it starts them on, in words.
+    """
+
+    launcher: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """Models with tensors of the same names in Hugging Face. `family` is a `refit.predict.families.tables.Family`."""
+
+    family: str

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from refit.cli.parsing import parse
 from refit.errors import RefitError, UsageError
-from refit.report import live
+from refit.report.terminal import live
 
 WORTH_A_POOL_S = 1.5
 """Other cores are used where planning the rest on this one would take longer than this. Starting them takes 0.5 s."""

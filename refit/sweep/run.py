@@ -166,6 +166,13 @@ def resume(sweep: Sweep, directory: Path, allocation: Allocation, job: str | Non
     return path
 
 
+def add_job(sweep: Sweep, directory: Path, job: str) -> Path:
+    """Say in the sweep's file that this job runs it too. Returns the path."""
+    path = sweep_file(directory, sweep.run_id)
+    replace(sweep, jobs=tuple(dict.fromkeys([*sweep.jobs, job]))).write(path)
+    return path
+
+
 def pending(sweep: Sweep, directory: Path, which: str = "unfinished") -> list[Planned]:
     """The scenarios to run now. `which`: `unfinished` (no finished result) or `failed` (last attempt not in DONE).
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from refit.report.cycle import cycle_lines
+from refit.report.steps.cycle import cycle_lines
 from refit.results.refit import RefitResult
 from refit.results.result import Result
 from refit.results.status import Status

@@ -19,10 +19,10 @@ from refit.config.steps import StepSettings
 from refit.errors import ExitCode
 from refit.models.megatron.dispatchers import CLASSES
 from refit.models.sharded_model import StepReport
-from refit.report.cycle import cycle_lines, cycle_of
-from refit.report.dispatchers import pairings
-from refit.report.headline import headlines
-from refit.report.step_lines import train_closing_lines
+from refit.report.refits.headline import headlines
+from refit.report.steps.cycle import cycle_lines, cycle_of
+from refit.report.steps.dispatchers import pairings
+from refit.report.steps.step_lines import train_closing_lines
 from refit.results.outcomes import Outcome
 from refit.results.refit import ForwardCheck
 from refit.results.result import Result, read_result

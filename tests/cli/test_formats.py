@@ -13,7 +13,7 @@ from refit.config.layout import Layout
 from refit.config.side import Fsdp2Options
 from refit.errors import ExitCode, UnavailableError, UsageError
 from refit.predict.dry_run import dry_run
-from refit.report.rank_map import rank_map
+from refit.report.plans.rank_map import rank_map
 
 MOE = ["--model", "tiny_qwen3_moe", "--refit-method", "gloo"]
 FSDP2 = [*MOE, "--source-format=fsdp2", "--source-world-size=4", "--tensor-model-parallel-size=2"]

@@ -10,7 +10,7 @@ from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, dry_run
 from refit.predict.relays import Relaying, plan_with_relay
 from refit.predict.sides import predict_sides
-from refit.report.dry_run import dry_run_text
+from refit.report.plans.dry_run import dry_run_text
 
 KIMI_K2 = (
     "--dry-run --model kimi_k2 --tensor-model-parallel-size 8 --expert-model-parallel-size 8 --source-world-size 64 "

@@ -91,7 +91,7 @@ def test_the_first_stage_holds_the_most_micro_batches() -> None:
 
 def test_the_dry_run_counts_what_training_needs() -> None:
     from refit.predict.dry_run import DryRunOptions, dry_run
-    from refit.report.dry_run import dry_run_text
+    from refit.report.plans.dry_run import dry_run_text
 
     run = dry_run(scenario(*FLAGS), DryRunOptions())
     assert run.num_gpus == 256

@@ -14,7 +14,7 @@ from refit.commands import main
 from refit.config.shape import Dtype
 from refit.errors import UsageError
 from refit.plan.cost import Bound
-from refit.report.sweep_table import sweep_text
+from refit.report.refits.sweep_table import sweep_text
 from refit.results.status import Status
 from refit.results.sweep import Planned, Sweep, next_attempt, sweep_file
 from refit.results.upgrade import SWEEP_VERSION

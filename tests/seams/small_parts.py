@@ -1,110 +1,40 @@
-"""One small extension for each registry: a transport over a queue, a side of plain tensors, an engine, a measurement.
+"""One small extension for each registry: a side of plain tensors, an engine, a measurement.
+
+The transport over a queue is that of examples/plugin.py.
 
 Each is what a developer would write in one file. The tests register them and run scenarios with them.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store  # type: ignore[attr-defined]
 
 from refit.bench.exchange import gather
 from refit.bench.session import Session
 from refit.bench.sides import Side
-from refit.config.rows import Engine, Format, MeasurementKind, Method
+from refit.config.rows import Engine, Format, MeasurementKind
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
-from refit.copies.batch import local_batches
 from refit.errors import RefitError, UsageError
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.models.forward_pass import ForwardPass
 from refit.models.sharded_model import WithoutSteps
 from refit.plan.box import Box
-from refit.plan.plan import RankPlan, RefitPlan, Transfer
 from refit.plan.sharding import Sharding
 from refit.predict import megatron
 from refit.predict.sides import PlannedSides
 from refit.results.result import Result
 from refit.results.status import Status
-from refit.transport.base import Program, RunReport, TransportOptions
+from refit.transport.base import Program, RunReport
 from refit.transport.ranks import Ranks
 
 HERE = "tests.seams.small_parts"
-
-# --- A transport: every transfer is an entry of a queue in the ranks' store -----------------------------------------
-
-
-class QueueTransport:
-    name = "queue"
-
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
-        """Ranks always have a store."""
-
-    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> None:
-        """The store is connected already."""
-
-    def prepare(
-        self,
-        plan: RefitPlan,
-        ranks: Ranks,
-        source: LocalWeights | None,
-        destination: LocalWeights | None,
-        options: TransportOptions,
-    ) -> Program:
-        return QueueProgram(plan.for_rank(ranks.rank), ranks.store, source, destination)
-
-
-class QueueProgram:
-    staging_bytes = 0
-
-    def __init__(
-        self, part: RankPlan, store: Store, source: LocalWeights | None, destination: LocalWeights | None
-    ) -> None:
-        self._part = part
-        self._source = source
-        self._destination = destination
-        self._store = store
-        self._sent: dict[int, int] = {}
-        self._taken: dict[int, int] = {}
-
-    def run(self) -> RunReport:
-        for batch in local_batches(self._part.local, self._part.zeros, self._source, self._destination, 1 << 20):
-            batch.run()
-        for transfer in self._part.sends:
-            assert self._source is not None
-            views = self._source.views(transfer.tensor.key, transfer.box)
-            data = [(view.box, view.data.float().numpy()) for view in views]
-            self._store.set(self._key(self._sent, transfer.source, transfer.destination), pickle.dumps(data))
-        for transfer in self._part.receives:
-            self._take(transfer)
-        return RunReport(wire_bytes_received=sum(transfer.nbytes for transfer in self._part.receives))
-
-    def close(self) -> None:
-        pass
-
-    def _take(self, transfer: Transfer) -> None:
-        assert self._destination is not None
-        key = self._key(self._taken, transfer.destination, transfer.source, backwards=True)
-        self._store.wait([key])
-        for box, values in pickle.loads(self._store.get(key)):
-            for view in self._destination.views(transfer.tensor.key, box):
-                view.data.copy_(torch.from_numpy(values)[view.box.slices_within(box)])
-        self._store.delete_key(key)
-
-    def _key(self, counts: dict[int, int], mine: int, peer: int, backwards: bool = False) -> str:
-        counts[peer] = counts.get(peer, 0) + 1
-        pair = (peer, mine) if backwards else (mine, peer)
-        return f"queue/{pair[0]}/{pair[1]}/{counts[peer]}"
-
-
-QUEUE = Method(transport=f"{HERE}:QueueTransport", devices=("cpu",), needs="a process group")
 
 # --- A format: the tensors of a Megatron model as plain tensors, whole on every rank -------------------------------
 

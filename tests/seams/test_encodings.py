@@ -21,7 +21,7 @@ from refit.cli.parsing import parse
 from refit.config.registry import ENCODINGS
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions, dry_run
-from refit.report.dry_run import dry_run_text
+from refit.report.plans.dry_run import dry_run_text
 from refit.results.result import ResultFile, read_result
 from refit.results.status import Status
 from tests.ranks.pool import RankPool

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from examples.plugin import QUEUE
 from refit.bench.runner import benchmark
 from refit.bench.session import new_session
 from refit.cli.flags import full_parser
@@ -25,7 +26,7 @@ from refit.results.refit import speed_ratio
 from refit.results.result import ResultFile, read_result
 from refit.results.status import Status
 from tests.ranks.pool import RankPool
-from tests.seams.small_parts import COUNT, ENGINE_PARTS, LEFT_OUT, PLAIN, QUEUE, CountResult
+from tests.seams.small_parts import COUNT, ENGINE_PARTS, LEFT_OUT, PLAIN, CountResult
 
 FLAGS = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "500"]
 FLAGS += ["--hidden-size", "64", "--ffn-hidden-size", "128", "--moe-ffn-hidden-size", "32", "--num-query-groups", "8"]
@@ -138,7 +139,7 @@ def test_a_measurement_that_counts(ranks: RankPool, tmp_path: Path) -> None:
 
 def test_flags_and_the_dry_run_know_what_is_registered() -> None:
     with registered():
-        assert "queue needs a process group" in full_parser().format_help().replace("\n", " ").replace("  ", "")
+        assert "queue needs the ranks' store" in full_parser().format_help().replace("\n", " ").replace("  ", "")
         scenario = parse([*FLAGS, *LAYOUTS, "--refit-method", "queue", "--dry-run"]).scenario
         plain = replace(scenario, source=SideSpec(Layout(1, 1, 1, 1, world_size=4), format="plain"))
         assert dry_run(plain, DryRunOptions()).source_bytes[0] == dry_run(plain, DryRunOptions()).source_bytes[3]

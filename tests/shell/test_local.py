@@ -8,7 +8,7 @@ import re
 import pytest
 
 from refit.models.megatron.dispatchers import CLASSES
-from refit.report.dispatchers import pairings
+from refit.report.steps.dispatchers import pairings
 from refit.results.runs import find_run
 from refit.results.status import Status
 from tests.shell.conftest import ROOT, Shell

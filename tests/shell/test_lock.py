@@ -1,4 +1,4 @@
-"""scripts/lock.sh: no two processes run the scenarios of one run, and what a killed one has left is no obstacle."""
+"""Locks of runs: no two processes run the scenarios of one run, and what a killed one has left is no obstacle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,14 @@ def test_a_lock_file_is_never_executed(job: Shell) -> None:
 def test_jobs_of_an_array_share_a_run_but_no_scenario(job: Shell) -> None:
     run_id = finished(job)
     sweep = str(job.only("*_sweep.json"))
-    command = f"source {ROOT}/scripts/common.sh; source {ROOT}/scripts/lock.sh; hold run shared '{sweep[:-5]}.lock'"
-    environ = {**job.environ, "root": str(ROOT)}
+    command = (
+        "import sys; from pathlib import Path; from refit.launch.host import Stop, ThisProcess; "
+        "from refit.sweep.lock import hold\n"
+        "with hold('run', 'shared', Path(sys.argv[1]), ThisProcess(Stop())): print('held', flush=True); input()"
+    )
     holder = subprocess.Popen(
-        ["bash", "-c", f"{command}; echo held; read -r _"],
-        env=environ,
+        [sys.executable, "-c", command, f"{sweep[:-5]}.lock"],
+        env={**job.environ, "PYTHONPATH": str(ROOT)},
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -101,6 +101,25 @@ def test_a_container_holds_the_steps_and_the_decisions(job: Shell) -> None:
 
 
 @pytest.mark.slow
+def test_a_loop_in_a_container_is_cancelled_and_gone_on_with(job: Shell) -> None:
+    """The loop runs in a step there, which Slurm may end at any time; this script starts the ranks and ends them."""
+    environ = {"REFIT_CONTAINER_IMAGE": "refit.sqsh"}
+    process = job.start(KIMI, *scenarios(job.cwd, line("good"), line("hang"), line("last")), **environ)
+    wait_until(lambda: any("stub" in path.read_text() for path in job.logs.glob("*_hang.log")))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 143, output
+    assert "Cancelled during hang" in output
+    assert "it was not started" in job.only("*_summary.txt").read_text()
+    (job.cwd / "repaired").touch()
+    run_id = job.only("*_sweep.json").name.removesuffix("_sweep.json")
+    code, output = job.run(KIMI, "--resume", run_id, **environ)
+    assert code == 0, output
+    assert re.findall(r"^\[\d/2\] (\w+):", output, re.MULTILINE) == ["hang", "last"]
+    assert not [path.name for path in job.logs.iterdir() if path.name.startswith(".") or path.suffix == ".lock"]
+
+
+@pytest.mark.slow
 def test_a_scenario_that_takes_too_long_is_ended(job: Shell) -> None:
     """What comes after it crashes, which is quick on any machine: the limit is for it too."""
     code, output = job.run(KIMI, *scenarios(job.cwd, line("hang"), line("crash")), "--timeout", "5")

@@ -11,7 +11,7 @@ from refit.config.clusters import load_cluster
 from refit.errors import UsageError
 from refit.predict.cpus import Machine
 from refit.predict.dry_run import DryRunOptions
-from refit.report.sweep_table import sweep_text
+from refit.report.refits.sweep_table import sweep_text
 from refit.results.status import Status
 from refit.results.sweep import Sweep
 from refit.sweep.check import Placement, check, checked, on_cpus, place

@@ -15,7 +15,7 @@ from refit.config.layout import Layout
 from refit.errors import UsageError
 from refit.predict.findings import Findings, pareto
 from refit.predict.sides import check_side
-from refit.report.search import as_csv, as_json, as_text
+from refit.report.plans.search import as_csv, as_json, as_text
 from refit.sweep.search import Search, layout_from_text
 from refit.sweep.search_scenarios import scenario_file
 from refit.sweep.selection import select_file

@@ -26,10 +26,10 @@ from refit.errors import RefitError, UnavailableError
 from refit.plan.cost import Bound
 from refit.plan.sharding import Sharding
 from refit.predict.sides import PlannedSides
-from refit.report import refit_lines
-from refit.report.forward_line import forward_line
-from refit.report.progress import Progress
-from refit.report.served_lines import served_line
+from refit.report.refits import refit_lines
+from refit.report.refits.forward_line import forward_line
+from refit.report.refits.progress import Progress
+from refit.report.refits.served_lines import served_line
 from refit.results.refit import EngineResult, ForwardCheck, NotMoved
 from refit.results.stats import stability, summarise
 from refit.results.status import Status

@@ -15,7 +15,7 @@ from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.models.sharded_model import StepReport
 from refit.predict.flops import forward_flops
-from refit.report import step_lines
+from refit.report.steps import step_lines
 from refit.results.status import worst
 from refit.results.step import ForwardResult, StepResult
 

@@ -25,8 +25,8 @@ from refit.plan.plan import RefitPlan
 from refit.plan.sharding import Sharding
 from refit.predict.relays import Relaying
 from refit.predict.sides import PlannedSides, plan_sides
-from refit.report import refit_lines
-from refit.report.bound import bound_text
+from refit.report.plans.bound import bound_text
+from refit.report.refits import refit_lines
 from refit.results.refit import EngineResult, HostTraffic, ModelFacts, QuantisedRefit, RefitResult
 from refit.results.result import MeasurementResult
 from refit.results.status import Status, worst

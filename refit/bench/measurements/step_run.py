@@ -11,7 +11,7 @@ from refit.bench.exchange import gather
 from refit.bench.memory import peak_bytes, reset_peak, used_bytes
 from refit.bench.session import Session
 from refit.models.sharded_model import LiveSettings, StepReport
-from refit.report.step_lines import step_line
+from refit.report.steps.step_lines import step_line
 from refit.results.stats import summarise
 from refit.results.status import Status
 from refit.results.step import STEP_PARTS, Breakdown, StepResult, StepSample

@@ -19,7 +19,7 @@ from refit.config.limits import MAX_RANKS
 from refit.config.steps import StepSettings
 from refit.models.sharded_model import Recorder, StepReport
 from refit.predict.flops import train_flops
-from refit.report import step_lines
+from refit.report.steps import step_lines
 from refit.results.status import Status
 from refit.results.step import StepResult
 

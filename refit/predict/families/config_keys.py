@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from refit.config import yaml_files
 from refit.config.shape import NORM_EPSILON, ROTARY_BASE
-from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE, Family
+from refit.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +48,15 @@ ROUTED = (
     Key("moe_intermediate_size", "moe-ffn-hidden-size", "experts.ffn_hidden_size"),
 )
 EXPERTS = Key("num_experts", "num-experts", "experts.num_experts", aliases=("num_local_experts",))
-KEYS = {
-    QWEN3: (*SIZES, *GROUPED_QUERIES),
-    QWEN3_MOE: (*SIZES, *GROUPED_QUERIES, *ROUTED, EXPERTS),
-    DEEPSEEK_V3: (*SIZES, *LATENT, *ROUTED, Key("n_routed_experts", "num-experts", "experts.num_experts")),
-}
 STYLE: dict[str, object] = {
     "position-embedding-type": "rope",
     "normalization": "RMSNorm",
     "swiglu": True,
     "disable-bias-linear": True,
-    "qk-layernorm": True,
     "make-vocab-size-divisible-by": 1,
 }
 """Flags that every family has."""
 
-STYLES: dict[Family, dict[str, object]] = {
-    QWEN3: {"group-query-attention": True},
-    QWEN3_MOE: {"group-query-attention": True},
-    DEEPSEEK_V3: {"multi-latent-attention": True, "moe-router-enable-expert-bias": True},
-}
 NUMERICS: dict[str, object] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -109,22 +99,6 @@ OTHER_WEIGHTS = {
 }
 """Keys whose weights are built otherwise than config.json says: values that ask for nothing, and what is done."""
 
-LAYERS = {
-    QWEN3: (),
-    QWEN3_MOE: ("decoder_sparse_step", "mlp_only_layers"),
-    DEEPSEEK_V3: ("first_k_dense_replace", "moe_layer_freq", "n_shared_experts"),
-}
-"""Keys that say which layers have routed experts, and how wide the shared ones are."""
-
-DERIVED: dict[Family, dict[str, tuple[str, ...]]] = {
-    DEEPSEEK_V3: {
-        "head_dim": ("qk_rope_head_dim",),
-        "qk_head_dim": ("qk_nope_head_dim", "qk_rope_head_dim"),
-        "num_key_value_heads": ("num_attention_heads",),
-    },
-}
-"""Keys that must be the sum of others: the family's models have no weights of other sizes."""
-
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Values in `layer_types` of layers with the same weights."""
 
@@ -143,3 +117,10 @@ _HARMLESS = """
 """
 HARMLESS = frozenset(_HARMLESS.split())
 """Keys of tokens, losses, generation and files, and those that `config_json` reads by name."""
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """The value of the key `name`. Raises UsageError unless it is a whole number from `least`."""
+    if type(value) is not int or value < least:
+        raise UsageError(f"{name} must be a whole number from {least}, got {yaml_files.shortened(value)}")
+    return value

@@ -14,7 +14,17 @@ from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 from refit.predict import megatron
 from refit.predict.families.releases import kept_in_float32
-from refit.predict.families.tables import DEEPSEEK_V3, FAMILIES, Family, Part, Release, Row, closest_family
+from refit.predict.families.tables import (
+    EXPERT_BIAS_KEY,
+    QUERY_NORM,
+    SHARED,
+    Family,
+    Part,
+    Release,
+    Row,
+    closest_family,
+    families,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +126,8 @@ def named_model(
 def check_names(shape: ModelShape) -> Family:
     """The family that has names for the tensors of `shape`. Raises UsageError, with what differs, where none has."""
     family, experts = closest_family(shape), shape.experts
-    latent = family is DEEPSEEK_V3
+    has_shared, has_bias = family.has(SHARED), family.has(EXPERT_BIAS_KEY)
+    has_norms = family.has(QUERY_NORM)
     shared = experts is not None and experts.shared_ffn_hidden_size is not None
     bias = experts is not None and experts.expert_bias
     width = experts.ffn_hidden_size if experts is not None else shape.ffn_hidden_size
@@ -126,14 +137,15 @@ def check_names(shape: ModelShape) -> Family:
         (not shape.swiglu, "give --swiglu"),
         (shape.add_bias_linear, "give --disable-bias-linear"),
         (shape.add_qkv_bias, "leave --add-qkv-bias out"),
-        (not shape.qk_layernorm, "give --qk-layernorm"),
+        (has_norms and not shape.qk_layernorm, "give --qk-layernorm"),
+        (shape.qk_layernorm and not has_norms, "leave --qk-layernorm out"),
         (shape.mtp_num_layers > 0, "give --mtp-num-layers 0"),
-        (latent and experts is None, "give --num-experts 8"),
+        (bool(family.experts) and experts is None, "give --num-experts 8"),
         (experts is not None and experts.latent_size is not None, "leave --moe-latent-size out"),
-        (latent and not shared, f"give --moe-shared-expert-intermediate-size {width}"),
-        (shared and not latent, "leave --moe-shared-expert-intermediate-size out"),
-        (latent and not bias, "give --moe-router-enable-expert-bias"),
-        (bias and not latent, "leave --moe-router-enable-expert-bias out"),
+        (has_shared and not shared, f"give --moe-shared-expert-intermediate-size {width}"),
+        (shared and not has_shared, "leave --moe-shared-expert-intermediate-size out"),
+        (has_bias and not bias, "give --moe-router-enable-expert-bias"),
+        (bias and not has_bias, "leave --moe-router-enable-expert-bias out"),
     ]
     differences = [remedy for differs, remedy in found if differs]
     if differences:
@@ -141,7 +153,7 @@ def check_names(shape: ModelShape) -> Family:
             differences.append(f"or choose --model tiny_{family.model_type}")
         raise UsageError(
             "the model is none of those with names of Hugging Face, "
-            f"{', '.join(each.model_type for each in FAMILIES)}: for {family.model_type} {', '.join(differences)}"
+            f"{', '.join(each.model_type for each in families())}: for {family.model_type} {', '.join(differences)}"
         )
     return family
 

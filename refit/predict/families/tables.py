@@ -1,4 +1,4 @@
-"""One table per model family: its tensors as Hugging Face names them, and the logical tensor that each is a part of.
+"""What families of models are made of: tensors as Hugging Face names them, and the logical tensors that they are.
 
 Logical tensors are those of `refit.predict.megatron`. Names are those of transformers 5 (`state_dict()` of the causal
 language model) and, for single experts, of the published checkpoints. A format that joins tensors (vLLM's `qkv_proj`)
@@ -7,10 +7,14 @@ joins rows of these tables.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
-from refit.config.shape import ModelShape
+from refit.config.registry import FAMILIES, load
+from refit.config.shape import Experts, ModelShape
+from refit.predict.families.config_keys import Key
 from refit.predict.megatron import Split
 
 Release = tuple[int, int]
@@ -47,28 +51,47 @@ class Row:
     float32_since: Release | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """The tables of one family. `model_type` is that of config.json; `aliases` are others with the same tensors.
 
     A layer has the tensors of `layer`, and those of `dense` or `routed` by its MLP. `single_experts` are the routed
-    experts where each has tensors of its own, as in published checkpoints.
+    experts where each has tensors of its own, as in published checkpoints. It `fits` shapes with this kind of attention
+    and MLP.
+
+    Of config.json it has `keys` for sizes, `style`, the flags of every model of it, `layer_keys`, which say which
+    layers have routed experts and how wide the shared ones are, with `layer_flags(content, num_layers)`, the flags that
+    they become, and `expert_values(experts)`, the other way round; and `derived`: keys that must be the sum of others,
+    as it has no weights of other sizes.
     """
 
     model_type: str
+    fits: Callable[[ModelShape], bool]
     model: tuple[Row, ...]
     layer: tuple[Row, ...]
     dense: tuple[Row, ...]
+    keys: tuple[Key, ...]
+    style: Mapping[str, object]
     routed: tuple[Row, ...] = ()
     experts: tuple[Row, ...] = ()
     single_experts: tuple[Row, ...] = ()
     aliases: tuple[str, ...] = ()
+    layer_keys: tuple[str, ...] = ()
+    layer_flags: Callable[[Mapping[str, Any], int], dict[str, object]] | None = None
+    expert_values: Callable[[Experts], dict[str, Any]] | None = None
+    derived: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def has(self, key: str) -> bool:
+        """Whether some layer has a tensor that is a part of the logical tensor `key`, or of one below it."""
+        rows = (*self.layer, *self.dense, *self.routed)
+        return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
 
 
 # The logical tensors that several rows name.
 QKV = "self_attention.linear_qkv.weight"
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
-EXPERTS, SHARED = "mlp.experts.experts", "mlp.shared_experts"
+EXPERTS, SHARED, EXPERT_BIAS_KEY = "mlp.experts.experts", "mlp.shared_experts", "mlp.router.expert_bias"
+QUERY_NORM = "self_attention.q_layernorm.weight"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 MODEL = (
@@ -85,14 +108,14 @@ GROUPED_QUERY_ATTENTION = (
     Row("self_attn.k_proj.weight", QKV, Split.COLUMN, Part.KEY),
     Row("self_attn.v_proj.weight", QKV, Split.COLUMN, Part.VALUE),
     Row("self_attn.o_proj.weight", "self_attention.linear_proj.weight", Split.ROW),
-    Row("self_attn.q_norm.weight", "self_attention.q_layernorm.weight"),
+    Row("self_attn.q_norm.weight", QUERY_NORM),
     Row("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
 )
 LATENT_ATTENTION = (
     # Queries are projected in one step, or down and up with a norm between.
     Row("self_attn.q_proj.weight", "self_attention.linear_q_proj.weight", Split.COLUMN, optional=True),
     Row("self_attn.q_a_proj.weight", "self_attention.linear_q_down_proj.weight", optional=True),
-    Row("self_attn.q_a_layernorm.weight", "self_attention.q_layernorm.weight", optional=True),
+    Row("self_attn.q_a_layernorm.weight", QUERY_NORM, optional=True),
     Row("self_attn.q_b_proj.weight", "self_attention.linear_q_up_proj.weight", Split.COLUMN, optional=True),
     Row("self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight"),
     Row("self_attn.kv_a_layernorm.weight", "self_attention.kv_layernorm.weight"),
@@ -106,7 +129,7 @@ DENSE_MLP = (
 )
 ROUTER = (Row("mlp.gate.weight", "mlp.router.weight"),)
 FLOAT32_ROUTER = (Row("mlp.gate.weight", "mlp.router.weight", float32_since=(5, 24)),)
-EXPERT_BIAS = (Row("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", buffer=True),)
+EXPERT_BIAS = (Row("mlp.gate.e_score_correction_bias", EXPERT_BIAS_KEY, buffer=True),)
 SHARED_EXPERTS = (
     Row("mlp.shared_experts.gate_proj.weight", f"{SHARED}.{FC1}", Split.COLUMN, Part.GATE),
     Row("mlp.shared_experts.up_proj.weight", f"{SHARED}.{FC1}", Split.COLUMN, Part.UP),
@@ -122,31 +145,12 @@ SINGLE_EXPERTS = (
     Row("mlp.experts.{expert}.down_proj.weight", f"{EXPERTS}.{FC2}", Split.ROW, routed=True),
 )
 
-QWEN3 = Family("qwen3", model=MODEL, layer=(*NORMS, *GROUPED_QUERY_ATTENTION), dense=DENSE_MLP)
-QWEN3_MOE = Family(
-    "qwen3_moe",
-    model=MODEL,
-    layer=(*NORMS, *GROUPED_QUERY_ATTENTION),
-    dense=DENSE_MLP,
-    routed=ROUTER,
-    experts=FUSED_EXPERTS,
-    single_experts=SINGLE_EXPERTS,
-)
-DEEPSEEK_V3 = Family(
-    "deepseek_v3",
-    model=MODEL,
-    layer=(*NORMS, *LATENT_ATTENTION),
-    dense=DENSE_MLP,
-    routed=(*FLOAT32_ROUTER, *EXPERT_BIAS, *SHARED_EXPERTS),
-    experts=FUSED_EXPERTS,
-    single_experts=SINGLE_EXPERTS,
-    aliases=("kimi_k2",),
-)
-FAMILIES = (QWEN3, QWEN3_MOE, DEEPSEEK_V3)
+
+def families() -> list[Family]:
+    """Every family that is registered."""
+    return [load(row.family) for _, row in FAMILIES.items()]
 
 
 def closest_family(shape: ModelShape) -> Family:
-    """The family with this kind of attention and MLP. Whether it has all tensors of `shape` is not checked here."""
-    if shape.mla is not None:
-        return DEEPSEEK_V3
-    return QWEN3 if shape.experts is None else QWEN3_MOE
+    """The last family for models like this one. Whether it has all tensors of `shape` is not checked here."""
+    return next(family for family in reversed(families()) if family.fits(shape))

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from refit.report.arms import arms_of
-from refit.report.dispatchers import pairings
 from refit.report.plots.caption import caption
 from refit.report.plots.iterations import iterations_figure
 from refit.report.plots.pairs import NoPairs, Pairs, pairs_figure
@@ -20,10 +18,12 @@ from refit.report.plots.shares import shares_figure
 from refit.report.plots.steps import crossover_figure, losses_figure
 from refit.report.plots.style import check_available, save
 from refit.report.plots.times import times_figure
-from refit.report.points import points_of
-from refit.report.run_spread import by_scenario
-from refit.report.scaling import scalings
-from refit.report.shares import curves_of
+from refit.report.refits.points import points_of
+from refit.report.refits.run_spread import by_scenario
+from refit.report.refits.scaling import scalings
+from refit.report.refits.shares import curves_of
+from refit.report.steps.arms import arms_of
+from refit.report.steps.dispatchers import pairings
 from refit.results.outcomes import Outcome
 from refit.results.runs import Run
 

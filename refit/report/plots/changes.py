@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refit.report.compare import Comparison, Pair
-from refit.report.neutral import picture_text
 from refit.report.plots.caption import caption
 from refit.report.plots.style import (
     DOUBTFUL,
@@ -20,7 +18,9 @@ from refit.report.plots.style import (
     wrapped,
     wrapped_text,
 )
-from refit.report.run_spread import MIN_SAMPLES, Repeated, half_width
+from refit.report.refits.compare import Comparison, Pair
+from refit.report.refits.run_spread import MIN_SAMPLES, Repeated, half_width
+from refit.report.terminal.neutral import picture_text
 from refit.results.runs import Run
 from refit.results.status import Status
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from refit.report.neutral import picture_text
 from refit.report.plots.style import LINE, METHOD_LOOKS, Look, grid, legend, new_figure, time_scale, wrapped_text
-from refit.report.shares import Curve
+from refit.report.refits.shares import Curve
+from refit.report.terminal.neutral import picture_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from refit.report.arms import Arm
-from refit.report.dispatchers import Pairing
 from refit.report.plots.style import METHOD_LOOKS, grid, legend, new_figure, wrapped_text
+from refit.report.steps.arms import Arm
+from refit.report.steps.dispatchers import Pairing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

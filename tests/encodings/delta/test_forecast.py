@@ -16,8 +16,8 @@ from refit.errors import UsageError
 from refit.predict.cpus import Machine, check_running
 from refit.predict.dry_run import DryRun, dry_run
 from refit.predict.memory import check_memory
-from refit.report.dry_run import dry_run_json, dry_run_text
-from refit.report.search import as_json, as_text
+from refit.report.plans.dry_run import dry_run_json, dry_run_text
+from refit.report.plans.search import as_json, as_text
 from refit.sweep.search import Search
 
 SIDES = "--model kimi_k2 --tensor-model-parallel-size 8 --expert-model-parallel-size 8"

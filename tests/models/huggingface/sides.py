@@ -12,7 +12,9 @@ from refit.config.shape import Dtype
 from refit.config.side import SideSpec
 from refit.memory.weights import LocalWeights
 from refit.plan.sharding import Sharding
-from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE
+from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
+from refit.predict.families.qwen3 import QWEN3
+from refit.predict.families.qwen3_moe import QWEN3_MOE
 from refit.predict.sides import plan_sides
 from refit.results.refit import RefitResult
 from refit.transport.ranks import Ranks

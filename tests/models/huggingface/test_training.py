@@ -23,7 +23,7 @@ from refit.models.huggingface.model import compute_rotary_buffers, materialise, 
 from refit.models.huggingface.training import recompute_layers
 from refit.models.megatron import training as megatron_training
 from refit.predict.families.names import named_model
-from refit.report.trainers import rankings, trainer_text
+from refit.report.steps.trainers import rankings, trainer_text
 from refit.results.outcomes import Outcome
 from refit.results.result import Result
 from refit.results.status import Status

@@ -5,13 +5,15 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from refit.config.shape import Experts, LatentAttention, ModelShape
-from refit.predict.families.tables import DEEPSEEK_V3, FAMILIES, QWEN3, Family
+from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
+from refit.predict.families.qwen3 import QWEN3
+from refit.predict.families.tables import Family, families
 
 
 @st.composite
 def models(draw: st.DrawFn, family: Family | None = None) -> ModelShape:
     """A small model of `family`, or of any. Every size that a table cuts at differs from most others."""
-    family = family or draw(st.sampled_from(FAMILIES))
+    family = family or draw(st.sampled_from(families()))
     size = st.integers(1, 6)
     num_layers = draw(st.integers(1, 3))
     groups, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))

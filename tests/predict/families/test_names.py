@@ -16,8 +16,11 @@ from refit.cli.parsing import parse
 from refit.config.shape import Dtype, ModelShape
 from refit.errors import UsageError
 from refit.plan.box import Box
+from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
 from refit.predict.families.names import NamedModel, named_model
-from refit.predict.families.tables import DEEPSEEK_V3, QWEN3, QWEN3_MOE, Family
+from refit.predict.families.qwen3 import QWEN3
+from refit.predict.families.qwen3_moe import QWEN3_MOE
+from refit.predict.families.tables import Family
 from tests.predict.families.strategies import models
 
 BRIDGES = {

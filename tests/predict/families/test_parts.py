@@ -18,7 +18,7 @@ from refit.plan.sharding import TensorSpec
 from refit.predict import megatron
 from refit.predict.families.names import named_model
 from refit.predict.families.parts import Parts, model_in_parts, parts_of, sharding_in_parts
-from refit.predict.families.tables import QWEN3
+from refit.predict.families.qwen3 import QWEN3
 from tests.predict.families.strategies import models
 
 BLOCK = Quantisation("fp8-block", "amax")

@@ -9,7 +9,9 @@ from refit.config.shape import Dtype
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.predict.families import releases
-from refit.predict.families.tables import DEEPSEEK_V3, QWEN3_MOE, Release
+from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
+from refit.predict.families.qwen3_moe import QWEN3_MOE
+from refit.predict.families.tables import Release
 from refit.predict.sides import predict_side
 
 ROUTER = "decoder.layers.1.mlp.router.weight"

@@ -17,8 +17,8 @@ from refit.plan.cost import Cost, cost_of
 from refit.plan.planner import plan_refit
 from refit.predict.sides import predict_side
 from refit.report import plots
-from refit.report.page import Pictures, page
 from refit.report.plots.pairs import NoPairs
+from refit.report.refits.page import Pictures, page
 from refit.results.outcomes import Outcome, judged
 from refit.results.result import Failure, Result
 from refit.results.runs import find_run

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from refit.config.layout import Layout
-from refit.report.compare import compare_runs
 from refit.report.plots.caption import caption
 from refit.report.plots.changes import changes_figure
 from refit.report.plots.iterations import iterations_figure
@@ -22,8 +21,9 @@ from refit.report.plots.rank_bytes import rank_bytes_figure
 from refit.report.plots.scaling import scaling_figure
 from refit.report.plots.style import BASELINE_LOOKS, DOUBTFUL, METHOD_LOOKS, PHASE_LOOKS, Look, method_look
 from refit.report.plots.times import times_figure
-from refit.report.points import points_of
-from refit.report.scaling import scalings
+from refit.report.refits.compare import compare_runs
+from refit.report.refits.points import points_of
+from refit.report.refits.scaling import scalings
 from refit.results.outcomes import Outcome, judged
 from refit.results.refit import EngineResult
 from refit.results.result import Failure, Gpu, Result

@@ -1,0 +1,137 @@
+"""`refit sweep run` and the steps of job arrays: they start the scenarios of a sweep, one after another."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from refit.cli import flag_types
+from refit.commands.sweep_parts import LOGS, add_beginning, add_only, begun, sum_up
+from refit.config.registry import LAUNCHERS, load
+from refit.errors import RefitError, UsageError
+from refit.launch.host import CANCELLED, Cancelled, Host, Script, Stop, ThisProcess
+from refit.report.terminal.console import show, show_aside
+from refit.results.sweep import SWEEP_SUFFIX, Sweep, sweep_file
+from refit.sweep import run
+from refit.sweep.lock import hold
+from refit.sweep.loop import Loop, name_of_task
+
+LINES = "A line of each scenario and its outcome are printed, then the summary."
+
+
+def add(parts: argparse._SubParsersAction[Any]) -> None:
+    """Register the steps."""
+    parser = parts.add_parser(
+        "run",
+        help="run a list of scenarios one after another, or what an earlier run has left",
+        description=f"Check the scenarios, run each in turn with a log and a result of its own, and sum up. {LINES}",
+        epilog="A run that is interrupted goes on with --resume RUN_ID. Exit codes as of `end`; 143: interrupted.",
+    )
+    add_beginning(parser)
+    add_only(parser)
+    _add_launching(parser)
+    parser.set_defaults(run=_run)
+
+    parser = parts.add_parser("task", description="Run one scenario of a sweep, as a job of an array does.")
+    parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
+    parser.add_argument("number", type=flag_types.non_negative, metavar="NUMBER", help="that of the job")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="the scenarios of the array")
+    add_only(parser)
+    _add_launching(parser)
+    parser.set_defaults(run=_task, cpu_fallback=False)
+
+    parser = parts.add_parser("add-job", description="Say in a sweep's file that a Slurm job runs it too.")
+    parser.add_argument("sweep_file", type=Path, metavar="SWEEP_FILE")
+    parser.add_argument("job", metavar="ID")
+    parser.set_defaults(run=_add_job)
+
+
+def _add_launching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--launcher",
+        metavar="NAME",
+        help=f"what starts ranks: {', '.join(LAUNCHERS)}; default: slurm in an allocation, else local",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=flag_types.non_negative,
+        default=0,
+        metavar="S",
+        help="longest time of a scenario, in seconds; default: no limit",
+    )
+    parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)  # the script, for what runs outside
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.only and not args.resume:
+        raise UsageError("--only goes with --resume RUN_ID")
+    launcher = _launcher(args)  # before anything is written
+
+    def work(stop: Stop, host: Host) -> int:
+        with held(args, host), contextlib.ExitStack() as locks:
+            file = begun(args)
+            if not args.resume:
+                locks.enter_context(_hold_run(file, "exclusive", host))
+            loop = Loop(file, launcher(host, os.environ), stop, args.timeout, args.cpu_fallback)
+            try:
+                loop.run(loop.pending(args.only or "unfinished"))
+            except Cancelled:
+                with contextlib.suppress(RefitError, OSError):
+                    sum_up(file)
+                show_aside(f"Go on with --resume {run_id(file)}")
+                raise
+            return sum_up(file)
+
+    return _stoppable(work, args, args.output_dir / LOGS)
+
+
+def _task(args: argparse.Namespace) -> int:
+    name, file, launcher = name_of_task(args.names, args.number), args.sweep_file, _launcher(args)
+    own = file.with_name(f"{run_id(file)}_{name}.lock")
+
+    def work(stop: Stop, host: Host) -> int:
+        what = f"scenario {name} of run {run_id(file)}"
+        with _hold_run(file, "shared", host), hold(what, "exclusive", own, host):
+            loop = Loop(file, launcher(host, os.environ), stop, args.timeout, args.cpu_fallback)
+            return loop.run(loop.pending(args.only or "unfinished", name))
+
+    return _stoppable(work, args, file.parent)
+
+
+def _stoppable(work: Callable[[Stop, Host], int], args: argparse.Namespace, logs: Path) -> int:
+    """Do the work; a signal ends it in order, with the exit code CANCELLED."""
+    stop = Stop()
+    with stop.on_signals():
+        try:
+            return work(stop, Script(logs.absolute()) if args.ask else ThisProcess(stop))
+        except Cancelled:
+            return CANCELLED
+
+
+def _launcher(args: argparse.Namespace) -> Any:
+    """The launcher that was asked for, or the one for where this process runs."""
+    return load(LAUNCHERS[args.launcher or ("slurm" if os.environ.get("SLURM_JOB_ID") else "local")].launcher)
+
+
+def run_id(file: Path) -> str:
+    """The run that a sweep file is of."""
+    return file.name.removesuffix(SWEEP_SUFFIX)
+
+
+def held(args: argparse.Namespace, host: Host) -> contextlib.AbstractContextManager[None]:
+    """The lock of the run that `--resume` names, before its sweep file is written over."""
+    file = args.resume and sweep_file((args.output_dir / LOGS).absolute(), args.resume)
+    return _hold_run(file, "exclusive", host) if file and file.exists() else contextlib.nullcontext()
+
+
+def _hold_run(file: Path, kind: Any, host: Host) -> contextlib.AbstractContextManager[None]:
+    return hold(f"run {run_id(file)}", kind, file.with_suffix(".lock"), host)
+
+
+def _add_job(args: argparse.Namespace) -> int:
+    show(str(run.add_job(Sweep.read(args.sweep_file), args.sweep_file.absolute().parent, args.job)))
+    return 0

@@ -1,0 +1,74 @@
+"""What a launcher does: it says which command starts the ranks of one scenario, and on what it starts them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import refit
+from refit.errors import UsageError
+from refit.launch.host import Host
+
+ROOT = Path(refit.__file__).resolve().parents[1]
+"""The checkout; in an installed wheel the folder that has the package."""
+
+INTERFACE = 1
+"""Version of this interface, for launchers from elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The ranks of one attempt at a scenario: `ranks_per_node` on each of `nodes`, with `flags` of benchmark_refit.py.
+
+    `stem` is the path of the attempt's files without suffix. Ranks write their own logs below `<stem>_ranks/node<N>`.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    stem: Path
+    flags: tuple[str, ...]
+
+    @property
+    def rank_logs(self) -> Path:
+        return self.stem.with_name(f"{self.stem.name}_ranks")
+
+
+class Launcher(ABC):
+    """One way to start ranks, made once for a sweep."""
+
+    def __init__(self, host: Host, environ: Mapping[str, str]) -> None:
+        """`host` runs commands where launchers may; `environ` are this process's variables."""
+        self.host = host
+        self.environ = environ
+
+    @abstractmethod
+    def command(self, job: Job) -> Sequence[str]:
+        """The command line that starts the ranks of `job` and ends when they have.
+
+        Raises UsageError where there are too few nodes.
+        """
+
+    @property
+    def python(self) -> str:
+        """The Python of the ranks: REFIT_PYTHON, else the one that runs this."""
+        return self.environ.get("REFIT_PYTHON") or sys.executable
+
+    def number(self, name: str, default: int) -> int:
+        """A number from the environment. Raises UsageError where the variable is none."""
+        text = self.environ.get(name) or str(default)
+        if not (text.isascii() and text.isdigit() and len(text) <= 18):
+            raise UsageError(f"{name} must be a whole number, not {text!a}")
+        return int(text)
+
+
+def preload(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that load the library of REFIT_NVSHMEM_LIBRARY into ranks; none where it is not set."""
+    library = environ.get("REFIT_NVSHMEM_LIBRARY")
+    if not library:
+        return {}
+    known = environ.get("LD_LIBRARY_PATH")
+    return {"LD_PRELOAD": library, "LD_LIBRARY_PATH": os.path.dirname(library) + (f":{known}" if known else "")}

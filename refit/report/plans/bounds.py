@@ -1,0 +1,37 @@
+"""Bytes, memory and lower bounds of scenarios, as a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from refit import units
+from refit.config.clusters import Cluster
+from refit.plan.cost import lower_bound
+from refit.predict.dry_run import DryRun
+from refit.report.terminal.neutral import markdown_text
+
+
+def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:
+    """One row per scenario, by name, and one column of lower bounds per cluster.
+
+    `-` where the cluster has no speed for a link.
+    """
+    titles = ["scenario", "GPUs", "payload", "wire", "busiest rank", "memory per GPU", "busiest / mean sender"]
+    titles += [f"bound, {markdown_text(cluster.name)}" for cluster in clusters]
+    rows = [_row(name, run, clusters) for name, run in runs.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows))
+
+
+def _row(name: str, run: DryRun, clusters: Sequence[Cluster]) -> list[str]:
+    cost, busiest = run.cost, run.cost.busiest
+    bounds = (lower_bound(run.matrix, cluster, run.gpus, run.work_bytes) for cluster in clusters)
+    return [
+        name,
+        run.scenario.num_ranks_text,
+        units.gb(cost.payload_bytes),
+        units.gb(cost.wire_bytes),
+        f"{busiest.rank} {busiest.direction} {units.gb(busiest.nbytes)}",
+        units.gib(run.memory_bytes),
+        f"{cost.sender_imbalance:.2f}",
+        *("-" if bound is None else units.seconds(bound.seconds) for bound in bounds),
+    ]

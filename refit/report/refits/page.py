@@ -1,0 +1,202 @@
+"""The HTML report: one file with the headlines, the tables, the pictures and the environment of any number of runs.
+
+The page loads nothing and runs no script. Everything from result files is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refit import units
+from refit.report.refits.analysis import analyse
+from refit.report.refits.entries import Entry, entries_of, scenario_entries
+from refit.report.refits.headline import headline, ratios
+from refit.report.refits.run_spread import by_scenario, spread_lines
+from refit.report.refits.summary import counts_line
+from refit.report.refits.tables import SHOWN, run_title, where_text
+from refit.report.terminal.neutral import html_text
+from refit.results.outcomes import Outcome
+from refit.results.result import Environment
+from refit.results.runs import Run
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+STYLE = """
+:root { --ink: #1a202c; --dim: #5a6472; --line: #d9dee5; --soft: #f5f7fa; --good: #1c6e3d; --bad: #b3261e; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 96rem; padding: 2rem 1.5rem 4rem; color: var(--ink); background: white;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .2rem; padding-top: 1.5rem; border-top: 2px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 1.8rem 0 .5rem; }
+h4 { font-size: 1rem; margin: 1rem 0 .2rem; }
+p { margin: .2rem 0; overflow-wrap: anywhere; }
+.dim { color: var(--dim); }
+.name { font-weight: 600; }
+.invalid, tr.invalid td { color: var(--bad); }
+.results { list-style: none; margin: 1rem 0; padding: 0; }
+.results li { padding: .45rem .8rem; margin: .4rem 0; background: var(--soft); border-left: 4px solid var(--bad); }
+.results li.valid { border-left-color: var(--good); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .45rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th { vertical-align: bottom; background: var(--soft); }
+.text { text-align: left; }
+td.name { min-width: 9rem; overflow-wrap: anywhere; font-weight: normal; }
+td.wide { text-align: left; overflow-wrap: anywhere; }
+figure { margin: 0 0 1rem; }
+img { max-width: 100%; height: auto; border: 1px solid var(--line); }
+.small { columns: 2 30rem; column-gap: 1.2rem; }
+figure, li { break-inside: avoid; }
+@media print { .scroll { overflow: visible; } }
+"""
+
+LEGEND = (
+    "Median over the measured refits, of the slowest rank. Cold: planning, preparing and the first refit together. "
+    "Share: lower bound / median. Ratio: median of the baseline / median of refit, with what moved the bytes of each "
+    "where these differ. Rows in red do not count."
+)
+VALID, INVALID = ' class="valid"', ' class="invalid"'
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The PNG files drawn of a run, and the reasons why others are missing."""
+
+    paths: tuple[Path, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
+    """The page as text, without a newline at its end. `pictures` are those of each run."""
+    title = "Refit benchmark report"
+    sections = [_section(run, drawn) for run, drawn in zip(runs, pictures, strict=True)]
+    lines = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>",
+        f"<style>{STYLE}</style>",
+        "</head>",
+        "<body>",
+        f"<h1>{title}</h1>",
+        f'<p class="dim">{html_text(counts_line([outcome for run in runs for outcome in run.outcomes]))}</p>',
+        *sections,
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join(lines)
+
+
+def _section(run: Run, pictures: Pictures) -> str:
+    entries = entries_of([run])
+    parts = [
+        f"<h2>{html_text(run_title(run.sweep))}</h2>",
+        f'<p class="dim">{html_text(", ".join([where_text(run.sweep), *_hardware(entries)]))}</p>',
+        '<ul class="results">',
+        *(_headlines(run, outcome) for outcome in run.outcomes),
+        "</ul>",
+        *(f"<p>{html_text(line)}</p>" for line in spread_lines(run.outcomes)),
+        "<h3>Results</h3>",
+        *_table(entries),
+        f'<p class="dim">{LEGEND}</p>',
+        *_analysis(run.outcomes),
+        *_pictures(pictures, [scenario.name for scenario in by_scenario(run.outcomes)]),
+        *_environments(run.outcomes),
+    ]
+    return "\n".join(parts)
+
+
+def _hardware(entries: Iterable[Entry]) -> list[str]:
+    """The GPUs, or the CPU where the models were there."""
+    found: dict[str, None] = {}
+    for entry in entries:
+        environment, result = entry.environment, entry.outcome.result
+        on_gpus = environment.gpus and result is not None and result.device != "cpu"
+        name = environment.gpus[0].name if on_gpus else environment.cpu
+        found |= {name: None} if name else {}
+    return list(found)
+
+
+def _headlines(run: Run, outcome: Outcome) -> str:
+    """The name of a scenario, a line for each engine and the ratios."""
+    lines = [f'<p class="name">{html_text(outcome.planned.name)}</p>']
+    entries = scenario_entries(run, outcome)
+    for entry in entries:
+        lines.append(f"<p{'' if entry.is_valid else INVALID}>{html_text(headline(outcome, entry.name))}</p>")
+    lines += [f'<p class="dim">{html_text(line)}</p>' for line in ratios(outcome)]
+    is_valid = any(entry.is_valid for entry in entries if entry.is_tested)
+    return f"<li{VALID if is_valid else ''}>{''.join(lines)}</li>"
+
+
+def _table(entries: Sequence[Entry]) -> list[str]:
+    titles = "".join(_cell("th", column.title, "text" if column.is_text else "") for column in SHOWN)
+    kinds = ["text name", *("text" if column.is_text else "" for column in SHOWN[1:])]
+    rows = [f"<thead><tr>{titles}</tr></thead>", "<tbody>"]
+    for entry in entries:
+        cells = (_cell("td", column.cell(entry), kind) for column, kind in zip(SHOWN, kinds, strict=True))
+        rows.append(f"<tr{'' if entry.is_valid else INVALID}>{''.join(cells)}</tr>")
+    return ['<div class="scroll"><table>', *rows, "</tbody>", "</table></div>"]
+
+
+def _cell(tag: str, text: str, kind: str = "") -> str:
+    attribute = f' class="{kind}"' if kind else ""
+    return f"<{tag}{attribute}>{html_text(text)}</{tag}>"
+
+
+def _analysis(outcomes: Sequence[Outcome]) -> list[str]:
+    lines: list[str] = []
+    for finding in analyse(outcomes):
+        lines += [f"<h4>{html_text(finding.question)}</h4>", *(f"<p>{html_text(line)}</p>" for line in finding.answer)]
+    return ["<h3>Analysis</h3>", *lines] if lines else []
+
+
+def _pictures(pictures: Pictures, names: Sequence[str]) -> list[str]:
+    """Pictures of the run, then those of its scenarios beside each other, then why others are missing."""
+    own = [path for path in pictures.paths if path.stem.startswith(tuple(f"{name}_" for name in names))]
+    lines = [_figure(path) for path in pictures.paths if path not in own]
+    lines += ['<div class="small">', *map(_figure, own), "</div>"] if own else []
+    lines += [f'<p class="dim">No picture: {html_text(reason)}</p>' for reason in pictures.missing]
+    return ["<h3>Pictures</h3>", *lines] if lines else []
+
+
+def _figure(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{html_text(path.stem)}"></figure>'
+
+
+def _environments(outcomes: Iterable[Outcome]) -> list[str]:
+    """The environments of the results, each once, with the scenarios that ran in it."""
+    found: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        environment = outcome.result.environment if outcome.result else None
+        if environment is not None:
+            found.setdefault(_environment(environment), []).append(outcome.planned.name)
+    lines: list[str] = []
+    for table, names in found.items():
+        lines += [f'<p class="dim">{html_text(", ".join(names))}</p>'] if len(found) > 1 else []
+        lines.append(table)
+    return ["<h3>Environment</h3>", *lines] if lines else []
+
+
+def _environment(environment: Environment) -> str:
+    gpus = [gpu.name for gpu in environment.gpus]
+    memory = environment.gpus[0].memory_bytes if gpus else None
+    facts = {
+        "host": environment.host,
+        "GPUs": f"{len(gpus)} x {gpus[0]}" + (f", {units.gib(memory)} each" if memory else "") if gpus else None,
+        "CPU": f"{environment.num_cpus} cores of {environment.cpu}" if environment.cpu else None,
+        "memory": units.gib(environment.memory_bytes) if environment.memory_bytes else None,
+        "commit": environment.commit,
+        **environment.versions,
+        **environment.variables,
+    }
+    known = {name: value for name, value in facts.items() if value}
+    rows = (f"<tr>{_cell('th', name, 'text')}{_cell('td', value, 'wide')}</tr>" for name, value in known.items())
+    return "\n".join(['<div class="scroll"><table>', *rows, "</table></div>"])

@@ -1,0 +1,132 @@
+"""The table of a run for people, with a row per scenario and engine: the same columns in Markdown and in HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from refit.config.side import SideSpec
+from refit.report.refits.entries import Entry, entries_of
+from refit.report.refits.headline import headlines, title
+from refit.report.refits.run_spread import spread_lines
+from refit.report.refits.summary import counts_line, marked_ms
+from refit.report.terminal import neutral
+from refit.report.terminal.grid import markdown
+from refit.report.terminal.neutral import markdown_code
+from refit.results.refit import EngineResult
+from refit.results.runs import Run
+from refit.results.sweep import Sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A column. `cell` gives an entry's text, as it is in the files: who renders it has to neutralise it."""
+
+    title: str
+    cell: Callable[[Entry], str]
+    is_text: bool = False
+
+
+def markdown_text(run: Run) -> str:
+    """A heading, the table, the headlines and the spread between runs of one scenario."""
+    heading = f"### {neutral.markdown_text(run_title(run.sweep))}"
+    rows = [[_markdown_cell(column, entry) for column in SHOWN] for entry in entries_of([run])]
+    table = markdown([column.title for column in SHOWN], rows, sum(column.is_text for column in SHOWN))
+    lines = "\n".join(
+        f"- {markdown_code(outcome.planned.name)} {neutral.markdown_text(line)}"
+        for outcome in run.outcomes
+        for line in headlines(outcome)
+    )
+    spread = "\n".join(f"- {neutral.markdown_text(line)}" for line in spread_lines(run.outcomes))
+    parts = [heading, neutral.markdown_text(where_text(run.sweep)), table, lines, spread, counts_line(run.outcomes)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def run_title(sweep: Sweep) -> str:
+    """`Kimi K2 Refit Benchmark (RUN_ID)`."""
+    return f"{f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})"
+
+
+def where_text(sweep: Sweep) -> str:
+    """`16 nodes, 128 GPUs, DATE`."""
+    return f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {sweep.date}"
+
+
+def _markdown_cell(column: Shown, entry: Entry) -> str:
+    escape = markdown_code if column is SHOWN[0] else neutral.markdown_text
+    return escape(column.cell(entry))
+
+
+def wrong_text(engine: EngineResult | None) -> str:
+    """Elements found wrong, `unchecked` where refits ran but nothing was compared, nothing where none ran."""
+    if engine is None or not engine.measured_s:
+        return ""
+    return f"{engine.num_wrong:,}" if engine.num_compared else "unchecked"
+
+
+def _side(side: SideSpec | None) -> str:
+    return f"{side.title} ({side.world_size})" if side else ""
+
+
+def _engine(entry: Entry) -> str:
+    return title(entry.name) if entry.name else ""
+
+
+def _median(entry: Entry) -> str:
+    return marked_ms(entry.engine, None if entry.is_valid else entry.status.text)
+
+
+def _range(entry: Entry) -> str:
+    summary = entry.engine.summary if entry.engine else None
+    return f"{1e3 * summary.min_s:.2f}-{1e3 * summary.max_s:.2f}" if summary else ""
+
+
+def _cold(entry: Entry) -> str:
+    return f"{1e3 * entry.engine.cold_total_s:.2f}" if entry.engine and entry.engine.cold_s else ""
+
+
+def _payload(entry: Entry) -> str:
+    cost = entry.outcome.cost
+    return f"{cost.payload_bytes / 1e9:.3f}" if cost else ""
+
+
+def _rate(entry: Entry) -> str:
+    rate = entry.engine.bottleneck_gb_per_s if entry.engine else None
+    return f"{rate:.3f}" if rate is not None else ""
+
+
+def _bound(entry: Entry) -> str:
+    bound = entry.outcome.bound
+    return f"{1e3 * bound.seconds:.3f}" if bound else ""
+
+
+def _share(entry: Entry) -> str:
+    return f"{100 * entry.share_of_bound:.1f}" if entry.share_of_bound is not None else ""
+
+
+def _ratio(entry: Entry) -> str:
+    if entry.ratio is None:
+        return ""
+    return f"{entry.ratio:.2f}" + (f" ({entry.ratio_between})" if entry.ratio_between else "")
+
+
+SHOWN = (
+    Shown("scenario", lambda entry: entry.outcome.planned.name, is_text=True),
+    Shown("source", lambda entry: _side(entry.outcome.planned.source), is_text=True),
+    Shown("target", lambda entry: _side(entry.outcome.planned.destination), is_text=True),
+    Shown("mode", lambda entry: entry.outcome.planned.mode, is_text=True),
+    Shown("method", lambda entry: entry.method, is_text=True),
+    Shown("engine", _engine, is_text=True),
+    Shown("status", lambda entry: entry.status.text, is_text=True),
+    Shown("GPUs", lambda entry: str(entry.outcome.planned.num_ranks)),
+    Shown("median (ms)", _median),
+    Shown("min-max (ms)", _range),
+    Shown("cold (ms)", _cold),
+    Shown("payload (GB)", _payload),
+    Shown("bottleneck (GB/s)", _rate),
+    Shown("lower bound (ms)", _bound),
+    Shown("share (%)", _share),
+    Shown("#wrong", lambda entry: wrong_text(entry.engine)),
+    Shown("ratio", _ratio),
+)
+"""The columns, those of text first."""

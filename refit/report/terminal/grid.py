@@ -1,0 +1,105 @@
+"""Rows of text as a table for terminals and files, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from refit.report.terminal.neutral import FILE_WIDTH, MAX_CELL, csv_cell, plain_lines
+from refit.results.plain import plain
+
+FOLD_WIDTH = 16
+"""Text columns are folded to no less than this."""
+
+GAP = 2
+"""Blanks between columns: rich puts one on each side of a cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table: its title, and below it a unit or the title's second half.
+
+    Text is aligned left and folded where there is little space; figures are aligned right and kept whole.
+    """
+
+    title: str
+    unit: str = ""
+    is_text: bool = False
+
+
+def fitted(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int = FILE_WIDTH) -> str:
+    """A table with lines at most `width` wide, its cells made plain.
+
+    Where the columns do not fit beside each other, the rest follow in a second table that repeats the first column.
+    The first column names the rows: it is folded only where it takes more than half of the width.
+    """
+    cells = [[plain(cell, MAX_CELL) for cell in row] for row in rows]
+    needed = [_needed(column, [row[place] for row in cells]) for place, column in enumerate(columns)]
+    needed[0] = min(max(map(cell_len, (columns[0].title, *(row[0] for row in cells)))), max(width // 2, needed[0]))
+    return "\n\n".join(_table(columns, cells, block, width) for block in _blocks(needed, width))
+
+
+def _needed(column: Column, cells: Sequence[str]) -> int:
+    """The least width of a column."""
+    natural = max(map(cell_len, (column.title, column.unit, *cells)))
+    return min(natural, FOLD_WIDTH) if column.is_text else natural
+
+
+def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
+    """The columns of each table, by number. Every table begins with column 0."""
+    blocks, used = [[0]], needed[0]
+    for place in range(1, len(needed)):
+        if used + GAP + needed[place] > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = needed[0]
+        blocks[-1].append(place)
+        used += GAP + needed[place]
+    return blocks
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], block: Sequence[int], width: int) -> str:
+    grid = Table(box=None, pad_edge=False, header_style="")
+    has_units = any(columns[place].unit for place in block)
+    for place in block:
+        column = columns[place]
+        heading = Text(f"{column.title}\n{column.unit}" if has_units else column.title)
+        if column.is_text:
+            grid.add_column(heading, justify="left", overflow="fold")
+        else:
+            grid.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(Text(row[place]) for place in block))
+    return _rendered(grid, width)
+
+
+def _rendered(grid: Table, width: int) -> str:
+    """A rich table as plain text, lines at most `width` wide."""
+    console = Console(width=width, color_system=None, highlight=False, legacy_windows=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(grid)
+    return plain_lines(line.rstrip() for line in capture.get().rstrip().split("\n"))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
+    """A table as GitHub renders it, the first `num_left` columns aligned left, the others right.
+
+    Cells are Markdown already (`markdown_text`, `markdown_code`).
+    """
+    rules = ["---" if place < num_left else "---:" for place in range(len(header))]
+    return plain_lines(f"| {' | '.join(cells)} |" for cells in (header, rules, *rows))
+
+
+def comma_separated(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """CSV (RFC 4180 quoting) without a newline at its end; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([csv_cell(cell) for cell in row] for row in rows)
+    return text.getvalue().rstrip("\n")
