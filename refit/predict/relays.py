@@ -34,6 +34,10 @@ class Relaying:
     gpus: GpuMap | None = None
 
 
+class NothingToRelay(UsageError):
+    """A relay is asked for, and each byte crosses between hosts once already, or not at all."""
+
+
 DIRECT = Relaying()
 """Nothing is relayed."""
 
@@ -43,8 +47,8 @@ def plan_with_relay(
 ) -> tuple[RefitPlan, Relay]:
     """The plan from `source` to `destination`, and its relay: OFF, NODE or ENGINE.
 
-    `packed` names the encoding that packs its messages, where one does. Raises UsageError where a relay is asked for
-    and there is nothing to relay, PlanError as `plan_refit` does.
+    `packed` names the encoding that packs its messages, where one does. Raises NothingToRelay where a relay is asked
+    for and there is nothing to relay, PlanError as `plan_refit` does.
     """
     if relaying.relay is not Relay.AUTO:
         return _planned(source, destination, ranks_per_node, relaying.relay, packed), relaying.relay
@@ -79,7 +83,7 @@ def _planned(
     flag = f"--refit-relay {relay.value}"
     num_ranks = 1 + max(*source.ranks, *destination.ranks)
     if ranks_per_node is None or num_ranks <= ranks_per_node:
-        raise UsageError(
+        raise NothingToRelay(
             f"{flag}: all {num_ranks} ranks are on 1 host, and nothing crosses between hosts: leave it out, or start "
             "the ranks on 2 hosts or more"
         )
@@ -90,7 +94,7 @@ def _planned(
     via = relay_stages(source, destination, relay, ranks_per_node)
     if not via:
         places = "ranks of a host that lacks it" if relay is Relay.NODE else "ranks, or hosts, that lack it"
-        raise UsageError(
+        raise NothingToRelay(
             f"{flag}: none of {len(destination.tensors)} tensors goes to 2 {places} (hosts of {ranks_per_node} ranks): "
             "each byte crosses once already, leave it out"
         )

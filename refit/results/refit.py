@@ -306,7 +306,8 @@ class HostTraffic:
     """What the plan moves between hosts and within them, where there are several.
 
     `num_ranks` are those of each host, by its name. `relay` is how the plan relays: off, node or engine. `least_bytes`
-    is what crosses between hosts in every plan.
+    is what crosses between hosts in every plan, `direct_bytes` in that without a relay; None in files of versions that
+    did not say it.
     """
 
     num_ranks: dict[str, int]
@@ -314,6 +315,7 @@ class HostTraffic:
     between_bytes: int
     within_bytes: int
     least_bytes: int
+    direct_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,14 @@ from refit.bench.session import Session
 from refit.bench.sides import Side, rearranged, refitted_to
 from refit.config.clusters import Cluster, choose_cluster
 from refit.config.registry import ENGINES, IDENTITY, load
+from refit.config.relay import Relay
 from refit.config.scenario import Scenario
 from refit.encodings.fp8.wire import QuantisedWire
 from refit.errors import PlanError
 from refit.plan import cost
 from refit.plan.floor import floor_of, least_bytes
 from refit.plan.plan import RefitPlan
+from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
 from refit.predict.relays import Relaying
 from refit.predict.sides import PlannedSides, plan_sides
@@ -174,13 +176,19 @@ def _host_traffic(session: Session, sides: PlannedSides) -> HostTraffic | None:
     if per_host is None:
         return None
     plan = sides.plan
+    sent, *_, received = plan.shardings
     traffic = cost.split_traffic(cost.bytes_matrix(plan), per_host)
+    between = direct = int(traffic.sent_between.sum())
+    if sides.relay is not Relay.OFF:
+        without = plan_refit(sent, received, ranks_per_node=per_host)
+        direct = int(cost.split_traffic(cost.bytes_matrix(without), per_host).sent_between.sum())
     return HostTraffic(
         num_ranks=dict(Counter(session.ranks.host_of)),
         relay=sides.relay.value,
-        between_bytes=int(traffic.sent_between.sum()),
+        between_bytes=between,
         within_bytes=int(traffic.sent_within.sum()),
-        least_bytes=least_bytes(plan.source_sharding, plan.destination_sharding, per_host).between,
+        least_bytes=least_bytes(sent, received, per_host).between,
+        direct_bytes=direct,
     )
 
 

@@ -104,13 +104,12 @@ def _moved(run: DryRun) -> dict[str, str]:
 
 def _between(run: DryRun) -> dict[str, str]:
     """Bytes between nodes and within them, where there are several, with the plan's relay and without."""
-    traffic = run.traffic
-    if run.scenario.num_ranks <= traffic.ranks_per_node:
+    crossing = run.crossing
+    if crossing is None:
         return {}
-    between, within = int(traffic.sent_between.sum()), int(traffic.sent_within.sum())
     lines = {
-        "Between nodes": f"{units.gb(between)}, within them {units.gb(within)}, relay {run.relay.value}; in every plan "
-        f"{units.gb(run.least_between_bytes)} cross"
+        "Between nodes": f"{units.gb(crossing.between_bytes)}, within them {units.gb(crossing.within_bytes)}, relay "
+        f"{crossing.relay.value}; in every plan {units.gb(crossing.least_bytes)} cross"
     }
     other = run.without_relay
     if other is not None:

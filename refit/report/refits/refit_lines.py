@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from refit import units
 from refit.config.registry import ENGINES
+from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario
 from refit.plan.cost import Cost
 from refit.report.plans.bound import floor_text
@@ -62,10 +63,12 @@ def header(
 
 
 def hosts_line(hosts: HostTraffic) -> str:
-    """`2 hosts: 33 MB between them, 20 MB within, relay node; 33 MB cross in every plan`."""
+    """`2 hosts: 33 MB between them, 20 MB within, relay node; without it 61 MB, in every plan 33 MB cross`."""
+    relayed = hosts.relay != Relay.OFF.value and hosts.direct_bytes is not None
+    without = f"without it {units.gb(hosts.direct_bytes or 0)}, " if relayed else ""
     return (
         f"{len(hosts.num_ranks)} hosts: {units.gb(hosts.between_bytes)} between them, {units.gb(hosts.within_bytes)} "
-        f"within, relay {hosts.relay}; {units.gb(hosts.least_bytes)} cross in every plan"
+        f"within, relay {hosts.relay}; {without}in every plan {units.gb(hosts.least_bytes)} cross"
     )
 
 
