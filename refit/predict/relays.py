@@ -43,18 +43,17 @@ DIRECT = Relaying()
 
 
 def plan_with_relay(
-    source: Sharding, destination: Sharding, ranks_per_node: int | None, relaying: Relaying, packed: str | None = None
+    source: Sharding, destination: Sharding, ranks_per_node: int | None, relaying: Relaying
 ) -> tuple[RefitPlan, Relay]:
     """The plan from `source` to `destination`, and its relay: OFF, NODE or ENGINE.
 
-    `packed` names the encoding that packs its messages, where one does. Raises NothingToRelay where a relay is asked
-    for and there is nothing to relay, PlanError as `plan_refit` does.
+    Raises NothingToRelay where a relay is asked for and there is nothing to relay, PlanError as `plan_refit` does.
     """
     if relaying.relay is not Relay.AUTO:
-        return _planned(source, destination, ranks_per_node, relaying.relay, packed), relaying.relay
+        return _planned(source, destination, ranks_per_node, relaying.relay), relaying.relay
     best = last = plan_refit(source, destination, ranks_per_node=ranks_per_node)
     chosen, least = Relay.OFF, _seconds(best, ranks_per_node, relaying)
-    for relay in (Relay.NODE, Relay.ENGINE) if packed is None and ranks_per_node is not None else ():
+    for relay in (Relay.NODE, Relay.ENGINE) if ranks_per_node is not None else ():
         assert ranks_per_node is not None
         if relay is Relay.ENGINE and not _limited_by_senders(last, ranks_per_node):
             break
@@ -75,9 +74,7 @@ def _limited_by_senders(plan: RefitPlan, ranks_per_node: int) -> bool:
     return bool(np.max(traffic.sent_between) > (1 + LEAST_GAIN) * np.max(traffic.received_between))
 
 
-def _planned(
-    source: Sharding, destination: Sharding, ranks_per_node: int | None, relay: Relay, packed: str | None
-) -> RefitPlan:
+def _planned(source: Sharding, destination: Sharding, ranks_per_node: int | None, relay: Relay) -> RefitPlan:
     if relay is Relay.OFF:
         return plan_refit(source, destination, ranks_per_node=ranks_per_node)
     flag = f"--refit-relay {relay.value}"
@@ -86,10 +83,6 @@ def _planned(
         raise NothingToRelay(
             f"{flag}: all {num_ranks} ranks are on 1 host, and nothing crosses between hosts: leave it out, or start "
             "the ranks on 2 hosts or more"
-        )
-    if packed is not None:
-        raise UsageError(
-            f"{flag} passes weights on, and --refit-encoding {packed} sends messages of its own: leave one of the 2 out"
         )
     via = relay_stages(source, destination, relay, ranks_per_node)
     if not via:

@@ -132,6 +132,27 @@ def test_a_data_parallel_engine_gets_each_byte_once(two_hosts: Hosts) -> None:
 
 @pytest.mark.megatron
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [[], ["--rl-inference-dtype=fp8-block"]], ids=["bf16", "fp8"])
+def test_changes_cross_once_and_are_passed_on(two_hosts: Hosts, dtype: list[str]) -> None:
+    """The first refit sends everything, the second one what has changed: with 1 % of BF16 weights a few per cent."""
+    flags = [*QWEN, *EP4, *VLLM, "--rl-inference-data-parallel-size=4", "--refit-relay=node", *dtype]
+    flags += ["--refit-encoding=delta", "--refit-engine=refit"]
+    flags += ["--num-benchmark-warmup=1", "--num-benchmark-iterations=1"]
+    load_libraries(parse(flags).scenario)
+    before = np.array(two_hosts.network.counters())
+    result = two_hosts.ranks.run(run_scenario, flags)[0].measurements["refit"]
+    crossed = int((np.array(two_hosts.network.counters()) - before)[0, 0])
+    engine = result.engines["refit"]
+    assert (engine.status, engine.num_wrong) == ("ok", 0)
+    between_bytes, least = crossed_bytes(result)
+    assert between_bytes == least
+    most = 2.0 if dtype else 1.1  # a change can move the scale of a block, and all its codes
+    assert least < crossed < most * (1 + OVERHEAD) * least + CONTROL_BYTES
+    assert [sample.delta.num_full > 0 for sample in engine.samples] == [True, False]
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
 @pytest.mark.parametrize("relay", ["off", "node", "engine", "auto"])
 def test_four_engines_on_one_host(two_hosts: Hosts, relay: str) -> None:
     result = refit(two_hosts, [*QWEN, *EP4, *VLLM, "--rl-inference-replicas=4", f"--refit-relay={relay}"])

@@ -103,7 +103,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
             session.publish(result)
 
         own = replace(session, scenario=scenarios[name])
-        EngineRun(own, _sending(own, planned, cluster), name, engine, keep).measure()
+        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep).measure()
         result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
 
@@ -129,14 +129,13 @@ def scenario_of(name: str, scenario: Scenario) -> Scenario:
     )
 
 
-def _sending(session: Session, planned: PlannedRefit, cluster: Cluster | None) -> PlannedRefit:
+def _sending(session: Session, planned: PlannedRefit, cluster: Cluster | None, relaying: Relaying) -> PlannedRefit:
     """`planned` for an engine's own scenario: planned again where that sends other than the run's."""
     source, destination, sides = planned.source, planned.destination, planned.sides
     if list(sides.wires) == session.scenario.encodings:
         return planned
-    sides = plan_sides(
-        source.sharding, destination.sharding, destination.spec, session.ranks_per_node, session.scenario.sending
-    )
+    per_node, sending = session.ranks_per_node, session.scenario.sending
+    sides = plan_sides(source.sharding, destination.sharding, destination.spec, per_node, sending, relaying)
     return replace(planned, sides=sides, bound=_bound(session, sides, cluster))
 
 
