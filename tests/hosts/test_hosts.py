@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from refit.bench.launcher import load_libraries
 from refit.cli.parsing import parse
+from refit.config.clusters import load_cluster
 from refit.config.relay import Relay
 from refit.errors import RefitError
 from refit.plan.planner import plan_refit
@@ -225,11 +226,11 @@ def test_shared_memory_is_refused_between_namespaces(two_hosts: Hosts) -> None:
     assert re.match(r"shm needs all ranks on one host, these are on 2 \(.* in network namespace", engine.reason)
 
 
-def _torchrun(network: Network, host: int, flags: list[str]) -> subprocess.Popen[str]:
-    """Two ranks on `host`."""
+def _torchrun(network: Network, host: int, flags: list[str], program: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Two ranks on `host`, of benchmark_refit.py or another program."""
     command = ["ip", "netns", "exec", network.hosts[host], sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
     command += [f"--node-rank={host}", "--nproc-per-node=2", f"--master-addr={network.address(0)}"]
-    command += ["--master-port=29511", str(ROOT / "benchmark_refit.py"), *flags]
+    command += ["--master-port=29511", *(program or (str(ROOT / "benchmark_refit.py"),)), *flags]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -239,14 +240,39 @@ def test_torchrun_on_two_hosts(tmp_path: Path) -> None:
     flags = [*QWEN, "--source-world-size=2", "--expert-model-parallel-size=2", *VLLM, f"--output-dir={tmp_path}"]
     flags += ["--rl-inference-data-parallel-size=2", "--refit-relay=node", "--run-name=two"]
     with Network(2) as network:
-        processes = [_torchrun(network, number, flags) for number in range(2)]
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+        outputs = on_both(network, flags)
     assert re.search(r"^# 2 hosts: .* between them, .* within, relay node; ", outputs[0], re.MULTILINE)
     assert "PASSED (refit)" in outputs[0]
     hosts = json.loads((tmp_path / "two.json").read_text())["measurements"]["refit"]["hosts"]
     assert sorted(hosts["num_ranks"].values()) == [2, 2]
     assert hosts["between_bytes"] == hosts["least_bytes"] > 0
+
+
+def on_both(network: Network, flags: list[str], program: tuple[str, ...] = ()) -> list[str]:
+    """What two ranks on each of two hosts print, started with torchrun. They end with 0."""
+    processes = [_torchrun(network, number, flags, program) for number in range(2)]
+    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_links_are_calibrated_and_runs_say_how_far_their_bound_was(tmp_path: Path) -> None:
+    mbit, path = 200, tmp_path / "shaped.yaml"
+    flags = [*QWEN, "--source-world-size=2", "--expert-model-parallel-size=2", *VLLM, f"--output-dir={tmp_path}"]
+    flags += ["--rl-inference-data-parallel-size=2", f"--cluster={path}"]
+    with Network(2, mbit) as network:
+        calibrate = ["calibrate", f"--output={path}", "--mib=4", "--times=1"]
+        on_both(network, calibrate, ("-m", "refit"))
+        outputs = on_both(network, flags)
+    cluster, limit = load_cluster(str(path)), 1e6 * mbit / 8
+    assert cluster.inter_bytes_per_s is not None
+    # Both ranks of a host share its link. What a link lets pass at once at first is the rest.
+    assert 0 < 2 * cluster.inter_bytes_per_s < 1.1 * limit
+    assert cluster.gpus_per_node == 2
+    line = re.search(r"^Links as measured on .* \(shaped\): the median of .* is ([\d.]+) x the lower", outputs[0], re.M)
+    assert line is not None, outputs[0]
+    assert float(line[1]) > 0
 
 
 def sharded(num_ranks: int, num_layers: int) -> tuple[Sharding, Sharding]:

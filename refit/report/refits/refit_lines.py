@@ -116,11 +116,25 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
         lines += [wrong_weights(name, engine), not_moved(name, engine), sent(name, engine)]
     lines += delta_lines(result, table_width())
     lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
+    lines += calibrated_lines(result, scenario)
     lines += (verdict(name, engine, scenario.verify.value) for name, engine in engines.items())
     if result.rearranged is not None:
         after = replace(run, measurements={**run.measurements, "refit": result.rearranged})
         lines += ["After the experts were placed anew:", *closing_lines(result.rearranged, after)]
     return lines
+
+
+def calibrated_lines(result: RefitResult, scenario: Scenario) -> list[str]:
+    """How far the lower bound was from what was measured, where `refit calibrate` has measured the cluster."""
+    cluster, bound, engine = scenario.cluster, result.bound, result.tested
+    if cluster is None or cluster.measured is None or bound is None or not bound.seconds:
+        return []
+    if engine is None or engine.median_s is None or engine.doubt is not None or engine.sent_share is not None:
+        return []
+    return [
+        f"Links as measured on {cluster.measured} ({cluster.name}): the median of {units.seconds(engine.median_s)} is "
+        f"{engine.median_s / bound.seconds:.2f} x the lower bound of {units.seconds(bound.seconds)}"
+    ]
 
 
 def iteration_line(engine: str, sample: Sample, number: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 from unittest import mock
 
@@ -16,6 +15,7 @@ from refit.plan.planner import plan_refit
 from refit.plan.relay import first_holders
 from refit.results.status import Status
 from tests.encodings.delta import test_refits
+from tests.ranks.hosts import hosts_of
 from tests.ranks.pool import RankPool
 from tests.transport.test_schedule import on, tensors
 
@@ -41,7 +41,7 @@ def on_hosts(rank: int, argv: list[str], ranks_per_host: int, joiner: int | None
         pack(self, *args)
 
     with (
-        mock.patch.dict(os.environ, REFIT_HOST=f"host{rank // ranks_per_host}"),
+        hosts_of(rank, ranks_per_host),
         mock.patch.object(Versions, "begin", forgetful),
         mock.patch.object(CpuEncoder, "pack", counted),
         mock.patch.object(test_refits, "FLAGS", test_refits.FLAGS[-4:]),
