@@ -160,6 +160,11 @@ METHODS = Registry(
             one_sided=True,
             single_host=True,
         ),
+        "shm+gloo": Method(
+            transport="refit.transport.two_sided.shm_gloo:SharedGlooTransport",
+            devices=("cpu",),
+            needs="/dev/shm; shm within hosts, gloo between them",
+        ),
         "gloo": Method(
             transport="refit.transport.two_sided.gloo:GlooTransport",
             devices=("cpu", "cuda"),

@@ -132,6 +132,19 @@ def test_a_data_parallel_engine_gets_each_byte_once(two_hosts: Hosts) -> None:
 
 
 @pytest.mark.megatron
+@pytest.mark.parametrize("relay", ["off", "node"])
+def test_shared_memory_within_hosts_and_gloo_between(two_hosts: Hosts, relay: str) -> None:
+    flags = [*QWEN, *EP4, *VLLM, "--rl-inference-data-parallel-size=4", f"--refit-relay={relay}"]
+    result = refit(two_hosts, [*flags, "--refit-method=shm+gloo"])
+    assert result.hosts is not None
+    assert (result.hosts.within_bytes > 0) == (relay == "node")
+    engine = result.engines["refit"]
+    assert engine.transport == ("shm+gloo" if relay == "off" else "shm+gloo with relay node")
+    assert all({"shm", "gloo"} <= sample.phases_s.keys() for sample in engine.samples)
+    assert any(sample.phases_s["gloo"] > 0 for sample in engine.samples)
+
+
+@pytest.mark.megatron
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [[], ["--rl-inference-dtype=fp8-block"]], ids=["bf16", "fp8"])
 def test_changes_cross_once_and_are_passed_on(two_hosts: Hosts, dtype: list[str]) -> None:
