@@ -18,11 +18,12 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, lower_bound, split_traffic
+from refit.plan.estimate import MessageSize, estimate_s, filling_s
 from refit.plan.floor import LeastBytes, floor_of, least_bytes
 from refit.plan.planner import plan_refit
 from refit.predict.expert_map import ExpertMap, expert_maps
 from refit.predict.findings import Crossing
-from refit.predict.relays import Relaying
+from refit.predict.relays import Relaying, message_size
 from refit.predict.sides import check_side, plan_sides, predict_sides, training_bytes
 from refit.predict.training_memory import TrainingMemory
 
@@ -74,6 +75,7 @@ class DryRun:
     `changes` has a row for each share of changed weights that is asked for; the other bytes are those of a refit that
     sends everything. `bound` is None without a cluster, and where the cluster has no speed for bytes that cross its
     nodes, and so is `floor`, the least bound of all plans; `floors` has it on each cluster of the options.
+    `estimate_s` is the bound with the time in which relays fill and drain; None where there is no bound, or no relay.
     `least_between_bytes` cross nodes in every plan. `relay` is off, node or engine; `without_relay` has the figures of
     the plan without one, None where this is that plan.
     `training` is what the source's ranks need beside their weights to train; empty where no training step is measured.
@@ -100,6 +102,7 @@ class DryRun:
     changes: tuple[Changes, ...]
     relay: Relay
     least_between_bytes: int
+    estimate_s: float | None
     floor: Bound | None
     floors: Mapping[Cluster, Bound | None]
     without_relay: WithoutRelay | None
@@ -191,12 +194,13 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     relaying = Relaying(scenario.relay if "refit" in scenario.measurements else Relay.OFF, cluster, gpus)
     clusters = (*options.compared, *((cluster,) if cluster else ()))
     domains = frozenset({per_domain, *(each.gpus_per_node * shared for each in clusters)})
-    hardware = _Hardware(ranks_per_node, domains, relaying)
+    hardware = _Hardware(ranks_per_node, domains, relaying, message_size(scenario.method, scenario.staging_bytes))
     figures = _planned(scenario.model, scenario.source, scenario.destination, hardware, scenario.sending)
     floors = {
         each: floor_of(figures.least[each.gpus_per_node * shared], each, each.gpus_per_node * shared, gpus)
         for each in clusters
     }
+    bound = lower_bound(figures.matrix, cluster, gpus, figures.work_bytes) if cluster else None
     return DryRun(
         scenario=scenario,
         model=scenario.model,
@@ -212,7 +216,8 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         matrix=figures.matrix,
         work_bytes=figures.work_bytes,
         traffic=split_traffic(figures.matrix, per_domain),
-        bound=lower_bound(figures.matrix, cluster, gpus, figures.work_bytes) if cluster else None,
+        bound=bound,
+        estimate_s=estimate_s(bound, figures.filling_s) if figures.filling_s else None,
         relay=figures.relay,
         least_between_bytes=figures.least[per_domain].between,
         floor=floors[cluster] if cluster else None,
@@ -258,6 +263,7 @@ class _Figures:
     relay: Relay
     least: Mapping[int, LeastBytes]
     direct: IntArray | None
+    filling_s: float
     work_bytes: Mapping[int, int]
     changes: tuple[tuple[float, IntArray, Mapping[int, int]], ...]
     predict_s: float
@@ -272,6 +278,7 @@ class _Hardware:
     ranks_per_node: int
     ranks_per_domain: frozenset[int]
     relaying: Relaying
+    messages: MessageSize
 
 
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
@@ -285,8 +292,10 @@ def _planned(
     planned = plan_sides(*shardings, destination, per_node, sending, hardware.relaying)
     matrix, (sent, *_, received) = bytes_matrix(planned.plan), planned.plan.shardings
     planned_s = time.perf_counter()
-    direct = None
+    direct, fill_s, relaying = None, 0.0, hardware.relaying
     if planned.relay is not Relay.OFF:
+        if relaying.cluster is not None:
+            fill_s = filling_s(planned.plan, hardware.messages, relaying.cluster, relaying.gpus)
         direct = bytes_matrix(plan_refit(sent, received, ranks_per_node=per_node))
     return _Figures(
         num_parameters=shardings[0].num_parameters,
@@ -299,6 +308,7 @@ def _planned(
         relay=planned.relay,
         least={domain: least_bytes(sent, received, domain) for domain in hardware.ranks_per_domain},
         direct=direct,
+        filling_s=fill_s,
         work_bytes=planned.work_bytes,
         changes=tuple(
             (each.share, bytes_matrix(planned.plan, each.nbytes), each.work_bytes) for each in planned.forecasts

@@ -8,10 +8,12 @@ import numpy as np
 
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap
+from refit.config.registry import METHODS
 from refit.config.relay import Relay
 from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix, lower_bound, split_traffic
+from refit.plan.estimate import MessageSize
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.plan.relay import relay_stages
@@ -65,6 +67,16 @@ def plan_with_relay(
         if seconds < (1 - LEAST_GAIN) * least:
             best, chosen, least = last, relay, seconds
     return best, chosen
+
+
+NETWORK = "nccl"
+"""Whose messages an estimate takes where the method is not known yet: the one for GPUs on several hosts."""
+
+
+def message_size(method: str, staging_bytes: int) -> MessageSize:
+    """Of the messages of a method. A rank spends half of its staging on what it sends, and half on what it receives."""
+    row = METHODS[method if method in METHODS else NETWORK]
+    return MessageSize(row.message_bytes, max(1, staging_bytes // 2 // row.messages_per_pair))
 
 
 def _limited_by_senders(plan: RefitPlan, ranks_per_node: int) -> bool:

@@ -321,7 +321,8 @@ class HostTraffic:
 @dataclass(frozen=True, slots=True)
 class RefitResult:
     """One plan and the result of each engine on it. `bound` is None without a cluster's speeds, and so is `floor`, the
-    least bound of all plans. `hosts` is None on a single host.
+    least bound of all plans. `estimate_s` is the bound with what relays take to fill and drain; None without a relay.
+    `hosts` is None on a single host.
 
     `start_s` is the time from the start of the processes to the end of the first refit, by phase, each on the rank that
     took longest; empty where there was none, and in files of versions that did not measure it.
@@ -332,6 +333,7 @@ class RefitResult:
     model: ModelFacts | None = None
     plan: Cost | None = None
     bound: Bound | None = None
+    estimate_s: float | None = None
     floor: Bound | None = None
     hosts: HostTraffic | None = None
     quantised: QuantisedRefit | None = None

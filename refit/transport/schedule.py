@@ -30,15 +30,12 @@ from dataclasses import replace
 import numpy as np
 
 from refit.plan.box import Box
+from refit.plan.estimate import LAG
 from refit.plan.plan import RefitPlan, Transfer
 from refit.plan.sharding import TensorSpec
 from refit.transport.messages import Channel, Framing, Message, Schedule, Totals, messages_of, packed_messages
 from refit.transport.onward import Hops, Onward
 from refit.transport.overlaps import Overlaps
-
-LAG = 2
-"""Steps from a message's arrival to its being passed on. With one, nothing would be on its way to a rank while it
-unpacks what it is to pass on. Each further one is a step more per rank of a chain."""
 
 NOWHERE = -1
 """In place of a step, for what arrives from no other rank: it is there from the beginning."""

@@ -21,11 +21,12 @@ from refit.config.scenario import Scenario
 from refit.encodings.fp8.wire import QuantisedWire
 from refit.errors import PlanError
 from refit.plan import cost
+from refit.plan.estimate import estimate_s, filling_s
 from refit.plan.floor import floor_of, least_bytes
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
-from refit.predict.relays import Relaying
+from refit.predict.relays import Relaying, message_size
 from refit.predict.sides import PlannedSides, plan_sides
 from refit.report.plans.bound import bound_text
 from refit.report.refits import refit_lines
@@ -80,6 +81,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
         model=_facts(source.sharding, destination.sharding),
         plan=sides.cost,
         bound=bound,
+        estimate_s=_estimate(session, sides, bound, cluster),
         floor=_floor(session, plan, cluster) if cluster is not None and session.is_reporter else None,
         hosts=_host_traffic(session, sides) if session.is_reporter else None,
         quantised=_quantised(sides, destination),
@@ -167,6 +169,14 @@ def _floor(session: Session, plan: RefitPlan, cluster: Cluster) -> cost.Bound | 
         ranks_per_node,
         session.gpus,
     )
+
+
+def _estimate(session: Session, sides: PlannedSides, bound: cost.Bound | None, cluster: Cluster | None) -> float | None:
+    """The bound with what relays take to fill and drain; None without a relay."""
+    if cluster is None or sides.relay is Relay.OFF:
+        return None
+    size = message_size(session.scenario.method, session.scenario.staging_bytes)
+    return estimate_s(bound, filling_s(sides.plan, size, cluster, session.gpus))
 
 
 def _host_traffic(session: Session, sides: PlannedSides) -> HostTraffic | None:

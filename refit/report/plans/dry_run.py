@@ -11,7 +11,7 @@ from refit import units
 from refit.config.registry import ENCODINGS, IDENTITY
 from refit.plan.cost import BusiestRank, per_gpu
 from refit.predict.dry_run import Changes, DryRun
-from refit.report.plans.bound import bound_text, floor_text
+from refit.report.plans.bound import bound_text, estimate_text, floor_text
 from refit.report.plans.expert_map import expert_lines
 from refit.report.plans.rank_map import rank_map
 from refit.report.refits.delta_lines import percent
@@ -50,6 +50,7 @@ def dry_run_json(run: DryRun) -> str:
         "plan": run.cost,
         "bound": run.bound,
         "changes": run.changes,
+        "estimate_s": run.estimate_s,
         "floor": run.floor,
         "relay": run.relay,
         "least_between_bytes": run.least_between_bytes,
@@ -97,6 +98,7 @@ def _moved(run: DryRun) -> dict[str, str]:
         "Busiest receiver": _busiest(run, receiver, "received"),
         **_between(run),
         "Lower bound": _lower_bound(run),
+        **({"Estimate": estimate_text(run.estimate_s)} if run.estimate_s else {}),
         **({"Floor of all plans": floor_text(run.floor)} if run.floor else {}),
         **{f"{percent(each.share)} % changed": _changes(run, each) for each in run.changes},
     }

@@ -10,7 +10,7 @@ from refit.config.registry import ENGINES
 from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario
 from refit.plan.cost import Cost
-from refit.report.plans.bound import floor_text
+from refit.report.plans.bound import estimate_text, floor_text
 from refit.report.refits import warnings
 from refit.report.refits.delta_lines import delta_lines
 from refit.report.refits.headline import headlines, title
@@ -53,6 +53,7 @@ def header(
     ]
     lines += [hosts_line(result.hosts)] if result.hosts else []
     lines += [f"lower bound: {bound}"] if bound else []
+    lines += [f"estimate: {estimate_text(result.estimate_s)}"] if result.estimate_s else []
     lines += [f"floor of all plans: {floor_text(result.floor)}"] if result.floor else []
     if plan.casts:
         key, (before, after) = next(iter(plan.casts.items()))
@@ -134,6 +135,11 @@ def calibrated_lines(result: RefitResult, scenario: Scenario) -> list[str]:
     return [
         f"Links as measured on {cluster.measured} ({cluster.name}): the median of {units.seconds(engine.median_s)} is "
         f"{engine.median_s / bound.seconds:.2f} x the lower bound of {units.seconds(bound.seconds)}"
+        + (
+            f", {engine.median_s / result.estimate_s:.2f} x the estimate of {units.seconds(result.estimate_s)}"
+            if result.estimate_s
+            else ""
+        )
     ]
 
 
