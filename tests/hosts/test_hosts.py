@@ -32,6 +32,7 @@ from refit.plan.relay import relay_stages
 from refit.plan.sharding import Sharding
 from refit.predict.relays import Relaying
 from refit.predict.sides import plan_sides, predict_sides
+from refit.report.refits.warnings import of_engine
 from refit.results.refit import RefitResult
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.ranks import Ranks
@@ -63,8 +64,10 @@ class Hosts:
     ranks_per_host: int
 
 
-def hosts(num_hosts: int, ranks_per_host: int, mbit: int = 1000) -> Iterator[Hosts]:
-    with Network(num_hosts, mbit) as network:
+def hosts(
+    num_hosts: int, ranks_per_host: int, mbit: int = 1000, other_mbit: dict[int, int] | None = None
+) -> Iterator[Hosts]:
+    with Network(num_hosts, mbit, other_mbit) as network:
         ranks = network.ranks(ranks_per_host)
         try:
             yield Hosts(network, ranks, ranks_per_host)
@@ -286,6 +289,37 @@ def test_links_are_calibrated_and_runs_say_how_far_their_bound_was(tmp_path: Pat
     line = re.search(r"^Links as measured on .* \(shaped\): the median of .* is ([\d.]+) x the lower", outputs[0], re.M)
     assert line is not None, outputs[0]
     assert float(line[1]) > 0
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("relay", ["off", "node"])
+def test_a_slow_host_is_named(relay: str) -> None:
+    """Of three hosts, the link of the last carries a twentieth."""
+    flags = [*QWEN, "--source-world-size=2", "--expert-model-parallel-size=2", *VLLM, f"--refit-relay={relay}"]
+    flags += ["--rl-inference-data-parallel-size=4", "--num-benchmark-iterations=3"]
+    scenario = parse(flags).scenario
+    load_libraries(scenario)
+    for on_hosts in hosts(3, 2, other_mbit={2: 50}):
+        result = on_hosts.ranks.run(run_scenario, flags)[0].measurements["refit"]
+    engine = result.engines["refit"]
+    assert (engine.status, engine.num_wrong) == ("ok", 0)
+    assert all(sample.slowest_rank in (4, 5) for sample in engine.samples)
+    slow_host = list(result.hosts.num_ranks)[2]
+    (line,) = (each for each in of_engine("refit", engine, scenario, result) if "slowest" in each)
+    assert re.match(f"warning: host {re.escape(slow_host)} was slowest in 3 of 3 refits, ", line)
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+def test_two_hosts_with_links_of_different_speeds() -> None:
+    """The slower link sets the time: what the faster one carries more is of no use."""
+    flags = [*QWEN, *EP4, *VLLM, "--rl-inference-data-parallel-size=4", "--refit-relay=node"]
+    for on_hosts in hosts(2, 4, mbit=1000, other_mbit={1: 100}):
+        result = refit(on_hosts, flags)
+    between_bytes, _ = crossed_bytes(result)
+    least_s = 0.9 * (between_bytes - (1 << 18)) / (100e6 / 8)  # a link lets its burst pass at once
+    assert all(sample.seconds > least_s for sample in result.engines["refit"].samples)
 
 
 def sharded(num_ranks: int, num_layers: int) -> tuple[Sharding, Sharding]:
