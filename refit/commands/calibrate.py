@@ -11,6 +11,7 @@ from typing import Any
 
 from refit.cli import flag_types
 from refit.cli.launch import rank_variables
+from refit.commands.run import without_launcher
 from refit.config.registry import METHODS
 from refit.errors import ExitCode, UsageError
 from refit.report.plans.calibration import calibration_text, cluster_text
@@ -74,8 +75,14 @@ def run(args: argparse.Namespace) -> int:
         return _start(args)
     from refit.bench import calibration
 
-    found = calibration.run(within, between, args.device, args.mib << 20, args.times, float(args.timeout))
-    if os.environ["RANK"] == "0":
+    is_first = os.environ["RANK"] == "0"
+    try:
+        found = calibration.run(within, between, args.device, args.mib << 20, args.times, float(args.timeout))
+    except UsageError as error:  # the same on all ranks
+        if is_first:
+            raise
+        return int(error.exit_code)
+    if is_first:
         args.output.write_text(cluster_text(found) + "\n", encoding="utf-8")
         show(calibration_text(found))
         show_aside(f"written: {args.output}: give it to runs with --cluster {args.output}")
@@ -93,5 +100,9 @@ def _start(args: argparse.Namespace) -> int:
     command += ["--nproc-per-node", str(args.nproc_per_node), "-m", "refit", "calibrate", f"--output={args.output}"]
     command += [f"--device={args.device}", f"--mib={args.mib}", f"--times={args.times}", f"--timeout={args.timeout}"]
     command += [f"--{side}={name}" for side in ("within", "between") if (name := getattr(args, side)) is not None]
-    done = subprocess.run(command, check=False, env={"OMP_NUM_THREADS": "1", **os.environ})
-    return int(ExitCode.OK if done.returncode == 0 else ExitCode.FAILED)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
+    assert process.stderr is not None
+    for line in without_launcher(each.rstrip("\n") for each in process.stderr):
+        show_aside(line)
+    return int(ExitCode.OK if process.wait() == 0 else ExitCode.FAILED)

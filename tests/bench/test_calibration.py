@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from refit.bench import calibration
 from refit.commands import main
 from refit.config.clusters import check_hosts_of, load_cluster
-from refit.errors import UsageError
+from refit.errors import ExitCode, UsageError
 from refit.plan.cost import Bound
 from refit.report.plans.calibration import calibration_text, cluster_text
 from refit.report.refits.refit_lines import calibrated_lines
@@ -121,6 +122,25 @@ def test_the_command_starts_ranks_and_writes_the_file(tmp_path: Path) -> None:
     assert main(["calibrate", "--nproc-per-node", "2", "--mib", "1", "--times", "1", "--output", str(path)]) == 0
     cluster = load_cluster(str(path))
     assert (cluster.gpus_per_node, cluster.inter_bytes_per_s) == (2, None)
+
+
+def test_ranks_that_fail_are_heard_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks are on host a, and one on host b."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nrank = os.environ.get('RANK', '0')\nos.environ['REFIT_HOST'] = 'a' if rank < '2' else 'b'\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    path = tmp_path / "here.yaml"
+    assert (
+        main(["calibrate", "--nproc-per-node", "3", "--mib", "1", "--times", "1", "--output", str(path)])
+        == ExitCode.FAILED
+    )
+    error = capsys.readouterr().err
+    assert error.count("error: refit calibrate: 3 ranks do not fill 2 hosts of 2: start 2 on each") == 1
+    assert "Traceback" not in error
+    assert not path.exists()
 
 
 def test_a_cluster_of_other_hosts_is_refused_with_both_numbers(tmp_path: Path) -> None:
