@@ -81,7 +81,8 @@ class Method:
 
     `devices` are those whose memory it moves, the default first. `one_sided` methods write into memory of the
     destination; two-sided ones send and receive. `single_host` ones need all ranks on one host. `cpu_stand_in` runs the
-    same executor where there is no GPU. `needs` is for help texts.
+    same executor where there is no GPU. `needs` is for help texts. `message_bytes` is the most of a message, and
+    `messages_per_pair` how many of a pair are in flight: for estimates, as the transport has them.
     """
 
     transport: str
@@ -90,6 +91,8 @@ class Method:
     one_sided: bool = False
     single_host: bool = False
     cpu_stand_in: str | None = None
+    message_bytes: int = 64 << 20
+    messages_per_pair: int = 4
 
     @property
     def device(self) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from types import TracebackType
 
 from tests.ranks.pool import RankPool
@@ -29,13 +30,16 @@ def unavailable() -> str | None:
 
 
 class Network:
-    """`num_hosts` namespaces at 10.79.0.1, 10.79.0.2, ..., whose links carry `mbit` per second each way."""
+    """`num_hosts` namespaces at 10.79.0.1, 10.79.0.2, ..., whose links carry `mbit` per second each way.
 
-    def __init__(self, num_hosts: int, mbit: int = 1000) -> None:
+    Those of hosts in `other_mbit` carry as much as it says.
+    """
+
+    def __init__(self, num_hosts: int, mbit: int = 1000, other_mbit: Mapping[int, int] | None = None) -> None:
         name = f"refit{os.getpid()}-{next(_NUMBERS)}"
         self.hosts = [f"{name}-{number}" for number in range(num_hosts)]
         self._bridge = f"{name}-bridge"  # a namespace too, so that nothing is left on the machine's own network
-        self._mbit = mbit
+        self._mbit = dict.fromkeys(range(num_hosts), mbit) | dict(other_mbit or {})
 
     def __enter__(self) -> Network:
         try:
@@ -60,11 +64,12 @@ class Network:
             for link in (INTERFACE, "lo"):
                 _ip("-n", host, "link", "set", link, "up")
             self._in_bridge("link", "set", port, "master", "br0", "up")
-            self._shape(host, INTERFACE)  # what it sends
-            self._shape(self._bridge, port)  # what it receives
+            self._shape(host, INTERFACE, self._mbit[number])  # what it sends
+            self._shape(self._bridge, port, self._mbit[number])  # what it receives
 
-    def _shape(self, namespace: str, link: str) -> None:
-        shape = ["root", "tbf", "rate", f"{self._mbit}mbit", "burst", "256kb", "latency", "100ms"]
+    @staticmethod
+    def _shape(namespace: str, link: str, mbit: int) -> None:
+        shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "100ms"]
         _run("tc", "-n", namespace, "qdisc", "add", "dev", link, *shape)
 
     def _in_bridge(self, *words: str) -> None:
