@@ -72,6 +72,7 @@ FORMATS = Registry(
             takes_provider=True,
             has_layer_specs=True,
             serves=True,
+            is_reference=True,
             steps=StepSupport(
                 check="refit.predict.megatron_steps:check_steps",
                 memory="refit.predict.training_memory:training_memory",
@@ -146,12 +147,15 @@ METHODS = Registry(
             needs="CUDA GPUs and nvshmem4py",
             one_sided=True,
             cpu_stand_in="shm",
+            suggested_for=("non-collocated",),
+            megatron_service="nvshmem",
         ),
         "nccl": Method(
             transport="refit.transport.two_sided.nccl:NcclTransport",
             devices=("cuda",),
             needs="CUDA GPUs",
             cpu_stand_in="gloo",
+            suggested_for=("collocated",),
         ),
         "shm": Method(
             transport="refit.transport.one_sided.shm:SharedMemoryTransport",
@@ -164,6 +168,7 @@ METHODS = Registry(
             transport="refit.transport.two_sided.gloo:GlooTransport",
             devices=("cpu", "cuda"),
             needs="nothing beyond torch",
+            megatron_service="gloo",
         ),
     },
 )
