@@ -72,6 +72,7 @@ FORMATS = Registry(
             takes_provider=True,
             has_layer_specs=True,
             serves=True,
+            is_reference=True,
             steps=StepSupport(
                 check="refit.predict.megatron_steps:check_steps",
                 memory="refit.predict.training_memory:training_memory",
@@ -147,6 +148,8 @@ METHODS = Registry(
             messages_per_pair=2,
             one_sided=True,
             cpu_stand_in="shm",
+            suggested_for=("non-collocated",),
+            megatron_service="nvshmem",
         ),
         "nccl": Method(
             transport="refit.transport.two_sided.nccl:NcclTransport",
@@ -155,6 +158,7 @@ METHODS = Registry(
             cpu_stand_in="gloo",
             message_bytes=256 << 20,
             messages_per_pair=2,
+            suggested_for=("collocated",),
         ),
         "shm": Method(
             transport="refit.transport.one_sided.shm:SharedMemoryTransport",
@@ -175,6 +179,7 @@ METHODS = Registry(
             devices=("cpu", "cuda"),
             needs="nothing beyond torch",
             message_bytes=4 << 20,
+            megatron_service="gloo",
         ),
     },
 )

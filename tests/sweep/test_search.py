@@ -175,7 +175,7 @@ def test_the_best_can_be_written_as_a_list_of_scenarios(small: Findings, tmp_pat
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("source", ["TP2 EP2 ETP1", None])
 def test_the_table_fits_the_terminal(width: int, source: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refit.report.search.table_width", lambda: width)
+    monkeypatch.setattr("refit.report.plans.search.table_width", lambda: width)
     text = as_text(search(source=source, source_gpus=2, max_plans=30).run(), CLUSTER, 10)
     assert max(map(len, text.split("\n"))) <= width
     assert "…" not in text
