@@ -209,17 +209,14 @@ def position_off_by_one() -> Iterator[None]:
 
 @mutant
 def value_of_the_version_before() -> Iterator[None]:
-    pack, changed = cpu.pack_block, cpu.changed
-    before: dict[str, Any] = {}
+    update = cpu.update
 
-    def remember(old: Any, new: Any) -> Any:
-        before["old"] = old.copy()
-        return changed(old, new)
+    def stale(old: Any, new: Any, positions: Any) -> Any:
+        before = old[positions]
+        update(old, new, positions)
+        return before
 
-    def stale(form: Any, positions: Any, new: Any, data: Any) -> int:
-        return pack(form, positions, before["old"], data)
-
-    with mock.patch.object(cpu, "changed", remember), mock.patch.object(cpu, "pack_block", stale):
+    with mock.patch.object(cpu, "update", stale):
         yield
 
 
