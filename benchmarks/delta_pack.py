@@ -2,7 +2,8 @@
 
 Both get the same BF16 tensors, of which the same share has changed, and what was sent before, on one thread. Both are
 timed with the update of that snapshot: at the end it has the new weights. What each packs is unpacked again and
-compared as bits. They take turns; times are medians. zstd needs the package zstandard, and is left out without it.
+compared as bits. They take turns; times are medians of the CPU time of the thread, which other work on the machine
+disturbs least. zstd needs the package zstandard, and is left out without it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class NoPeers:
 
 @dataclass
 class Row:
-    """One way: seconds of each round, bytes, and whether all that was unpacked was right."""
+    """One way: CPU seconds of each round, bytes, and whether all that was unpacked was right."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
@@ -54,9 +55,9 @@ class Row:
     is_right: bool = True
 
     def add(self, pack: Callable[[], int], unpack: Callable[[], bool]) -> None:
-        since = time.perf_counter()
+        since = time.thread_time()
         nbytes = pack()
-        self.seconds.append(time.perf_counter() - since)
+        self.seconds.append(time.thread_time() - since)
         self.nbytes.append(nbytes)
         self.is_right &= unpack()
 

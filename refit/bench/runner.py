@@ -60,6 +60,8 @@ def benchmark(session: Session, file: ResultFile | None = None) -> Result:
             measurement: Measurement = load(MEASUREMENTS[name].measurement)()
             recording = replace(session, publish=partial(record.keep, name), measured=record.measured)
             record.keep(name, measurement.run(recording, source, destination))
+    if source.model.trainer is not None:
+        source.model.trainer.close()
     result = record.conclude()
     for line in _closing_lines(session, result):
         session.say(line)

@@ -66,6 +66,13 @@ def delta_options(args: argparse.Namespace) -> DeltaOptions | None:
     devices = METHODS[args.refit_method].devices if args.refit_method in METHODS else ("cuda",)
     if args.delta_snapshot == Snapshot.HOST.value and (args.device or devices[0]) == "cpu":
         raise UsageError("--delta-snapshot host is for weights on GPUs, these are in the host's memory: leave it out")
+    if {"train-step", "refit"} <= set(args.measure):
+        for flag, value in list(given.items())[:2]:
+            if value is not None:
+                raise UsageError(
+                    f"{flag} makes changes up, --measure {','.join(args.measure)} sends those of optimizer steps: "
+                    "leave one of them out"
+                )
     return DeltaOptions(
         shares=tuple(dict.fromkeys(args.delta_changed_share or DEFAULTS.shares)),
         pattern=Pattern(args.delta_pattern or DEFAULTS.pattern),

@@ -109,6 +109,11 @@ class Scenario:
         """Whether the side called `name` is trained: the source, where a training step is measured."""
         return name == "source" and "train-step" in self.measurements
 
+    @property
+    def sends_steps(self) -> bool:
+        """Whether what changes between refits is what optimizer steps change, not made up."""
+        return self.delta is not None and self.trains("source")
+
     def steps_of(self, name: str) -> StepSettings | None:
         """The settings of the steps that the side called `name` runs; None where it is only refitted.
 

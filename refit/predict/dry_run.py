@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap, planned_gpus
 from refit.config.relay import Relay
-from refit.config.scenario import Mode, Scenario, Sending, check_num_ranks
+from refit.config.scenario import Mode, Scenario, Sending, Verify, check_num_ranks
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -120,8 +120,14 @@ class DryRun:
 
     @property
     def staging_bytes(self) -> int:
-        """The staging limit of a GPU: of all its ranks."""
-        return self.scenario.staging_bytes * self.gpus.most_ranks
+        """The staging limit of a GPU: of all programs of all its ranks."""
+        return self.scenario.staging_bytes * self.num_programs
+
+    @property
+    def num_programs(self) -> int:
+        """Programs of a GPU's ranks that stage at a time. Refits of what steps change are compared with full ones."""
+        is_compared = self.scenario.sends_steps and self.scenario.verify is not Verify.OFF
+        return self.gpus.most_ranks * (2 if is_compared else 1)
 
     @property
     def encoding_bytes(self) -> dict[int, int]:

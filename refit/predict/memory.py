@@ -69,7 +69,7 @@ def _snapshot_on_host(run: DryRun, side: str, available: int) -> list[str]:
 
 
 def _lower_staging(run: DryRun, weights: int, available: int) -> list[str]:
-    left_mib = (available - weights) // run.gpus.most_ranks >> 20
+    left_mib = (available - weights) // run.num_programs >> 20
     return [f"lower --staging-mib to {left_mib}"] if left_mib > 0 else []
 
 

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Elements of one kind of tensor, each counted once, and how many of them a step has changed."""
+
+    num_elements: int
+    num_changed: int
+
+    @property
+    def share(self) -> float:
+        return self.num_changed / self.num_elements if self.num_elements else 0.0
+
+    @classmethod
+    def total(cls, parts: Iterable[Changed]) -> Changed:
+        held = list(parts)
+        return cls(sum(part.num_elements for part in held), sum(part.num_changed for part in held))
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +32,8 @@ class DeltaSample:
     did, `num_changed` is not known. `place_bytes` say where changes are, `value_bytes` what they are; what remains of
     the bytes sent are headers, tables and gaps. `find_s`, `pack_s` and `apply_s` are those of the rank that took
     longest, hidden beside the transfer or not; where a GPU finds and packs at once, both are in `pack_s`.
-    `snapshot_bytes` are those of the rank with most.
+    `snapshot_bytes` are those of the rank with most. `by_kind` is what the optimizer step before it changed of the
+    whole source, by kind of tensor; empty where changes were made up, and before the first refit.
     """
 
     asked_share: float | None
@@ -28,6 +47,7 @@ class DeltaSample:
     snapshot_bytes: int
     num_full: int = 0
     full_because: str | None = None
+    by_kind: dict[str, Changed] = field(default_factory=dict)
 
     @property
     def changed_share(self) -> float | None:

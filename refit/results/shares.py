@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refit.config.registry import ENGINES
+from refit.results.delta import Changed
 from refit.results.refit import EngineResult, RefitResult, Sample
 
 
@@ -33,6 +34,35 @@ class ShareRow:
     median_s: float
     byte_share: float | None
     speedup: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class KindRow:
+    """What optimizer steps before measured refits changed of one kind of tensor: shares of its elements."""
+
+    kind: str
+    num_elements: int
+    mean: float
+    least: float
+    most: float
+
+
+def kind_rows(refit: RefitResult) -> list[KindRow]:
+    """A row for each kind, then one for `all`; empty where changes were made up."""
+    tested = refit.tested
+    deltas = [sample.delta for sample in tested.samples if not sample.warmup and sample.delta] if tested else []
+    steps = [delta.by_kind for delta in deltas if delta.by_kind]
+    if not steps:
+        return []
+    found = {kind: [step[kind] for step in steps if kind in step] for kind in steps[0]}
+    return [
+        _kind(kind, each) for kind, each in (*found.items(), ("all", [Changed.total(each.values()) for each in steps]))
+    ]
+
+
+def _kind(kind: str, steps: Sequence[Changed]) -> KindRow:
+    shares = [step.share for step in steps]
+    return KindRow(kind, steps[0].num_elements, statistics.mean(shares), min(shares), max(shares))
 
 
 def full_refits(refit: RefitResult) -> EngineResult | None:

@@ -89,6 +89,20 @@ class _FramedBatch(CopyBatch):
         """Those of the last run, with the header. On a GPU: waits for the current stream."""
         return HEADER_BYTES + int(self.length)
 
+    def checked_bytes(self) -> int:
+        """As `moved_bytes`. Raises RefitError where they are more than were agreed."""
+        return self._checked(int(self.length))
+
+    def _checked(self, length: int) -> int:
+        """The bytes of a message of this `length`, with the header."""
+        if not 0 <= length <= self.max_bytes:
+            raise RefitError(self._refusal(length))
+        return HEADER_BYTES + length
+
+    def _refusal(self, length: int) -> str:
+        """Why `length` cannot be."""
+        raise NotImplementedError
+
 
 class PackBatch(_FramedBatch):
     """Packs one message into `buffer`; without an `encoder` it is what is `kept`.
@@ -117,13 +131,15 @@ class PackBatch(_FramedBatch):
         else:
             assert self.kept is not None, "it is bound with what it passes on"
             self.kept.take(self._payload, self.length)
-        # On a GPU, reading the length would wait for the device.
-        if not self.length.is_cuda and not 0 <= int(self.length) <= self.max_bytes:
-            raise RefitError(
-                f"an encoder says that it packed {int(self.length)} bytes into a message of at most {self.max_bytes}: "
-                "--refit-encoding identity sends without it"
-            )
+        if not self.length.is_cuda:  # on a GPU, reading the length would wait for the device
+            self.checked_bytes()
         self._header.copy_(self.length)
+
+    def _refusal(self, length: int) -> str:
+        return (
+            f"an encoder says that it packed {length} bytes into a message of at most {self.max_bytes}: "
+            "--refit-encoding identity sends without it"
+        )
 
 
 class UnpackBatch(_FramedBatch):
@@ -141,7 +157,7 @@ class UnpackBatch(_FramedBatch):
         super().run_pieces()
         self.length.copy_(self._header)
         if not self.length.is_cuda:
-            self._checked(int(self.length))
+            self.checked_bytes()
         if self.kept is not None:
             self.kept.put(self._payload, self.length)
         try:
@@ -154,15 +170,13 @@ class UnpackBatch(_FramedBatch):
 
         Raises RefitError, naming the peer, where they are more than were agreed.
         """
-        return HEADER_BYTES + self._checked(int(buffer[:8].view(torch.int64)))
+        return self._checked(int(buffer[:8].view(torch.int64)))
 
-    def _checked(self, length: int) -> int:
-        if not 0 <= length <= self.max_bytes:
-            raise RefitError(
-                f"the header of a message from rank {self._peer} says {length} bytes, the most are {self.max_bytes}: "
-                "--refit-encoding identity sends without headers"
-            )
-        return length
+    def _refusal(self, length: int) -> str:
+        return (
+            f"the header of a message from rank {self._peer} says {length} bytes, the most are {self.max_bytes}: "
+            "--refit-encoding identity sends without headers"
+        )
 
 
 def run_report(

@@ -45,7 +45,19 @@ def test_auto_tries_before_it_is_timed() -> None:
     assert scenario(f"{DELTA} --num-benchmark-warmup 1").num_warmup == 1
 
 
+def test_changes_are_made_up_or_those_of_optimizer_steps() -> None:
+    steps = f"{DELTA} --seq-length 16 --global-batch-size 8 --micro-batch-size 1 --measure"
+    assert scenario(f"{steps} train-step,refit").sends_steps
+    assert not scenario(f"{steps} refit,forward").sends_steps
+    assert not scenario(DELTA).sends_steps
+
+
 REFUSED = [
+    (
+        f"{DELTA} --measure train-step,refit --delta-changed-share 2%",
+        "--delta-changed-share makes changes up, --measure train-step,refit sends those of optimizer steps: leave one",
+    ),
+    (f"{DELTA} --measure train-step,refit --delta-pattern rows", "--delta-pattern makes changes up"),
     (f"{DELTA} --delta-changed-share 0", "--delta-changed-share: must be above 0 % and at most 100 %, got '0'"),
     (f"{DELTA} --delta-changed-share 101%", "must be above 0 % and at most 100 %, got '101%'"),
     (f"{DELTA} --delta-changed-share=-1%", "must be above 0 % and at most 100 %, got '-1%'"),

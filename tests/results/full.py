@@ -18,7 +18,7 @@ from refit.config.side import Fsdp2Options, SideSpec, VllmOptions
 from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
-from refit.results.delta import DeltaSample
+from refit.results.delta import Changed, DeltaSample
 from refit.results.refit import (
     Activity,
     EngineResult,
@@ -39,7 +39,9 @@ from tests.report.factories import MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
 """Files of the first edition, and what its `refit report --format csv` printed of them."""
-DELTA = DeltaSample(0.01, 90, 1, 4, 2, 0.01, 0.02, 0.03, 180, 1, "rank 0: nothing was sent before")
+DELTA = DeltaSample(
+    0.01, 90, 1, 4, 2, 0.01, 0.02, 0.03, 180, 1, "rank 0: nothing was sent before", {"norms": Changed(9, 1)}
+)
 ENGINE = EngineResult(
     status=Status.WRONG_DATA,
     reason="a reason",

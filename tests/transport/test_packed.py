@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from refit.transport.base import TransportOptions, get_transport
 from refit.transport.messages import HEADER_BYTES, Framing
 from refit.transport.ranks import Ranks
 from refit.transport.schedule import make_schedule
+from refit.transport.two_sided import gloo, nccl
+from refit.transport.two_sided.backend import BoundMessage
 from tests.ranks.pool import RankPool
 from tests.seams import nonzero_rows
 from tests.transport import synthetic
@@ -93,6 +95,63 @@ def test_every_byte_arrives_and_is_counted(ranks: RankPool, name: str, way: tupl
 
 def test_through_pinned_memory_only_what_was_packed_is_copied(ranks: RankPool) -> None:
     check(ranks.run(refits, CASE, ("gloo", "ring"), through_pinned_memory), CASE)
+
+
+class Once:
+    """Works of Gloo that may be waited for again, as NCCL's may."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = list(works)
+
+    def wait(self) -> None:
+        while self._works:
+            self._works.pop().wait()
+
+
+class GlooPairs:
+    """What NCCL's links do, over Gloo, whose receives are posted with the length that both ends have agreed on."""
+
+    def __init__(self, links: gloo.GlooLinks) -> None:
+        self._links = links
+        self.sent_bytes = 0
+
+    def exchange(self, sends: Sequence[BoundMessage], receives: Sequence[BoundMessage]) -> list[Any]:
+        works = [self._links.receive(bound.buffer, bound.peer) for bound in receives]
+        self.sent_bytes += sum(bound.buffer.numel() for bound in sends)
+        return [Once(works + [self._links.send(bound.buffer, bound.peer) for bound in sends])]
+
+
+def refits_by_nccl_rounds(rank: int, case: synthetic.Case) -> Any:
+    """As `refits`, with the backend for NCCL on a machine without CUDA; and what was sent in all, lengths included."""
+    made: list[GlooPairs] = []
+
+    def backend(links: gloo.GlooLinks, timeout_s: float) -> nccl.NcclBackend:
+        made.append(GlooPairs(links))
+        return nccl.NcclBackend(links.rank, timeout_s, torch.device("cpu"), made[0])  # type: ignore[arg-type]
+
+    stream = mock.Mock()
+    streams = mock.Mock(pack=stream, transfer=stream, unpack=stream)
+    with (
+        mock.patch.object(gloo, "GlooBackend", backend),
+        mock.patch.object(nccl, "Streams", return_value=streams),
+        mock.patch.object(nccl, "wait_for_events", return_value=[]),
+        mock.patch.object(torch.cuda, "stream", contextlib.nullcontext),
+        mock.patch.object(torch.cuda, "current_stream", return_value=stream),
+    ):
+        wrong, report, staging = refits(rank, case, ("gloo", "ring"))
+    return wrong, report, staging, made[0].sent_bytes if made else 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nccl_sends_what_was_packed_and_its_length(ranks: RankPool, name: str) -> None:
+    case = CASES[name]
+    answers = ranks.run(refits_by_nccl_rounds, case)
+    assert [wrong for wrong, *_ in answers] == [[]] * len(answers)
+    for _, report, _, sent_bytes in answers:
+        lengths = sent_bytes - 3 * report.wire_bytes_sent  # of three refits, which pack as much
+        assert 0 <= lengths <= 0.2 * sent_bytes
+        assert lengths % 8 == 0
+        assert sent_bytes <= 0.8 * 3 * report.most_wire_bytes_sent
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from refit.bench.clock import Stopwatch, Timing, time_run
 from refit.bench.engines.base import RefitEngine
 from refit.bench.exchange import gather
 from refit.bench.forward_check import compare_forward
-from refit.bench.measurements.rank_samples import RankSample, sample_of, wrong_weights
+from refit.bench.measurements.rank_samples import Asked, RankSample, sample_of, wrong_weights
 from refit.bench.memory import PeakMemory, past_torch
 from refit.bench.profile import profiled
-from refit.bench.saved_weights import SavedWeights
+from refit.bench.reference import Reference
 from refit.bench.served import served_by
 from refit.bench.session import Session
 from refit.bench.sides import Side
+from refit.bench.training import Training
 from refit.config.registry import ENGINES
 from refit.config.scenario import Verify
 from refit.errors import RefitError, UnavailableError
@@ -30,6 +31,7 @@ from refit.report.refits import refit_lines
 from refit.report.refits.forward_line import forward_line
 from refit.report.refits.progress import Progress
 from refit.report.refits.served_lines import served_line
+from refit.results.delta import Changed
 from refit.results.refit import EngineResult, ForwardCheck, NotMoved
 from refit.results.stats import stability, summarise
 from refit.results.status import Status
@@ -51,8 +53,8 @@ class _Refusal:
 class PlannedRefit:
     """Two sides and the plan between them. `plan_s` is the time that planning took here.
 
-    `trained` are the source's weights after training, None where it was not trained. `training_doubt` is why training
-    gave wrong data, None where it did not.
+    `training` is that of the source, None where it was not trained. `training_doubt` is why it gave wrong data, None
+    where it did not.
     """
 
     source: Side
@@ -60,12 +62,16 @@ class PlannedRefit:
     sides: PlannedSides
     bound: Bound | None
     plan_s: float
-    trained: SavedWeights | None = None
+    training: Training | None = None
     training_doubt: str | None = None
 
 
 class EngineRun:
-    """Measures one engine on one plan. `keep` is called with every update of the EngineResult."""
+    """Measures one engine on one plan. `keep` is called with every update of the EngineResult.
+
+    With `reference`, which is collective, each refit is one of what an optimizer step has left, and is compared with a
+    full one. Without, it is one of what the oracle fills in.
+    """
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class EngineRun:
         name: str,
         engine: RefitEngine,
         keep: Callable[[EngineResult], None],
+        reference: Callable[[], Reference] | None = None,
     ) -> None:
         self._session = session
         self._scenario = session.scenario
@@ -83,6 +90,8 @@ class EngineRun:
         self._name = name
         self._engine = engine
         self._keep = keep
+        self._make_reference = reference
+        self._reference: Reference | None = None
         self._result = EngineResult(transport=engine.transport)
         self._not_moved: Mapping[str, str] = {}
         self._serving = served_by(session, planned.source, planned.destination, ENGINES[name])
@@ -97,6 +106,10 @@ class EngineRun:
 
         Collective: every rank of the job.
         """
+        if self._make_reference is not None and self._scenario.verify is not Verify.OFF:
+            self._session.enter(f"prepare full refits beside {self._name}")
+            # Before the program that is measured: the last one prepared may move the destination's weights.
+            self._reference = self._make_reference()
         memory = self._connected()
         if memory is None:
             return
@@ -118,6 +131,8 @@ class EngineRun:
         self._move_trained(program)
         self._session.enter(f"close {self._name}")
         program.close()
+        if self._reference is not None:
+            self._reference.close()
 
     def _connected(self) -> PeakMemory | None:
         """Connect. Return a memory watch that starts after connecting; None where the engine cannot run."""
@@ -187,8 +202,7 @@ class EngineRun:
             shown = progress.now(iteration)
             session.enter(f"{self._name} iteration {iteration + 1}: fill", shown)
             session.start.enter("fill")
-            if self._planned.source.weights is not None:
-                oracle.fill(self._planned.source.weights, iteration, self._oracle)
+            changed = self._fill(iteration)
             label = f"{self._name} iteration {iteration + 1}"
             apart = self._serving.convert(label, program)
             around = self._serving.begin(label)
@@ -208,6 +222,7 @@ class EngineRun:
                 around,
                 self._serving.verify(self._scenario.verify),
                 apart,
+                changed,
             )
             answers: list[RankSample | _Refusal] = gather(session.control, mine)
             if refused := next((each for each in answers if isinstance(each, _Refusal)), None):
@@ -215,12 +230,30 @@ class EngineRun:
                 return False
             ranks = [each for each in answers if isinstance(each, RankSample)]
             warmup = iteration < scenario.num_warmup
-            sample = sample_of(ranks, iteration, warmup=warmup, packs=self._packs, delta=scenario.delta)
+            sample = sample_of(ranks, iteration, warmup=warmup, packs=self._packs, asked=self._asked(iteration))
             self._update(
                 samples=(*self._result.samples, sample), wrong=(*self._result.wrong, *wrong_weights(ranks, iteration))
             )
             session.say(progress.line(sample))
         return True
+
+    def _fill(self, iteration: int) -> dict[str, Changed]:
+        """Give the source the weights of a refit. Returns what an optimizer step has changed of them on this rank."""
+        training = self._planned.training if self._scenario.sends_steps else None
+        if training is None:
+            if self._planned.source.weights is not None:
+                oracle.fill(self._planned.source.weights, iteration, self._oracle)
+            return {}
+        if iteration == 0:
+            training.saved.restore()
+            return {}
+        return training.step()
+
+    def _asked(self, iteration: int) -> Asked | None:
+        delta = self._scenario.delta
+        if delta is None:
+            return None
+        return Asked(delta.share_of(iteration) if iteration and not self._scenario.sends_steps else None)
 
     def _poison(self, is_first: bool = False) -> None:
         """Unless a refit builds on what the one before has left."""
@@ -239,6 +272,8 @@ class EngineRun:
         return num_timed == scenario.max_iterations or stability(self._result.measured_s).is_stable
 
     def _check(self, iteration: int) -> oracle.Verdict:
+        if self._reference is not None:
+            return self._reference.check(self._not_moved)
         weights, verify = self._planned.destination.weights, self._scenario.verify
         if weights is None or verify is Verify.OFF:
             return oracle.Verdict(0, ())
@@ -284,11 +319,11 @@ class EngineRun:
 
         After wrong training nothing is compared: NaN agrees with nothing, and the refit is not to blame.
         """
-        trained, destination, doubt = self._planned.trained, self._planned.destination, self._planned.training_doubt
-        if trained is None:
+        training, destination, doubt = self._planned.training, self._planned.destination, self._planned.training_doubt
+        if training is None:
             return
         label = f"refit of the trained weights with {self._name}"
-        trained.restore(self._planned.source.weights)
+        training.saved.restore()
         self._serving.convert(label, program)
         self._serving.begin(label)
         self._session.enter(f"{label}: move")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from refit.bench.clock import Timing
 from refit.bench.oracle import Verdict
-from refit.config.delta import DeltaOptions
 from refit.encodings.delta.cpu import APPLY, FIND, PACK
 from refit.models.vllm.engine.serving import Findings
-from refit.results.delta import DeltaSample
+from refit.predict.kinds import KINDS
+from refit.results.delta import Changed, DeltaSample
 from refit.results.refit import Sample, WrongWeights
 from refit.transport.base import RunReport
 
@@ -23,7 +23,11 @@ NOTHING_FOUND = Findings(0)
 
 @dataclass(frozen=True, slots=True)
 class RankSample:
-    """One rank's part of one refit, as gathered. The last three are of a running engine, on its first rank."""
+    """One rank's part of one refit, as gathered.
+
+    `around_s`, `engine` and `apart_s` are of a running engine, on its first rank. `changed` is what an optimizer step
+    before the refit changed of this rank's weights.
+    """
 
     rank: int
     timing: Timing
@@ -31,12 +35,20 @@ class RankSample:
     around_s: dict[str, float] = field(default_factory=dict)
     engine: Findings = NOTHING_FOUND
     apart_s: dict[str, float] = field(default_factory=dict)
+    changed: dict[str, Changed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A refit that sends changes: the `share` that was changed before it, None for none or one that nobody chose."""
+
+    share: float | None
 
 
 def sample_of(
-    ranks: Sequence[RankSample], iteration: int, *, warmup: bool, packs: bool, delta: DeltaOptions | None = None
+    ranks: Sequence[RankSample], iteration: int, *, warmup: bool, packs: bool, asked: Asked | None = None
 ) -> Sample:
-    """The refit of all ranks, with the phases of the slowest. `packs`: an encoding packs the messages. `delta`: it
+    """The refit of all ranks, with the phases of the slowest. `packs`: an encoding packs the messages. `asked`: it
     sends what has changed."""
     slowest = max(ranks, key=lambda each: each.timing.seconds)
     report, reports = slowest.timing.report, [each.timing.report for each in ranks]
@@ -56,7 +68,7 @@ def sample_of(
         apart_s={phase: seconds for each in ranks for phase, seconds in each.apart_s.items()},
         engine_compared=sum(each.engine.num_compared for each in ranks),
         engine_wrong=sum(sum(each.engine.wrong.values()) for each in ranks),
-        delta=_delta(reports, delta.share_of(iteration) if iteration else None) if delta is not None else None,
+        delta=replace(_delta(reports, asked.share), by_kind=_by_kind(ranks)) if asked is not None else None,
     )
 
 
@@ -81,6 +93,14 @@ def _delta(reports: Sequence[RunReport], asked_share: float | None) -> DeltaSamp
         num_full=len(reasons),
         full_because=reasons[0] if reasons else None,
     )
+
+
+def _by_kind(ranks: Sequence[RankSample]) -> dict[str, Changed]:
+    kinds = {kind for each in ranks for kind in each.changed}
+    return {
+        kind: Changed.total(each.changed[kind] for each in ranks if kind in each.changed)
+        for kind in sorted(kinds, key=KINDS.index)
+    }
 
 
 def wrong_weights(ranks: Sequence[RankSample], iteration: int) -> list[WrongWeights]:

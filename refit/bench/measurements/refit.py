@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from refit.bench.clock import Stopwatch
 from refit.bench.exchange import gather
 from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
-from refit.bench.saved_weights import SavedWeights
+from refit.bench.reference import Reference
 from refit.bench.session import Session
 from refit.bench.sides import Side, rearranged, refitted_to
+from refit.bench.training import Training
 from refit.config.clusters import Cluster, choose_cluster
 from refit.config.registry import ENGINES, IDENTITY, load
 from refit.config.relay import Relay
@@ -41,12 +43,15 @@ class RefitMeasurement:
 
     def run(self, session: Session, source: Side, destination: Side) -> RefitResult:
         with torch.no_grad():
-            result = _measure(session, source, destination)
+            training = Training(session, source) if session.scenario.trains("source") else None
+            result = _measure(session, source, destination, training)
             moved = rearranged(session, "destination", destination)
-            return result if moved is None else _after_rearranging(session, source, moved, result)
+            return result if moved is None else _after_rearranging(session, source, moved, result, training)
 
 
-def _after_rearranging(session: Session, source: Side, moved: Side, before: RefitResult) -> RefitResult:
+def _after_rearranging(
+    session: Session, source: Side, moved: Side, before: RefitResult, training: Training | None
+) -> RefitResult:
     """`before`, with the refits of the destination whose experts are placed anew."""
 
     def publish(found: MeasurementResult) -> None:
@@ -55,12 +60,12 @@ def _after_rearranging(session: Session, source: Side, moved: Side, before: Refi
 
     scenario = replace(session.scenario, destination=moved.spec)
     session.say(f"# experts placed anew: {moved.spec.title}")
-    after = _measure(replace(session, scenario=scenario, publish=publish), source, moved)
+    after = _measure(replace(session, scenario=scenario, publish=publish), source, moved, training)
     after = replace(after, start_s={})  # what came before the first refit is in `before`
     return replace(before, rearranged=after, status=worst([before.status, after.status]))
 
 
-def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
+def _measure(session: Session, source: Side, destination: Side, training: Training | None) -> RefitResult:
     session.enter("plan")
     session.start.enter("plan")
     source = refitted_to(destination.spec, session.scenario.model, source)
@@ -73,10 +78,9 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
     _check_agreement(session, plan)
     cluster, remedy = _choose_cluster(session)
     bound = _bound(session, sides, cluster)
-    trained = SavedWeights(source.weights) if session.scenario.trains("source") else None
     plan_s = stopwatch.seconds["plan"]
     doubt = _doubt_of_training(session)
-    planned = PlannedRefit(source, destination, sides, bound, plan_s, trained, doubt)
+    planned = PlannedRefit(source, destination, sides, bound, plan_s, training, doubt)
     result = RefitResult(
         model=_facts(source.sharding, destination.sharding),
         plan=sides.cost,
@@ -105,7 +109,8 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
             session.publish(result)
 
         own = replace(session, scenario=scenarios[name])
-        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep).measure()
+        reference = partial(_reference, own, planned, cluster, relaying) if own.scenario.sends_steps else None
+        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep, reference).measure()
         result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
 
@@ -129,6 +134,15 @@ def scenario_of(name: str, scenario: Scenario) -> Scenario:
         num_iterations=turns * scenario.num_iterations,
         max_iterations=turns * most if most else None,
     )
+
+
+def _reference(session: Session, planned: PlannedRefit, cluster: Cluster | None, relaying: Relaying) -> Reference:
+    """Refits that send everything, with the scenario's own method. Collective: every rank of the job."""
+    name = next(name for name, row in ENGINES.items() if row.sends_everything)
+    scenario = replace(scenario_of(name, session.scenario), cluster=cluster)
+    full = _sending(replace(session, scenario=scenario), planned, cluster, relaying)
+    engine = load(ENGINES[name].engine)(scenario, session.device)
+    return Reference(engine, full.sides, session.ranks, planned.source, planned.destination)
 
 
 def _sending(session: Session, planned: PlannedRefit, cluster: Cluster | None, relaying: Relaying) -> PlannedRefit:

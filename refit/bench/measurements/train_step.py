@@ -67,8 +67,6 @@ class TrainStepMeasurement:
         spans = Spans(session.device)
         step = prepare(steps.num_warmup + steps.num_steps, spans)
         result = replace(result, breakdown=run_recorded(session, work.label, step, spans))
-        if trainer is not None:
-            trainer.close()
         release_cached(session.device)
         wrong = step_lines.not_finite_line(result)
         return replace(result, status=Status.WRONG_DATA, reason=wrong) if wrong else result

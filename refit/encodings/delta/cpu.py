@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from refit.encodings.delta.counts import Counts
 from refit.encodings.delta.elements import UNSIGNED, Array, Elements
-from refit.encodings.delta.find import Bytes, changed, pack_block, unpack_block
+from refit.encodings.delta.find import Bytes, changed, pack_block, unpack_block, update
 from refit.encodings.delta.form import (
     ALIGNMENT,
     CPU_BLOCK,
@@ -35,6 +35,9 @@ from refit.memory.weights import LocalWeights
 
 FIND, PACK, APPLY = "find", "pack", "apply"
 
+BLOCKS_AT_A_TIME = 16
+"""Blocks that are compared at a time: enough that calls of numpy cost little, and few enough for a CPU's cache."""
+
 
 class CpuEncoder:
     """Compares the pieces of one message with a snapshot of what was sent last, and packs what has changed."""
@@ -47,7 +50,7 @@ class CpuEncoder:
         counts: Counts,
         block: int = CPU_BLOCK,
     ) -> None:
-        """`block` elements are compared at a time: a multiple of 16, and at most 2**16."""
+        """`block` elements make a block: a multiple of 16, and at most 2**16."""
         self._versions, self._counts, self._block = versions, counts, block
         self._pieces = [Elements(weights, tensor, box) for tensor, box in pieces]
         self._snapshot = [
@@ -78,31 +81,53 @@ class CpuEncoder:
         return end
 
     def _pack_changes(self, message: Bytes, table: NDArray[np.int32]) -> int:
-        entries: list[tuple[int, int]] = []
-        end, found_s, began = table_end(self._blocks), 0.0, time.perf_counter()
+        end, number, found_s, began = table_end(self._blocks), 0, 0.0, time.perf_counter()
+        step = BLOCKS_AT_A_TIME * self._block
         for piece, snapshot in zip(self._pieces, self._snapshot, strict=True):
             since = time.perf_counter()
             elements = piece.read()
             found_s += time.perf_counter() - since
-            for begin in range(0, len(snapshot), self._block):
+            for begin in range(0, len(snapshot), step):
                 since = time.perf_counter()
-                old, new = snapshot[begin : begin + self._block], elements[begin : begin + self._block]
+                old, new = snapshot[begin : begin + step], elements[begin : begin + step]
                 positions = changed(old, new)
+                values = update(old, new, positions)
                 found_s += time.perf_counter() - since
-                count, size = len(positions), new.itemsize
-                form = form_of(count, len(new), size)
-                entries.append((end // ALIGNMENT, count))
-                nbytes = pack_block(form, positions, new, message[end:])
-                if form is Form.WHOLE:
-                    old[:] = new
-                elif count:
-                    old[positions] = new[positions]
-                places = places_bytes(form, count, len(new))
-                self._counts.add(len(new), count, places, nbytes - places)
-                end = aligned(end + nbytes)
-        table[: len(entries)] = entries
+                count = num_blocks(len(new), self._block)
+                end = self._pack_blocks(message, table[number : number + count], end, new, positions, values)
+                number += count
         count_apart(FIND, found_s)
         count_apart(PACK, time.perf_counter() - began - found_s)
+        return end
+
+    def _pack_blocks(
+        self,
+        message: Bytes,
+        table: NDArray[np.int32],
+        end: int,
+        new: Array,
+        positions: NDArray[np.int64],
+        values: Array,
+    ) -> int:
+        """Write the data of blocks whose elements are `new` from byte `end` on. Returns where it ends."""
+        size, block, entries = new.itemsize, self._block, []
+        begins = range(0, len(new), block)
+        bounds = np.searchsorted(positions, [*begins, len(new)]).tolist()
+        low = positions.astype(np.uint16)  # modulo 2**16, as the differences below
+        place_bytes = value_bytes = 0
+        for number, begin in enumerate(begins):
+            first, last = bounds[number], bounds[number + 1]
+            count, num = last - first, min(block, len(new) - begin)
+            form = form_of(count, num, size)
+            places = low[first:last] - np.uint16(begin & 0xFFFF) if begin & 0xFFFF else low[first:last]
+            nbytes = pack_block(form, places, values[first:last], new[begin : begin + num], message[end:])
+            entries.append((end // ALIGNMENT, count))
+            own = places_bytes(form, count, num)
+            place_bytes += own
+            value_bytes += nbytes - own
+            end = aligned(end + nbytes)
+        table[:] = entries
+        self._counts.add(len(new), len(positions), place_bytes, value_bytes)
         return end
 
     def _enter_whole(self, table: NDArray[np.int32], num: int, size: int, start: int) -> int:

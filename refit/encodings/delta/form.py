@@ -83,7 +83,10 @@ def data_bytes(form: Form, count: int, num: int, size: int) -> int:
 
 def form_of(count: int, num: int, size: int) -> Form:
     """The shortest form of `count` changes among `num` elements of `size` bytes."""
-    return min((Form.WHOLE, Form.POSITIONS, Form.MASK), key=lambda form: data_bytes(form, count, num, size))
+    positions, mask = places_bytes(Form.POSITIONS, count, num), places_bytes(Form.MASK, count, num)
+    if (num - count) * size <= min(positions, mask):
+        return Form.WHOLE
+    return Form.POSITIONS if positions <= mask else Form.MASK
 
 
 def max_bytes(tensor: TensorSpec, box: Box) -> int:

@@ -70,7 +70,8 @@ def curves_of(outcomes: Iterable[Outcome]) -> list[Curve]:
         scenario = outcome.result.scenario if outcome.result else None
         if outcome.status is not Status.OK or scenario is None or scenario.delta is None:
             continue
-        key = (scenario.title, scenario.mode.value, outcome.method, scenario.delta.pattern.value, scenario.model)
+        what = "changed by optimizer steps" if scenario.sends_steps else scenario.delta.pattern.value
+        key = (scenario.title, scenario.mode.value, outcome.method, what, scenario.model)
         for row in share_rows(outcome.refit):
             share = row.changed_share
             if share:
@@ -84,9 +85,9 @@ def curves_of(outcomes: Iterable[Outcome]) -> list[Curve]:
 
 def _curve(key: Hashable, points: Sequence[Point], full: Sequence[float]) -> Curve:
     assert isinstance(key, tuple)
-    title, mode, method, pattern, _ = key
+    title, mode, method, what, _ = key
     ordered = tuple(sorted(points, key=lambda point: point.share))
-    return Curve(f"{title} {mode} over {method}, {pattern}", ordered, statistics.median(full) if full else None)
+    return Curve(f"{title} {mode} over {method}, {what}", ordered, statistics.median(full) if full else None)
 
 
 def shares_lines(outcomes: Iterable[Outcome]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +21,7 @@ class BackendTraits:
     Pieces of at least `direct_send_threshold` bytes are messages of their own; no message exceeds `bucket_bytes`.
     At most `slots_per_peer` staged messages of a pair and `window` rounds are in flight; a message that needs no
     staging takes no slot. `copies` is the number of buffers per slot. `num_programs` limits the share of a GPU that
-    packing and unpacking take from the backend's own kernels; None is no limit. `sends_all`: of a message that an
-    encoding packs it sends the whole buffer, since the receiver must know the number of bytes beforehand.
+    packing and unpacking take from the backend's own kernels; None is no limit.
     """
 
     direct_send_threshold: int | None
@@ -31,7 +30,6 @@ class BackendTraits:
     window: int
     copies: int = 1
     num_programs: int | None = None
-    sends_all: bool = False
 
 
 @dataclass(slots=True)
@@ -66,6 +64,39 @@ class BoundMessage:
         """
         assert self.host is not None
         return self.batch.told_bytes(self.host) if isinstance(self.batch, UnpackBatch) else self.buffer.numel()
+
+
+Exchange = Callable[[Sequence[BoundMessage], Sequence[BoundMessage]], None]
+"""Sends and receives the buffers of messages, and waits on the host until they have arrived."""
+
+
+def cut_to_length(
+    sends: Sequence[BoundMessage], receives: Sequence[BoundMessage], exchange: Exchange
+) -> tuple[list[BoundMessage], list[BoundMessage]]:
+    """The messages of a round with buffers as long as what is sent, for a backend whose two ends must give one length.
+
+    An encoding packs its messages to lengths that only their senders know. They tell them with `exchange`, all of a
+    round at once; a round without such messages exchanges nothing. It waits for the peers' work of the same round, so
+    the executor's argument holds: nobody waits for a later one. Raises RefitError where a length cannot be.
+    """
+    packed = [bound.batch for bound in (*sends, *receives) if isinstance(bound.batch, PackBatch | UnpackBatch)]
+    if packed:
+        exchange(
+            [_length_of(bound) for bound in sends if isinstance(bound.batch, PackBatch)],
+            [_length_of(bound) for bound in receives if isinstance(bound.batch, UnpackBatch)],
+        )
+    return [_cut(bound) for bound in sends], [_cut(bound) for bound in receives]
+
+
+def _length_of(bound: BoundMessage) -> BoundMessage:
+    assert isinstance(bound.batch, PackBatch | UnpackBatch)
+    return BoundMessage(bound.peer, bound.batch.length.view(torch.uint8), None)
+
+
+def _cut(bound: BoundMessage) -> BoundMessage:
+    if isinstance(bound.batch, PackBatch | UnpackBatch):
+        return BoundMessage(bound.peer, bound.buffer[: bound.batch.checked_bytes()], None)
+    return bound
 
 
 @dataclass(slots=True)

@@ -108,7 +108,7 @@ class _Ring:
     ) -> CopyBatch:
         traits = self._traits
         if sends:
-            return pack_batch(message, memory, slot, traits.num_programs, sends_all=traits.sends_all)
+            return pack_batch(message, memory, slot, traits.num_programs)
         return unpack_batch(message, memory, slot, peer, traits.num_programs)
 
     def _slot(self, index: int, nbytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

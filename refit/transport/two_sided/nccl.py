@@ -14,7 +14,7 @@ from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions
 from refit.transport.ranks import Ranks, check_own_gpus
-from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams
+from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams, cut_to_length
 from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
 from refit.transport.two_sided.nccl_links import NcclLinks, connect_links
 
@@ -68,7 +68,7 @@ class NcclTransport:
 
 class NcclBackend:
     """NCCL over CUDA memory: every round is one group of sends and receives per communicator, ordered by events. The
-    host only enqueues.
+    host only enqueues. Where an encoding packs messages, a group before it has their lengths, for which the host waits.
 
     A round holds the messages of one step, so all ranks run their groups in the same order. Packing of round k + 1,
     transfer of round k and unpacking of round k - 1 overlap, each on a stream of its own. What is passed on makes the
@@ -86,7 +86,6 @@ class NcclBackend:
         slots_per_peer=2,
         window=2,
         num_programs=64,
-        sends_all=True,
     )
 
     def __init__(self, rank: int, timeout_s: float, device: torch.device, links: NcclLinks) -> None:
@@ -116,9 +115,17 @@ class NcclBackend:
         if reused is not None and reused.unpacked is not None:
             self._streams.transfer.wait_event(reused.unpacked)
         with torch.cuda.stream(self._streams.transfer):
-            works = self._links.exchange(pending.sends, pending.receives)
+            works = self._links.exchange(*cut_to_length(pending.sends, pending.receives, self._exchange))
         # A group ends as a whole, so sends and receives wait for the same works.
         pending.send_works = pending.receive_works = works
+
+    def _exchange(self, sends: Sequence[BoundMessage], receives: Sequence[BoundMessage]) -> None:
+        """On the current stream. Raises RefitError, naming the peers, where time runs out."""
+        for work in self._links.exchange(sends, receives):
+            work.wait()
+        if wait_for_events([torch.cuda.current_stream().record_event()], self._timeout_s):
+            peers = {bound.peer for bound in (*sends, *receives)}
+            raise late_peers_error(self._rank, peers, self._timeout_s)
 
     def wait_received(self, pending: PendingRound) -> None:
         with torch.cuda.stream(self._streams.unpack):

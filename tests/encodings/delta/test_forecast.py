@@ -40,7 +40,9 @@ def test_the_expected_bytes_are_those_that_packing_finds(share: float) -> None:
     for begin in range(0, num, CPU_BLOCK):
         block = slice(begin, begin + CPU_BLOCK)
         positions = changed(old[block], new[block])
-        sent += ENTRY_BYTES + pack_block(form_of(len(positions), CPU_BLOCK, 2), positions, new[block], data)
+        sent += ENTRY_BYTES + pack_block(
+            form_of(len(positions), CPU_BLOCK, 2), positions, new[block][positions], new[block], data
+        )
     assert expected_bytes(num, 2, share) == pytest.approx(sent, rel=0.1)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refit.encodings.delta.find import changed, update
 from refit.encodings.delta.form import (
     CPU_BLOCK,
     LEAST_BLOCK,
@@ -106,6 +108,23 @@ def test_forms_of_all_counts() -> None:
             for count in {0, 1, num // 100, num // 17, num // 16, num // 15, num // 2, num - 1, num}:
                 least = min(data_bytes(form, count, num, size) for form in Form)
                 assert data_bytes(form_of(count, num, size), count, num, size) == least <= num * size
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize("num", [0, 1, 15, 16, 17, 1000, 1 << 17])
+def test_all_that_differs_is_found_in_order(dtype: type, num: int, length: int) -> None:
+    """Whichever way it is looked for, few changes or many, single ones or runs of `length`."""
+    generator = np.random.default_rng(num)
+    new = generator.integers(0, 256, num).astype(dtype)
+    for share in (0.0, 0.001, 0.03, 0.09, 0.11, 0.6, 1.0):
+        old, is_changed = new.copy(), np.repeat(generator.random(num) < share, length)[:num]
+        old[is_changed] ^= 1
+        expected = np.flatnonzero(old != new)
+        positions = changed(old, new)
+        assert positions.tolist() == expected.tolist()
+        assert update(old, new, positions).tolist() == new[expected].tolist()
+        assert np.array_equal(old, new)
 
 
 def test_bounds_do_not_grow_where_boxes_shrink() -> None:

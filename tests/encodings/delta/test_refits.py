@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ from tests.seams.test_seams import FLAGS, LAYOUTS
 DELTA = ["--refit-encoding", "delta", "--num-benchmark-iterations", "3", "--num-benchmark-warmup", "1"]
 
 
-def run_scenario(rank: int, argv: list[str], broken: str | None = None, directory: str | None = None) -> Any:
+def run_scenario(
+    rank: int, argv: list[str], broken: str | None = None, directory: str | None = None, model: Sequence[str] = FLAGS
+) -> Any:
     """The result, what was printed, and on rank 0 the content of the file. `broken` is one of MUTANTS, on all ranks."""
     printed = io.StringIO()
     mutant = MUTANTS[broken]() if broken else contextlib.nullcontext()
     with mutant, contextlib.redirect_stdout(printed):
-        scenario = parse([*FLAGS, *DELTA, *argv]).scenario
+        scenario = parse([*model, *DELTA, *argv]).scenario
         assert dist.group.WORLD is not None
         file = ResultFile.create(Path(directory), "run") if directory and rank == 0 else None
         try:
@@ -207,17 +209,14 @@ def position_off_by_one() -> Iterator[None]:
 
 @mutant
 def value_of_the_version_before() -> Iterator[None]:
-    pack, changed = cpu.pack_block, cpu.changed
-    before: dict[str, Any] = {}
+    update = cpu.update
 
-    def remember(old: Any, new: Any) -> Any:
-        before["old"] = old.copy()
-        return changed(old, new)
+    def stale(old: Any, new: Any, positions: Any) -> Any:
+        before = old[positions]
+        update(old, new, positions)
+        return before
 
-    def stale(form: Any, positions: Any, new: Any, data: Any) -> int:
-        return pack(form, positions, before["old"], data)
-
-    with mock.patch.object(cpu, "changed", remember), mock.patch.object(cpu, "pack_block", stale):
+    with mock.patch.object(cpu, "update", stale):
         yield
 
 

@@ -9,11 +9,11 @@ import pytest
 from refit.report.refits.delta_lines import delta_headline, delta_lines, percent, ratio
 from refit.report.refits.headline import headlines
 from refit.report.refits.refit_lines import closing_lines
-from refit.results.delta import DeltaSample
+from refit.results.delta import Changed, DeltaSample
 from refit.results.refit import EngineResult, RefitResult, Sample
 from refit.results.result import Result
 from refit.results.runs import outcome_of
-from refit.results.shares import share_rows
+from refit.results.shares import kind_rows, share_rows
 from refit.results.stats import summarise
 from refit.results.status import Status
 from tests.report.factories import engine as timed_on
@@ -116,6 +116,26 @@ def test_a_measured_refit_that_sent_everything_has_no_share() -> None:
     assert share_rows(refit)[0].changed_share is None
     assert delta_headline(refit).startswith("everything sent")
     assert "rank 1: the refit before did not end" in delta_lines(refit)[-1]
+
+
+def test_what_optimizer_steps_change_has_a_row_for_each_kind() -> None:
+    def after(step: int, *changed: int) -> Sample:
+        sample = changes(step, 0.01, None)
+        assert sample.delta is not None
+        kinds = dict(zip(("experts", "norms"), (Changed(1000, count) for count in changed), strict=True))
+        return replace(sample, delta=replace(sample.delta, num_changed=10, num_full=0, by_kind=kinds))
+
+    refit = refit_of(run_of(refit=engine(changes(0, 0.5, None), after(1, 20, 0), after(2, 40, 1)), full=FULL))
+    experts, norms, total = kind_rows(refit)
+    assert (experts.kind, experts.num_elements, experts.mean, experts.least, experts.most) == (
+        *("experts", 1000),
+        *(pytest.approx(share) for share in (0.03, 0.02, 0.04)),
+    )
+    assert (norms.kind, norms.mean) == ("norms", 0.0005)
+    assert (total.kind, total.num_elements, total.mean) == ("all", 2000, pytest.approx(0.01525))
+    assert delta_headline(refit).startswith("1.0 % changed by a step (experts 3.0, norms 0.05), ")
+    text = "\n".join(delta_lines(refit))
+    assert "Changed by one optimizer step, by kind of tensor" in text
 
 
 def test_other_refits_have_no_such_lines() -> None:

@@ -54,6 +54,23 @@ def test_every_weight_arrives_and_is_used(tmp_path: Path, case: str) -> None:
     assert "engine pause" in ran.output
 
 
+STEPS = ["--measure", "train-step,refit", "--seq-length", "16", "--global-batch-size", "4", "--micro-batch-size", "2"]
+STEPS += ["--num-train-steps", "1", "--num-train-warmup", "1", "--lr", "1e-6"]
+
+
+@pytest.mark.parametrize("changes", [[], STEPS], ids=["made up", "of optimizer steps"])
+def test_what_has_changed_is_sent_into_it(tmp_path: Path, changes: list[str]) -> None:
+    ran = refit(tmp_path, *MOE, *tp(1, 1), "--refit-encoding", "delta", *changes)
+    assert ran.code == 0, ran.output
+    assert ran.result is not None
+    engine = ran.result.refit.engines["refit"]
+    assert (engine.num_wrong, engine.num_wrong_in_engine) == (0, 0)
+    assert all(sample.num_compared > 0 and sample.engine_compared > 0 for sample in engine.samples)
+    assert [sample.delta.num_full > 0 for sample in engine.samples][:2] == [True, False]
+    assert engine.samples[-1].sent_bytes < 0.5 * engine.samples[0].sent_bytes
+    assert engine.served.check.passed
+
+
 def test_vllms_own_reload_beside_it(tmp_path: Path) -> None:
     """It leaves the packed copy of a tied output layer as it was, which no checksum and no error says."""
     ran = refit(tmp_path, *QWEN3, *tp(1, 1), "--refit-engine", "vllm-reload,refit")
