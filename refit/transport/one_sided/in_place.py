@@ -52,6 +52,7 @@ class InPlaceBuffers:
     """
 
     window: int | None = None
+    keeps_order = True
     staging_bytes = 0
 
     def __init__(
@@ -76,6 +77,9 @@ class InPlaceBuffers:
         offers = memory.exchange(self._offer(), targets)
         self._peers = {target: self._mapped(offers[target]) for target in targets}
         self._num_seen = dict.fromkeys(targets, 0)
+
+    def credit(self, channel: Channel, position: int) -> int:
+        return len(channel.messages)
 
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         peer, is_near = self._peers[channel.destination], channel.destination in self._near
