@@ -160,6 +160,12 @@ METHODS = Registry(
             one_sided=True,
             single_host=True,
         ),
+        "nixl": Method(
+            transport="refit.transport.one_sided.nixl:NixlTransport",
+            devices=("cpu", "cuda"),
+            needs="nixl (Linux)",
+            one_sided=True,
+        ),
         "gloo": Method(
             transport="refit.transport.two_sided.gloo:GlooTransport",
             devices=("cpu", "cuda"),

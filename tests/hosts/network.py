@@ -29,9 +29,11 @@ def unavailable() -> str | None:
 
 
 class Network:
-    """`num_hosts` namespaces at 10.79.0.1, 10.79.0.2, ..., whose links carry `mbit` per second each way."""
+    """`num_hosts` namespaces at 10.79.0.1, 10.79.0.2, ..., whose links carry `mbit` per second each way.
 
-    def __init__(self, num_hosts: int, mbit: int = 1000) -> None:
+    None is no limit but the machine's own."""
+
+    def __init__(self, num_hosts: int, mbit: int | None = 1000) -> None:
         name = f"refit{os.getpid()}-{next(_NUMBERS)}"
         self.hosts = [f"{name}-{number}" for number in range(num_hosts)]
         self._bridge = f"{name}-bridge"  # a namespace too, so that nothing is left on the machine's own network
@@ -60,11 +62,12 @@ class Network:
             for link in (INTERFACE, "lo"):
                 _ip("-n", host, "link", "set", link, "up")
             self._in_bridge("link", "set", port, "master", "br0", "up")
-            self._shape(host, INTERFACE)  # what it sends
-            self._shape(self._bridge, port)  # what it receives
+            if self._mbit is not None:
+                self._shape(host, INTERFACE, self._mbit)  # what it sends
+                self._shape(self._bridge, port, self._mbit)  # what it receives
 
-    def _shape(self, namespace: str, link: str) -> None:
-        shape = ["root", "tbf", "rate", f"{self._mbit}mbit", "burst", "256kb", "latency", "100ms"]
+    def _shape(self, namespace: str, link: str, mbit: int) -> None:
+        shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "100ms"]
         _run("tc", "-n", namespace, "qdisc", "add", "dev", link, *shape)
 
     def _in_bridge(self, *words: str) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.no_megatron
 
 TIMEOUT_S = 100.0
 
-BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]
+BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct"), ("nixl", "ring")]
 
 CASES = {
     "experts gathered": Case(Layout(2, 2, 2, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4)),

@@ -27,7 +27,8 @@ CLEARLY_SLOWER = 1.2
 def of_engine(name: str, engine: EngineResult, scenario: Scenario, result: RefitResult) -> list[str]:
     """`warning: ...` lines on an engine that was measured; with several engines each line names its engine."""
     whose = f"{ENGINES[name].title}: " if len(result.engines) > 1 else ""
-    found = (*_warm_up(engine), *_spread(engine), *_straggler(engine, scenario, result))
+    slow = [engine.slow] if engine.slow is not None else []
+    found = (*slow, *_warm_up(engine), *_spread(engine), *_straggler(engine, scenario, result))
     return [f"warning: {whose}{text}" for text in found]
 
 
