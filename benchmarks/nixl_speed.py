@@ -185,17 +185,14 @@ def print_turns(title: str, plan: RefitPlan, answers: list[tuple[dict[str, Measu
         median = medians[name] = statistics.median(each.seconds)
         low, high = min(each.seconds), max(each.seconds)
         cpu = statistics.median(each.cpu_s) / (nbytes / 1e9)
-        print(
-            f"{name:<12}{1e3 * median:>8.1f}{1e3 * low:>8.1f}{1e3 * high:>8.1f}{nbytes / median / 1e9:>7.2f}{cpu:>10.2f}"
-        )
+        times = "".join(f"{1e3 * seconds:>8.1f}" for seconds in (median, low, high))
+        print(f"{name:<12}{times}{nbytes / median / 1e9:>7.2f}{cpu:>10.2f}")
     return medians
 
 
 def print_target(what: str, ratio: float, wanted: float, *, at_least: bool) -> None:
-    reached = ratio >= wanted if at_least else ratio <= wanted
-    print(
-        f"{what}: {ratio:.2f} (at {'least' if at_least else 'most'} {wanted}: {'reached' if reached else 'NOT REACHED'})"
-    )
+    reached = "reached" if (ratio >= wanted if at_least else ratio <= wanted) else "NOT REACHED"
+    print(f"{what}: {ratio:.2f} (at {'least' if at_least else 'most'} {wanted}: {reached})")
 
 
 def within(num_rounds: int) -> None:

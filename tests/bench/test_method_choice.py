@@ -9,6 +9,7 @@ from refit.bench.method_choice import with_method
 from refit.cli.parsing import parse
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError
+from refit.transport.base import TransportOptions
 from refit.transport.one_sided.nvshmem import NvshmemTransport
 from refit.transport.one_sided.shm import SharedMemoryTransport
 from refit.transport.two_sided.nccl import NcclTransport
@@ -34,7 +35,7 @@ def test_several_hosts_of_cpus_take_gloo_and_say_why(monkeypatch: pytest.MonkeyP
 
 
 def test_gpus_without_peer_access_or_nvshmem_take_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: object, ranks_per_gpu: int) -> None:
+    def missing(_: object, options: TransportOptions) -> None:
         raise UnavailableError("nvshmem4py is missing")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -43,7 +44,7 @@ def test_gpus_without_peer_access_or_nvshmem_take_nccl(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, peer: False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(NvshmemTransport, "check_available", missing)
-    monkeypatch.setattr(NcclTransport, "check_available", lambda _, ranks_per_gpu: None)
+    monkeypatch.setattr(NcclTransport, "check_available", lambda _, options: None)
     chosen = with_method(scenario())
     assert (chosen.method, chosen.device) == ("nccl", "cuda")
     assert "GPU 0 has none to GPU 1" in chosen.notes[-1]

@@ -14,35 +14,31 @@ slot needs no other guard than credit: with it, the destination has unpacked wha
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from refit.copies.batch import CopyBatch
-from refit.copies.copy import Copy
-from refit.memory.views import part_within
 from refit.memory.weights import LocalWeights, generations
 from refit.transport.messages import ALIGNMENT, Channel, Message, Schedule
 from refit.transport.one_sided.nixl_library import Region, Registration
 from refit.transport.one_sided.nixl_memory import NixlMemory, NixlPut
+from refit.transport.one_sided.nixl_runs import (
+    LEAST_RUN_BYTES,
+    Rows,
+    copies_to,
+    descriptor,
+    descriptors,
+    put_together,
+    run_bytes,
+    runs_of,
+    weights_at,
+)
 from refit.transport.one_sided.peer_memory import Counter, Put
-from refit.transport.one_sided.places import Place, mapped_weights, place_of
+from refit.transport.one_sided.places import Place, all_bytes, place_of
 from refit.transport.packing import pack_batch, unpack_batch
-
-LEAST_RUN_BYTES = 32 << 10
-"""Runs from here on are written in place. A shorter one costs UCX more than packing and unpacking it."""
-
-TOGETHER_BYTES = 32 << 20
-"""The most that is written in place as one message."""
-
-ADDRESSES = 1 << 57
-"""More than any address in user space, with five levels of page tables too."""
-
-Rows = np.ndarray[Any, Any]
-"""Descriptors, uint64 `[number, 3]`: address, bytes, device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +131,7 @@ class NixlBuffers:
         hello = memory.exchange((memory.inbox, offer), peers)
         for peer, (inbox, theirs) in hello.items():
             memory.meet(peer, inbox, theirs.metadata)
-        self._targets = {peer: _Target(hello[peer][1], _at(hello[peer][1].places)) for peer in targets}
+        self._targets = {peer: _Target(hello[peer][1], weights_at(hello[peer][1].places)) for peer in targets}
 
     def _agreed(self, schedule: Schedule) -> Schedule:
         """Find which messages are written in place, and how large a slot the others need.
@@ -240,7 +236,7 @@ class NixlBuffers:
             return False
         target.num_moves = newest
         target.offer = self._memory.fetch(peer, _key(newest))
-        target.weights = _at(target.offer.places)
+        target.weights = weights_at(target.offer.places)
         self._memory.learn(peer, target.offer.metadata)
         return True
 
@@ -255,7 +251,7 @@ class NixlBuffers:
         written = self._destination if self._sources or self._passes_on else None
         shards = [shard for weights in (self._source, written) for shard in weights or ()]
         storages = {shard.view.untyped_storage().data_ptr(): shard.view.untyped_storage() for shard in shards}
-        ordered = [_all_bytes(storages[address]) for address in sorted(storages)]
+        ordered = [all_bytes(storages[address]) for address in sorted(storages)]
         return _Own(self._memory.register(ordered), bound_to)
 
     def _offer(self) -> Offer:
@@ -272,48 +268,25 @@ class NixlBuffers:
         assert memory is not None
         return all(
             (nbytes := run_bytes(copy)) is not None and nbytes >= self._least_run_bytes
-            for copy in _copies(message, memory, target.weights)
+            for copy in copies_to(message, memory, target.weights)
         )
 
     def _draft(self, message: Message, slot: int | None, target: _Target, read: LocalWeights) -> _Draft:
         """`slot` is None for a message that is written in place."""
         if slot is None:
-            runs = np.concatenate([runs_of(copy) for copy in _copies(message, read, target.weights)])
-            own = _descriptors(runs[:, 0], runs[:, 2], self._own.registration.regions)
-            return _Draft(CopyBatch(()), None, (own, _descriptors(runs[:, 1], runs[:, 2], target.offer.regions)))
+            runs = np.concatenate([runs_of(copy) for copy in copies_to(message, read, target.weights)])
+            own = descriptors(runs[:, 0], runs[:, 2], self._own.registration.regions)
+            return _Draft(CopyBatch(()), None, (own, descriptors(runs[:, 1], runs[:, 2], target.offer.regions)))
         assert target.outgoing is not None
         assert target.ring is not None
         nbytes = message.buffer_bytes
         packed = _slot(target.outgoing, slot, target.slot_bytes)[:nbytes]
         place = target.ring.address + slot * target.slot_bytes
-        rows = _row(packed.data_ptr(), nbytes, self._heap.regions[0].device), _row(place, nbytes, target.ring.device)
+        rows = (
+            descriptor(packed.data_ptr(), nbytes, self._heap.regions[0].device),
+            descriptor(place, nbytes, target.ring.device),
+        )
         return _Draft(pack_batch(message, read, packed), packed, rows)
-
-
-def put_together(channel: Channel, staged: Sequence[int]) -> tuple[Channel, list[int]]:
-    """The channel with neighbours that are written in place as one message, and the new numbers of `staged` ones.
-
-    A message costs some 100 us of Python at both ends, a descriptor a microsecond. Only messages of the first stage:
-    they wait for nothing but those before them in their channel, so whoever waits for one of them waits for all that
-    go with it, and no more. What is passed on stays in the messages that the schedule's argument is about.
-    """
-    known, messages, numbers = set(staged), list[Message](), list[int]()
-    for number, message in enumerate(channel.messages):
-        last = messages[-1] if messages else None
-        in_place = number not in known
-        joins = in_place and last is not None and len(messages) - 1 not in numbers[-1:]
-        if joins and last is not None and last.stage == message.stage == 0 and _fit(last, message):
-            both = (*last.pieces, *message.pieces)
-            messages[-1] = replace(message, pieces=both, nbytes=last.nbytes + message.nbytes)
-            continue
-        if not in_place:
-            numbers.append(len(messages))
-        messages.append(message)
-    return replace(channel, messages=tuple(messages)), numbers
-
-
-def _fit(one: Message, other: Message) -> bool:
-    return one.nbytes + other.nbytes <= TOGETHER_BYTES
 
 
 def _slots(staged: Sequence[int], num_slots: int) -> dict[int, int]:
@@ -325,82 +298,9 @@ def _slot(ring: torch.Tensor, slot: int, slot_bytes: int) -> torch.Tensor:
     return ring[slot * slot_bytes : (slot + 1) * slot_bytes]
 
 
-def run_bytes(copy: Copy) -> int | None:
-    """The bytes of each run that is contiguous at both ends; None where the copy casts."""
-    shape = _split(copy)
-    return None if shape is None else shape[1] * copy.source.element_size()
-
-
-def runs_of(copy: Copy) -> Rows:
-    """The runs of a copy that does not cast, uint64 `[number, 3]`: address of the source, of the destination, bytes.
-
-    The destination is at an address of another process, which its storage's offset stands for (`_at`). A box of two
-    rows of six elements, of which both ends have the last three of five and more, has two runs:
-
-        source          . . a b c       destination   . a b c
-                        . . d e f                     . d e f
-    """
-    split = _split(copy)
-    assert split is not None
-    num_outer, run = split
-    source, destination = copy.source, copy.destination
-    size = source.element_size()
-    offsets = np.zeros((1, 2), dtype=np.int64)
-    for dim in range(num_outer):
-        steps = np.arange(source.shape[dim], dtype=np.int64)[:, None] * (source.stride(dim), destination.stride(dim))
-        offsets = (offsets[:, None] + steps[None]).reshape(-1, 2)
-    first = np.array([source.data_ptr(), destination.storage_offset() * size], dtype=np.int64)
-    found = np.empty((len(offsets), 3), dtype=np.uint64)
-    found[:, :2] = first + offsets * size
-    found[:, 2] = run * size
-    return found
-
-
-def _split(copy: Copy) -> tuple[int, int] | None:
-    """How many leading dims are not in one run, and the elements of a run; None where the copy casts."""
-    source, destination = copy.source, copy.destination
-    if source.dtype != destination.dtype:
-        return None
-    run, dim = 1, source.ndim
-    while dim and (source.shape[dim - 1] == 1 or source.stride(dim - 1) == destination.stride(dim - 1) == run):
-        run *= source.shape[dim - 1]
-        dim -= 1
-    return dim, run
-
-
-def _copies(message: Message, source: LocalWeights, target: LocalWeights) -> Iterator[Copy]:
-    """As `weight_copies`, to a target in another process, whose addresses say nothing here."""
-    for piece in message.pieces:
-        for part in piece.tensor.memory_boxes(piece.box):
-            for view in target.views(piece.tensor.key, part):
-                for origin in source.views(piece.tensor.key, view.box):
-                    yield Copy(part_within(view.data, view.box, origin.box), origin.data)
-
-
-def _at(places: Iterable[Place]) -> LocalWeights:
-    """Weights of a peer as tensors without data, each at its address there: that is its offset in their storage."""
-    return mapped_weights([torch.empty(ADDRESSES, dtype=torch.uint8, device="meta")], places)
-
-
 def _no_region() -> torch.Tensor:
     """What begins at address 0, for places that are addresses."""
     return torch.empty(0, dtype=torch.uint8)
-
-
-def _descriptors(addresses: Rows, sizes: Rows, regions: Sequence[Region]) -> Rows:
-    """Descriptors with the device numbers of the `regions` that they lie in. Regions are sorted by address."""
-    starts = np.array([region.address for region in regions], dtype=np.uint64)
-    devices = np.array([region.device for region in regions], dtype=np.uint64)
-    within = np.searchsorted(starts, addresses, side="right") - 1
-    return np.stack([addresses, sizes, devices[within]], axis=1)
-
-
-def _row(address: int, nbytes: int, device: int) -> Rows:
-    return np.array([[address, nbytes, device]], dtype=np.uint64)
-
-
-def _all_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _key(number: int) -> str:

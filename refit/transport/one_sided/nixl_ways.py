@@ -140,7 +140,7 @@ def _judged(found: Found, device: str, rank: int, copy_rate: float) -> str | Non
         has_adapters = False
         with suppress(OSError):
             has_adapters = any(ADAPTERS.iterdir())
-        is_slow = not any(name in way for name in fast) if where == NEAR else has_adapters and way.startswith("tcp")
+        is_slow = not any(name in way for name in fast) if where == NEAR else has_adapters and "tcp/" in way
         if is_slow:
             why = WHY[NEAR, device] if where == NEAR else WHY[FAR]
             return (
