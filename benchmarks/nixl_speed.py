@@ -209,7 +209,6 @@ def within(num_rounds: int) -> None:
 
 def between(num_rounds: int) -> None:
     """The last two of eight ranks are idle: hosts have equally many."""
-    os.environ["UCX_TLS"] = "tcp,self"
     with Network(2, None) as network:
         pool = network.ranks(4)
         try:
@@ -225,7 +224,6 @@ def borders(num_rounds: int) -> None:
     pool = RankPool(2)
     _print_border("within a host", pool, num_rounds)
     if unavailable() is None:
-        os.environ["UCX_TLS"] = "tcp,self"
         with Network(2, None) as network:
             _print_border("between two namespaces", network.ranks(1), num_rounds)
 

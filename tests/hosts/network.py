@@ -99,6 +99,8 @@ class Network:
         def enter(rank: int) -> None:
             enter_namespace(self.hosts[rank // ranks_per_host])
             os.environ.update(GLOO_SOCKET_IFNAME=INTERFACE, LOCAL_WORLD_SIZE=str(ranks_per_host))
+            # All have one kernel, by which UCX would copy from one host's process to another's.
+            os.environ.update(UCX_TLS="tcp,self", UCX_NET_DEVICES=INTERFACE)
 
         return RankPool(ranks_per_host * len(self.hosts), enter)
 

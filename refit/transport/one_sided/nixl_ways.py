@@ -16,24 +16,30 @@ from refit.transport.base import Connected, TransportOptions
 from refit.transport.one_sided.executor import Backoff
 from refit.transport.one_sided.nixl_library import Agent
 from refit.transport.one_sided.nixl_memory import NixlMemory, NixlPut
+from refit.transport.one_sided.nixl_runs import descriptor
 from refit.transport.one_sided.peer_memory import Counter
 from refit.transport.rendezvous import Rendezvous
 
-PROBE_BYTES = 4 << 20
+PROBE_BYTES = 64 << 10
+"""Written to every peer: UCX chooses for all sizes at the first write."""
+
+TIMED_BYTES = 4 << 20
+"""Written to one peer where a way is slow, to say how slow."""
+
 NEAR, FAR = "within a host", "between hosts"
 
-Found = dict[str, tuple[str | None, float]]
-"""By where the peers are: what carries writes to them, None where it is unknown, and the bytes per second seen."""
+Found = dict[str, str | None]
+"""By where the peers are: what carries writes to them, None where it is unknown."""
 
-FAST = {(NEAR, "cpu"): ("cma", "xpmem", "knem", "posix", "sysv"), (NEAR, "cuda"): ("cuda_ipc",)}
-"""What UCX calls a transport that copies once between two processes of a host."""
+FAST = {"cpu": ("cma", "xpmem", "knem", "posix", "sysv"), "cuda": ("cuda_ipc",)}
+"""By where the weights are, what UCX calls transports that copy once between two processes of a host."""
 
 ADAPTERS = Path("/sys/class/infiniband")
 
 WHY = {
-    (NEAR, "cpu"): "the kernel does not let one process write another's memory, as with kernel.yama.ptrace_scope above "
+    "cpu": "the kernel does not let one process write another's memory, as with kernel.yama.ptrace_scope above "
     "0 or in containers of their own, or UCX_TLS leaves cma out",
-    (NEAR, "cuda"): "UCX does not open the other process's GPU memory: cuda-ipc and nccl do",
+    "cuda": "UCX does not open the other process's GPU memory: cuda-ipc and nccl do",
     FAR: "this host has adapters for RDMA, which UCX does not use: see UCX_TLS and UCX_NET_DEVICES",
 }
 
@@ -45,16 +51,23 @@ def find_ways(plan: RefitPlan, rendezvous: Rendezvous, agent: Agent, options: Tr
     """
     probe = _Probe(plan, rendezvous, agent, options)
     found: Found = {}
+    slow = None
     for where, peers in probe.targets().items():
-        rate = probe.write(peers)
+        for peer in peers:
+            probe.write(peer, PROBE_BYTES)
         agent.ways[where] = agent.new_ways() or agent.ways.get(where) or agent.ways.get(NEAR)
-        found[where] = agent.ways[where], rate
+        found[where] = agent.ways[where]
+        why = _why_slow(where, found[where], options.device_type)
+        if why is not None:
+            slow = (
+                f"NIXL writes {where} over {found[where]}: {probe.rate(peers[0]) / 1e9:.2f} GB/s from rank "
+                f"{rendezvous.rank}, whose own memory is copied at {probe.copy_rate() / 1e9:.2f} ({why})"
+            )
     probe.wait_for_sources()
-    seen = rendezvous.exchange(found)
-    slow = _judged(found, options.device_type, rendezvous.rank, probe.copy_rate())
-    slows = [each for each in rendezvous.exchange(slow).values() if each is not None]
+    seen = list(rendezvous.exchange((found, slow)).values())
     probe.close()
-    return Connected(_words(agent.backend, list(seen.values())), slows[0] if slows else None)
+    slows = [each for _, each in seen if each is not None]
+    return Connected(_words(agent.backend, [ways for ways, _ in seen]), slows[0] if slows else None)
 
 
 class _Probe:
@@ -72,7 +85,7 @@ class _Probe:
         self._targets = pairs[pairs[:, 0] == rank, 1].tolist()
         self._sources = pairs[pairs[:, 1] == rank, 0].tolist()
         self._memory = NixlMemory(rendezvous, agent, device, options.timeout_s)
-        self._own = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
+        self._own = torch.zeros(TIMED_BYTES, dtype=torch.uint8, device=device)
         self._theirs = torch.zeros_like(self._own)
         registered = self._memory.register([self._own, self._theirs])
         self._device = registered.regions[0].device
@@ -90,21 +103,22 @@ class _Probe:
         far = [peer for peer in self._targets if host_of[peer] != host_of[rank]]
         return {where: peers for where, peers in ((NEAR, near), (FAR, far)) if peers}
 
-    def write(self, peers: Sequence[int]) -> float:
-        """Write to each of `peers`, and to the first once more. Returns that one's bytes per second."""
-        for peer in peers:
-            self._write(peer, 1)
-        start = time.perf_counter()
-        self._write(peers[0], 2)
-        return PROBE_BYTES / (time.perf_counter() - start)
-
-    def _write(self, peer: int, value: int) -> None:
+    def write(self, peer: int, nbytes: int) -> None:
         memory, (address, device) = self._memory, self._places[peer]
-        own = np.array([[self._own.data_ptr(), PROBE_BYTES, self._device]], dtype=np.uint64)
-        theirs = np.array([[address, PROBE_BYTES, device]], dtype=np.uint64)
-        write = memory.write(memory.listed(None, own), memory.listed(peer, theirs), np.zeros(1, dtype=np.int32))
-        memory.send(peer, NixlPut(CopyBatch(()), write=write), value)
+        lists = (
+            memory.listed(None, descriptor(self._own.data_ptr(), nbytes, self._device)),
+            memory.listed(peer, descriptor(address, nbytes, device)),
+        )
+        write = memory.write(*lists, np.zeros(1, dtype=np.int32))
+        memory.send(peer, NixlPut(CopyBatch(()), write=write), 1)
         memory.finish()
+
+    def rate(self, peer: int) -> float:
+        """Bytes per second of a large write to `peer`."""
+        self.write(peer, TIMED_BYTES)
+        start = time.perf_counter()
+        self.write(peer, TIMED_BYTES)
+        return TIMED_BYTES / (time.perf_counter() - start)
 
     def wait_for_sources(self) -> None:
         """Tell this rank's destinations that it has written all, and wait for its sources to say so.
@@ -125,35 +139,27 @@ class _Probe:
         self._theirs.copy_(self._own)
         if self._own.is_cuda:
             torch.cuda.synchronize()
-        return PROBE_BYTES / (time.perf_counter() - start)
+        return TIMED_BYTES / (time.perf_counter() - start)
 
     def close(self) -> None:
         self._memory.close()
 
 
-def _judged(found: Found, device: str, rank: int, copy_rate: float) -> str | None:
-    """Why a way is slower than it need be, in words; None where none is."""
-    for where, (way, rate) in found.items():
-        if way is None:
-            continue
-        fast = FAST.get((where, device), ())
-        has_adapters = False
-        with suppress(OSError):
-            has_adapters = any(ADAPTERS.iterdir())
-        is_slow = not any(name in way for name in fast) if where == NEAR else has_adapters and "tcp/" in way
-        if is_slow:
-            why = WHY[NEAR, device] if where == NEAR else WHY[FAR]
-            return (
-                f"NIXL writes {where} over {way}: {rate / 1e9:.2f} GB/s from rank {rank}, whose own memory is copied "
-                f"at {copy_rate / 1e9:.2f} ({why})"
-            )
+def _why_slow(where: str, way: str | None, device: str) -> str | None:
+    """Why this way is slower than it need be; None where it is not, as far as is known."""
+    if way is None:
+        return None
+    if where == NEAR:
+        return None if any(name in way for name in FAST[device]) else WHY[device]
+    with suppress(OSError):
+        return WHY[FAR] if "tcp/" in way and any(ADAPTERS.iterdir()) else None
     return None
 
 
 def _words(backend: str, seen: Sequence[Found]) -> str | None:
     """`UCX: cma/memory within a host, tcp/eth0 between hosts`; None where nothing is sent."""
     ways = {
-        where: sorted({found[where][0] or "a transport that it does not state" for found in seen if where in found})
+        where: sorted({found[where] or "a transport that it does not state" for found in seen if where in found})
         for where in (NEAR, FAR)
     }
     stated = ", ".join(f"{' and '.join(names)} {where}" for where, names in ways.items() if names)
