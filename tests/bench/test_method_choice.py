@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from refit.cli.parsing import parse
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError
 from refit.transport.base import TransportOptions
+from refit.transport.one_sided.nixl import NixlTransport
 from refit.transport.one_sided.nvshmem import NvshmemTransport
 from refit.transport.one_sided.shm import SharedMemoryTransport
 from refit.transport.two_sided.nccl import NcclTransport
@@ -61,12 +64,16 @@ def test_ranks_that_share_a_gpu_take_cuda_ipc(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_any_method_all_reasons_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: object, ranks_per_gpu: int) -> None:
-        raise UnavailableError("no /dev/shm")
+    def refused(reason: str) -> Callable[..., None]:
+        def check(_: object, options: TransportOptions) -> None:
+            raise UnavailableError(reason)
 
-    monkeypatch.setattr(SharedMemoryTransport, "check_available", refused)
+        return check
+
+    monkeypatch.setattr(SharedMemoryTransport, "check_available", refused("no /dev/shm"))
+    monkeypatch.setattr(NixlTransport, "check_available", refused("no nixl"))
     monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: False)
-    with pytest.raises(UnavailableError, match=r"no method can run here: no /dev/shm; gloo needs"):
+    with pytest.raises(UnavailableError, match=r"no method can run here: no /dev/shm; gloo needs .*; no nixl$"):
         with_method(scenario("--device", "cpu"))
 
 

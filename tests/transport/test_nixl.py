@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -256,18 +257,37 @@ def test_a_rank_that_dies_or_stops_is_named_within_the_timeout(how: str, failing
     assert all(seconds < 4 * SHORT_S + 20 for _, seconds in answers.values())
 
 
+def _why_unavailable(rank: int, backend: str) -> str:
+    try:
+        get_transport("nixl").check_available(TransportOptions(nixl_backend=backend))
+    except UnavailableError as error:
+        return str(error)
+    return ""
+
+
 @installed
 @pytest.mark.parametrize(
     ("backend", "match"),
     [
-        ("NOPE", "no backend NOPE here: use --nixl-backend UCX, or another one of .*UCX"),
-        ("GDS", "cannot start its backend GDS"),
-        ("POSIX", "moves memory to files, not to other ranks"),
+        ("UCX", "$"),
+        ("NOPE", "NIXL has no backend NOPE here: use --nixl-backend UCX, or another one of .*UCX"),
+        ("GDS", "NIXL cannot start its backend GDS"),
+        ("POSIX", "NIXL's backend POSIX moves memory to files, not to other ranks"),
     ],
 )
-def test_a_backend_that_is_missing_or_reaches_no_peer_is_waived(backend: str, match: str) -> None:
-    with pytest.raises(UnavailableError, match=match):
-        get_transport("nixl").check_available(TransportOptions(nixl_backend=backend))
+def test_a_backend_that_is_missing_or_reaches_no_peer_is_waived(ranks: RankPool, backend: str, match: str) -> None:
+    """On ranks: processes that are forked from one that has used NIXL cannot use it."""
+    for message in ranks.run(_why_unavailable, backend):
+        assert re.match(match, message), message
+        assert "\n" not in message
+
+
+def test_a_process_that_was_forked_from_one_with_an_agent_is_refused() -> None:
+    with (
+        mock.patch.object(nixl_library, "_AGENTS", {(os.getppid(), "UCX"): mock.Mock()}),
+        pytest.raises(UnavailableError, match="in use before this process was forked"),
+    ):
+        nixl_library.agent("UCX")
 
 
 def test_without_the_library_it_says_how_to_get_it() -> None:
@@ -295,3 +315,32 @@ def test_memory_that_cannot_be_registered_is_refused_in_one_line(ranks: RankPool
     (message, *_) = ranks.run(_register_nothing)
     assert "UCX cannot register 1.0 MiB of DRAM (NIXL_ERR_BACKEND)" in message
     assert "\n" not in message
+
+
+def _prepare_where_one_cannot(rank: int) -> tuple[str, list[str]]:
+    """The error of preparing where rank 5 cannot register, and wrong tensors of a refit that is prepared after it."""
+    register = nixl_library.Agent.register
+
+    def refused(agent: nixl_library.Agent, memories: Any) -> nixl_library.Registration:
+        if rank == 5:
+            raise RefitError("rank 5 has no memory to register")
+        return register(agent, memories)
+
+    message = ""
+    with mock.patch.object(nixl_library.Agent, "register", refused):
+        try:
+            _prepared(rank, CASE)
+        except RefitError as error:
+            message = str(error)
+    source, destination, program = _prepared(rank, CASE)
+    if source is not None:
+        fill(source, 1)
+    torch.distributed.barrier()
+    program.run()
+    program.close()
+    return message, [] if destination is None else wrong_tensors(destination, CASE.plan, 1)
+
+
+@installed
+def test_a_rank_that_cannot_register_ends_the_preparation_of_all(ranks: RankPool) -> None:
+    assert ranks.run(_prepare_where_one_cannot) == [("rank 5 has no memory to register", [])] * 8

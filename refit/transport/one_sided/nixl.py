@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from refit.errors import RefitError
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
@@ -55,15 +56,19 @@ class NixlTransport:
             return IdleProgram()
         device = next((side.device for side in (source, destination) if side is not None), torch.device("cpu"))
         rendezvous = _rendezvous(plan, ranks, options)
-        # Own copies of a rank are both sides' and may be in place, so a rank holds both directions' slots.
+        # A rank has slots for what it sends, and others for what it receives.
         slot_bytes = bucket_bytes(plan, options.staging_bytes, 2 * SLOTS_PER_PEER, SLOT_BYTES)
         threshold = None if options.max_bytes is not None else min(OWN_MESSAGE_BYTES, slot_bytes)
         framing = Framing(slot_bytes, threshold, max_bytes=options.max_bytes)
         schedule = make_schedule(plan, ranks.rank, framing)
         memory = NixlMemory(rendezvous, library.agent(options.nixl_backend), device, options.timeout_s)
         is_staged = options.max_bytes is not None
-        buffers = NixlBuffers(memory, schedule, source, destination, SLOTS_PER_PEER, is_staged=is_staged)
-        return OneSidedProgram(buffers.schedule, memory, buffers, source, destination, options.timeout_s)
+        try:
+            buffers = NixlBuffers(memory, schedule, source, destination, SLOTS_PER_PEER, is_staged=is_staged)
+            return OneSidedProgram(buffers.schedule, memory, buffers, source, destination, options.timeout_s)
+        except RefitError:
+            memory.abandon()
+            raise
 
 
 def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Rendezvous:

@@ -119,7 +119,7 @@ class NixlBuffers:
         self._passes_on = any(message.stage for channel in schedule.sends for message in channel.messages)
         self._num_offers = 0
         self._stale: list[Registration] = []
-        self._own = self._registered()
+        self._own = self._registered(memory.register_everywhere)
         self._meet(schedule)
         self.schedule = self._agreed(schedule)
         self._allocate()
@@ -162,7 +162,7 @@ class NixlBuffers:
         sizes = [*self._slot_bytes.values(), *(target.slot_bytes for target in self._targets.values())]
         self.staging_bytes = window * sum(sizes)
         heap = torch.zeros(self.staging_bytes, dtype=torch.uint8, device=memory.device)
-        self._heap = memory.register([heap])
+        self._heap = memory.register_everywhere([heap])
         parts = iter(torch.split(heap, [window * size for size in sizes]))
         self._rings = {peer: next(parts) for peer in self._sources}
         for target in self._targets.values():
@@ -220,7 +220,7 @@ class NixlBuffers:
         if self._own.bound_to == generations(self._source, self._destination):
             return
         self._stale.append(self._own.registration)
-        self._own = self._registered()
+        self._own = self._registered(self._memory.register)
         if self._sources and not self._is_staged:
             self._num_offers += 1
             self._memory.publish(_key(self._num_offers), self._offer())
@@ -243,16 +243,16 @@ class NixlBuffers:
     def release(self) -> None:
         self._targets, self._rings = {}, {}
 
-    def _registered(self) -> _Own:
-        """The storages of all weights that messages are read from or written into, registered."""
+    def _registered(self, register: Callable[[Sequence[torch.Tensor]], Registration]) -> _Own:
+        """The storages of all weights that messages are read from or written into, registered by `register`."""
         bound_to = generations(self._source, self._destination)
         if self._is_staged:
-            return _Own(self._memory.register([]), bound_to)
+            return _Own(register([]), bound_to)
         written = self._destination if self._sources or self._passes_on else None
         shards = [shard for weights in (self._source, written) for shard in weights or ()]
         storages = {shard.view.untyped_storage().data_ptr(): shard.view.untyped_storage() for shard in shards}
         ordered = [all_bytes(storages[address]) for address in sorted(storages)]
-        return _Own(self._memory.register(ordered), bound_to)
+        return _Own(register(ordered), bound_to)
 
     def _offer(self) -> Offer:
         metadata = self._memory.offered(self._own.registration)

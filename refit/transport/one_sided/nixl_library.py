@@ -68,8 +68,15 @@ _AGENTS: dict[tuple[int, str], Agent] = {}
 
 
 def agent(backend: str) -> Agent:
-    """This process's agent with `backend`, made on first use. Raises UnavailableError as `check_available` says."""
+    """This process's agent with `backend`, made on first use. Raises UnavailableError as `check_available` says.
+
+    Also in a process that was forked from one with an agent: UCX would hang there.
+    """
     key = os.getpid(), backend
+    if any(process != os.getpid() for process, _ in _AGENTS):
+        raise UnavailableError(
+            "NIXL was in use before this process was forked, and cannot be used in both: start it anew"
+        )
     if key not in _AGENTS:
         _AGENTS[key] = Agent(backend)
     return _AGENTS[key]

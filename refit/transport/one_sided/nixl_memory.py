@@ -71,7 +71,7 @@ class NixlMemory:
         self._under_way: list[tuple[int, Any]] = []
         self._registrations: list[Registration] = []
         self._inbox = agent.open_inbox(self._take)
-        self._has_failed = False
+        self._is_settled = True
 
     def exchange(self, value: Any, wanted: Sequence[int] | None = None) -> dict[int, Any]:
         return self._rendezvous.exchange(value, wanted)
@@ -81,6 +81,16 @@ class NixlMemory:
 
     def fetch(self, rank: int, key: str) -> Any:
         return self._rendezvous.fetch(rank, key)
+
+    def register_everywhere(self, memories: Sequence[torch.Tensor]) -> Registration:
+        """As `register`. Raises the same RefitError on all ranks where one cannot. Collective."""
+        found, problem = Registration((), None), None
+        try:
+            found = self.register(memories)
+        except RefitError as error:
+            problem = error
+        self._rendezvous.agree(problem)
+        return found
 
     def register(self, memories: Sequence[torch.Tensor]) -> Registration:
         """Register memory until `deregister` or `close`. Raises RefitError where NIXL cannot."""
@@ -122,6 +132,7 @@ class NixlMemory:
         return self._agent.write(own, theirs, numbers)
 
     def begin(self, has_new_copies: bool) -> None:
+        self._is_settled = False
         # Credit, which follows, allows peers to overwrite weights that the caller's stream may still be using.
         self._synchronise()
 
@@ -159,18 +170,22 @@ class NixlMemory:
         while self._under_way:
             self._progress()
             if self._under_way and time.monotonic() > deadline:
-                self._has_failed = True
                 raise late_peers_error(self.rank, [peer for peer, _ in self._under_way], self._timeout_s)
         for heard in self._heard.values():
             heard.arrived.clear()
+        self._is_settled = True
 
     def barrier(self) -> None:
         self.exchange(None)
 
     def close(self) -> None:
-        """Collective, where no peer has failed: nothing is deregistered that a peer still writes."""
-        if not self._has_failed:
+        """Collective, unless a run has failed: nothing is deregistered that a peer still writes."""
+        if self._is_settled:
             self.barrier()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Deregister all, and hear nothing more."""
         self._agent.close_inbox(self._inbox)
         self._under_way.clear()
         for registration in self._registrations:
@@ -222,7 +237,7 @@ class NixlMemory:
         try:
             yield
         except self._agent.errors as error:
-            self._has_failed = True
+            self._is_settled = False
             raise RefitError(
                 f"rank {peer} cannot be reached over NIXL's {self._agent.backend} ({self._agent.said(error)}): "
                 "that rank has failed, or has closed its memory"
