@@ -37,7 +37,7 @@ class NixlTransport:
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected | None:
         """Connect the ranks of the plan, and find out what carries their writes. Collective: every rank of the plan.
 
-        Raises RefitError, the same on every rank, where two of them do not reach each other.
+        Raises RefitError, naming a rank, where two of them do not reach each other.
         """
         if ranks.rank not in plan.ranks:
             return None
