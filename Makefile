@@ -67,7 +67,7 @@ check: $(READY)
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
 	$(BIN)/shfmt --indent 4 --case-indent --diff $(SHELL_SCRIPTS)
 
-## slurm-test: the scripts under a real Slurm on this machine (root; installs slurm-wlm and munge with apt where missing)
+## slurm-test: the scripts under a real Slurm on this machine (root; installs slurm-wlm, munge and iproute2 with apt where missing)
 slurm-test: $(READY)
 	tests/slurm/run.sh $(abspath $(BIN))/python
 

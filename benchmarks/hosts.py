@@ -31,7 +31,7 @@ PAIR_BYTES = 64 << 20
 REFITS = 3
 MODEL = (
     "--model=tiny_qwen3_moe --hidden-size=1024 --num-attention-heads=16 --kv-channels=64 --moe-ffn-hidden-size=1024 "
-    f"--vocab-size=22528 --refit-method=gloo --num-benchmark-warmup=1 --num-benchmark-iterations={REFITS} "
+    f"--vocab-size=22528 --num-benchmark-warmup=1 --num-benchmark-iterations={REFITS} "
     "--rl-inference-format=vllm --rl-inference-tensor-model-parallel-size=1"
 )
 
@@ -96,18 +96,19 @@ class Measured:
     num_wrong: int = 0
 
 
-def campaign(case: Case, turns: int, mbit: int) -> tuple[dict[str, Measured], list[float]]:
+def campaign(case: Case, turns: int, mbit: int, method: str) -> tuple[dict[str, Measured], list[float]]:
     """The arms of `case`, and bytes per second of one pair of processes, one figure per turn."""
     found = {name: Measured() for name in case.arms}
     pair: list[float] = []
-    load_libraries(parse(f"{MODEL} {next(iter(case.arms.values()))}".split()).scenario)
+    model = f"{MODEL} --refit-method={method}"
+    load_libraries(parse(f"{model} {next(iter(case.arms.values()))}".split()).scenario)
     with Network(case.num_hosts, mbit) as network:
         ranks = network.ranks(case.ranks_per_host)
         try:
             for _ in range(turns):
                 pair.append(PAIR_BYTES / max(ranks.run(_send_over_the_link, case.ranks_per_host)))
                 for name, flags in case.arms.items():
-                    _add(found[name], ranks, f"{MODEL} {flags}".split())
+                    _add(found[name], ranks, f"{model} {flags}".split())
         finally:
             ranks.stop()
     return found, pair
@@ -163,13 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3, help="times that every arm runs; default: 3")
     parser.add_argument("--mbit", type=int, default=1000, help="rate of each link, each way; default: 1000")
+    parser.add_argument("--method", default="gloo", help="the refit method, as in shm+gloo; default: gloo")
     args = parser.parse_args()
     if (reason := unavailable()) is not None:
         parser.error(reason)
     lines: list[str] = []
     for case in CASES:
         load = os.getloadavg()[0]
-        lines += report(case, *campaign(case, args.turns, args.mbit), load)
+        lines += report(case, *campaign(case, args.turns, args.mbit, args.method), load)
     print("\n".join(lines))
 
 

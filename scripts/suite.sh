@@ -7,7 +7,7 @@ source "$root/scripts/common.sh"
 
 script=$(readlink -f -- "$0")
 action=run dry_run='' scenarios='' model='' output_dir='' timeout_s='' resume='' only='' num_runs='' asked_nodes='' array='' throttle=''
-cluster='' sweep_file=''
+cluster='' sweep_file='' cancelled=''
 flags=() selection=() common=() allocation=()
 
 suite() {
@@ -218,6 +218,7 @@ serve() {
             printf '%s\n' "$line"
             continue
         fi
+        [[ -z $cancelled ]] || continue
         mapfile -d $'\t' -t fields < <(printf '%s\t' "${line#$'\x1e'}")
         code=0
         exec 3>>"${fields[1]}"
@@ -232,6 +233,7 @@ cancel_loop() {
     trap '' TERM INT
     stop_step
     exec 5>&-
+    cancelled=yes # what is left is to print what the loop says
     serve
     wait "$1" || true
     exit 143

@@ -35,6 +35,7 @@ HEAVY = (
 MAY_IMPORT_MEGATRON = ("refit/models/megatron/", "refit/bench/engines/megatron.py")
 LATER = {
     "refit/cli/main.py": {"refit.bench.runner.run"},
+    "refit/commands/calibrate.py": {"refit.bench.calibration"},
     "refit/cli/forked.py": {f"refit.bench.launcher.{name}" for name in ("launch", "load_libraries", "uses_cuda")},
 }
 """What a function of a torch-free package imports when it is called."""

@@ -12,6 +12,7 @@ from refit.bench.method_choice import check_hosts, check_same_method, with_metho
 from refit.bench.served import served
 from refit.bench.session import Session, device_for, launched
 from refit.bench.sides import build_side
+from refit.config.clusters import check_hosts_of
 from refit.config.registry import ENGINES, FORMATS, MEASUREMENTS, load
 from refit.config.scenario import Scenario
 from refit.copies.batch import start_loading_kernels
@@ -39,6 +40,7 @@ def run(scenario: Scenario) -> int:
     with launched(scenario) as launch:
         try:
             check_same_method(launch.session)
+            _check_cluster(launch.session)
             return benchmark(launch.session, launch.file).exit_code or 0
         except BaseException as error:
             return launch.watchdog.fail(error)
@@ -121,6 +123,16 @@ def _check_cpus(scenario: Scenario) -> None:
     ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if os.environ.get("RANK", "0") == "0" and ranks == here:
         check_running(scenario, this_machine())
+
+
+def _check_cluster(session: Session) -> None:
+    """Raise UsageError where ranks do not fill hosts in order, or have other hosts than the cluster that was measured.
+
+    Before the sides are built.
+    """
+    per_host, cluster = session.ranks_per_node or session.world_size, session.scenario.cluster
+    if cluster is not None:
+        check_hosts_of(cluster, session.gpus.gpus_per_host, -(-session.world_size // per_host))
 
 
 def _closing_lines(session: Session, result: Result) -> list[str]:

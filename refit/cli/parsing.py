@@ -27,7 +27,7 @@ from refit.predict.sides import check_side, library_notes
 from refit.results.stats import LEAST_FOR_INTERVAL
 
 DEFAULT_WARMUP = 2
-DRY_RUN_METHOD = "nccl"
+DRY_RUN_METHOD = next(name for name, row in METHODS.items() if not row.one_sided)
 """The method of a dry run without `--refit-method`. No figure of a dry run depends on it."""
 
 

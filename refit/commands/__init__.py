@@ -13,7 +13,18 @@ from refit.config import plugins
 from refit.errors import RefitError, UsageError
 from refit.report.terminal.console import ending_quietly, show_error
 
-NAMED_AFTER_MODULES = ("run", "report", "compare", "plot", "bounds", "search", "sweep", "completion", "outcome")
+NAMED_AFTER_MODULES = (
+    "run",
+    "report",
+    "compare",
+    "plot",
+    "bounds",
+    "search",
+    "sweep",
+    "calibrate",
+    "completion",
+    "outcome",
+)
 COMMANDS: Mapping[str, str] = {**{name: name for name in NAMED_AFTER_MODULES}, "place": "sweep"}
 """Every command and its module, in the order in which `refit --help` names them. Steps for scripts (`outcome`, `place`)
 have no `help` text, so that help leaves them out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ def inserted(path: Path, tables: str) -> str:
 def section(selection: Selection, clusters: Sequence[Cluster]) -> str:
     """A heading and the table of one file's scenarios."""
     names = [candidate.name for candidate in selection.candidates]
-    runs = dict(zip(names, plan_all(selection.candidates, _plan), strict=True))
+    options = DryRunOptions(compared=tuple(clusters))
+    runs = dict(zip(names, plan_all(selection.candidates, partial(_plan, options=options)), strict=True))
     return f"### {markdown_text(selection.title)}\n\n{bounds_table(runs, clusters)}"
 
 
-def _plan(candidate: Candidate) -> DryRun:
-    return dry_run(parse(candidate.flags).scenario, DryRunOptions())
+def _plan(candidate: Candidate, options: DryRunOptions) -> DryRun:
+    return dry_run(parse(candidate.flags).scenario, options)

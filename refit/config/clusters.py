@@ -15,7 +15,7 @@ MAX_NUMBER = 1e6
 
 NUMBERS = ("intra_node_gb_per_s", "inter_node_gb_per_s", "gpus_per_node", "copy_gb_per_s", "gpu_memory_gb")
 REQUIRED = ("intra_node_gb_per_s", "gpus_per_node")
-TEXTS = ("gpu", "source")
+TEXTS = ("gpu", "source", "measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class Cluster:
     HGX host, 72 in an NVL72 rack). Between nodes it is `inter_bytes_per_s`, None where only one node is described.
     `copy_bytes_per_s` counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the
     bound. `gpu_memory_bytes` is None where it is not known. `gpu` is the end of the device's name, by which a run finds
-    its cluster; None where users must name the cluster. `source` says where the figures come from.
+    its cluster; None where users must name the cluster. `source` says where the figures come from, `measured` on which
+    day `refit calibrate` took them; None of a file that it has not written.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Cluster:
     gpu_memory_bytes: int | None
     gpu: str | None
     source: str
+    measured: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def load_cluster(name: str) -> Cluster:
     """A file of `configs/clusters`, or the YAML file at path `name`.
 
     `intra_node_gb_per_s` and `gpus_per_node` must be there; `inter_node_gb_per_s`, `copy_gb_per_s`, `gpu_memory_gb`,
-    `gpu` and `source` may be left out. Speeds are GB/s of one GPU in one direction.
+    `gpu`, `source` and `measured` may be left out. Speeds are GB/s of one GPU in one direction.
     Raises UsageError, naming file and key, for an unknown name or key, a number that is not positive, finite and
     within its limit, or a text that is none.
     """
@@ -78,7 +80,21 @@ def load_cluster(name: str) -> Cluster:
         gpu_memory_bytes=int(numbers["gpu_memory_gb"] * 1e9) if numbers["gpu_memory_gb"] else None,
         gpu=texts["gpu"] or None,
         source=texts["source"],
+        measured=texts["measured"] or None,
     )
+
+
+def check_hosts_of(cluster: Cluster, ranks_per_host: int, num_hosts: int) -> None:
+    """Raise UsageError where a cluster that was measured has other hosts than a run.
+
+    Ranks of a host share its links, so that a rank's share of them holds for equally many.
+    """
+    measured, here = cluster.gpus_per_node, ranks_per_host
+    if cluster.measured is not None and (here != measured if num_hosts > 1 else here > measured):
+        raise UsageError(
+            f"--cluster {cluster.name} was measured with {measured} ranks on a host, this run has {here}: start "
+            f"{measured} on each, or run refit calibrate with {here}"
+        )
 
 
 def clusters_of(device_name: str) -> list[Cluster]:

@@ -46,6 +46,8 @@ class Format:
 
     `preload(scenario, device)` imports what `build` imports when it is called, for ranks that share it; None: nothing.
 
+    `is_reference`: reports compare the losses of other trainers with those of this one.
+
     `rearrange(model, scenario, side) -> ShardedModel` is for sides with `SideSpec.rearranged`: the same memory with the
     experts placed as the new `side` says.
     """
@@ -64,6 +66,7 @@ class Format:
     searched_options: tuple[str, ...] = ()
     builds_codes: bool = False
     parts: str | None = None
+    is_reference: bool = False
     available: str | None = None
     note: str | None = None
     preload: str | None = None
@@ -81,7 +84,10 @@ class Method:
 
     `devices` are those whose memory it moves, the default first. `one_sided` methods write into memory of the
     destination; two-sided ones send and receive. `single_host` ones need all ranks on one host. `cpu_stand_in` runs the
-    same executor where there is no GPU. `needs` is for help texts.
+    same executor where there is no GPU. `needs` is for help texts. `message_bytes` is the most of a message, and
+    `messages_per_pair` how many of a pair are in flight: for estimates, as the transport has them. `suggested_for` are
+    the modes for which `search` writes it where none was chosen, `megatron_service` is what Megatron-Core's own refit
+    moves its bytes with then.
     """
 
     transport: str
@@ -90,6 +96,10 @@ class Method:
     one_sided: bool = False
     single_host: bool = False
     cpu_stand_in: str | None = None
+    message_bytes: int = 64 << 20
+    messages_per_pair: int = 4
+    suggested_for: tuple[str, ...] = ()
+    megatron_service: str = "nccl"
 
     @property
     def device(self) -> str:

@@ -18,10 +18,12 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import Bound, Cost, Traffic, bytes_matrix, lower_bound, split_traffic
+from refit.plan.estimate import MessageSize, estimate_s, filling_s
 from refit.plan.floor import LeastBytes, floor_of, least_bytes
 from refit.plan.planner import plan_refit
 from refit.predict.expert_map import ExpertMap, expert_maps
-from refit.predict.relays import Relaying
+from refit.predict.findings import Crossing
+from refit.predict.relays import Relaying, message_size
 from refit.predict.sides import check_side, plan_sides, predict_sides, training_bytes
 from refit.predict.training_memory import TrainingMemory
 
@@ -31,11 +33,13 @@ class DryRunOptions:
     """The hardware that a dry run assumes. `num_gpus` None stands for as many as the scenario needs.
 
     The plan uses hosts of `gpus_per_node` GPUs, as a run does. Traffic and bound use the cluster's NVLink domains.
+    `compared` are clusters whose floors are wanted beside.
     """
 
     num_gpus: int | None = None
     gpus_per_node: int = 8
     cluster: Cluster | None = None
+    compared: tuple[Cluster, ...] = ()
 
     @property
     def gpus_per_domain(self) -> int:
@@ -70,8 +74,10 @@ class DryRun:
     splits them at the boundaries of nodes, `work_bytes` are those that encodings read and write on ranks beside them.
     `changes` has a row for each share of changed weights that is asked for; the other bytes are those of a refit that
     sends everything. `bound` is None without a cluster, and where the cluster has no speed for bytes that cross its
-    nodes, and so is `floor`, the least bound of all plans. `least_between_bytes` cross nodes in every plan. `relay` is
-    off, node or engine; `without_relay` has the figures of the plan without one, None where this is that plan.
+    nodes, and so is `floor`, the least bound of all plans; `floors` has it on each cluster of the options.
+    `estimate_s` is the bound with the time in which relays fill and drain; None where there is no bound, or no relay.
+    `least_between_bytes` cross nodes in every plan. `relay` is off, node or engine; `without_relay` has the figures of
+    the plan without one, None where this is that plan.
     `training` is what the source's ranks need beside their weights to train; empty where no training step is measured.
     `expert_maps` are the destination's, empty for a format that does not let users place experts. `linear` is the same
     scenario with experts in order and none twice, `rearranged` with those of the next placement; both None where they
@@ -96,7 +102,9 @@ class DryRun:
     changes: tuple[Changes, ...]
     relay: Relay
     least_between_bytes: int
+    estimate_s: float | None
     floor: Bound | None
+    floors: Mapping[Cluster, Bound | None]
     without_relay: WithoutRelay | None
     training: Mapping[int, TrainingMemory]
     predict_s: float
@@ -148,6 +156,21 @@ class DryRun:
         sides = (source, self.destination_bytes, extra)
         return {"both": {rank: sum(side.get(rank, 0) for side in sides) for rank in range(self.scenario.num_ranks)}}
 
+    @property
+    def crossing(self) -> Crossing | None:
+        """Bytes between nodes and within them; None where all ranks are in one."""
+        traffic, direct = self.traffic, self.without_relay
+        if self.scenario.num_ranks <= traffic.ranks_per_node:
+            return None
+        between = int(traffic.sent_between.sum())
+        return Crossing(
+            relay=self.relay,
+            between_bytes=between,
+            within_bytes=int(traffic.sent_within.sum()),
+            least_bytes=self.least_between_bytes,
+            direct_bytes=between if direct is None else direct.between_bytes,
+        )
+
     def held_text(self, side: str) -> str:
         """What `held_bytes` of `side` are: `weights`, `weights, quantising and training`."""
         what = ["weights"]
@@ -169,8 +192,15 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     ranks_per_node = options.gpus_per_node * shared
     cluster, per_domain = options.cluster, options.gpus_per_domain * shared
     relaying = Relaying(scenario.relay if "refit" in scenario.measurements else Relay.OFF, cluster, gpus)
-    hardware = _Hardware(ranks_per_node, per_domain, relaying)
+    clusters = (*options.compared, *((cluster,) if cluster else ()))
+    domains = frozenset({per_domain, *(each.gpus_per_node * shared for each in clusters)})
+    hardware = _Hardware(ranks_per_node, domains, relaying, message_size(scenario.method, scenario.staging_bytes))
     figures = _planned(scenario.model, scenario.source, scenario.destination, hardware, scenario.sending)
+    floors = {
+        each: floor_of(figures.least[each.gpus_per_node * shared], each, each.gpus_per_node * shared, gpus)
+        for each in clusters
+    }
+    bound = lower_bound(figures.matrix, cluster, gpus, figures.work_bytes) if cluster else None
     return DryRun(
         scenario=scenario,
         model=scenario.model,
@@ -186,10 +216,12 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         matrix=figures.matrix,
         work_bytes=figures.work_bytes,
         traffic=split_traffic(figures.matrix, per_domain),
-        bound=lower_bound(figures.matrix, cluster, gpus, figures.work_bytes) if cluster else None,
+        bound=bound,
+        estimate_s=estimate_s(bound, figures.filling_s) if figures.filling_s else None,
         relay=figures.relay,
-        least_between_bytes=figures.least.between,
-        floor=floor_of(figures.least, cluster, per_domain, gpus) if cluster else None,
+        least_between_bytes=figures.least[per_domain].between,
+        floor=floors[cluster] if cluster else None,
+        floors=floors,
         without_relay=_without_relay(figures, per_domain, cluster, gpus),
         changes=tuple(_changes(share, matrix, work, cluster, gpus) for share, matrix, work in figures.changes),
         training=training_bytes(scenario),
@@ -218,7 +250,8 @@ def held_on(gpus: GpuMap, held: Mapping[str, Mapping[int, int]]) -> dict[int, in
 @dataclass(frozen=True, slots=True)
 class _Figures:
     """What a dry run finds for two sides, whatever moves the bytes. Fields are those of DryRun; `changes` has a share,
-    its `bytes_matrix` and what encodings then read and write on ranks."""
+    its `bytes_matrix` and what encodings then read and write on ranks, `least` what every plan moves, by ranks of a
+    node."""
 
     num_parameters: int
     num_tensors: int
@@ -228,8 +261,9 @@ class _Figures:
     cost: Cost
     matrix: IntArray
     relay: Relay
-    least: LeastBytes
+    least: Mapping[int, LeastBytes]
     direct: IntArray | None
+    filling_s: float
     work_bytes: Mapping[int, int]
     changes: tuple[tuple[float, IntArray, Mapping[int, int]], ...]
     predict_s: float
@@ -239,11 +273,12 @@ class _Figures:
 
 @dataclass(frozen=True, slots=True)
 class _Hardware:
-    """What a plan depends on: ranks of a host and of an NVLink domain, and what `auto` compares."""
+    """What a plan depends on: ranks of a host, of the NVLink domains that are asked about, and what `auto` compares."""
 
     ranks_per_node: int
-    ranks_per_domain: int
+    ranks_per_domain: frozenset[int]
     relaying: Relaying
+    messages: MessageSize
 
 
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
@@ -257,8 +292,10 @@ def _planned(
     planned = plan_sides(*shardings, destination, per_node, sending, hardware.relaying)
     matrix, (sent, *_, received) = bytes_matrix(planned.plan), planned.plan.shardings
     planned_s = time.perf_counter()
-    direct = None
+    direct, fill_s, relaying = None, 0.0, hardware.relaying
     if planned.relay is not Relay.OFF:
+        if relaying.cluster is not None:
+            fill_s = filling_s(planned.plan, hardware.messages, relaying.cluster, relaying.gpus)
         direct = bytes_matrix(plan_refit(sent, received, ranks_per_node=per_node))
     return _Figures(
         num_parameters=shardings[0].num_parameters,
@@ -269,8 +306,9 @@ def _planned(
         cost=planned.cost,
         matrix=matrix,
         relay=planned.relay,
-        least=least_bytes(sent, received, hardware.ranks_per_domain),
+        least={domain: least_bytes(sent, received, domain) for domain in hardware.ranks_per_domain},
         direct=direct,
+        filling_s=fill_s,
         work_bytes=planned.work_bytes,
         changes=tuple(
             (each.share, bytes_matrix(planned.plan, each.nbytes), each.work_bytes) for each in planned.forecasts

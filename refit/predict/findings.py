@@ -7,7 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from refit.config.relay import Relay
 from refit.plan.cost import Bound, BusiestRank
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """What a plan moves between the nodes of a cluster and within them, with its `relay`: off, node or engine.
+
+    `least_bytes` cross in every plan, `direct_bytes` in that without a relay.
+    """
+
+    relay: Relay
+    between_bytes: int
+    within_bytes: int
+    least_bytes: int
+    direct_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +30,8 @@ class Found:
     """One planned candidate. `kv_room_bytes` is the GPU memory left beside `memory_bytes`, `kv_tokens` the tokens
     whose cache fits there on one replica of the attention; both None where the cluster's memory is not known.
     `bound` is None where the cluster has no speed for bytes that cross its nodes. It is that of a refit that sends
-    changes of `share` of the weights; None: everything.
+    changes of `share` of the weights; None: everything. `floor` is the least bound of all plans that send everything.
+    `crossing` is None where all ranks are in one node.
     """
 
     flags: tuple[str, ...]
@@ -32,6 +48,8 @@ class Found:
     kv_tokens: int | None
     bound: Bound | None
     share: float | None = None
+    floor: Bound | None = None
+    crossing: Crossing | None = None
 
     @property
     def bound_s(self) -> float:

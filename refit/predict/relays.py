@@ -8,10 +8,12 @@ import numpy as np
 
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap
+from refit.config.registry import METHODS
 from refit.config.relay import Relay
 from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix, lower_bound, split_traffic
+from refit.plan.estimate import MessageSize
 from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.plan.relay import relay_stages
@@ -34,23 +36,26 @@ class Relaying:
     gpus: GpuMap | None = None
 
 
+class NothingToRelay(UsageError):
+    """A relay is asked for, and each byte crosses between hosts once already, or not at all."""
+
+
 DIRECT = Relaying()
 """Nothing is relayed."""
 
 
 def plan_with_relay(
-    source: Sharding, destination: Sharding, ranks_per_node: int | None, relaying: Relaying, packed: str | None = None
+    source: Sharding, destination: Sharding, ranks_per_node: int | None, relaying: Relaying
 ) -> tuple[RefitPlan, Relay]:
     """The plan from `source` to `destination`, and its relay: OFF, NODE or ENGINE.
 
-    `packed` names the encoding that packs its messages, where one does. Raises UsageError where a relay is asked for
-    and there is nothing to relay, PlanError as `plan_refit` does.
+    Raises NothingToRelay where a relay is asked for and there is nothing to relay, PlanError as `plan_refit` does.
     """
     if relaying.relay is not Relay.AUTO:
-        return _planned(source, destination, ranks_per_node, relaying.relay, packed), relaying.relay
+        return _planned(source, destination, ranks_per_node, relaying.relay), relaying.relay
     best = last = plan_refit(source, destination, ranks_per_node=ranks_per_node)
     chosen, least = Relay.OFF, _seconds(best, ranks_per_node, relaying)
-    for relay in (Relay.NODE, Relay.ENGINE) if packed is None and ranks_per_node is not None else ():
+    for relay in (Relay.NODE, Relay.ENGINE) if ranks_per_node is not None else ():
         assert ranks_per_node is not None
         if relay is Relay.ENGINE and not _limited_by_senders(last, ranks_per_node):
             break
@@ -64,6 +69,16 @@ def plan_with_relay(
     return best, chosen
 
 
+NETWORK = "nccl"
+"""Whose messages an estimate takes where the method is not known yet: the one for GPUs on several hosts."""
+
+
+def message_size(method: str, staging_bytes: int) -> MessageSize:
+    """Of the messages of a method. A rank spends half of its staging on what it sends, and half on what it receives."""
+    row = METHODS[method if method in METHODS else NETWORK]
+    return MessageSize(row.message_bytes, max(1, staging_bytes // 2 // row.messages_per_pair))
+
+
 def _limited_by_senders(plan: RefitPlan, ranks_per_node: int) -> bool:
     """Whether some rank sends more between nodes than any receives. ENGINE has the source send less, and no node
     receive less, than NODE."""
@@ -71,26 +86,20 @@ def _limited_by_senders(plan: RefitPlan, ranks_per_node: int) -> bool:
     return bool(np.max(traffic.sent_between) > (1 + LEAST_GAIN) * np.max(traffic.received_between))
 
 
-def _planned(
-    source: Sharding, destination: Sharding, ranks_per_node: int | None, relay: Relay, packed: str | None
-) -> RefitPlan:
+def _planned(source: Sharding, destination: Sharding, ranks_per_node: int | None, relay: Relay) -> RefitPlan:
     if relay is Relay.OFF:
         return plan_refit(source, destination, ranks_per_node=ranks_per_node)
     flag = f"--refit-relay {relay.value}"
     num_ranks = 1 + max(*source.ranks, *destination.ranks)
     if ranks_per_node is None or num_ranks <= ranks_per_node:
-        raise UsageError(
+        raise NothingToRelay(
             f"{flag}: all {num_ranks} ranks are on 1 host, and nothing crosses between hosts: leave it out, or start "
             "the ranks on 2 hosts or more"
-        )
-    if packed is not None:
-        raise UsageError(
-            f"{flag} passes weights on, and --refit-encoding {packed} sends messages of its own: leave one of the 2 out"
         )
     via = relay_stages(source, destination, relay, ranks_per_node)
     if not via:
         places = "ranks of a host that lacks it" if relay is Relay.NODE else "ranks, or hosts, that lack it"
-        raise UsageError(
+        raise NothingToRelay(
             f"{flag}: none of {len(destination.tensors)} tensors goes to 2 {places} (hosts of {ranks_per_node} ranks): "
             "each byte crosses once already, leave it out"
         )

@@ -162,10 +162,9 @@ def plan_sides(
     Raises PlanError as `plan_refit` does, and UsageError where there is nothing to relay.
     """
     wires = wires_between(source, destination, side, sending)
-    packed = next((name for name, wire in wires.items() if wire.max_bytes is not None), None)
     last = list(wires.values())[-1] if wires else None
     sent = (last.source, last.destination) if last is not None else (source, destination)
-    plan, relay = plan_with_relay(*sent, ranks_per_node, relaying, packed)
+    plan, relay = plan_with_relay(*sent, ranks_per_node, relaying)
     cost = cost_of(plan)
     if last is not None:
         cost = replace(

@@ -307,7 +307,8 @@ class HostTraffic:
     """What the plan moves between hosts and within them, where there are several.
 
     `num_ranks` are those of each host, by its name. `relay` is how the plan relays: off, node or engine. `least_bytes`
-    is what crosses between hosts in every plan.
+    is what crosses between hosts in every plan, `direct_bytes` in that without a relay; None in files of versions that
+    did not say it.
     """
 
     num_ranks: dict[str, int]
@@ -315,12 +316,14 @@ class HostTraffic:
     between_bytes: int
     within_bytes: int
     least_bytes: int
+    direct_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RefitResult:
     """One plan and the result of each engine on it. `bound` is None without a cluster's speeds, and so is `floor`, the
-    least bound of all plans. `hosts` is None on a single host.
+    least bound of all plans. `estimate_s` is the bound with what relays take to fill and drain; None without a relay.
+    `hosts` is None on a single host.
 
     `start_s` is the time from the start of the processes to the end of the first refit, by phase, each on the rank that
     took longest; empty where there was none, and in files of versions that did not measure it.
@@ -331,6 +334,7 @@ class RefitResult:
     model: ModelFacts | None = None
     plan: Cost | None = None
     bound: Bound | None = None
+    estimate_s: float | None = None
     floor: Bound | None = None
     hosts: HostTraffic | None = None
     quantised: QuantisedRefit | None = None

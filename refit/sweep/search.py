@@ -13,21 +13,24 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refit.cli.parsing import parse
 from refit.config.clusters import Cluster
 from refit.config.flag_names import OPTION_FLAGS, SIZE_FLAGS, size_flag
 from refit.config.registry import FORMATS
+from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.predict.findings import Findings, Found
 from refit.predict.kv_cache import kv_bytes_per_token
+from refit.predict.relays import NothingToRelay
 from refit.predict.sides import predict_side
 from refit.sweep.parallel import plan_all
 
 DEFAULT_FORMAT = "megatron"
+RELAY_FLAG = "--refit-relay"
 FORMAT_FLAGS = {"source": "--source-format", "destination": "--rl-inference-format"}
 
 
@@ -87,9 +90,14 @@ class Search:
         )
 
     def plan(self, candidate: Candidate) -> Found:
-        """Plan one candidate."""
-        scenario = parse([*candidate.flags, "--dry-run"]).scenario
-        run = dry_run(scenario, DryRunOptions(None, self.gpus_per_node, self.cluster))
+        """Plan one candidate; without the relay that is asked for where it has nothing to relay."""
+        flags, scenario = candidate.flags, parse([*candidate.flags, "--dry-run"]).scenario
+        options = DryRunOptions(None, self.gpus_per_node, self.cluster)
+        try:
+            run = dry_run(scenario, options)
+        except NothingToRelay:
+            flags = (*flags, f"{RELAY_FLAG}={Relay.OFF.value}")
+            run = dry_run(replace(scenario, relay=Relay.OFF), options)
         room = tokens = None
         held = run.held_bytes
         memory = max(held.get("both", held.get("destination", {})).values()) + run.staging_bytes
@@ -97,7 +105,7 @@ class Search:
             room = self.cluster.gpu_memory_bytes - memory
             tokens = room // kv_bytes_per_token(run.model, scenario.destination.layout)
         return Found(
-            flags=candidate.flags,
+            flags=flags,
             source=scenario.source.title,
             destination=scenario.destination.title,
             source_ranks=scenario.source.world_size,
@@ -111,6 +119,8 @@ class Search:
             kv_tokens=tokens,
             bound=run.changes[0].bound if run.changes else run.bound,
             share=run.changes[0].share if run.changes else None,
+            floor=run.floor,
+            crossing=run.crossing,
         )
 
     def _fitting(self) -> tuple[list[Candidate], int, str]:
@@ -178,6 +188,10 @@ class Search:
         if scenario.mode is Mode.COLLOCATED:
             pairs = itertools.zip_longest(source, destination, fillvalue=0)
             memory = max(mine + other for mine, other in pairs)
+        elif scenario.relay is not Relay.OFF:
+            # A rank may get a part from another rank of its node, so that fewer bytes leave the source.
+            floor_s = max(destination) / (self.cluster.intra_bytes_per_s + (self.cluster.inter_bytes_per_s or 0.0))
+            floor_s *= scenario.delta is None
         else:
             # Every byte of a destination on GPUs of its own arrives over a link, and some source sent it.
             floor_s = max(max(destination), sum(destination) / len(source)) / self._fastest_link(len(source))

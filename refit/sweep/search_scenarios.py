@@ -8,11 +8,8 @@ from collections.abc import Sequence
 import yaml
 
 from refit.cli.parsing import read_flags
-from refit.config.scenario import Mode
+from refit.config.registry import METHODS
 from refit.predict.findings import Found
-
-METHODS = {Mode.NON_COLLOCATED: "nvshmem", Mode.COLLOCATED: "nccl"}
-"""The method where the flags name none."""
 
 
 def scenario_file(found: Sequence[Found], model: str | None) -> str:
@@ -33,7 +30,7 @@ def _scenario(found: Found) -> dict[str, object]:
             values[list(values)[-1]].append(_number(word))
     args = read_flags(found.flags)
     if args.refit_method is None:
-        values["--refit-method"] = [METHODS[Mode(args.refit_mode)]]
+        values["--refit-method"] = [next(name for name, row in METHODS.items() if args.refit_mode in row.suggested_for)]
     name = re.sub(r"[^A-Za-z0-9]+", "_", f"{found.source} to {found.destination}")
     return {"name": name, **{flag[2:]: _one(held) for flag, held in values.items()}}
 

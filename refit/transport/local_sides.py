@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from refit.memory.weights import Hook, LocalWeights, Part, generations, refresh_all
+from refit.transport.kept import KeptMessages
 from refit.transport.messages import Message, Schedule
 from refit.transport.overlaps import Overlaps
 
@@ -27,6 +28,7 @@ class LocalSides:
         self.destination = destination
         self._schedule = schedule  # keeps the messages, and so their ids
         self.passes_on = any(message.stage > 0 for channel in schedule.sends for message in channel.messages)
+        self.kept = KeptMessages(schedule)
         self.unbind()
 
     @property
@@ -49,6 +51,7 @@ class LocalSides:
 
     def begin(self) -> None:
         """A run begins: nothing has arrived."""
+        self.kept.begin()
         for writer in self._all_writers:
             writer.is_done, writer.event = False, None
 

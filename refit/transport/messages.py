@@ -28,6 +28,7 @@ from refit.plan.plan import RankPlan, RefitPlan, Transfer
 from refit.plan.sharding import TensorSpec
 from refit.plan.wire import MaxBytes
 from refit.transport.base import RunReport
+from refit.transport.onward import Hops
 
 ALIGNMENT = 16
 """Pieces start at multiples of this in a bucket: any dtype can be viewed there, and GPUs can load 16 bytes at once."""
@@ -76,7 +77,8 @@ class Message:
     """Pieces that are sent together, as `nbytes` bytes, or as at most `max_bytes` where an encoding packs them.
 
     In `stage` 0 they are read in the source's weights, later in the destination's. `step` orders the messages of all
-    ranks (`schedule`).
+    ranks (`schedule`). Where an encoding packs it, its receiver and those behind it pass it on over `hops`; one that is
+    itself passed on `passes_on` the message that its sender got from this rank in this step.
     """
 
     pieces: tuple[Piece, ...]
@@ -84,6 +86,8 @@ class Message:
     max_bytes: int | None = None
     stage: int = 0
     step: int = 0
+    hops: Hops = frozenset()
+    passes_on: tuple[int, int] | None = None
 
     @property
     def buffer_bytes(self) -> int:
@@ -205,7 +209,14 @@ def even_framing(plan: RefitPlan, message_bytes: int) -> Framing:
 def messages_of(transfers: Iterable[Transfer], framing: Framing) -> Iterator[Message]:
     """The messages of one pair's transfers, in their order."""
     if framing.max_bytes is not None:
-        yield from _packed_messages(transfers, framing.bucket_bytes - HEADER_BYTES, framing.max_bytes)
+        yield from packed_messages(
+            (
+                (transfer.tensor, box, frozenset())
+                for transfer in transfers
+                for box in transfer.tensor.memory_boxes(transfer.box)
+            ),
+            framing,
+        )
         return
     open_bucket = _Bucket(framing.bucket_bytes)
     for transfer in transfers:
@@ -236,25 +247,26 @@ def _sent_directly(tensor: TensorSpec, box: Box, limit: int) -> Iterator[Message
             pending += reversed(list(part.split(-(-nbytes // limit))))
 
 
-def _packed_messages(transfers: Iterable[Transfer], limit: int, max_bytes: MaxBytes) -> Iterator[Message]:
-    """Messages of as many pieces as take at most `limit` bytes together."""
-    pieces: list[Piece] = []
-    most = 0
-    for transfer in transfers:
-        for whole in transfer.tensor.memory_boxes(transfer.box):
-            for box in _within(transfer.tensor, whole, limit, max_bytes):
-                needed = max_bytes(transfer.tensor, box)
-                if most + needed > limit:
-                    yield _packed(pieces, most)
-                    pieces, most = [], 0
-                pieces.append(Piece(transfer.tensor, box, 0))
-                most += needed
-    if pieces:
-        yield _packed(pieces, most)
+def packed_messages(boxes: Iterable[tuple[TensorSpec, Box, Hops]], framing: Framing) -> Iterator[Message]:
+    """Messages that an encoding packs: of as many boxes with equal hops as fit at their most bytes."""
+    limit, max_bytes = framing.bucket_bytes - HEADER_BYTES, framing.max_bytes
+    assert max_bytes is not None
+    open_messages: dict[Hops, tuple[list[Piece], int]] = {}
+    for tensor, whole, hops in boxes:
+        for box in _within(tensor, whole, limit, max_bytes):
+            pieces, most = open_messages.pop(hops, ([], 0))
+            needed = max_bytes(tensor, box)
+            if most + needed > limit:
+                yield _packed(pieces, most, hops)
+                pieces, most = [], 0
+            pieces.append(Piece(tensor, box, 0))
+            open_messages[hops] = (pieces, most + needed)
+    for hops, (pieces, most) in open_messages.items():
+        yield _packed(pieces, most, hops)
 
 
-def _packed(pieces: Sequence[Piece], max_bytes: int) -> Message:
-    return Message(tuple(pieces), sum(piece.nbytes for piece in pieces), max_bytes)
+def _packed(pieces: Sequence[Piece], max_bytes: int, hops: Hops) -> Message:
+    return Message(tuple(pieces), sum(piece.nbytes for piece in pieces), max_bytes, hops=hops)
 
 
 def _within(tensor: TensorSpec, box: Box, limit: int, max_bytes: MaxBytes) -> Iterator[Box]:

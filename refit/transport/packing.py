@@ -19,6 +19,7 @@ from refit.memory.phases import PhaseClock
 from refit.memory.views import part_within
 from refit.memory.weights import LocalWeights
 from refit.transport.base import RunReport
+from refit.transport.kept import KeptMessage, KeptMessages
 from refit.transport.messages import HEADER_BYTES, Message, Schedule
 
 
@@ -33,7 +34,8 @@ def pack_batch(
     """What fills `buffer`, uint8 of at least `message.buffer_bytes`, from the weights. `sends_all`: see PackBatch."""
     if message.max_bytes is None:
         return CopyBatch(pack_copies(message, memory, buffer), num_programs=num_programs)
-    return PackBatch(memory.encoder(message.tensor_boxes), message.max_bytes, buffer, sends_all=sends_all)
+    encoder = None if message.passes_on is not None else memory.encoder(message.tensor_boxes)
+    return PackBatch(encoder, message.max_bytes, buffer, sends_all=sends_all)
 
 
 def unpack_batch(
@@ -43,6 +45,14 @@ def unpack_batch(
     if message.max_bytes is None:
         return CopyBatch(unpack_copies(message, memory, buffer), num_programs=num_programs)
     return UnpackBatch(memory.decoder(message.tensor_boxes), message.max_bytes, buffer, peer)
+
+
+def bind_kept(kept: KeptMessages, batch: CopyBatch | None, message: Message, peer: int, *, sends: bool) -> None:
+    """Let `batch`, which packs `message` to `peer` or unpacks one from it, use what is kept."""
+    if isinstance(batch, PackBatch) and sends:
+        batch.kept = kept.sent(message)
+    elif isinstance(batch, UnpackBatch):
+        batch.kept = kept.received(message, peer)
 
 
 def pack_copies(message: Message, memory: LocalWeights, buffer: torch.Tensor) -> list[Copy]:
@@ -81,9 +91,16 @@ class _FramedBatch(CopyBatch):
 
 
 class PackBatch(_FramedBatch):
-    """Packs one message into `buffer`. With `sends_all` the transport sends all of the buffer, whatever the length."""
+    """Packs one message into `buffer`; without an `encoder` it is what is `kept`.
 
-    def __init__(self, encoder: Encoder, max_bytes: int, buffer: torch.Tensor, *, sends_all: bool = False) -> None:
+    With `sends_all` the transport sends all of the buffer, whatever the length.
+    """
+
+    kept: KeptMessage | None = None
+
+    def __init__(
+        self, encoder: Encoder | None, max_bytes: int, buffer: torch.Tensor, *, sends_all: bool = False
+    ) -> None:
         super().__init__(max_bytes, buffer)
         self._encoder = encoder
         self._sends_all = sends_all
@@ -95,7 +112,11 @@ class PackBatch(_FramedBatch):
     def run_pieces(self) -> None:
         """Raises RefitError where the encoding says that it has written more than was agreed."""
         super().run_pieces()
-        self._encoder.pack(self._payload, self.length)
+        if self._encoder is not None:
+            self._encoder.pack(self._payload, self.length)
+        else:
+            assert self.kept is not None, "it is bound with what it passes on"
+            self.kept.take(self._payload, self.length)
         # On a GPU, reading the length would wait for the device.
         if not self.length.is_cuda and not 0 <= int(self.length) <= self.max_bytes:
             raise RefitError(
@@ -106,7 +127,9 @@ class PackBatch(_FramedBatch):
 
 
 class UnpackBatch(_FramedBatch):
-    """Unpacks one message of `peer` from `buffer`."""
+    """Unpacks one message of `peer` from `buffer`, and keeps it where it is to be passed on."""
+
+    kept: KeptMessage | None = None
 
     def __init__(self, decoder: Decoder, max_bytes: int, buffer: torch.Tensor, peer: int) -> None:
         super().__init__(max_bytes, buffer)
@@ -119,6 +142,8 @@ class UnpackBatch(_FramedBatch):
         self.length.copy_(self._header)
         if not self.length.is_cuda:
             self._checked(int(self.length))
+        if self.kept is not None:
+            self.kept.put(self._payload, self.length)
         try:
             self._decoder.unpack(self._payload, self.length)
         except RefitError as error:

@@ -10,6 +10,9 @@ four messages to rank 1, which passes them on to rank 2:
 
 So k ranks in a row get n messages in n + (k - 1) LAG steps, not k n, and while rank 1 sends m0 it receives m2.
 
+Messages that an encoding packs are passed on as they have arrived, byte for byte. So the messages that bring something
+are cut where their parts have different ways onward (`onward`).
+
 Why no rank waits for ever. What a message waits for has a smaller (refit, step): messages that its pair has exchanged
 before; messages whose slots it uses; if it passes something on, the messages that brought it. The stage is in the step:
 of two messages of which the later reads what the earlier has written, the earlier has the lower stage and the smaller
@@ -26,13 +29,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from refit.plan.box import Box
+from refit.plan.estimate import LAG
 from refit.plan.plan import RefitPlan, Transfer
-from refit.transport.messages import Channel, Framing, Message, Schedule, Totals, messages_of
+from refit.plan.sharding import TensorSpec
+from refit.transport.messages import Channel, Framing, Message, Schedule, Totals, messages_of, packed_messages
+from refit.transport.onward import Hops, Onward
 from refit.transport.overlaps import Overlaps
-
-LAG = 2
-"""Steps from a message's arrival to its being passed on. With one, nothing would be on its way to a rank while it
-unpacks what it is to pass on. Each further one is a step more per rank of a chain."""
 
 NOWHERE = -1
 """In place of a step, for what arrives from no other rank: it is there from the beginning."""
@@ -55,6 +58,8 @@ class _Order:
         self._plan = plan
         self._framing = framing
         self._known: dict[tuple[int, int], Overlaps[int]] = {}
+        self._brought: dict[tuple[int, int], list[tuple[int, Message]]] = {}
+        self._onward = Onward(plan)
 
     def channels(self, transfers: Iterable[Transfer]) -> tuple[Channel, ...]:
         """The channels of `transfers`, which are in plan order: of a pair all, or all before some stage."""
@@ -67,24 +72,71 @@ class _Order:
         """The messages of one pair, by step. No two have the same, so that slots and counters know one order."""
         framing = self._framing.of_pair(source, destination)
         found: dict[int, Message] = {}
+        is_packed = framing.max_bytes is not None and self._plan.num_stages > 1
         for stage, group in itertools.groupby(transfers, lambda transfer: transfer.stage):
-            step, arrived = -1, self._arrived(source, stage) if stage else Overlaps[int]()
-            for message in messages_of(_by_arrival(group, arrived) if stage else group, framing):
-                step = max(step + 1, _last(arrived, message) + LAG)
+            step = -1
+            of_stage = self._packed if is_packed else self._copied
+            for message, arrives in of_stage(list(group), stage, source, destination, framing):
+                step = max(step + 1, arrives + LAG)
                 while step in found:  # a message of an earlier stage
                     step += 1
                 found[step] = replace(message, stage=stage, step=step)
         return tuple(found[step] for step in sorted(found))
 
+    def _copied(
+        self, transfers: Sequence[Transfer], stage: int, source: int, destination: int, framing: Framing
+    ) -> Iterator[tuple[Message, int]]:
+        """Messages of weights of one stage of a pair, each with the step in which the last of it arrives."""
+        arrived = self._arrived(source, stage) if stage else Overlaps[int]()
+        for message in messages_of(_by_arrival(transfers, arrived) if stage else transfers, framing):
+            yield message, _last(arrived, message)
+
+    def _packed(
+        self, transfers: Sequence[Transfer], stage: int, source: int, destination: int, framing: Framing
+    ) -> Iterator[tuple[Message, int]]:
+        """The same of messages that an encoding packs: what the source itself packs, then what it passes on."""
+        hop = (stage, source, destination)
+        passed_on = [(peer, message) for peer, message in self._received(source, stage) if hop in message.hops]
+        rest = Overlaps[Box]()
+        for _, message in passed_on:
+            for key, box in message.parts:
+                rest.add(key, box, box)
+        for message in packed_messages(self._own(transfers, rest, destination, stage), framing):
+            yield message, NOWHERE - LAG
+        for peer, message in sorted(passed_on, key=lambda each: (each[1].step, each[0])):
+            yield replace(message, passes_on=(peer, message.step)), message.step
+
+    def _own(
+        self, transfers: Iterable[Transfer], passed_on: Overlaps[Box], destination: int, stage: int
+    ) -> Iterator[tuple[TensorSpec, Box, Hops]]:
+        """What of `transfers` is not passed on, in boxes with one way onward each."""
+        for transfer in transfers:
+            key = transfer.tensor.key
+            for whole in transfer.tensor.memory_boxes(transfer.box):
+                boxes = [whole]
+                for other in passed_on.find(key, whole):
+                    boxes = [left for box in boxes for left in box.subtract(other)]
+                for box in boxes:
+                    for part, hops in self._onward.parts(key, box, destination, stage):
+                        yield transfer.tensor, part, hops
+
+    def _received(self, rank: int, stage: int) -> list[tuple[int, Message]]:
+        """What other ranks send `rank` before `stage`, with the ranks that send it."""
+        if (rank, stage) not in self._brought:
+            plan = self._plan
+            routes = plan.is_wire & (plan.destination == rank) & (plan.stage < stage)
+            channels = self.channels(plan.transfers(np.flatnonzero(routes)))
+            found = [(channel.source, message) for channel in channels for message in channel.messages]
+            self._brought[rank, stage] = found
+        return self._brought[rank, stage]
+
     def _arrived(self, rank: int, stage: int) -> Overlaps[int]:
         """The steps in which `rank` gets what other ranks send it before `stage`, by the boxes that arrive."""
         if (rank, stage) not in self._known:
-            plan, found = self._plan, Overlaps[int]()
-            routes = plan.is_wire & (plan.destination == rank) & (plan.stage < stage)
-            for channel in self.channels(plan.transfers(np.flatnonzero(routes))):
-                for message in channel.messages:
-                    for key, box in message.parts:
-                        found.add(key, box, message.step)
+            found = Overlaps[int]()
+            for _, message in self._received(rank, stage):
+                for key, box in message.parts:
+                    found.add(key, box, message.step)
             self._known[rank, stage] = found
         return self._known[rank, stage]
 

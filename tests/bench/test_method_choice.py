@@ -29,11 +29,11 @@ def test_cpus_of_one_host_take_shared_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert chosen.notes[-1] == "--refit-method auto: shm: the first choice on CPUs"
 
 
-def test_several_hosts_of_cpus_take_gloo_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_hosts_of_cpus_take_shared_memory_and_gloo_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "8")
     chosen = with_method(scenario("--device", "cpu"))
-    assert chosen.method == "gloo"
+    assert chosen.method == "shm+gloo"
     assert "shm needs all ranks on one host, 4 of 8 are on this one" in chosen.notes[-1]
 
 

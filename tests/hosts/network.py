@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from types import TracebackType
 
 from tests.ranks.pool import RankPool
@@ -31,13 +32,14 @@ def unavailable() -> str | None:
 class Network:
     """`num_hosts` namespaces at 10.79.0.1, 10.79.0.2, ..., whose links carry `mbit` per second each way.
 
-    None is no limit but the machine's own."""
+    None is no limit but the machine's own. Those of hosts in `other_mbit` carry as much as it says.
+    """
 
-    def __init__(self, num_hosts: int, mbit: int | None = 1000) -> None:
+    def __init__(self, num_hosts: int, mbit: int | None = 1000, other_mbit: Mapping[int, int] | None = None) -> None:
         name = f"refit{os.getpid()}-{next(_NUMBERS)}"
         self.hosts = [f"{name}-{number}" for number in range(num_hosts)]
         self._bridge = f"{name}-bridge"  # a namespace too, so that nothing is left on the machine's own network
-        self._mbit = mbit
+        self._mbit = dict.fromkeys(range(num_hosts), mbit) | dict(other_mbit or {})
 
     def __enter__(self) -> Network:
         try:
@@ -62,11 +64,13 @@ class Network:
             for link in (INTERFACE, "lo"):
                 _ip("-n", host, "link", "set", link, "up")
             self._in_bridge("link", "set", port, "master", "br0", "up")
-            if self._mbit is not None:
-                self._shape(host, INTERFACE, self._mbit)  # what it sends
-                self._shape(self._bridge, port, self._mbit)  # what it receives
+            rate = self._mbit[number]
+            if rate is not None:
+                self._shape(host, INTERFACE, rate)  # what it sends
+                self._shape(self._bridge, port, rate)  # what it receives
 
-    def _shape(self, namespace: str, link: str, mbit: int) -> None:
+    @staticmethod
+    def _shape(namespace: str, link: str, mbit: int) -> None:
         shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "100ms"]
         _run("tc", "-n", namespace, "qdisc", "add", "dev", link, *shape)
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from refit.bench.launcher import load_libraries
 from refit.cli.parsing import parse
+from refit.config.clusters import load_cluster
 from refit.config.relay import Relay
 from refit.errors import RefitError
 from refit.plan.planner import plan_refit
@@ -31,6 +32,7 @@ from refit.plan.relay import relay_stages
 from refit.plan.sharding import Sharding
 from refit.predict.relays import Relaying
 from refit.predict.sides import plan_sides, predict_sides
+from refit.report.refits.warnings import of_engine
 from refit.results.refit import RefitResult
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.ranks import Ranks
@@ -62,8 +64,10 @@ class Hosts:
     ranks_per_host: int
 
 
-def hosts(num_hosts: int, ranks_per_host: int, mbit: int = 1000) -> Iterator[Hosts]:
-    with Network(num_hosts, mbit) as network:
+def hosts(
+    num_hosts: int, ranks_per_host: int, mbit: int = 1000, other_mbit: dict[int, int] | None = None
+) -> Iterator[Hosts]:
+    with Network(num_hosts, mbit, other_mbit) as network:
         ranks = network.ranks(ranks_per_host)
         try:
             yield Hosts(network, ranks, ranks_per_host)
@@ -128,6 +132,40 @@ def test_a_data_parallel_engine_gets_each_byte_once(two_hosts: Hosts) -> None:
     direct, least = crossed_bytes(refit(two_hosts, flags))
     assert direct > 2.5 * least
     assert crossed_bytes(refit(two_hosts, [*flags, "--refit-relay=node"])) == (least, least)
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("relay", ["off", "node"])
+def test_shared_memory_within_hosts_and_gloo_between(two_hosts: Hosts, relay: str) -> None:
+    flags = [*QWEN, *EP4, *VLLM, "--rl-inference-data-parallel-size=4", f"--refit-relay={relay}"]
+    result = refit(two_hosts, [*flags, "--refit-method=shm+gloo"])
+    assert result.hosts is not None
+    assert (result.hosts.within_bytes > 0) == (relay == "node")
+    engine = result.engines["refit"]
+    assert engine.transport == ("shm+gloo" if relay == "off" else "shm+gloo with relay node")
+    assert all({"shm", "gloo"} <= sample.phases_s.keys() for sample in engine.samples)
+    assert any(sample.phases_s["gloo"] > 0 for sample in engine.samples)
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [[], ["--rl-inference-dtype=fp8-block"]], ids=["bf16", "fp8"])
+def test_changes_cross_once_and_are_passed_on(two_hosts: Hosts, dtype: list[str]) -> None:
+    """The first refit sends everything, the second one what has changed: with 1 % of BF16 weights a few per cent."""
+    flags = [*QWEN, *EP4, *VLLM, "--rl-inference-data-parallel-size=4", "--refit-relay=node", *dtype]
+    flags += ["--refit-encoding=delta", "--refit-engine=refit"]
+    flags += ["--num-benchmark-warmup=1", "--num-benchmark-iterations=1"]
+    load_libraries(parse(flags).scenario)
+    before = np.array(two_hosts.network.counters())
+    result = two_hosts.ranks.run(run_scenario, flags)[0].measurements["refit"]
+    crossed = int((np.array(two_hosts.network.counters()) - before)[0, 0])
+    engine = result.engines["refit"]
+    assert (engine.status, engine.num_wrong) == ("ok", 0)
+    between_bytes, least = crossed_bytes(result)
+    assert between_bytes == least
+    most = 2.0 if dtype else 1.1  # a change can move the scale of a block, and all its codes
+    assert least < crossed < most * (1 + OVERHEAD) * least + CONTROL_BYTES
+    assert [sample.delta.num_full > 0 for sample in engine.samples] == [True, False]
 
 
 @pytest.mark.megatron
@@ -204,11 +242,11 @@ def test_shared_memory_is_refused_between_namespaces(two_hosts: Hosts) -> None:
     assert re.match(r"shm needs all ranks on one host, these are on 2 \(.* in network namespace", engine.reason)
 
 
-def _torchrun(network: Network, host: int, flags: list[str]) -> subprocess.Popen[str]:
-    """Two ranks on `host`."""
+def _torchrun(network: Network, host: int, flags: list[str], program: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Two ranks on `host`, of benchmark_refit.py or another program."""
     command = ["ip", "netns", "exec", network.hosts[host], sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
     command += [f"--node-rank={host}", "--nproc-per-node=2", f"--master-addr={network.address(0)}"]
-    command += ["--master-port=29511", str(ROOT / "benchmark_refit.py"), *flags]
+    command += ["--master-port=29511", *(program or (str(ROOT / "benchmark_refit.py"),)), *flags]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -218,14 +256,70 @@ def test_torchrun_on_two_hosts(tmp_path: Path) -> None:
     flags = [*QWEN, "--source-world-size=2", "--expert-model-parallel-size=2", *VLLM, f"--output-dir={tmp_path}"]
     flags += ["--rl-inference-data-parallel-size=2", "--refit-relay=node", "--run-name=two"]
     with Network(2) as network:
-        processes = [_torchrun(network, number, flags) for number in range(2)]
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+        outputs = on_both(network, flags)
     assert re.search(r"^# 2 hosts: .* between them, .* within, relay node; ", outputs[0], re.MULTILINE)
     assert "PASSED (refit)" in outputs[0]
     hosts = json.loads((tmp_path / "two.json").read_text())["measurements"]["refit"]["hosts"]
     assert sorted(hosts["num_ranks"].values()) == [2, 2]
     assert hosts["between_bytes"] == hosts["least_bytes"] > 0
+
+
+def on_both(network: Network, flags: list[str], program: tuple[str, ...] = ()) -> list[str]:
+    """What two ranks on each of two hosts print, started with torchrun. They end with 0."""
+    processes = [_torchrun(network, number, flags, program) for number in range(2)]
+    outputs = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_links_are_calibrated_and_runs_say_how_far_their_bound_was(tmp_path: Path) -> None:
+    mbit, path = 200, tmp_path / "shaped.yaml"
+    flags = [*QWEN, "--source-world-size=2", "--expert-model-parallel-size=2", *VLLM, f"--output-dir={tmp_path}"]
+    flags += ["--rl-inference-data-parallel-size=2", f"--cluster={path}"]
+    with Network(2, mbit) as network:
+        calibrate = ["calibrate", f"--output={path}", "--mib=4", "--times=1"]
+        on_both(network, calibrate, ("-m", "refit"))
+        outputs = on_both(network, flags)
+    cluster, limit = load_cluster(str(path)), 1e6 * mbit / 8
+    assert cluster.inter_bytes_per_s is not None
+    # Both ranks of a host share its link. What a link lets pass at once at first is the rest.
+    assert 0 < 2 * cluster.inter_bytes_per_s < 1.1 * limit
+    assert cluster.gpus_per_node == 2
+    line = re.search(r"^Links as measured on .* \(shaped\): the median of .* is ([\d.]+) x the lower", outputs[0], re.M)
+    assert line is not None, outputs[0]
+    assert float(line[1]) > 0
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("relay", ["off", "node"])
+def test_a_slow_host_is_named(relay: str) -> None:
+    """Of three hosts, the link of the last carries a twentieth."""
+    flags = [*QWEN, "--source-world-size=2", "--expert-model-parallel-size=2", *VLLM, f"--refit-relay={relay}"]
+    flags += ["--rl-inference-data-parallel-size=4", "--num-benchmark-iterations=3"]
+    scenario = parse(flags).scenario
+    load_libraries(scenario)
+    for on_hosts in hosts(3, 2, other_mbit={2: 50}):
+        result = on_hosts.ranks.run(run_scenario, flags)[0].measurements["refit"]
+    engine = result.engines["refit"]
+    assert (engine.status, engine.num_wrong) == ("ok", 0)
+    assert all(sample.slowest_rank in (4, 5) for sample in engine.samples)
+    slow_host = list(result.hosts.num_ranks)[2]
+    (line,) = (each for each in of_engine("refit", engine, scenario, result) if "slowest" in each)
+    assert re.match(f"warning: host {re.escape(slow_host)} was slowest in 3 of 3 refits, ", line)
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+def test_two_hosts_with_links_of_different_speeds() -> None:
+    """The slower link sets the time: what the faster one carries more is of no use."""
+    flags = [*QWEN, *EP4, *VLLM, "--rl-inference-data-parallel-size=4", "--refit-relay=node"]
+    for on_hosts in hosts(2, 4, mbit=1000, other_mbit={1: 100}):
+        result = refit(on_hosts, flags)
+    between_bytes, _ = crossed_bytes(result)
+    least_s = 0.9 * (between_bytes - (1 << 18)) / (100e6 / 8)  # a link lets its burst pass at once
+    assert all(sample.seconds > least_s for sample in result.engines["refit"].samples)
 
 
 def sharded(num_ranks: int, num_layers: int) -> tuple[Sharding, Sharding]:

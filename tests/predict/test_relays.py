@@ -8,8 +8,6 @@ from refit.cli.parsing import parse
 from refit.config.relay import Relay
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, dry_run
-from refit.predict.relays import Relaying, plan_with_relay
-from refit.predict.sides import predict_sides
 from refit.report.plans.dry_run import dry_run_text
 
 KIMI_K2 = (
@@ -90,13 +88,15 @@ def test_a_relay_of_nothing_is_refused(line: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_messages_that_an_encoding_packs_are_not_passed_on() -> None:
-    scenario = parse(DP4.split()).scenario
-    assert scenario.model is not None
-    sides = predict_sides(scenario.model, scenario.source, scenario.destination)
-    with pytest.raises(UsageError, match="--refit-encoding delta sends messages of its own: leave one of the 2 out"):
-        plan_with_relay(*sides, 4, Relaying(Relay.NODE), packed="delta")
-    assert plan_with_relay(*sides, 4, Relaying(Relay.AUTO), packed="delta")[1] is Relay.OFF
+def test_changes_are_relayed_by_the_plan_of_the_weights() -> None:
+    """What is only passed on needs no snapshot."""
+    plain, changes = (run(f"{DP4} --refit-relay node {more}") for more in ("", "--refit-encoding delta"))
+    assert changes.cost.digest == plain.cost.digest
+    assert changes.traffic.sent_between.sum() == changes.least_between_bytes
+    source = range(changes.scenario.source.world_size)
+    assert set(changes.encoding_needs["snapshot"]) <= set(source)
+    sent = {rank: nbytes for rank, nbytes in changes.cost.sent_by_rank.items() if rank in source and nbytes}
+    assert changes.encoding_needs["snapshot"] == sent
 
 
 def test_codes_and_scales_are_relayed_once_per_node() -> None:

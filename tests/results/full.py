@@ -91,6 +91,7 @@ REFIT = RefitResult(
         casts={"router.weight": ("float32", "bfloat16")},
     ),
     bound=Bound("mine", 0.15, "rank 0 sends 200 bytes within its node at 391 GB/s"),
+    estimate_s=1.5,
     floor=Bound("mine", 0.125, "the source sends 100 bytes at 50 GB/s"),
     hosts=HostTraffic({"a": 2, "b": 1}, "node", 150, 50, 120),
     start_s={"imports": 3.0, "first refit": 0.25},

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine: munge, slurmctld and two slurmd with eight pretended GPUs each, without systemd.
+# A real Slurm on this one machine: munge, slurmctld and two slurmd with eight pretended GPUs each, without systemd. Each
+# node is a network namespace with an address of its own, so that ranks of two nodes are on two hosts.
 #
 #   one_machine.sh start FOLDER    brings it up; then `export SLURM_CONF=FOLDER/slurm.conf`
 #   one_machine.sh stop FOLDER     cancels its jobs, stops its daemons by their process ids
 #   one_machine.sh check FOLDER    whether it can be brought up here
 #
-# Needs root and the packages slurm-wlm and munge. Exits with 3, saying why, where it cannot be done here.
+# Needs root and the packages slurm-wlm, munge and iproute2. Exits with 3, saying why, where it cannot be done here.
 set -euo pipefail
 
 readonly NUM_NODES=2 GPUS_PER_NODE=8 MARK='# refit: pretended Slurm node'
+readonly BRIDGE=refit-slurm NETWORK=10.78.0 CONTROLLER=254
 
 waive() {
     echo "WAIVED: no Slurm on this machine: $*" >&2
@@ -18,8 +20,8 @@ waive() {
 check() {
     local program
     ((EUID == 0)) || waive "its daemons need root, this is $(id -un)"
-    for program in munged munge slurmctld slurmd sbatch srun mknod; do
-        type -P "$program" >/dev/null || waive "$program is missing: apt-get install slurm-wlm munge"
+    for program in munged munge slurmctld slurmd sbatch srun mknod ip nsenter; do
+        type -P "$program" >/dev/null || waive "$program is missing: apt-get install slurm-wlm munge iproute2"
     done
 }
 
@@ -29,7 +31,7 @@ write_config() {
     mkdir -p "$folder"/{state,log}
     cat >"$folder/slurm.conf" <<CONFIG
 ClusterName=refit
-SlurmctldHost=$host(127.0.0.1)
+SlurmctldHost=$host($NETWORK.$CONTROLLER)
 SlurmctldPort=16817
 SlurmUser=root
 SlurmdUser=root
@@ -52,7 +54,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=node[1-$NUM_NODES] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-$((17000 + NUM_NODES))] CPUs=8 RealMemory=8000 Gres=gpu:$GPUS_PER_NODE
+NodeName=node[1-$NUM_NODES] NodeHostname=$host NodeAddr=$NETWORK.[1-$NUM_NODES] Port=[17001-$((17000 + NUM_NODES))] CPUs=8 RealMemory=8000 Gres=gpu:$GPUS_PER_NODE
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 CONFIG
     # A count without files would drain the node; any character device does.
@@ -63,11 +65,35 @@ CONFIG
     echo "NodeName=node[1-$NUM_NODES] Name=gpu File=$folder/gpu[0-$((GPUS_PER_NODE - 1))]" >"$folder/gres.conf"
 }
 
+# The nodes' namespaces, on a bridge that the controller has an address on.
+add_network() {
+    local node
+    ip link add "$BRIDGE" type bridge
+    ip addr add "$NETWORK.$CONTROLLER/24" dev "$BRIDGE"
+    ip link set "$BRIDGE" up
+    for ((node = 1; node <= NUM_NODES; node++)); do
+        ip netns add "$BRIDGE-$node"
+        ip link add eth0 netns "$BRIDGE-$node" type veth peer name "$BRIDGE-$node"
+        ip link set "$BRIDGE-$node" master "$BRIDGE" up
+        ip -n "$BRIDGE-$node" addr add "$NETWORK.$node/24" dev eth0
+        ip -n "$BRIDGE-$node" link set lo up
+        ip -n "$BRIDGE-$node" link set eth0 up
+    done
+}
+
+remove_network() {
+    local node
+    for ((node = 1; node <= NUM_NODES; node++)); do
+        ip netns del "$BRIDGE-$node" 2>/dev/null || true
+    done
+    ip link del "$BRIDGE" 2>/dev/null || true
+}
+
 # The rendezvous resolves the names that `scontrol show hostnames` gives.
 add_hosts() {
     local node
     for ((node = 1; node <= NUM_NODES; node++)); do
-        echo "127.0.0.1 node$node $MARK" >>/etc/hosts
+        echo "$NETWORK.$node node$node $MARK" >>/etc/hosts
     done
 }
 
@@ -97,6 +123,8 @@ start() {
     write_config
     remove_hosts
     add_hosts
+    remove_network
+    add_network
     head -c 1024 /dev/urandom >"$folder/munge.key"
     chmod 400 "$folder/munge.key"
     munged --force --socket="$folder/munge.socket" --key-file="$folder/munge.key" --pid-file="$folder/munged.pid" \
@@ -106,7 +134,8 @@ start() {
     slurmctld -f "$SLURM_CONF"
     local node
     for ((node = 1; node <= NUM_NODES; node++)); do
-        slurmd -f "$SLURM_CONF" -N "node$node"
+        # `ip netns exec` would mount another /sys, which lacks the cgroups that slurmd wants.
+        nsenter --net="/run/netns/$BRIDGE-$node" slurmd -f "$SLURM_CONF" -N "node$node"
     done
     wait_until_idle
 }
@@ -127,6 +156,7 @@ stop() {
     ((${#pids[@]} == 0)) || stop_daemons "${pids[@]}"
     rm -f "$folder"/gpu[0-9]*
     remove_hosts
+    remove_network
 }
 
 stop_daemons() {
@@ -139,7 +169,7 @@ stop_daemons() {
 }
 
 [[ $# -eq 2 && $1 =~ ^(start|stop|check)$ ]] || {
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 mkdir -p "$2"

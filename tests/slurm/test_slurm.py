@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "REFIT_PYTHON": sys.executable,
         "REFIT_SITE_FILE": str(site),
         "REFIT_GPUS_PER_NODE": "2",
+        "GLOO_SOCKET_IFNAME": "eth0",  # of each node's namespace: the machine's name has no address there
     }
     subprocess.run([ONE_MACHINE, "stop", folder], check=True, timeout=120)
     shutil.rmtree(folder)
@@ -74,6 +76,11 @@ def status_of(path: Path) -> str:
         return "nothing"
 
 
+def hosts_of(path: Path) -> Any:
+    """What crossed between hosts, of a result; None on one host."""
+    return json.loads(path.read_text())["measurements"]["refit"]["hosts"]
+
+
 def verdicts(summary: str) -> dict[str, str]:
     """The verdict of every scenario, by name."""
     blocks = re.split(r"^Config: ", summary, flags=re.MULTILINE)[1:]
@@ -107,6 +114,11 @@ def test_a_suite_that_is_cancelled_half_way_and_gone_on_with(cluster: dict[str, 
     assert "4 + 2 = 6 GPUs needed > 4 available" in summary
     assert "World size: 4 (using 4 GPUs)" in (logs / f"{run_id}_two_nodes.2.log").read_text()
     assert not (logs / f"{run_id}_one_node.2.log").exists()
+    # Each node is a network namespace, and so a host of its own.
+    hosts = {name: hosts_of(logs / f"{run_id}_{name}.json") for name in ("one_node", "two_nodes.2")}
+    assert hosts["one_node"] is None
+    assert sorted(hosts["two_nodes.2"]["num_ranks"].values()) == [2, 2]
+    assert hosts["two_nodes.2"]["between_bytes"] > 0
     errors = [path.read_text() for path in (logs / f"{run_id}_broken_ranks" / "node0").glob("rank[01].err")]
     assert "Traceback" in "".join(errors), "ranks' own logs are kept where they failed"
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.config.layout import Layout
+from refit.config.relay import Relay
 from refit.errors import UsageError
 from refit.predict.findings import Findings, pareto
 from refit.predict.sides import check_side
@@ -174,7 +175,7 @@ def test_the_best_can_be_written_as_a_list_of_scenarios(small: Findings, tmp_pat
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("source", ["TP2 EP2 ETP1", None])
 def test_the_table_fits_the_terminal(width: int, source: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refit.report.search.table_width", lambda: width)
+    monkeypatch.setattr("refit.report.plans.search.table_width", lambda: width)
     text = as_text(search(source=source, source_gpus=2, max_plans=30).run(), CLUSTER, 10)
     assert max(map(len, text.split("\n"))) <= width
     assert "…" not in text
@@ -211,3 +212,54 @@ def test_the_pareto_set_beats_every_other_point(points: list[tuple[int, int]]) -
         others = [points[other] for other in front if other != index]
         as_good = any(other[0] <= point[0] and other[1] <= point[1] for other in others)
         assert as_good != (index in front)
+
+
+RELAYED = Search(("--model=tiny_qwen3_moe",), "TP2", None, 4, replace(CLUSTER, gpus_per_node=2), 2, max_plans=1000)
+
+
+def test_relays_and_the_floor_stand_beside_the_bound() -> None:
+    asked = replace(RELAYED, destination_formats=("vllm",))
+    off = {one.destination: one for one in asked.run().found}
+    on = {one.destination: one for one in replace(asked, common=(*asked.common, "--refit-relay=node")).run().found}
+    assert off.keys() == on.keys()
+    for title, found in on.items():
+        direct, crossing = off[title].crossing, found.crossing
+        assert crossing is not None
+        assert direct is not None
+        assert crossing.direct_bytes == direct.between_bytes >= crossing.between_bytes >= crossing.least_bytes
+        assert found.floor == off[title].floor
+        assert found.floor is not None
+        assert found.floor.seconds <= found.bound_s * (1 + 1e-9)
+        assert crossing.relay is Relay.NODE
+        assert "--refit-relay=off" not in found.flags
+
+
+def test_a_layout_that_has_nothing_to_relay_is_planned_without_and_its_flags_say_so() -> None:
+    """Each rank is a node of its own."""
+    alone = replace(CLUSTER, gpus_per_node=1)
+    found = replace(RELAYED, common=(*RELAYED.common, "--refit-relay=node"), cluster=alone, gpus_per_node=1).run().found
+    assert len(found) > 4
+    assert all(one.crossing is not None and one.crossing.relay is Relay.OFF for one in found)
+    assert all(parse([*one.flags, "--dry-run"]).scenario.relay is Relay.OFF for one in found)
+
+
+def test_what_was_not_planned_has_no_lower_bound_than_stated_with_relays_too() -> None:
+    asked = replace(RELAYED, common=(*RELAYED.common, "--refit-relay=auto"), destination_formats=("vllm",))
+    everything, some = asked.run(), replace(asked, max_plans=2).run()
+    assert some.unplanned_floor_s is not None
+    planned = {found.flags for found in some.found}
+    assert all(found.bound_s >= some.unplanned_floor_s for found in everything.found if found.flags not in planned)
+
+
+def test_texts_and_rows_of_several_nodes_say_what_crosses() -> None:
+    import json
+
+    asked = replace(RELAYED, common=(*RELAYED.common, "--refit-relay=auto"), destination_formats=("vllm",))
+    findings = asked.run()
+    text = as_text(findings, CLUSTER, 10)
+    assert "between" in text
+    assert "floor" in text
+    rows = json.loads(as_json(findings, CLUSTER, 1))["found"]
+    assert {row["relay"] for row in rows} == {"engine", "off"}
+    assert all(row["direct_bytes"] >= row["between_bytes"] >= row["least_bytes"] for row in rows)
+    assert "between" not in as_text(search().run(), CLUSTER, 10)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.no_megatron
 
 TIMEOUT_S = 100.0
 
-BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]
+BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct"), ("shm+gloo", "ring")]
 if any(find_spec(name) is not None for name in nixl_library.MODULES):
     BACKENDS.append(("nixl", "ring"))  # elsewhere tests/transport/test_nixl.py says that it is left out
 

@@ -15,6 +15,7 @@ from megatron.core.resharding import refit as megatron_refit
 from megatron.core.resharding.copy_services.base import CopyService
 
 from refit.bench.sides import Side
+from refit.config.registry import METHODS
 from refit.config.scenario import Scenario
 from refit.errors import RefitError, UnavailableError
 from refit.models.megatron import compat
@@ -25,11 +26,6 @@ from refit.predict.sides import PlannedSides
 from refit.transport.base import RunReport
 from refit.transport.ranks import Ranks, gpus_here
 from refit.transport.two_sided.nccl_links import peers_of
-
-SERVICES = ("nccl", "nvshmem", "gloo")
-"""The names of Megatron's copy services on GPUs."""
-
-DEFAULT_SERVICE = "nccl"
 
 
 class GlooCopies(CopyService):  # type: ignore[misc]
@@ -124,7 +120,7 @@ def service_name(method: str, device: torch.device, *, is_shared: bool = False) 
     """
     if device.type != "cuda" or is_shared:
         return "gloo"
-    return method if method in SERVICES else DEFAULT_SERVICE
+    return METHODS[method].megatron_service
 
 
 def _connect_default_group(plan: RefitPlan, rank: int, device: torch.device) -> None:

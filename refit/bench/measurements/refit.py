@@ -16,14 +16,17 @@ from refit.bench.session import Session
 from refit.bench.sides import Side, rearranged, refitted_to
 from refit.config.clusters import Cluster, choose_cluster
 from refit.config.registry import ENGINES, IDENTITY, load
+from refit.config.relay import Relay
 from refit.config.scenario import Scenario
 from refit.encodings.fp8.wire import QuantisedWire
 from refit.errors import PlanError
 from refit.plan import cost
+from refit.plan.estimate import estimate_s, filling_s
 from refit.plan.floor import floor_of, least_bytes
 from refit.plan.plan import RefitPlan
+from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
-from refit.predict.relays import Relaying
+from refit.predict.relays import Relaying, message_size
 from refit.predict.sides import PlannedSides, plan_sides
 from refit.report.plans.bound import bound_text
 from refit.report.refits import refit_lines
@@ -78,6 +81,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
         model=_facts(source.sharding, destination.sharding),
         plan=sides.cost,
         bound=bound,
+        estimate_s=_estimate(session, sides, bound, cluster),
         floor=_floor(session, plan, cluster) if cluster is not None and session.is_reporter else None,
         hosts=_host_traffic(session, sides) if session.is_reporter else None,
         quantised=_quantised(sides, destination),
@@ -101,7 +105,7 @@ def _measure(session: Session, source: Side, destination: Side) -> RefitResult:
             session.publish(result)
 
         own = replace(session, scenario=scenarios[name])
-        EngineRun(own, _sending(own, planned, cluster), name, engine, keep).measure()
+        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep).measure()
         result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
 
@@ -127,14 +131,13 @@ def scenario_of(name: str, scenario: Scenario) -> Scenario:
     )
 
 
-def _sending(session: Session, planned: PlannedRefit, cluster: Cluster | None) -> PlannedRefit:
+def _sending(session: Session, planned: PlannedRefit, cluster: Cluster | None, relaying: Relaying) -> PlannedRefit:
     """`planned` for an engine's own scenario: planned again where that sends other than the run's."""
     source, destination, sides = planned.source, planned.destination, planned.sides
     if list(sides.wires) == session.scenario.encodings:
         return planned
-    sides = plan_sides(
-        source.sharding, destination.sharding, destination.spec, session.ranks_per_node, session.scenario.sending
-    )
+    per_node, sending = session.ranks_per_node, session.scenario.sending
+    sides = plan_sides(source.sharding, destination.sharding, destination.spec, per_node, sending, relaying)
     return replace(planned, sides=sides, bound=_bound(session, sides, cluster))
 
 
@@ -168,19 +171,33 @@ def _floor(session: Session, plan: RefitPlan, cluster: Cluster) -> cost.Bound | 
     )
 
 
+def _estimate(session: Session, sides: PlannedSides, bound: cost.Bound | None, cluster: Cluster | None) -> float | None:
+    """The bound with what relays take to fill and drain; None without a relay."""
+    if cluster is None or sides.relay is Relay.OFF:
+        return None
+    size = message_size(session.scenario.method, session.scenario.staging_bytes)
+    return estimate_s(bound, filling_s(sides.plan, size, cluster, session.gpus))
+
+
 def _host_traffic(session: Session, sides: PlannedSides) -> HostTraffic | None:
     """What crosses between hosts; None on a single one."""
     per_host = session.ranks_per_node
     if per_host is None:
         return None
     plan = sides.plan
+    sent, *_, received = plan.shardings
     traffic = cost.split_traffic(cost.bytes_matrix(plan), per_host)
+    between = direct = int(traffic.sent_between.sum())
+    if sides.relay is not Relay.OFF:
+        without = plan_refit(sent, received, ranks_per_node=per_host)
+        direct = int(cost.split_traffic(cost.bytes_matrix(without), per_host).sent_between.sum())
     return HostTraffic(
         num_ranks=dict(Counter(session.ranks.host_of)),
         relay=sides.relay.value,
-        between_bytes=int(traffic.sent_between.sum()),
+        between_bytes=between,
         within_bytes=int(traffic.sent_within.sum()),
-        least_bytes=least_bytes(plan.source_sharding, plan.destination_sharding, per_host).between,
+        least_bytes=least_bytes(sent, received, per_host).between,
+        direct_bytes=direct,
     )
 
 

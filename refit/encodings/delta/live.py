@@ -12,6 +12,7 @@ from refit.config.delta import Snapshot
 from refit.encodings.base import Peers
 from refit.encodings.delta.counts import Counts
 from refit.encodings.delta.cpu import APPLY, FIND, PACK, CpuDecoder, CpuEncoder
+from refit.encodings.delta.passing import packs, reached
 from refit.encodings.delta.versions import MOVED, Versions
 from refit.encodings.delta.wire import DeltaWire
 from refit.encodings.packed import PackedWeights
@@ -41,7 +42,7 @@ class LiveDelta:
     ) -> None:
         self._rank = peers.rank
         part = plan.for_rank(peers.rank)
-        targets = sorted({transfer.destination for transfer in part.sends})
+        targets = reached(plan, peers.rank) if packs(plan, peers.rank) else []
         self.versions = Versions(peers, targets, receives=bool(part.receives))
         self.counts = Counts()
         self._encoders: list[CpuEncoder | GpuEncoder] = []

@@ -10,6 +10,7 @@ import numpy as np
 from refit.config.delta import DeltaOptions, Snapshot
 from refit.config.side import SideSpec
 from refit.encodings.delta.form import CPU_BLOCK, expected_bytes, max_bytes
+from refit.encodings.delta.passing import packed_bytes
 from refit.plan.plan import RefitPlan
 from refit.plan.sharding import Sharding
 from refit.plan.wire import Forecast, Wire
@@ -41,11 +42,8 @@ class DeltaWire(Wire):
 
 
 def snapshot_bytes(plan: RefitPlan) -> dict[int, int]:
-    """What each source rank sends to others: a snapshot of it takes as much."""
-    needed = np.zeros(1 + plan.ranks[-1], np.int64)
-    sent = plan.is_wire
-    np.add.at(needed, plan.source[sent], plan.nbytes[sent])
-    return {rank: int(nbytes) for rank, nbytes in enumerate(needed) if nbytes}
+    """What each rank packs for others: a snapshot of it takes as much. What it passes on as it arrived needs none."""
+    return {rank: int(nbytes) for rank, nbytes in enumerate(packed_bytes(plan)) if nbytes}
 
 
 def wire_of(source: Sharding, destination: Sharding, side: SideSpec, options: DeltaOptions) -> DeltaWire:

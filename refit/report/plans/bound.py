@@ -17,6 +17,11 @@ def bound_text(bound: Bound | None, cluster: Cluster) -> str:
     return f"{units.seconds(bound.seconds)} on {cluster.name}: {bound.limited_by}"
 
 
+def estimate_text(seconds: float) -> str:
+    """`1.91 s with the filling of the pipeline`."""
+    return f"{units.seconds(seconds)}, the bound and what relays take to fill and drain"
+
+
 def floor_text(floor: Bound) -> str:
     """`1.33 s: node 8 receives 530.8 GB at 400 GB/s`."""
     return f"{units.seconds(floor.seconds)}: {floor.limited_by}"

@@ -12,7 +12,8 @@ from refit.report.terminal.neutral import markdown_text
 
 
 def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:
-    """One row per scenario, by name, and one column of lower bounds per cluster.
+    """One row per scenario, by name, and one column of lower bounds per cluster, with the floor of all plans where that
+    is lower.
 
     `-` where the cluster has no speed for a link.
     """
@@ -24,7 +25,6 @@ def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str
 
 def _row(name: str, run: DryRun, clusters: Sequence[Cluster]) -> list[str]:
     cost, busiest = run.cost, run.cost.busiest
-    bounds = (lower_bound(run.matrix, cluster, run.gpus, run.work_bytes) for cluster in clusters)
     return [
         name,
         run.scenario.num_ranks_text,
@@ -33,5 +33,14 @@ def _row(name: str, run: DryRun, clusters: Sequence[Cluster]) -> list[str]:
         f"{busiest.rank} {busiest.direction} {units.gb(busiest.nbytes)}",
         units.gib(run.memory_bytes),
         f"{cost.sender_imbalance:.2f}",
-        *("-" if bound is None else units.seconds(bound.seconds) for bound in bounds),
+        *(_bound(run, cluster) for cluster in clusters),
     ]
+
+
+def _bound(run: DryRun, cluster: Cluster) -> str:
+    """`1.737 s, floor 1.338 s`; without the floor where the bound reaches it."""
+    bound, floor = lower_bound(run.matrix, cluster, run.gpus, run.work_bytes), run.floors[cluster]
+    if bound is None:
+        return "-"
+    seconds, least = units.seconds(bound.seconds), units.seconds(floor.seconds) if floor else ""
+    return f"{seconds}, floor {least}" if floor and floor.seconds < bound.seconds and least != seconds else seconds

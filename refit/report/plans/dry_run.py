@@ -11,7 +11,7 @@ from refit import units
 from refit.config.registry import ENCODINGS, IDENTITY
 from refit.plan.cost import BusiestRank, per_gpu
 from refit.predict.dry_run import Changes, DryRun
-from refit.report.plans.bound import bound_text, floor_text
+from refit.report.plans.bound import bound_text, estimate_text, floor_text
 from refit.report.plans.expert_map import expert_lines
 from refit.report.plans.rank_map import rank_map
 from refit.report.refits.delta_lines import percent
@@ -50,6 +50,7 @@ def dry_run_json(run: DryRun) -> str:
         "plan": run.cost,
         "bound": run.bound,
         "changes": run.changes,
+        "estimate_s": run.estimate_s,
         "floor": run.floor,
         "relay": run.relay,
         "least_between_bytes": run.least_between_bytes,
@@ -97,6 +98,7 @@ def _moved(run: DryRun) -> dict[str, str]:
         "Busiest receiver": _busiest(run, receiver, "received"),
         **_between(run),
         "Lower bound": _lower_bound(run),
+        **({"Estimate": estimate_text(run.estimate_s)} if run.estimate_s else {}),
         **({"Floor of all plans": floor_text(run.floor)} if run.floor else {}),
         **{f"{percent(each.share)} % changed": _changes(run, each) for each in run.changes},
     }
@@ -104,13 +106,12 @@ def _moved(run: DryRun) -> dict[str, str]:
 
 def _between(run: DryRun) -> dict[str, str]:
     """Bytes between nodes and within them, where there are several, with the plan's relay and without."""
-    traffic = run.traffic
-    if run.scenario.num_ranks <= traffic.ranks_per_node:
+    crossing = run.crossing
+    if crossing is None:
         return {}
-    between, within = int(traffic.sent_between.sum()), int(traffic.sent_within.sum())
     lines = {
-        "Between nodes": f"{units.gb(between)}, within them {units.gb(within)}, relay {run.relay.value}; in every plan "
-        f"{units.gb(run.least_between_bytes)} cross"
+        "Between nodes": f"{units.gb(crossing.between_bytes)}, within them {units.gb(crossing.within_bytes)}, relay "
+        f"{crossing.relay.value}; in every plan {units.gb(crossing.least_bytes)} cross"
     }
     other = run.without_relay
     if other is not None:

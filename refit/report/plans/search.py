@@ -8,7 +8,7 @@ from dataclasses import asdict
 from refit import units
 from refit.config.clusters import Cluster
 from refit.config.quantisation import BLOCK_FORMATS
-from refit.predict.findings import Findings, Found
+from refit.predict.findings import Crossing, Findings, Found
 from refit.report.refits.delta_lines import percent
 from refit.report.terminal.console import table_width
 from refit.report.terminal.grid import Column, comma_separated, fitted
@@ -21,14 +21,15 @@ def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
     sources = {found.source for found in findings.found}
     dtype = _quantised(findings)
     large = max(found.busiest.nbytes for found in findings.found) >= 1e9
+    crosses = any(found.crossing for found in findings.found)
     rows = []
     for index in shown:
         found = findings.found[index]
         destination = found.destination.removesuffix(f" {dtype}")
         layouts = f"{found.source} -> {destination}" if len(sources) > 1 else destination
-        rows.append([f"{'*' if index in findings.pareto else ' '} {layouts}", *_figures(found, large)])
-    table = fitted(_columns("destination" if len(sources) == 1 else "layouts", large), rows, table_width())
-    lines = [*_counts(findings, cluster), "", table, "", LEGEND]
+        rows.append([f"{'*' if index in findings.pareto else ' '} {layouts}", *_figures(found, large, crosses)])
+    table = fitted(_columns("destination" if len(sources) == 1 else "layouts", large, crosses), rows, table_width())
+    lines = [*_counts(findings, cluster), "", table, "", LEGEND, *([CROSSING] if crosses else [])]
     share = findings.found[0].share
     if share is not None:
         lines.insert(0, f"Sent:    what has changed, {percent(share)} % of the weights: bounds are those of that")
@@ -47,10 +48,15 @@ def _quantised(findings: Findings) -> str | None:
 
 
 LEGEND = """\
-bound: lower bound of the refit. busiest: most bytes a rank sends or gets.
+bound: lower bound of the refit. floor: that of the best plan there could be.
+busiest: most bytes a rank sends or gets.
 memory: weights, staging and what quantising needs on the fullest GPU. KV: what
 is left of it, and the tokens whose BF16 cache fits there on one replica.
 *: none is as good in both bound and memory."""
+
+CROSSING = """\
+between, within: bytes between nodes and within them. direct: between nodes
+without a relay. least: between nodes in every plan."""
 
 
 def _counts(findings: Findings, cluster: Cluster) -> list[str]:
@@ -66,29 +72,41 @@ def _counts(findings: Findings, cluster: Cluster) -> list[str]:
     return lines
 
 
-def _columns(layouts: str, large: bool) -> list[Column]:
+def _columns(layouts: str, large: bool, crosses: bool) -> list[Column]:
     moved = "(GB)" if large else "(MB)"
+    crossing = [*(Column(name, moved) for name in ("between", "within", "direct", "least")), Column("relay")]
     return [
         Column(f"  {layouts}", is_text=True),
         Column("bound", "(ms)"),
+        Column("floor", "(ms)"),
         Column("busiest", moved),
         Column("memory", "(GiB)"),
         Column("KV", "(GiB)"),
         Column("KV", "(tokens)"),
-        Column("wire", moved),
+        *(crossing if crosses else [Column("wire", moved)]),
     ]
 
 
-def _figures(found: Found, large: bool) -> tuple[str, ...]:
+def _figures(found: Found, large: bool, crosses: bool) -> tuple[str, ...]:
     scale = 1e9 if large else 1e6
     return (
-        f"{1e3 * found.bound.seconds:,.{1 if large else 3}f}" if found.bound else "-",
+        *(
+            f"{1e3 * bound.seconds:,.{1 if large else 3}f}" if bound else "-"
+            for bound in (found.bound, None if found.share is not None else found.floor)
+        ),
         f"{found.busiest.nbytes / scale:,.2f}",
         f"{found.memory_bytes / 2**30:,.2f}",
         "-" if found.kv_room_bytes is None else f"{found.kv_room_bytes / 2**30:,.2f}",
         "-" if found.kv_tokens is None else units.count(found.kv_tokens),
-        f"{found.wire_bytes / scale:,.1f}",
+        *(_crossing(found.crossing, scale) if crosses else (f"{found.wire_bytes / scale:,.1f}",)),
     )
+
+
+def _crossing(crossing: Crossing | None, scale: float) -> tuple[str, ...]:
+    if crossing is None:
+        return ("-",) * 5
+    moved = (crossing.between_bytes, crossing.within_bytes, crossing.direct_bytes, crossing.least_bytes)
+    return (*(f"{nbytes / scale:,.1f}" for nbytes in moved), crossing.relay.value)
 
 
 def as_json(findings: Findings, cluster: Cluster, top: int) -> str:
@@ -109,18 +127,27 @@ def as_csv(findings: Findings, cluster: Cluster, top: int) -> str:
     return comma_separated(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
+MOVED = ("between", "within", "direct", "least")
+"""The bytes of a `Crossing`."""
+
+
 def _rows(findings: Findings) -> list[dict[str, object]]:
     return [_row(found, index in findings.pareto) for index, found in enumerate(findings.found)]
 
 
 def _row(found: Found, on_front: bool) -> dict[str, object]:
     row = asdict(found)
-    busiest, bound, flags = row.pop("busiest"), row.pop("bound") or {}, row.pop("flags")
+    busiest, bound, floor = row.pop("busiest"), row.pop("bound") or {}, row.pop("floor") or {}
+    flags, crossing = row.pop("flags"), found.crossing
+    del row["crossing"]
     return {
         **row,
         **{f"busiest_{name}": value for name, value in busiest.items()},
         "lower_bound_s": bound.get("seconds"),
         "limited_by": bound.get("limited_by"),
+        "floor_s": floor.get("seconds"),
+        "relay": crossing.relay.value if crossing else None,
+        **{f"{name}_bytes": getattr(crossing, f"{name}_bytes", None) for name in MOVED},
         "pareto": on_front,
         "flags": flags,
     }

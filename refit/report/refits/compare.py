@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from refit import units
 from refit.errors import ExitCode, UsageError
 from refit.report.refits.run_spread import (
     Repeated,
@@ -141,6 +142,9 @@ def _conditions(outcome: Outcome) -> dict[str, str]:
         found["CPU"] = f"{environment.num_cpus} cores of {environment.cpu}"
     if outcome.refit.plan is not None:
         found["payload"] = f"{outcome.refit.plan.payload_bytes:,} bytes"
+    if (hosts := outcome.refit.hosts) is not None:
+        found["hosts"] = str(len(hosts.num_ranks))
+        found["relay"] = f"{hosts.relay} ({units.gb(hosts.between_bytes)} between hosts)"
     return found
 
 

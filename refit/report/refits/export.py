@@ -132,12 +132,14 @@ def _changes(entry: Entry) -> Record:
 
 
 def _moved(entry: Entry) -> Record:
-    """The bytes of the plan and its lower bound."""
+    """The bytes of the plan, its lower bound, and the floor under all plans."""
     cost, bound, plan = entry.outcome.cost, entry.outcome.bound, entry.outcome.refit.plan
+    floor, hosts = entry.outcome.refit.floor, entry.outcome.refit.hosts
     return {
         "cluster": bound.cluster if bound else None,
         "lower_bound_ms": _ms(bound.seconds) if bound else None,
         "limited_by": bound.limited_by if bound else None,
+        "floor_ms": _ms(floor.seconds) if floor else None,
         "share_of_lower_bound": entry.share_of_bound,
         "payload_bytes": cost.payload_bytes if cost else None,
         "wire_bytes": cost.wire_bytes if cost else None,
@@ -145,6 +147,9 @@ def _moved(entry: Entry) -> Record:
         "busiest_bytes": cost.busiest.nbytes if cost else None,
         "busiest_rank": cost.busiest.rank if cost and cost.busiest.nbytes else None,
         "num_transfers": plan.num_transfers if plan else None,
+        "relay": hosts.relay if hosts else None,
+        **{f"{name}_hosts_bytes": getattr(hosts, f"{name}_bytes", None) for name in ("between", "within")},
+        **{f"{name}_between_bytes": getattr(hosts, f"{name}_bytes", None) for name in ("direct", "least")},
     }
 
 

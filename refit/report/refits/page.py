@@ -16,7 +16,7 @@ from refit.report.refits.entries import Entry, entries_of, scenario_entries
 from refit.report.refits.headline import headline, ratios
 from refit.report.refits.run_spread import by_scenario, spread_lines
 from refit.report.refits.summary import counts_line
-from refit.report.refits.tables import SHOWN, run_title, where_text
+from refit.report.refits.tables import run_title, shown, where_text
 from refit.report.terminal.neutral import html_text
 from refit.results.outcomes import Outcome
 from refit.results.result import Environment
@@ -136,11 +136,12 @@ def _headlines(run: Run, outcome: Outcome) -> str:
 
 
 def _table(entries: Sequence[Entry]) -> list[str]:
-    titles = "".join(_cell("th", column.title, "text" if column.is_text else "") for column in SHOWN)
-    kinds = ["text name", *("text" if column.is_text else "" for column in SHOWN[1:])]
+    columns = shown(entries)
+    titles = "".join(_cell("th", column.title, "text" if column.is_text else "") for column in columns)
+    kinds = ["text name", *("text" if column.is_text else "" for column in columns[1:])]
     rows = [f"<thead><tr>{titles}</tr></thead>", "<tbody>"]
     for entry in entries:
-        cells = (_cell("td", column.cell(entry), kind) for column, kind in zip(SHOWN, kinds, strict=True))
+        cells = (_cell("td", column.cell(entry), kind) for column, kind in zip(columns, kinds, strict=True))
         rows.append(f"<tr{'' if entry.is_valid else INVALID}>{''.join(cells)}</tr>")
     return ['<div class="scroll"><table>', *rows, "</tbody>", "</table></div>"]
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from refit import units
 from refit.config.registry import ENGINES
+from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario
 from refit.plan.cost import Cost
-from refit.report.plans.bound import floor_text
+from refit.report.plans.bound import estimate_text, floor_text
 from refit.report.refits import warnings
 from refit.report.refits.delta_lines import delta_lines
 from refit.report.refits.headline import headlines, title
@@ -52,6 +53,7 @@ def header(
     ]
     lines += [hosts_line(result.hosts)] if result.hosts else []
     lines += [f"lower bound: {bound}"] if bound else []
+    lines += [f"estimate: {estimate_text(result.estimate_s)}"] if result.estimate_s else []
     lines += [f"floor of all plans: {floor_text(result.floor)}"] if result.floor else []
     if plan.casts:
         key, (before, after) = next(iter(plan.casts.items()))
@@ -62,10 +64,12 @@ def header(
 
 
 def hosts_line(hosts: HostTraffic) -> str:
-    """`2 hosts: 33 MB between them, 20 MB within, relay node; 33 MB cross in every plan`."""
+    """`2 hosts: 33 MB between them, 20 MB within, relay node; without it 61 MB, in every plan 33 MB cross`."""
+    relayed = hosts.relay != Relay.OFF.value and hosts.direct_bytes is not None
+    without = f"without it {units.gb(hosts.direct_bytes or 0)}, " if relayed else ""
     return (
         f"{len(hosts.num_ranks)} hosts: {units.gb(hosts.between_bytes)} between them, {units.gb(hosts.within_bytes)} "
-        f"within, relay {hosts.relay}; {units.gb(hosts.least_bytes)} cross in every plan"
+        f"within, relay {hosts.relay}; {without}in every plan {units.gb(hosts.least_bytes)} cross"
     )
 
 
@@ -113,11 +117,30 @@ def closing_lines(result: RefitResult, run: Result) -> list[str]:
         lines += [wrong_weights(name, engine), not_moved(name, engine), sent(name, engine)]
     lines += delta_lines(result, table_width())
     lines += [start(result), table(engines, table_width()), *headlines(outcome_of(run.run_id, run))]
+    lines += calibrated_lines(result, scenario)
     lines += (verdict(name, engine, scenario.verify.value) for name, engine in engines.items())
     if result.rearranged is not None:
         after = replace(run, measurements={**run.measurements, "refit": result.rearranged})
         lines += ["After the experts were placed anew:", *closing_lines(result.rearranged, after)]
     return lines
+
+
+def calibrated_lines(result: RefitResult, scenario: Scenario) -> list[str]:
+    """How far the lower bound was from what was measured, where `refit calibrate` has measured the cluster."""
+    cluster, bound, engine = scenario.cluster, result.bound, result.tested
+    if cluster is None or cluster.measured is None or bound is None or not bound.seconds:
+        return []
+    if engine is None or engine.median_s is None or engine.doubt is not None or engine.sent_share is not None:
+        return []
+    return [
+        f"Links as measured on {cluster.measured} ({cluster.name}): the median of {units.seconds(engine.median_s)} is "
+        f"{engine.median_s / bound.seconds:.2f} x the lower bound of {units.seconds(bound.seconds)}"
+        + (
+            f", {engine.median_s / result.estimate_s:.2f} x the estimate of {units.seconds(result.estimate_s)}"
+            if result.estimate_s
+            else ""
+        )
+    ]
 
 
 def iteration_line(engine: str, sample: Sample, number: str) -> str:

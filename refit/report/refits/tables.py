@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refit.config.side import SideSpec
@@ -20,18 +20,29 @@ from refit.results.sweep import Sweep
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A column. `cell` gives an entry's text, as it is in the files: who renders it has to neutralise it."""
+    """A column. `cell` gives an entry's text, as it is in the files: who renders it has to neutralise it.
+
+    A column that `may_lack` is left out where no entry has text in it.
+    """
 
     title: str
     cell: Callable[[Entry], str]
     is_text: bool = False
+    may_lack: bool = False
+
+
+def shown(entries: Sequence[Entry]) -> list[Shown]:
+    """The columns of a table of these entries."""
+    return [column for column in COLUMNS if not column.may_lack or any(map(column.cell, entries))]
 
 
 def markdown_text(run: Run) -> str:
     """A heading, the table, the headlines and the spread between runs of one scenario."""
     heading = f"### {neutral.markdown_text(run_title(run.sweep))}"
-    rows = [[_markdown_cell(column, entry) for column in SHOWN] for entry in entries_of([run])]
-    table = markdown([column.title for column in SHOWN], rows, sum(column.is_text for column in SHOWN))
+    entries = entries_of([run])
+    columns = shown(entries)
+    rows = [[_markdown_cell(column, entry) for column in columns] for entry in entries]
+    table = markdown([column.title for column in columns], rows, sum(column.is_text for column in columns))
     lines = "\n".join(
         f"- {markdown_code(outcome.planned.name)} {neutral.markdown_text(line)}"
         for outcome in run.outcomes
@@ -53,7 +64,7 @@ def where_text(sweep: Sweep) -> str:
 
 
 def _markdown_cell(column: Shown, entry: Entry) -> str:
-    escape = markdown_code if column is SHOWN[0] else neutral.markdown_text
+    escape = markdown_code if column is COLUMNS[0] else neutral.markdown_text
     return escape(column.cell(entry))
 
 
@@ -110,12 +121,33 @@ def _ratio(entry: Entry) -> str:
     return f"{entry.ratio:.2f}" + (f" ({entry.ratio_between})" if entry.ratio_between else "")
 
 
-SHOWN = (
+def _floor(entry: Entry) -> str:
+    floor = entry.outcome.refit.floor
+    return f"{1e3 * floor.seconds:.3f}" if floor else ""
+
+
+def _relay(entry: Entry) -> str:
+    hosts = entry.outcome.refit.hosts
+    return hosts.relay if hosts else ""
+
+
+def _of_hosts(name: str) -> Callable[[Entry], str]:
+    """A cell with the bytes of that field of `HostTraffic`, in GB; empty on one host."""
+
+    def cell(entry: Entry) -> str:
+        nbytes = getattr(entry.outcome.refit.hosts, name, None)
+        return f"{nbytes / 1e9:.3f}" if nbytes is not None else ""
+
+    return cell
+
+
+COLUMNS = (
     Shown("scenario", lambda entry: entry.outcome.planned.name, is_text=True),
     Shown("source", lambda entry: _side(entry.outcome.planned.source), is_text=True),
     Shown("target", lambda entry: _side(entry.outcome.planned.destination), is_text=True),
     Shown("mode", lambda entry: entry.outcome.planned.mode, is_text=True),
     Shown("method", lambda entry: entry.method, is_text=True),
+    Shown("relay", _relay, is_text=True, may_lack=True),
     Shown("engine", _engine, is_text=True),
     Shown("status", lambda entry: entry.status.text, is_text=True),
     Shown("GPUs", lambda entry: str(entry.outcome.planned.num_ranks)),
@@ -123,8 +155,13 @@ SHOWN = (
     Shown("min-max (ms)", _range),
     Shown("cold (ms)", _cold),
     Shown("payload (GB)", _payload),
+    Shown("between hosts (GB)", _of_hosts("between_bytes"), may_lack=True),
+    Shown("without relay", _of_hosts("direct_bytes"), may_lack=True),
+    Shown("in every plan", _of_hosts("least_bytes"), may_lack=True),
+    Shown("within hosts (GB)", _of_hosts("within_bytes"), may_lack=True),
     Shown("bottleneck (GB/s)", _rate),
     Shown("lower bound (ms)", _bound),
+    Shown("floor (ms)", _floor, may_lack=True),
     Shown("share (%)", _share),
     Shown("#wrong", lambda entry: wrong_text(entry.engine)),
     Shown("ratio", _ratio),

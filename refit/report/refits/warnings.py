@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from refit.config.flag_names import size_flag
@@ -27,8 +27,9 @@ CLEARLY_SLOWER = 1.2
 def of_engine(name: str, engine: EngineResult, scenario: Scenario, result: RefitResult) -> list[str]:
     """`warning: ...` lines on an engine that was measured; with several engines each line names its engine."""
     whose = f"{ENGINES[name].title}: " if len(result.engines) > 1 else ""
-    slow = [engine.slow] if engine.slow is not None else []
-    found = (*slow, *_warm_up(engine), *_spread(engine), *_straggler(engine, scenario, result))
+    slow = list(_slow_host(engine, scenario, result)) or _straggler(engine, scenario, result)
+    said = [engine.slow] if engine.slow is not None else []
+    found = (*said, *_warm_up(engine), *_spread(engine), *slow)
     return [f"warning: {whose}{text}" for text in found]
 
 
@@ -69,6 +70,46 @@ def _spread(engine: EngineResult) -> Iterator[str]:
             f"refits get faster by {-100 * drift:.0f} % over the run: use --num-benchmark-warmup "
             f"{num_warmup + num_measured}"
         )
+
+
+def _slow_host(engine: EngineResult, scenario: Scenario, result: RefitResult) -> Iterator[str]:
+    """A host whose ranks of the destination are slowest in most refits, by more than their bytes explain."""
+    on_host = _destination_by_host(scenario, result)
+    measured = [sample for sample in engine.samples if not sample.warmup]
+    if len(on_host) < 2 or len(measured) < 3:
+        return
+    seconds = [
+        {host: max(sample.seconds_per_rank[rank] for rank in ranks) for host, ranks in on_host.items()}
+        for sample in measured
+    ]
+    host, times = Counter(max(each, key=each.__getitem__) for each in seconds).most_common(1)[0]
+    slower = statistics.median(each[host] / _of_others(each, host) for each in seconds)
+    assert result.plan is not None
+    received = result.plan.received_by_rank
+    loads = {name: float(max(received.get(rank, 0) for rank in ranks)) for name, ranks in on_host.items()}
+    usual = _of_others(loads, host)
+    heavier = loads[host] / usual if usual else 1.0
+    if times > len(measured) / 2 and slower > CLEARLY_SLOWER * max(1.0, heavier):
+        yield (
+            f"host {host} was slowest in {times} of {len(measured)} refits, {slower:.2f} x the median of the other "
+            f"{len(on_host) - 1} with {heavier:.2f} x their bytes to a rank: look for a slow link (refit calibrate) or "
+            "other work on it, and run without it if it stays"
+        )
+
+
+def _of_others(values: Mapping[str, float], host: str) -> float:
+    return statistics.median(value for name, value in values.items() if name != host)
+
+
+def _destination_by_host(scenario: Scenario, result: RefitResult) -> dict[str, list[int]]:
+    """The destination's ranks on each host that has some; empty on a single host. Ranks fill hosts in order."""
+    found: dict[str, list[int]] = {}
+    first = 0
+    for host, number in result.hosts.num_ranks.items() if result.hosts else ():
+        ranks = [rank for rank in range(first, first + number) if rank in scenario.destination.ranks]
+        found |= {host: ranks} if ranks else {}
+        first += number
+    return found
 
 
 def _straggler(engine: EngineResult, scenario: Scenario, result: RefitResult) -> Iterator[str]:

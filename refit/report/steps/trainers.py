@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit.config.layout import Layout
+from refit.config.registry import FORMATS
 from refit.config.scenario import Scenario
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec
@@ -35,9 +36,6 @@ weights and tokens: 1.8e-6 in float32 (learning rate 1e-2) and 8.5e-5 in bfloat1
 
 PARTS = tuple(part for part in STEP_PARTS if part != COMBINED)
 """Only Megatron-Core computes forward and backward together, and no other library is compared with that."""
-
-FIRST = "megatron"
-"""The trainer whose losses others are compared with, where it ran; else the fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,8 @@ def rankings(outcomes: Sequence[Outcome]) -> list[list[Trainer]]:
 
 def _ranked(arms: Sequence[Arm]) -> list[Trainer]:
     ranked = sorted(arms, key=lambda arm: arm.mean_s)
-    base = next((arm for arm in ranked if arm.scenario.source.format == FIRST), ranked[0])
+    references = {name for name, row in FORMATS.items() if row.is_reference}
+    base = next((arm for arm in ranked if arm.scenario.source.format in references), ranked[0])
     attention = next(filter(None, (arm.scenario.source.attn_impl for arm in ranked)), None)
     return [_compared(base, arm, attention) for arm in ranked]
 

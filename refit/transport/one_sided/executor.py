@@ -37,7 +37,7 @@ from refit.transport.local_sides import LocalSides
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
 from refit.transport.one_sided.receive_buffers import ReceiveBuffers
-from refit.transport.packing import run_report
+from refit.transport.packing import bind_kept, run_report
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ class OneSidedProgram:
 
     @property
     def staging_bytes(self) -> int:
-        return self._buffers.staging_bytes
+        return self._buffers.staging_bytes + self._sides.kept.most_bytes
 
     def run(self) -> RunReport:
         clock = PhaseClock()
@@ -231,12 +231,14 @@ class OneSidedProgram:
     def _puts(self, channel: Channel) -> list[Put]:
         puts = self._buffers.puts(channel, self._sides.read_by)
         for put, message in zip(puts, channel.messages, strict=True):
+            bind_kept(self._sides.kept, put.batch, message, channel.destination, sends=True)
             put.batch.before = self._sides.before_reading(message)
         return puts
 
     def _unpack_batches(self, channel: Channel) -> list[CopyBatch]:
         batches = self._buffers.unpack_batches(channel)
         for batch, message in zip(batches, channel.messages, strict=True):
+            bind_kept(self._sides.kept, batch, message, channel.source, sends=False)
             batch.after = self._sides.after_writing(message.parts)
         return batches
 

@@ -23,7 +23,7 @@ from refit.plan.plan import RefitPlan
 from refit.transport.base import RunReport, TransportOptions
 from refit.transport.local_sides import LocalSides
 from refit.transport.messages import Channel, Framing, Message, Schedule, pair_buckets
-from refit.transport.packing import pack_batch, run_report, unpack_batch
+from refit.transport.packing import bind_kept, pack_batch, run_report, unpack_batch
 from refit.transport.schedule import make_schedule
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound
 
@@ -56,6 +56,9 @@ def _schedule(plan: RefitPlan, rank: int, traits: BackendTraits, options: Transp
     """Staging is divided over peers in proportion to their bytes, and evenly over the slots of a peer."""
     staging_bytes = options.staging_bytes // traits.copies
     sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, traits.bucket_bytes)
+    if options.max_bytes is not None and plan.num_stages > 1 and sizes:
+        # What has been packed for one pair is passed on, as it is, to another.
+        sizes = dict.fromkeys(sizes, min(sizes.values()))
     framing = Framing(traits.bucket_bytes, traits.direct_send_threshold, sizes, options.max_bytes)
     return make_schedule(plan, rank, framing)
 
@@ -160,7 +163,7 @@ class TwoSidedProgram:
 
     @property
     def staging_bytes(self) -> int:
-        return sum(ring.nbytes for ring in self._rings.values())
+        return sum(ring.nbytes for ring in self._rings.values()) + self._sides.kept.most_bytes
 
     def run(self) -> RunReport:
         clock = PhaseClock()
@@ -270,6 +273,7 @@ class TwoSidedProgram:
 
 def _attach(bound: BoundMessage, message: Message, sides: LocalSides, *, sends: bool) -> None:
     """Let the copies of `bound` call the hooks of `sides`. A message that needs no copies gets a batch for them."""
+    bind_kept(sides.kept, bound.batch, message, bound.peer, sends=sends)
     hook = sides.before_reading(message) if sends else sides.after_writing(message.parts)
     if hook is None:
         return

@@ -51,6 +51,16 @@ def test_a_row_says_what_a_scenario_needs(tmp_path: Path) -> None:
     assert cells[-1] == "-"  # bytes cross nodes of two GPUs, at no known speed
 
 
+def test_a_floor_stands_beside_a_bound_that_does_not_reach_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    flags = ("model: tiny_qwen3_moe", "refit-method: nccl", "source-world-size: 4", "rl-inference-format: vllm")
+    flags += ("rl-inference-data-parallel-size: 4", "rl-inference-tensor-model-parallel-size: 1")
+    path.write_text(f"title: Mine\nscenarios: [{{name: dp4, {', '.join(flags)}}}]\n")
+    row = bounds.section(bounds.select_file(str(path), []), [cluster(1e9, 1e8, 4)]).splitlines()[-1]
+    bound, _, floor = row.strip("|").split("|")[-1].partition(", floor ")
+    assert float(floor.split()[0]) < float(bound.split()[0])
+
+
 def test_a_document_without_a_place_for_tables(tmp_path: Path) -> None:
     path = tmp_path / "plain.md"
     path.write_text("# Nothing here\n")

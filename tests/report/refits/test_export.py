@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from refit.commands import main
+from refit.plan.cost import Bound
+from refit.report.refits.compare import compare_runs
 from refit.report.refits.entries import scenario_entries
 from refit.report.refits.export import csv_text, json_text, records, sample_records
 from refit.report.refits.tables import markdown_text
 from refit.results.outcomes import judged
-from refit.results.refit import EngineResult, ForwardCheck
+from refit.results.refit import EngineResult, ForwardCheck, HostTraffic
 from refit.results.result import Environment
 from refit.results.runs import Run, find_run
 from refit.results.status import Status
@@ -176,3 +178,41 @@ def test_pandas_reads_both_tables_in_one_call(tmp_path: Path, capsys: pytest.Cap
 def test_an_empty_table_is_valid_too() -> None:
     assert csv_text(sample_records([run_with()])) == ""
     assert json.loads(json_text([])) == []
+
+
+HOSTS = HostTraffic({"a": 2, "b": 2}, "node", 1_000_000_000, 2_000_000_000, 900_000_000, 4_000_000_000)
+
+
+def between_hosts(relay: str = "node") -> Run:
+    entry = planned("A")
+    measured = result(entry, engines={"refit": engine([[0.25] * 96] * 3)})
+    refit = replace(
+        measured.measurements["refit"],  # type: ignore[type-var]
+        hosts=replace(HOSTS, relay=relay),
+        floor=Bound("example", 0.04, "node 1 receives"),
+    )
+    outcome = judged(entry, replace(measured, measurements={"refit": refit}))
+    return Run(Path("logs"), sweep_of([entry]), (outcome,), is_sweep=True)
+
+
+def test_rows_between_hosts_have_what_crossed_and_the_floor() -> None:
+    (row,) = records([between_hosts()])
+    assert (row["relay"], row["floor_ms"]) == ("node", 40.0)
+    assert (row["between_hosts_bytes"], row["within_hosts_bytes"]) == (1_000_000_000, 2_000_000_000)
+    assert (row["direct_between_bytes"], row["least_between_bytes"]) == (4_000_000_000, 900_000_000)
+    (alone,) = records([run_with(engine([[0.1]]))])
+    assert (alone["relay"], alone["floor_ms"], alone["between_hosts_bytes"]) == (None, None, None)
+
+
+def test_the_table_has_columns_between_hosts_where_there_are_several() -> None:
+    titles = ("relay", "between hosts (GB)", "without relay", "in every plan", "within hosts (GB)", "floor (ms)")
+    text = markdown_text(between_hosts())
+    assert all(f" {title} " in text for title in titles)
+    assert "| node |" in text
+    assert "| 1.000 | 4.000 | 0.900 | 2.000 |" in text
+    assert not any(title in markdown_text(run_with(engine([[0.1]]))) for title in titles)
+
+
+def test_a_comparison_says_that_the_relay_differs() -> None:
+    warnings = compare_runs(between_hosts("off"), between_hosts("node")).warnings
+    assert warnings == ("relay differs: off (1.00 GB between hosts) / node (1.00 GB between hosts)",)

@@ -9,7 +9,7 @@ import pytest
 
 from refit.cli.parsing import parse
 from refit.report.refits.warnings import idle_ranks, of_engine
-from refit.results.refit import EngineResult
+from refit.results.refit import EngineResult, HostTraffic
 from tests.report.factories import engine, small_run
 
 IDLE = [0.0, 0.0]
@@ -79,6 +79,22 @@ def test_a_straggler_is_named() -> None:
     assert line.startswith(
         "warning: rank 2 was slowest in 4 of 5 refits, 1.50 x the median rank of its side with 1.00 x its bytes: "
     )
+
+
+def test_a_slow_host_is_named_unless_its_bytes_explain_it() -> None:
+    """The destination has rank 4 on host a and rank 5 on host b."""
+    measured = engine([[0.1] * 4 + [0.1, 0.21] + IDLE for _ in range(4)])
+    run = small_run(refit=measured)
+    assert run.scenario is not None
+    assert run.refit.plan is not None
+    refit = replace(run.refit, hosts=HostTraffic({"a": 5, "b": 3}, "off", 1, 1, 1))
+    (line,) = (each for each in of_engine("refit", measured, run.scenario, refit) if "slowest" in each)
+    assert line.startswith(
+        "warning: host b was slowest in 4 of 4 refits, 2.10 x the median of the other 1 with 1.00 x "
+    )
+    busier = replace(run.refit.plan, received_by_rank={4: 100, 5: 300})
+    assert not any("host b" in each for each in of_engine("refit", measured, run.scenario, replace(refit, plan=busier)))
+    assert not any("host" in each for each in of_engine("refit", measured, run.scenario, run.refit))
 
 
 def test_ranks_that_take_turns_or_are_hardly_slower_are_no_stragglers() -> None:
