@@ -74,6 +74,7 @@ slurm-test: $(READY)
 ## bench: the speed and memory claims of docs/performance.md, both sides measured in one run
 bench: $(READY)
 	$(BIN)/python -m benchmarks.transport_speed
+	$(BIN)/python -m benchmarks.nixl_speed
 	$(BIN)/python -m benchmarks.baseline_speed
 	$(BIN)/python -m benchmarks.planning
 

@@ -21,7 +21,7 @@ from refit.launch.base import Job
 from refit.launch.local import LocalLauncher
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RankPlan, RefitPlan, Transfer
-from refit.transport.base import Program, RunReport, TransportOptions
+from refit.transport.base import DEFAULTS, Program, RunReport, TransportOptions
 from refit.transport.ranks import Ranks
 
 REFIT_INTERFACE = 1
@@ -49,7 +49,7 @@ class QueueTransport:
 
     name = "queue"
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
         """Ranks always have a store."""
 
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> None:

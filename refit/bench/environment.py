@@ -25,13 +25,15 @@ PACKAGES = (
     "numpy",
     "nccl-extensions",
     "nvshmem4py-cu13",
+    "nixl-cu13",
+    "nixl-cu12",
     "transformer-engine",
     "triton",
     "transformers",
     "deepspeed",
 )
 ALLOWED_VARIABLES = re.compile(
-    r"^(NCCL_|NVSHMEM_|GLOO_|TORCH_NCCL_|NVTE_|PYTORCH_ALLOC_CONF$|PYTORCH_CUDA_ALLOC_CONF$|"
+    r"^(NCCL_|NVSHMEM_|GLOO_|UCX_|NIXL_|TORCH_NCCL_|NVTE_|PYTORCH_ALLOC_CONF$|PYTORCH_CUDA_ALLOC_CONF$|"
     r"OMP_NUM_THREADS$|REFIT_START$|CUDA_DEVICE_MAX_CONNECTIONS$|CUDA_VISIBLE_DEVICES$|SLURM_JOB_ID$)"
 )
 """Environment variables stored in a result: those that change performance. Others may hold tokens or paths."""

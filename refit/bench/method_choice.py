@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from refit.bench.engines.refit import options_of
 from refit.bench.exchange import gather
 from refit.bench.session import Session
 from refit.config.registry import AUTO, METHODS
@@ -27,13 +28,14 @@ def with_method(scenario: Scenario) -> Scenario:
     if scenario.method != AUTO:
         return scenario
     device = scenario.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = options_of(scenario, torch.device(device))
     reasons = []
     for name, method in METHODS.items():
         if device not in method.devices:
             continue
         try:
             check_hosts(name)
-            get_transport(name).check_available(scenario.ranks_per_gpu)
+            get_transport(name).check_available(options)
         except UnavailableError as error:
             reasons.append(str(error))
             continue

@@ -114,6 +114,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         ranks_per_gpu=_ranks_per_gpu(args),
         one_sided_buffers=args.one_sided_buffers,
         nvshmem_force_put=args.nvshmem_force_put,
+        nixl_backend=args.nixl_backend,
         cluster=load_cluster(args.cluster) if args.cluster else None,
         run_name=args.run_name,
         steps=steps,

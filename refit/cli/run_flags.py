@@ -144,7 +144,7 @@ def _add_transport_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="where gloo finds the models; cuda copies through pinned host memory; default: cpu",
+        help="where gloo and nixl find the models; gloo copies those on GPUs through pinned host memory; default: cpu",
     )
     group.add_argument(
         "--ranks-per-gpu",
@@ -162,6 +162,12 @@ def _add_transport_flags(parser: FlagParser) -> None:
     )
     group.add_argument(
         "--nvshmem-force-put", action="store_true", help="reach ranks on the same node as ranks on other nodes"
+    )
+    group.add_argument(
+        "--nixl-backend",
+        default="UCX",
+        metavar="NAME",
+        help="what nixl moves bytes with, as NIXL calls it; default: UCX",
     )
 
 

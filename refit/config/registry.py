@@ -128,7 +128,10 @@ FORMATS = Registry(
 )
 
 AUTO = "auto"
-"""As a refit method: the first row of METHODS that the machine and the scenario allow, so rows are in that order."""
+"""As a refit method: the first row of METHODS that the machine and the scenario allow, so rows are in that order.
+
+nixl is behind gloo, which is faster over TCP.
+"""
 
 METHODS = Registry(
     "refit method",
@@ -180,6 +183,13 @@ METHODS = Registry(
             needs="nothing beyond torch",
             message_bytes=4 << 20,
             megatron_service="gloo",
+        ),
+        "nixl": Method(
+            transport="refit.transport.one_sided.nixl:NixlTransport",
+            devices=("cpu", "cuda"),
+            needs="nixl (Linux)",
+            message_bytes=4 << 20,
+            one_sided=True,
         ),
     },
 )

@@ -82,6 +82,7 @@ class Scenario:
     ranks_per_gpu: int = 1
     one_sided_buffers: str = "ring"
     nvshmem_force_put: bool = False
+    nixl_backend: str = "UCX"
     cluster: Cluster | None = None
     run_name: str | None = None
     steps: StepSettings | None = None

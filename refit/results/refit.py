@@ -146,7 +146,7 @@ class EngineResult:
 
     `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is the time of the
     set-up that a process does once before that: communicators, connections, libraries and kernels, and `connected` says
-    what was connected where there was a choice. `summary` is over
+    what was connected where there was a choice, `slow` what of it is slower than it need be, and why. `summary` is over
     the measured iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1
     where a refit is as fast as the plan allows, None without a bound. `stability` is None without
     `--repeat-until-stable`. `trained` compares the logits of both sides after one more refit, of the weights that
@@ -160,6 +160,7 @@ class EngineResult:
     not_moved: tuple[NotMoved, ...] = ()
     connect_s: float | None = None
     connected: str | None = None
+    slow: str | None = None
     connect_memory_bytes_per_rank: tuple[int, ...] = ()
     cold_s: dict[str, float] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()

@@ -20,8 +20,10 @@ class TransportOptions:
     `one_sided_buffers` says where one-sided transports write: "ring", into a bounded ring of buffers that the
     destination unpacks; "direct", into the destination's weights, which are moved into shared memory for that.
     `one_sided_force_put` treats peers with mapped memory like peers on other nodes (nvshmem only).
+    `nixl_backend` is the library that NIXL moves bytes with (nixl only).
     `is_pipelined` is whether weights are pipelined on any rank (`LocalWeights.is_pipelined`): a transport that sends
     all of a pair's weights as one message then sends several, so that something can be done beside them.
+    `device_type` is where the weights are. At most `ranks_per_gpu` ranks share a GPU.
     `max_bytes` is that of the wire (`refit.plan.wire`). Where it is given, the weights' encoders and decoders take the
     place of copies of messages, on all ranks. A message that must be decoded cannot be written in place: then all are
     staged, also with "direct".
@@ -31,13 +33,19 @@ class TransportOptions:
     timeout_s: float = 300.0
     one_sided_buffers: str = "ring"
     one_sided_force_put: bool = False
+    nixl_backend: str = "UCX"
     is_pipelined: bool = False
     max_bytes: MaxBytes | None = None
+    device_type: str = "cpu"
+    ranks_per_gpu: int = 1
 
     @property
     def writes_in_place(self) -> bool:
         """Whether one-sided transports write into the destination's weights."""
         return self.one_sided_buffers == "direct" and self.max_bytes is None
+
+
+DEFAULTS = TransportOptions()
 
 
 @dataclass(slots=True)
@@ -92,22 +100,30 @@ class IdleProgram:
         pass
 
 
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """What was connected, in `words` where there was a choice. `slow` says what is slower than it need be, and why."""
+
+    words: str | None = None
+    slow: str | None = None
+
+
 class Transport(Protocol):
     """Prepares programs. Constructed without arguments; listed in `refit.config.registry.METHODS`."""
 
     name: str
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
         """Raise UnavailableError that says what is missing and how to get it, or why ranks cannot share a GPU.
 
-        At most `ranks_per_gpu` do, where weights are on GPUs. Needs no process group.
+        Needs no process group.
         """
         ...
 
-    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected | None:
         """Set up what a process needs once for all programs: communicators, connections, libraries, kernels.
 
-        Returns what was connected, in words, where there was a choice.
+        Returns what was connected, None where there was no choice.
 
         Collective, over the same ranks as `prepare`, which does this itself where it has not been done.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from refit.bench.method_choice import with_method
 from refit.cli.parsing import parse
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError
+from refit.transport.base import TransportOptions
+from refit.transport.one_sided.nixl import NixlTransport
 from refit.transport.one_sided.nvshmem import NvshmemTransport
 from refit.transport.one_sided.shm import SharedMemoryTransport
 from refit.transport.two_sided.nccl import NcclTransport
@@ -34,7 +38,7 @@ def test_several_hosts_of_cpus_take_shared_memory_and_gloo_and_say_why(monkeypat
 
 
 def test_gpus_without_peer_access_or_nvshmem_take_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: object, ranks_per_gpu: int) -> None:
+    def missing(_: object, options: TransportOptions) -> None:
         raise UnavailableError("nvshmem4py is missing")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -43,7 +47,7 @@ def test_gpus_without_peer_access_or_nvshmem_take_nccl(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, peer: False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(NvshmemTransport, "check_available", missing)
-    monkeypatch.setattr(NcclTransport, "check_available", lambda _, ranks_per_gpu: None)
+    monkeypatch.setattr(NcclTransport, "check_available", lambda _, options: None)
     chosen = with_method(scenario())
     assert (chosen.method, chosen.device) == ("nccl", "cuda")
     assert "GPU 0 has none to GPU 1" in chosen.notes[-1]
@@ -60,12 +64,16 @@ def test_ranks_that_share_a_gpu_take_cuda_ipc(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_any_method_all_reasons_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(_: object, ranks_per_gpu: int) -> None:
-        raise UnavailableError("no /dev/shm")
+    def refused(reason: str) -> Callable[..., None]:
+        def check(_: object, options: TransportOptions) -> None:
+            raise UnavailableError(reason)
 
-    monkeypatch.setattr(SharedMemoryTransport, "check_available", refused)
+        return check
+
+    monkeypatch.setattr(SharedMemoryTransport, "check_available", refused("no /dev/shm"))
+    monkeypatch.setattr(NixlTransport, "check_available", refused("no nixl"))
     monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: False)
-    with pytest.raises(UnavailableError, match=r"no method can run here: no /dev/shm; gloo needs"):
+    with pytest.raises(UnavailableError, match=r"no method can run here: no /dev/shm; gloo needs .*; no nixl$"):
         with_method(scenario("--device", "cpu"))
 
 

@@ -20,6 +20,7 @@ from refit.results.result import ResultFile, read_result
 from refit.results.upgrade import RESULT_VERSION
 from tests.bench.faults import fault
 from tests.ranks.pool import RankPool
+from tests.transport.test_transports import BACKENDS
 
 TINY = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "1000"]
 TINY += [
@@ -34,6 +35,8 @@ TINY += [
 ]
 TINY += ["--moe-shared-expert-intermediate-size", "32", "--num-benchmark-iterations", "2"]
 FC1 = "decoder.layers.1.mlp.shared_experts.linear_fc1.weight"
+METHODS = sorted({method for method, _ in BACKENDS})
+
 EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
 
 
@@ -64,7 +67,7 @@ def refit(
     return answers[0].exit_code, answers[0].measurements["refit"]
 
 
-@pytest.mark.parametrize("method", ["gloo", "shm"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("source", "destination", "mode"),
     [
@@ -93,7 +96,7 @@ def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: An
     assert engine.num_compared <= 3 * result.model.num_parameters * world_size // pp
 
 
-@pytest.mark.parametrize("method", ["gloo", "shm"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_refit_in_stages_is_verified_and_its_result_counts_every_hop(
     ranks: RankPool, tmp_path: Path, method: str
 ) -> None:

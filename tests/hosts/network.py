@@ -32,10 +32,10 @@ def unavailable() -> str | None:
 class Network:
     """`num_hosts` namespaces at 10.79.0.1, 10.79.0.2, ..., whose links carry `mbit` per second each way.
 
-    Those of hosts in `other_mbit` carry as much as it says.
+    None is no limit but the machine's own. Those of hosts in `other_mbit` carry as much as it says.
     """
 
-    def __init__(self, num_hosts: int, mbit: int = 1000, other_mbit: Mapping[int, int] | None = None) -> None:
+    def __init__(self, num_hosts: int, mbit: int | None = 1000, other_mbit: Mapping[int, int] | None = None) -> None:
         name = f"refit{os.getpid()}-{next(_NUMBERS)}"
         self.hosts = [f"{name}-{number}" for number in range(num_hosts)]
         self._bridge = f"{name}-bridge"  # a namespace too, so that nothing is left on the machine's own network
@@ -64,8 +64,10 @@ class Network:
             for link in (INTERFACE, "lo"):
                 _ip("-n", host, "link", "set", link, "up")
             self._in_bridge("link", "set", port, "master", "br0", "up")
-            self._shape(host, INTERFACE, self._mbit[number])  # what it sends
-            self._shape(self._bridge, port, self._mbit[number])  # what it receives
+            rate = self._mbit[number]
+            if rate is not None:
+                self._shape(host, INTERFACE, rate)  # what it sends
+                self._shape(self._bridge, port, rate)  # what it receives
 
     @staticmethod
     def _shape(namespace: str, link: str, mbit: int) -> None:
@@ -101,6 +103,8 @@ class Network:
         def enter(rank: int) -> None:
             enter_namespace(self.hosts[rank // ranks_per_host])
             os.environ.update(GLOO_SOCKET_IFNAME=INTERFACE, LOCAL_WORLD_SIZE=str(ranks_per_host))
+            # All have one kernel, by which UCX would copy from one host's process to another's.
+            os.environ.update(UCX_TLS="tcp,self", UCX_NET_DEVICES=INTERFACE)
 
         return RankPool(ranks_per_host * len(self.hosts), enter)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refit.errors import ExitCode, UnavailableError
-from refit.transport.base import get_transport
+from refit.transport.base import TransportOptions, get_transport
 
 
 @pytest.fixture
@@ -47,14 +47,14 @@ def test_ranks_that_do_not_see_all_gpus_are_refused_with_both_numbers(two_gpus: 
 def test_ranks_may_share_gpus_and_still_need_access_between_them(two_gpus: pytest.MonkeyPatch) -> None:
     two_gpus.setenv("LOCAL_WORLD_SIZE", "4")
     two_gpus.setenv("LOCAL_RANK", "2")
-    get_transport("cuda-ipc").check_available(2)
+    get_transport("cuda-ipc").check_available(TransportOptions(ranks_per_gpu=2))
     two_gpus.setattr(torch.cuda, "can_device_access_peer", lambda here, peer: False)
     with pytest.raises(UnavailableError, match=r"GPU 0 has none to GPU 1"):
-        get_transport("cuda-ipc").check_available(2)
+        get_transport("cuda-ipc").check_available(TransportOptions(ranks_per_gpu=2))
     two_gpus.setattr(torch.cuda, "device_count", lambda: 1)
-    get_transport("cuda-ipc").check_available(4)
+    get_transport("cuda-ipc").check_available(TransportOptions(ranks_per_gpu=4))
     with pytest.raises(UnavailableError, match=r"sees 1 for 4 ranks"):
-        get_transport("cuda-ipc").check_available(3)
+        get_transport("cuda-ipc").check_available(TransportOptions(ranks_per_gpu=3))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_methods_that_need_a_gpu_per_rank_say_why(two_gpus: pytest.MonkeyPatch, 
     with pytest.raises(
         UnavailableError, match=f"{method} needs a GPU per rank, .* 2 puts 2 ranks on 1 .{reason}.*cuda-ipc"
     ):
-        get_transport(method).check_available(2)
+        get_transport(method).check_available(TransportOptions(ranks_per_gpu=2))
 
 
 def test_a_machine_without_gpus_is_told_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:

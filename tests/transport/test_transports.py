@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
 from refit.memory import phases
 from refit.transport.base import TransportOptions, get_transport
-from refit.transport.one_sided import shm
+from refit.transport.one_sided import nixl_library, shm
 from refit.transport.ranks import Ranks
 from refit.transport.two_sided import gloo
 from tests.ranks.pool import PATIENCE_S, RankError, RankPool
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.no_megatron
 TIMEOUT_S = 100.0
 
 BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct"), ("shm+gloo", "ring")]
+if any(find_spec(name) is not None for name in nixl_library.MODULES):
+    BACKENDS.append(("nixl", "ring"))  # elsewhere tests/transport/test_nixl.py says that it is left out
 
 CASES = {
     "experts gathered": Case(Layout(2, 2, 2, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4)),
@@ -299,7 +302,7 @@ def test_segments_have_no_name_once_mapped(ranks: RankPool, segments: Path) -> N
 
 
 def test_unknown_transport_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="gloo, nccl, nvshmem, shm"):
+    with pytest.raises(UsageError, match="gloo, nccl, nixl, nvshmem, shm"):
         get_transport("tcp")
 
 

@@ -10,7 +10,7 @@ import torch
 from refit.bench.sides import Side
 from refit.config.scenario import Scenario
 from refit.predict.sides import PlannedSides
-from refit.transport.base import Program
+from refit.transport.base import Connected, Program
 from refit.transport.ranks import Ranks
 
 
@@ -33,10 +33,10 @@ class RefitEngine(Protocol):
         """Raise UnavailableError that names what is missing and how to get it. Needs no process group."""
         ...
 
-    def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> Connected | None:
         """Do the set-up that a process does once, before it prepares. It counts towards no refit.
 
-        Returns what was connected, in words, where there was a choice. Collective: every rank of the job.
+        Returns what was connected, None where there was no choice. Collective: every rank of the job.
         """
         ...
 

@@ -29,7 +29,7 @@ from refit.memory.weights import LocalWeights, generations
 from refit.plan.meshes import Mesh, MeshLimits, Reshard, mesh_refit
 from refit.plan.sharding import TensorSpec
 from refit.predict.sides import PlannedSides
-from refit.transport.base import RunReport
+from refit.transport.base import Connected, RunReport
 from refit.transport.ranks import Ranks, check_own_gpus
 
 MIN_NCCL = (2, 30, 7)
@@ -88,7 +88,7 @@ class NcclM2nEngine:
                 f"nccl_m2n cannot be loaded ({error}): pip install 'nccl-extensions[cu13]'"
             ) from error
 
-    def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> Connected | None:
         """Create a communicator of all ranks of the job, which are those of the default group.
 
         Collective: every rank of the job.
@@ -106,7 +106,7 @@ class NcclM2nEngine:
         # All ranks make the same calls, so one without GIN decides for all.
         self._has_gin, why_not = min(answers)
         calls = "calls in groups" if self._has_gin else f"a call per tensor, because groups of calls need GIN{why_not}"
-        return f"one communicator of {world_size} ranks, {calls}"
+        return Connected(f"one communicator of {world_size} ranks, {calls}")
 
     def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> M2nProgram:
         """Describe every tensor that meshes can describe. Collective: every rank of the job.

@@ -14,7 +14,7 @@ from refit.encodings.delta.choice import Bounds
 from refit.memory.weights import LocalWeights
 from refit.plan.cost import bytes_matrix, lower_bound, per_gpu, wire_only
 from refit.predict.sides import PlannedSides
-from refit.transport.base import Program, TransportOptions, get_transport
+from refit.transport.base import Connected, Program, TransportOptions, get_transport
 from refit.transport.chosen import ChosenProgram
 from refit.transport.encoded import EncodedProgram
 from refit.transport.ranks import Ranks, gpus_here
@@ -32,17 +32,12 @@ class PlannedEngine:
         self._encoding, self._cluster = scenario.encoding, scenario.cluster
         self._ranks_per_gpu = scenario.ranks_per_gpu
         self._ranks: Ranks | None = None
-        self._options = TransportOptions(
-            staging_bytes=scenario.staging_bytes,
-            timeout_s=scenario.timeout_s,
-            one_sided_buffers=scenario.one_sided_buffers,
-            one_sided_force_put=scenario.nvshmem_force_put,
-        )
+        self._options = options_of(scenario, device)
 
     def check_available(self) -> None:
-        self._transport.check_available(self._ranks_per_gpu)
+        self._transport.check_available(self._options)
 
-    def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> Connected | None:
         self._ranks = ranks
         return self._transport.connect(planned.plan, ranks, self._options_of(planned))
 
@@ -98,3 +93,16 @@ class PlannedEngine:
 
     def note(self) -> str | None:
         return None
+
+
+def options_of(scenario: Scenario, device: torch.device) -> TransportOptions:
+    """The settings of a scenario with weights on `device`, without those that follow from its plan."""
+    return TransportOptions(
+        staging_bytes=scenario.staging_bytes,
+        timeout_s=scenario.timeout_s,
+        one_sided_buffers=scenario.one_sided_buffers,
+        one_sided_force_put=scenario.nvshmem_force_put,
+        nixl_backend=scenario.nixl_backend,
+        device_type=device.type,
+        ranks_per_gpu=scenario.ranks_per_gpu,
+    )

@@ -27,7 +27,7 @@ from refit.plan.planner import plan_refit
 from refit.predict.sides import PlannedSides, predict_side
 from refit.predict.vllm.names import followed_name
 from refit.predict.vllm.parameters import Engines
-from refit.transport.base import Program, RunReport, TransportOptions, get_transport
+from refit.transport.base import Connected, Program, RunReport, TransportOptions, get_transport
 from refit.transport.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _OwnUpdate:
         if missing is not None:
             raise UnavailableError(f"a checkpoint needs {missing}: pip install 'refit-benchmark[hf]'")
 
-    def connect(self, planned: PlannedSides, ranks: Ranks) -> str | None:
+    def connect(self, planned: PlannedSides, ranks: Ranks) -> Connected | None:
         self.check_available()
         self._ranks = ranks
         return None

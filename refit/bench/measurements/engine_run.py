@@ -35,7 +35,7 @@ from refit.results.delta import Changed
 from refit.results.refit import EngineResult, ForwardCheck, NotMoved
 from refit.results.stats import stability, summarise
 from refit.results.status import Status
-from refit.transport.base import Program
+from refit.transport.base import Connected, Program
 
 MAX_KEYS = 8
 """Most keys of tensors that were not moved that a result names per reason. Their number is always complete."""
@@ -140,13 +140,15 @@ class EngineRun:
         session.enter(f"connect {self._name}")
         session.start.enter("connect")
         before = past_torch(session.device)
-        connected: list[str | None] = []
+        connected: list[Connected | None] = []
         with self._stopwatch.step("connect"):
             refusal = self._attempt(lambda: connected.append(self._engine.connect(self._planned.sides, session.ranks)))
         if self._is_refused(refusal):
             return None
+        found = connected[0] or Connected()
         self._update(
-            connected=connected[0],
+            connected=found.words,
+            slow=found.slow,
             connect_memory_bytes_per_rank=self._gathered(past_torch(session.device) - before),
         )
         return PeakMemory(session.device, is_shared=session.is_gpu_shared)

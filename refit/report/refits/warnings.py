@@ -28,7 +28,8 @@ def of_engine(name: str, engine: EngineResult, scenario: Scenario, result: Refit
     """`warning: ...` lines on an engine that was measured; with several engines each line names its engine."""
     whose = f"{ENGINES[name].title}: " if len(result.engines) > 1 else ""
     slow = list(_slow_host(engine, scenario, result)) or _straggler(engine, scenario, result)
-    found = (*_warm_up(engine), *_spread(engine), *slow)
+    said = [engine.slow] if engine.slow is not None else []
+    found = (*said, *_warm_up(engine), *_spread(engine), *slow)
     return [f"warning: {whose}{text}" for text in found]
 
 

@@ -18,7 +18,7 @@ from refit.copies.batch import load_kernels
 from refit.errors import RefitError, UnavailableError, UsageError, first_line
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import IdleProgram, Program, TransportOptions
+from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes, even_framing
 from refit.transport.one_sided import cuda_peers
 from refit.transport.one_sided.executor import OneSidedProgram
@@ -53,10 +53,10 @@ SLOT_BYTES = 64 << 20
 class CudaIpcTransport:
     name = "cuda-ipc"
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
-        cuda_peers.check_available(ranks_per_gpu)
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
+        cuda_peers.check_available(options.ranks_per_gpu)
 
-    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected | None:
         """Load the copy kernel, and open a piece of every peer's memory as a test. Collective: every rank of the plan.
 
         Raises UnavailableError, the same on every rank, where that fails.

@@ -71,6 +71,7 @@ class _Send(_Flow):
 @dataclass(slots=True)
 class _Receive(_Flow):
     batches: list[CopyBatch] = field(default_factory=list)
+    credit: int = 0
 
 
 class OneSidedProgram:
@@ -151,11 +152,8 @@ class OneSidedProgram:
                 # The first message of a run uses slot 0: skip the slots that the previous run left unused.
                 flow.total = -(-flow.total // window) * window
         for receive in self._receives:
-            if window is not None:
-                self._give_credit(receive)
-            else:
-                # Direct buffers: from here on, and not before, sources may overwrite the destination's weights.
-                self._memory.raise_counter(receive.peer, Counter.CREDIT, receive.total + len(receive.batches))
+            # Credit of this run: weights may be overwritten from here on, and not before.
+            self._give_credit(receive)
 
     def _move(self, clock: PhaseClock) -> list[CopyBatch]:
         """Move all messages of the run, with local copies in between. Returns the local copies that are left."""
@@ -206,8 +204,7 @@ class OneSidedProgram:
                 flow.advance()
                 clock.lap("put")
                 moved = True
-            elif self._buffers.window is None:
-                # All credit of a run comes at its begin. The order of the sends is worth waiting for it.
+            elif self._buffers.keeps_order:
                 break
         for receive in due:
             if not isinstance(receive, _Receive):
@@ -245,10 +242,12 @@ class OneSidedProgram:
             batch.after = self._sides.after_writing(message.parts)
         return batches
 
-    def _give_credit(self, flow: _Flow) -> None:
-        """An unpacked message frees its slot for the message one window later."""
-        if self._buffers.window is not None:
-            self._memory.raise_counter(flow.peer, Counter.CREDIT, flow.total + self._buffers.window)
+    def _give_credit(self, flow: _Receive) -> None:
+        """Let the source write what it may now that `flow.position` messages of this run have been unpacked."""
+        credit = flow.total - flow.position + self._buffers.credit(flow.channel, flow.position)
+        if credit > flow.credit:
+            flow.credit = credit
+            self._memory.raise_counter(flow.peer, Counter.CREDIT, credit)
 
     def _rebind_if_moved(self) -> bool:
         """Bind again where weights have new storage. Returns whether the run has copies that have not run before."""

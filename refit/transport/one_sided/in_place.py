@@ -13,7 +13,7 @@ from refit.copies.copy import Copy
 from refit.memory.weights import LocalWeights
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import Counter, PeerMemory, Put
-from refit.transport.one_sided.places import Place, mapped_weights, place_of
+from refit.transport.one_sided.places import Place, all_bytes, mapped_weights, place_of
 
 
 class SharedStorages(PeerMemory, Protocol):
@@ -52,6 +52,7 @@ class InPlaceBuffers:
     """
 
     window: int | None = None
+    keeps_order = True
     staging_bytes = 0
 
     def __init__(
@@ -76,6 +77,9 @@ class InPlaceBuffers:
         offers = memory.exchange(self._offer(), targets)
         self._peers = {target: self._mapped(offers[target]) for target in targets}
         self._num_seen = dict.fromkeys(targets, 0)
+
+    def credit(self, channel: Channel, position: int) -> int:
+        return len(channel.messages)
 
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         peer, is_near = self._peers[channel.destination], channel.destination in self._near
@@ -131,7 +135,7 @@ class InPlaceBuffers:
             storage = shard.view.untyped_storage()
             number = numbers.setdefault(storage.data_ptr(), len(regions))
             if number == len(regions):
-                regions.append(_all_bytes(storage))
+                regions.append(all_bytes(storage))
             places.append(place_of(shard, regions[number], number))
         return Offer(tuple(self._memory.share(region, self._sources) for region in regions), tuple(places))
 
@@ -142,10 +146,6 @@ class InPlaceBuffers:
 def _copies(message: Message, source: LocalWeights, peer: LocalWeights) -> Iterator[Copy]:
     for piece in message.pieces:
         yield from weight_copies(piece.tensor, piece.box, source, peer)
-
-
-def _all_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _key(number: int) -> str:

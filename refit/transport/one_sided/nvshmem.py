@@ -8,7 +8,7 @@ from refit.copies.batch import load_kernels
 from refit.errors import UsageError
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import Program, TransportOptions
+from refit.transport.base import DEFAULTS, Connected, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes
 from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
@@ -42,11 +42,11 @@ carries our messages, needs MPS and shares of the GPU that add up to one."""
 class NvshmemTransport:
     name = "nvshmem"
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
-        check_own_gpus(self.name, ranks_per_gpu, SHARED)
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
+        check_own_gpus(self.name, options.ranks_per_gpu, SHARED)
         library.check_available()
 
-    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected | None:
         """Initialise the library and load the copy kernel. Collective: every one of `ranks`."""
         rendezvous = _rendezvous(plan, ranks, options)
         rendezvous.agree(library.attempt(self.check_available))

@@ -38,6 +38,11 @@ def mapped_weights(regions: Sequence[torch.Tensor], places: Iterable[Place]) -> 
     return LocalWeights(_mapped_shard(regions[place.region], place) for place in places)
 
 
+def all_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The whole storage, as uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 def strided(
     region: torch.Tensor, dtype: torch.dtype, offset: int, shape: Sequence[int], strides: Sequence[int]
 ) -> torch.Tensor:

@@ -26,15 +26,25 @@ class ReceiveBuffers(Protocol):
     """The part of a destination's memory that sources write, and the copies at both ends. Attached when constructed or
     by `attach`, which allocates this rank's heap and learns where in their heaps peers expect messages.
 
-    `window` is the credit of each source: the number of its messages that may be written and not yet unpacked. None
-    stands for all messages of a run, given when the run begins.
+    `window` is the number of slots of each source, where a message's number over all runs says which it uses; None
+    elsewhere. `keeps_order`: a source waits for credit of one peer before it sends to the next. Where all credit of a
+    run comes at its begin, the order of the sends is worth that.
     """
 
     window: int | None
+    keeps_order: bool
 
     @property
     def staging_bytes(self) -> int:
         """Bytes allocated beyond the models."""
+        ...
+
+    def credit(self, channel: Channel, position: int) -> int:
+        """How many messages of a run may have been written once `position` of them have been unpacked.
+
+        More than it has are messages of the next run. There are none where messages are written into weights, which may
+        be in use until that run begins.
+        """
         ...
 
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
@@ -87,6 +97,8 @@ class RingBuffers:
     `put_programs` limits the programs of a copy kernel that writes to a peer; None is no limit.
     """
 
+    keeps_order = False
+
     def __init__(
         self,
         destination: LocalWeights | None,
@@ -120,6 +132,9 @@ class RingBuffers:
                 self._targets[target] = _Target(start, None, heap[place : place + self._slot_bytes])
             else:
                 self._targets[target] = _Target(start, memory.peer(target)[start : start + ring_bytes], None)
+
+    def credit(self, channel: Channel, position: int) -> int:
+        return position + self._num_slots
 
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         target = self._targets[channel.destination]
@@ -169,6 +184,7 @@ class DirectBuffers:
     """
 
     window: int | None = None
+    keeps_order = True
     staging_bytes = 0
 
     def __init__(self, destination: LocalWeights | None, put_programs: int | None = None) -> None:
@@ -193,6 +209,9 @@ class DirectBuffers:
         # The pieces of a message go to many weights, and one put to an unmapped heap cannot write them all.
         assert all(memory.is_mapped(target) for target in targets)
         self._peers = {target: mapped_weights([memory.peer(target)], found[target]) for target in targets}
+
+    def credit(self, channel: Channel, position: int) -> int:
+        return len(channel.messages)
 
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         target = self._peers[channel.destination]

@@ -19,7 +19,7 @@ from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, UsageError
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import IdleProgram, Program, TransportOptions
+from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.peer_memory import Counter, Put
@@ -40,11 +40,11 @@ CACHE_LINE = 64
 class SharedMemoryTransport:
     name = "shm"
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
         if not (DIRECTORY.is_dir() and os.access(DIRECTORY, os.W_OK)):
             raise UnavailableError(f"shm needs a writable {DIRECTORY} (Linux): use --refit-method gloo")
 
-    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected | None:
         """Does nothing: shared memory needs no connection."""
         return None
 

@@ -14,7 +14,7 @@ from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, first_line
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import IdleProgram, Program, TransportOptions
+from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, P2PBackend, PendingRound, Streams
@@ -29,11 +29,11 @@ class GlooTransport:
     def __init__(self) -> None:
         self._connected: dict[str, GlooLinks] = {}
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
         if not dist.is_gloo_available():
             raise UnavailableError("gloo needs a torch built with Gloo: install torch from its package index")
 
-    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str | None:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected | None:
         """Connect the ranks of the plan, for the next program of it. Collective: every rank of the plan."""
         if ranks.rank in plan.ranks and plan.digest not in self._connected:
             self._connected[plan.digest] = GlooLinks(plan, ranks, options.timeout_s)

@@ -12,7 +12,7 @@ from refit.errors import UnavailableError
 from refit.memory.streams import late_peers_error, wait_for_events
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import TransportOptions
+from refit.transport.base import DEFAULTS, Connected, TransportOptions
 from refit.transport.ranks import Ranks, check_own_gpus
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams, cut_to_length
 from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
@@ -27,14 +27,14 @@ class NcclTransport:
     def __init__(self) -> None:
         self._links: NcclLinks | None = None
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
         if not torch.cuda.is_available():
             raise UnavailableError("nccl needs CUDA GPUs, this machine has none: use --refit-method gloo or shm")
         if not dist.is_nccl_available():
             raise UnavailableError("nccl needs a torch built with NCCL: install a CUDA build of torch, or use gloo")
-        check_own_gpus(self.name, ranks_per_gpu, "NCCL refuses two ranks on one GPU as invalid usage")
+        check_own_gpus(self.name, options.ranks_per_gpu, "NCCL refuses two ranks on one GPU as invalid usage")
 
-    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> str:
+    def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected:
         """Create the communicators, connect every pair of the plan, and load the copy kernel. Once.
 
         Collective: every rank of the plan.
@@ -43,7 +43,7 @@ class NcclTransport:
             device = torch.device("cuda", torch.cuda.current_device())
             self._links = connect_links(plan, ranks, device, options.timeout_s)
             load_kernels(device)
-        return self._links.text
+        return Connected(self._links.text)
 
     def prepare(
         self,

@@ -22,7 +22,7 @@ from refit.errors import UsageError
 from refit.memory.phases import counted_apart
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import IdleProgram, Program, TransportOptions
+from refit.transport.base import DEFAULTS, IdleProgram, Program, TransportOptions
 from refit.transport.one_sided.executor import Backoff
 from refit.transport.one_sided.peer_memory import Counter
 from refit.transport.one_sided.shm import SharedMemory, SharedMemoryTransport
@@ -48,9 +48,9 @@ class SharedGlooTransport(GlooTransport):
 
     name = "shm+gloo"
 
-    def check_available(self, ranks_per_gpu: int = 1) -> None:
-        super().check_available(ranks_per_gpu)
-        SharedMemoryTransport().check_available(ranks_per_gpu)
+    def check_available(self, options: TransportOptions = DEFAULTS) -> None:
+        super().check_available(options)
+        SharedMemoryTransport().check_available(options)
 
     def prepare(
         self,

@@ -85,7 +85,7 @@ def refits(
     return wrong, found, sorted(set(copied))
 
 
-@pytest.mark.parametrize("way", test_program.WAYS, ids="-".join)
+@pytest.mark.parametrize("way", test_program.BACKENDS, ids="-".join)
 @pytest.mark.parametrize("quantisation", RULES, ids=lambda each: each.dtype)
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_collocated_refit_stages_and_copies_no_codes(

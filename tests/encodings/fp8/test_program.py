@@ -35,6 +35,7 @@ from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.encodings.peers import ThreadPeers
 from tests.ranks.pool import RankPool
+from tests.transport.test_transports import BACKENDS
 
 pytestmark = pytest.mark.no_megatron
 
@@ -185,11 +186,8 @@ def wrong_in_two_refits(case: Case, quantisation: Quantisation) -> dict[str, int
     return wrong
 
 
-WAYS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS, ids="-".join)
+@pytest.mark.parametrize("way", BACKENDS, ids="-".join)
 def test_random_layouts_arrive_as_the_rule_says(ranks: RankPool, way: tuple[str, str]) -> None:
     rules = [Quantisation(name, rule) for name, block in BLOCK_FORMATS.items() for rule in block.rules]
     places = [0, 0]
@@ -203,13 +201,13 @@ def test_random_layouts_arrive_as_the_rule_says(ranks: RankPool, way: tuple[str,
 
 @pytest.mark.parametrize(("rule", "other"), [("amax", "amax-inverse"), ("amax", "pow2"), ("pow2", "amax")])
 def test_another_rule_than_the_named_one_is_caught(ranks: RankPool, rule: str, other: str) -> None:
-    answers = ranks.run(refit_twice, 3, WAYS[0], Quantisation("fp8-block", rule), other)
+    answers = ranks.run(refit_twice, 3, BACKENDS[0], Quantisation("fp8-block", rule), other)
     assert any(key.endswith("_scale_inv") for wrong, _ in answers for key in wrong)
 
 
 def order_of_work(rank: int, seed: int, quantisation: Quantisation) -> list[str]:
     """What this rank does in a refit, in order: `quantise` a group, `post` a round of messages, `unpack` one."""
-    case = prepared(rank, seed, WAYS[0], quantisation)
+    case = prepared(rank, seed, BACKENDS[0], quantisation)
     done: list[str] = []
     with ExitStack() as stack:
         for owner, name, label in ((QuantiseBatch, "run", "quantise"), *STEPS):

@@ -49,7 +49,7 @@ def _relayed(plan: RefitPlan, name: Relay) -> RefitPlan:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", test_program.WAYS, ids="-".join)
+@pytest.mark.parametrize("way", test_program.BACKENDS, ids="-".join)
 def test_quantised_weights_arrive_by_way_of_others(ranks: RankPool, way: tuple[str, str]) -> None:
     relayed = 0
     for seed in range(4):
@@ -62,7 +62,7 @@ def test_quantised_weights_arrive_by_way_of_others(ranks: RankPool, way: tuple[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [Relay.NODE, Relay.ENGINE])
-@pytest.mark.parametrize("way", test_program.WAYS, ids="-".join)
+@pytest.mark.parametrize("way", test_program.BACKENDS, ids="-".join)
 def test_quantised_weights_are_relayed(ranks: RankPool, way: tuple[str, str], name: Relay) -> None:
     relayed = 0
     for seed in range(4):

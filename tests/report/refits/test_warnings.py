@@ -54,6 +54,13 @@ def test_times_that_say_less_than_they_seem_to(measured: EngineResult, expected:
         assert re.search(r"--num-benchmark-(warmup|iterations) \d+", line)
 
 
+def test_what_a_transport_found_slow_comes_first() -> None:
+    slow = "NIXL writes within a host over tcp/lo: 0.90 GB/s from rank 0, whose own memory is copied at 6.10 (UCX_TLS)"
+    lines = warnings_of(replace(engine(steady(1.0, 1.0)), slow=slow))
+    assert lines[0] == f"warning: {slow}"
+    assert len(lines) == 2
+
+
 def test_with_two_engines_a_line_says_whose_it_is() -> None:
     (line,) = warnings_of(engine(steady(1.0, 1.0)), "megatron")
     assert line.startswith("warning: Megatron-Core: 2 measured refits")
