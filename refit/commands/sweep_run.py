@@ -59,7 +59,6 @@ def _add_launching(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=flag_types.non_negative,
-        default=0,
         metavar="S",
         help="longest time of a scenario, in seconds; default: no limit",
     )
@@ -76,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
             file = begun(args)
             if not args.resume:
                 locks.enter_context(_hold_run(file, "exclusive", host))
-            loop = Loop(file, launcher(host, os.environ), stop, args.timeout, args.cpu_fallback)
+            loop = Loop(file, launcher(host, os.environ), stop, args.timeout or 0, args.cpu_fallback)
             try:
                 loop.run(loop.pending(args.only or "unfinished"))
             except Cancelled:
@@ -96,7 +95,7 @@ def _task(args: argparse.Namespace) -> int:
     def work(stop: Stop, host: Host) -> int:
         what = f"scenario {name} of run {run_id(file)}"
         with _hold_run(file, "shared", host), hold(what, "exclusive", own, host):
-            loop = Loop(file, launcher(host, os.environ), stop, args.timeout, args.cpu_fallback)
+            loop = Loop(file, launcher(host, os.environ), stop, args.timeout or 0, args.cpu_fallback)
             return loop.run(loop.pending(args.only or "unfinished", name))
 
     return _stoppable(work, args, file.parent)
