@@ -32,10 +32,10 @@ from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 from refit.transport.base import TransportOptions, get_transport
-from refit.transport.one_sided import nixl_buffers
 from refit.transport.one_sided.executor import Backoff
-from refit.transport.one_sided.nixl_library import agent
-from refit.transport.one_sided.nixl_memory import NixlMemory, NixlPut
+from refit.transport.one_sided.nixl import buffers
+from refit.transport.one_sided.nixl.library import agent
+from refit.transport.one_sided.nixl.memory import NixlMemory, NixlPut
 from refit.transport.one_sided.peer_memory import Counter
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
@@ -163,7 +163,7 @@ def border(rank: int, run_bytes: int, num_rounds: int) -> tuple[list[float], lis
     programs, found = {}, {name: [] for name in spec_bytes}
     source, destination = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
     for name, least in spec_bytes.items():
-        nixl_buffers.LEAST_RUN_BYTES = least
+        buffers.LEAST_RUN_BYTES = least
         programs[name] = get_transport("nixl").prepare(plan, ranks, source, destination, OPTIONS)
     for turn in range(num_rounds + 1):
         for name, program in programs.items():

@@ -45,8 +45,8 @@ def _seen(rank: int, args: argparse.Namespace, path: str) -> dict[str, Any]:
     """What rank 0, which writes, has seen; of rank 1 whether the bytes are right."""
     from torch.distributed import FileStore
 
-    from refit.transport.one_sided.nixl_library import agent
-    from refit.transport.one_sided.nixl_memory import NixlMemory
+    from refit.transport.one_sided.nixl.library import agent
+    from refit.transport.one_sided.nixl.memory import NixlMemory
     from refit.transport.ranks import Ranks
     from refit.transport.rendezvous import Rendezvous
 
@@ -104,7 +104,7 @@ def _wait(memory: Any, peer: int) -> None:
 def _written(memory: Any, data: torch.Tensor, address: int, here: int, there: int, number: int) -> float:
     """GB/s of the fastest of several writes."""
     from refit.copies.batch import CopyBatch
-    from refit.transport.one_sided.nixl_memory import NixlPut
+    from refit.transport.one_sided.nixl.memory import NixlPut
 
     starts = np.arange(number, dtype=np.uint64) * (data.numel() // number)
     rows = [

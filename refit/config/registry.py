@@ -185,7 +185,7 @@ METHODS = Registry(
             megatron_service="gloo",
         ),
         "nixl": Method(
-            transport="refit.transport.one_sided.nixl:NixlTransport",
+            transport="refit.transport.one_sided.nixl.transport:NixlTransport",
             devices=("cpu", "cuda"),
             needs="nixl (Linux)",
             message_bytes=4 << 20,

@@ -12,7 +12,7 @@ from refit.cli.parsing import parse
 from refit.config.scenario import Scenario
 from refit.errors import UnavailableError
 from refit.transport.base import TransportOptions
-from refit.transport.one_sided.nixl import NixlTransport
+from refit.transport.one_sided.nixl.transport import NixlTransport
 from refit.transport.one_sided.nvshmem import NvshmemTransport
 from refit.transport.one_sided.shm import SharedMemoryTransport
 from refit.transport.two_sided.nccl import NcclTransport

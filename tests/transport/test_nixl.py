@@ -25,20 +25,18 @@ from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
 from refit.transport.base import Connected, TransportOptions, get_transport
 from refit.transport.messages import Channel, Message, Piece
-from refit.transport.one_sided import nixl_library
-from refit.transport.one_sided.nixl_memory import NixlMemory
-from refit.transport.one_sided.nixl_runs import ADDRESSES, TOGETHER_BYTES, put_together, run_bytes, runs_of
+from refit.transport.one_sided.nixl import library
+from refit.transport.one_sided.nixl.memory import NixlMemory
+from refit.transport.one_sided.nixl.runs import ADDRESSES, TOGETHER_BYTES, put_together, run_bytes, runs_of
+from refit.transport.one_sided.nixl.ucx_log import ways_in
 from refit.transport.one_sided.peer_memory import Counter, Put
-from refit.transport.one_sided.ucx_log import ways_in
 from refit.transport.ranks import Ranks
 from tests.ranks.pool import RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 from tests.transport.test_transports import CASES, wait_for_all
 
 pytestmark = pytest.mark.no_megatron
-installed = pytest.mark.skipif(
-    not any(find_spec(name) for name in nixl_library.MODULES), reason="nixl is not installed"
-)
+installed = pytest.mark.skipif(not any(find_spec(name) for name in library.MODULES), reason="nixl is not installed")
 CASE = CASES["tp up, etp down"]
 MIXED = replace(CASE, hidden=256, ffn=2048)
 """Has experts in runs of 2 KiB beside others that are whole."""
@@ -131,20 +129,20 @@ def _prepared(rank: int, case: Case, timeout_s: float = 60.0) -> Any:
 
 def _refit_with_every_notification_twice(rank: int) -> tuple[list[str], tuple[int, int], int]:
     """Wrong tensors, how many messages go through slots and how many are sent, and registrations that are left."""
-    notify, send = nixl_library.Agent.notify, NixlMemory.send
-    register, deregister = nixl_library.Agent.register, nixl_library.Agent.deregister
-    held: list[nixl_library.Registration] = []
+    notify, send = library.Agent.notify, NixlMemory.send
+    register, deregister = library.Agent.register, library.Agent.deregister
+    held: list[library.Registration] = []
     wrong: list[str] = []
 
-    def noted(agent: nixl_library.Agent, memories: Any) -> nixl_library.Registration:
+    def noted(agent: library.Agent, memories: Any) -> library.Registration:
         held.append(register(agent, memories))
         return held[-1]
 
-    def released(agent: nixl_library.Agent, registration: nixl_library.Registration) -> None:
+    def released(agent: library.Agent, registration: library.Registration) -> None:
         held.remove(registration)
         deregister(agent, registration)
 
-    def notify_twice(agent: nixl_library.Agent, name: str, note: bytes) -> None:
+    def notify_twice(agent: library.Agent, name: str, note: bytes) -> None:
         notify(agent, name, note)
         notify(agent, name, note)
 
@@ -155,10 +153,10 @@ def _refit_with_every_notification_twice(rank: int) -> tuple[list[str], tuple[in
         notify(memory._agent, memory._peers[peer].name, memory._note(peer, Counter.ARRIVED, value))
 
     with (
-        mock.patch.object(nixl_library.Agent, "notify", notify_twice),
+        mock.patch.object(library.Agent, "notify", notify_twice),
         mock.patch.object(NixlMemory, "send", send_twice),
-        mock.patch.object(nixl_library.Agent, "register", noted),
-        mock.patch.object(nixl_library.Agent, "deregister", released),
+        mock.patch.object(library.Agent, "register", noted),
+        mock.patch.object(library.Agent, "deregister", released),
     ):
         source, destination, program = _prepared(rank, MIXED)
         for iteration in range(3):
@@ -284,16 +282,16 @@ def test_a_backend_that_is_missing_or_reaches_no_peer_is_waived(ranks: RankPool,
 
 def test_a_process_that_was_forked_from_one_with_an_agent_is_refused() -> None:
     with (
-        mock.patch.object(nixl_library, "_AGENTS", {(os.getppid(), "UCX"): mock.Mock()}),
+        mock.patch.object(library, "_AGENTS", {(os.getppid(), "UCX"): mock.Mock()}),
         pytest.raises(UnavailableError, match="in use before this process was forked"),
     ):
-        nixl_library.agent("UCX")
+        library.agent("UCX")
 
 
 def test_without_the_library_it_says_how_to_get_it() -> None:
     with (
-        mock.patch.object(nixl_library, "MODULES", ("no_such_module",)),
-        mock.patch.object(nixl_library, "_AGENTS", {}),
+        mock.patch.object(library, "MODULES", ("no_such_module",)),
+        mock.patch.object(library, "_AGENTS", {}),
         pytest.raises(UnavailableError, match=r"nixl is not installed: pip install 'refit-benchmark\[nixl\]'"),
     ):
         get_transport("nixl").check_available()
@@ -301,7 +299,7 @@ def test_without_the_library_it_says_how_to_get_it() -> None:
 
 def _register_nothing(rank: int) -> str:
     """The error of memory that this process does not have."""
-    agent = nixl_library.agent("UCX")
+    agent = library.agent("UCX")
     memory = mock.Mock(numel=lambda: 1 << 20, data_ptr=lambda: 0, is_cuda=False)
     try:
         agent.register([memory])
@@ -319,15 +317,15 @@ def test_memory_that_cannot_be_registered_is_refused_in_one_line(ranks: RankPool
 
 def _prepare_where_one_cannot(rank: int) -> tuple[str, list[str]]:
     """The error of preparing where rank 5 cannot register, and wrong tensors of a refit that is prepared after it."""
-    register = nixl_library.Agent.register
+    register = library.Agent.register
 
-    def refused(agent: nixl_library.Agent, memories: Any) -> nixl_library.Registration:
+    def refused(agent: library.Agent, memories: Any) -> library.Registration:
         if rank == 5:
             raise RefitError("rank 5 has no memory to register")
         return register(agent, memories)
 
     message = ""
-    with mock.patch.object(nixl_library.Agent, "register", refused):
+    with mock.patch.object(library.Agent, "register", refused):
         try:
             _prepared(rank, CASE)
         except RefitError as error:

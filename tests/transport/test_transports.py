@@ -21,7 +21,7 @@ from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
 from refit.memory import phases
 from refit.transport.base import TransportOptions, get_transport
-from refit.transport.one_sided import nixl_library, shm
+from refit.transport.one_sided.nixl import library, shm
 from refit.transport.ranks import Ranks
 from refit.transport.two_sided import gloo
 from tests.ranks.pool import PATIENCE_S, RankError, RankPool
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.no_megatron
 TIMEOUT_S = 100.0
 
 BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct"), ("shm+gloo", "ring")]
-if any(find_spec(name) is not None for name in nixl_library.MODULES):
+if any(find_spec(name) is not None for name in library.MODULES):
     BACKENDS.append(("nixl", "ring"))  # elsewhere tests/transport/test_nixl.py says that it is left out
 
 CASES = {

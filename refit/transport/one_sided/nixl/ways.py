@@ -14,9 +14,9 @@ from refit.copies.batch import CopyBatch
 from refit.plan.plan import RefitPlan
 from refit.transport.base import Connected, TransportOptions
 from refit.transport.one_sided.executor import Backoff
-from refit.transport.one_sided.nixl_library import Agent
-from refit.transport.one_sided.nixl_memory import NixlMemory, NixlPut
-from refit.transport.one_sided.nixl_runs import descriptor
+from refit.transport.one_sided.nixl.library import Agent
+from refit.transport.one_sided.nixl.memory import NixlMemory, NixlPut
+from refit.transport.one_sided.nixl.runs import descriptor
 from refit.transport.one_sided.peer_memory import Counter
 from refit.transport.rendezvous import Rendezvous
 

@@ -13,7 +13,7 @@ from refit.copies.copy import Copy
 from refit.memory.views import part_within
 from refit.memory.weights import LocalWeights
 from refit.transport.messages import Channel, Message
-from refit.transport.one_sided.nixl_library import Region
+from refit.transport.one_sided.nixl.library import Region
 from refit.transport.one_sided.places import Place, mapped_weights
 
 LEAST_RUN_BYTES = 8 << 10

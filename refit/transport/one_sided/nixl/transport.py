@@ -13,11 +13,11 @@ from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes
-from refit.transport.one_sided import nixl_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
-from refit.transport.one_sided.nixl_buffers import NixlBuffers
-from refit.transport.one_sided.nixl_memory import NixlMemory
-from refit.transport.one_sided.nixl_ways import find_ways
+from refit.transport.one_sided.nixl import library as library
+from refit.transport.one_sided.nixl.buffers import NixlBuffers
+from refit.transport.one_sided.nixl.memory import NixlMemory
+from refit.transport.one_sided.nixl.ways import find_ways
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
 from refit.transport.schedule import make_schedule

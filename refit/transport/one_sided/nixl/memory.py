@@ -15,7 +15,7 @@ import torch
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError
 from refit.memory.streams import late_peers_error
-from refit.transport.one_sided.nixl_library import NOTE, Agent, Registration
+from refit.transport.one_sided.nixl.library import NOTE, Agent, Registration
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.packing import PackBatch
 from refit.transport.rendezvous import Rendezvous

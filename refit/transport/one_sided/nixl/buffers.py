@@ -23,9 +23,9 @@ import torch
 from refit.copies.batch import CopyBatch
 from refit.memory.weights import LocalWeights, generations
 from refit.transport.messages import ALIGNMENT, Channel, Message, Schedule
-from refit.transport.one_sided.nixl_library import Region, Registration
-from refit.transport.one_sided.nixl_memory import NixlMemory, NixlPut
-from refit.transport.one_sided.nixl_runs import (
+from refit.transport.one_sided.nixl.library import Region, Registration
+from refit.transport.one_sided.nixl.memory import NixlMemory, NixlPut
+from refit.transport.one_sided.nixl.runs import (
     LEAST_RUN_BYTES,
     Rows,
     copies_to,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from refit.errors import RefitError, UnavailableError, first_line
-from refit.transport.one_sided.ucx_log import UcxLog
+from refit.transport.one_sided.nixl.ucx_log import UcxLog
 
 INSTALL = "pip install 'refit-benchmark[nixl]'"
 MODULES = ("nixl_cu13", "nixl_cu12")

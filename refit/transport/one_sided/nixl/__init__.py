@@ -1,0 +1,1 @@
+"""NIXL as a method: its agents, memory, buffers, and what carries their bytes."""
