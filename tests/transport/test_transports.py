@@ -21,7 +21,8 @@ from refit.config.layout import Layout
 from refit.errors import RefitError, UnavailableError, UsageError
 from refit.memory import phases
 from refit.transport.base import TransportOptions, get_transport
-from refit.transport.one_sided.nixl import library, shm
+from refit.transport.one_sided import shm
+from refit.transport.one_sided.nixl import library
 from refit.transport.ranks import Ranks
 from refit.transport.two_sided import gloo
 from tests.ranks.pool import PATIENCE_S, RankError, RankPool
