@@ -210,4 +210,4 @@ def test_neighbours_name_a_rank_that_passes_nothing_on(ranks: RankPool, backend:
     finally:
         ranks.stop()  # its connections are broken
     assert "rank 1" in messages[2]  # not rank 3, which waits for rank 2
-    assert backend[0] == "gloo" or "rank 1" in messages[0]
+    assert "gloo" in backend[0] or "rank 1" in messages[0]  # Gloo sends without waiting for its peer
