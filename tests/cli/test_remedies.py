@@ -32,8 +32,7 @@ REMEDIES = [
     (f"{DENSE} --add-qkv-bias {VLLM}", "leave --add-qkv-bias out"),
     (
         f"{TWO_HEADS} --rl-inference-format autotp",
-        "give --position-embedding-type rope, give --normalization RMSNorm, "
-        "give --swiglu, give --disable-bias-linear, give --qk-layernorm",
+        "give --position-embedding-type rope, give --normalization RMSNorm, give --swiglu, give --disable-bias-linear",
     ),
     (
         f"{MLA} {VLLM}",

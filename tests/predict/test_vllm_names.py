@@ -28,7 +28,7 @@ def test_other_spellings_are_known(name: str, followed: str) -> None:
     assert followed_name(name) == followed
 
 
-@pytest.mark.parametrize("model", ["tiny_qwen3", "tiny_qwen3_moe", "tiny_deepseek_v3"])
+@pytest.mark.parametrize("model", ["tiny_qwen2", "tiny_qwen3", "tiny_qwen3_moe", "tiny_deepseek_v3"])
 def test_a_predicted_name_is_its_own(model: str) -> None:
     blocks = Engines(preset(model), side()).blocks_of(Place(0, 0, 0, 0))
     names = [block.block.prefix + parameter.name for block in blocks for parameter in block.parameters]

@@ -84,7 +84,7 @@ class ReferenceForward:
         return F.rms_norm(hidden.float(), (weight.size(0),), weight.float(), NORM_EPSILON).to(hidden.dtype)
 
     def _linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.parameters[f"{name}.weight"])
+        return F.linear(hidden, self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias"))
 
     def _layer(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         prefix = f"model.layers.{number}."
@@ -114,8 +114,10 @@ class ReferenceForward:
         fused = self._linear(f"{prefix}qkv_proj", hidden)
         parts = fused.tensor_split([heads * size, (heads + groups) * size], dim=-1)
         query, key, value = (_by_head(part, part.size(-1) // size) for part in parts)
-        query = _rotated(self._norm(f"{prefix}q_norm.weight", query))
-        key = _rotated(self._norm(f"{prefix}k_norm.weight", key))
+        if self.shape.qk_layernorm:
+            query = self._norm(f"{prefix}q_norm.weight", query)
+            key = self._norm(f"{prefix}k_norm.weight", key)
+        query, key = _rotated(query), _rotated(key)
         return query, *(part.repeat_interleave(heads // groups, dim=2) for part in (key, value))
 
     def _latent(self, prefix: str, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -16,6 +16,7 @@ from refit.predict import megatron
 from refit.predict.families.releases import kept_in_float32
 from refit.predict.families.tables import (
     EXPERT_BIAS_KEY,
+    QKV_BIAS,
     QUERY_NORM,
     SHARED,
     Family,
@@ -127,7 +128,8 @@ def check_names(shape: ModelShape) -> Family:
     """The family that has names for the tensors of `shape`. Raises UsageError, with what differs, where none has."""
     family, experts = closest_family(shape), shape.experts
     has_shared, has_bias = family.has(SHARED), family.has(EXPERT_BIAS_KEY)
-    has_norms = family.has(QUERY_NORM)
+    has_norms, needs_norms = family.has(QUERY_NORM), shape.mla is not None or family.needs(QUERY_NORM)
+    misfit = family.misfit(shape)
     shared = experts is not None and experts.shared_ffn_hidden_size is not None
     bias = experts is not None and experts.expert_bias
     width = experts.ffn_hidden_size if experts is not None else shape.ffn_hidden_size
@@ -136,8 +138,9 @@ def check_names(shape: ModelShape) -> Family:
         (shape.normalization != "RMSNorm", "give --normalization RMSNorm"),
         (not shape.swiglu, "give --swiglu"),
         (shape.add_bias_linear, "give --disable-bias-linear"),
-        (shape.add_qkv_bias, "leave --add-qkv-bias out"),
-        (has_norms and not shape.qk_layernorm, "give --qk-layernorm"),
+        (family.needs(QKV_BIAS) and not shape.add_qkv_bias, "give --add-qkv-bias"),
+        (shape.add_qkv_bias and not family.has(QKV_BIAS), "leave --add-qkv-bias out"),
+        (needs_norms and not shape.qk_layernorm, "give --qk-layernorm"),
         (shape.qk_layernorm and not has_norms, "leave --qk-layernorm out"),
         (shape.mtp_num_layers > 0, "give --mtp-num-layers 0"),
         (bool(family.experts) and experts is None, "give --num-experts 8"),
@@ -146,6 +149,7 @@ def check_names(shape: ModelShape) -> Family:
         (shared and not has_shared, "leave --moe-shared-expert-intermediate-size out"),
         (has_bias and not bias, "give --moe-router-enable-expert-bias"),
         (bias and not has_bias, "leave --moe-router-enable-expert-bias out"),
+        (misfit is not None, misfit or ""),
     ]
     differences = [remedy for differs, remedy in found if differs]
     if differences:

@@ -13,10 +13,8 @@ from refit.predict.families.config_keys import LATENT, STYLE
 LLAMA: dict[str, object] = {"group-query-attention": True, "qk-layernorm": False}
 LATENT_STYLE: dict[str, object] = {"multi-latent-attention": True}
 STYLES: dict[str, dict[str, object]] = {
-    "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": LLAMA,
-    "qwen2": {**LLAMA, "add-qkv-bias": True},
     "glm4_moe": {**LLAMA, "moe-router-enable-expert-bias": True},
     "glm4_moe_lite": {**LATENT_STYLE, "moe-router-enable-expert-bias": True},
     "deepseek_v2": LATENT_STYLE,

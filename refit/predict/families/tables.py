@@ -14,7 +14,7 @@ from typing import Any
 
 from refit.config.registry import FAMILIES, load
 from refit.config.shape import Experts, ModelShape
-from refit.predict.families.config_keys import Key
+from refit.predict.families.config_keys import Key, Switch
 from refit.predict.megatron import Split
 
 Release = tuple[int, int]
@@ -61,8 +61,10 @@ class Family:
 
     Of config.json it has `keys` for sizes, `style`, the flags of every model of it, `layer_keys`, which say which
     layers have routed experts and how wide the shared ones are, with `layer_flags(content, num_layers)`, the flags that
-    they become, and `expert_values(experts)`, the other way round; and `derived`: keys that must be the sum of others,
-    as it has no weights of other sizes.
+    they become, and `expert_values(experts)`, the other way round; `derived`: keys that must be the sum of others,
+    as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
+    needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
+    changes no weight. `misfit` says what to change where it cannot have these sizes.
     """
 
     model_type: str
@@ -80,15 +82,23 @@ class Family:
     layer_flags: Callable[[Mapping[str, Any], int], dict[str, object]] | None = None
     expert_values: Callable[[Experts], dict[str, Any]] | None = None
     derived: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    switches: tuple[Switch, ...] = ()
+    required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    numerics: Mapping[str, Any] = field(default_factory=dict)
+    misfit: Callable[[ModelShape], str | None] = lambda _: None
 
     def has(self, key: str) -> bool:
         """Whether some layer has a tensor that is a part of the logical tensor `key`, or of one below it."""
         rows = (*self.layer, *self.dense, *self.routed)
         return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
 
+    def needs(self, key: str) -> bool:
+        """Whether every layer has the logical tensor `key`."""
+        return any(row.key == key and not row.optional for row in self.layer)
+
 
 # The logical tensors that several rows name.
-QKV = "self_attention.linear_qkv.weight"
+QKV, QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
 EXPERTS, SHARED, EXPERT_BIAS_KEY = "mlp.experts.experts", "mlp.shared_experts", "mlp.router.expert_bias"
 QUERY_NORM = "self_attention.q_layernorm.weight"
@@ -108,8 +118,15 @@ GROUPED_QUERY_ATTENTION = (
     Row("self_attn.k_proj.weight", QKV, Split.COLUMN, Part.KEY),
     Row("self_attn.v_proj.weight", QKV, Split.COLUMN, Part.VALUE),
     Row("self_attn.o_proj.weight", "self_attention.linear_proj.weight", Split.ROW),
+)
+QUERY_KEY_NORMS = (
     Row("self_attn.q_norm.weight", QUERY_NORM),
     Row("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
+)
+QUERY_KEY_VALUE_BIASES = (
+    Row("self_attn.q_proj.bias", QKV_BIAS, Split.COLUMN, Part.QUERY),
+    Row("self_attn.k_proj.bias", QKV_BIAS, Split.COLUMN, Part.KEY),
+    Row("self_attn.v_proj.bias", QKV_BIAS, Split.COLUMN, Part.VALUE),
 )
 LATENT_ATTENTION = (
     # Queries are projected in one step, or down and up with a norm between.

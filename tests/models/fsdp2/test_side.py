@@ -90,6 +90,8 @@ EXPERTS = ["--source-format=fsdp2", "--source-world-size=4", "--expert-model-par
         ("tiny_deepseek_v3", [*EXPERTS, "--fsdp-replicate-size=2", "--rl-inference-tensor-model-parallel-size=2"]),
         ("tiny_deepseek_v3", [*MEGATRON_TO_FSDP[:1], "--destination-world-size=4", "--expert-model-parallel-size=2"]),
         ("tiny_qwen3", [*FSDP_TO_MEGATRON, "--refit-mode=collocated"]),
+        ("tiny_llama", [*FSDP_TO_MEGATRON, "--rl-inference-pipeline-model-parallel-size=2"]),
+        ("tiny_qwen2", MEGATRON_TO_FSDP),
     ],
 )
 def test_refits_arrive_and_both_libraries_give_the_same_logits(ranks: RankPool, model: str, flags: list[str]) -> None:

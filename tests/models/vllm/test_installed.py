@@ -19,6 +19,8 @@ from refit.predict.vllm.parameters import Engines
 from tests.predict.test_vllm import preset, side
 
 ARCHITECTURES = {
+    "tiny_llama": "LlamaForCausalLM",
+    "tiny_qwen2": "Qwen2ForCausalLM",
     "tiny_qwen3": "Qwen3ForCausalLM",
     "tiny_qwen3_moe": "Qwen3MoeForCausalLM",
     "tiny_deepseek_v3": "DeepseekV3ForCausalLM",

@@ -90,6 +90,8 @@ def check(result: RefitResult) -> None:
     [
         ["--model=tiny_qwen3", "--source-world-size=2", "--tensor-model-parallel-size=2", *engine(2, replicas=3)],
         ["--model=tiny_qwen3", *FSDP2, "--num-query-groups=2", *engine(4)],
+        ["--model=tiny_llama", "--source-world-size=2", "--tensor-model-parallel-size=2", *engine(2, pp=2)],
+        ["--model=tiny_qwen2", *FSDP2, "--num-query-groups=2", *engine(4)],
         [*QWEN_MOE, *MEGATRON, *engine(2, 2)],
         [*QWEN_MOE, *MEGATRON, *engine(2, 2, ep=True), "--rl-inference-expert-placement=round_robin"],
         [*QWEN_MOE, *FSDP2, *engine(1, 4, ep=True), "--rl-inference-num-redundant-experts=4"],
@@ -101,6 +103,8 @@ def check(result: RefitResult) -> None:
     ids=[
         "engines",
         "replicated-kv-heads",
+        "llama",
+        "replicated-biases",
         "sliced-experts",
         "round-robin",
         "redundant",

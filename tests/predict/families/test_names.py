@@ -17,13 +17,17 @@ from refit.config.shape import Dtype, ModelShape
 from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
+from refit.predict.families.llama import LLAMA
 from refit.predict.families.names import NamedModel, named_model
+from refit.predict.families.qwen2 import QWEN2
 from refit.predict.families.qwen3 import QWEN3
 from refit.predict.families.qwen3_moe import QWEN3_MOE
 from refit.predict.families.tables import Family
 from tests.predict.families.strategies import models
 
 BRIDGES = {
+    LLAMA: "mbridge.models.llama:LLaMABridge",
+    QWEN2: "mbridge.models.qwen2:Qwen2Bridge",
     QWEN3: "mbridge.models.qwen3:Qwen3Bridge",
     QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
     DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
@@ -110,7 +114,7 @@ def test_a_model_of_no_family_is_refused_with_all_that_differs() -> None:
     differs = (
         r"qwen3_moe give --qk-layernorm, leave --moe-shared-expert-intermediate-size out, or choose --model tiny_qwen3"
     )
-    with pytest.raises(UsageError, match=rf"Hugging Face, qwen3, qwen3_moe, deepseek_v3: for {differs}"):
+    with pytest.raises(UsageError, match=rf"Hugging Face, llama, qwen2, qwen3, .*: for {differs}"):
         named_model(preset("tiny"), Dtype.BF16)
 
 
@@ -165,6 +169,6 @@ def _parameter(family: Family, key: str, expert: int | None) -> str:
         norms[".input_layernorm.weight"] = ".self_attention.linear_qkv.layer_norm_weight"
     for ours, theirs in norms.items():
         key = key.replace(ours, theirs)
-    if family is QWEN3:
+    if family in (LLAMA, QWEN2, QWEN3):
         key = key.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
     return key if expert is None else f"{key.replace('experts.experts', 'experts')}{expert}"

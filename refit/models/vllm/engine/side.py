@@ -32,6 +32,8 @@ from refit.predict.vllm.quantised import held_blocks
 from refit.transport.one_sided.ipc_memory import open_region
 
 ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",

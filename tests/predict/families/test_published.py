@@ -1,0 +1,91 @@
+"""Presets of published models: as many parameters as their authors state, and the configuration that they publish."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refit.cli.parsing import parse
+from refit.config.layout import Layout
+from refit.config.side import SideSpec
+from refit.predict.megatron import predict
+
+SIZES: dict[str, int] = {
+    # model.safetensors.index.json's total size / 2 bytes, and the counts that Hugging Face shows:
+    "llama3_8b": 8_030_261_248,  # meta-llama/Llama-3.1-8B
+    "llama3_70b": 70_553_706_496,  # meta-llama/Llama-3.1-70B
+    "qwen2_5_7b": 7_615_616_512,  # Qwen/Qwen2.5-7B
+}
+
+# The keys of config.json in those repositories that say something about the weights or the forward pass.
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+QWEN2: dict[str, Any] = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+CONFIGS = {"llama3_8b": LLAMA, "qwen2_5_7b": QWEN2}
+
+
+def parameters(*flags: str) -> dict[str, int]:
+    """Logical tensor -> elements, without buffers."""
+    shape = parse(["--dry-run", *flags]).scenario.model
+    assert shape is not None
+    tensors = predict(shape, SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1))).tensors
+    return {key: math.prod(each.shape) for key, each in tensors.items() if not key.endswith("expert_bias")}
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_a_preset_has_as_many_parameters_as_published(preset: str) -> None:
+    assert sum(parameters("--model", preset).values()) == SIZES[preset]
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_a_published_config_json_is_the_preset(tmp_path: Path, preset: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[preset]))
+    read = parse(["--dry-run", "--hf-config", str(tmp_path)]).scenario
+    assert read.model == parse(["--dry-run", "--model", preset]).scenario.model
+    assert any("no weight depends on it: " in note and "rope_theta" in note for note in read.notes)
+
+
+def test_a_llama_without_grouped_queries_has_a_key_for_every_head(tmp_path: Path) -> None:
+    """As Llama 2's config.json, which has neither num_key_value_heads nor head_dim."""
+    config = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = parse(["--dry-run", "--hf-config", str(tmp_path)]).scenario.model
+    assert shape is not None
+    assert (shape.num_query_groups, shape.kv_channels) == (32, 128)
