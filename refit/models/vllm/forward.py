@@ -149,7 +149,8 @@ class ReferenceForward:
         return self._linear(f"{prefix}down_proj", _gated(self._linear(f"{prefix}gate_up_proj", hidden)))
 
     def _mixture(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        experts, prefix, slots = self.shape.experts, f"model.layers.{number}.mlp.", self.engines.placed[number]
+        experts, slots = self.shape.experts, self.engines.placed[number]
+        prefix = f"model.layers.{number}.{self.engines.model.family.published_name('mlp.')}"
         assert experts is not None
         flat = hidden.flatten(0, 1)
         scores, chosen, weights = self._routing(prefix, flat, experts)

@@ -59,6 +59,7 @@ ROUTED = (
     Key("num_experts_per_tok", "moe-router-topk", "experts.topk"),
     Key("moe_intermediate_size", "moe-ffn-hidden-size", "experts.ffn_hidden_size"),
 )
+LOCAL_EXPERTS = Key("num_local_experts", "num-experts", "experts.num_experts", aliases=("num_experts",))
 EXPERTS = Key("num_experts", "num-experts", "experts.num_experts", aliases=("num_local_experts",))
 STYLE: dict[str, object] = {
     "position-embedding-type": "rope",
@@ -100,6 +101,8 @@ BUILT_WITH: dict[str, tuple[Any, ...]] = {
     "scoring_func": (None, "sigmoid"),
     "rope_interleave": (None, True),
     "use_mrope": (None, False),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "router_jitter_noise": (None, 0.0),
 }
 """Keys that change no weight, and the values that the forward pass of both sides is built with."""
 

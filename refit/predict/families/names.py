@@ -95,19 +95,28 @@ class NamedModel:
 
 
 def named_model(
-    shape: ModelShape, dtype: Dtype, *, single_experts: bool = False, release: Release | None = None
+    shape: ModelShape,
+    dtype: Dtype,
+    *,
+    single_experts: bool = False,
+    release: Release | None = None,
+    in_vllm: bool = False,
 ) -> NamedModel:
     """The tensors of `shape` under the names of its family.
 
-    `single_experts` names each routed expert's tensors, as published checkpoints do; else all experts are one tensor.
-    Parameters that this `release` of transformers keeps in float32 are float32; without one they have `dtype`.
+    `single_experts` names each routed expert's tensors, and all others, as published checkpoints do; else all experts
+    are one tensor. Parameters that this `release` of transformers keeps in float32 are float32, or those that vLLM
+    does where the model is `in_vllm`; others have `dtype`.
     Raises UsageError as `check_names`.
     """
     family = check_names(shape)
     experts = family.single_experts if single_experts else family.experts
     kinds = {False: (*family.layer, *family.dense), True: (*family.layer, *family.routed, *experts)}
     logical = _logical_tensors(shape, dtype)
-    for row in kept_in_float32(family, release) if release is not None else ():
+    kept = kept_in_float32(family, release) if release is not None else ()
+    if in_vllm:
+        kept = tuple(row for row in family.routed if row.float32_in_vllm)
+    for row in kept:
         logical |= {key: replace(each, dtype="float32") for key, each in logical.items() if key.endswith(f".{row.key}")}
     layers, rest = _by_layer(logical)
     resolved: dict[bool, tuple[NamedTensor, ...]] = {}
@@ -119,6 +128,9 @@ def named_model(
         if routed not in resolved:
             resolved[routed] = _resolve(family, kinds[routed], tensors, shape, prefix, key_prefix)
             keys[routed] = tensors.keys()
+            if single_experts:
+                published = (replace(each, name=family.published_name(each.name)) for each in resolved[routed])
+                resolved[routed] = tuple(published)
         assert tensors.keys() == keys[routed], f"layers of a kind differ: {tensors.keys() ^ keys[routed]}"
         blocks.append(Block(prefix, key_prefix, resolved[routed]))
     return NamedModel(family, tuple(blocks), logical)

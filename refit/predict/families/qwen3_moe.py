@@ -40,7 +40,7 @@ def expert_values(experts: Experts) -> dict[str, Any]:
 
 QWEN3_MOE = Family(
     "qwen3_moe",
-    fits=lambda shape: shape.mla is None and shape.experts is not None,
+    fits=lambda shape: shape.mla is None and shape.experts is not None and shape.qk_layernorm,
     model=MODEL,
     layer=(*NORMS, *GROUPED_QUERY_ATTENTION, *QUERY_KEY_NORMS),
     dense=DENSE_MLP,

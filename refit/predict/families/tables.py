@@ -38,7 +38,8 @@ class Row:
 
     `split` is how tensor parallelism splits it. A `routed` tensor is `[num_experts, ...]`, or with `{expert}` in its
     name one expert's. `optional` ones exist only where the logical tensor does. A `buffer` is no parameter.
-    From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits.
+    From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits; vLLM does where it
+    is `float32_in_vllm`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     optional: bool = False
     buffer: bool = False
     float32_since: Release | None = None
+    float32_in_vllm: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +66,8 @@ class Family:
     they become, and `expert_values(experts)`, the other way round; `derived`: keys that must be the sum of others,
     as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
     needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
-    changes no weight. `misfit` says what to change where it cannot have these sizes.
+    changes no weight. `published` are beginnings of names below a layer's that published checkpoints and vLLM have in
+    place of transformers'. `misfit` says what to change where it cannot have these sizes.
     """
 
     model_type: str
@@ -85,12 +88,18 @@ class Family:
     switches: tuple[Switch, ...] = ()
     required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, str] = field(default_factory=dict)
     misfit: Callable[[ModelShape], str | None] = lambda _: None
 
     def has(self, key: str) -> bool:
         """Whether some layer has a tensor that is a part of the logical tensor `key`, or of one below it."""
         rows = (*self.layer, *self.dense, *self.routed)
         return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
+
+    def published_name(self, name: str) -> str:
+        """What published checkpoints call the tensor `name` of a layer."""
+        begin = next((begin for begin in self.published if name.startswith(begin)), "")
+        return self.published.get(begin, "") + name.removeprefix(begin)
 
     def needs(self, key: str) -> bool:
         """Whether every layer has the logical tensor `key`."""

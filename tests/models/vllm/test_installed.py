@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "tiny_qwen2": "Qwen2ForCausalLM",
     "tiny_qwen3": "Qwen3ForCausalLM",
     "tiny_qwen3_moe": "Qwen3MoeForCausalLM",
+    "tiny_mixtral": "MixtralForCausalLM",
+    "tiny_glm4_moe": "Glm4MoeForCausalLM",
     "tiny_deepseek_v3": "DeepseekV3ForCausalLM",
 }
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from refit.config.shape import Experts, LatentAttention, ModelShape
+from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.tables import (
     EXPERT_BIAS_KEY,
     QKV_BIAS,
@@ -51,9 +52,11 @@ def models(draw: st.DrawFn, family: Family | None = None) -> ModelShape:
 
 
 def fitting(shape: ModelShape) -> ModelShape:
-    """`shape`, as wide as its heads together where its family has no other width."""
+    """`shape`, as wide as its heads together, or its experts as wide as MLPs, where its family has no other width."""
     if closest_family(shape).misfit(shape) is None:
         return shape
+    if shape.experts is not None:
+        return replace(shape, ffn_hidden_size=shape.experts.ffn_hidden_size)
     return replace(shape, hidden_size=shape.num_attention_heads * shape.kv_channels)
 
 
@@ -62,8 +65,8 @@ def experts(draw: st.DrawFn, num_layers: int, family: Family) -> Experts:
     num_dense = draw(st.integers(0, num_layers - 1)) if family.layer_keys else 0
     ffn = draw(st.integers(1, 5))
     return Experts(
-        num_experts=draw(st.integers(1, 6)),
-        topk=1,
+        num_experts=draw(st.integers(2, 6)),
+        topk=2 if family is MIXTRAL else 1,
         ffn_hidden_size=ffn,
         shared_ffn_hidden_size=ffn * draw(st.integers(1, 2)) if family.has(SHARED) else None,
         layers=(False,) * num_dense + (True,) * (num_layers - num_dense),

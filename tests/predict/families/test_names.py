@@ -17,7 +17,9 @@ from refit.config.shape import Dtype, ModelShape
 from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
+from refit.predict.families.glm4_moe import GLM4_MOE
 from refit.predict.families.llama import LLAMA
+from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.names import NamedModel, named_model
 from refit.predict.families.qwen2 import QWEN2
 from refit.predict.families.qwen3 import QWEN3
@@ -28,6 +30,8 @@ from tests.predict.families.strategies import models
 BRIDGES = {
     LLAMA: "mbridge.models.llama:LLaMABridge",
     QWEN2: "mbridge.models.qwen2:Qwen2Bridge",
+    MIXTRAL: "mbridge.models.mixtral:MixtralBridge",
+    GLM4_MOE: "mbridge.models.glm4moe:GLM4MoEBridge",
     QWEN3: "mbridge.models.qwen3:Qwen3Bridge",
     QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
     DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
@@ -103,7 +107,9 @@ def test_layers_of_a_kind_share_their_tensors() -> None:
     assert len(model.logical) == sum(len({p.key for t in b.tensors for p in t.pieces}) for b in model.blocks)
 
 
-@pytest.mark.parametrize("name", ["kimi_k2", "deepseek_v3", "qwen3_30b_a3b", "qwen3_235b_a22b"])
+@pytest.mark.parametrize(
+    "name", ["kimi_k2", "deepseek_v3", "qwen3_30b_a3b", "qwen3_235b_a22b", "mixtral_8x7b", "glm4_5", "glm4_5_air"]
+)
 def test_published_models_are_of_a_family(name: str) -> None:
     model = named_model(replace(preset(name), mtp_num_layers=0), Dtype.BF16)
     elements = sum(Box.whole(t.shape).volume for block in model.blocks for t in block.tensors)
@@ -111,9 +117,7 @@ def test_published_models_are_of_a_family(name: str) -> None:
 
 
 def test_a_model_of_no_family_is_refused_with_all_that_differs() -> None:
-    differs = (
-        r"qwen3_moe give --qk-layernorm, leave --moe-shared-expert-intermediate-size out, or choose --model tiny_qwen3"
-    )
+    differs = r"glm4_moe give --moe-router-enable-expert-bias$"
     with pytest.raises(UsageError, match=rf"Hugging Face, llama, qwen2, qwen3, .*: for {differs}"):
         named_model(preset("tiny"), Dtype.BF16)
 
