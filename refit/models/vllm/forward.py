@@ -172,7 +172,7 @@ class ReferenceForward:
             probabilities, scores = logits.softmax(dim=-1), logits
         index = scores.topk(experts.topk, dim=-1).indices
         kept = probabilities.gather(-1, index)
-        if experts.topk > 1:
+        if experts.topk > 1 and not self.shape.softmax_over_all:
             kept = kept / kept.sum(dim=-1, keepdim=True)
         zeros = torch.zeros_like(logits)
         return scores, zeros.scatter(-1, index, 1) > 0, zeros.scatter(-1, index, kept)

@@ -68,7 +68,7 @@ def read_config_json(path: Path, given: Mapping[str, object]) -> ConfigJson:
         raise UsageError(f"{file}: {error}") from None
     if not content.get("tie_word_embeddings", False):
         flags["untie-embeddings-and-output-weights"] = True
-    return ConfigJson(file, flags, tuple(f"{file}: {note}" for note in _notes(content)))
+    return ConfigJson(file, flags, tuple(f"{file}: {note}" for note in _notes(family, content)))
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def _switches(family: Family, content: Mapping[str, Any]) -> dict[str, object]:
 
 def _required(family: Family) -> dict[str, tuple[Any, str]]:
     """Keys with the one value that a model of `family` can be built with, and why."""
-    switches = {switch.name for switch in family.switches}
-    return {key: value for key, value in {**REQUIRED, **family.required}.items() if key not in switches}
+    other = {*family.unweighted, *(switch.name for switch in family.switches)}
+    return {key: value for key, value in {**REQUIRED, **family.required}.items() if key not in other}
 
 
 def _layers(family: Family, content: Mapping[str, Any]) -> dict[str, object]:
@@ -142,7 +142,16 @@ def _check_all_read(family: Family, content: Mapping[str, Any]) -> None:
         raise UsageError(f"layer_types has {yaml_files.shortened(other)}, known are {', '.join(sorted(LAYER_TYPES))}")
     sizes = {name for key in family.keys for name in (key.name, *key.aliases)}
     sizes |= {switch.name for switch in family.switches}
-    known = {*HARMLESS, *sizes, *family.layer_keys, *family.derived, *_required(family), *BUILT_WITH, *OTHER_WEIGHTS}
+    known = {
+        *HARMLESS,
+        *sizes,
+        *family.layer_keys,
+        *family.derived,
+        *_required(family),
+        *family.unweighted,
+        *BUILT_WITH,
+        *OTHER_WEIGHTS,
+    }
     unread = [
         f"{yaml_files.shortened(key, 40)} {yaml_files.shortened(value, 40)}"
         for key, value in content.items()
@@ -156,10 +165,10 @@ def _check_all_read(family: Family, content: Mapping[str, Any]) -> None:
         )
 
 
-def _notes(content: Mapping[str, Any]) -> list[str]:
+def _notes(family: Family, content: Mapping[str, Any]) -> list[str]:
     others = [
         f"{key} {yaml_files.shortened(content[key], 40)}"
-        for key, values in BUILT_WITH.items()
+        for key, values in {**BUILT_WITH, **family.unweighted}.items()
         if key in content and content[key] not in values
     ]
     notes = [

@@ -20,8 +20,8 @@ from refit.predict.families.tables import (
     Family,
     Part,
     Row,
-    Split,
 )
+from refit.predict.megatron import Split
 
 SINGLE_EXPERTS = (
     Row("mlp.experts.{expert}.w1.weight", f"{EXPERTS}.{FC1}", Split.COLUMN, Part.GATE, routed=True),

@@ -15,7 +15,6 @@ LATENT_STYLE: dict[str, object] = {"multi-latent-attention": True}
 STYLES: dict[str, dict[str, object]] = {
     "mistral": LLAMA,
     "glm4_moe_lite": {**LATENT_STYLE, "moe-router-enable-expert-bias": True},
-    "deepseek_v2": LATENT_STYLE,
 }
 """model_type -> flags that say what its layers are like, beside those of every family."""
 

@@ -66,8 +66,9 @@ class Family:
     they become, and `expert_values(experts)`, the other way round; `derived`: keys that must be the sum of others,
     as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
     needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
-    changes no weight. `published` are beginnings of names below a layer's that published checkpoints and vLLM have in
-    place of transformers'. `misfit` says what to change where it cannot have these sizes.
+    changes no weight, with `unweighted`: values of keys that it is built with, not those of `config_keys.BUILT_WITH`.
+    `published` are beginnings of names below a layer's that published checkpoints and vLLM have in place of
+    transformers'. `misfit` says what to change where it cannot have these sizes.
     """
 
     model_type: str
@@ -88,6 +89,7 @@ class Family:
     switches: tuple[Switch, ...] = ()
     required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
+    unweighted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     published: Mapping[str, str] = field(default_factory=dict)
     misfit: Callable[[ModelShape], str | None] = lambda _: None
 

@@ -94,6 +94,7 @@ EXPERTS = ["--source-format=fsdp2", "--source-world-size=4", "--expert-model-par
         ("tiny_llama", [*FSDP_TO_MEGATRON, "--rl-inference-pipeline-model-parallel-size=2"]),
         ("tiny_qwen2", MEGATRON_TO_FSDP),
         ("tiny_mixtral", [*EXPERTS, "--fsdp-replicate-size=2", "--rl-inference-tensor-model-parallel-size=2"]),
+        ("tiny_deepseek_v2", MEGATRON_TO_FSDP),
         ("tiny_glm4_moe", FSDP_TO_MEGATRON),
     ],
 )

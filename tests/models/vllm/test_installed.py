@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "tiny_qwen3_moe": "Qwen3MoeForCausalLM",
     "tiny_mixtral": "MixtralForCausalLM",
     "tiny_glm4_moe": "Glm4MoeForCausalLM",
+    "tiny_deepseek_v2": "DeepseekV2ForCausalLM",
     "tiny_deepseek_v3": "DeepseekV3ForCausalLM",
 }
 

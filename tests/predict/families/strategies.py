@@ -55,7 +55,7 @@ def fitting(shape: ModelShape) -> ModelShape:
     """`shape`, as wide as its heads together, or its experts as wide as MLPs, where its family has no other width."""
     if closest_family(shape).misfit(shape) is None:
         return shape
-    if shape.experts is not None:
+    if shape.experts is not None and shape.mla is None:
         return replace(shape, ffn_hidden_size=shape.experts.ffn_hidden_size)
     return replace(shape, hidden_size=shape.num_attention_heads * shape.kv_channels)
 

@@ -226,7 +226,6 @@ LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_h
 OTHER_MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 2},
     "glm4_moe_lite": {**ROUTED, **LATENT, "q_lora_rank": 32, "mlp_layer_types": ["dense", "sparse"]},
-    "deepseek_v2": {**ROUTED, **LATENT, "q_lora_rank": None, "n_shared_experts": 2},
 }
 
 

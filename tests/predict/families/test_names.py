@@ -16,6 +16,7 @@ from refit.cli.parsing import parse
 from refit.config.shape import Dtype, ModelShape
 from refit.errors import UsageError
 from refit.plan.box import Box
+from refit.predict.families.deepseek_v2 import DEEPSEEK_V2
 from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
 from refit.predict.families.glm4_moe import GLM4_MOE
 from refit.predict.families.llama import LLAMA
@@ -34,6 +35,7 @@ BRIDGES = {
     GLM4_MOE: "mbridge.models.glm4moe:GLM4MoEBridge",
     QWEN3: "mbridge.models.qwen3:Qwen3Bridge",
     QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
+    DEEPSEEK_V2: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
 }
 
@@ -108,7 +110,17 @@ def test_layers_of_a_kind_share_their_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["kimi_k2", "deepseek_v3", "qwen3_30b_a3b", "qwen3_235b_a22b", "mixtral_8x7b", "glm4_5", "glm4_5_air"]
+    "name",
+    [
+        "kimi_k2",
+        "deepseek_v3",
+        "deepseek_v2_lite",
+        "qwen3_30b_a3b",
+        "qwen3_235b_a22b",
+        "mixtral_8x7b",
+        "glm4_5",
+        "glm4_5_air",
+    ],
 )
 def test_published_models_are_of_a_family(name: str) -> None:
     model = named_model(replace(preset(name), mtp_num_layers=0), Dtype.BF16)
@@ -167,7 +179,7 @@ def _bridge(family: Family) -> Any:
 def _parameter(family: Family, key: str, expert: int | None) -> str:
     """The parameter's name in a model with Transformer Engine layers, from which mbridge translates."""
     norms = {"self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight"}
-    if family is DEEPSEEK_V3:
+    if family in (DEEPSEEK_V2, DEEPSEEK_V3):
         norms["self_attention.q_layernorm.weight"] = "self_attention.linear_q_up_proj.layer_norm_weight"
     else:
         norms[".input_layernorm.weight"] = ".self_attention.linear_qkv.layer_norm_weight"

@@ -19,6 +19,7 @@ SIZES: dict[str, int] = {
     # model.safetensors.index.json's total size / 2 bytes, and the counts that Hugging Face shows:
     "llama3_8b": 8_030_261_248,  # meta-llama/Llama-3.1-8B
     "llama3_70b": 70_553_706_496,  # meta-llama/Llama-3.1-70B
+    "deepseek_v2_lite": 15_706_484_224,  # deepseek-ai/DeepSeek-V2-Lite
     "mixtral_8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
     "qwen2_5_7b": 7_615_616_512,  # Qwen/Qwen2.5-7B
 }
@@ -59,6 +60,37 @@ QWEN2: dict[str, Any] = {
     "use_mrope": False,
     "use_sliding_window": False,
     "vocab_size": 152064,
+}
+V2_LITE: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
 }
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",
@@ -118,7 +150,14 @@ AIR = GLM | {
     "routed_scaling_factor": 1.0,
     "use_qk_norm": False,
 }
-CONFIGS = {"llama3_8b": LLAMA, "qwen2_5_7b": QWEN2, "mixtral_8x7b": MIXTRAL, "glm4_5": GLM, "glm4_5_air": AIR}
+CONFIGS = {
+    "llama3_8b": LLAMA,
+    "deepseek_v2_lite": V2_LITE,
+    "qwen2_5_7b": QWEN2,
+    "mixtral_8x7b": MIXTRAL,
+    "glm4_5": GLM,
+    "glm4_5_air": AIR,
+}
 
 
 def parameters(*flags: str) -> dict[str, int]:
@@ -145,6 +184,12 @@ def test_a_glm_has_as_many_with_its_prediction_layer(
     embedding and output layer in the prediction layer."""
     found = parameters("--model", preset, "--mtp-num-layers", "1")
     assert sum(found.values()) + routed * experts + 2 * 151552 * hidden == published
+
+
+def test_a_deepseek_v2_with_an_expert_bias_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V2_LITE | {"topk_method": "noaux_tc"}))
+    with pytest.raises(UsageError, match="a router with an expert bias: give model_type deepseek_v3"):
+        parse(["--dry-run", "--hf-config", str(tmp_path)])
 
 
 @pytest.mark.parametrize(("key", "value"), [("use_qk_norm", 1), ("attention_bias", "yes")])
