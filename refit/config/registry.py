@@ -314,7 +314,7 @@ FAMILIES = Registry(
     "model family",
     {
         name: ModelFamily(family=f"refit.predict.families.{name}:{name.upper()}")
-        for name in ("qwen3", "qwen3_moe", "deepseek_v3")
+        for name in ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "deepseek_v2")
     },
 )
 """The last one that fits a model names its tensors."""

@@ -76,6 +76,13 @@ class ModelShape:
     experts: Experts | None
     mtp_num_layers: int = 0
 
+    @property
+    def softmax_over_all(self) -> bool:
+        """Whether a softmax over all experts weighs those of a token, not one over these: DeepSeek-V2's routers, and
+        those with one expert for each token, whose weight would be 1. Routers with a bias have sigmoids."""
+        experts = self.experts
+        return experts is not None and not experts.expert_bias and (experts.topk == 1 or self.mla is not None)
+
     def padded_vocab_size(self, tp: int) -> int:
         """The vocabulary rounded up to a multiple of `make_vocab_size_divisible_by * tp` (Megatron-LM's rule)."""
         multiple = self.make_vocab_size_divisible_by * tp

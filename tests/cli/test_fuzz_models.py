@@ -64,7 +64,15 @@ SIDES: dict[str, st.SearchStrategy[Any]] = {
 }
 STAGES = st.lists(st.sampled_from(("", "t", "tt", "t*2", "tm", "m", "ttmm")), min_size=1, max_size=4)
 LAYOUTS = STAGES.map(lambda stages: f"E{'|'.join(stages)}L") | st.sampled_from(("Et*2|tt|mL", "E||t|L", "Et|(t|)*2tL"))
-NAMED = ("tiny_qwen3", "tiny_qwen3_moe", "tiny_deepseek_v3")
+NAMED = (
+    "tiny_llama",
+    "tiny_qwen2",
+    "tiny_mixtral",
+    "tiny_glm4_moe",
+    "tiny_qwen3",
+    "tiny_qwen3_moe",
+    "tiny_deepseek_v3",
+)
 PRESETS = ("tiny", *NAMED)
 PLAIN = ("--num-layers=4", "--hidden-size=64", "--num-attention-heads=4")
 SIZED: dict[str, int] = {
@@ -79,6 +87,9 @@ SIZED: dict[str, int] = {
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8}
 CONFIGS: tuple[dict[str, Any], ...] = (
+    {"model_type": "llama", **SIZED},
+    {"model_type": "qwen2", **SIZED, "head_dim": None},
+    {"model_type": "mixtral", **SIZED, "num_experts_per_tok": 2, "num_local_experts": 8},
     {"model_type": "qwen3", **SIZED},
     {"model_type": "qwen3_moe", **SIZED, **ROUTED, "num_experts": 8},
     {"model_type": "deepseek_v3", **SIZED, **ROUTED, **LATENT, "head_dim": 8, "num_key_value_heads": 4},

@@ -25,15 +25,14 @@ REMEDIES = [
     # A model that a format has no names for.
     (f"--model deepseek_v3 {VLLM}", "give --mtp-num-layers 0"),
     (f"--model deepseek_v3 {FSDP2}", "give --mtp-num-layers 0"),
-    (f"--model tiny {VLLM}", "choose --model tiny_qwen3_moe"),
-    (f"{MOE} --moe-router-enable-expert-bias {VLLM}", "leave --moe-router-enable-expert-bias out"),
+    (f"--model tiny {VLLM}", "give --moe-router-enable-expert-bias"),
+    (f"{MOE} --moe-router-enable-expert-bias {VLLM}", "give --moe-shared-expert-intermediate-size 32"),
     (f"{MOE} --moe-shared-expert-intermediate-size 32 {VLLM}", "leave --moe-shared-expert-intermediate-size out"),
     (f"{MOE} --moe-latent-size 32 {VLLM}", "leave --moe-latent-size out"),
     (f"{DENSE} --add-qkv-bias {VLLM}", "leave --add-qkv-bias out"),
     (
         f"{TWO_HEADS} --rl-inference-format autotp",
-        "give --position-embedding-type rope, give --normalization RMSNorm, "
-        "give --swiglu, give --disable-bias-linear, give --qk-layernorm",
+        "give --position-embedding-type rope, give --normalization RMSNorm, give --swiglu, give --disable-bias-linear",
     ),
     (
         f"{MLA} {VLLM}",

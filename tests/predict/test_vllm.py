@@ -21,7 +21,7 @@ from refit.predict import megatron
 from refit.predict.vllm.engine import Place, stage_layers
 from refit.predict.vllm.parameters import Engines, padded_vocab_size
 from refit.predict.vllm.sharding import predict
-from tests.predict.families.strategies import models
+from tests.predict.families.strategies import fitting, models
 from tests.predict.placements import placements
 
 FLAGS = ["--dry-run", "--rl-inference-format=vllm"]
@@ -104,13 +104,14 @@ def engine_models(draw: st.DrawFn) -> ModelShape:
         experts = replace(experts, num_experts=count, ffn_hidden_size=ffn, shared_ffn_hidden_size=wide)
     latent = shape.mla is not None
     ffn = 2 * shape.ffn_hidden_size
-    return replace(
+    changed = replace(
         shape,
         num_attention_heads=heads,
         num_query_groups=heads if latent else groups,
         ffn_hidden_size=ffn,
         experts=experts,
     )
+    return fitting(changed)
 
 
 @st.composite

@@ -10,13 +10,14 @@ from refit.predict.vllm.names import FOLLOWED, followed_name
 from refit.predict.vllm.parameters import Engines
 from tests.predict.test_vllm import preset, side
 
-MLP = "model.layers.1.mlp"
+MLP, SPARSE = "model.layers.1.mlp", "model.layers.1.block_sparse_moe"
 
 
 @pytest.mark.parametrize(
     ("name", "followed"),
     [
         (f"{MLP}.experts.w13_weight", f"{MLP}.experts.routed_experts.w13_weight"),
+        ("model.layers.1.block_sparse_moe.experts.w2_weight", f"{SPARSE}.experts.routed_experts.w2_weight"),
         (f"{MLP}.experts.w2_weight", f"{MLP}.experts.routed_experts.w2_weight"),
         (f"{MLP}.experts.w13_weight_scale_inv", f"{MLP}.experts.routed_experts.w13_weight_scale_inv"),
         (f"{MLP}.experts.w2_weight_scale", f"{MLP}.experts.routed_experts.w2_weight_scale"),
@@ -28,7 +29,9 @@ def test_other_spellings_are_known(name: str, followed: str) -> None:
     assert followed_name(name) == followed
 
 
-@pytest.mark.parametrize("model", ["tiny_qwen3", "tiny_qwen3_moe", "tiny_deepseek_v3"])
+@pytest.mark.parametrize(
+    "model", ["tiny_qwen2", "tiny_mixtral", "tiny_glm4_moe", "tiny_qwen3", "tiny_qwen3_moe", "tiny_deepseek_v3"]
+)
 def test_a_predicted_name_is_its_own(model: str) -> None:
     blocks = Engines(preset(model), side()).blocks_of(Place(0, 0, 0, 0))
     names = [block.block.prefix + parameter.name for block in blocks for parameter in block.parameters]

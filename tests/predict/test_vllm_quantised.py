@@ -22,6 +22,7 @@ from refit.predict.sides import check_side, predict_side
 from refit.predict.vllm.engine import Place
 from refit.predict.vllm.parameters import Engines, Parameter
 from refit.predict.vllm.quantised import SCALE_SUFFIXES, held_blocks
+from tests.predict.families.strategies import fitting
 from tests.predict.test_vllm import FLAGS, engine_models, preset, side, sides
 
 BLOCK, MX = Quantisation("fp8-block", "amax"), Quantisation("mxfp8", "ceil")
@@ -91,9 +92,10 @@ def wide(shape: ModelShape) -> ModelShape:
         rank = None if mla.q_lora_rank is None else 128
         mla = LatentAttention(rank, 96, qk_head_dim=64, qk_pos_emb_head_dim=64, v_head_dim=64)
         shape = replace(shape, num_attention_heads=4, num_query_groups=4)
-    return replace(
+    widened = replace(
         shape, hidden_size=160, ffn_hidden_size=128 * shape.ffn_hidden_size, kv_channels=128, experts=experts, mla=mla
     )
+    return fitting(widened)
 
 
 @st.composite
@@ -102,7 +104,7 @@ def wide_engines(draw: st.DrawFn) -> tuple[ModelShape, SideSpec]:
     shape = wide(draw(engine_models()))
     spec = draw(sides(shape))
     if shape.mla is None and shape.num_query_groups % (2 * spec.layout.tp) == 0:
-        shape = replace(shape, kv_channels=draw(st.sampled_from([64, 128, 192])))
+        shape = fitting(replace(shape, kv_channels=draw(st.sampled_from([64, 128, 192]))))
     return shape, spec
 
 

@@ -54,8 +54,8 @@ def _split_over_tp(model: torch.nn.Module, named: NamedModel, meshes: Meshes, ti
 def _styles(model: torch.nn.Module, block: Block) -> Iterator[tuple[str, ParallelStyle]]:
     """Module -> how torch splits it, for the tensors that the family's table splits over TP."""
     for tensor in block.tensors:
-        if tensor.row.routed or tensor.row.split is Split.REPLICATED:
-            continue
+        if tensor.row.routed or tensor.row.split is Split.REPLICATED or not tensor.name.endswith(".weight"):
+            continue  # a bias is split with its weight
         name = f"{block.prefix}{tensor.name}".removesuffix(".weight")
         if isinstance(model.get_submodule(name), torch.nn.Embedding):  # whose rows are its inputs
             yield name, RowwiseParallel(input_layouts=Replicate())

@@ -202,7 +202,7 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         )
     values.update(_without_initialisation())
     if shape.experts is not None:
-        values.update(_expert_fields(shape.experts))
+        values.update(_expert_fields(shape.experts, shape.softmax_over_all))
     if steps is not None:
         values.update(_step_fields(steps, routed=shape.experts is not None))
     if shape.mla is None:
@@ -271,7 +271,7 @@ def _without_initialisation() -> dict[str, object]:
     return {"use_cpu_initialization": False, "perform_initialization": True, **dict.fromkeys(methods, keep)}
 
 
-def _expert_fields(experts: Experts) -> dict[str, object]:
+def _expert_fields(experts: Experts, softmax_over_all: bool) -> dict[str, object]:
     # Weights do not depend on the dispatcher. That of a step replaces this one.
     return {
         "num_moe_experts": experts.num_experts,
@@ -281,7 +281,7 @@ def _expert_fields(experts: Experts) -> dict[str, object]:
         "moe_layer_freq": [int(routed) for routed in experts.layers],
         "moe_router_enable_expert_bias": experts.expert_bias,
         "moe_router_score_function": "sigmoid" if experts.expert_bias else "softmax",
-        "moe_router_pre_softmax": experts.topk == 1 and not experts.expert_bias,
+        "moe_router_pre_softmax": softmax_over_all,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
         "moe_grouped_gemm": experts.grouped_gemm,

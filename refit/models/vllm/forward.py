@@ -84,7 +84,7 @@ class ReferenceForward:
         return F.rms_norm(hidden.float(), (weight.size(0),), weight.float(), NORM_EPSILON).to(hidden.dtype)
 
     def _linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.parameters[f"{name}.weight"])
+        return F.linear(hidden, self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias"))
 
     def _layer(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         prefix = f"model.layers.{number}."
@@ -114,8 +114,10 @@ class ReferenceForward:
         fused = self._linear(f"{prefix}qkv_proj", hidden)
         parts = fused.tensor_split([heads * size, (heads + groups) * size], dim=-1)
         query, key, value = (_by_head(part, part.size(-1) // size) for part in parts)
-        query = _rotated(self._norm(f"{prefix}q_norm.weight", query))
-        key = _rotated(self._norm(f"{prefix}k_norm.weight", key))
+        if self.shape.qk_layernorm:
+            query = self._norm(f"{prefix}q_norm.weight", query)
+            key = self._norm(f"{prefix}k_norm.weight", key)
+        query, key = _rotated(query), _rotated(key)
         return query, *(part.repeat_interleave(heads // groups, dim=2) for part in (key, value))
 
     def _latent(self, prefix: str, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -147,7 +149,8 @@ class ReferenceForward:
         return self._linear(f"{prefix}down_proj", _gated(self._linear(f"{prefix}gate_up_proj", hidden)))
 
     def _mixture(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        experts, prefix, slots = self.shape.experts, f"model.layers.{number}.mlp.", self.engines.placed[number]
+        experts, slots = self.shape.experts, self.engines.placed[number]
+        prefix = f"model.layers.{number}.{self.engines.model.family.published_name('mlp.')}"
         assert experts is not None
         flat = hidden.flatten(0, 1)
         scores, chosen, weights = self._routing(prefix, flat, experts)
@@ -169,7 +172,7 @@ class ReferenceForward:
             probabilities, scores = logits.softmax(dim=-1), logits
         index = scores.topk(experts.topk, dim=-1).indices
         kept = probabilities.gather(-1, index)
-        if experts.topk > 1:
+        if experts.topk > 1 and not self.shape.softmax_over_all:
             kept = kept / kept.sum(dim=-1, keepdim=True)
         zeros = torch.zeros_like(logits)
         return scores, zeros.scatter(-1, index, 1) > 0, zeros.scatter(-1, index, kept)

@@ -58,7 +58,8 @@ def read_config_json(path: Path, given: Mapping[str, object]) -> ConfigJson:
         family = _family(content)
         content |= {key.name: value for key in family.keys if (value := given.get(key.flag.replace("-", "_")))}
         flags = {**STYLE, **family.style, **_sizes(family, content), **_layers(family, content)}
-        for key, (value, reason) in REQUIRED.items():
+        flags |= _switches(family, content)
+        for key, (value, reason) in _required(family).items():
             if content.get(key) not in (None, value):
                 raise UsageError(f"{key} is {yaml_files.shortened(content[key])}, {value!r} is needed: {reason}")
         _check_derived(family, content)
@@ -67,7 +68,7 @@ def read_config_json(path: Path, given: Mapping[str, object]) -> ConfigJson:
         raise UsageError(f"{file}: {error}") from None
     if not content.get("tie_word_embeddings", False):
         flags["untie-embeddings-and-output-weights"] = True
-    return ConfigJson(file, flags, tuple(f"{file}: {note}" for note in _notes(content)))
+    return ConfigJson(file, flags, tuple(f"{file}: {note}" for note in _notes(family, content)))
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -102,6 +103,20 @@ def _sizes(family: Family, content: Mapping[str, Any]) -> dict[str, object]:
     return sizes
 
 
+def _switches(family: Family, content: Mapping[str, Any]) -> dict[str, object]:
+    values = {switch: content.get(switch.name) or False for switch in family.switches}
+    for switch, value in values.items():
+        if not isinstance(value, bool):
+            raise UsageError(f"{switch.name} must be true or false, got {yaml_files.shortened(value)}")
+    return {switch.flag: True for switch, value in values.items() if value}
+
+
+def _required(family: Family) -> dict[str, tuple[Any, str]]:
+    """Keys with the one value that a model of `family` can be built with, and why."""
+    other = {*family.unweighted, *(switch.name for switch in family.switches)}
+    return {key: value for key, value in {**REQUIRED, **family.required}.items() if key not in other}
+
+
 def _layers(family: Family, content: Mapping[str, Any]) -> dict[str, object]:
     """Flags of the shared experts, and of the layers that have routed ones."""
     if family.layer_flags is None:
@@ -126,7 +141,17 @@ def _check_all_read(family: Family, content: Mapping[str, Any]) -> None:
     if other is not None:
         raise UsageError(f"layer_types has {yaml_files.shortened(other)}, known are {', '.join(sorted(LAYER_TYPES))}")
     sizes = {name for key in family.keys for name in (key.name, *key.aliases)}
-    known = {*HARMLESS, *sizes, *family.layer_keys, *family.derived, *REQUIRED, *BUILT_WITH, *OTHER_WEIGHTS}
+    sizes |= {switch.name for switch in family.switches}
+    known = {
+        *HARMLESS,
+        *sizes,
+        *family.layer_keys,
+        *family.derived,
+        *_required(family),
+        *family.unweighted,
+        *BUILT_WITH,
+        *OTHER_WEIGHTS,
+    }
     unread = [
         f"{yaml_files.shortened(key, 40)} {yaml_files.shortened(value, 40)}"
         for key, value in content.items()
@@ -140,10 +165,10 @@ def _check_all_read(family: Family, content: Mapping[str, Any]) -> None:
         )
 
 
-def _notes(content: Mapping[str, Any]) -> list[str]:
+def _notes(family: Family, content: Mapping[str, Any]) -> list[str]:
     others = [
         f"{key} {yaml_files.shortened(content[key], 40)}"
-        for key, values in BUILT_WITH.items()
+        for key, values in {**BUILT_WITH, **family.unweighted}.items()
         if key in content and content[key] not in values
     ]
     notes = [
@@ -166,7 +191,13 @@ def config_values(shape: ModelShape) -> dict[str, Any]:
     """
     family = check_names(shape)
     values = {key.name: attrgetter(key.attribute)(shape) for key in family.keys}
-    values |= {**NUMERICS, "model_type": family.model_type, "tie_word_embeddings": shape.tied_embeddings}
+    values |= {
+        **NUMERICS,
+        **family.numerics,
+        "model_type": family.model_type,
+        "tie_word_embeddings": shape.tied_embeddings,
+    }
+    values |= {switch.name: attrgetter(switch.attribute)(shape) for switch in family.switches}
     if shape.mla is not None:
         values["num_key_value_heads"] = shape.num_attention_heads  # as published ones have it, DeepSpeed reads it
     if shape.experts is not None and family.expert_values is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refit.config import yaml_files
@@ -24,6 +24,15 @@ class Key:
     aliases: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A key of config.json that is true or false, and the flag and the attribute of ModelShape that say the same."""
+
+    name: str
+    flag: str
+    attribute: str
+
+
 SIZES = (
     Key("num_hidden_layers", "num-layers", "num_layers"),
     Key("hidden_size", "hidden-size", "hidden_size"),
@@ -36,6 +45,9 @@ GROUPED_QUERIES = (
     Key("num_key_value_heads", "num-query-groups", "num_query_groups"),
     Key("head_dim", "kv-channels", "kv_channels"),
 )
+OPTIONAL_GROUPED_QUERIES = tuple(replace(key, optional=True) for key in GROUPED_QUERIES)
+"""Without them every head has a key and a value of its own, and is hidden size / heads wide."""
+
 LATENT = (
     Key("q_lora_rank", "q-lora-rank", "mla.q_lora_rank", optional=True),
     Key("kv_lora_rank", "kv-lora-rank", "mla.kv_lora_rank"),
@@ -47,6 +59,7 @@ ROUTED = (
     Key("num_experts_per_tok", "moe-router-topk", "experts.topk"),
     Key("moe_intermediate_size", "moe-ffn-hidden-size", "experts.ffn_hidden_size"),
 )
+LOCAL_EXPERTS = Key("num_local_experts", "num-experts", "experts.num_experts", aliases=("num_experts",))
 EXPERTS = Key("num_experts", "num-experts", "experts.num_experts", aliases=("num_local_experts",))
 STYLE: dict[str, object] = {
     "position-embedding-type": "rope",
@@ -67,7 +80,7 @@ NUMERICS: dict[str, object] = {
 
 REQUIRED: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", "only --swiglu is built"),
-    "attention_bias": (False, "no family has a name for these biases"),
+    "attention_bias": (False, "the family has no name for these biases"),
     "topk_method": ("noaux_tc", "a router of deepseek_v3 has an expert bias"),
     "is_encoder_decoder": (False, "only decoders are built"),
     "add_cross_attention": (False, "only decoders are built"),
@@ -87,6 +100,9 @@ BUILT_WITH: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (None, False),
     "scoring_func": (None, "sigmoid"),
     "rope_interleave": (None, True),
+    "use_mrope": (None, False),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "router_jitter_noise": (None, 0.0),
 }
 """Keys that change no weight, and the values that the forward pass of both sides is built with."""
 

@@ -43,13 +43,13 @@ def expert_values(experts: Experts) -> dict[str, Any]:
     num_dense = experts.layers.index(True) if True in experts.layers else len(experts.layers)
     if not all(experts.layers[num_dense:]):
         raise UsageError(
-            f"deepseek_v3 of transformers has its dense layers first, here layer {num_dense} has experts and layer "
+            f"such a model of transformers has its dense layers first, here layer {num_dense} has experts and layer "
             f"{num_dense + experts.layers[num_dense:].index(False)} has none: change --moe-layer-freq"
         )
     shared, rest = divmod(experts.shared_ffn_hidden_size or 0, experts.ffn_hidden_size)
     if rest:
         raise UsageError(
-            f"deepseek_v3 of transformers has shared experts as wide as routed ones: "
+            f"such a model of transformers has shared experts as wide as routed ones: "
             f"--moe-shared-expert-intermediate-size {experts.shared_ffn_hidden_size} is no multiple of "
             f"{experts.ffn_hidden_size}"
         )

@@ -16,6 +16,7 @@ from refit.predict import megatron
 from refit.predict.families.releases import kept_in_float32
 from refit.predict.families.tables import (
     EXPERT_BIAS_KEY,
+    QKV_BIAS,
     QUERY_NORM,
     SHARED,
     Family,
@@ -94,19 +95,28 @@ class NamedModel:
 
 
 def named_model(
-    shape: ModelShape, dtype: Dtype, *, single_experts: bool = False, release: Release | None = None
+    shape: ModelShape,
+    dtype: Dtype,
+    *,
+    single_experts: bool = False,
+    release: Release | None = None,
+    in_vllm: bool = False,
 ) -> NamedModel:
     """The tensors of `shape` under the names of its family.
 
-    `single_experts` names each routed expert's tensors, as published checkpoints do; else all experts are one tensor.
-    Parameters that this `release` of transformers keeps in float32 are float32; without one they have `dtype`.
+    `single_experts` names each routed expert's tensors, and all others, as published checkpoints do; else all experts
+    are one tensor. Parameters that this `release` of transformers keeps in float32 are float32, or those that vLLM
+    does where the model is `in_vllm`; others have `dtype`.
     Raises UsageError as `check_names`.
     """
     family = check_names(shape)
     experts = family.single_experts if single_experts else family.experts
     kinds = {False: (*family.layer, *family.dense), True: (*family.layer, *family.routed, *experts)}
     logical = _logical_tensors(shape, dtype)
-    for row in kept_in_float32(family, release) if release is not None else ():
+    kept = kept_in_float32(family, release) if release is not None else ()
+    if in_vllm:
+        kept = tuple(row for row in family.routed if row.float32_in_vllm)
+    for row in kept:
         logical |= {key: replace(each, dtype="float32") for key, each in logical.items() if key.endswith(f".{row.key}")}
     layers, rest = _by_layer(logical)
     resolved: dict[bool, tuple[NamedTensor, ...]] = {}
@@ -118,6 +128,9 @@ def named_model(
         if routed not in resolved:
             resolved[routed] = _resolve(family, kinds[routed], tensors, shape, prefix, key_prefix)
             keys[routed] = tensors.keys()
+            if single_experts:
+                published = (replace(each, name=family.published_name(each.name)) for each in resolved[routed])
+                resolved[routed] = tuple(published)
         assert tensors.keys() == keys[routed], f"layers of a kind differ: {tensors.keys() ^ keys[routed]}"
         blocks.append(Block(prefix, key_prefix, resolved[routed]))
     return NamedModel(family, tuple(blocks), logical)
@@ -127,7 +140,8 @@ def check_names(shape: ModelShape) -> Family:
     """The family that has names for the tensors of `shape`. Raises UsageError, with what differs, where none has."""
     family, experts = closest_family(shape), shape.experts
     has_shared, has_bias = family.has(SHARED), family.has(EXPERT_BIAS_KEY)
-    has_norms = family.has(QUERY_NORM)
+    has_norms, needs_norms = family.has(QUERY_NORM), shape.mla is not None or family.needs(QUERY_NORM)
+    misfit = family.misfit(shape)
     shared = experts is not None and experts.shared_ffn_hidden_size is not None
     bias = experts is not None and experts.expert_bias
     width = experts.ffn_hidden_size if experts is not None else shape.ffn_hidden_size
@@ -136,8 +150,9 @@ def check_names(shape: ModelShape) -> Family:
         (shape.normalization != "RMSNorm", "give --normalization RMSNorm"),
         (not shape.swiglu, "give --swiglu"),
         (shape.add_bias_linear, "give --disable-bias-linear"),
-        (shape.add_qkv_bias, "leave --add-qkv-bias out"),
-        (has_norms and not shape.qk_layernorm, "give --qk-layernorm"),
+        (family.needs(QKV_BIAS) and not shape.add_qkv_bias, "give --add-qkv-bias"),
+        (shape.add_qkv_bias and not family.has(QKV_BIAS), "leave --add-qkv-bias out"),
+        (needs_norms and not shape.qk_layernorm, "give --qk-layernorm"),
         (shape.qk_layernorm and not has_norms, "leave --qk-layernorm out"),
         (shape.mtp_num_layers > 0, "give --mtp-num-layers 0"),
         (bool(family.experts) and experts is None, "give --num-experts 8"),
@@ -146,6 +161,7 @@ def check_names(shape: ModelShape) -> Family:
         (shared and not has_shared, "leave --moe-shared-expert-intermediate-size out"),
         (has_bias and not bias, "give --moe-router-enable-expert-bias"),
         (bias and not has_bias, "leave --moe-router-enable-expert-bias out"),
+        (misfit is not None, misfit or ""),
     ]
     differences = [remedy for differs, remedy in found if differs]
     if differences:

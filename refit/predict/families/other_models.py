@@ -13,13 +13,8 @@ from refit.predict.families.config_keys import LATENT, STYLE
 LLAMA: dict[str, object] = {"group-query-attention": True, "qk-layernorm": False}
 LATENT_STYLE: dict[str, object] = {"multi-latent-attention": True}
 STYLES: dict[str, dict[str, object]] = {
-    "llama": LLAMA,
     "mistral": LLAMA,
-    "mixtral": LLAMA,
-    "qwen2": {**LLAMA, "add-qkv-bias": True},
-    "glm4_moe": {**LLAMA, "moe-router-enable-expert-bias": True},
     "glm4_moe_lite": {**LATENT_STYLE, "moe-router-enable-expert-bias": True},
-    "deepseek_v2": LATENT_STYLE,
 }
 """model_type -> flags that say what its layers are like, beside those of every family."""
 
@@ -63,7 +58,7 @@ def remedy(content: Mapping[str, Any]) -> str:
 def _sizes(kind: str, content: Mapping[str, Any]) -> dict[str, object]:
     """Flags of the sizes. Raises UsageError where a size is missing."""
     latent = "kv_lora_rank" in content
-    experts = next((key for key in ("n_routed_experts", "num_local_experts") if content.get(key)), None)
+    experts = "n_routed_experts" if content.get("n_routed_experts") else None
     names = {flag: key for flag, key in SIZES.items() if experts is not None or not flag.startswith("moe-")}
     flags: dict[str, object] = {flag: _number(key, content) for flag, key in names.items()}
     if latent:
@@ -72,11 +67,9 @@ def _sizes(kind: str, content: Mapping[str, Any]) -> dict[str, object]:
         flags |= {flag: _number(key, content) for flag, key in OPTIONAL.items() if content.get(key)}
     if not content.get("tie_word_embeddings", False):
         flags["untie-embeddings-and-output-weights"] = True
-    if latent or content.get("use_qk_norm"):
+    if latent:
         flags["qk-layernorm"] = True
-    if kind == "glm4_moe" and content.get("attention_bias"):
-        flags["add-qkv-bias"] = True
-    if (kind != "glm4_moe" and content.get("attention_bias")) or content.get("mlp_bias"):
+    if content.get("attention_bias") or content.get("mlp_bias"):
         raise UsageError(f"a {kind} with biases in its linear layers has others than the flags build")
     if experts is not None:
         flags |= {"num-experts": _number(experts, content), **_expert_layers(content)}

@@ -15,6 +15,7 @@ from refit.predict.families.tables import (
     GROUPED_QUERY_ATTENTION,
     MODEL,
     NORMS,
+    QUERY_KEY_NORMS,
     ROUTER,
     SINGLE_EXPERTS,
     Family,
@@ -39,9 +40,9 @@ def expert_values(experts: Experts) -> dict[str, Any]:
 
 QWEN3_MOE = Family(
     "qwen3_moe",
-    fits=lambda shape: shape.mla is None and shape.experts is not None,
+    fits=lambda shape: shape.mla is None and shape.experts is not None and shape.qk_layernorm,
     model=MODEL,
-    layer=(*NORMS, *GROUPED_QUERY_ATTENTION),
+    layer=(*NORMS, *GROUPED_QUERY_ATTENTION, *QUERY_KEY_NORMS),
     dense=DENSE_MLP,
     routed=ROUTER,
     experts=FUSED_EXPERTS,

@@ -14,7 +14,7 @@ from typing import Any
 
 from refit.config.registry import FAMILIES, load
 from refit.config.shape import Experts, ModelShape
-from refit.predict.families.config_keys import Key
+from refit.predict.families.config_keys import Key, Switch
 from refit.predict.megatron import Split
 
 Release = tuple[int, int]
@@ -38,7 +38,8 @@ class Row:
 
     `split` is how tensor parallelism splits it. A `routed` tensor is `[num_experts, ...]`, or with `{expert}` in its
     name one expert's. `optional` ones exist only where the logical tensor does. A `buffer` is no parameter.
-    From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits.
+    From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits; vLLM does where it
+    is `float32_in_vllm`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     optional: bool = False
     buffer: bool = False
     float32_since: Release | None = None
+    float32_in_vllm: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,8 +63,12 @@ class Family:
 
     Of config.json it has `keys` for sizes, `style`, the flags of every model of it, `layer_keys`, which say which
     layers have routed experts and how wide the shared ones are, with `layer_flags(content, num_layers)`, the flags that
-    they become, and `expert_values(experts)`, the other way round; and `derived`: keys that must be the sum of others,
-    as it has no weights of other sizes.
+    they become, and `expert_values(experts)`, the other way round; `derived`: keys that must be the sum of others,
+    as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
+    needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
+    changes no weight, with `unweighted`: values of keys that it is built with, not those of `config_keys.BUILT_WITH`.
+    `published` are beginnings of names below a layer's that published checkpoints and vLLM have in place of
+    transformers'. `misfit` says what to change where it cannot have these sizes.
     """
 
     model_type: str
@@ -80,15 +86,30 @@ class Family:
     layer_flags: Callable[[Mapping[str, Any], int], dict[str, object]] | None = None
     expert_values: Callable[[Experts], dict[str, Any]] | None = None
     derived: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    switches: tuple[Switch, ...] = ()
+    required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    numerics: Mapping[str, Any] = field(default_factory=dict)
+    unweighted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    published: Mapping[str, str] = field(default_factory=dict)
+    misfit: Callable[[ModelShape], str | None] = lambda _: None
 
     def has(self, key: str) -> bool:
         """Whether some layer has a tensor that is a part of the logical tensor `key`, or of one below it."""
         rows = (*self.layer, *self.dense, *self.routed)
         return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
 
+    def published_name(self, name: str) -> str:
+        """What published checkpoints call the tensor `name` of a layer."""
+        begin = next((begin for begin in self.published if name.startswith(begin)), "")
+        return self.published.get(begin, "") + name.removeprefix(begin)
+
+    def needs(self, key: str) -> bool:
+        """Whether every layer has the logical tensor `key`."""
+        return any(row.key == key and not row.optional for row in self.layer)
+
 
 # The logical tensors that several rows name.
-QKV = "self_attention.linear_qkv.weight"
+QKV, QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
 EXPERTS, SHARED, EXPERT_BIAS_KEY = "mlp.experts.experts", "mlp.shared_experts", "mlp.router.expert_bias"
 QUERY_NORM = "self_attention.q_layernorm.weight"
@@ -108,8 +129,15 @@ GROUPED_QUERY_ATTENTION = (
     Row("self_attn.k_proj.weight", QKV, Split.COLUMN, Part.KEY),
     Row("self_attn.v_proj.weight", QKV, Split.COLUMN, Part.VALUE),
     Row("self_attn.o_proj.weight", "self_attention.linear_proj.weight", Split.ROW),
+)
+QUERY_KEY_NORMS = (
     Row("self_attn.q_norm.weight", QUERY_NORM),
     Row("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
+)
+QUERY_KEY_VALUE_BIASES = (
+    Row("self_attn.q_proj.bias", QKV_BIAS, Split.COLUMN, Part.QUERY),
+    Row("self_attn.k_proj.bias", QKV_BIAS, Split.COLUMN, Part.KEY),
+    Row("self_attn.v_proj.bias", QKV_BIAS, Split.COLUMN, Part.VALUE),
 )
 LATENT_ATTENTION = (
     # Queries are projected in one step, or down and up with a norm between.

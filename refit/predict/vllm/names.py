@@ -15,10 +15,10 @@ FOLLOWED = "0.32"
 """The version of vLLM that the names follow."""
 
 EXPERTS = "mlp.experts.routed_experts"
-"""The module of a layer's routed experts, below the layer's prefix."""
+"""The module of a layer's routed experts, below the layer's prefix; of some families not below `mlp`."""
 
 _SPELLINGS = (
-    (re.compile(r"\bmlp\.experts\.(?=w13_|w2_)"), f"{EXPERTS}."),
+    (re.compile(r"\b(mlp|block_sparse_moe)\.experts\.(?=w13_|w2_)"), r"\1.experts.routed_experts."),
     (re.compile(r"\bmlp\.experts\.(routed_experts\.)?(?=e_score_correction_bias$)"), "mlp.gate."),
 )
 
@@ -28,6 +28,11 @@ def followed_name(name: str) -> str:
     for spelling, now in _SPELLINGS:
         name = spelling.sub(now, name)
     return name
+
+
+def is_experts(module: str) -> bool:
+    """Whether this module of a layer holds its routed experts."""
+    return module.endswith(EXPERTS.removeprefix("mlp"))
 
 
 def note(shape: ModelShape, _: SideSpec) -> str | None:

@@ -28,6 +28,7 @@ VOCAB_PADDING = 64
 
 FUSED = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "self_attn.qkv_proj.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     "self_attn.fused_qkv_a_proj.weight": ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.shared_experts.gate_up_proj.weight": (
@@ -37,7 +38,8 @@ FUSED = {
     f"{EXPERTS}.w13_weight": ("mlp.experts.gate_up_proj",),
     f"{EXPERTS}.w2_weight": ("mlp.experts.down_proj",),
 }
-"""A parameter of vLLM and the tensors that it joins along their rows. All others keep the family's names."""
+"""A parameter of vLLM and the tensors that it joins along their rows. All others keep the family's names. Both
+are renamed as published checkpoints have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,10 @@ class Engines:
         kind = (id(block.tensors), place.tp, slots, place.expert if slots and self.engine.expert_tp > 1 else None)
         if kind not in self._known:
             named = {tensor.name: tensor for tensor in block.tensors if tensor.row.routed is (slots is not None)}
-            self._known[kind] = tuple(self._joined(name, members, place, slots) for name, members in _fused(named))
+            self._known[kind] = tuple(
+                self._joined(self.model.family.published_name(name), members, place, slots)
+                for name, members in _fused(named)
+            )
         return self._known[kind]
 
     def _joined(
@@ -176,7 +181,7 @@ def _parts(model: NamedModel, side: SideSpec) -> Parts:
 
 def padded_model(shape: ModelShape, dtype: Dtype) -> NamedModel:
     """The model's tensors, the vocabulary padded as vLLM pads it."""
-    return named_model(replace(shape, vocab_size=padded_vocab_size(shape)), dtype)
+    return named_model(replace(shape, vocab_size=padded_vocab_size(shape)), dtype, in_vllm=True)
 
 
 def padded_vocab_size(shape: ModelShape) -> int:

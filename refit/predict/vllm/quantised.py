@@ -20,14 +20,14 @@ from refit.plan.quantised import Grid, keep_text, quantised_tensors
 from refit.plan.sharding import TensorSpec
 from refit.predict.families.names import Piece
 from refit.predict.vllm.engine import Engine, Place
-from refit.predict.vllm.names import EXPERTS
+from refit.predict.vllm.names import is_experts
 from refit.predict.vllm.parameters import FUSED, Engines, Parameter, RankBlock
 
 SCALE_SUFFIXES = {"fp8-block": "_scale_inv", "mxfp8": "_scale"}
 """Behind a parameter's name in the name of its scales: `Fp8LinearMethod` and `Fp8MoEMethod`; the methods of
 `ModelOptMxFp8Config` (layers/quantization/modelopt.py), which declare the bytes of E8M0 as uint8."""
 
-BF16_MODULES = ("model.embed_tokens", "lm_head", "mlp.gate")
+BF16_MODULES = ("model.embed_tokens", "lm_head", "mlp.gate", "block_sparse_moe.gate")
 """Modules with weights of two dims that vLLM quantises in no dtype: they are no linears, or built without one."""
 
 
@@ -121,7 +121,7 @@ def _rule(parameter: Parameter, quantisation: Quantisation) -> str:
     rows = quantisation.format.rows
     if rows == 1:
         return "as vLLM's MXFP8 layers demand"
-    if _module(parameter) == EXPERTS:
+    if is_experts(_module(parameter)):
         return "as vLLM's Fp8MoEMethod demands"
     if parameter.name in FUSED:
         return f"and row r of vLLM's fused tensors has scale row r // {rows}"
@@ -129,6 +129,6 @@ def _rule(parameter: Parameter, quantisation: Quantisation) -> str:
 
 
 def _other_sizes(engine: Engine, parameter: Parameter) -> str:
-    if _module(parameter) == EXPERTS and engine.expert_tp > 1:
+    if is_experts(_module(parameter)) and engine.expert_tp > 1:
         return f"give EP {engine.expert_tp} (whole experts)"
     return "choose other sizes"

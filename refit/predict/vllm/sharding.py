@@ -16,7 +16,7 @@ from refit.predict.families.config_json import config_values
 from refit.predict.families.names import Block
 from refit.predict.megatron_layout import check_pipeline
 from refit.predict.vllm.engine import Engine, Place
-from refit.predict.vllm.names import EXPERTS
+from refit.predict.vllm.names import is_experts
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
 from refit.predict.vllm.quantised import held_blocks
 
@@ -152,7 +152,7 @@ def _shardings(
     boxes: dict[str, dict[Place, list[Box]]] = defaultdict(dict)
     for place, block in parts.items():
         for parameter in block.parameters if block is not None else ():
-            if parameter.name.startswith(f"{EXPERTS}.") is routed:
+            if is_experts(parameter.name.rpartition(".")[0]) is routed:
                 for piece in parameter.pieces:
                     boxes[piece.key].setdefault(place, []).append(piece.box)
     found = {}

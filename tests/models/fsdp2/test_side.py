@@ -25,6 +25,7 @@ from refit.models.fsdp2.weights import held_of
 from refit.models.huggingface.model import materialise, meta_model
 from refit.models.huggingface.weights import read_weights
 from refit.models.megatron.side import MegatronSide
+from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.names import named_model
 from refit.predict.families.tables import Family
 from refit.predict.fsdp2 import predict
@@ -90,6 +91,11 @@ EXPERTS = ["--source-format=fsdp2", "--source-world-size=4", "--expert-model-par
         ("tiny_deepseek_v3", [*EXPERTS, "--fsdp-replicate-size=2", "--rl-inference-tensor-model-parallel-size=2"]),
         ("tiny_deepseek_v3", [*MEGATRON_TO_FSDP[:1], "--destination-world-size=4", "--expert-model-parallel-size=2"]),
         ("tiny_qwen3", [*FSDP_TO_MEGATRON, "--refit-mode=collocated"]),
+        ("tiny_llama", [*FSDP_TO_MEGATRON, "--rl-inference-pipeline-model-parallel-size=2"]),
+        ("tiny_qwen2", MEGATRON_TO_FSDP),
+        ("tiny_mixtral", [*EXPERTS, "--fsdp-replicate-size=2", "--rl-inference-tensor-model-parallel-size=2"]),
+        ("tiny_deepseek_v2", MEGATRON_TO_FSDP),
+        ("tiny_glm4_moe", FSDP_TO_MEGATRON),
     ],
 )
 def test_refits_arrive_and_both_libraries_give_the_same_logits(ranks: RankPool, model: str, flags: list[str]) -> None:
@@ -172,6 +178,8 @@ def _converted(family: Family, shape: ModelShape, seeded: dict[str, torch.Tensor
     bridge.hf_config = meta_model(shape, named_model(shape, Dtype.FP32), alone(Dtype.FP32)).config
     bridge.dtype, bridge.make_vocab_size_divisible_by = torch.float32, None
     single = {name: expert for key, tensor in seeded.items() for name, expert in _single_experts(key, tensor)}
+    if family is MIXTRAL:
+        single = {_as_mixtral(name): tensor for name, tensor in single.items()}
     converted = {}
     for block in named_model(shape, Dtype.FP32, single_experts=True).blocks:
         for tensor in block.tensors:
@@ -186,6 +194,12 @@ def _converted(family: Family, shape: ModelShape, seeded: dict[str, torch.Tensor
                 warnings.simplefilter("ignore")
                 converted[key] = bridge._weight_to_mcore_format(key, [single[name] for name in names])
     return converted
+
+
+def _as_mixtral(name: str) -> str:
+    for ours, published in (("mlp", "block_sparse_moe"), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        name = name.replace(f".{ours}.", f".{published}.")
+    return name
 
 
 def _single_experts(key: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -12,9 +12,7 @@ from refit.config.shape import Dtype
 from refit.config.side import SideSpec
 from refit.memory.weights import LocalWeights
 from refit.plan.sharding import Sharding
-from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
-from refit.predict.families.qwen3 import QWEN3
-from refit.predict.families.qwen3_moe import QWEN3_MOE
+from refit.predict.families.tables import families
 from refit.predict.sides import plan_sides
 from refit.results.refit import RefitResult
 from refit.transport.ranks import Ranks
@@ -22,7 +20,9 @@ from tests.bench.test_runner import run_scenario
 from tests.ranks.pool import RankPool
 
 CPU = torch.device("cpu")
-FAMILY = {QWEN3: "tiny_qwen3", QWEN3_MOE: "tiny_qwen3_moe", DEEPSEEK_V3: "tiny_deepseek_v3"}
+FAMILY = {family: f"tiny_{family.model_type}" for family in families()}
+"""Each family and the preset of a small model."""
+
 SMALL = ["--hidden-size=64", "--ffn-hidden-size=96", "--vocab-size=150", "--make-vocab-size-divisible-by=1"]
 RUN = ["--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1", *SMALL]
 

@@ -19,8 +19,13 @@ from refit.predict.vllm.parameters import Engines
 from tests.predict.test_vllm import preset, side
 
 ARCHITECTURES = {
+    "tiny_llama": "LlamaForCausalLM",
+    "tiny_qwen2": "Qwen2ForCausalLM",
     "tiny_qwen3": "Qwen3ForCausalLM",
     "tiny_qwen3_moe": "Qwen3MoeForCausalLM",
+    "tiny_mixtral": "MixtralForCausalLM",
+    "tiny_glm4_moe": "Glm4MoeForCausalLM",
+    "tiny_deepseek_v2": "DeepseekV2ForCausalLM",
     "tiny_deepseek_v3": "DeepseekV3ForCausalLM",
 }
 

@@ -51,6 +51,7 @@ MAPS = {
 SMALL = ["--fp32", "--refit-method=gloo", "--hidden-size=64", "--ffn-hidden-size=96", "--vocab-size=150"]
 SMALL += ["--num-benchmark-warmup=1", "--num-benchmark-iterations=1", "--rl-inference-format=vllm", "--num-layers=3"]
 DEEPSEEK = ["--model=tiny_deepseek_v3", "--moe-layer-freq=([0]*1+[1]*2)"]
+GLM = ["--model=tiny_glm4_moe"]
 QWEN_MOE = ["--model=tiny_qwen3_moe", "--num-layers=2"]
 MEGATRON = ["--tensor-model-parallel-size=2", "--expert-model-parallel-size=2", "--source-world-size=4"]
 MEGATRON += ["--expert-tensor-parallel-size=1"]
@@ -90,6 +91,11 @@ def check(result: RefitResult) -> None:
     [
         ["--model=tiny_qwen3", "--source-world-size=2", "--tensor-model-parallel-size=2", *engine(2, replicas=3)],
         ["--model=tiny_qwen3", *FSDP2, "--num-query-groups=2", *engine(4)],
+        ["--model=tiny_llama", "--source-world-size=2", "--tensor-model-parallel-size=2", *engine(2, pp=2)],
+        ["--model=tiny_qwen2", *FSDP2, "--num-query-groups=2", *engine(4)],
+        ["--model=tiny_mixtral", "--ffn-hidden-size=192", *MEGATRON, *engine(2, 2, ep=True)],
+        [*GLM, *MEGATRON, *engine(4)],
+        ["--model=tiny_deepseek_v2", *DEEPSEEK[1:], *MEGATRON, *engine(2, 2, ep=True)],
         [*QWEN_MOE, *MEGATRON, *engine(2, 2)],
         [*QWEN_MOE, *MEGATRON, *engine(2, 2, ep=True), "--rl-inference-expert-placement=round_robin"],
         [*QWEN_MOE, *FSDP2, *engine(1, 4, ep=True), "--rl-inference-num-redundant-experts=4"],
@@ -101,6 +107,11 @@ def check(result: RefitResult) -> None:
     ids=[
         "engines",
         "replicated-kv-heads",
+        "llama",
+        "replicated-biases",
+        "mixtral",
+        "glm4_moe",
+        "deepseek_v2",
         "sliced-experts",
         "round-robin",
         "redundant",

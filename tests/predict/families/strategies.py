@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from refit.config.shape import Experts, LatentAttention, ModelShape
-from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
-from refit.predict.families.qwen3 import QWEN3
-from refit.predict.families.tables import Family, families
+from refit.predict.families.mixtral import MIXTRAL
+from refit.predict.families.tables import (
+    EXPERT_BIAS_KEY,
+    QKV_BIAS,
+    QUERY_NORM,
+    SHARED,
+    Family,
+    closest_family,
+    families,
+)
 
 
 @st.composite
@@ -18,11 +27,12 @@ def models(draw: st.DrawFn, family: Family | None = None) -> ModelShape:
     num_layers = draw(st.integers(1, 3))
     groups, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     latent = LatentAttention(draw(st.none() | size), draw(size), draw(size), 2 * draw(size), draw(size))
-    return ModelShape(
+    is_latent = family.has("self_attention.linear_kv_up_proj.weight")
+    shape = ModelShape(
         num_layers=num_layers,
         hidden_size=draw(size),
         num_attention_heads=groups * queries,
-        num_query_groups=groups * queries if family is DEEPSEEK_V3 else groups,
+        num_query_groups=groups * queries if is_latent else groups,
         kv_channels=2 * draw(size),
         ffn_hidden_size=draw(size),
         vocab_size=draw(st.integers(1, 20)),
@@ -32,25 +42,34 @@ def models(draw: st.DrawFn, family: Family | None = None) -> ModelShape:
         normalization="RMSNorm",
         swiglu=True,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=family.needs(QKV_BIAS) or (family.has(QKV_BIAS) and draw(st.booleans())),
         tied_embeddings=draw(st.booleans()),
-        qk_layernorm=True,
-        mla=latent if family is DEEPSEEK_V3 else None,
-        experts=None if family is QWEN3 else draw(experts(num_layers, family)),
+        qk_layernorm=is_latent or family.needs(QUERY_NORM) or (family.has(QUERY_NORM) and draw(st.booleans())),
+        mla=latent if is_latent else None,
+        experts=draw(experts(num_layers, family)) if family.experts else None,
     )
+    return fitting(shape)
+
+
+def fitting(shape: ModelShape) -> ModelShape:
+    """`shape`, as wide as its heads together, or its experts as wide as MLPs, where its family has no other width."""
+    if closest_family(shape).misfit(shape) is None:
+        return shape
+    if shape.experts is not None and shape.mla is None:
+        return replace(shape, ffn_hidden_size=shape.experts.ffn_hidden_size)
+    return replace(shape, hidden_size=shape.num_attention_heads * shape.kv_channels)
 
 
 @st.composite
 def experts(draw: st.DrawFn, num_layers: int, family: Family) -> Experts:
-    num_dense = draw(st.integers(0, num_layers - 1))
-    deepseek = family is DEEPSEEK_V3
+    num_dense = draw(st.integers(0, num_layers - 1)) if family.layer_keys else 0
     ffn = draw(st.integers(1, 5))
     return Experts(
-        num_experts=draw(st.integers(1, 6)),
-        topk=1,
+        num_experts=draw(st.integers(2, 6)),
+        topk=2 if family is MIXTRAL else 1,
         ffn_hidden_size=ffn,
-        shared_ffn_hidden_size=ffn * draw(st.integers(1, 2)) if deepseek else None,
+        shared_ffn_hidden_size=ffn * draw(st.integers(1, 2)) if family.has(SHARED) else None,
         layers=(False,) * num_dense + (True,) * (num_layers - num_dense),
-        expert_bias=deepseek,
+        expert_bias=family.has(EXPERT_BIAS_KEY),
         grouped_gemm=draw(st.booleans()),
     )

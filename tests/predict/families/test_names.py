@@ -16,16 +16,26 @@ from refit.cli.parsing import parse
 from refit.config.shape import Dtype, ModelShape
 from refit.errors import UsageError
 from refit.plan.box import Box
+from refit.predict.families.deepseek_v2 import DEEPSEEK_V2
 from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
+from refit.predict.families.glm4_moe import GLM4_MOE
+from refit.predict.families.llama import LLAMA
+from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.names import NamedModel, named_model
+from refit.predict.families.qwen2 import QWEN2
 from refit.predict.families.qwen3 import QWEN3
 from refit.predict.families.qwen3_moe import QWEN3_MOE
 from refit.predict.families.tables import Family
 from tests.predict.families.strategies import models
 
 BRIDGES = {
+    LLAMA: "mbridge.models.llama:LLaMABridge",
+    QWEN2: "mbridge.models.qwen2:Qwen2Bridge",
+    MIXTRAL: "mbridge.models.mixtral:MixtralBridge",
+    GLM4_MOE: "mbridge.models.glm4moe:GLM4MoEBridge",
     QWEN3: "mbridge.models.qwen3:Qwen3Bridge",
     QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
+    DEEPSEEK_V2: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
 }
 
@@ -99,7 +109,19 @@ def test_layers_of_a_kind_share_their_tensors() -> None:
     assert len(model.logical) == sum(len({p.key for t in b.tensors for p in t.pieces}) for b in model.blocks)
 
 
-@pytest.mark.parametrize("name", ["kimi_k2", "deepseek_v3", "qwen3_30b_a3b", "qwen3_235b_a22b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kimi_k2",
+        "deepseek_v3",
+        "deepseek_v2_lite",
+        "qwen3_30b_a3b",
+        "qwen3_235b_a22b",
+        "mixtral_8x7b",
+        "glm4_5",
+        "glm4_5_air",
+    ],
+)
 def test_published_models_are_of_a_family(name: str) -> None:
     model = named_model(replace(preset(name), mtp_num_layers=0), Dtype.BF16)
     elements = sum(Box.whole(t.shape).volume for block in model.blocks for t in block.tensors)
@@ -107,10 +129,8 @@ def test_published_models_are_of_a_family(name: str) -> None:
 
 
 def test_a_model_of_no_family_is_refused_with_all_that_differs() -> None:
-    differs = (
-        r"qwen3_moe give --qk-layernorm, leave --moe-shared-expert-intermediate-size out, or choose --model tiny_qwen3"
-    )
-    with pytest.raises(UsageError, match=rf"Hugging Face, qwen3, qwen3_moe, deepseek_v3: for {differs}"):
+    differs = r"glm4_moe give --moe-router-enable-expert-bias$"
+    with pytest.raises(UsageError, match=rf"Hugging Face, llama, qwen2, qwen3, .*: for {differs}"):
         named_model(preset("tiny"), Dtype.BF16)
 
 
@@ -159,12 +179,12 @@ def _bridge(family: Family) -> Any:
 def _parameter(family: Family, key: str, expert: int | None) -> str:
     """The parameter's name in a model with Transformer Engine layers, from which mbridge translates."""
     norms = {"self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight"}
-    if family is DEEPSEEK_V3:
+    if family in (DEEPSEEK_V2, DEEPSEEK_V3):
         norms["self_attention.q_layernorm.weight"] = "self_attention.linear_q_up_proj.layer_norm_weight"
     else:
         norms[".input_layernorm.weight"] = ".self_attention.linear_qkv.layer_norm_weight"
     for ours, theirs in norms.items():
         key = key.replace(ours, theirs)
-    if family is QWEN3:
+    if family in (LLAMA, QWEN2, QWEN3):
         key = key.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
     return key if expert is None else f"{key.replace('experts.experts', 'experts')}{expert}"

@@ -1,0 +1,232 @@
+"""Presets of published models: as many parameters as their authors state, and the configuration that they publish."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refit.cli.parsing import parse
+from refit.config.layout import Layout
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+from refit.predict.megatron import predict
+
+SIZES: dict[str, int] = {
+    # model.safetensors.index.json's total size / 2 bytes, and the counts that Hugging Face shows:
+    "llama3_8b": 8_030_261_248,  # meta-llama/Llama-3.1-8B
+    "llama3_70b": 70_553_706_496,  # meta-llama/Llama-3.1-70B
+    "deepseek_v2_lite": 15_706_484_224,  # deepseek-ai/DeepSeek-V2-Lite
+    "mixtral_8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
+    "qwen2_5_7b": 7_615_616_512,  # Qwen/Qwen2.5-7B
+}
+
+# The keys of config.json in those repositories that say something about the weights or the forward pass.
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+QWEN2: dict[str, Any] = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+V2_LITE: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+GLM: dict[str, Any] = {
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "first_k_dense_replace": 3,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1536,
+    "n_group": 1,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 92,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 2.5,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "use_qk_norm": True,
+    "vocab_size": 151552,
+}
+AIR = GLM | {
+    "first_k_dense_replace": 1,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "num_hidden_layers": 46,
+    "routed_scaling_factor": 1.0,
+    "use_qk_norm": False,
+}
+CONFIGS = {
+    "llama3_8b": LLAMA,
+    "deepseek_v2_lite": V2_LITE,
+    "qwen2_5_7b": QWEN2,
+    "mixtral_8x7b": MIXTRAL,
+    "glm4_5": GLM,
+    "glm4_5_air": AIR,
+}
+
+
+def parameters(*flags: str) -> dict[str, int]:
+    """Logical tensor -> elements, without buffers."""
+    shape = parse(["--dry-run", *flags]).scenario.model
+    assert shape is not None
+    tensors = predict(shape, SideSpec(Layout(tp=1, ep=1, etp=1, pp=1, world_size=1))).tensors
+    return {key: math.prod(each.shape) for key, each in tensors.items() if not key.endswith("expert_bias")}
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_a_preset_has_as_many_parameters_as_published(preset: str) -> None:
+    assert sum(parameters("--model", preset).values()) == SIZES[preset]
+
+
+@pytest.mark.parametrize(
+    ("preset", "published", "hidden", "routed", "experts"),
+    [("glm4_5", 358_337_791_296, 5120, 90, 160), ("glm4_5_air", 110_468_824_832, 4096, 46, 128)],
+)
+def test_a_glm_has_as_many_with_its_prediction_layer(
+    preset: str, published: int, hidden: int, routed: int, experts: int
+) -> None:
+    """The counts that Hugging Face shows of zai-org/GLM-4.5 and GLM-4.5-Air: with expert biases, and copies of
+    embedding and output layer in the prediction layer."""
+    found = parameters("--model", preset, "--mtp-num-layers", "1")
+    assert sum(found.values()) + routed * experts + 2 * 151552 * hidden == published
+
+
+def test_a_deepseek_v2_with_an_expert_bias_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V2_LITE | {"topk_method": "noaux_tc"}))
+    with pytest.raises(UsageError, match="a router with an expert bias: give model_type deepseek_v3"):
+        parse(["--dry-run", "--hf-config", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_qk_norm", 1), ("attention_bias", "yes")])
+def test_a_switch_is_true_or_false(tmp_path: Path, key: str, value: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GLM | {key: value}))
+    with pytest.raises(UsageError, match=f"{key} must be true or false, got {value!r}"):
+        parse(["--dry-run", "--hf-config", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--moe-ffn-hidden-size=64"], "give --ffn-hidden-size 64, that of the experts"),
+        (["--moe-router-topk=1"], "for mixtral give --moe-router-topk 2 or more"),
+        (
+            ["--moe-layer-freq=2"],
+            "a mixtral has experts in every layer, here layer 1 has none: give --moe-layer-freq 1",
+        ),
+    ],
+)
+def test_a_mixtral_of_other_sizes_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(["--dry-run", "--model=tiny_mixtral", "--source-format=fsdp2", *flags])
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_a_published_config_json_is_the_preset(tmp_path: Path, preset: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[preset]))
+    read = parse(["--dry-run", "--hf-config", str(tmp_path)]).scenario
+    assert read.model == parse(["--dry-run", "--model", preset]).scenario.model
+    assert any("no weight depends on it: " in note and "rope_theta" in note for note in read.notes)
+
+
+def test_a_llama_without_grouped_queries_has_a_key_for_every_head(tmp_path: Path) -> None:
+    """As Llama 2's config.json, which has neither num_key_value_heads nor head_dim."""
+    config = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = parse(["--dry-run", "--hf-config", str(tmp_path)]).scenario.model
+    assert shape is not None
+    assert (shape.num_query_groups, shape.kv_channels) == (32, 128)
