@@ -90,6 +90,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"model_type": "llama", **SIZED},
     {"model_type": "qwen2", **SIZED, "head_dim": None},
     {"model_type": "mixtral", **SIZED, "num_experts_per_tok": 2, "num_local_experts": 8},
+    {"model_type": "deepseek_v2", **SIZED, **ROUTED, **LATENT, "head_dim": 8, "num_key_value_heads": 4},
     {"model_type": "qwen3", **SIZED},
     {"model_type": "qwen3_moe", **SIZED, **ROUTED, "num_experts": 8},
     {"model_type": "deepseek_v3", **SIZED, **ROUTED, **LATENT, "head_dim": 8, "num_key_value_heads": 4},
