@@ -34,7 +34,7 @@ def completed(line: str, shell: str = "bash") -> list[str]:
         ("refit sweep p", ["plan"]),
         ("refit report --form", ["--format"]),
         ("refit report --format c", ["csv"]),
-        ("refit run --refit-method n", ["nvshmem", "nccl"]),
+        ("refit run --refit-method n", ["nvshmem", "nccl", "nixl"]),
         ("refit run --model tiny --refit-mode ", ["collocated", "non-collocated"]),
         ("refit run --model k", ["kimi_k2"]),
         ("refit sweep plan --scenarios ki", ["kimi_k2"]),
