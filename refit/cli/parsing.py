@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from refit.cli.delta_flags import delta_options
 from refit.cli.flags import full_parser, recorded_flags
+from refit.cli.layout_text import with_layouts
 from refit.cli.model_checks import check_parameters, wide_experts_note, without_unbuildable_biases
 from refit.cli.model_flags import check_no_shape, model_shape
 from refit.cli.presets import config_flags, give_way, load_preset
@@ -54,7 +55,10 @@ def parse(argv: Sequence[str]) -> Request:
 
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a command line, over those of its preset. Raises UsageError for unknown or invalid flags."""
+    """The flags of a command line, over those of its preset, and what layouts as text stand for.
+
+    Raises UsageError for unknown or invalid flags.
+    """
     load_plugins(argv)
     parser = full_parser()
     args = parser.parse_flags(argv)
@@ -70,7 +74,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         args.preset_notes = notes
     else:
         args.preset_notes = ()
-    return args
+    return with_layouts(parser, args)
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:

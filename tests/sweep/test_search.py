@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refit.cli.layout_text import layout_from_text
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.config.layout import Layout
@@ -17,7 +18,7 @@ from refit.errors import UsageError
 from refit.predict.findings import Findings, pareto
 from refit.predict.sides import check_side
 from refit.report.plans.search import as_csv, as_json, as_text
-from refit.sweep.search import Search, layout_from_text
+from refit.sweep.search import Search
 from refit.sweep.search_scenarios import scenario_file
 from refit.sweep.selection import select_file
 
