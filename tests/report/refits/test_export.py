@@ -211,7 +211,7 @@ def test_the_table_has_columns_between_hosts_where_there_are_several() -> None:
     assert all(f" {title} " in text for title in titles)
     assert "| node |" in text
     assert "| 1.000 | 4.000 | 0.900 | 2.000 |" in text
-    assert not any(title in markdown_text(run_with(engine([[0.1]]))) for title in titles)
+    assert not any(title in markdown_report(run_with(engine([[0.1]]))) for title in titles)
 
 
 def test_a_comparison_says_that_the_relay_differs() -> None:
