@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from refit.cli.delta_flags import delta_options
@@ -62,6 +62,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     load_plugins(argv)
     parser = full_parser()
     args = parser.parse_flags(argv)
+    given = tuple(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
     if args.hf_config is not None:
         if args.model is not None:
             raise UsageError(f"--model {args.model} contradicts --hf-config, which describes a model: give one of them")
@@ -74,6 +75,7 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         args.preset_notes = notes
     else:
         args.preset_notes = ()
+    args.given = given
     return with_layouts(parser, args)
 
 
@@ -84,6 +86,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     model, notes = _model(args, sides)
     notes += tuple(f"Rows of the plugin {name} are registered." for name in args.plugin)
     notes += (*args.preset_notes, *filter(None, [world_size_note(args, sides)]))
+    notes += tuple(_recorded_notes(args))
     engines = _engines(args)
     _check_engines(engines, sides)
     _check_encoding(args, engines)
@@ -126,6 +129,15 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         delta=delta_options(args),
         relay=Relay(args.refit_relay),
     )
+
+
+def _recorded_notes(args: argparse.Namespace) -> Iterator[str]:
+    """A line for each flag of the command line that changes nothing, and that is called like one that would."""
+    parser = full_parser()
+    for name in sorted(set(recorded_flags(args)) & set(args.given)):
+        longer = parser.longer(name)
+        if longer is not None:
+            yield f"--{name} is Megatron-LM's and recorded only, {longer} is what changes this run"
 
 
 def _max_iterations(args: argparse.Namespace) -> int | None:
