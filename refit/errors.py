@@ -55,6 +55,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+CANCELLED = 143
+"""Exit code of what a signal ended: 128 + SIGTERM."""
+
 NEEDED = ("msgspec", "numpy", "rich", "yaml")
 """The packages without which no command starts."""
 

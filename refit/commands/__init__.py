@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import refit
 from refit.cli.flag_parser import FlagParser
 from refit.config import plugins
-from refit.errors import RefitError, UsageError
+from refit.errors import CANCELLED, RefitError, UsageError
 from refit.report.terminal.console import ending_quietly, show_error
 
 NAMED_AFTER_MODULES = (
@@ -42,7 +42,10 @@ examples:
 
 def main_from_shell() -> int:
     """The entry point of the installed command."""
-    return main(sys.argv[1:])
+    try:
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:  # before there is anything to end in order
+        return CANCELLED
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,8 +20,8 @@ from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.config.limits import MAX_NAME
 from refit.config.scenario import Scenario, check_num_ranks
+from refit.errors import CANCELLED as STOPPED
 from refit.errors import ExitCode
-from refit.launch.host import CANCELLED as STOPPED
 from refit.predict import cpus
 from refit.predict.dry_run import DryRunOptions
 from refit.report.refits.headline import headlines
@@ -111,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _cancelled(file: ResultFile | None, scenario: Scenario) -> int:
     """Record and show what was measured before a signal came. Returns the exit code."""
-    if file is None:
-        show_aside(CANCELLED)
+    if file is None or not file.path.exists():
+        show_aside(CANCELLED if file is None else f"{CANCELLED} before the ranks had met, nothing was measured")
         return STOPPED
-    result = file.read() if file.path.exists() else Result(file.run_id, scenario=scenario)
+    result = file.read()
+    result = replace(result, scenario=result.scenario or scenario)
     if result.status in (Status.RUNNING, Status.FAILED):
         result = replace(
             result, status=Status.FAILED, exit_code=int(ExitCode.FAILED), failure=Failure(CANCELLED), finished=now()
@@ -162,6 +163,7 @@ def _complete(file: ResultFile, scenario: Scenario, cause: Cause, code: ExitCode
     elif result.failure is not None and tells_more(cause, result):
         failure = Failure(killed_text(cause), cause.rank, phase_of(cause, result))
         result = replace(result, failure=failure)
+    file.path.parent.mkdir(parents=True, exist_ok=True)
     file.write(result)
 
 

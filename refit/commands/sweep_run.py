@@ -14,8 +14,8 @@ from refit.cli import flag_types
 from refit.cli.invocation import command_text
 from refit.commands.sweep_parts import LOGS, add_beginning, add_only, begun, sum_up
 from refit.config.registry import LAUNCHERS, load
-from refit.errors import RefitError, UsageError
-from refit.launch.host import CANCELLED, Cancelled, Host, Script, Stop, ThisProcess
+from refit.errors import CANCELLED, RefitError, UsageError
+from refit.launch.host import Cancelled, Host, Script, Stop, ThisProcess
 from refit.report.terminal.console import show, show_aside
 from refit.results.sweep import SWEEP_SUFFIX, Sweep, sweep_file
 from refit.sweep import run

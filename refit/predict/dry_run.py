@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap, planned_gpus
@@ -114,7 +115,7 @@ class DryRun:
     linear: DryRun | None = None
     rearranged: DryRun | None = None
     unquantised: DryRun | None = None
-    wires: Mapping[str, object] = field(default_factory=dict)
+    wires: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def memory_bytes(self) -> int:
@@ -280,7 +281,7 @@ class _Figures:
     predict_s: float
     plan_s: float
     expert_maps: tuple[ExpertMap, ...]
-    wires: Mapping[str, object]
+    wires: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

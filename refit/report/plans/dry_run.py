@@ -10,7 +10,6 @@ from typing import Literal
 
 from refit import units
 from refit.config.registry import ENCODINGS, IDENTITY
-from refit.encodings.fp8.wire import QuantisedWire
 from refit.plan.cost import BusiestRank, per_gpu
 from refit.predict.dry_run import Changes, DryRun
 from refit.report.plans.bound import bound_text, estimate_text, floor_text
@@ -120,7 +119,7 @@ def _quantised(run: DryRun) -> dict[str, str]:
         f"With {name}": f"{units.gb(other.cost.wire_bytes)} between GPUs{bound}; {quantisation.dtype} sends "
         f"{percent(abs(less))} % {'less' if less >= 0 else 'more'}"
     }
-    wire = next((wire for wire in run.wires.values() if isinstance(wire, QuantisedWire)), None)
+    wire = next((wire for wire in run.wires.values() if hasattr(wire, "num_at_source")), None)
     if wire is not None:
         num_blocks = wire.num_at_source + wire.num_at_destination
         kinds = Counter(wire.reasons.values()).most_common()
