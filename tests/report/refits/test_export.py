@@ -207,7 +207,7 @@ def test_rows_between_hosts_have_what_crossed_and_the_floor() -> None:
 
 def test_the_table_has_columns_between_hosts_where_there_are_several() -> None:
     titles = ("relay", "between hosts (GB)", "without relay", "in every plan", "within hosts (GB)", "floor (ms)")
-    text = markdown_text(between_hosts())
+    text = markdown_report(between_hosts())
     assert all(f" {title} " in text for title in titles)
     assert "| node |" in text
     assert "| 1.000 | 4.000 | 0.900 | 2.000 |" in text
