@@ -2,7 +2,12 @@
 
 import sys
 
-from refit.cli.main import main
+from refit.errors import explain_missing
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        from refit.cli.main import main
+
+        sys.exit(main(sys.argv[1:]))
+    except ModuleNotFoundError as error:
+        explain_missing(error)

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from refit.cli.layout_text import layout_flags
 from refit.cli.parsing import parse
 from refit.config.registry import FORMATS
 from refit.config.scenario import Mode, Scenario
 from refit.errors import RefitError
 from refit.predict.dry_run import DryRunOptions, dry_run
-from refit.sweep.search import layout_flags
 
 MODELS = (
     "--model tiny_qwen3_moe --num-layers 4 --kv-channels 128 --moe-ffn-hidden-size 256",

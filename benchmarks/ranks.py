@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refit.config.registry import LAUNCHERS, load
+from refit.errors import CANCELLED
 from refit.launch.base import Job, Launcher
-from refit.launch.host import CANCELLED, Cancelled, Stop, ThisProcess
+from refit.launch.host import Cancelled, Stop, ThisProcess
 from refit.launch.rank_logs import keep_rank_logs
 
 

@@ -2,7 +2,14 @@
 
 import sys
 
-from refit.commands import main
+from refit.errors import CANCELLED, explain_missing
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        from refit.commands import main_from_shell
+
+        sys.exit(main_from_shell())
+    except ModuleNotFoundError as error:
+        explain_missing(error)
+    except KeyboardInterrupt:  # while modules are imported
+        sys.exit(CANCELLED)

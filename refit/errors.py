@@ -6,7 +6,9 @@ traceback.
 
 from __future__ import annotations
 
+import sys
 from enum import IntEnum
+from typing import NoReturn
 
 
 class ExitCode(IntEnum):
@@ -51,3 +53,21 @@ class ShardingError(RefitError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+CANCELLED = 143
+"""Exit code of what a signal ended: 128 + SIGTERM."""
+
+NEEDED = ("msgspec", "numpy", "rich", "yaml")
+"""The packages without which no command starts."""
+
+
+def explain_missing(error: ModuleNotFoundError) -> NoReturn:
+    """End this process where its Python has none of the suite's packages. Raises `error` for any other module."""
+    if error.name is None or error.name.partition(".")[0] not in NEEDED:
+        raise error
+    sys.stderr.write(
+        f"error: {sys.executable} has no {error.name}: call .venv/bin/python, which `make demo` makes, or install the "
+        "suite for this Python (pip install .)\n"
+    )
+    sys.exit(int(ExitCode.USAGE))

@@ -183,8 +183,18 @@ list_pending() {
     [[ -z $text ]] || mapfile -t pending <<<"$text"
 }
 
+# Prints the command that goes on with this run, but for --resume.
+again() {
+    local words=("$script")
+    [[ $action != local ]] || words+=(--local)
+    # A job's script is a copy in a spool folder.
+    [[ -e ${script%/*}/benchmark_refit.py ]] || words=(sbatch "$root/benchmark_refit_kimi_k2.sh")
+    words+=(--output-dir "$output_dir" ${timeout_s:+--timeout "$timeout_s"} ${only:+--only "$only"})
+    echo "${words[*]@Q}"
+}
+
 run_suite() {
-    describe_sweep ${timeout_s:+--timeout "$timeout_s"} ${only:+--only "$only"}
+    describe_sweep --again "$(again)" ${timeout_s:+--timeout "$timeout_s"} ${only:+--only "$only"}
     run_loop sweep run "${sweep[@]}"
 }
 

@@ -9,9 +9,10 @@ import argparse
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from refit.results.outcomes import judged
 from refit.results.runs import Run
 from refit.sweep.selection import select_file, select_lines
 from tests import documents, messages
+from tests.commands.test_help import EVERY
 from tests.documents import ROOT, Command
 from tests.report.factories import planned, result, sweep_of
 
@@ -66,6 +68,106 @@ def test_a_command_works(command: Command) -> None:
 @pytest.mark.parametrize("words", SWEEP_PLANS, ids=" ".join)
 def test_a_sweep_can_be_planned(words: tuple[str, ...]) -> None:
     assert commands.main(list(words)) == 0
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_a_fresh_shell_finds_every_program(path: Path) -> None:
+    """`make demo` installs them in `.venv`, which nothing puts on the PATH; some machines have no `python` at all."""
+    bare = [c for c in documents.commands(path) if c.program in INSTALLED and not c.words[0].startswith(".venv")]
+    assert bare == []
+
+
+INSTALLED = ("python", "python3", "torchrun", "refit", "pip")
+
+
+@pytest.mark.parametrize("program", [["benchmark_refit.py", "--dry-run"], ["-m", "refit", "run", "--dry-run"]])
+def test_a_python_without_packages_is_told_which_to_call(program: list[str]) -> None:
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", *program, "--model", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: \S+ has no \w+: call .venv/bin/python", line)
+
+
+def is_slow(words: Sequence[str]) -> bool:
+    """Whether a plan of it takes a second or more: the models of real size."""
+    return any(name in words for name in ("kimi_k2", "deepseek_v3", "qwen3_30b_a3b", "ep64_tp2"))
+
+
+def runs() -> Iterator[tuple[str, ...]]:
+    """The flags of every command that starts ranks."""
+    for command in COMMANDS:
+        if command.program == "torchrun":
+            yield command.words[command.words.index("benchmark_refit.py") + 1 :]
+        elif command.program == "refit" and command.words[1] == "run":
+            yield command.words[2:]
+        elif command.words[1:4] == ("-m", "refit", "run"):
+            yield command.words[4:]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(each, marks=pytest.mark.slow) if is_slow(each) else each for each in dict.fromkeys(runs())],
+    ids=" ".join,
+)
+def test_a_run_can_be_planned(words: tuple[str, ...]) -> None:
+    if "--model-provider" not in words and "--list" not in words:
+        assert commands.main(["run", *words, "--dry-run"]) == 0
+
+
+EXAMPLES = sorted(
+    {
+        tuple(shlex.split(line.partition(" > ")[0]))
+        for parser in EVERY.values()
+        for line in (parser.epilog or "").splitlines()
+        if line.startswith("  refit ")
+    }
+)
+
+
+@pytest.mark.parametrize("words", EXAMPLES, ids=" ".join)
+def test_an_example_of_the_help_works(words: tuple[str, ...]) -> None:
+    if "--list" in words:
+        return
+    check_refit(list(words[1:]))
+    if words[1] == "run" and not is_slow(words):
+        assert commands.main([*words[1:], "--dry-run"]) == 0
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) > 8
+
+
+SMALL_RUNS = [c for c in COMMANDS if c.program == "torchrun" and c.place.startswith(("README", "quickstart"))]
+
+
+@pytest.mark.slow
+@pytest.mark.megatron
+@pytest.mark.parametrize("command", SMALL_RUNS, ids=lambda command: command.place)
+def test_a_small_run_does_what_is_printed(command: Command, tmp_path: Path) -> None:
+    """As it is typed, from a shell that has nothing of this environment on its PATH."""
+    folder = tmp_path / "checkout"
+    (folder / ".venv/bin").mkdir(parents=True)
+    for path in ROOT.iterdir():
+        if path.name not in (".venv", "benchmark_results"):
+            (folder / path.name).symlink_to(path)
+    program = folder / command.words[0]
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["/bin/sh", "-c", shlex.join(command.words)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PASSED (refit)" in done.stdout
+    if "both" in command.words:
+        assert re.search(r"^ *Ratio: refit is \d", done.stdout, re.MULTILINE), "the text promises a ratio"
 
 
 def check_for(command: Command) -> Callable[[list[str]], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from typing import Any
 
 import refit
@@ -16,6 +17,13 @@ from refit.cli.run_flags import add_refit_flags, add_run_flags
 from refit.cli.side_flags import add_side_flags
 from refit.cli.step_flags import STEP_FLAGS, add_step_flags, runs_steps
 from refit.config import limits
+from refit.config.flag_names import size_flag
+
+SHORT_SIZES = ("tp", "pp", "ep", "etp")
+"""Sizes as people say them: no flag is called so."""
+
+SAME = 0.85
+"""The similarity from which a word is a flag with a slip of the fingers, also one that is only recorded."""
 
 EXAMPLES = """\
 Flags without a value are off unless given. Megatron-LM's flags that change no weight (--seq-length, --wandb-project, \
@@ -41,8 +49,31 @@ class BenchmarkParser(FlagParser):
         _add_hidden(self, name, nargs="?", const=True)
         return True
 
+    def _nearest(self, flag: str) -> str:
+        """A flag that is nearly the same, else the nearest of those that have an effect here."""
+        name = flag.removeprefix("--")
+        if name in SHORT_SIZES:
+            return f"did you mean {size_flag('source', name)}, or both layouts as text, --source 'TP2 EP4'?"
+        every = [*super()._known(), *(f"--{name}" for name in ignored_flags.LISTED)]
+        if near := difflib.get_close_matches(flag, every, n=1, cutoff=SAME):
+            return f"did you mean {near[0]}?"
+        longer = self.longer(name)
+        return f"did you mean {longer}?" if longer else super()._nearest(flag)
+
+    def longer(self, name: str) -> str | None:
+        """The flag with an effect here that has all words of `name`, and others: None without, or where it is one."""
+        words, known = set(name.split("-")), self._known()
+        holding = [flag for flag in known if words <= set(flag[2:].split("-"))]
+        return (
+            min(holding, key=lambda flag: ("benchmark" not in flag, len(flag)))
+            if holding and f"--{name}" not in known
+            else None
+        )
+
     def _known(self) -> list[str]:
-        return [*super()._known(), *(f"--{name}" for name in ignored_flags.LISTED)]
+        hidden = (action for action in self._actions if action.help == argparse.SUPPRESS)
+        recorded = {option for action in hidden for option in action.option_strings}
+        return [flag for flag in super()._known() if flag not in recorded and len(flag) > len("--h")]
 
 
 def model_parser() -> BenchmarkParser:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from refit.cli.delta_flags import delta_options
 from refit.cli.flags import full_parser, recorded_flags
+from refit.cli.layout_text import with_layouts
 from refit.cli.model_checks import check_parameters, wide_experts_note, without_unbuildable_biases
 from refit.cli.model_flags import check_no_shape, model_shape
 from refit.cli.presets import config_flags, give_way, load_preset
@@ -54,10 +55,14 @@ def parse(argv: Sequence[str]) -> Request:
 
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a command line, over those of its preset. Raises UsageError for unknown or invalid flags."""
+    """The flags of a command line, over those of its preset, and what layouts as text stand for.
+
+    Raises UsageError for unknown or invalid flags.
+    """
     load_plugins(argv)
     parser = full_parser()
     args = parser.parse_flags(argv)
+    given = tuple(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
     if args.hf_config is not None:
         if args.model is not None:
             raise UsageError(f"--model {args.model} contradicts --hf-config, which describes a model: give one of them")
@@ -70,7 +75,8 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         args.preset_notes = notes
     else:
         args.preset_notes = ()
-    return args
+    args.given = given
+    return with_layouts(parser, args)
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
@@ -80,6 +86,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     model, notes = _model(args, sides)
     notes += tuple(f"Rows of the plugin {name} are registered." for name in args.plugin)
     notes += (*args.preset_notes, *filter(None, [world_size_note(args, sides)]))
+    notes += tuple(_recorded_notes(args))
     engines = _engines(args)
     _check_engines(engines, sides)
     _check_encoding(args, engines)
@@ -122,6 +129,15 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         delta=delta_options(args),
         relay=Relay(args.refit_relay),
     )
+
+
+def _recorded_notes(args: argparse.Namespace) -> Iterator[str]:
+    """A line for each flag of the command line that changes nothing, and that is called like one that would."""
+    parser = full_parser()
+    for name in sorted(set(recorded_flags(args)) & set(args.given)):
+        longer = parser.longer(name)
+        if longer is not None:
+            yield f"--{name} is Megatron-LM's and recorded only, {longer} is what changes this run"
 
 
 def _max_iterations(args: argparse.Namespace) -> int | None:

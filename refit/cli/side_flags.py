@@ -9,6 +9,7 @@ from typing import Any
 
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
+from refit.cli.layout_text import add_layout_flags
 from refit.cli.quantisation_flags import with_inference_dtype
 from refit.cli.transformers_flags import add_transformers_flags, check_transformers_flags, with_transformers_settings
 from refit.config import limits
@@ -79,6 +80,7 @@ def add_side_flags(parser: FlagParser) -> None:
         "last_stage_layers": ("layers on the last stage", "an even split", "an even split"),
         "world_size": ("ranks", "PP x lcm(TP, ETP x EP)", "PP x lcm(TP, ETP x EP)"),
     }
+    add_layout_flags(group)
     for place, side in enumerate(("source", "destination")):
         for size, flags in SIZE_FLAGS.items():
             text, *defaults = texts[size]
@@ -170,7 +172,7 @@ def _check_no_destination(args: argparse.Namespace) -> None:
     """Raise UsageError for a size or dtype of the destination where no measurement uses it."""
     flags = (names[1] for names in (*SIZE_FLAGS.values(), LAYERS_PER_CHUNK_FLAGS, PIPELINE_LAYOUT_FLAGS))
     own = ("rl-inference-dtype", "fp8-scale-rule", "fp8-keep-bf16", "quantise")
-    given = next((flag for flag in (*flags, *own) if getattr(args, _attribute(flag)) is not None), None)
+    given = next((flag for flag in ("destination", *flags, *own) if getattr(args, _attribute(flag)) is not None), None)
     if given is not None:
         raise UsageError(f"--{given} is for the destination, which --measure {','.join(args.measure)} does not use")
 

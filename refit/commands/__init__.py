@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import refit
 from refit.cli.flag_parser import FlagParser
 from refit.config import plugins
-from refit.errors import RefitError, UsageError
+from refit.errors import CANCELLED, RefitError, UsageError
 from refit.report.terminal.console import ending_quietly, show_error
 
 NAMED_AFTER_MODULES = (
@@ -42,7 +42,10 @@ examples:
 
 def main_from_shell() -> int:
     """The entry point of the installed command."""
-    return main(sys.argv[1:])
+    try:
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:  # before there is anything to end in order
+        return CANCELLED
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +65,10 @@ def _main(argv: Sequence[str]) -> int:
         plugins.load_plugins(argv)
         argv = [*(own := plugins.without(argv[:end])), *argv[end:]]
         end = len(own)
-        args = command_parser(*argv[:1]).parse_args(argv[:end], argparse.Namespace(flags=list(argv[end + 1 :])))
+        namespace = argparse.Namespace(flags=list(argv[end + 1 :]))
+        args, unknown = command_parser(*argv[:1]).parse_known_args(argv[:end], namespace)
+        if unknown:
+            raise _unknown(unknown[0], args.takes_flags)
         if args.flags and not args.takes_flags:
             raise UsageError(f"flags after -- mean nothing here: {args.flags[0]}")
         code: int = args.run(args)
@@ -70,6 +76,16 @@ def _main(argv: Sequence[str]) -> int:
         show_error(str(error))
         return int(error.exit_code)
     return code
+
+
+def _unknown(word: str, takes_flags: bool) -> UsageError:
+    """The error for a word that a command does not know. Flags of a scenario have their place."""
+    from refit.cli.flags import full_parser
+
+    flag = word.partition("=")[0]
+    if takes_flags and flag in full_parser()._option_string_actions:
+        return UsageError(f"{flag} is a flag of benchmark_refit.py: give it at the end, after --, as in -- {word} ...")
+    return UsageError(f"unrecognized arguments: {word}: --help lists those that are known")
 
 
 def command_parser(command: str = "") -> FlagParser:

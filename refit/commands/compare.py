@@ -24,7 +24,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Compare the medians of two runs, scenario by scenario. Exit codes: 0 no slower than allowed, 1 "
         "wrong data in NEW, 2 nothing to compare, 4 a scenario that was ok in OLD has no valid result in NEW (of "
         "several runs, a smaller share has), or a damaged file was skipped, 5 slower.",
-        epilog="example:\n  refit compare last_week/logs benchmark_results/logs --max-slowdown 3%%",
+        epilog="example:\n  refit compare last_week/logs benchmark_results/logs --max-slowdown 3%",
     )
     for name in ("old", "new"):
         parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,13 +14,16 @@ from refit.errors import ExitCode, UnavailableError, UsageError
 from refit.report.plots import draw
 from refit.report.refits.analysis import analysis_text
 from refit.report.refits.export import Record, csv_text, json_text, records, sample_records
+from refit.report.refits.latex import latex_table
+from refit.report.refits.markdown import markdown_report
 from refit.report.refits.page import Pictures, page
+from refit.report.refits.printed import printed_page
 from refit.report.refits.summary import summary_text
-from refit.report.refits.tables import markdown_text
 from refit.report.steps.dispatchers import dispatcher_text
 from refit.report.steps.overlap import overlap_text
 from refit.report.steps.step_tables import write_step_tables
 from refit.report.steps.trainers import trainer_text
+from refit.report.terminal import live
 from refit.report.terminal.console import show, show_aside, show_text
 from refit.results.reading import UnreadableFile
 from refit.results.runs import Run, find_run
@@ -43,7 +47,11 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--format",
         choices=[*PAGES, *TABLES],
         default="text",
-        help="csv and json have one row per scenario and engine, html is one page with pictures; default: text",
+        help="csv and json have one row per scenario and engine, html is one file with pictures, latex a table for a "
+        "paper; default: text",
+    )
+    parser.add_argument(
+        "--one-page", action="store_true", help="with html: the results and one picture, to be printed on one page"
     )
     parser.add_argument("--samples", action="store_true", help="with csv or json: one row per refit and rank")
     parser.add_argument(
@@ -74,12 +82,18 @@ def report(args: argparse.Namespace) -> int:
     """Print the runs. Raises UsageError where one does not exist or none can be read. 4 where a file was skipped."""
     if args.samples and args.format not in TABLES:
         raise UsageError(f"--samples is a table for programs: give --format {' or '.join(TABLES)} with it")
+    if args.one_page and args.format != "html":
+        raise UsageError("--one-page is a page to print: give --format html with it")
+    if args.format == "html" and live.is_terminal(sys.stdout):
+        raise UsageError("--format html writes a file for browsers, not for a terminal: add > report.html")
     if args.run_id is not None and len(args.run_dirs) > 1:
         raise UsageError(f"--run-id names a run of one folder, {len(args.run_dirs)} are given: name the files instead")
     runs, damaged = _find(args.run_dirs, args.run_id)
     if args.format in TABLES:
         rows = sample_records(runs) if args.samples else records(runs)
         show(TABLES[args.format](rows))
+    elif args.one_page:
+        _show_page(runs, one_page=True)
     else:
         PAGES[args.format](runs)
     if args.tables is not None:
@@ -121,11 +135,11 @@ def _parts(run: Run) -> tuple[str, ...]:
     return summary_text(run.sweep, outcomes), *steps, analysis_text(outcomes)
 
 
-def _show_page(runs: Sequence[Run]) -> None:
-    """The HTML page, with the pictures of every run where matplotlib is installed."""
+def _show_page(runs: Sequence[Run], one_page: bool = False) -> None:
+    """The HTML page, with the pictures of every run where matplotlib is installed; or what prints on one."""
     with tempfile.TemporaryDirectory() as folder:
         pictures = [_pictures(run, Path(folder) / str(number)) for number, run in enumerate(runs)]
-        show(page(runs, pictures))
+        show(printed_page(runs, pictures) if one_page else page(runs, pictures))
 
 
 def _pictures(run: Run, folder: Path) -> Pictures:
@@ -139,7 +153,8 @@ def _pictures(run: Run, folder: Path) -> Pictures:
 
 PAGES: Mapping[str, Callable[[Sequence[Run]], None]] = {
     "text": _show_summaries,
-    "markdown": lambda runs: show("\n\n".join(map(markdown_text, runs))),
+    "markdown": lambda runs: show("\n\n".join(map(markdown_report, runs))),
+    "latex": lambda runs: show("\n\n".join(map(latex_table, runs))),
     "html": _show_page,
 }
 TABLES: Mapping[str, Callable[[Sequence[Record]], str]] = {"csv": csv_text, "json": json_text}

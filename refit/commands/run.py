@@ -20,12 +20,15 @@ from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.config.limits import MAX_NAME
 from refit.config.scenario import Scenario, check_num_ranks
+from refit.errors import CANCELLED as STOPPED
 from refit.errors import ExitCode
 from refit.predict import cpus
 from refit.predict.dry_run import DryRunOptions
+from refit.report.refits.headline import headlines
 from refit.report.terminal import live
 from refit.report.terminal.console import show_aside
-from refit.results.result import Failure, Result, ResultFile, default_name, now
+from refit.results.result import CANCELLED, Failure, Result, ResultFile, default_name, now
+from refit.results.runs import outcome_of
 from refit.results.status import Status
 from refit.sweep import check
 from refit.sweep.close import NOTICED, Cause, killed_text, phase_of, root_cause, telling_line, tells_more
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         env={"OMP_NUM_THREADS": "1", **os.environ},
         start_new_session=True,
     )
-    with _signals_forwarded(process):
+    with _signals_forwarded(process) as received:
         assert process.stderr is not None
         verdict = ""
         for line in without_launcher(_kept(process.stderr, log)):
@@ -97,11 +100,31 @@ def run(args: argparse.Namespace) -> int:
         code = process.wait()
     live.clear(others=True)
     cause = root_cause(list(log), code)
+    if received and code != 0:
+        return _cancelled(own_result, request.scenario)
     show_killed(verdict, cause)
     exit_code = _exit_code(cause, code)
     if own_result is not None and exit_code not in (ExitCode.OK, ExitCode.WRONG_DATA, ExitCode.USAGE):
         _complete(own_result, request.scenario, cause, exit_code, list(log))
     return int(exit_code)
+
+
+def _cancelled(file: ResultFile | None, scenario: Scenario) -> int:
+    """Record and show what was measured before a signal came. Returns the exit code."""
+    if file is None or not file.path.exists():
+        show_aside(CANCELLED if file is None else f"{CANCELLED} before the ranks had met, nothing was measured")
+        return STOPPED
+    result = file.read()
+    result = replace(result, scenario=result.scenario or scenario)
+    if result.status in (Status.RUNNING, Status.FAILED):
+        result = replace(
+            result, status=Status.FAILED, exit_code=int(ExitCode.FAILED), failure=Failure(CANCELLED), finished=now()
+        )
+        file.write(result)
+    outcome = outcome_of(file.run_id, result)
+    for line in headlines(outcome):
+        show_aside(line)
+    return STOPPED
 
 
 def show_killed(verdict: str, cause: Cause) -> None:
@@ -140,6 +163,7 @@ def _complete(file: ResultFile, scenario: Scenario, cause: Cause, code: ExitCode
     elif result.failure is not None and tells_more(cause, result):
         failure = Failure(killed_text(cause), cause.rank, phase_of(cause, result))
         result = replace(result, failure=failure)
+    file.path.parent.mkdir(parents=True, exist_ok=True)
     file.write(result)
 
 
@@ -183,14 +207,20 @@ def _kept(lines: Iterable[str], log: deque[str]) -> Iterator[str]:
 
 
 @contextmanager
-def _signals_forwarded(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Hand SIGINT and SIGTERM on to the launcher, which ends its ranks, and go on waiting for it."""
-    before = {
-        number: signal.signal(number, lambda received, _: process.send_signal(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+def _signals_forwarded(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """Have the launcher end its ranks on SIGINT and SIGTERM, and go on waiting for it. Yields those received.
+
+    The launcher gets SIGTERM for both: what Python does on SIGINT is a traceback of every process.
+    """
+    received: list[int] = []
+
+    def take(number: int, _: object) -> None:
+        received.append(number)
+        process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

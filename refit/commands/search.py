@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from refit.cli import flag_types
+from refit.cli.invocation import command_text
 from refit.config import limits
 from refit.config.clusters import load_cluster
 from refit.config.registry import FORMATS
 from refit.config.scenario import Mode
 from refit.errors import UsageError
+from refit.predict.findings import Found
 from refit.report.plans import search as text
 from refit.report.terminal.console import show, show_aside
 from refit.sweep.search import Search
@@ -95,5 +98,26 @@ def run(args: argparse.Namespace) -> int:
         show_aside(f"drawn: {draw(findings, cluster, args.plot)}")
     if args.write_scenarios is not None:
         args.write_scenarios.write_text(scenario_file(findings.found[: args.best], args.model), encoding="utf-8")
-        show_aside(f"written: {args.write_scenarios}: run them with --scenarios {args.write_scenarios}")
+        for line in _next_steps(args, findings.found[: args.best]):
+            show_aside(line)
     return 0
+
+
+def _next_steps(args: argparse.Namespace, found: Sequence[Found]) -> list[str]:
+    """Whole commands that plan and run what was written, on as many GPUs as the largest scenario needs."""
+    path = args.write_scenarios
+    chosen = ["--scenarios", str(path), "--cluster", args.cluster]
+    collocated = args.refit_mode == Mode.COLLOCATED.value
+    needed = max(
+        max(one.source_ranks, one.destination_ranks) if collocated else one.source_ranks + one.destination_ranks
+        for one in found
+    )
+    per_node = min(load_cluster(args.cluster).gpus_per_node, GPUS_PER_HOST)
+    nodes = -(-needed // per_node)
+    gpus = ["--num-gpus", str(nodes * per_node), "--gpus-per-node", str(per_node)]
+    results = ["--output-dir", f"benchmark_results/{path.stem}"]
+    return [
+        f"written: {path}: {len(found)} scenarios, the largest on {needed} GPUs ({nodes} node{'s' * (nodes > 1)})",
+        f"plan them: {command_text(['sweep', 'plan', *chosen, *gpus])}",
+        f"run them in an allocation: {command_text(['sweep', 'run', *chosen, *gpus, *results])}",
+    ]

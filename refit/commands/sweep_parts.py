@@ -134,8 +134,22 @@ def begun(args: argparse.Namespace) -> Path:
         if args.num_gpus is None and not args.cpu_fallback:
             raise UsageError("--num-gpus missing: how many GPUs may the sweep use?")
         path = run.begin(selection(args), allocation(args), directory, args.run_id, args.job)
-    show_aside(sweep_text(Sweep.read(path), table_width(sys.stderr)))
+    show_aside(sweep_text(_as_it_stands(Sweep.read(path), directory), table_width(sys.stderr)))
     return path
+
+
+def _as_it_stands(sweep: Sweep, directory: Path) -> Sweep:
+    """`sweep` with the outcomes that its scenarios already have, in place of those of its check."""
+    outcomes = load_outcomes(sweep, directory)
+    return replace(
+        sweep,
+        scenarios=tuple(
+            replace(outcome.planned, status=outcome.status, reason=outcome.reason)
+            if outcome.status.has_ended
+            else outcome.planned
+            for outcome in outcomes
+        ),
+    )
 
 
 def sum_up(sweep_file: Path) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from refit.cli import flag_types
+from refit.cli.invocation import command_text
 from refit.commands.sweep_parts import LOGS, add_beginning, add_only, begun, sum_up
 from refit.config.registry import LAUNCHERS, load
-from refit.errors import RefitError, UsageError
-from refit.launch.host import CANCELLED, Cancelled, Host, Script, Stop, ThisProcess
+from refit.errors import CANCELLED, RefitError, UsageError
+from refit.launch.host import Cancelled, Host, Script, Stop, ThisProcess
 from refit.report.terminal.console import show, show_aside
 from refit.results.sweep import SWEEP_SUFFIX, Sweep, sweep_file
 from refit.sweep import run
@@ -62,6 +64,7 @@ def _add_launching(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest time of a scenario, in seconds; default: no limit",
     )
+    parser.add_argument("--again", help=argparse.SUPPRESS)  # the script: its own command line, for what goes on
     parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)  # the script, for what runs outside
 
 
@@ -81,11 +84,24 @@ def _run(args: argparse.Namespace) -> int:
             except Cancelled:
                 with contextlib.suppress(RefitError, OSError):
                     sum_up(file)
-                show_aside(f"Go on with --resume {run_id(file)}")
+                show_aside(f"Go on with: {_again(args, file)}")
                 raise
             return sum_up(file)
 
     return _stoppable(work, args, args.output_dir / LOGS)
+
+
+def _again(args: argparse.Namespace, file: Path) -> str:
+    """The command that goes on with a run that was interrupted."""
+    goes_on = ["--resume", run_id(file)]
+    if args.again is not None:  # a script has called
+        return f"{args.again} {shlex.join(goes_on)}"
+    words = ["sweep", "run", *goes_on, "--output-dir", str(args.output_dir)]
+    words += ["--launcher", args.launcher] if args.launcher else []
+    words += ["--timeout", str(args.timeout)] if args.timeout else []
+    words += ["--cpu-fallback"] if args.cpu_fallback else []
+    words += ["--only", args.only] if args.only else []
+    return command_text(words)
 
 
 def _task(args: argparse.Namespace) -> int:

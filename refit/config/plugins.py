@@ -25,7 +25,7 @@ _registered: set[str] = set()
 
 def named(words: Sequence[str]) -> list[str]:
     """The modules of every `--plugin MODULE` of a command line, each once."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words, ""][1:], strict=True)
     found = [following if word == FLAG else word.partition("=")[2] for word, following in pairs if _is_flag(word)]
     return list(dict.fromkeys(filter(None, found)))
 

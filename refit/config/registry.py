@@ -11,7 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-from refit.config.rows import Encoding, Engine, Format, LauncherKind, MeasurementKind, Method, ModelFamily, StepSupport
+from refit.config.rows import (
+    DATA_PARALLEL,
+    Encoding,
+    Engine,
+    Format,
+    LauncherKind,
+    MeasurementKind,
+    Method,
+    ModelFamily,
+    StepSupport,
+)
 from refit.errors import UsageError
 
 Row = TypeVar("Row")
@@ -93,6 +103,7 @@ FORMATS = Registry(
             available="refit.models.huggingface.attention:check_available",
             note="refit.predict.families.releases:fsdp2_note",
             preload="refit.models.huggingface.model:load_family",
+            words=(("FSDP", DATA_PARALLEL), ("HSDP", "replicate_size")),
         ),
         "autotp": Format(
             predict="refit.predict.autotp:predict",
@@ -108,6 +119,7 @@ FORMATS = Registry(
             available="refit.models.huggingface.attention:check_available",
             note="refit.predict.families.releases:autotp_note",
             preload="refit.models.autotp.engine:load_libraries",
+            words=(("DP", DATA_PARALLEL), ("ZeRO", "zero_stage")),
         ),
         "vllm": Format(
             predict="refit.predict.vllm.sharding:predict",
@@ -123,6 +135,7 @@ FORMATS = Registry(
             available="refit.models.vllm.engine.available:check_available",
             note="refit.predict.vllm.names:note",
             rearrange="refit.models.vllm.side:rearranged",
+            words=(("DP", "data_parallel_size"), ("x", "replicas"), ("+", "num_redundant_experts")),
         ),
     },
 )

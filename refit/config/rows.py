@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DATA_PARALLEL = "data-parallel"
+"""In `Format.words`: the number of ranks, by the replicas that they hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepSupport:
@@ -37,6 +40,9 @@ class Format:
     `searched_options` beside the axes. `builds_codes`: an FP8 side comes out of `build` with codes and scales; of other
     formats the runner puts them in place of the weights, in the same cuts.
     `parts(model, side) -> Parts` are the logical tensors that an FP8 side quantises part by part; None: as they are.
+
+    `words` are what titles and `--source TEXT` call settings beside the axes, with the field of `options` that each is;
+    DATA_PARALLEL: replicas of the dense weights, which with the other sizes make the number of ranks.
 
     `note(model, side) -> str | None` says which version of a library the prediction follows, and what that one does
     otherwise than another; None where nothing depends on it.
@@ -71,6 +77,7 @@ class Format:
     note: str | None = None
     preload: str | None = None
     rearrange: str | None = None
+    words: tuple[tuple[str, str], ...] = (("DP", DATA_PARALLEL),)
 
     @property
     def is_transformers(self) -> bool:

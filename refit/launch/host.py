@@ -24,8 +24,6 @@ TIMED_OUT = 124
 """Exit code of a command that was ended after its time, as timeout(1) has it."""
 
 NOT_FOUND = 127
-CANCELLED = 143
-"""Exit code of what a signal ended: 128 + SIGTERM."""
 
 POLL_S = 0.1
 TIMEOUT_GRACE_S, CANCEL_GRACE_S = 40.0, 15.0

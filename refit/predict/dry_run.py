@@ -7,7 +7,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap, planned_gpus
@@ -81,7 +82,8 @@ class DryRun:
     `training` is what the source's ranks need beside their weights to train; empty where no training step is measured.
     `expert_maps` are the destination's, empty for a format that does not let users place experts. `linear` is the same
     scenario with experts in order and none twice, `rearranged` with those of the next placement; both None where they
-    are not another.
+    are not another. `unquantised` is that with the destination in the source's dtype, None where it is. `wires` are
+    what the encodings send, by their names.
     """
 
     scenario: Scenario
@@ -112,6 +114,8 @@ class DryRun:
     expert_maps: tuple[ExpertMap, ...] = ()
     linear: DryRun | None = None
     rearranged: DryRun | None = None
+    unquantised: DryRun | None = None
+    wires: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def memory_bytes(self) -> int:
@@ -236,6 +240,8 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
         expert_maps=figures.expert_maps,
         linear=_with_destination(scenario, _linear(scenario.model, scenario.destination), options),
         rearranged=_with_destination(scenario, scenario.destination.rearranged, options),
+        unquantised=_with_destination(scenario, _unquantised(scenario), options),
+        wires=figures.wires,
     )
 
 
@@ -275,6 +281,7 @@ class _Figures:
     predict_s: float
     plan_s: float
     expert_maps: tuple[ExpertMap, ...]
+    wires: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +329,7 @@ def _planned(
         predict_s=predicted_s - start_s,
         plan_s=planned_s - predicted_s,
         expert_maps=expert_maps(shardings[1]) if destination.places_experts else (),
+        wires=dict(planned.wires),
     )
 
 
@@ -345,6 +353,13 @@ def _linear(model: ModelShape, side: SideSpec) -> SideSpec | None:
     except UsageError:
         return None
     return linear
+
+
+def _unquantised(scenario: Scenario) -> SideSpec | None:
+    side = scenario.destination
+    return (
+        None if side.quantisation is None or "refit" not in scenario.measurements else replace(side, quantisation=None)
+    )
 
 
 def _with_destination(scenario: Scenario, destination: SideSpec | None, options: DryRunOptions) -> DryRun | None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from refit.plan.cost import Bound, Cost
 from refit.results.identity import foreign
+from refit.results.partial import progress_text, with_partial_times
 from refit.results.reading import UnreadableFile
 from refit.results.refit import EngineResult, RefitResult
-from refit.results.result import Result, read_result
+from refit.results.result import CANCELLED, Result, read_result
 from refit.results.status import Status
 from refit.results.step import StepResult
 from refit.results.sweep import Planned, Sweep, attempts
@@ -108,6 +109,7 @@ def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
     """The outcome of a scenario that has a result."""
     if (reason := foreign(planned, result)) is not None:
         return Outcome(planned, Status.MISSING, reason, None, log)
+    result = with_partial_times(result)
     engine = (result.refit or RefitResult()).tested or EngineResult()
     # Files of earlier versions call a run ok whose table does, and its forward check does not.
     status = engine.verdict if result.status is Status.OK and engine.fault else result.status
@@ -116,12 +118,15 @@ def judged(planned: Planned, result: Result, log: str | None = None) -> Outcome:
     if status is Status.WRONG_DATA:
         return Outcome(planned, status, _what_is_wrong(result, engine), result, log)
     reason = (str(result.failure) if result.failure else "") or " ".join((engine.reason or "").split())
+    progress = progress_text(result)
     if status is Status.WAIVED:
         return Outcome(planned, status, reason or "no reason was recorded", result, log)
     if result.failure or status is Status.FAILED:
-        return Outcome(planned, Status.FAILED, reason or f"exit code {result.exit_code}", result, log)
-    measured = len(engine.measured_s)
-    return Outcome(planned, Status.MISSING, f"it was interrupted after {measured} measured refits", result, log)
+        reason = reason or f"exit code {result.exit_code}"
+        after = f"{'' if reason == CANCELLED else ','} after {progress}" if progress else ""
+        return Outcome(planned, Status.FAILED, f"{reason}{after}", result, log)
+    measured = progress or f"{len(engine.measured_s)} measured refits"
+    return Outcome(planned, Status.MISSING, f"it was interrupted after {measured}", result, log)
 
 
 def _what_is_wrong(result: Result, engine: EngineResult) -> str:

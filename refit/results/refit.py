@@ -222,6 +222,11 @@ class EngineResult:
         return sum(sample.sent_bytes or 0 for sample in timed) / most if most else None
 
     @property
+    def is_partial(self) -> bool:
+        """Whether some refits were measured, and the run has not ended with them: it was interrupted, or goes on."""
+        return self.status is Status.RUNNING and bool(self.measured_s)
+
+    @property
     def median_s(self) -> float | None:
         return self.summary.median_s if self.summary else None
 
@@ -259,12 +264,15 @@ class EngineResult:
 
     @property
     def doubt(self) -> str | None:
-        """Why its times are no result: `WRONG`, the status, `unverified`, or `partial` where tensors were not moved.
+        """Why its times are no result: `WRONG`, `interrupted`, the status, `unverified`, or `partial`: tensors were
+        not moved.
 
         None where every element was moved and right.
         """
         if self.verdict is Status.WRONG_DATA:
             return "WRONG"
+        if self.is_partial:
+            return "interrupted"
         if self.verdict is not Status.OK:
             return self.verdict.text
         if not self.num_compared:

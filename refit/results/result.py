@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 GONE_TEXT = "died or was killed"
 STOPPED_TEXT = "was told to stop (SIGTERM)"
+CANCELLED = "cancelled"
+"""The failure message of a run that a signal has ended. A resumed sweep repeats it."""
+
 STORE_TEXT = "lost the rendezvous store"
 CONSEQUENCES = (GONE_TEXT, STOPPED_TEXT, STORE_TEXT)
 """What ranks notice where one of them is ended by a signal. Which signal it was, only their launcher knows."""

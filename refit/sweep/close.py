@@ -9,12 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refit.errors import ExitCode
-from refit.results.result import CONSEQUENCES, Failure, Result, ResultFile, now
+from refit.results.result import CANCELLED, CONSEQUENCES, Failure, Result, ResultFile, now
 from refit.results.status import Status
 from refit.results.sweep import Attempt
-
-CANCELLED = "cancelled"
-"""The failure message of a cancelled attempt. A resumed sweep repeats it."""
 
 LOG_TAIL_BYTES = 1 << 20
 TELLING = re.compile(r"(error|FAILED): ")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refit.errors import RefitError, UsageError
+from refit.errors import CANCELLED, RefitError, UsageError
 from refit.launch.base import Job, Launcher
-from refit.launch.host import CANCELLED, TIMED_OUT, Cancelled, Stop
+from refit.launch.host import TIMED_OUT, Cancelled, Stop
 from refit.launch.rank_logs import keep_rank_logs
 from refit.predict import cpus
 from refit.predict.dry_run import DryRunOptions

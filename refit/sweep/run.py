@@ -16,10 +16,10 @@ from refit.errors import UsageError
 from refit.predict.cpus import Machine
 from refit.predict.dry_run import DryRunOptions
 from refit.results.identity import foreign
+from refit.results.result import CANCELLED
 from refit.results.status import Status
 from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, check_name, last_result, next_attempt, sweep_file
 from refit.sweep.check import check
-from refit.sweep.close import CANCELLED
 from refit.sweep.parallel import plan_all
 from refit.sweep.selection import Candidate, Selection
 

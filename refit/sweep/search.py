@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from refit.cli.layout_text import layout_flags, layout_from_text
 from refit.cli.parsing import parse
 from refit.config.clusters import Cluster
-from refit.config.flag_names import OPTION_FLAGS, SIZE_FLAGS, size_flag
 from refit.config.registry import FORMATS
 from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario
@@ -29,9 +28,7 @@ from refit.predict.relays import NothingToRelay
 from refit.predict.sides import predict_side
 from refit.sweep.parallel import plan_all
 
-DEFAULT_FORMAT = "megatron"
 RELAY_FLAG = "--refit-relay"
-FORMAT_FLAGS = {"source": "--source-format", "destination": "--rl-inference-format"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,47 +210,3 @@ def side_flags(
         axes = [[size for size in divisors if axis != "pp" or size <= max_pp] for axis in searched]
         for values in itertools.product(*axes):
             yield layout_flags(side, name, dict(zip(searched, values, strict=True)), num_gpus, num_layers)
-
-
-def layout_flags(
-    side: str, name: str, sizes: Mapping[str, int], num_gpus: int | None, num_layers: int
-) -> tuple[str, ...]:
-    """The flags of one layout. Sizes that are not given are 1, not the other side's; ETP is then TP.
-
-    Where PP does not divide the layers, the last stage has what the others, rounded up, leave.
-    """
-    given = {**{size: 1 for size in FORMATS[name].axes if size != "etp"}, **sizes}
-    pp = given.get("pp", 1)
-    last = num_layers - (pp - 1) * math.ceil(num_layers / pp)
-    if num_layers % pp and last > 0:
-        given["last_stage_layers"] = last
-    if num_gpus is not None:
-        given["world_size"] = num_gpus
-    form = (f"{FORMAT_FLAGS[side]}={name}",) if name != DEFAULT_FORMAT else ()
-    return (*form, *(f"{_flag(side, name, size)}={value}" for size, value in given.items()))
-
-
-def _flag(side: str, name: str, size: str) -> str:
-    """The flag of a size, or of a setting of the format `name`."""
-    return size_flag(side, size) if size in SIZE_FLAGS else f"--{OPTION_FLAGS[name][size][side == 'destination']}"
-
-
-def layout_from_text(side: str, text: str, num_gpus: int | None, num_layers: int) -> tuple[str, ...]:
-    """The flags of a layout such as `TP8 EP8 PP4` or `fsdp2 TP2`: a format, where it is not Megatron's, and sizes.
-
-    Raises UsageError for other words, a size given twice or one that the format does not have.
-    """
-    words = text.split()
-    name = words.pop(0) if words and words[0] in FORMATS else DEFAULT_FORMAT
-    searched = FORMATS[name].axes
-    sizes: dict[str, int] = {}
-    for word in words:
-        match = re.fullmatch(r"([A-Za-z]+)0*([1-9][0-9]{0,8})", word)
-        size = match[1].lower() if match else ""
-        if match is None or size not in searched or size in sizes:
-            known = ", ".join(f"{size.upper()}n" for size in searched)
-            raise UsageError(f"--{side} {text!r}: {word!r} is not one of {known}, each once, as in 'TP8 EP8 PP4'")
-        sizes[size] = int(match[2])
-    if not sizes:
-        raise UsageError(f"--{side} {text!r} names no size: give some, as in 'TP8 EP8 PP4'")
-    return layout_flags(side, name, sizes, num_gpus, num_layers)

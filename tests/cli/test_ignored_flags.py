@@ -207,6 +207,28 @@ def test_a_typo_names_the_flag_that_was_meant(flag: str, meant: str, value: list
 
 
 @pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--tp", "--tensor-model-parallel-size, or both layouts as text, --source 'TP2 EP4'"),
+        ("--ep", "--expert-model-parallel-size, or both layouts as text, --source 'TP2 EP4'"),
+        ("--iterations", "--num-benchmark-iterations"),
+        ("--method", "--refit-method"),
+    ],
+)
+def test_what_is_meant_has_an_effect(flag: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recorded(flag, "2")
+    assert str(caught.value) == f"unknown flag {flag}: did you mean {meant}?"
+
+
+def test_a_note_names_what_was_recorded_and_sounds_as_if_it_were_not() -> None:
+    line = "--dry-run --model tiny --refit-method nccl --warmup 10 --seq-length 4096"
+    assert parse(line.split()).scenario.notes == (
+        "--warmup is Megatron-LM's and recorded only, --num-benchmark-warmup is what changes this run",
+    )
+
+
+@pytest.mark.parametrize(
     "flag",
     """
     --moe-num-experts --moe-topk --moe-router-bias --inference-tp --inference-tensor-parallel-size --rl-world-size

@@ -7,19 +7,25 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from refit.cli.parsing import parse
 from refit.commands import main
 from refit.commands.run import show_killed, without_launcher
 from refit.config.registry import AUTO, METHODS
 from refit.predict import cpus
+from refit.report.refits.headline import headlines
+from refit.results.refit import RefitResult
 from refit.results.result import Failure, Result, encoded, read_result
+from refit.results.runs import find_run
 from refit.results.status import Status
 from refit.sweep.close import Cause
 from tests.ranks.waiting import pid_of_rank, read_until, wait_until
+from tests.report import factories
 
 pytestmark = pytest.mark.megatron
 
@@ -136,6 +142,42 @@ def test_the_memory_that_ranks_need_follows_from_their_start(
         main(["run", *flags])
     assert main(["run", "--start", "spawn", *flags]) == 2
     assert "GB of memory > 8.00 GB free" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_and_shows_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three of five refits were measured. The ranks say that they were told to stop, which is not the cause."""
+
+    def launched(command: list[str], **kwargs: Any) -> subprocess.Popen[str]:
+        name = next(word for word in command if word.startswith("--run-name=")).partition("=")[2]
+        scenario = parse([*SMALL, "--num-benchmark-iterations", "5"]).scenario
+        engine = factories.engine([[0.2], [0.4], [0.3]])
+        partly = replace(engine, status=Status.RUNNING, summary=None)
+        failure = Failure("was told to stop (SIGTERM)", 0, "refit iteration 6: move")
+        measured = {"refit": RefitResult(engines={"refit": partly})}
+        ended = Result(name, status=Status.FAILED, failure=failure, scenario=scenario, measurements=measured)
+        ended = replace(ended, exit_code=4)
+        (tmp_path / f"{name}.json").write_text(encoded(ended))
+        text = (
+            f"import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({(TOLD + chr(10))!r})); "
+            "time.sleep(0.3); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+        )
+        return started_process([sys.executable, "-c", text], **kwargs)
+
+    started_process = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    assert main(["run", *SMALL, "--output-dir", str(tmp_path)]) == 143
+    told = "FAILED: cancelled after 3 of 5 refits; 300 ms median (200-400, 3 refits)"
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert "told to stop" not in errors
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert told in shown
+    assert "Mean refit time" not in shown, "scripts take that line for a result"
+    assert main(["report", str(tmp_path), "--format", "markdown"]) == 0
+    assert "300.00 (interrupted)" in capsys.readouterr().out
 
 
 TOLD = "FAILED: rank 0 failed in phase 'build': was told to stop (SIGTERM)"
@@ -260,9 +302,22 @@ def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals, start: 
     read_until(process.stdout.readline, "/100000:")
     os.kill(process.pid, number)
     output, errors = process.communicate(timeout=150)
-    assert process.returncode == 4, (output, errors)
-    assert "ChildFailedError" not in errors
+    assert process.returncode == 143, (output, errors)
+    assert "Traceback" not in errors
     assert ranks_left(tmp_path) == []
+    assert_is_shown_as_cancelled(errors, tmp_path)
+
+
+def assert_is_shown_as_cancelled(errors: str, directory: Path) -> None:
+    """One line, with what was measured until then, which the result and the report have too."""
+    (line,) = [line for line in errors.splitlines() if line.startswith("TP1 EP1 -> TP1 EP1 over gloo: ")]
+    done = re.search(r"FAILED: cancelled after (\d+) of 100,000 refits; .* median .*, \1 refits\)|, 1 refit", line)
+    assert done is not None, line
+    assert "told to stop" not in errors
+    (outcome,) = find_run(directory).outcomes
+    assert headlines(outcome) == [line]
+    assert outcome.tested is not None
+    assert outcome.tested.doubt == "interrupted"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -140,9 +141,12 @@ def test_cancelled_half_way_and_gone_on_with(job: Shell, send: signal.Signals) -
     assert "FAILED: phase 'refit iteration 1: wire': cancelled" in summary
     assert "it was not started" in summary
     run_id = job.only("*_sweep.json").name.removesuffix("_sweep.json")
-    assert f"--resume {run_id}" in output
+    hint = re.search(r"^Go on with: (.*)$", output, re.MULTILINE)
+    assert hint is not None, output
+    program, *words = shlex.split(hint[1])
+    assert (Path(program).name, words[-2:]) == (Path(KIMI).name, ["--resume", run_id])
     (job.cwd / "repaired").touch()
-    code, output = job.run(KIMI, "--resume", run_id, SLURM_JOB_ID="78")
+    code, output = job.run(KIMI, *words, SLURM_JOB_ID="78")
     assert code == 0, output
     names = sorted(path.name.removeprefix(f"{run_id}_") for path in job.logs.glob("*.log"))
     assert names == ["good.log", "hang.2.log", "hang.log", "last.log"], "what had a result is not run again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -75,11 +76,18 @@ def test_a_signal_ends_the_run_in_order_and_it_is_gone_on_with(folder: Path, cap
     output, aside = capfd.readouterr()
     run = run_id(folder)
     assert "Cancelled during signals" in aside
-    assert aside.endswith(f"Go on with --resume {run}\n")
     assert "it was not started" in output
-    again = ["sweep", "run", "--resume", run, "--launcher", "stub", "--output-dir", str(folder / "out")]
-    assert main(again) == 143
-    assert re.findall(r"^\[1/2\] (\w+):", capfd.readouterr().out, re.MULTILINE) == ["signals"], "good has a result"
+    hint = re.search(r"^Go on with: (.* --resume .*)$", aside, re.MULTILINE)
+    assert hint is not None, aside
+    words = shlex.split(hint[1])
+    assert words[:3] == [sys.executable, "-m", "refit"]
+    assert words[words.index("--resume") + 1] == run
+    assert main(words[3:]) == 143, "it is a whole command"
+    output, aside = capfd.readouterr()
+    assert re.findall(r"^\[1/2\] (\w+):", output, re.MULTILINE) == ["signals"], "good has a result"
+    table = aside.partition("Cancelled")[0]
+    assert re.search(r"^good .* ok\b", table, re.MULTILINE), table
+    assert re.search(r"^last .* ready\b", table, re.MULTILINE), table
 
 
 @pytest.mark.parametrize(

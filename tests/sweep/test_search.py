@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refit import commands
+from refit.cli.layout_text import layout_from_text
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.config.layout import Layout
@@ -17,7 +22,7 @@ from refit.errors import UsageError
 from refit.predict.findings import Findings, pareto
 from refit.predict.sides import check_side
 from refit.report.plans.search import as_csv, as_json, as_text
-from refit.sweep.search import Search, layout_from_text
+from refit.sweep.search import Search
 from refit.sweep.search_scenarios import scenario_file
 from refit.sweep.selection import select_file
 
@@ -263,3 +268,42 @@ def test_texts_and_rows_of_several_nodes_say_what_crosses() -> None:
     assert {row["relay"] for row in rows} == {"engine", "off"}
     assert all(row["direct_bytes"] >= row["between_bytes"] >= row["least_bytes"] for row in rows)
     assert "between" not in as_text(search().run(), CLUSTER, 10)
+
+
+def shown_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
+    assert commands.main(["search", "--model", "tiny", *words]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_the_next_steps_are_whole_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    words = ["--source", "TP2 EP2", "--gpus", "2", "--cluster", "h200_nvlink", "--best", "2"]
+    _, aside = shown_by(capsys, *words, "--write-scenarios", str(path))
+    plan, run = re.findall(r"^(?:plan them|run them in an allocation): (.*)$", aside, re.MULTILINE)
+    assert "the largest on 6 GPUs (1 node)" in aside
+    program, words = shlex.split(plan)[:3], shlex.split(plan)[3:]
+    assert program == [sys.executable, "-m", "refit"]
+    assert commands.main(words) == 0
+    planned = capsys.readouterr().out
+    assert "8 GPUs, cluster h200_nvlink" in planned
+    assert "2 ready" in planned
+    commands.command_parser("sweep").parse_args(shlex.split(run)[3:])
+
+
+def test_rows_that_are_left_out_and_bounds_that_are_missing_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = shown_by(capsys, "--source", "TP2 EP4", "--gpus", "8", "--cluster", "h200_nvlink", "--top", "2")
+    assert re.search(r"^  \d+ more: --top \d+$", out, re.MULTILINE)
+    assert "h200_nvlink has no speed between nodes of 8 GPUs, and\n16 GPUs are on several: give --refit-mode" in out
+    assert max(map(len, out.split("\n"))) <= 120
+    out, _ = shown_by(capsys, "--source", "TP2 EP2", "--gpus", "2", "--cluster", "h200_nvlink")
+    assert " more: " not in out
+    assert "no bound" not in out
+
+
+def test_a_flag_of_the_scenario_is_told_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["search", "--source", "TP2", "--gpus", "2", "--cluster", "h200_nvlink", "--hf-config", "config.json"]
+    assert commands.main(words) == 2
+    assert "--hf-config is a flag of benchmark_refit.py: give it at the end, after --" in capsys.readouterr().err
+    assert commands.main([*words[:-2], "--nonsense"]) == 2
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err

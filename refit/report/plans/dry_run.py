@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -99,9 +100,34 @@ def _moved(run: DryRun) -> dict[str, str]:
         **_between(run),
         "Lower bound": _lower_bound(run),
         **({"Estimate": estimate_text(run.estimate_s)} if run.estimate_s else {}),
+        **_quantised(run),
         **({"Floor of all plans": floor_text(run.floor)} if run.floor else {}),
         **{f"{percent(each.share)} % changed": _changes(run, each) for each in run.changes},
     }
+
+
+def _quantised(run: DryRun) -> dict[str, str]:
+    """What an FP8 destination saves, and what crosses unquantised all the same."""
+    other, quantisation = run.unquantised, run.scenario.destination.quantisation
+    if other is None or quantisation is None:
+        return {}
+    dtype = other.scenario.destination.dtype
+    name = dtype.value if dtype else "unquantised"
+    less = 1 - run.cost.wire_bytes / other.cost.wire_bytes if other.cost.wire_bytes else 0.0
+    bound = f"; lower bound {units.seconds(other.bound.seconds)}" if other.bound else ""
+    lines = {
+        f"With {name}": f"{units.gb(other.cost.wire_bytes)} between GPUs{bound}; {quantisation.dtype} sends "
+        f"{percent(abs(less))} % {'less' if less >= 0 else 'more'}"
+    }
+    wire = next((wire for wire in run.wires.values() if hasattr(wire, "num_at_source")), None)
+    if wire is not None:
+        num_blocks = wire.num_at_source + wire.num_at_destination
+        kinds = Counter(wire.reasons.values()).most_common()
+        why = "; ".join(f"{text} ({number} tensors)" for text, number in kinds)
+        lines[f"Sent as {quantisation.dtype}"] = f"{wire.num_at_source:,} of {num_blocks:,} blocks" + (
+            f", the others as {name}: {why}" if why else ""
+        )
+    return lines
 
 
 def _between(run: DryRun) -> dict[str, str]:

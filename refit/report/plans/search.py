@@ -29,7 +29,9 @@ def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
         layouts = f"{found.source} -> {destination}" if len(sources) > 1 else destination
         rows.append([f"{'*' if index in findings.pareto else ' '} {layouts}", *_figures(found, large, crosses)])
     table = fitted(_columns("destination" if len(sources) == 1 else "layouts", large, crosses), rows, table_width())
-    lines = [*_counts(findings, cluster), "", table, "", LEGEND, *([CROSSING] if crosses else [])]
+    more = len(findings.found) - len(shown)
+    lines = [*_counts(findings, cluster), "", table, *([f"  {more:,} more: --top {len(findings.found)}"] * bool(more))]
+    lines += [*_without_bound(findings, cluster), "", LEGEND, *([CROSSING] if crosses else [])]
     share = findings.found[0].share
     if share is not None:
         lines.insert(0, f"Sent:    what has changed, {percent(share)} % of the weights: bounds are those of that")
@@ -48,7 +50,8 @@ def _quantised(findings: Findings) -> str | None:
 
 
 LEGEND = """\
-bound: lower bound of the refit. floor: that of the best plan there could be.
+bound: lower bound of the refit, no forecast: real ones take longer.
+floor: the bound of the best plan there could be.
 busiest: most bytes a rank sends or gets.
 memory: weights, staging and what quantising needs on the fullest GPU. KV: what
 is left of it, and the tokens whose BF16 cache fits there on one replica.
@@ -57,6 +60,18 @@ is left of it, and the tokens whose BF16 cache fits there on one replica.
 CROSSING = """\
 between, within: bytes between nodes and within them. direct: between nodes
 without a relay. least: between nodes in every plan."""
+
+
+def _without_bound(findings: Findings, cluster: Cluster) -> list[str]:
+    """Why some layouts have no bound."""
+    unbounded = [found for found in findings.found if found.bound is None]
+    if not unbounded:
+        return []
+    ranks = max(found.source_ranks + found.destination_ranks for found in unbounded)
+    return [
+        f"-: no bound. {cluster.name} has no speed between nodes of {cluster.gpus_per_node} GPUs, and",
+        f"{ranks} GPUs are on several: give --refit-mode collocated, or fewer GPUs.",
+    ]
 
 
 def _counts(findings: Findings, cluster: Cluster) -> list[str]:

@@ -6,17 +6,18 @@ The page loads nothing and runs no script. Everything from result files is escap
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from refit import units
 from refit.report.refits.analysis import analyse
 from refit.report.refits.entries import Entry, entries_of, scenario_entries
+from refit.report.refits.facts import facts, kept
 from refit.report.refits.headline import headline, ratios
 from refit.report.refits.run_spread import by_scenario, spread_lines
 from refit.report.refits.summary import counts_line
-from refit.report.refits.tables import run_title, shown, where_text
+from refit.report.refits.tables import run_title, where_text
 from refit.report.terminal.neutral import html_text
 from refit.results.outcomes import Outcome
 from refit.results.result import Environment
@@ -51,7 +52,9 @@ figure { margin: 0 0 1rem; }
 img { max-width: 100%; height: auto; border: 1px solid var(--line); }
 .small { columns: 2 30rem; column-gap: 1.2rem; }
 figure, li { break-inside: avoid; }
-@media print { .scroll { overflow: visible; } }
+@page { size: A4 landscape; margin: 10mm; }
+@media print { .scroll { overflow: visible; } body { padding: 0; font-size: 11px; } table { font-size: 9px; }
+  th, td { padding: 2px 4px; } tr { break-inside: avoid; } img { max-height: 17cm; } }
 """
 
 LEGEND = (
@@ -72,8 +75,13 @@ class Pictures:
 
 def page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
     """The page as text, without a newline at its end. `pictures` are those of each run."""
-    title = "Refit benchmark report"
     sections = [_section(run, drawn) for run, drawn in zip(runs, pictures, strict=True)]
+    counts = counts_line([outcome for run in runs for outcome in run.outcomes])
+    return document("Refit benchmark report", STYLE, [f'<p class="dim">{html_text(counts)}</p>', *sections])
+
+
+def document(title: str, style: str, body: Sequence[str]) -> str:
+    """A page that needs nothing else, `body` under its heading."""
     lines = [
         "<!DOCTYPE html>",
         '<html lang="en">',
@@ -82,12 +90,11 @@ def page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>",
-        f"<style>{STYLE}</style>",
+        f"<style>{style}</style>",
         "</head>",
         "<body>",
         f"<h1>{title}</h1>",
-        f'<p class="dim">{html_text(counts_line([outcome for run in runs for outcome in run.outcomes]))}</p>',
-        *sections,
+        *body,
         "</body>",
         "</html>",
     ]
@@ -98,30 +105,20 @@ def _section(run: Run, pictures: Pictures) -> str:
     entries = entries_of([run])
     parts = [
         f"<h2>{html_text(run_title(run.sweep))}</h2>",
-        f'<p class="dim">{html_text(", ".join([where_text(run.sweep), *_hardware(entries)]))}</p>',
+        f'<p class="dim">{html_text(where_text(run.sweep))}</p>',
+        *fact_lines(facts(entries)),
         '<ul class="results">',
         *(_headlines(run, outcome) for outcome in run.outcomes),
         "</ul>",
         *(f"<p>{html_text(line)}</p>" for line in spread_lines(run.outcomes)),
         "<h3>Results</h3>",
-        *_table(entries),
+        *results_table(entries),
         f'<p class="dim">{LEGEND}</p>',
         *_analysis(run.outcomes),
         *_pictures(pictures, [scenario.name for scenario in by_scenario(run.outcomes)]),
         *_environments(run.outcomes),
     ]
     return "\n".join(parts)
-
-
-def _hardware(entries: Iterable[Entry]) -> list[str]:
-    """The GPUs, or the CPU where the models were there."""
-    found: dict[str, None] = {}
-    for entry in entries:
-        environment, result = entry.environment, entry.outcome.result
-        on_gpus = environment.gpus and result is not None and result.device != "cpu"
-        name = environment.gpus[0].name if on_gpus else environment.cpu
-        found |= {name: None} if name else {}
-    return list(found)
 
 
 def _headlines(run: Run, outcome: Outcome) -> str:
@@ -135,15 +132,24 @@ def _headlines(run: Run, outcome: Outcome) -> str:
     return f"<li{VALID if is_valid else ''}>{''.join(lines)}</li>"
 
 
-def _table(entries: Sequence[Entry]) -> list[str]:
-    columns = shown(entries)
+def fact_lines(found: Mapping[str, str]) -> list[str]:
+    """A line for each fact, its name in front."""
+    return [f'<p class="dim">{html_text(name)}: {html_text(value)}</p>' for name, value in found.items()]
+
+
+def results_table(entries: Sequence[Entry], is_short: bool = False) -> list[str]:
+    """What all rows have in common, then the table of the rest."""
+    shown = kept(entries, is_short)
+    columns = shown.columns
     titles = "".join(_cell("th", column.title, "text" if column.is_text else "") for column in columns)
     kinds = ["text name", *("text" if column.is_text else "" for column in columns[1:])]
+    common = ", ".join(f"{title} {value}" for title, value in shown.common.items())
     rows = [f"<thead><tr>{titles}</tr></thead>", "<tbody>"]
     for entry in entries:
         cells = (_cell("td", column.cell(entry), kind) for column, kind in zip(columns, kinds, strict=True))
         rows.append(f"<tr{'' if entry.is_valid else INVALID}>{''.join(cells)}</tr>")
-    return ['<div class="scroll"><table>', *rows, "</tbody>", "</table></div>"]
+    said = [f'<p class="dim">In every row: {html_text(common)}</p>'] if common else []
+    return [*said, '<div class="scroll"><table>', *rows, "</tbody>", "</table></div>"]
 
 
 def _cell(tag: str, text: str, kind: str = "") -> str:
@@ -161,13 +167,13 @@ def _analysis(outcomes: Sequence[Outcome]) -> list[str]:
 def _pictures(pictures: Pictures, names: Sequence[str]) -> list[str]:
     """Pictures of the run, then those of its scenarios beside each other, then why others are missing."""
     own = [path for path in pictures.paths if path.stem.startswith(tuple(f"{name}_" for name in names))]
-    lines = [_figure(path) for path in pictures.paths if path not in own]
-    lines += ['<div class="small">', *map(_figure, own), "</div>"] if own else []
+    lines = [figure(path) for path in pictures.paths if path not in own]
+    lines += ['<div class="small">', *map(figure, own), "</div>"] if own else []
     lines += [f'<p class="dim">No picture: {html_text(reason)}</p>' for reason in pictures.missing]
     return ["<h3>Pictures</h3>", *lines] if lines else []
 
 
-def _figure(path: Path) -> str:
+def figure(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<figure><img src="data:image/png;base64,{data}" alt="{html_text(path.stem)}"></figure>'
 

@@ -80,7 +80,8 @@ def _scenario(outcome: Outcome) -> list[str]:
         lines.append(f"{outcome.status.text.upper()}: {outcome.reason}")
         lines += [f"Log: {outcome.log}"] if outcome.log else []
     if tested is not None and tested.summary is not None:
-        lines += [*_times(tested.summary), *headlines(outcome), *_plan(outcome), *_verification(outcome, tested)]
+        times = [] if tested.is_partial else _times(tested.summary)
+        lines += [*times, *headlines(outcome), *_plan(outcome), *_verification(outcome, tested)]
     return [*lines, *(step_lines.summary_lines(outcome.result) if outcome.result else [])]
 
 

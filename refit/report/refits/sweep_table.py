@@ -14,8 +14,8 @@ from refit.results.result import Result
 from refit.results.status import Status
 from refit.results.sweep import Planned, Sweep
 
-CHECKED = (Status.READY, Status.REFUSED, Status.SKIPPED)
-"""The statuses that the check before a run can give."""
+LISTED = (Status.READY, Status.REFUSED, Status.SKIPPED, Status.OK, Status.WRONG_DATA, Status.FAILED, Status.WAIVED)
+"""The statuses that the check before a run can give, and those that an interrupted run has left."""
 
 
 def sweep_text(sweep: Sweep, width: int = FILE_WIDTH) -> str:
@@ -28,7 +28,7 @@ def sweep_text(sweep: Sweep, width: int = FILE_WIDTH) -> str:
             notes.setdefault(note, []).append(planned.name)
     lines += [f"Note ({_names(sweep, names)}): {note}" for note, names in notes.items()]
     for planned in sweep.scenarios:
-        if planned.status is not Status.READY:
+        if planned.status is not Status.READY and planned.reason:
             lines.append(f"{planned.name} {planned.status.value}: {planned.reason}")
     return plain_lines(lines)
 
@@ -108,7 +108,7 @@ def _gpus(planned: Planned) -> str:
 
 
 def _totals(sweep: Sweep) -> list[str]:
-    counts = [(status, sum(planned.status is status for planned in sweep.scenarios)) for status in CHECKED]
+    counts = [(status, sum(planned.status is status for planned in sweep.scenarios)) for status in LISTED]
     lines = [", ".join(f"{number} {status.value}" for status, number in counts if number or status is Status.READY)]
     slowest = max(
         (planned for planned in sweep.scenarios), key=lambda planned: planned.bound.seconds if planned.bound else 0.0

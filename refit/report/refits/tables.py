@@ -1,4 +1,4 @@
-"""The table of a run for people, with a row per scenario and engine: the same columns in Markdown and in HTML."""
+"""The table of a run for people, with a row per scenario and engine: the columns of Markdown, HTML and LaTeX."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refit.config.side import SideSpec
-from refit.report.refits.entries import Entry, entries_of
-from refit.report.refits.headline import headlines, title
-from refit.report.refits.run_spread import spread_lines
-from refit.report.refits.summary import counts_line, marked_ms
-from refit.report.terminal import neutral
-from refit.report.terminal.grid import markdown
-from refit.report.terminal.neutral import markdown_code
+from refit.report.refits.entries import Entry
+from refit.report.refits.headline import title
+from refit.report.refits.summary import marked_ms
 from refit.results.refit import EngineResult
-from refit.results.runs import Run
 from refit.results.sweep import Sweep
 
 
@@ -36,23 +31,6 @@ def shown(entries: Sequence[Entry]) -> list[Shown]:
     return [column for column in COLUMNS if not column.may_lack or any(map(column.cell, entries))]
 
 
-def markdown_text(run: Run) -> str:
-    """A heading, the table, the headlines and the spread between runs of one scenario."""
-    heading = f"### {neutral.markdown_text(run_title(run.sweep))}"
-    entries = entries_of([run])
-    columns = shown(entries)
-    rows = [[_markdown_cell(column, entry) for column in columns] for entry in entries]
-    table = markdown([column.title for column in columns], rows, sum(column.is_text for column in columns))
-    lines = "\n".join(
-        f"- {markdown_code(outcome.planned.name)} {neutral.markdown_text(line)}"
-        for outcome in run.outcomes
-        for line in headlines(outcome)
-    )
-    spread = "\n".join(f"- {neutral.markdown_text(line)}" for line in spread_lines(run.outcomes))
-    parts = [heading, neutral.markdown_text(where_text(run.sweep)), table, lines, spread, counts_line(run.outcomes)]
-    return "\n\n".join(part for part in parts if part)
-
-
 def run_title(sweep: Sweep) -> str:
     """`Kimi K2 Refit Benchmark (RUN_ID)`."""
     return f"{f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})"
@@ -61,11 +39,6 @@ def run_title(sweep: Sweep) -> str:
 def where_text(sweep: Sweep) -> str:
     """`16 nodes, 128 GPUs, DATE`."""
     return f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {sweep.date}"
-
-
-def _markdown_cell(column: Shown, entry: Entry) -> str:
-    escape = markdown_code if column is COLUMNS[0] else neutral.markdown_text
-    return escape(column.cell(entry))
 
 
 def wrong_text(engine: EngineResult | None) -> str:

@@ -10,6 +10,14 @@ from refit.results.plain import plain
 
 MARKDOWN_SIGNS = re.compile(r"([\\`*\[\]|])")
 HTML_SIGNS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+LATEX_SIGNS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What spreadsheets take for the start of a formula, or drop before one."""
 
@@ -50,6 +58,11 @@ def csv_cell(value: object) -> object:
 def html_text(text: str) -> str:
     """Text that a browser shows as it is, between tags and within quotes of an attribute."""
     return html.escape(plain(text), quote=True)
+
+
+def latex_text(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(LATEX_SIGNS.get(character, character) for character in plain(text))
 
 
 def _is_number(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -161,3 +162,16 @@ def test_no_bound_where_a_cluster_knows_one_host_only() -> None:
     assert figure(text_of(f"{line} gb200_nvl72"), "Lower bound:").endswith(
         "rank 72 receives 66.64 GB between nodes at 50 GB/s"
     )
+
+
+def test_an_fp8_destination_is_set_against_the_source_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "--dry-run --model tiny --tensor-model-parallel-size 2 --rl-inference-dtype fp8-block"
+    assert main(line.split()) == 0
+    quantised = capsys.readouterr().out
+    assert main(line.removesuffix(" --rl-inference-dtype fp8-block").split()) == 0
+    plain = capsys.readouterr().out
+    wire = re.search(r"^Wire: +(.*) between GPUs", plain, re.MULTILINE)
+    assert wire is not None
+    assert re.search(rf"^With bfloat16: +{re.escape(wire[1])} between GPUs; fp8-block sends .* % less", quantised, re.M)
+    assert re.search(r"^Sent as fp8-block: +[\d,]+ of [\d,]+ blocks", quantised, re.M)
+    assert "With bfloat16" not in plain

@@ -16,7 +16,7 @@ from refit.plan.cost import Bound
 from refit.report.refits.compare import compare_runs
 from refit.report.refits.entries import scenario_entries
 from refit.report.refits.export import csv_text, json_text, records, sample_records
-from refit.report.refits.tables import markdown_text
+from refit.report.refits.markdown import markdown_report
 from refit.results.outcomes import judged
 from refit.results.refit import EngineResult, ForwardCheck, HostTraffic
 from refit.results.result import Environment
@@ -105,7 +105,8 @@ def test_no_ratio_is_formed_with_a_wrong_result(
     ours: EngineResult, theirs: EngineResult, shown: tuple[str, str, str]
 ) -> None:
     run = run_with(ours, theirs)
-    tested, baseline = ([cell.strip() for cell in row.split("|")] for row in markdown_text(run).splitlines()[6:8])
+    shown_rows = [line for line in markdown_report(run).splitlines() if line.startswith("| `")]
+    tested, baseline = ([cell.strip() for cell in row.split("|")] for row in shown_rows)
     assert (tested[9], baseline[9], baseline[17]) == shown
     rows = records([run])
     assert [row["ratio"] for row in rows] == [None, 2.0 if shown[2] else None]
@@ -117,7 +118,7 @@ def test_a_scenario_that_failed_has_no_valid_engine() -> None:
     run = run_with(timed([0.1]), status=Status.FAILED)
     (entry,) = scenario_entries(run, run.outcomes[0])
     assert not entry.is_valid
-    assert "100.00 (failed)" in markdown_text(run)
+    assert "100.00 (failed)" in markdown_report(run)
 
 
 def test_any_number_of_runs_is_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,11 +207,11 @@ def test_rows_between_hosts_have_what_crossed_and_the_floor() -> None:
 
 def test_the_table_has_columns_between_hosts_where_there_are_several() -> None:
     titles = ("relay", "between hosts (GB)", "without relay", "in every plan", "within hosts (GB)", "floor (ms)")
-    text = markdown_text(between_hosts())
+    text = markdown_report(between_hosts())
     assert all(f" {title} " in text for title in titles)
     assert "| node |" in text
     assert "| 1.000 | 4.000 | 0.900 | 2.000 |" in text
-    assert not any(title in markdown_text(run_with(engine([[0.1]]))) for title in titles)
+    assert not any(title in markdown_report(run_with(engine([[0.1]]))) for title in titles)
 
 
 def test_a_comparison_says_that_the_relay_differs() -> None:

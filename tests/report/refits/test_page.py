@@ -115,3 +115,51 @@ def test_without_matplotlib_the_page_says_so(
     document = Document(capsys.readouterr().out)
     assert "No picture: pictures need matplotlib" in document.text
     assert document.tags["img"] == 0
+
+
+def test_what_all_rows_share_is_said_once_and_what_none_has_not_at_all(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_result(tmp_path / f"{name}.json", result(planned(name)))
+    text = page([find_run(tmp_path)], [Pictures()])
+    titles = re.findall(r"<th[^>]*>([^<]*)</th>", text.partition("</thead>")[0])
+    assert titles == ["scenario", "#wrong", "median (ms)"], "all else is equal"
+    assert "In every row: source TP8 EP8 (64), target TP8 EP4 (32), mode non-collocated, method nvshmem" in text
+    assert "lower bound (ms)" not in text, "none has one"
+
+
+def test_one_page_has_the_facts_the_table_and_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    full_run(tmp_path)
+    assert main(["report", str(tmp_path), "--format", "html", "--one-page"]) == 0
+    document = Document(capsys.readouterr().out)
+    assert [name for name in document.values("alt") if name] == ["times"]
+    assert document.tags["table"] == 1
+    for word in ("Hardware: NVIDIA H100 80GB HBM3", "torch 2.11.0", "#wrong", "Megatron-Core", "168"):
+        assert word in document.text
+    assert main(["report", str(tmp_path), "--one-page"]) == 2
+    assert "--one-page is a page to print: give --format html with it" in capsys.readouterr().err
+
+
+def test_a_page_is_not_written_to_a_terminal(
+    full: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refit.report.terminal.live.is_terminal", lambda _: True)
+    assert main(["report", str(full.directory), "--format", "html"]) == 2
+    assert "add > report.html" in capsys.readouterr().err
+
+
+def test_latex_is_a_table_with_its_facts_and_every_sign_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_run(tmp_path)
+    assert main(["report", str(tmp_path), "--format", "latex"]) == 0
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
+    assert columns is not None
+    assert len(rows) == 1 + 11
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(columns[1]) - 1}
+    assert r"& \#wrong &" in text
+    assert r"Model: kimi\_k2" in text
+    assert "Hardware: NVIDIA H100 80GB HBM3" in text
+    assert not re.search(r"(?<!\\)[_%#$]", text)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refit.report.refits.markdown import markdown_report
 from refit.report.refits.page import Pictures, page
 from refit.report.refits.run_spread import exceeds_spread, half_width, notch, run_spread_lines
-from refit.report.refits.tables import markdown_text
 from refit.results.outcomes import Outcome, judged
 from refit.results.refit import RefitResult
 from refit.results.result import Result
@@ -43,7 +43,7 @@ def test_markdown_and_the_page_show_it_too() -> None:
     entries = [run_of("a", number, seconds) for number, seconds in enumerate((0.1, 0.12), 1)]
     run = Run(Path(), sweep_of([entry.planned for entry in entries]), tuple(entries), is_sweep=True)
     line = "a over nvshmem: 110.00 ms, median of 2 runs (100.00, 120.00), spread 18.2 %"
-    for text in (markdown_text(run), page([run], [Pictures()])):
+    for text in (markdown_report(run), page([run], [Pictures()])):
         assert line in text
         assert "1 scenario in 2 runs: 2 ok" in text
 

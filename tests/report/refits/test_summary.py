@@ -13,9 +13,9 @@ from refit.config.layout import Layout
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.report.refits.export import csv_text, records
+from refit.report.refits.markdown import markdown_report
 from refit.report.refits.summary import counts_line, side_text, summary_text
 from refit.report.refits.sweep_table import sweep_text
-from refit.report.refits.tables import markdown_text
 from refit.results.outcomes import Outcome, load_outcomes
 from refit.results.refit import EngineResult
 from refit.results.result import Failure, Result
@@ -81,7 +81,7 @@ def test_a_run_reads_as_it_should(form: str, tmp_path: Path) -> None:
     run = replace(find_run(tmp_path), directory=Path("logs"))
     text = {
         "txt": lambda: summary_text(run.sweep, run.outcomes),
-        "md": lambda: markdown_text(run),
+        "md": lambda: markdown_report(run),
         "csv": lambda: csv_text(records([run])),
     }[form]()
     assert text + "\n" == (GOLDEN / f"summary.{form}").read_text()

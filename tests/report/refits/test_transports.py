@@ -23,10 +23,10 @@ from refit.report.refits.analysis import analysis_text
 from refit.report.refits.compare import compare_runs, compare_text
 from refit.report.refits.export import csv_text, json_text, records
 from refit.report.refits.headline import headlines
+from refit.report.refits.markdown import markdown_report
 from refit.report.refits.page import Pictures, page
 from refit.report.refits.run_spread import spread_lines
 from refit.report.refits.summary import summary_text
-from refit.report.refits.tables import markdown_text
 from refit.results.outcomes import Outcome, judged
 from refit.results.refit import EngineResult
 from refit.results.result import Result, encoded, read_result
@@ -91,7 +91,7 @@ def test_texts_and_tables(run: Run) -> None:
     text = summary_text(run.sweep, run.outcomes)
     assert "Method: shm" in text
     assert WAYS in text
-    markdown = markdown_text(run)
+    markdown = markdown_report(run)
     rows = [line for line in markdown.splitlines() if line.startswith("| `a`")]
     assert "| shm | refit |" in rows[0]
     assert "| gloo | Megatron-Core |" in rows[1]

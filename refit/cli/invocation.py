@@ -1,0 +1,22 @@
+"""How this program was called: hints name whole commands, which work where they are pasted."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def command_text(words: Sequence[str]) -> str:
+    """`words` of the command `refit` as a line for the shell that this process was started from: `refit WORDS`, or
+    `.venv/bin/python -m refit WORDS` where it was called as a module."""
+    return shlex.join([*_program(), *words])
+
+
+def _program() -> list[str]:
+    called = Path(sys.argv[0])
+    if called.name == "refit":
+        return [sys.argv[0]]
+    python = Path(sys.executable)
+    return [str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python), "-m", "refit"]
