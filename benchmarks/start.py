@@ -26,6 +26,10 @@ FIRST_REFIT = "refit 1/"
 """What the line of the first refit begins with."""
 
 
+NUM_REFITS = 800
+"""By rank of a run: enough to look at its processes before it ends, and with many of them no minutes more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """Seconds from the command to the end of the first refit, those of each phase on the slowest ranks, and bytes then.
@@ -43,7 +47,7 @@ def flags(num_ranks: int) -> list[str]:
     """TP2 EP2 to EP4 where there are enough ranks."""
     half = num_ranks // 2
     found = ["--model", "tiny", "--refit-method", "gloo", "--num-benchmark-warmup", "0"]
-    found += ["--num-benchmark-iterations", "100", "--source-world-size", str(half)]
+    found += ["--num-benchmark-iterations", str(max(5, NUM_REFITS // num_ranks)), "--source-world-size", str(half)]
     tp = min(2, half)
     found += ["--tensor-model-parallel-size", str(tp), "--expert-model-parallel-size", str(min(2, half // tp))]
     found += ["--destination-world-size", str(half), "--rl-inference-tensor-model-parallel-size", "1"]
