@@ -28,7 +28,7 @@ from tests.ranks.pool import RankPool
 from tests.seams import nonzero_rows
 from tests.seams.nonzero_rows import CHANGES, ROWS
 from tests.seams.test_seams import FLAGS, LAYOUTS
-from tests.transport.test_transports import BACKENDS
+from tests.transport.test_transports import EXECUTORS
 
 SENT_AS_ROWS = [*LAYOUTS, "--refit-encoding", "rows"]
 FP8 = ["--rl-inference-dtype", "mxfp8", "--tensor-model-parallel-size", "4", "--expert-model-parallel-size", "1"]
@@ -36,7 +36,7 @@ FP8 += ["--rl-inference-tensor-model-parallel-size", "1", "--rl-inference-expert
 FP8 += ["--rl-inference-expert-tensor-model-parallel-size", "1"]
 """Some blocks are whole at a source rank, others are cut: 16 columns of blocks of 32."""
 
-WAYS = [[method, "--one-sided-buffers", buffers] for method, buffers in BACKENDS]
+WAYS = [[method, "--one-sided-buffers", buffers] for method, buffers in EXECUTORS]
 
 
 def run_scenario(rank: int, argv: list[str], drops: bool = False, directory: str | None = None) -> Any:

@@ -26,7 +26,7 @@ from tests.transport import test_packed
 from tests.transport.synthetic import Case
 from tests.transport.test_relay import CASES
 from tests.transport.test_schedule import channels, share
-from tests.transport.test_transports import BACKENDS
+from tests.transport.test_transports import EXECUTORS
 
 
 def check(plan: RefitPlan, framing: Framing) -> int:
@@ -106,7 +106,7 @@ def refits(rank: int, case: Case, way: tuple[str, str]) -> Any:
     return wrong, report, num_taken
 
 
-@pytest.mark.parametrize("way", BACKENDS, ids="-".join)
+@pytest.mark.parametrize("way", EXECUTORS, ids="-".join)
 @pytest.mark.parametrize("kind", [Relayed, ByEngine])
 @pytest.mark.parametrize("case", CASES)
 def test_every_byte_arrives(ranks: RankPool, case: str, kind: type[Relayed], way: tuple[str, str]) -> None:

@@ -28,7 +28,7 @@ from tests.plan.strategies import sides, staged
 from tests.ranks.pool import RankPool
 from tests.transport.synthetic import Case, fill, memory_of, poison, wrong_tensors
 from tests.transport.test_schedule import on, tensors
-from tests.transport.test_transports import BACKENDS, TIMEOUT_S, wait_for_all
+from tests.transport.test_transports import BACKENDS, EXECUTORS, TIMEOUT_S, wait_for_all
 
 CASES = {
     "chain of engines": Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 6, first_rank=2)),
@@ -113,7 +113,7 @@ def test_random_layouts_arrive_by_way_of_random_holders(
     _check(ranks.run(_refits, plan, BACKENDS, 1 << 20), plan, 1 << 20)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
+@pytest.mark.parametrize("backend", EXECUTORS, ids="-".join)
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_layouts_of_a_model_arrive_in_stages(
@@ -124,7 +124,7 @@ def test_layouts_of_a_model_arrive_in_stages(
     _check(ranks.run(_refits, plan, [backend], 64 << 20), plan, 64 << 20)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
+@pytest.mark.parametrize("backend", EXECUTORS, ids="-".join)
 @pytest.mark.parametrize("name", ["chain of engines", "collocated"])
 def test_many_rounds_of_several_stages_interleave_in_little_staging(
     ranks: RankPool, backend: tuple[str, str], name: str

@@ -35,6 +35,8 @@ TIMEOUT_S = 100.0
 BACKENDS = [("gloo", "ring"), ("shm", "ring"), ("shm", "direct"), ("shm+gloo", "ring")]
 if any(find_spec(name) is not None for name in library.MODULES):
     BACKENDS.append(("nixl", "ring"))  # elsewhere tests/transport/test_nixl.py says that it is left out
+EXECUTORS = BACKENDS[:3]
+"""Both executors, with and without staging: for tests of what does not depend on what moves the bytes."""
 
 CASES = {
     "experts gathered": Case(Layout(2, 2, 2, 1, 4), Layout(2, 1, 2, 1, 2, first_rank=4)),

@@ -39,6 +39,7 @@ from tests.encodings.fp8.test_program import Case, bound, live, random_sides
 from tests.encodings.peers import ThreadPeers
 from tests.ranks.pool import RankPool
 from tests.transport.test_one_sided import SharedAddresses, World, in_threads
+from tests.transport.test_transports import EXECUTORS
 
 pytestmark = pytest.mark.no_megatron
 
@@ -85,7 +86,7 @@ def refits(
     return wrong, found, sorted(set(copied))
 
 
-@pytest.mark.parametrize("way", test_program.BACKENDS, ids="-".join)
+@pytest.mark.parametrize("way", EXECUTORS, ids="-".join)
 @pytest.mark.parametrize("quantisation", RULES, ids=lambda each: each.dtype)
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_collocated_refit_stages_and_copies_no_codes(

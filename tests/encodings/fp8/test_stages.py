@@ -20,6 +20,7 @@ from refit.predict.sides import PlannedSides
 from tests.encodings.fp8 import test_program
 from tests.plan.strategies import staged
 from tests.ranks.pool import RankPool
+from tests.transport.test_transports import EXECUTORS
 
 
 def _refits_in_stages(
@@ -49,7 +50,7 @@ def _relayed(plan: RefitPlan, name: Relay) -> RefitPlan:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", test_program.BACKENDS, ids="-".join)
+@pytest.mark.parametrize("way", EXECUTORS, ids="-".join)
 def test_quantised_weights_arrive_by_way_of_others(ranks: RankPool, way: tuple[str, str]) -> None:
     relayed = 0
     for seed in range(4):
@@ -62,7 +63,7 @@ def test_quantised_weights_arrive_by_way_of_others(ranks: RankPool, way: tuple[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [Relay.NODE, Relay.ENGINE])
-@pytest.mark.parametrize("way", test_program.BACKENDS, ids="-".join)
+@pytest.mark.parametrize("way", EXECUTORS, ids="-".join)
 def test_quantised_weights_are_relayed(ranks: RankPool, way: tuple[str, str], name: Relay) -> None:
     relayed = 0
     for seed in range(4):
