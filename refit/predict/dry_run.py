@@ -204,7 +204,9 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     relaying = Relaying(scenario.relay if "refit" in scenario.measurements else Relay.OFF, cluster, gpus)
     clusters = (*options.compared, *((cluster,) if cluster else ()))
     domains = frozenset({per_domain, *(each.gpus_per_node * shared for each in clusters)})
-    hardware = _Hardware(ranks_per_node, domains, relaying, message_size(scenario.method, scenario.staging_bytes))
+    relays = relaying.relay is not Relay.OFF
+    messages = message_size(scenario.method, scenario.staging_bytes) if relays else None
+    hardware = _Hardware(ranks_per_node, domains, relaying, messages)
     figures = _planned(scenario.model, scenario.source, scenario.destination, hardware, scenario.sending)
     floors = {
         each: floor_of(figures.least[each.gpus_per_node * shared], each, each.gpus_per_node * shared, gpus)
@@ -291,7 +293,7 @@ class _Hardware:
     ranks_per_node: int
     ranks_per_domain: frozenset[int]
     relaying: Relaying
-    messages: MessageSize
+    messages: MessageSize | None
 
 
 @functools.lru_cache(maxsize=1)  # sweeps plan scenarios of equal sides one after another; a large plan takes memory
@@ -308,6 +310,7 @@ def _planned(
     direct, fill_s, relaying = None, 0.0, hardware.relaying
     if planned.relay is not Relay.OFF:
         if relaying.cluster is not None:
+            assert hardware.messages is not None
             fill_s = filling_s(planned.plan, hardware.messages, relaying.cluster, relaying.gpus)
         direct = bytes_matrix(plan_refit(sent, received, ranks_per_node=per_node))
     return _Figures(

@@ -49,6 +49,7 @@ ENGINE = EngineResult(
     not_moved=(NotMoved("the dtype changes", 2, 100, 200, ("a", "b")),),
     connect_s=0.5,
     connected="one NCCL communicator of 4 ranks",
+    slow="TCP within a host",
     connect_memory_bytes_per_rank=(1, 2, 3),
     cold_s={"plan": 0.1, "prepare": 0.2, "first": 0.3},
     samples=(
@@ -100,7 +101,9 @@ REFIT = RefitResult(
     engines={"refit": ENGINE, "megatron": EngineResult(Status.WAIVED, "no")},
     rearranged=RefitResult(status=Status.OK, engines={"refit": EngineResult(Status.OK)}),
 )
-PLACED = VllmOptions(2, 3, 4, ExpertPlacement("a.json", ((0, 1), (1, 0))), ExpertPlacement("round_robin"), "a/python")
+PLACED = VllmOptions(
+    2, 3, 4, ExpertPlacement("a.json", ((0, 1), (1, 0))), ExpertPlacement("round_robin"), "a/python", 2
+)
 FULL = Result(
     run_id="run",
     status=Status.WRONG_DATA,
@@ -144,6 +147,7 @@ FULL = Result(
         relay=Relay.NODE,
         one_sided_buffers="symmetric",
         nvshmem_force_put=True,
+        nixl_backend="POSIX",
         cluster=Cluster("mine", 391e9, None, 8, None, 80 * 10**9, "H200", "measured"),
         run_name="run",
         steps=StepSettings(

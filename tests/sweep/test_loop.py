@@ -80,7 +80,7 @@ def test_a_signal_ends_the_run_in_order_and_it_is_gone_on_with(folder: Path, cap
     hint = re.search(r"^Go on with: (.* --resume .*)$", aside, re.MULTILINE)
     assert hint is not None, aside
     words = shlex.split(hint[1])
-    assert words[:3] == [sys.executable, "-m", "refit"]
+    assert [os.path.abspath(words[0]), *words[1:3]] == [sys.executable, "-m", "refit"]
     assert words[words.index("--resume") + 1] == run
     assert main(words[3:]) == 143, "it is a whole command"
     output, aside = capfd.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -283,7 +284,7 @@ def test_the_next_steps_are_whole_commands(capsys: pytest.CaptureFixture[str], t
     plan, run = re.findall(r"^(?:plan them|run them in an allocation): (.*)$", aside, re.MULTILINE)
     assert "the largest on 6 GPUs (1 node)" in aside
     program, words = shlex.split(plan)[:3], shlex.split(plan)[3:]
-    assert program == [sys.executable, "-m", "refit"]
+    assert [os.path.abspath(program[0]), *program[1:]] == [sys.executable, "-m", "refit"]
     assert commands.main(words) == 0
     planned = capsys.readouterr().out
     assert "8 GPUs, cluster h200_nvlink" in planned

@@ -46,7 +46,7 @@ def on_hosts(rank: int, argv: list[str], ranks_per_host: int, joiner: int | None
         mock.patch.object(CpuEncoder, "pack", counted),
         mock.patch.object(test_refits, "FLAGS", test_refits.FLAGS[-4:]),
     ):
-        return test_refits.run_scenario(rank, argv)[:2], bool(packed)
+        return test_refits.run_scenario(rank, argv, model=())[:2], bool(packed)
 
 
 @pytest.mark.parametrize(
