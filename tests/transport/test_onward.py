@@ -28,6 +28,8 @@ from tests.transport.test_relay import CASES
 from tests.transport.test_schedule import channels, share
 from tests.transport.test_transports import EXECUTORS
 
+pytestmark = pytest.mark.no_megatron
+
 
 def check(plan: RefitPlan, framing: Framing) -> int:
     """How many messages are passed on. What arrives by the network is never packed again, and goes on whole."""

@@ -25,6 +25,8 @@ from tests.seams import nonzero_rows
 from tests.transport import synthetic
 from tests.transport.test_transports import BACKENDS, CASES, through_pinned_memory
 
+pytestmark = pytest.mark.no_megatron
+
 CASE = CASES["tp up, etp down"]
 STAGING_BYTES = 16 << 10
 """So little that many tensors take several messages."""

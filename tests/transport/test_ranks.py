@@ -28,6 +28,8 @@ from tests.ranks.pool import RankPool
 from tests.transport.synthetic import Case, fill, poison, wrong_tensors
 from tests.transport.test_transports import BACKENDS, TIMEOUT_S
 
+pytestmark = pytest.mark.no_megatron
+
 PROCESSES = (6, 1, 7, 4, 3, 0)
 """Those that take part, in the order of their ranks. In the default group they have these numbers, of 8."""
 

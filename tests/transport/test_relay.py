@@ -22,6 +22,8 @@ from tests.transport.synthetic import Case
 from tests.transport.test_stages import NUMBERS, _check, _numbered, _refits
 from tests.transport.test_transports import BACKENDS
 
+pytestmark = pytest.mark.no_megatron
+
 STAGING_BYTES = 1 << 20
 CASES = {
     "engines": (Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 6, first_rank=2), hidden=48), 2),

@@ -23,6 +23,8 @@ from tests.transport.test_onward import relayed
 from tests.transport.test_relay import CASES
 from tests.transport.test_stages import NUMBERS, _check, _numbered, _refits
 
+pytestmark = pytest.mark.no_megatron
+
 WAY = [("shm+gloo", "ring")]
 STAGING_BYTES = 1 << 20
 NUM_REFITS = 3

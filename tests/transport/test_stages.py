@@ -30,6 +30,8 @@ from tests.transport.synthetic import Case, fill, memory_of, poison, wrong_tenso
 from tests.transport.test_schedule import on, tensors
 from tests.transport.test_transports import BACKENDS, EXECUTORS, TIMEOUT_S, wait_for_all
 
+pytestmark = pytest.mark.no_megatron
+
 CASES = {
     "chain of engines": Case(Layout(2, 2, 1, 1, 2), Layout(1, 2, 1, 1, 6, first_rank=2)),
     "collocated": Case(Layout(2, 2, 1, 1, 2), Layout(2, 1, 2, 1, 8)),

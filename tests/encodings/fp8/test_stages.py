@@ -22,6 +22,8 @@ from tests.plan.strategies import staged
 from tests.ranks.pool import RankPool
 from tests.transport.test_transports import EXECUTORS
 
+pytestmark = pytest.mark.no_megatron
+
 
 def _refits_in_stages(
     rank: int, seed: int, way: tuple[str, str], quantisation: Quantisation, name: Relay = Relay.OFF
