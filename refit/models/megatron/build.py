@@ -184,22 +184,9 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    if layout.vpp > 1:
-        # As Megatron-LM's arguments.py has it: in one batch, two stages would mix up what they send forward and back.
-        values |= {
-            "virtual_pipeline_model_parallel_size": layout.vpp,
-            "overlap_p2p_comm": True,
-            "batch_p2p_comm": False,
-        }
     if shape.mtp_num_layers:
         values["mtp_num_layers"] = shape.mtp_num_layers
-    if layout.pp > 1:
-        values["num_layers_in_first_pipeline_stage"] = layout.first_stage_layers
-        values["num_layers_in_last_pipeline_stage"] = layout.last_stage_layers
-    if layout.chunk_sizes is not None:
-        values["pipeline_model_parallel_layout"] = _pipeline_layout(
-            layout.chunk_sizes, layout.prediction_chunk, shape.mtp_num_layers
-        )
+    values.update(_stage_fields(layout, shape.mtp_num_layers))
     values.update(_without_initialisation())
     if shape.experts is not None:
         values.update(_expert_fields(shape.experts, shape.softmax_over_all))
@@ -218,6 +205,26 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         "v_head_dim": shape.mla.v_head_dim,
     }
     return MLATransformerConfig(**compat.known_fields(MLATransformerConfig, values))
+
+
+def _stage_fields(layout: Layout, mtp_num_layers: int) -> dict[str, object]:
+    """What Megatron is told of pipeline stages."""
+    values: dict[str, object] = {}
+    if layout.vpp > 1:
+        # As Megatron-LM's arguments.py has it: in one batch, two stages would mix up what they send forward and back.
+        values |= {
+            "virtual_pipeline_model_parallel_size": layout.vpp,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    if layout.pp > 1:
+        values["num_layers_in_first_pipeline_stage"] = layout.first_stage_layers
+        values["num_layers_in_last_pipeline_stage"] = layout.last_stage_layers
+    if layout.chunk_sizes is not None:
+        values["pipeline_model_parallel_layout"] = _pipeline_layout(
+            layout.chunk_sizes, layout.prediction_chunk, mtp_num_layers
+        )
+    return values
 
 
 def _pipeline_layout(chunk_sizes: tuple[int, ...], prediction_chunk: int, mtp_num_layers: int) -> list[list[str]]:

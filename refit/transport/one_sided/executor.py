@@ -106,7 +106,7 @@ class OneSidedProgram:
     def run(self) -> RunReport:
         clock = PhaseClock()
         with torch.no_grad():
-            if not self._has_copied_alone(clock):
+            if not self._copy_alone(clock):
                 self._memory.begin(self._rebind_if_moved())
                 self._sides.begin()
                 self._open_run()
@@ -127,7 +127,7 @@ class OneSidedProgram:
         self._buffers.release()
         self._memory.close()
 
-    def _has_copied_alone(self, clock: PhaseClock) -> bool:
+    def _copy_alone(self, clock: PhaseClock) -> bool:
         """Run the local copies, each once its weights were found where it has them: GPUs copy while the next are looked
         for, some tenths of a millisecond of many parameters.
 

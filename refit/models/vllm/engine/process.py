@@ -56,7 +56,7 @@ class EngineProcess:
         """
         ours, theirs = socket.socketpair()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the engine
-        kept = {name: value for name, value in os.environ.items() if not _RANKS_OWN.fullmatch(name)}
+        kept = without_ranks(os.environ)
         self._process = subprocess.Popen(
             [str(python), str(INSIDE / "host.py"), str(theirs.fileno()), str(os.getpid())],
             env={**kept, "PYTHONPATH": str(INSIDE), **ENVIRONMENT, **environment},
@@ -141,10 +141,14 @@ class _Refused(Exception):
 
 
 _RANKS_OWN = re.compile(
-    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHONPATH"
+    "((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHONPATH"
 )
-"""Variables of this suite's ranks that would tell vLLM of ranks of its own: with TORCHELASTIC_USE_AGENT_STORE its
-worker would wait for a store that nobody starts."""
+
+
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without what would tell vLLM of this suite's ranks as its own: with TORCHELASTIC_USE_AGENT_STORE
+    its worker would wait for a store that nobody starts."""
+    return {name: value for name, value in environment.items() if not _RANKS_OWN.fullmatch(name)}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from refit.cli.parsing import parse
 from refit.commands import main
 from refit.errors import UnavailableError, UsageError
 from refit.models.vllm.engine.available import check_available
-from refit.models.vllm.engine.process import installed_version
+from refit.models.vllm.engine.process import installed_version, without_ranks
 from refit.models.vllm.engine.side import _check_scales, config_of
 
 FLAGS = ["--model", "tiny_qwen3_moe", "--refit-method", "gloo", "--rl-inference-format", "vllm"]
@@ -132,3 +132,10 @@ def test_a_path_without_a_program() -> None:
     scenario = parse([*FLAGS[:-1], "no/such/python"]).scenario
     with pytest.raises(UnavailableError, match=r"/no/such/python is no Python that runs: .*: make vllm"):
         check_available(scenario, torch.device("cpu"))
+
+
+def test_an_engine_is_no_rank_of_the_one_that_starts_it() -> None:
+    ours = {"RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default", "MASTER_PORT": "1", "PYTHONPATH": "/here"}
+    ours |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
+    theirs = {"NAME": "a user's", "PATH": "/bin", "VLLM_USE_DEEP_GEMM_E8M0": "0"}
+    assert without_ranks({**ours, **theirs}) == theirs
