@@ -12,7 +12,8 @@ from refit.copies.batch import CopyBatch
 from refit.copies.copy import Copy
 from refit.encodings.delta.counts import Counts
 from refit.encodings.delta.form import GPU_BLOCK, table_end
-from refit.encodings.delta.kernel import apply_changes, find_and_pack
+from refit.encodings.delta.kernels.apply import apply_changes
+from refit.encodings.delta.kernels.pack import find_and_pack
 from refit.encodings.delta.regions import Group, Region, groups_of, offsets_of, region_of, sizes_of
 from refit.encodings.delta.versions import Versions
 from refit.memory.codec import Piece

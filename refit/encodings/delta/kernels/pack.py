@@ -1,4 +1,4 @@
-"""The kernels of deltas: one finds and packs what has changed, one applies it. Importing this module needs Triton.
+"""The kernel that finds and packs what has changed. Importing this module needs Triton.
 
 A program takes a block. A lane compares 32 of its elements, in words of eight bytes that lie as many words apart as
 there are lanes, so that all loads are coalesced, and keeps a bit for each. Only lanes know
@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from refit.encodings.delta.kernels.bits import lowest_bit, num_bits, number_of, place_of, places_bytes
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _changed_fields(half: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
@@ -29,27 +31,6 @@ def _changed_fields(half: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
     low: tl.constexpr = 0x7F7F7F7F if SIZE == 1 else 0x7FFF7FFF if SIZE == 2 else 0x7FFFFFFF
     high: tl.constexpr = 0xFFFFFFFF - low
     return ((half & low) + low | half) & high
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _num_bits(bits: tl.tensor) -> tl.tensor:
-    """How many bits of each uint32 are set, int32 (Warren, Hacker's Delight, 5-1)."""
-    bits = bits - ((bits >> 1) & 0x55555555)
-    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    return ((bits * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _lowest_bit(bits: tl.tensor) -> tl.tensor:
-    """The lowest bit that is set of each uint32, alone; 0 of 0."""
-    return bits & (0 - bits.to(tl.int32, bitcast=True)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _number_of(bit: tl.tensor) -> tl.tensor:
-    """The number of the one bit that is set of each uint32, int32: the exponent of it as a float32."""
-    return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -65,28 +46,6 @@ def _element_of(number: tl.tensor, lane: tl.tensor, SIZE: tl.constexpr, LANES: t
     field = number // field_bits
     turn = field_bits - 1 - number % field_bits
     return ((turn >> 1) * LANES + lane) * (8 // SIZE) + (turn & 1) * (4 // SIZE) + field
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _places_bytes(count: tl.tensor, num: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """`form.places_bytes` of the shortest form; -1 for a whole block."""
-    positions = (count + 1) // 2 * 4
-    mask = (num + 31) // 32 * 4
-    least = tl.minimum(positions, mask)
-    return tl.where(least + count * SIZE < num * SIZE, least, -1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _at(first: tl.tensor, element: tl.tensor, width: tl.tensor, stride: tl.tensor, STRIDED: tl.constexpr) -> tl.tensor:
-    """Where an element of a block that begins at `first` is: in rows of `width` that are `stride` apart.
-
-    Without them the block's address is in the table, as one that is known to be a multiple of 16 stays one.
-    """
-    where = element
-    if STRIDED:
-        row = (first + element) // width
-        where = row.to(tl.int64) * stride + (first + element - row * width)
-    return where
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -107,7 +66,7 @@ def _copy_block(
     while done < num:
         element = done + tl.arange(0, BLOCK)
         present = element < num
-        values = tl.load(new + _at(first, element, width, stride, STRIDED), mask=present)
+        values = tl.load(new + place_of(first, element, width, stride, STRIDED), mask=present)
         tl.store(data + element, values, mask=present)
         if KEEP:
             tl.store(old + element, values, mask=present)
@@ -139,7 +98,7 @@ def _changed_bits(
         new_words = tl.multiple_of(new.to(tl.pointer_type(tl.int64)), 16)
         old_words = tl.multiple_of(old.to(tl.pointer_type(tl.int64)), 16)
         present = word < tl.multiple_of(num // per_word, 2)
-        word_at = _at(first // per_word, word, width // per_word, stride // per_word, STRIDED)
+        word_at = place_of(first // per_word, word, width // per_word, stride // per_word, STRIDED)
         after = tl.load(new_words + word_at, mask=present, other=0)
         before = tl.load(old_words + word, mask=present, other=0)
         differs = before ^ after
@@ -152,7 +111,7 @@ def _changed_bits(
         for k in tl.static_range(per_word):
             element = word * per_word + k
             present = element < num
-            after = tl.load(new + _at(first, element, width, stride, STRIDED), mask=present, other=0)
+            after = tl.load(new + place_of(first, element, width, stride, STRIDED), mask=present, other=0)
             before = tl.load(old + element, mask=present, other=0)
             differs = before != after
             tl.store(old + element, after, mask=differs)
@@ -176,14 +135,14 @@ def _pack_positions(
 ) -> None:
     """Each lane takes its bits, one at a time, and writes from `at` on."""
     lane = tl.arange(0, LANES)
-    most = tl.max(_num_bits(bits), 0)
+    most = tl.max(num_bits(bits), 0)
     turn = 0
     while turn < most:
-        bit = _lowest_bit(bits)
+        bit = lowest_bit(bits)
         bits = bits ^ bit
         present = bit != 0
-        element = _element_of(_number_of(bit), lane, SIZE, LANES)
-        values = tl.load(new + _at(first, element, width, stride, STRIDED), mask=present)
+        element = _element_of(number_of(bit), lane, SIZE, LANES)
+        values = tl.load(new + place_of(first, element, width, stride, STRIDED), mask=present)
         tl.store(positions + at, element.to(tl.int16), mask=present)
         tl.store(data + at, values, mask=present)
         at += present.to(tl.int32)
@@ -219,11 +178,11 @@ def _pack_masks(
         mask = tl.sum(tl.reshape(here << shift, (LANES // lanes_per_mask, lanes_per_mask)), 1)
         mask_at = turn * (LANES // lanes_per_mask) + tl.arange(0, LANES // lanes_per_mask)
         tl.store(masks + mask_at, mask.to(tl.int32, bitcast=True), mask=mask_at < (num + 31) // 32)
-        counts = _num_bits(here)
+        counts = num_bits(here)
         at = done + tl.cumsum(counts, 0) - counts
         for k in tl.static_range(per_word):
             present = ((here >> k) & 1) != 0
-            values = tl.load(new + _at(first, word * per_word + k, width, stride, STRIDED), mask=present)
+            values = tl.load(new + place_of(first, word * per_word + k, width, stride, STRIDED), mask=present)
             tl.store(data + at, values, mask=present)
             at += present.to(tl.int32)
         done += tl.sum(counts, 0)
@@ -251,13 +210,13 @@ def _pack_changed(
 
     Writes the block's row of the message's table, at `place`, and returns how many have changed.
     """
-    lane_counts = _num_bits(bits)
+    lane_counts = num_bits(bits)
     count = tl.sum(lane_counts, 0)
     tl.store(place + 1, count)
     if count == 0:
         tl.store(place, 0)
     else:
-        places = _places_bytes(count, num, SIZE)
+        places = places_bytes(count, num, SIZE)
         nbytes = tl.where(places < 0, num * SIZE, places + count * SIZE)
         begin = tl.atomic_add(length, ((nbytes + 15) // 16 * 16).to(tl.int64), sem="relaxed")
         tl.store(place, (begin // 16).to(tl.int32))
@@ -328,120 +287,3 @@ def find_and_pack(
             new, old, first, num, width, stride, bits, payload, length, place, ITEM, SIZE, LANES, STRIDED
         )
         tl.store(counts + number, count)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _apply_masks(
-    held: tl.tensor,
-    first: tl.tensor,
-    num: tl.tensor,
-    width: tl.tensor,
-    stride: tl.tensor,
-    masks: tl.tensor,
-    data: tl.tensor,
-    count: tl.tensor,
-    LANES: tl.constexpr,
-    STRIDED: tl.constexpr,
-) -> None:
-    """Each lane takes a mask and writes the values of its bits, one at a time."""
-    lane = tl.arange(0, LANES)
-    done = 0
-    word = 0
-    while word * 32 < num:
-        mask_at = word + lane
-        bits = tl.load(masks + mask_at, mask=mask_at * 32 < num, other=0).to(tl.uint32, bitcast=True)
-        lane_counts = _num_bits(bits)
-        value_at = done + tl.cumsum(lane_counts, 0) - lane_counts
-        most = tl.max(lane_counts, 0)
-        turn = 0
-        while turn < most:
-            bit = _lowest_bit(bits)
-            bits = bits ^ bit
-            element = mask_at * 32 + _number_of(bit)
-            present = (bit != 0) & (element < num) & (value_at < count)
-            values = tl.load(data + value_at, mask=present)
-            tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
-            value_at += 1
-            turn += 1
-        done += tl.sum(lane_counts, 0)
-        word += LANES
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _apply_listed(
-    held: tl.tensor,
-    first: tl.tensor,
-    num: tl.tensor,
-    width: tl.tensor,
-    stride: tl.tensor,
-    positions: tl.tensor,
-    data: tl.tensor,
-    num_values: tl.tensor,
-    is_whole: tl.tensor,
-    LANES: tl.constexpr,
-    STRIDED: tl.constexpr,
-) -> None:
-    """Write each value to its position; with `is_whole`, one behind another."""
-    done = 0
-    while done < num_values:
-        at = done + tl.arange(0, LANES)
-        present = at < num_values
-        if is_whole:
-            element = at
-        else:
-            element = tl.load(positions + at, mask=present, other=0).to(tl.int32) & 0xFFFF
-            present = present & (element < num)
-        values = tl.load(data + at, mask=present)
-        tl.store(held + _at(first, element, width, stride, STRIDED), values, mask=present)
-        done += LANES
-
-
-@triton.jit(do_not_specialize=["version", "base", "max_bytes"])  # type: ignore[untyped-decorator]
-def apply_changes(
-    table: tl.tensor,
-    payload: tl.tensor,
-    max_bytes: tl.tensor,
-    version: tl.tensor,
-    base: tl.tensor,
-    flag: tl.tensor,
-    ITEM: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    STRIDED: tl.constexpr,
-) -> None:
-    """Write what a message says about one block.
-
-    `table` `[blocks, 8]` is that of `find_and_pack`, with the address of the weights in its first column. Where the
-    message leads to another version than `version`, builds on another than `base` or on none, or a block goes beyond
-    `max_bytes` of `payload`, nothing of it is written and `flag`, int32, is set.
-    """
-    entry = table + tl.program_id(0).to(tl.int64) * 8
-    held = tl.load(entry).to(tl.pointer_type(ITEM))
-    first = tl.load(entry + 2).to(tl.int32)
-    num = tl.load(entry + 3).to(tl.int32)
-    width = tl.load(entry + 4).to(tl.int32)
-    stride = tl.load(entry + 5)
-    number = tl.load(entry + 6)
-    preamble = payload.to(tl.pointer_type(tl.int64))
-    told_base = tl.load(preamble + 1)
-    place = payload.to(tl.pointer_type(tl.int32)) + 8 + number * 2
-    begin = tl.load(place).to(tl.int64) * 16
-    count = tl.load(place + 1)
-    places = _places_bytes(count, num, SIZE)
-    nbytes = tl.where(places < 0, num * SIZE, places + count * SIZE)
-    is_right = (tl.load(preamble) == version) & ((told_base == base) | (told_base == -1))
-    is_right = is_right & (tl.load(preamble + 2) == BLOCK)
-    is_right = is_right & (count >= 0) & (count <= num) & (begin >= 0) & (begin + nbytes <= max_bytes)
-    if not is_right:
-        tl.store(flag, 1)
-    elif count > 0:
-        data = (payload + begin + tl.maximum(places, 0)).to(tl.pointer_type(ITEM))
-        if (places >= 0) & (places == (num + 31) // 32 * 4) & (places < (count + 1) // 2 * 4):
-            masks = (payload + begin).to(tl.pointer_type(tl.int32))
-            _apply_masks(held, first, num, width, stride, masks, data, count, LANES, STRIDED)
-        else:
-            is_whole = places < 0  # with all elements, whether they have changed or not
-            num_values = tl.where(is_whole, num, count)
-            positions = (payload + begin).to(tl.pointer_type(tl.int16))
-            _apply_listed(held, first, num, width, stride, positions, data, num_values, is_whole, LANES, STRIDED)
