@@ -36,9 +36,10 @@ test-quick: $(READY)
 test-all: check
 	$(PYTEST)
 
-## test-megatron: the tests that build Megatron-Core sides, the slow ones too; CI runs them with each Megatron-Core
+## test-megatron: the tests that build Megatron-Core sides, the slow ones too, but for those between hosts, where nothing
+## depends on its version; CI runs them with each Megatron-Core
 test-megatron: $(READY)
-	$(PYTEST) -m megatron
+	$(PYTEST) -m "megatron and not hosts"
 
 ## vllm: an environment with vLLM for CPUs, .venv-vllm, for --rl-inference-engine-python; 3.5 GB, some four minutes
 VLLM_VENV ?= .venv-vllm

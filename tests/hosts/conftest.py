@@ -10,6 +10,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = unavailable()
     for item in items:
         if item.path.is_relative_to(__file__.rpartition("/")[0]):
+            item.add_marker(pytest.mark.hosts)
             item.add_marker(pytest.mark.xdist_group("hosts"))
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
