@@ -62,8 +62,8 @@ test-floors: $(UV)
 	$(MAKE) test-quick VENV=.venv-floors LOCK=build/floors.txt
 
 check: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
 	$(BIN)/shfmt --indent 4 --case-indent --diff $(SHELL_SCRIPTS)

@@ -25,12 +25,12 @@ def test_blocks_are_compared_in_words_of_16_bytes(tmp_path: Path, monkeypatch: p
     """Compiling needs no GPU; the interpreter takes kernels that the compiler refuses."""
     import triton
     import triton.language as tl
-    from refit.encodings.delta.kernels.apply import apply_changes
-    from refit.encodings.delta.kernels.pack import find_and_pack
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from refit.encodings.delta.gpu import TUNING
+    from refit.encodings.delta.kernels.apply import apply_changes
+    from refit.encodings.delta.kernels.pack import find_and_pack
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
