@@ -1,4 +1,4 @@
-"""The estimate of training's memory beside the peaks that GPUs measured (docs/results)."""
+"""The estimate of training's memory beside the peaks that GPUs measured (docs/results/older)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refit.results.collection import read_collection
 from refit.results.result import Result
 from refit.results.step import StepResult
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results/older"
 RUNS = [
     result
     for name in ("gpu2_trainers", "gpu2_dispatchers")
