@@ -84,7 +84,7 @@ NUM_GPUS ?= 8
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_matrix --num-gpus $(NUM_GPUS)
 
-## results: the tables of docs/performance.md and the README's opening, from the files of docs/results
+## results: the tables of the documents, from the files of docs/results
 results: $(READY)
 	$(BIN)/python -m docs.tables
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 QUICKSTART = " ".join((ROOT / "docs/quickstart.md").read_text(encoding="utf-8").split())
-MEASURED = " ".join((ROOT / "docs/performance.md").read_text(encoding="utf-8").split())
+MEASURED = " ".join(" ".join(page.read_text(encoding="utf-8").split()) for page in ROOT.glob("docs/measurements/*.md"))
 LOCK = (ROOT / "requirements/lock.txt").read_text(encoding="utf-8")
 ENTRIES = re.split(r"\n(?=\S)", LOCK[re.search(r"^\w", LOCK, re.MULTILINE).start() :].rstrip())  # type: ignore[union-attr]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

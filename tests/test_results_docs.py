@@ -1,35 +1,26 @@
-"""The documents' tables and the README's picture are those that the files of docs/results give."""
+"""The documents' tables are those that the files of docs/results give."""
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from docs.tables import __main__ as results_docs
 from docs.tables import refits as results_text
-from docs.tables.__main__ import (
-    BLOCKS,
-    OPENING,
-    PICTURE,
-    RESULTS,
-    ROOT,
-    TRAINERS,
-    differences,
-    documents,
-    draw_opening,
-)
+from docs.tables.__main__ import BLOCK, RESULTS, ROOT, differences, documents
 from refit.config.quantisation import Quantisation
+from refit.errors import UsageError
 from refit.results.collection import write_collection
 from refit.results.outcomes import Outcome, judged
 from refit.results.refit import EngineResult, QuantisedRefit
 from refit.results.result import Failure
 from refit.results.status import Status
 from refit.results.step import Breakdown
-from tests.report.factories import planned, result, side, timed
+from tests.report.factories import ENVIRONMENT, planned, result, side, timed
 from tests.report.steps.test_dispatchers import outcome as dispatched
 from tests.report.steps.test_trainers import outcome as trained
 
@@ -43,8 +34,26 @@ def test_the_documents_are_what_the_result_files_give() -> None:
 def test_result_files_are_small_and_used() -> None:
     files = sorted((ROOT / RESULTS).glob("*.jsonl"))
     assert files
-    assert sum(path.stat().st_size for path in files) < MAX_FILE_BYTES
-    assert {path.stem for path in files} <= {name for block in BLOCKS for name in block.files}
+    assert sum(path.stat().st_size for path in (ROOT / RESULTS).rglob("*.jsonl")) < MAX_FILE_BYTES
+    assert {path.stem for path in files} == {
+        block["name"] for path in documents(ROOT) for block in BLOCK.finditer(path.read_text())
+    }
+
+
+def test_figures_of_the_readme_are_on_the_pages_that_its_rows_name() -> None:
+    rows = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ") and "](docs/" in line
+    ]
+    figures = 0
+    for cells in ([cell.strip() for cell in row.strip("|").split("|")] for row in rows):
+        target = re.search(r"\]\((docs/[^)#]+)", cells[0])
+        if target is None or len(cells) != 6:
+            continue
+        page = (ROOT / target[1]).read_text()
+        for figure in re.findall(r"\d[\d,.]*(?= ms)", " ".join(cells[1:3])):
+            assert figure in page, f"{figure} is not in {target[1]}"
+            figures += 1
+    assert figures >= 6
 
 
 def copied(root: Path) -> Path:
@@ -62,87 +71,92 @@ def test_a_changed_figure_is_found_and_mended(tmp_path: Path) -> None:
     assert documents(root)[page] == true
 
 
-def test_new_results_change_the_documents_and_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    root = copied(tmp_path)
-    for name in OPENING:
-        (root / RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
-    write_collection(root / RESULTS / "gpu4_speed.jsonl", [one.result for one in outcomes() if one.result])
-    assert len(list(differences(root))) == 3
-    for path, text in documents(root).items():
-        path.write_text(text)
-    draw_opening(root)
-    assert list(differences(root)) == []
-    readme = (root / "README.md").read_text()
-    assert PICTURE.as_posix() in readme
-    assert "takes 45.2 ms over nvshmem, 88 % of" in " ".join(readme.split())
-    assert "another" in (root / "docs/performance.md").read_text()
+def made_from(root: Path, name: str, found: Sequence[Outcome], commit: str = "abc1234") -> str:
+    """What a document with marks of `name` becomes, with these results in its file."""
+    results = []
+    for number, one in enumerate(found):
+        assert one.result is not None
+        environment = replace(one.result.environment or ENVIRONMENT, commit=commit)
+        results.append(replace(one.result, run_id=str(number), environment=environment))
+    (root / RESULTS).mkdir(parents=True, exist_ok=True)
+    write_collection(root / RESULTS / f"{name}.jsonl", results)
+    page = root / "docs/page.md"
+    page.write_text(f"Before\n\n<!-- results: {name} -->\n<!-- end of results: {name} -->\n")
+    return documents(root)[page]
+
+
+def test_new_results_are_a_table_with_their_commit(tmp_path: Path) -> None:
+    text = made_from(tmp_path, "gpu4_speed", [one for one in outcomes() if one.result])
+    assert text.startswith("Before\n\n<!-- results: gpu4_speed -->\n\n")
+    assert ", commit abc1234. Versions: " in " ".join(text.split())
+    assert "| another ms |" in text
+
+
+def test_results_of_no_clean_commit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gpu4_speed.jsonl: 0 was measured at abc1234-dirty, not at a clean"):
+        made_from(tmp_path, "gpu4_speed", outcomes()[:1], "abc1234-dirty")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- results: gpu4_speed -->\n", "1 marks of results begin, 0 end"),
+        ("<!-- results: gpu4_speed -->\n<!-- end of results: gpu4_speed -->", "there is no docs/results/gpu4_speed"),
+        ("<!-- results: gpu4_rumour -->\n<!-- end of results: gpu4_rumour -->", "rumour is none of speed, fp8"),
+    ],
+)
+def test_marks_without_a_file_a_kind_or_an_end_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        documents(tmp_path)
 
 
 def test_dispatchers_have_a_table_once_they_are_measured(tmp_path: Path) -> None:
-    root = copied(tmp_path)
     cells = [
         dispatched(arm, mean_s, micro) for micro, mean_s in ((1, 2.0), (4, 1.0)) for arm in ("alltoall", "allgather")
     ]
     cells += [dispatched("alltoall", 1.0, 2), dispatched("allgather", 0.5, 2, losses=(5.0, 4.0, 3.1))]
     cells.append(dispatched("alltoall", 1.5, overlap=True))
-    file = root / RESULTS / "gpu4_dispatchers.jsonl"
-    write_collection(file, [replace(one.result, run_id=one.planned.name) for one in cells if one.result])
-    page = root / "docs/performance.md"
-    pair = "| TP1 EP2 | 4 | alltoall | 1000.0 | allgather | 1000.0 | +0.0 | within the spread | 0.0e+00 | equal |"
-    assert pair not in page.read_text()
-    text = documents(root)[page]
-    assert pair in text
+    text = made_from(tmp_path, "gpu4_dispatchers", cells)
+    assert (
+        "| TP1 EP2 | 4 | alltoall | 1000.0 | allgather | 1000.0 | +0.0 | within the spread | 0.0e+00 | equal |" in text
+    )
     assert "| NOT EQUAL: losses differ by 3.3e-02, more than 4.1e-04 |" in text
     assert "| TP1 EP2 | 1 | allgather | 2000.0 | 0.25 |" in text
     assert "| TP1 EP2 | 1 | alltoall, overlap | 1500.0 |" in text  # which no other dispatcher ran with
     assert "| rest | route |" in text  # no step was recorded
     cells[:2] = with_breakdowns(cells[:2])
-    write_collection(file, [replace(one.result, run_id=one.planned.name) for one in cells if one.result])
-    text = documents(root)[page]
+    text = made_from(tmp_path, "gpu4_dispatchers", cells)
     assert "| peak GiB | forward | backward | forward and backward | optimizer | rest | route |" in text
     assert re.search(r"\| TP1 EP2 \| 1 \| alltoall \| .* \| 50.0 \| 25.0 \|  \| 12.5 \| 12.5 \| 10.0 \|", text)
     assert re.search(r"\| TP1 EP2 \| 1 \| allgather \| .* \|  \|  \| 75.0 \| 12.5 \| 12.5 \| 10.0 \|", text)
-    write_collection(file, [replace(cells[0].result, run_id="alone")] if cells[0].result else [])
-    assert "| allgather |" not in documents(root)[page]
+    assert "| allgather |" not in made_from(tmp_path, "gpu4_dispatchers", cells[:1])
 
 
 def test_layouts_have_a_table_once_they_have_run(tmp_path: Path) -> None:
-    root = copied(tmp_path)
-    file, page = root / RESULTS / "gpu1_layouts.jsonl", root / "docs/performance.md"
-    file.unlink(missing_ok=True)
-    found = [one.result for one in outcomes() if one.result]
-    write_collection(file, found)
-    made = documents(root)[page]
+    found = [one for one in outcomes() if one.result]
+    made = made_from(tmp_path, "gpu1_layouts", found)
     assert "| formats | layouts | bf16 | fp8-block | mxfp8 | collocated | TP changes |" in made
     assert f"| megatron -> megatron | {len(found)} | {len(found)} | 0 | 0 |" in made
 
 
 def test_trainers_have_a_table_once_they_are_measured(tmp_path: Path) -> None:
-    root = copied(tmp_path)
-    for name in TRAINERS:
-        (root / RESULTS / f"{name}.jsonl").unlink(missing_ok=True)
-    cells = {
-        "local": trained("megatron", 2.0),
-        "te": trained("megatron", 1.6, impl="transformer_engine"),
-        "fsdp2": trained("fsdp2", 2.0),
-        "autotp": trained("autotp", 2.4, loss=5.1),
-    }
-    file, page = root / RESULTS / "gpu2_trainers.jsonl", root / "docs/performance.md"
+    cells = [
+        trained("megatron", 2.0),
+        trained("megatron", 1.6, impl="transformer_engine"),
+        trained("fsdp2", 2.0),
+        trained("autotp", 2.4, loss=5.1),
+    ]
     rows = (
         "| TP2 DP2 | megatron TP2 EP1 TE | 1600.0 | +0.0 | 320 | 0.625 | 3.0 | 0.0e+00 | equal |",
         "|  | megatron TP2 EP1 | 2000.0 | +25.0 | 256 | 0.5 | 3.0 | 0.0e+00 | equal |",
         "|  | autotp TP2 DP2 ZeRO2 | 2400.0 | - | 213 | 0.4167 | 3.0 | 2.1e-02 | NOT EQUAL: losses ",
         "| TP2 DP2 | megatron TP2 EP1 TE | 50.0 | 25.0 | 12.5 | - | 12.5 |",
     )
-    before = documents(root)[page]
-    assert [row for row in rows if row in before] == []
-    write_collection(file, [replace(one.result, run_id=name) for name, one in cells.items() if one.result])
-    text = documents(root)[page]
+    text = made_from(tmp_path, "gpu2_trainers", cells)
     assert [row for row in rows if row not in text] == []
     assert "8 sequences of 64 tokens, 1 at a time" in " ".join(text.split())
-    write_collection(file, [replace(cells["te"].result, run_id="alone")] if cells["te"].result else [])
-    assert "| megatron TP2 EP1 TE |" not in documents(root)[page]
+    assert "| megatron TP2 EP1 TE |" not in made_from(tmp_path, "gpu2_trainers", cells[1:2])
 
 
 def with_breakdowns(cells: list[Outcome]) -> list[Outcome]:
@@ -232,26 +246,3 @@ def test_a_section_gives_the_reasons() -> None:
     assert "- `failed` failed: killed" in text
     assert "*noise*: no ratio" in text
     assert "- another waived, needs NCCL 2.30: 1 of 4 rows" in text
-
-
-def test_a_summary_ranges_over_the_fastest_of_each_case() -> None:
-    text = " ".join(results_text.summary(outcomes()).split())
-    assert "(nvshmem)" in text
-    assert "Megatron-Core takes 2.00 x as long" in text
-
-
-def test_a_ratio_within_the_noise_is_not_quoted() -> None:
-    entry = planned("nvshmem", side(1, 2), side(1, 2))
-    noisy = judged(entry, result(entry, engines={"refit": timed([0.1, 0.2, 0.3]), "megatron": timed([0.6] * 3)}))
-    assert "takes 200 ms over nvshmem" in results_text.opening([noisy], "x.png")
-    assert "Megatron" not in results_text.opening([noisy], "x.png")
-
-
-def test_an_opening_without_a_valid_result_is_refused() -> None:
-    with pytest.raises(ValueError, match="no result"):
-        results_text.opening(outcomes()[3:], "x.png")
-
-
-def test_marks_have_to_be_there_once() -> None:
-    with pytest.raises(ValueError, match="marks of a"):
-        results_docs.replaced("text", "a", "new")

@@ -1,4 +1,4 @@
-"""Token dispatchers as docs/performance.md shows them: both arms of each cell, the parts of their steps, memory."""
+"""Token dispatchers as documents show them: both arms of each cell, the parts of their steps, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random layouts as docs/performance.md shows them: one row for each pair of formats."""
+"""Random layouts as documents show them: one row for each pair of formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as the documents show them: tables, the sentences around them, the picture that the README opens with."""
+"""Refits as the documents show them: tables and the sentences around them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from refit import units
 from refit.config.registry import METHODS
-from refit.report.plots.caption import caption, hardware, model
-from refit.report.plots.style import check_available, engine_title
-from refit.report.plots.times import Bar, bars_figure, baseline_bar, tested_bar
+from refit.report.plots.caption import caption
+from refit.report.plots.style import engine_title
 from refit.report.refits.evidence import MAX_CV
 from refit.report.refits.headline import between
 from refit.report.refits.run_spread import exceeds_spread
@@ -24,15 +21,9 @@ from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.status import Status
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 LINE = 120
 NOISE = "noise"
 """In place of a ratio that the spread of the refits does not support."""
-
-MAX_OPENING_CASES = 4
-"""Cases in the README's picture."""
 
 
 def case(outcome: Outcome) -> str:
@@ -175,11 +166,12 @@ def _baseline_reasons(outcomes: Sequence[Outcome]) -> Counter[str]:
 
 
 def conditions(outcomes: Sequence[Outcome]) -> str:
-    """Hardware, model, date, versions and settings, each with all its values where results differ."""
+    """Hardware, model, date, commit, versions and settings, each with all its values where results differ."""
     environments = [outcome.result.environment for outcome in outcomes if outcome.result and outcome.result.environment]
     versions = _all_values([environment.versions for environment in environments])
     variables = _all_values([environment.variables for environment in environments])
-    lines = [f"{markdown_text(caption(outcomes))}.", f"Versions: {versions}."]
+    commits = " / ".join(dict.fromkeys(environment.commit or "" for environment in environments))
+    lines = [f"{markdown_text(caption(outcomes))}, commit {commits}.", f"Versions: {versions}."]
     lines += [f"Settings: {variables}."] if variables else []
     return wrapped(" ".join(lines))
 
@@ -203,96 +195,7 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, LINE, break_long_words=False, break_on_hyphens=False)
 
 
-def best(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The fastest valid result of the first case that has one."""
-    for group in by_case(outcomes).values():
-        if valid := [outcome for outcome in group if outcome.status is Status.OK and outcome.median_s]:
-            return min(valid, key=lambda outcome: outcome.median_s or 0.0)
-    return None
-
-
-def opening(outcomes: Sequence[Outcome], picture: str) -> str:
-    """The README's picture and what it says. Raises ValueError without a valid result."""
-    one = best(outcomes)
-    if one is None or one.tested is None or one.median_s is None:
-        raise ValueError("no result of the opening's file is valid")
-    what = f"{case(one)} of {markdown_text(str(model(one)))}"
-    text = f"The refit {what} takes {units.seconds(one.median_s)} over {one.method}"
-    text += f", {100 * one.share_of_bound:.0f} % of the speed that the links allow" if one.share_of_bound else ""
-    text += f" ({markdown_text(str(hardware(one)))}, median of {len(one.tested.measured_s)})."
-    for name, engine in one.refit.baselines.items():
-        ratio = speed_ratio(one.tested, engine)
-        if ratio and differs(one.tested, engine):
-            text += f" {markdown_text(engine_title(name))} takes {ratio:.2f} x as long{_ways(one, name)}."
-    alt = markdown_text(f"Refit times: {caption(outcomes)}")
-    return f"![{alt}]({picture})\n\n{wrapped(f'{text} {verified(outcomes)}')}"
-
-
-def _ways(outcome: Outcome, name: str) -> str:
-    """` (cuda-ipc against Megatron-Core's nccl)`, where the baseline `name` went another way; else nothing."""
-    ways = between(outcome, name, f"{engine_title(name)}'s ")
-    return f" ({markdown_text(ways)})" if ways else ""
-
-
 def differs(ours: EngineResult, theirs: EngineResult) -> bool:
     """Whether a ratio of two medians may be quoted: neither's refits are noisy, and the difference is beyond them."""
     noise = [engine.summary.cv for engine in (ours, theirs) if engine.summary]
     return max(noise, default=0.0) <= MAX_CV and bool(exceeds_spread([ours.measured_s], [theirs.measured_s]))
-
-
-def opening_figure(outcomes: Sequence[Outcome]) -> Figure:
-    """Every method's time in the first cases, and each baseline's best, in one group of bars per case.
-
-    Raises UnavailableError without matplotlib.
-    """
-    check_available()
-    cases = dict(list(by_case(outcomes).items())[:MAX_OPENING_CASES])
-    shown = [outcome for group in cases.values() for outcome in group]
-    return bars_figure(list(cases), [_bars(group) for group in cases.values()], caption(shown))
-
-
-def _bars(group: Sequence[Outcome]) -> list[Bar]:
-    """One bar per method, in its default setting if it was run so, and one per baseline and what it ran over."""
-    methods = {outcome.method: outcome for outcome in reversed(group)}
-    bars = [tested_bar(methods[name]) for name in dict.fromkeys(outcome.method for outcome in group)]
-    baselines: dict[tuple[str, str], Outcome] = {}
-    for outcome in group:
-        for name, engine in outcome.refit.baselines.items():
-            way = name, outcome.transport_of(name)
-            held = baselines.setdefault(way, outcome)
-            if _order(engine) < _order(held.refit.baselines[name]):
-                baselines[way] = outcome
-    return [*bars, *(baseline_bar(outcome, name) for (name, _), outcome in baselines.items())]
-
-
-def _order(engine: EngineResult) -> tuple[bool, float]:
-    """Right results first, then by time."""
-    return bool(engine.doubt), engine.median_s or float("inf")
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """One paragraph: the range of speeds, ratios and cold refits over each case's fastest method."""
-    fastest = [found for group in by_case(outcomes).values() if (found := best(group))]
-    tested = [one.tested for one in fastest if one.tested]
-    methods = " or ".join(dict.fromkeys(one.method for one in fastest))
-    rates = [engine.bottleneck_gb_per_s for engine in tested if engine.bottleneck_gb_per_s]
-    text = f"On {markdown_text(str(hardware(fastest[0])))} the fastest method of each case ({methods}) moves "
-    text += f"{_range(rates, '.0f')} GB/s at the busiest GPU."
-    for name in dict.fromkeys(name for one in fastest for name in one.refit.baselines):
-        by_ways: dict[str, list[float]] = {}
-        for one in fastest:
-            ours, theirs = one.tested, one.refit.baselines.get(name)
-            if ours and theirs and differs(ours, theirs) and (ratio := speed_ratio(ours, theirs)):
-                by_ways.setdefault(_ways(one, name), []).append(ratio)
-        ratios = " and ".join(f"{_range(found, '.2f')} x as long{ways}" for ways, found in by_ways.items())
-        text += f" {markdown_text(engine_title(name))} takes {ratios}." if ratios else ""
-    firsts = [1e3 * engine.cold_total_s for engine in tested if engine.cold_s]
-    text += (
-        f" A cold refit (planning, preparing and the first refit) takes {_range(firsts, '.0f')} ms." if firsts else ""
-    )
-    return wrapped(f"{text} [docs/performance.md](docs/performance.md) has every row and its command.")
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
-    return " to ".join(ends)

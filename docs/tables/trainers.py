@@ -1,4 +1,4 @@
-"""Trainers as docs/performance.md shows them: the ranking of each layout, and the parts of every trainer's step."""
+"""Trainers as documents show them: the ranking of each layout, and the parts of every trainer's step."""
 
 from __future__ import annotations
 

@@ -123,16 +123,6 @@ def test_the_documents(outcome: Outcome) -> None:
     assert cells["method"] == "shm"
     assert cells["Megatron-Core over"] == "gloo"
     assert cells["Megatron-Core ratio |"] == "5.00 (shm against gloo) |"
-    text = " ".join(results_text.opening([outcome], "x.png").split())
-    assert "takes 20 ms over shm" in text
-    assert f"Megatron-Core takes 5.00 x as long ({WAYS})." in text
-    assert f"Megatron-Core takes 5.00 x as long ({WAYS})." in " ".join(results_text.summary([outcome]).split())
-
-
-def test_a_summary_keeps_transports_apart() -> None:
-    other = planned("b", side(4, 1), side(1, 1), method="gloo")
-    found = [judged(ENTRY, both()), judged(other, both(entry=other))]
-    assert f"takes 5.00 x as long ({WAYS}) and 5.00 x as long." in " ".join(results_text.summary(found).split())
 
 
 def test_the_table_of_a_matrix(outcome: Outcome) -> None:
