@@ -36,6 +36,7 @@ from refit.transport.one_sided.executor import Backoff
 from refit.transport.one_sided.nixl import buffers
 from refit.transport.one_sided.nixl.library import agent
 from refit.transport.one_sided.nixl.memory import NixlMemory, NixlPut
+from refit.transport.one_sided.nixl.options import DEFAULT_BACKEND
 from refit.transport.one_sided.peer_memory import Counter
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
@@ -93,9 +94,7 @@ def bare_nixl(plan: RefitPlan, ranks: Ranks) -> Callable[[], object]:
     """One contiguous write per pair of ranks, all started at once. Collective: every rank of the plan."""
     if ranks.rank not in plan.ranks:
         return lambda: None
-    memory = NixlMemory(
-        Rendezvous(ranks, "bare", plan.ranks, 60.0), agent(OPTIONS.nixl_backend), torch.device("cpu"), 60.0
-    )
+    memory = NixlMemory(Rendezvous(ranks, "bare", plan.ranks, 60.0), agent(DEFAULT_BACKEND), torch.device("cpu"), 60.0)
     wire, sends, receives = plan.is_wire, {}, {}
     for source, target in np.unique(np.stack([plan.source, plan.destination], axis=1)[wire], axis=0).tolist():
         pair = wire & (plan.source == source) & (plan.destination == target)

@@ -17,6 +17,8 @@ from refit.config.registry import FORMATS
 from refit.config.scenario import Mode, Scenario
 from refit.errors import RefitError
 from refit.predict.dry_run import DryRunOptions, dry_run
+from refit.predict.fsdp2 import Fsdp2Options
+from refit.predict.vllm.options import VllmOptions
 
 MODELS = (
     "--model tiny_qwen3_moe --num-layers 4 --kv-channels 128 --moe-ffn-hidden-size 256",
@@ -154,6 +156,10 @@ def coverage(scenarios: Sequence[Scenario]) -> str:
         for axis in ("tp", "pp", "ep", "etp"):
             counts[f"another {axis.upper()}"] += getattr(before, axis) != getattr(after, axis)
         counts["DP"] += before.dp > 1 or after.dp > 1
-        counts["several engines"] += one.destination.vllm is not None and one.destination.vllm.replicas > 1
-        counts["HSDP"] += any(side.fsdp2 is not None and side.fsdp2.replicate_size > 1 for side in one.sides.values())
+        counts["several engines"] += (
+            isinstance(one.destination.options, VllmOptions) and one.destination.options.replicas > 1
+        )
+        counts["HSDP"] += any(
+            isinstance(side.options, Fsdp2Options) and side.options.replicate_size > 1 for side in one.sides.values()
+        )
     return ", ".join(f"{what} {count}" for what, count in counts.items())

@@ -28,7 +28,7 @@ from refit.plan.plan import RefitPlan
 from refit.transport.base import TransportOptions, get_transport
 from refit.transport.ranks import Ranks
 from tests.ranks.pool import RankPool
-from tests.transport.synthetic import Case
+from tests.transport.synthetic import Case, own
 
 TARGET = Layout(2, 1, 2, 1, 2, first_rank=4)
 CASES = {
@@ -66,7 +66,7 @@ def measure(rank: int, mix: str, method: str, buffers: str, num_rounds: int) -> 
     ctypes.CDLL(None).malloc_trim(0)
     _reset_peak()
     before = _memory_bytes("VmRSS")
-    options = TransportOptions(staging_bytes=STAGING_BYTES, timeout_s=60.0, one_sided_buffers=buffers)
+    options = TransportOptions(staging_bytes=STAGING_BYTES, timeout_s=60.0, own=own(method, buffers))
     program = get_transport(method).prepare(plan, Ranks.of_default_group(), source, destination, options)
     program.run()
     program.run()

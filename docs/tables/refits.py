@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from refit.config.registry import METHODS
 from refit.report.plots.caption import caption
 from refit.report.plots.style import engine_title
 from refit.report.refits.evidence import MAX_CV
@@ -40,11 +39,8 @@ def case(outcome: Outcome) -> str:
 def method(outcome: Outcome) -> str:
     """The method, and the settings that change what it does."""
     scenario, name = outcome.result.scenario if outcome.result else None, outcome.method
-    if scenario is None or name not in METHODS or not METHODS[name].one_sided:
-        return name
-    settings = [scenario.one_sided_buffers] * (scenario.one_sided_buffers != "ring")
-    settings += ["put forced"] * scenario.nvshmem_force_put
-    return " ".join([name, *settings])
+    options = scenario.own_options if scenario is not None else None
+    return " ".join([name, *(options.words if options is not None else ())])
 
 
 def by_case(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

@@ -35,13 +35,14 @@ def with_method(scenario: Scenario) -> Scenario:
             continue
         try:
             check_hosts(name)
-            get_transport(name).check_available(options)
+            get_transport(name).check_available(replace(options, own=scenario.method_options.get(name)))
         except UnavailableError as error:
             reasons.append(str(error))
             continue
         why = f" ({'; '.join(reasons)})" if reasons else f": the first choice on {DEVICES[device]}"
         note = f"--refit-method {AUTO}: {name}{why}"
-        return replace(scenario, method=name, device=device, notes=(*scenario.notes, note))
+        own = {one: given for one, given in scenario.method_options.items() if one == name}
+        return replace(scenario, method=name, method_options=own, device=device, notes=(*scenario.notes, note))
     raise UnavailableError(f"--refit-method {AUTO}: no method can run here: {'; '.join(reasons)}")
 
 

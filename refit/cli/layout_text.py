@@ -8,15 +8,15 @@ import re
 from collections.abc import Mapping
 
 from refit.cli.flag_parser import FlagParser
+from refit.cli.option_flags import attribute
 from refit.config.flag_names import (
     FORMAT_FLAGS,
     LAYERS_PER_CHUNK_FLAGS,
-    OPTION_FLAGS,
     PIPELINE_LAYOUT_FLAGS,
     SIZE_FLAGS,
     size_flag,
 )
-from refit.config.registry import FORMATS
+from refit.config.registry import FORMATS, option_flags
 from refit.config.rows import DATA_PARALLEL
 from refit.errors import UsageError
 
@@ -45,12 +45,12 @@ def with_layouts(parser: FlagParser, args: argparse.Namespace) -> argparse.Names
         text: str | None = getattr(args, side)
         if text is None:
             continue
-        given_format: str = getattr(args, _attribute(FORMAT_FLAGS[place]))
+        given_format: str = getattr(args, attribute(FORMAT_FLAGS[place]))
         words = _words(side, text, None, None if _splits_layers(args, place) else args.num_layers, given_format)
-        given = {name: getattr(args, _attribute(name)) for name in (word[2:].partition("=")[0] for word in words)}
+        given = {name: getattr(args, attribute(name)) for name in (word[2:].partition("=")[0] for word in words)}
         args = parser.parse_flags(words, args)
         for name, before in given.items():
-            after = getattr(args, _attribute(name))
+            after = getattr(args, attribute(name))
             is_default = before is None or (name in FORMAT_FLAGS and before == DEFAULT_FORMAT)
             if not is_default and before != after:
                 raise UsageError(f"--{side} {text!r} contradicts --{name} {before}: leave one of them out")
@@ -90,18 +90,19 @@ def _words(side: str, text: str, num_gpus: int | None, num_layers: int | None, g
     place = side == "destination"
     fields = {size.upper(): size for size in FORMATS[name].axes}
     fields |= {"VPP": "vpp"} if "etp" in FORMATS[name].axes else {}
-    options = OPTION_FLAGS.get(name, {})
+    options = option_flags(FORMATS[name].options)
     fields |= {
         word: field
         for word, field in FORMATS[name].words
-        if field == DATA_PARALLEL or options[field][place] is not None
+        if field == DATA_PARALLEL or options[field].names[place] is not None
     }
+    from_zero = [field for field, flag in options.items() if flag.least == 0]
     by_name = {word.lower(): field for word, field in fields.items()}
     sizes: dict[str, int] = {}
     for word in words:
         match = re.fullmatch(r"([A-Za-z]+|\+)0*([1-9][0-9]{0,8}|0)", word)
         field = by_name.get(match[1].lower()) if match else None
-        if match is None or field is None or field in sizes or (match[2] == "0" and field != "zero_stage"):
+        if match is None or field is None or field in sizes or (match[2] == "0" and field not in from_zero):
             known = ", ".join(f"{word}n" for word in fields)
             raise UsageError(f"--{side} {text!r}: {word!r} is not one of {known}, each once, as in {EXAMPLES[side]!r}")
         sizes[field] = int(match[2])
@@ -117,13 +118,11 @@ def _splits_layers(args: argparse.Namespace, place: int) -> bool:
     """Whether a flag says how layers are split over the stages of a side."""
     uneven = (SIZE_FLAGS[size] for size in ("first_stage_layers", "last_stage_layers", "vpp"))
     flags = (LAYERS_PER_CHUNK_FLAGS, PIPELINE_LAYOUT_FLAGS, *uneven)
-    return any(getattr(args, _attribute(names[place])) is not None for names in flags)
+    return any(getattr(args, attribute(names[place])) is not None for names in flags)
 
 
 def _flag(side: str, name: str, size: str) -> str:
     """The flag of a size, or of a setting of the format `name`."""
-    return size_flag(side, size) if size in SIZE_FLAGS else f"--{OPTION_FLAGS[name][size][side == 'destination']}"
-
-
-def _attribute(flag: str) -> str:
-    return flag.replace("-", "_")
+    if size in SIZE_FLAGS:
+        return size_flag(side, size)
+    return f"--{option_flags(FORMATS[name].options)[size].names[side == 'destination']}"

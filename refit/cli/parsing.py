@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from refit.cli.delta_flags import delta_options
@@ -11,10 +11,12 @@ from refit.cli.flags import full_parser, recorded_flags
 from refit.cli.layout_text import with_layouts
 from refit.cli.model_checks import check_parameters, wide_experts_note, without_unbuildable_biases
 from refit.cli.model_flags import check_no_shape, model_shape
+from refit.cli.option_flags import method_options, unused_flag_notes
 from refit.cli.presets import config_flags, give_way, load_preset
 from refit.cli.side_flags import read_mode, read_sides, world_size_note
 from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
+from refit.config.options import MethodOptions
 from refit.config.plugins import load_plugins
 from refit.config.registry import AUTO, ENCODINGS, ENGINES, FORMATS, IDENTITY, METHODS
 from refit.config.relay import Relay
@@ -90,7 +92,10 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     engines = _engines(args)
     _check_engines(engines, sides)
     _check_encoding(args, engines)
-    _check_running_engine(args, engines, destination)
+    method = args.refit_method or DRY_RUN_METHOD
+    own_options = method_options(args, method)
+    notes += tuple(unused_flag_notes(args, method))
+    _check_running_engine(engines, destination, own_options)
     _check_relay(args, engines)
     recorded = recorded_flags(args)
     steps = step_settings(args, sides, model, recorded)
@@ -101,7 +106,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         source=source,
         destination=destination,
         mode=read_mode(args, sides),
-        method=args.refit_method or DRY_RUN_METHOD,
+        method=method,
         engines=engines,
         measurements=args.measure,
         num_warmup=_num_warmup(args),
@@ -119,9 +124,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         notes=notes,
         device=_device(args),
         ranks_per_gpu=_ranks_per_gpu(args),
-        one_sided_buffers=args.one_sided_buffers,
-        nvshmem_force_put=args.nvshmem_force_put,
-        nixl_backend=args.nixl_backend,
+        method_options=own_options,
         cluster=load_cluster(args.cluster) if args.cluster else None,
         run_name=args.run_name,
         steps=steps,
@@ -193,16 +196,15 @@ def _check_engines(engines: Sequence[str], sides: Sequence[SideSpec]) -> None:
             )
 
 
-def _check_running_engine(args: argparse.Namespace, engines: Sequence[str], destination: SideSpec) -> None:
+def _check_running_engine(engines: Sequence[str], destination: SideSpec, methods: Mapping[str, MethodOptions]) -> None:
     """Raise UsageError where a running engine is needed, or could not see what is written."""
-    running = destination.vllm is not None and destination.vllm.engine_python is not None
+    running = destination.running_engine is not None
     own = next((name for name in engines if ENGINES[name].of_running), None)
     if own is not None and not running:
         raise UsageError(f"--refit-engine {own} updates a running vLLM: give --rl-inference-engine-python")
-    if running and args.one_sided_buffers == "direct":
-        raise UsageError(
-            "--one-sided-buffers direct gives the weights other memory, which a running vLLM does not see: leave it out"
-        )
+    moving = next((flag for options in methods.values() if (flag := options.moves_weights)), None)
+    if running and moving is not None:
+        raise UsageError(f"{moving} gives the weights other memory, which a running vLLM does not see: leave it out")
 
 
 def _engines(args: argparse.Namespace) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
+from refit.cli.option_flags import add_option_flag, method_flags
 from refit.config import limits, plugins
 from refit.config.registry import AUTO, ENCODINGS, ENGINES, IDENTITY, MEASUREMENTS, METHODS, chosen_encodings
 from refit.config.relay import Relay
@@ -153,22 +154,8 @@ def _add_transport_flags(parser: FlagParser) -> None:
         metavar="N",
         help="let up to N ranks share a GPU (cuda-ipc; gloo with --device cuda); default: 1",
     )
-    group.add_argument(
-        "--one-sided-buffers",
-        "--nvshmem-buffers",
-        choices=("ring", "direct"),
-        default="ring",
-        help="what nvshmem and shm write into: a ring of bounded size, or the weights themselves; default: ring",
-    )
-    group.add_argument(
-        "--nvshmem-force-put", action="store_true", help="reach ranks on the same node as ranks on other nodes"
-    )
-    group.add_argument(
-        "--nixl-backend",
-        default="UCX",
-        metavar="NAME",
-        help="what nixl moves bytes with, as NIXL calls it; default: UCX",
-    )
+    for names, flag in method_flags().items():
+        add_option_flag(group, names, flag, flag.help)
 
 
 def _add_output_flags(parser: FlagParser) -> None:

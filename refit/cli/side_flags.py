@@ -9,63 +9,26 @@ from typing import Any
 
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
-from refit.cli.layout_text import add_layout_flags
+from refit.cli.layout_text import DEFAULT_FORMAT, add_layout_flags
+from refit.cli.option_flags import add_option_flag, attribute
 from refit.cli.quantisation_flags import with_inference_dtype
 from refit.cli.transformers_flags import add_transformers_flags, check_transformers_flags, with_transformers_settings
 from refit.config import limits
 from refit.config.flag_names import (
     FORMAT_FLAGS,
     LAYERS_PER_CHUNK_FLAGS,
-    OPTION_FLAGS,
     PIPELINE_LAYOUT_FLAGS,
     SIZE_FLAGS,
     size_flag,
 )
 from refit.config.layout import Layout
+from refit.config.options import Sized, default_sizes, fewest_ranks
 from refit.config.pipeline_layout import PipelineLayout
-from refit.config.placement import read_placement
-from refit.config.registry import FORMATS, MEASUREMENTS, load
+from refit.config.registry import FORMATS, MEASUREMENTS, load, option_flags
 from refit.config.scenario import Mode
 from refit.config.shape import Dtype
-from refit.config.side import MAX_ZERO_STAGE, SideSpec, Sized, default_sizes, fewest_ranks
+from refit.config.side import SideSpec
 from refit.errors import UsageError
-
-_OPTION_FLAGS: dict[str, dict[str, Any]] = {
-    "replicate_size": {"metavar": "N", "help": "replicas of the sharded model (HSDP); default: 1"},
-    "zero_stage": {
-        "type": flag_types.up_to(MAX_ZERO_STAGE, least=0),
-        "metavar": "N",
-        "help": "ZeRO stage, 0 to 2; default: 1",
-    },
-    "data_parallel_size": {"metavar": "N", "help": "ranks of an engine with the same dense weights; default: 1"},
-    "replicas": {"metavar": "N", "help": "equal engines, each on ranks of its own; default: 1"},
-    "num_redundant_experts": {
-        "type": flag_types.up_to(limits.MAX_EXPERTS),
-        "metavar": "N",
-        "help": "second copies of experts in each layer of an engine; default: none",
-    },
-    "placement": {
-        "type": read_placement,
-        "metavar": "PLACEMENT",
-        "help": "experts on ranks: linear, round_robin or a JSON file with a physical_to_logical_map; default: linear",
-    },
-    "placement_next": {
-        "type": read_placement,
-        "metavar": "PLACEMENT",
-        "help": "the placement that an engine changes to between two refits; default: none",
-    },
-    "engine_python": {
-        "type": flag_types.absolute_path,
-        "metavar": "PYTHON",
-        "help": "refit into a running vLLM: the python of its environment (make vllm); default: tensors without vLLM",
-    },
-    "engine_sleep": {
-        "type": flag_types.up_to(2),
-        "metavar": "LEVEL",
-        "help": "a running vLLM sleeps before each refit, at level 1 or 2, and wakes for it; default: it does not",
-    },
-}
-"""Field of a format's options -> how its flags are added. A number is at most MAX_RANKS unless a type is given."""
 
 
 def add_side_flags(parser: FlagParser) -> None:
@@ -112,15 +75,14 @@ def _add_format_flags(parser: FlagParser) -> None:
         group.add_argument(
             f"--{FORMAT_FLAGS[place]}",
             choices=[name for name, row in FORMATS.items() if place or not row.destination_only],
-            default="megatron",
-            help=f"{side}: the library that holds the weights; default: megatron",
+            default=DEFAULT_FORMAT,
+            help=f"{side}: the library that holds the weights; default: {DEFAULT_FORMAT}",
         )
-        for name, options in OPTION_FLAGS.items():
-            for field, flags in options.items():
-                added: dict[str, Any] = {"type": flag_types.up_to(limits.MAX_RANKS), **_OPTION_FLAGS[field]}
-                added["help"] = f"{side}, {name} only: {added['help']}"
-                if flags[place] is not None:
-                    group.add_argument(f"--{flags[place]}", **added)
+        for name, row in FORMATS.items():
+            for flag in option_flags(row.options).values():
+                given = flag.names[place]
+                if given is not None:
+                    add_option_flag(group, (given,), flag, f"{side}, {name} only: {flag.help}")
     add_transformers_flags(group)
 
 
@@ -146,8 +108,8 @@ def world_size_note(args: argparse.Namespace, sides: tuple[SideSpec, SideSpec]) 
     assumed = [
         f"{side.world_size} {name} ranks, {size_flag(name, 'world_size')} {fewest} would do"
         for name, side in zip(("source", "destination"), sides, strict=True)
-        if getattr(args, _attribute(SIZE_FLAGS["etp"][name == "destination"])) is not None
-        and getattr(args, _attribute(SIZE_FLAGS["world_size"][name == "destination"])) is None
+        if getattr(args, attribute(SIZE_FLAGS["etp"][name == "destination"])) is not None
+        and getattr(args, attribute(SIZE_FLAGS["world_size"][name == "destination"])) is None
         and (fewest := fewest_ranks(side.layout)) < side.world_size
     ]
     return f"assumed: TP x EP x PP = {' and '.join(assumed)}: experts fold over TP x DP" if assumed else None
@@ -172,7 +134,7 @@ def _check_no_destination(args: argparse.Namespace) -> None:
     """Raise UsageError for a size or dtype of the destination where no measurement uses it."""
     flags = (names[1] for names in (*SIZE_FLAGS.values(), LAYERS_PER_CHUNK_FLAGS, PIPELINE_LAYOUT_FLAGS))
     own = ("rl-inference-dtype", "fp8-scale-rule", "fp8-keep-bf16", "quantise")
-    given = next((flag for flag in ("destination", *flags, *own) if getattr(args, _attribute(flag)) is not None), None)
+    given = next((flag for flag in ("destination", *flags, *own) if getattr(args, attribute(flag)) is not None), None)
     if given is not None:
         raise UsageError(f"--{given} is for the destination, which --measure {','.join(args.measure)} does not use")
 
@@ -180,10 +142,10 @@ def _check_no_destination(args: argparse.Namespace) -> None:
 def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout | None = None) -> SideSpec:
     """The side `name`. Sizes that are not given are those of `like`."""
     place = name == "destination"
-    given_format = getattr(args, _attribute(FORMAT_FLAGS[place]))
+    given_format = getattr(args, attribute(FORMAT_FLAGS[place]))
     # A model provider chooses the dtype of what it builds.
     dtype = None if args.model_provider is not None else args.dtype or Dtype.BF16
-    given = {size: getattr(args, _attribute(flags[place])) for size, flags in SIZE_FLAGS.items()}
+    given = {size: getattr(args, attribute(flags[place])) for size, flags in SIZE_FLAGS.items()}
     stages = {size: given[size] for size in ("first_stage_layers", "last_stage_layers")}
     try:
         sized = _sized(name, args, given_format, given, like)
@@ -201,8 +163,7 @@ def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout 
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
     spec = SideSpec(layout, format=given_format, dtype=dtype, transformer_impl=args.transformer_impl or "local")
-    options: dict[str, Any] = {given_format: sized.options} if sized.options is not None else {}
-    spec = with_transformers_settings(dataclasses.replace(spec, **options), args, trains=not place)
+    spec = with_transformers_settings(dataclasses.replace(spec, options=sized.options), args, trains=not place)
     return with_inference_dtype(spec, args) if place else spec
 
 
@@ -227,33 +188,32 @@ def _sized(
 def _options(name: str, args: argparse.Namespace, given_format: str) -> dict[str, Any]:
     """The given settings of the side's format. Raises UsageError for a flag of another format."""
     place = name == "destination"
-    given: dict[str, dict[str, Any]] = {}
-    for format_name, fields in OPTION_FLAGS.items():
-        values = {field: getattr(args, _attribute(flag)) for field, flags in fields.items() if (flag := flags[place])}
-        given[format_name] = {field: value for field, value in values.items() if value is not None}
-        if given[format_name] and format_name != given_format:
-            flag = fields[next(iter(given[format_name]))][place]
+    given: dict[str, Any] = {}
+    for format_name, row in FORMATS.items():
+        flags = {field: flag.names[place] for field, flag in option_flags(row.options).items()}
+        values = {field: getattr(args, attribute(flag)) for field, flag in flags.items() if flag is not None}
+        values = {field: value for field, value in values.items() if value is not None}
+        if format_name == given_format:
+            given = values
+        elif values:
+            flag = flags[next(iter(values))]
             raise UsageError(f"--{flag} needs --{FORMAT_FLAGS[place]} {format_name}, the {name} is {given_format}")
-    return given.get(given_format, {})
-
-
-def _attribute(flag: str) -> str:
-    return flag.replace("-", "_")
+    return given
 
 
 def _chunks(side: str, args: argparse.Namespace, layout: Layout, given: int | None) -> dict[str, Any]:
     """Fields of the layout: a rank's model chunks, and the layers of every chunk where they are given one by one."""
     flag = PIPELINE_LAYOUT_FLAGS[side == "destination"]
-    chunks: PipelineLayout | None = getattr(args, _attribute(flag))
+    chunks: PipelineLayout | None = getattr(args, attribute(flag))
     if chunks is None:
         return {"vpp": _virtual_size(side, args, layout, given)}
-    given_format = getattr(args, _attribute(FORMAT_FLAGS[side == "destination"]))
+    given_format = getattr(args, attribute(FORMAT_FLAGS[side == "destination"]))
     if "pp" not in FORMATS[given_format].axes:
         raise UsageError(f"--{flag}: {given_format} sides have no pipeline stages: leave --{flag} out")
     pp, vpp, num_stages = layout.pp, size_flag(side, "vpp"), len(chunks.layers)
     uneven = (SIZE_FLAGS[size] for size in ("first_stage_layers", "last_stage_layers"))
     others = [names[side == "destination"] for names in (LAYERS_PER_CHUNK_FLAGS, *uneven)]
-    other = next((name for name in others if getattr(args, _attribute(name))), None)
+    other = next((name for name in others if getattr(args, attribute(name))), None)
     if other is not None:
         raise UsageError(f"--{flag} contradicts --{other}, both say how layers are split: leave --{other} out")
     if num_stages % pp or (pp == 1 and num_stages > 1):

@@ -29,24 +29,6 @@ PIPELINE_LAYOUT_FLAGS = ("pipeline-model-parallel-layout", "rl-inference-pipelin
 FORMAT_FLAGS = ("source-format", "rl-inference-format")
 """The source's flag and the destination's, without dashes."""
 
-OPTION_FLAGS: dict[str, dict[str, tuple[str | None, str | None]]] = {
-    "fsdp2": {"replicate_size": ("fsdp-replicate-size", "rl-inference-fsdp-replicate-size")},
-    "autotp": {"zero_stage": ("zero-stage", None)},
-    "vllm": {
-        "data_parallel_size": (None, "rl-inference-data-parallel-size"),
-        "replicas": (None, "rl-inference-replicas"),
-        "num_redundant_experts": (None, "rl-inference-num-redundant-experts"),
-        "placement": (None, "rl-inference-expert-placement"),
-        "placement_next": (None, "rl-inference-expert-placement-next"),
-        "engine_python": (None, "rl-inference-engine-python"),
-        "engine_sleep": (None, "rl-inference-engine-sleep"),
-    },
-}
-"""Format -> field of its options (`SideSpec.options`) -> the source's flag and the destination's, without dashes.
-
-None where a side has no such setting: a format that only destinations have has no flags of the source.
-"""
-
 
 def size_flag(side: str, size: str) -> str:
     """`--expert-model-parallel-size` for ("source", "ep")."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+from refit.config.options import OptionFlag, flags_of
 from refit.config.rows import (
     DATA_PARALLEL,
     Encoding,
@@ -72,6 +73,11 @@ def load(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def option_flags(options: str | None) -> dict[str, OptionFlag]:
+    """The flags of the settings that a row's `options` names, by field; empty for None."""
+    return flags_of(load(options)) if options is not None else {}
+
+
 FORMATS = Registry(
     "side format",
     {
@@ -94,7 +100,7 @@ FORMATS = Registry(
             check="refit.predict.fsdp2:check",
             build="refit.models.fsdp2.side:build_side",
             axes=("tp", "ep"),
-            options="refit.config.side:Fsdp2Options",
+            options="refit.predict.fsdp2:Fsdp2Options",
             libraries=(("transformers", "pip install 'refit-benchmark[hf]'"),),
             steps=StepSupport(
                 check="refit.predict.transformers_steps:check_steps",
@@ -110,7 +116,7 @@ FORMATS = Registry(
             check="refit.predict.autotp:check",
             build="refit.models.autotp.side:build_side",
             axes=("tp",),
-            options="refit.config.side:AutotpOptions",
+            options="refit.predict.autotp:AutotpOptions",
             libraries=tuple((name, "pip install 'refit-benchmark[autotp]'") for name in ("transformers", "deepspeed")),
             steps=StepSupport(
                 check="refit.predict.transformers_steps:check_steps",
@@ -126,7 +132,7 @@ FORMATS = Registry(
             check="refit.predict.vllm.sharding:check",
             build="refit.models.vllm.build:build_side",
             axes=("tp", "ep", "pp"),
-            options="refit.config.side:VllmOptions",
+            options="refit.predict.vllm.options:VllmOptions",
             destination_only=True,
             serves=True,
             searched_options=("replicas",),
@@ -161,6 +167,7 @@ METHODS = Registry(
             transport="refit.transport.one_sided.nvshmem:NvshmemTransport",
             devices=("cuda",),
             needs="CUDA GPUs and nvshmem4py",
+            options="refit.transport.one_sided.options:NvshmemOptions",
             messages_per_pair=2,
             one_sided=True,
             cpu_stand_in="shm",
@@ -180,6 +187,7 @@ METHODS = Registry(
             transport="refit.transport.one_sided.shm:SharedMemoryTransport",
             devices=("cpu",),
             needs="/dev/shm, all ranks on one host",
+            options="refit.transport.one_sided.options:ShmOptions",
             message_bytes=512 << 10,
             one_sided=True,
             single_host=True,
@@ -201,6 +209,7 @@ METHODS = Registry(
             transport="refit.transport.one_sided.nixl.transport:NixlTransport",
             devices=("cpu", "cuda"),
             needs="nixl (Linux)",
+            options="refit.transport.one_sided.nixl.options:NixlOptions",
             message_bytes=4 << 20,
             one_sided=True,
         ),

@@ -32,7 +32,7 @@ class Format:
     where the model cannot be sharded this way. `check(model, side, name)` raises the same at lower cost.
     `build(scenario, name, side, device) -> ShardedModel` builds this rank's part; see `refit.models.sharded_model`.
     `axes` are the parallel sizes of `Layout` that a side may have above 1, and that `refit search` varies. `options` is
-    the class of its settings (`refit.config.side.SideOptions`), None for a format without any. `libraries` are the
+    the class of its settings (`refit.config.options.SideOptions`), None for a format without any. `libraries` are the
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
     `takes_provider`: `build` can build the model of `--model-provider`. `has_layer_specs`: `--transformer-impl` chooses
     a side's layers. `destination_only`: no trainer holds a model this way. `steps` is how it trains and runs forward;
@@ -91,7 +91,8 @@ class Method:
 
     `devices` are those whose memory it moves, the default first. `one_sided` methods write into memory of the
     destination; two-sided ones send and receive. `single_host` ones need all ranks on one host. `cpu_stand_in` runs the
-    same executor where there is no GPU. `needs` is for help texts. `message_bytes` is the most of a message, and
+    same executor where there is no GPU. `needs` is for help texts. `options` is the class of its settings
+    (`refit.config.options.MethodOptions`), None for a method without any. `message_bytes` is the most of a message, and
     `messages_per_pair` how many of a pair are in flight: for estimates, as the transport has them. `suggested_for` are
     the modes for which `search` writes it where none was chosen, `megatron_service` is what Megatron-Core's own refit
     moves its bytes with then.
@@ -100,6 +101,7 @@ class Method:
     transport: str
     devices: tuple[str, ...]
     needs: str
+    options: str | None = None
     one_sided: bool = False
     single_host: bool = False
     cpu_stand_in: str | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from refit.config.clusters import Cluster
 from refit.config.delta import DeltaOptions
 from refit.config.flag_names import size_flag
+from refit.config.options import MethodOptions
 from refit.config.registry import IDENTITY, MEASUREMENTS, encodings_of
 from refit.config.relay import Relay
 from refit.config.shape import ModelShape
@@ -52,10 +53,11 @@ class Scenario:
     `steps` are the settings of training steps and forward passes, None where neither is measured.
     `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
     "cuda" where the user chose it; None uses the method's default. At most `ranks_per_gpu` ranks share a GPU
-    (`refit.config.gpus`). `notes` are lines for the log on choices made for the user. `encoding` is the row of
-    ENCODINGS that says what is sent of what the destination will hold, `delta` its settings, None where it has none;
-    `relay` says who passes it on. `max_iterations` is set where refits go on until the median is stable: the most that
-    are timed.
+    (`refit.config.gpus`). `method_options` has the settings of the method by its name, of every method with some where
+    AUTO chooses one, and is empty for one without any. `notes` are lines for the log on choices made for the user.
+    `encoding` is the row of ENCODINGS that says what is sent of what the destination will hold, `delta` its settings,
+    None where it has none; `relay` says who passes it on. `max_iterations` is set where refits go on until the median
+    is stable: the most that are timed.
     """
 
     model: ModelShape | None
@@ -80,15 +82,18 @@ class Scenario:
     notes: tuple[str, ...] = ()
     device: str | None = None
     ranks_per_gpu: int = 1
-    one_sided_buffers: str = "ring"
-    nvshmem_force_put: bool = False
-    nixl_backend: str = "UCX"
+    method_options: dict[str, MethodOptions] = field(default_factory=dict)
     cluster: Cluster | None = None
     run_name: str | None = None
     steps: StepSettings | None = None
     encoding: str = IDENTITY
     delta: DeltaOptions | None = None
     relay: Relay = Relay.OFF
+
+    @property
+    def own_options(self) -> MethodOptions | None:
+        """The settings of its method; None for its defaults."""
+        return self.method_options.get(self.method)
 
     @property
     def sending(self) -> Sending:

@@ -9,8 +9,12 @@ dtype: DeepSpeed casts those too that transformers keeps in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from refit.config.layout import Layout
+from refit.config.options import SideOptions, Sized, default_sizes, setting
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -20,6 +24,37 @@ from refit.predict.families.names import NamedTensor, named_model
 from refit.predict.families.sharding import check_family, sharding_of
 from refit.predict.families.tables import EMBEDDING, OUTPUT
 from refit.predict.megatron import Split
+
+MAX_ZERO_STAGE = 2
+"""DeepSpeed's stage 3 shards the weights too, which AutoTP sides do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class AutotpOptions(SideOptions):
+    """`zero_stage` is DeepSpeed's: 0 repeats the optimizer's state on all DP ranks, 1 shards it, 2 gradients too.
+
+    None builds the engine without an optimizer. Destinations are built so: they do not train.
+    """
+
+    zero_stage: int | None = setting(
+        *(1, "zero-stage", None), metavar="N", least=0, most=MAX_ZERO_STAGE, help="ZeRO stage, 0 to 2; default: 1"
+    )
+
+    def title(self, layout: Layout) -> str:
+        """DP is the number of replicas of the model."""
+        zero = "" if self.zero_stage is None else f" ZeRO{self.zero_stage}"
+        return f"TP{layout.tp} DP{layout.world_size // layout.tp}{zero}"
+
+    @classmethod
+    def complete(
+        cls, name: str, options: Mapping[str, Any], sizes: Mapping[str, int], given: Mapping[str, int | None]
+    ) -> Sized:
+        settings = cls(zero_stage=None) if name == "destination" else cls(**options)
+        return Sized(settings, default_sizes(sizes, given))
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return {"zero_stage": self.zero_stage}
 
 
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:

@@ -127,8 +127,7 @@ def check_running(scenario: Scenario, machine: Machine) -> None:
 def _cpu_memory_bytes(scenario: Scenario, run: DryRun | None, start: Start) -> int:
     """Memory of all ranks: processes, weights and staging, and of a running engine."""
     processes = start.shared_bytes + scenario.num_ranks * start.rank_bytes
-    vllm = scenario.destination.vllm
-    if vllm is not None and vllm.engine_python is not None:
+    if scenario.destination.running_engine is not None:
         processes += scenario.destination.world_size * ENGINE_WORKER_BYTES
     return processes + (_weights_bytes(scenario, run) if run is not None else 0)
 

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refit.config.flag_names import OPTION_FLAGS, size_flag
+from refit.config import limits
+from refit.config.flag_names import size_flag
+from refit.config.layout import Layout
+from refit.config.options import SideOptions, flags_of, setting
 from refit.config.shape import ModelShape
-from refit.config.side import Fsdp2Options, SideSpec
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
 from refit.plan.sharding import Sharding
@@ -23,6 +26,23 @@ from refit.predict.families.names import NamedTensor, named_model
 from refit.predict.families.releases import followed
 from refit.predict.families.sharding import check_family, sharding_of
 from refit.predict.megatron import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Fsdp2Options(SideOptions):
+    """`replicate_size` is the number of replicas of the sharded model (HSDP): 1 shards over all ranks."""
+
+    replicate_size: int = setting(
+        *(1, "fsdp-replicate-size", "rl-inference-fsdp-replicate-size"),
+        metavar="N",
+        most=limits.MAX_RANKS,
+        help="replicas of the sharded model (HSDP); default: 1",
+    )
+
+    def title(self, layout: Layout) -> str:
+        """FSDP is the number of ranks that the dense layers are sharded over, beside TP."""
+        hsdp = f" HSDP{self.replicate_size}" if self.replicate_size > 1 else ""
+        return f"TP{layout.tp} EP{layout.ep} FSDP{layout.world_size // (layout.tp * self.replicate_size)}{hsdp}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +58,7 @@ class Mesh:
     @classmethod
     def of(cls, side: SideSpec) -> Mesh:
         """Raises UsageError, with both numbers, where the ranks cannot be divided into these sizes."""
-        layout, replicate = side.layout, (side.fsdp2 or Fsdp2Options()).replicate_size
+        layout, replicate = side.layout, side.options_as(Fsdp2Options).replicate_size
         for size, what in (
             (replicate * layout.tp, f"HSDP replicas x TP = {replicate} x {layout.tp}"),
             (replicate * layout.ep, f"HSDP replicas x EP = {replicate} x {layout.ep}"),
@@ -63,7 +83,7 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
         mesh = Mesh.of(side)
     except UsageError as error:
         place = name == "destination"
-        flags = f"{size_flag(name, 'world_size')}, --{OPTION_FLAGS['fsdp2']['replicate_size'][place]}"
+        flags = f"{size_flag(name, 'world_size')}, --{flags_of(Fsdp2Options)['replicate_size'].names[place]}"
         raise UsageError(f"{name}: {error} ({flags})") from None
     divisible = [
         (shape.num_attention_heads, mesh.tp, "attention heads", "TP size"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from refit.config.shape import Dtype, ModelShape
-from refit.config.side import AutotpOptions, SideSpec
+from refit.config.side import SideSpec
 from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import UsageError
 from refit.plan.sharding import ITEMSIZE, Sharding
+from refit.predict.autotp import AutotpOptions
 from refit.predict.fsdp2 import Mesh
 from refit.predict.training_memory import GRADIENT_BYTES, TrainingMemory, activation_bytes, parameters_of
 
@@ -42,13 +43,14 @@ def _rules(model: ModelShape, side: SideSpec, steps: StepSettings, trains: bool)
 
 
 def _training_rules(model: ModelShape, side: SideSpec, steps: StepSettings) -> Iterator[str]:
-    if side.autotp is not None and side.autotp.zero_stage == 0 and side.dtype is not Dtype.FP32:
+    options = side.options if isinstance(side.options, AutotpOptions) else None
+    if options is not None and options.zero_stage == 0 and side.dtype is not Dtype.FP32:
         # Measured: after two steps its losses differ by 0.2 % from those of stages 1 and 2, FSDP2 and Megatron-Core.
         yield "ZeRO stage 0 trains in 32 bit only here, its 16-bit optimizer gives other losses: give --zero-stage 1"
-    if side.autotp is not None and side.autotp.zero_stage == 0 and side.layout.tp > 1:
+    if options is not None and options.zero_stage == 0 and side.layout.tp > 1:
         # Measured in float32 with TP2 DP2: after two steps its losses differ by 0.1 % from those of stage 1.
         yield f"ZeRO stage 0 trains with TP 1 only here, TP {side.layout.tp} gives other losses: give --zero-stage 1"
-    if side.autotp is not None and side.autocast is Dtype.FP16:
+    if options is not None and side.autocast is Dtype.FP16:
         # stage_1_and_2.py of 0.19.8: unscale_and_clip_grads knows nothing of torch_autocast_gradscaler.
         yield "DeepSpeed clips gradients of --autocast with --fp16 while they are still scaled: give --bf16"
     if steps.sequence_parallel:
@@ -122,7 +124,7 @@ def autotp_memory(
     """
     assert side.dtype is not None
     itemsize = ITEMSIZE[side.dtype.value]
-    stage, replicas = (side.autotp or AutotpOptions()).zero_stage, side.layout.dp
+    stage, replicas = side.options_as(AutotpOptions).zero_stage, side.layout.dp
     assert stage is not None, "a side that trains has an optimizer"
     found = {}
     for rank in sharding.ranks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 
+from refit.config.options import flags_of
 from refit.config.registry import AUTO, METHODS
 from refit.config.scenario import Scenario
 from refit.results.result import Result
@@ -40,7 +41,9 @@ def differences(planned: Scenario, ran: Scenario) -> list[str]:
     found: list[str] = []
     chosen = _chosen(planned, ran)
     for field in fields(Scenario):
-        if field.name not in NOT_COMPARED and field.name not in chosen:
+        if field.name == "method_options":
+            _compare_own(planned, ran, found)
+        elif field.name not in NOT_COMPARED and field.name not in chosen:
             _compare(field.name, getattr(planned, field.name), getattr(ran, field.name), found)
     return found
 
@@ -53,6 +56,14 @@ def _chosen(planned: Scenario, ran: Scenario) -> tuple[str, ...]:
         return ("method", *shared) if planned.device else ("method", "device", *shared)
     stands_in = planned.method in METHODS and ran.method == METHODS[planned.method].cpu_stand_in
     return ("method", "ranks_per_gpu") if stands_in else ()
+
+
+def _compare_own(planned: Scenario, ran: Scenario, found: list[str]) -> None:
+    """Compare the settings of the method that ran; of a stand-in, those that both methods have."""
+    before, after = planned.method_options.get(ran.method, planned.own_options), ran.own_options
+    if before is not None and after is not None:
+        for name in sorted(flags_of(type(before)).keys() & flags_of(type(after)).keys()):
+            _compare(f"method_options.{name}", getattr(before, name), getattr(after, name), found)
 
 
 def _compare(name: str, before: object, after: object, found: list[str]) -> None:

@@ -15,10 +15,12 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from refit.config.options import MethodOptions, SideOptions, UndecodedOptions
 from refit.config.registry import MEASUREMENTS, load
 from refit.config.scenario import Scenario
 from refit.errors import UsageError
 from refit.results.checks import check_refit
+from refit.results.options import with_typed_options
 from refit.results.reading import UnreadableFile, read_json
 from refit.results.refit import RefitResult
 from refit.results.status import Status
@@ -139,7 +141,9 @@ def decoded_result(content: object) -> Result:
     Raises ValueError (such as msgspec.ValidationError), which names the place of the error, or UsageError.
     """
     result = converted(upgraded_result(content), Result)
-    return replace(result, measurements={name: _measured(name, raw) for name, raw in result.measurements.items()})
+    scenario = with_typed_options(result.scenario, converted) if result.scenario is not None else None
+    measurements = {name: _measured(name, raw) for name, raw in result.measurements.items()}
+    return replace(result, scenario=scenario, measurements=measurements)
 
 
 def _measured(name: str, raw: object) -> object:
@@ -250,6 +254,8 @@ def replace_text(path: Path, text: str) -> None:
 def _plain(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, UndecodedOptions):
+        return value.values
     raise NotImplementedError(f"a {type(value).__name__} has no place in a result file")
 
 
@@ -258,4 +264,8 @@ def _typed(kind: type, value: object) -> object:
         if not isinstance(value, str):
             raise ValueError(f"Expected a path, got {type(value).__name__}")
         return Path(value)
+    if kind in (SideOptions, MethodOptions):  # whose they are is known where the format or method beside them is
+        if not isinstance(value, dict):
+            raise ValueError(f"Expected settings by name, got {type(value).__name__}")
+        return UndecodedOptions(value)
     raise NotImplementedError(f"cannot read a {kind.__name__}")

@@ -19,6 +19,7 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
 from refit.results.checks import check_bound, check_cost
+from refit.results.options import typed_side, with_typed_options
 from refit.results.reading import UnreadableFile, read_json
 from refit.results.result import Result, converted, encoded, read_result, replace_text
 from refit.results.status import Status
@@ -128,6 +129,7 @@ class Sweep:
         """The sweep in a file. Raises UnreadableFile where it cannot be read or is no sweep file."""
         try:
             sweep = converted(upgraded_sweep(read_json(path)), cls)
+            sweep = replace(sweep, scenarios=tuple(map(_typed, sweep.scenarios)))
             _check(sweep)
         except OSError as error:
             raise UnreadableFile(path, f"cannot be read: {error.strerror}", "") from None
@@ -135,6 +137,19 @@ class Sweep:
             reason = f"is no sweep file of this benchmark ({error})"
             raise UnreadableFile(path, reason, "begin a new sweep") from None
         return sweep
+
+
+def _typed(planned: Planned) -> Planned:
+    """`planned` with the settings of formats and methods as their classes. Raises ValueError for malformed ones."""
+    try:
+        source, destination = (
+            typed_side(side, name, converted) if side is not None else None
+            for name, side in (("source", planned.source), ("destination", planned.destination))
+        )
+        scenario = with_typed_options(planned.scenario, converted) if planned.scenario is not None else None
+    except ValueError as error:
+        raise ValueError(f"scenario {planned.name}: {error}") from None
+    return replace(planned, source=source, destination=destination, scenario=scenario)
 
 
 def _check(sweep: Sweep) -> None:

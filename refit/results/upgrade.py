@@ -6,11 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-RESULT_VERSION = 3
-SWEEP_VERSION = 2
+RESULT_VERSION = 4
+SWEEP_VERSION = 3
 
 MEGATRON_SERVICES = {"nccl": "nccl", "nvshmem": "nvshmem", "gloo": "gloo", "shm": "gloo"}
 """What Megatron-Core's own refit ran over beside each method, in runs that did not record it; `nccl` beside others."""
+
+FORMATS_WITH_OPTIONS = ("fsdp2", "autotp", "vllm")
+"""Result files of version 3 and sweep files of version 2 had a field for the settings of each."""
+
+OPTIONS_OF_METHODS = {
+    "shm": {"buffers": "one_sided_buffers"},
+    "nvshmem": {"buffers": "one_sided_buffers", "force_put": "nvshmem_force_put"},
+    "nixl": {"backend": "nixl_backend"},
+}
+"""Method -> setting -> the field of a scenario that those versions had for it, whatever the method."""
+
+AUTO = "auto"
 
 
 def upgraded_result(content: object) -> dict[str, Any]:
@@ -19,11 +31,37 @@ def upgraded_result(content: object) -> dict[str, Any]:
         raise ValueError("it holds no result")
     version = content.get("schema_version", RESULT_VERSION)
     if version == RESULT_VERSION:
-        return _with_transports(content)
-    if version not in (1, 2):
+        return content
+    if version not in (1, 2, 3):
         raise ValueError(f"schema version {version!r} is not one of 1 to {RESULT_VERSION}")
     with _reading(f"schema version {version}"):
-        return _with_transports(_result(content))
+        result = _with_transports(content if version == 3 else _result(content))
+        return {**result, **_with_options(result), "schema_version": RESULT_VERSION}
+
+
+def _with_options(holder: dict[str, Any]) -> dict[str, Any]:
+    """The scenario and the sides of a result or a planned scenario, with the settings of formats and methods in one
+    field each. Decoding names what is malformed; here it stays as it is."""
+    scenario = holder.get("scenario")
+    sides: dict[str, Any] = {name: _side(holder[name]) for name in ("source", "destination") if name in holder}
+    if not isinstance(scenario, dict):
+        return sides
+    known = {name: fields for name, fields in OPTIONS_OF_METHODS.items() if scenario.get("method") in (name, AUTO)}
+    methods = {
+        name: {option: scenario[field] for option, field in fields.items() if field in scenario}
+        for name, fields in known.items()
+    }
+    old = {field for fields in OPTIONS_OF_METHODS.values() for field in fields.values()}
+    kept = {name: value for name, value in scenario.items() if name not in old}
+    inner = {name: _side(kept[name]) for name in ("source", "destination") if name in kept}
+    return {**sides, "scenario": {**kept, **inner, "method_options": methods}}
+
+
+def _side(side: Any) -> Any:
+    if not isinstance(side, dict):
+        return side
+    kept = {name: value for name, value in side.items() if name not in FORMATS_WITH_OPTIONS}
+    return {**kept, "options": side.get(side.get("format", "megatron"))}
 
 
 def _with_transports(content: dict[str, Any]) -> dict[str, Any]:
@@ -148,13 +186,14 @@ def upgraded_sweep(content: object) -> dict[str, Any]:
     version = content.get("schema_version")
     if version == SWEEP_VERSION:
         return content
-    if version != 1:
+    if version not in (1, 2):
         raise ValueError(f"schema version {version!r} is not one of 1 to {SWEEP_VERSION}")
     scenarios = []
-    with _reading("schema version 1"):
+    with _reading(f"schema version {version}"):
         for number, entry in enumerate(content["scenarios"], 1):
-            with _reading(f"schema version 1, scenario {number}"):
-                scenarios.append(_planned(entry, content.get("cluster")))
+            with _reading(f"schema version {version}, scenario {number}"):
+                planned = _planned(entry, content.get("cluster")) if version == 1 else entry
+                scenarios.append({**planned, **_with_options(planned)})
     return {**content, "schema_version": SWEEP_VERSION, "scenarios": scenarios}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from refit.config.options import MethodOptions, options_as
 from refit.config.registry import METHODS, load
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.plan.wire import MaxBytes
 from refit.transport.ranks import Ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,32 +20,26 @@ class TransportOptions:
     """Settings of one scenario for transports.
 
     `staging_bytes` bounds the memory that a rank uses for staging, beyond both models. `timeout_s` bounds every wait.
-    `one_sided_buffers` says where one-sided transports write: "ring", into a bounded ring of buffers that the
-    destination unpacks; "direct", into the destination's weights, which are moved into shared memory for that.
-    `one_sided_force_put` treats peers with mapped memory like peers on other nodes (nvshmem only).
-    `nixl_backend` is the library that NIXL moves bytes with (nixl only).
+    `own` are the settings that this transport alone has, of the class that its row names; None for their defaults.
     `is_pipelined` is whether weights are pipelined on any rank (`LocalWeights.is_pipelined`): a transport that sends
     all of a pair's weights as one message then sends several, so that something can be done beside them.
     `device_type` is where the weights are. At most `ranks_per_gpu` ranks share a GPU.
     `max_bytes` is that of the wire (`refit.plan.wire`). Where it is given, the weights' encoders and decoders take the
     place of copies of messages, on all ranks. A message that must be decoded cannot be written in place: then all are
-    staged, also with "direct".
+    staged, whatever `own` says.
     """
 
     staging_bytes: int = 512 << 20
     timeout_s: float = 300.0
-    one_sided_buffers: str = "ring"
-    one_sided_force_put: bool = False
-    nixl_backend: str = "UCX"
+    own: MethodOptions | None = None
     is_pipelined: bool = False
     max_bytes: MaxBytes | None = None
     device_type: str = "cpu"
     ranks_per_gpu: int = 1
 
-    @property
-    def writes_in_place(self) -> bool:
-        """Whether one-sided transports write into the destination's weights."""
-        return self.one_sided_buffers == "direct" and self.max_bytes is None
+    def own_as(self, kind: type[T]) -> T:
+        """The transport's own settings, which are of `kind`; the defaults where none are given."""
+        return options_as(self.own, kind)
 
 
 DEFAULTS = TransportOptions()

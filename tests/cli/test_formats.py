@@ -10,9 +10,9 @@ import pytest
 from refit.bench.runner import run
 from refit.cli.parsing import parse
 from refit.config.layout import Layout
-from refit.config.side import Fsdp2Options
 from refit.errors import ExitCode, UnavailableError, UsageError
 from refit.predict.dry_run import dry_run
+from refit.predict.fsdp2 import Fsdp2Options
 from refit.report.plans.rank_map import rank_map
 
 MOE = ["--model", "tiny_qwen3_moe", "--refit-method", "gloo"]
@@ -31,8 +31,8 @@ def test_sides_have_a_format_each() -> None:
 def test_a_format_takes_its_own_flags_and_sizes() -> None:
     flags = ["--rl-inference-format=fsdp2", "--rl-inference-fsdp-replicate-size=2", "--destination-world-size=4"]
     scenario = parse([*MOE, *flags, "--pipeline-model-parallel-size=2"]).scenario
-    assert scenario.source.fsdp2 is None
-    assert scenario.destination.fsdp2 == Fsdp2Options(replicate_size=2)
+    assert scenario.source.options is None
+    assert scenario.destination.options == Fsdp2Options(replicate_size=2)
     assert scenario.destination.layout.pp == 1, "the source's pipeline stages are not inherited"
     assert scenario.destination.title == "fsdp2 TP1 EP1 FSDP2 HSDP2"
 

@@ -85,8 +85,7 @@ def test_what_a_command_line_means() -> None:
 def test_run_flags() -> None:
     run = scenario(
         f"{TWO_HEADS} --refit-engine both --verify sample --check-forward --staging-mib 64 --timeout 12.5 "
-        "--num-benchmark-warmup 0 --num-benchmark-iterations=7 --output-dir out --one-sided-buffers direct "
-        "--nvshmem-force-put --device cuda --profile-refit "
+        "--num-benchmark-warmup 0 --num-benchmark-iterations=7 --output-dir out --device cuda --profile-refit "
         "--transformer-impl transformer_engine"
     )
     assert (run.engines, run.verify, run.check_forward, run.staging_bytes) == (
@@ -96,14 +95,8 @@ def test_run_flags() -> None:
         64 << 20,
     )
     assert (run.timeout_s, run.num_warmup, run.num_iterations, run.output_dir) == (12.5, 0, 7, Path("out"))
-    assert (run.one_sided_buffers, run.nvshmem_force_put) == ("direct", True)
     assert {side.transformer_impl for side in run.sides.values()} == {"transformer_engine"}
     assert (run.device, run.profile) == ("cuda", True)
-
-
-def test_the_old_spelling_of_one_sided_buffers() -> None:
-    assert scenario(f"{TWO_HEADS} --nvshmem-buffers direct").one_sided_buffers == "direct"
-    assert scenario(TWO_HEADS).one_sided_buffers == "ring"
 
 
 @pytest.mark.parametrize(

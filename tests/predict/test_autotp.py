@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from refit.cli.parsing import parse
 from refit.config.layout import Layout
 from refit.config.shape import ModelShape
-from refit.config.side import AutotpOptions, SideSpec
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
-from refit.predict.autotp import part_sizes, predict
+from refit.predict.autotp import AutotpOptions, part_sizes, predict
 from refit.predict.sides import check_side
 from tests.predict.families.strategies import models
 from tests.predict.test_fsdp2 import preset
@@ -24,7 +24,7 @@ from tests.predict.test_fsdp2 import preset
 
 def side(world_size: int, *, tp: int = 1, first_rank: int = 0, zero_stage: int | None = 1) -> SideSpec:
     layout = Layout(tp=tp, ep=1, etp=1, pp=1, world_size=world_size, first_rank=first_rank)
-    return SideSpec(layout, format="autotp", autotp=AutotpOptions(zero_stage))
+    return SideSpec(layout, format="autotp", options=AutotpOptions(zero_stage))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from refit.cli.parsing import parse
 from refit.config.layout import Layout
 from refit.config.shape import ModelShape
-from refit.config.side import Fsdp2Options, SideSpec
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
-from refit.predict.fsdp2 import Mesh, check, chunk, predict
+from refit.predict.fsdp2 import Fsdp2Options, Mesh, check, chunk, predict
 from tests.predict.families.strategies import models
 
 
@@ -28,7 +28,7 @@ def preset(name: str) -> ModelShape:
 
 def side(world_size: int, *, tp: int = 1, ep: int = 1, replicate: int = 1, first_rank: int = 0) -> SideSpec:
     layout = Layout(tp=tp, ep=ep, etp=1, pp=1, world_size=world_size, first_rank=first_rank)
-    return SideSpec(layout, format="fsdp2", fsdp2=Fsdp2Options(replicate))
+    return SideSpec(layout, format="fsdp2", options=Fsdp2Options(replicate))
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 20))

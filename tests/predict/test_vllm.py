@@ -14,11 +14,12 @@ from refit.cli.parsing import parse
 from refit.config.layout import Layout
 from refit.config.placement import ExpertPlacement
 from refit.config.shape import Dtype, ModelShape
-from refit.config.side import SideSpec, VllmOptions
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.planner import plan_refit
 from refit.predict import megatron
 from refit.predict.vllm.engine import Place, stage_layers
+from refit.predict.vllm.options import VllmOptions
 from refit.predict.vllm.parameters import Engines, padded_vocab_size
 from refit.predict.vllm.sharding import predict
 from tests.predict.families.strategies import fitting, models
@@ -31,7 +32,7 @@ def side(
     tp: int = 1, dp: int = 1, pp: int = 1, *, ep: bool = False, replicas: int = 1, first_rank: int = 0, **options: Any
 ) -> SideSpec:
     sizes = Layout(tp, tp * dp if ep else 1, 1, pp, tp * dp * pp * replicas, first_rank)
-    return SideSpec(sizes, format="vllm", dtype=Dtype.BF16, vllm=VllmOptions(dp, replicas, **options))
+    return SideSpec(sizes, format="vllm", dtype=Dtype.BF16, options=VllmOptions(dp, replicas, **options))
 
 
 def shapes(shape: ModelShape, spec: SideSpec, place: Place, layer: int) -> dict[str, tuple[int, ...]]:

@@ -10,14 +10,16 @@ import pytest
 from refit.config.clusters import Cluster
 from refit.config.delta import DeltaOptions, Pattern, Snapshot
 from refit.config.layout import Layout
+from refit.config.options import UndecodedOptions
 from refit.config.placement import ExpertPlacement
 from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario, Verify
 from refit.config.shape import Dtype, LatentAttention
-from refit.config.side import Fsdp2Options, SideSpec, VllmOptions
+from refit.config.side import SideSpec
 from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
+from refit.predict.vllm.options import VllmOptions
 from refit.results.delta import Changed, DeltaSample
 from refit.results.refit import (
     Activity,
@@ -35,6 +37,8 @@ from refit.results.result import Environment, Failure, Gpu, Result, ResultFile, 
 from refit.results.serving import Served, ServedCheck
 from refit.results.stats import stability, summarise
 from refit.results.status import Status
+from refit.transport.one_sided.nixl.options import NixlOptions
+from refit.transport.one_sided.options import NvshmemOptions
 from tests.report.factories import MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -120,8 +124,8 @@ FULL = Result(
             Layout(1, 2, 1, 1, 2, 1, 3, 4),
             dtype=Dtype.FP32,
             transformer_impl="transformer_engine",
-            fsdp2=Fsdp2Options(2),
-            vllm=PLACED,
+            format="vllm",
+            options=PLACED,
         ),
         mode=Mode.NON_COLLOCATED,
         method="nccl",
@@ -145,9 +149,11 @@ FULL = Result(
         encoding="delta",
         delta=DeltaOptions((0.5, 0.25), Pattern.ROWS, Snapshot.HOST),
         relay=Relay.NODE,
-        one_sided_buffers="symmetric",
-        nvshmem_force_put=True,
-        nixl_backend="POSIX",
+        method_options={
+            "nvshmem": NvshmemOptions("direct", True),
+            "nixl": NixlOptions("POSIX"),
+            "later": UndecodedOptions({"depth": 3}),
+        },
         cluster=Cluster("mine", 391e9, None, 8, None, 80 * 10**9, "H200", "measured"),
         run_name="run",
         steps=StepSettings(

@@ -42,13 +42,13 @@ def edited(tmp_path: Path, original: Path, *place: str | int, value: Any = ...) 
         ('{"run_id": "run", "world_size": 1e999}', "a number that is not finite - at `$.world_size`"),
         ('{"run_id": "run", "device": NaN}', "a number that is not finite - at `$.device`"),
         (f'{{"run_id": "{"x" * 300_000}"}}', "text of 300,000 characters, more than 200,000 - at `$.run_id`"),
-        ('{"run_id": "run", "schema_version": 99}', "schema version 99 is not one of 1 to 3"),
+        ('{"run_id": "run", "schema_version": 99}', "schema version 99 is not one of 1 to 4"),
         ("[]", "it holds no result"),
         ('{"a": 1}', "it holds no result"),
         ('{"run_id": "run", "scenarios": []}', "it holds no result"),
-        ('{"run_id": "run", "schema_version": 4}', "schema version 4 is not one of 1 to 3"),
-        ('{"run_id": "run", "schema_version": "x"}', "schema version 'x' is not one of 1 to 3"),
-        ('{"run_id": "run", "schema_version": null}', "schema version None is not one of 1 to 3"),
+        ('{"run_id": "run", "schema_version": 5}', "schema version 5 is not one of 1 to 4"),
+        ('{"run_id": "run", "schema_version": "x"}', "schema version 'x' is not one of 1 to 4"),
+        ('{"run_id": "run", "schema_version": null}', "schema version None is not one of 1 to 4"),
     ],
 )
 def test_what_is_no_result_file(text: str, reason: str, tmp_path: Path) -> None:

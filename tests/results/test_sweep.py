@@ -70,7 +70,7 @@ def test_a_sweep_comes_back_as_it_was(sweep: Sweep, tmp_path: Path) -> None:
 
 def test_a_sweep_of_version_1_has_everything_in_its_new_place() -> None:
     sweep = Sweep.read(GOLDEN / "sweep_1.json")
-    assert (sweep.schema_version, sweep.run_id, sweep.jobs, sweep.cluster) == (2, "sweep_1", ("77",), "h200_nvlink")
+    assert (sweep.schema_version, sweep.run_id, sweep.jobs, sweep.cluster) == (3, "sweep_1", ("77",), "h200_nvlink")
     ready, shared, refused, skipped = sweep.scenarios
     assert (ready.source, ready.destination) == tuple(
         replace(each, dtype=None) for each in (side(1, 1), on_ranks_from(1, side(1, 2)))
@@ -129,8 +129,8 @@ def test_an_older_sweep_without_a_cluster_or_a_layout(tmp_path: Path) -> None:
         (None, "it holds no scenarios"),
         ([], "it holds no scenarios"),
         ({"schema_version": 2}, "it holds no scenarios"),
-        ({"scenarios": []}, "schema version None is not one of 1 to 2"),
-        ({"schema_version": 3, "scenarios": []}, "schema version 3 is not one of 1 to 2"),
+        ({"scenarios": []}, "schema version None is not one of 1 to 3"),
+        ({"schema_version": 4, "scenarios": []}, "schema version 4 is not one of 1 to 3"),
         ({"schema_version": 2, "scenarios": []}, "Object missing required field `run_id`"),
         ({"schema_version": 1, "scenarios": None}, "schema version 1: 'NoneType' object is not iterable"),
         ({"schema_version": 1, "scenarios": [{}]}, "schema version 1, scenario 1: field 'mode' is missing"),

@@ -28,7 +28,7 @@ def test_the_report_of_an_older_result_has_the_figures_it_had(version: int, caps
 
 def test_a_result_of_version_2_has_everything_in_its_new_place() -> None:
     run = read_result(GOLDEN / "result_2.json")
-    assert (run.schema_version, run.status, run.exit_code, run.world_size, run.device) == (3, Status.OK, 0, 3, "cpu")
+    assert (run.schema_version, run.status, run.exit_code, run.world_size, run.device) == (4, Status.OK, 0, 3, "cpu")
     scenario, refit = run.scenario, run.refit
     assert scenario is not None
     assert scenario.model is not None
@@ -37,7 +37,7 @@ def test_a_result_of_version_2_has_everything_in_its_new_place() -> None:
     assert scenario.destination == SideSpec(Layout(1, 2, 1, 1, 2, first_rank=1))
     assert (scenario.engines, scenario.measurements, scenario.method) == (("refit", "megatron"), ("refit",), "gloo")
     assert (scenario.num_warmup, scenario.num_iterations, scenario.check_forward) == (1, 2, True)
-    assert (scenario.one_sided_buffers, scenario.model_name, scenario.recorded) == ("ring", "tiny", {"seq-length": 128})
+    assert (scenario.method_options, scenario.model_name, scenario.recorded) == ({}, "tiny", {"seq-length": 128})
     assert scenario.model.experts.layers == (True,)
     assert refit is not None
     assert refit.model == ModelFacts(2231040, 12, ("bfloat16",))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from refit.config.layout import Layout
+from refit.config.options import MethodOptions
+from refit.config.registry import METHODS, load, option_flags
 from refit.memory.weights import LocalShard, LocalWeights, new_shard
 from refit.plan.box import Box
 from refit.plan.plan import RefitPlan
@@ -17,6 +19,13 @@ from refit.plan.planner import plan_refit
 from refit.plan.sharding import RankSharding, Sharding, TensorSpec
 
 VOCAB = 50
+
+
+def own(method: str, buffers: str) -> MethodOptions | None:
+    """The settings of `method` with these buffers; None for a method that has none."""
+    kind = METHODS[method].options
+    found: MethodOptions | None = load(kind)(buffers=buffers) if kind and "buffers" in option_flags(kind) else None
+    return found
 
 
 @dataclass(frozen=True)

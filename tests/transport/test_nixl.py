@@ -27,6 +27,7 @@ from refit.transport.base import Connected, TransportOptions, get_transport
 from refit.transport.messages import Channel, Message, Piece
 from refit.transport.one_sided.nixl import library
 from refit.transport.one_sided.nixl.memory import NixlMemory
+from refit.transport.one_sided.nixl.options import NixlOptions
 from refit.transport.one_sided.nixl.runs import ADDRESSES, TOGETHER_BYTES, put_together, run_bytes, runs_of
 from refit.transport.one_sided.nixl.ucx_log import ways_in
 from refit.transport.one_sided.peer_memory import Counter, Put
@@ -257,7 +258,7 @@ def test_a_rank_that_dies_or_stops_is_named_within_the_timeout(how: str, failing
 
 def _why_unavailable(rank: int, backend: str) -> str:
     try:
-        get_transport("nixl").check_available(TransportOptions(nixl_backend=backend))
+        get_transport("nixl").check_available(TransportOptions(own=NixlOptions(backend)))
     except UnavailableError as error:
         return str(error)
     return ""

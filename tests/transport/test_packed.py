@@ -23,6 +23,7 @@ from refit.transport.two_sided.backend import BoundMessage
 from tests.ranks.pool import RankPool
 from tests.seams import nonzero_rows
 from tests.transport import synthetic
+from tests.transport.synthetic import own
 from tests.transport.test_transports import BACKENDS, CASES, through_pinned_memory
 
 pytestmark = pytest.mark.no_megatron
@@ -49,7 +50,7 @@ def refits(rank: int, case: synthetic.Case, way: tuple[str, str], through: Any =
     source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
     sent, received = nonzero_rows.packed(source), nonzero_rows.packed(destination)
     options = TransportOptions(
-        staging_bytes=STAGING_BYTES, timeout_s=60.0, one_sided_buffers=way[1], max_bytes=nonzero_rows.max_bytes
+        staging_bytes=STAGING_BYTES, timeout_s=60.0, own=own(*way), max_bytes=nonzero_rows.max_bytes
     )
     wrong = []
     with through(), mock.patch.object(synthetic, "content", with_zero_rows):
@@ -191,7 +192,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
 
 def faulty_refit(rank: int, way: tuple[str, str], fault: str) -> str | None:
     """The error of this rank, where rank 0 sends wrong messages. Every rank comes to an end."""
-    options = TransportOptions(timeout_s=3.0, one_sided_buffers=way[1], max_bytes=nonzero_rows.max_bytes)
+    options = TransportOptions(timeout_s=3.0, own=own(*way), max_bytes=nonzero_rows.max_bytes)
     source, destination = CASE.memory(CASE.source, rank), CASE.memory(CASE.destination, rank)
     sent, received = nonzero_rows.packed(source), nonzero_rows.packed(destination)
     program = get_transport(way[0]).prepare(CASE.plan, Ranks.of_default_group(), sent, received, options)

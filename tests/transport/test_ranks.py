@@ -25,7 +25,7 @@ from refit.transport.base import TransportOptions, get_transport
 from refit.transport.one_sided import nvshmem_library
 from refit.transport.ranks import Ranks, host_name
 from tests.ranks.pool import RankPool
-from tests.transport.synthetic import Case, fill, poison, wrong_tensors
+from tests.transport.synthetic import Case, fill, own, poison, wrong_tensors
 from tests.transport.test_transports import BACKENDS, TIMEOUT_S
 
 pytestmark = pytest.mark.no_megatron
@@ -78,7 +78,7 @@ def _refits(process: int, kind: str, place: Any, backend: tuple[str, str]) -> tu
             rank, size = PROCESSES.index(process), len(PROCESSES)
             ranks = Ranks.meet(rank, size, _store(kind, place, size))
             source, destination = CASE.memory(CASE.source, rank), CASE.memory(CASE.destination, rank)
-            options = TransportOptions(staging_bytes=1 << 20, timeout_s=TIMEOUT_S, one_sided_buffers=backend[1])
+            options = TransportOptions(staging_bytes=1 << 20, timeout_s=TIMEOUT_S, own=own(*backend))
             transport = get_transport(backend[0])
             transport.connect(CASE.plan, ranks, options)
             program = transport.prepare(CASE.plan, ranks, source, destination, options)

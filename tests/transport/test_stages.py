@@ -26,7 +26,7 @@ from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.plan.strategies import sides, staged
 from tests.ranks.pool import RankPool
-from tests.transport.synthetic import Case, fill, memory_of, poison, wrong_tensors
+from tests.transport.synthetic import Case, fill, memory_of, own, poison, wrong_tensors
 from tests.transport.test_schedule import on, tensors
 from tests.transport.test_transports import BACKENDS, EXECUTORS, TIMEOUT_S, wait_for_all
 
@@ -56,7 +56,7 @@ def _refits(rank: int, plan: RefitPlan, backends: list[tuple[str, str]], staging
     moved = []
     for name, buffers in backends:
         source, destination = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
-        options = TransportOptions(staging_bytes=staging_bytes, timeout_s=TIMEOUT_S, one_sided_buffers=buffers)
+        options = TransportOptions(staging_bytes=staging_bytes, timeout_s=TIMEOUT_S, own=own(name, buffers))
         program = get_transport(name).prepare(plan, Ranks.of_default_group(), source, destination, options)
         wrong = []
         for iteration in range(3):
@@ -154,7 +154,7 @@ def _hold_the_last(rank: int, backend: tuple[str, str]) -> list[str]:
     number = 0
     original_send, original_unpack = getattr(where, send), where.unpack
     source, destination = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
-    options = TransportOptions(staging_bytes=8 << 10, timeout_s=30.0, one_sided_buffers=backend[1])
+    options = TransportOptions(staging_bytes=8 << 10, timeout_s=30.0, own=own(*backend))
     with mock.patch.object(shm, "DIRECT_BATCH_BYTES", 1024), mock.patch.object(shm, "SLOT_BYTES", 1024):
         program = get_transport(backend[0]).prepare(plan, Ranks.of_default_group(), source, destination, options)
     last = len(program._schedule.sends[0].messages) if rank == 0 else 0
@@ -190,7 +190,7 @@ def test_the_last_of_a_chain_begins_before_the_first_has_ended(ranks: RankPool, 
 def _without_rank_1(rank: int, backend: tuple[str, str]) -> str:
     """The error of a rank of the chain whose rank 1 never runs."""
     plan = chain(4)
-    options = TransportOptions(staging_bytes=64 << 10, timeout_s=4.0, one_sided_buffers=backend[1])
+    options = TransportOptions(staging_bytes=64 << 10, timeout_s=4.0, own=own(*backend))
     memories = memory_of(plan.source_sharding, rank), memory_of(plan.destination_sharding, rank)
     program = get_transport(backend[0]).prepare(plan, Ranks.of_default_group(), *memories, options)
     torch.distributed.barrier()

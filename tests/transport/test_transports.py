@@ -26,7 +26,7 @@ from refit.transport.one_sided.nixl import library
 from refit.transport.ranks import Ranks
 from refit.transport.two_sided import gloo
 from tests.ranks.pool import PATIENCE_S, RankError, RankPool
-from tests.transport.synthetic import Case, fill, poison, wrong_tensors
+from tests.transport.synthetic import Case, fill, own, poison, wrong_tensors
 
 pytestmark = pytest.mark.no_megatron
 
@@ -63,7 +63,7 @@ def _refit(rank: int, case: Case, backend: tuple[str, str], staging_bytes: int, 
     """Three refits, timed by this thread's own CPU time. With `move`, every weight gets new storage in between."""
     plan = case.plan
     source, destination = case.memory(case.source, rank), case.memory(case.destination, rank)
-    options = TransportOptions(staging_bytes=staging_bytes, timeout_s=TIMEOUT_S, one_sided_buffers=backend[1])
+    options = TransportOptions(staging_bytes=staging_bytes, timeout_s=TIMEOUT_S, own=own(*backend))
     program = get_transport(backend[0]).prepare(plan, Ranks.of_default_group(), source, destination, options)
     wrong = []
     for iteration in range(3):
@@ -189,7 +189,7 @@ def test_weights_with_new_storage_between_refits_are_rebound(
 def _refit_without(rank: int, backend: tuple[str, str], absent: int) -> str:
     """The error of a rank whose peer `absent` never runs. The others begin together."""
     case = CASES["experts gathered"]
-    options = TransportOptions(staging_bytes=8 << 10, timeout_s=4.0, one_sided_buffers=backend[1])
+    options = TransportOptions(staging_bytes=8 << 10, timeout_s=4.0, own=own(*backend))
     memories = case.memory(case.source, rank), case.memory(case.destination, rank)
     program = get_transport(backend[0]).prepare(case.plan, Ranks.of_default_group(), *memories, options)
     torch.distributed.barrier()

@@ -100,9 +100,7 @@ def options_of(scenario: Scenario, device: torch.device) -> TransportOptions:
     return TransportOptions(
         staging_bytes=scenario.staging_bytes,
         timeout_s=scenario.timeout_s,
-        one_sided_buffers=scenario.one_sided_buffers,
-        one_sided_force_put=scenario.nvshmem_force_put,
-        nixl_backend=scenario.nixl_backend,
+        own=scenario.own_options,
         device_type=device.type,
         ranks_per_gpu=scenario.ranks_per_gpu,
     )

@@ -12,13 +12,13 @@ import torch
 
 from refit.config.scenario import Scenario
 from refit.config.shape import Dtype, ModelShape
-from refit.config.side import AutotpOptions, SideSpec
+from refit.config.side import SideSpec
 from refit.config.steps import LOSS_SCALE_WINDOW, StepSettings
 from refit.errors import RefitError
 from refit.models.autotp.groups import ParallelGroups, told_to
 from refit.models.huggingface.model import compute_rotary_buffers, load_family, materialise, meta_model
 from refit.models.huggingface.training import adamw
-from refit.predict.autotp import is_split
+from refit.predict.autotp import AutotpOptions, is_split
 from refit.predict.families.names import NamedModel
 from refit.predict.megatron import Split
 
@@ -111,7 +111,7 @@ def _config(deepspeed: Any, model: Any, named: NamedModel, shape: ModelShape, si
 
 
 def _options(side: SideSpec) -> AutotpOptions:
-    return side.autotp or AutotpOptions()
+    return side.options_as(AutotpOptions)
 
 
 def _autocast(side: SideSpec) -> dict[str, Any]:

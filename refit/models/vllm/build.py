@@ -15,6 +15,5 @@ from refit.models.vllm.engine import side as running
 
 def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.device) -> ShardedModel:
     """This rank's part. Collective: every rank of the job."""
-    is_running = side.vllm is not None and side.vllm.engine_python is not None
-    build: Callable[..., ShardedModel] = running.build_side if is_running else tensors.build_side
+    build: Callable[..., ShardedModel] = tensors.build_side if side.running_engine is None else running.build_side
     return build(scenario, name, side, device)

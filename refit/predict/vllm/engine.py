@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refit.config.layout import Layout
-from refit.config.side import SideSpec, VllmOptions
+from refit.config.side import SideSpec
 from refit.errors import UsageError
+from refit.predict.vllm.options import VllmOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Engine:
     @classmethod
     def of(cls, side: SideSpec) -> Engine:
         """Raises UsageError, with both numbers, where the layout is none of such engines."""
-        layout, options = side.layout, side.vllm or VllmOptions()
+        layout, options = side.layout, side.options_as(VllmOptions)
         shared = layout.tp * options.data_parallel_size
         engine = cls(layout.tp, options.data_parallel_size, layout.pp, layout.ep, shared // layout.ep)
         ranks = engine.num_ranks * options.replicas

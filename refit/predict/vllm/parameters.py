@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from refit.config.shape import Dtype, ModelShape
-from refit.config.side import SideSpec, VllmOptions
+from refit.config.side import SideSpec
 from refit.plan.box import Box
 from refit.predict.families.names import Block, NamedModel, NamedTensor, Piece, named_model
 from refit.predict.families.parts import Parts, model_in_parts, parts_of
@@ -22,6 +22,7 @@ from refit.predict.megatron import Split
 from refit.predict.placement import Slots, placed_layers
 from refit.predict.vllm.engine import Engine, Place, stage_layers
 from refit.predict.vllm.names import EXPERTS
+from refit.predict.vllm.options import VllmOptions
 
 VOCAB_PADDING = 64
 """`DEFAULT_VOCAB_PADDING_SIZE` of layers/vocab_parallel_embedding.py. TP has to divide what comes of it."""
@@ -73,7 +74,7 @@ class Engines:
         self.shape, self.engine, self.quantisation = shape, Engine.of(side), side.quantisation
         model = padded_model(shape, side.dtype)
         self.model = model_in_parts(model, _parts(model, side))
-        options = side.vllm or VllmOptions()
+        options = side.options_as(VllmOptions)
         self.placed: Mapping[int, Slots] = {}
         if shape.experts is not None:
             num_redundant = options.num_redundant_experts

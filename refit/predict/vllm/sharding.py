@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from refit.config.flag_names import size_flag
 from refit.config.shape import ModelShape
-from refit.config.side import SideSpec, VllmOptions
+from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
 from refit.plan.sharding import Sharding, TensorSharding
@@ -17,6 +17,7 @@ from refit.predict.families.names import Block
 from refit.predict.megatron_layout import check_pipeline
 from refit.predict.vllm.engine import Engine, Place
 from refit.predict.vllm.names import is_experts
+from refit.predict.vllm.options import VllmOptions
 from refit.predict.vllm.parameters import VOCAB_PADDING, Engines, RankBlock, padded_vocab_size
 from refit.predict.vllm.quantised import held_blocks
 
@@ -59,9 +60,9 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
 
 def _check_running(side: SideSpec, name: str) -> None:
     """Raise UsageError for what a running engine cannot be asked for: its sizes are those of one `vllm.LLM`."""
-    options = side.vllm
-    if options is None or options.engine_python is None:
-        if options is not None and options.engine_sleep:
+    options = side.options_as(VllmOptions)
+    if options.engine_python is None:
+        if options.engine_sleep:
             raise UsageError(
                 f"{name}: --rl-inference-engine-sleep {options.engine_sleep} without an engine that runs: give "
                 "--rl-inference-engine-python"

@@ -11,7 +11,6 @@ import statistics
 from typing import Any
 
 from refit.config.scenario import Scenario
-from refit.config.side import AutotpOptions
 from refit.config.steps import StepSettings
 from refit.results.step import COMBINED, StepResult, StepSample
 
@@ -32,13 +31,12 @@ def document_text(scenario: Scenario, result: StepResult) -> str:
 
 def _config(scenario: Scenario, steps: StepSettings, result: StepResult) -> dict[str, Any]:
     side = scenario.source
-    options = {"zero_stage": (side.autotp or AutotpOptions()).zero_stage} if side.autotp is not None else {}
     return {
         "model_name": scenario.model_title,
         "impl": side.format,
         "tp_size": side.layout.tp,
         "dp_size": side.layout.dp,
-        **options,
+        **(side.options.recorded if side.options is not None else {}),
         "attn_impl": side.attn_impl,
         "batch_size": steps.micro_batch_size,
         "seq_length": steps.seq_length,

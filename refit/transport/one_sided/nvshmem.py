@@ -13,6 +13,7 @@ from refit.transport.messages import Framing, bucket_bytes
 from refit.transport.one_sided import nvshmem_library as library
 from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nvshmem_memory import NvshmemMemory
+from refit.transport.one_sided.options import NvshmemOptions
 from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
 from refit.transport.ranks import Ranks, check_own_gpus
 from refit.transport.rendezvous import Rendezvous
@@ -70,7 +71,7 @@ class NvshmemTransport:
         """
         self.connect(plan, ranks, options)
         rendezvous = _rendezvous(plan, ranks, options)
-        rendezvous.agree(library.attempt(lambda: _check_inputs(source, destination, options.one_sided_buffers)))
+        rendezvous.agree(library.attempt(lambda: _check_inputs(source, destination, options)))
         memory = NvshmemMemory(rendezvous, options)
         try:
             buffers, framing = _buffers(plan, memory, destination, options)
@@ -79,13 +80,13 @@ class NvshmemTransport:
             raise
         schedule = make_schedule(plan, rendezvous.rank, framing)
         buffers.attach(memory, schedule)
-        if options.writes_in_place:
+        if _writes_in_place(options):
             # The weights' former memory is in PyTorch's caching allocator, which the heap cannot use.
             torch.cuda.empty_cache()
         return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)
 
 
-def _check_inputs(source: LocalWeights | None, destination: LocalWeights | None, buffers: str) -> None:
+def _check_inputs(source: LocalWeights | None, destination: LocalWeights | None, options: TransportOptions) -> None:
     here = torch.device("cuda", torch.cuda.current_device())
     for memory in (source, destination):
         if memory is not None and memory.device != here:
@@ -93,8 +94,11 @@ def _check_inputs(source: LocalWeights | None, destination: LocalWeights | None,
                 f"nvshmem moves weights on the current CUDA device, {here}, these are on {memory.device}: "
                 "call torch.cuda.set_device first, or use shm or gloo for weights in CPU memory"
             )
-    if buffers not in ("ring", "direct"):
-        raise UsageError(f"unknown buffers {buffers!r} for one-sided transports: choose ring or direct")
+    _writes_in_place(options)
+
+
+def _writes_in_place(options: TransportOptions) -> bool:
+    return options.own_as(NvshmemOptions).writes_in_place(options.max_bytes)
 
 
 def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Rendezvous:
@@ -103,7 +107,7 @@ def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Ren
 
 def _heap_bound(plan: RefitPlan, options: TransportOptions) -> int:
     """The most bytes of symmetric memory that any rank can need. Allocations have the same size on all ranks."""
-    if options.writes_in_place:
+    if _writes_in_place(options):
         return max(plan.destination_sharding.bytes_per_rank.values())
     return options.staging_bytes
 
@@ -116,9 +120,11 @@ def _buffers(
     found = memory.exchange([target for target in targets if not memory.is_mapped(target)])
     unmapped = {rank: peers for rank, peers in found.items() if peers}
     programs = max(MIN_PUT_PROGRAMS, PUT_PROGRAMS // max(1, len(targets)))
-    if options.writes_in_place:
+    if _writes_in_place(options):
         for rank, peers in unmapped.items():
-            reason = "--nvshmem-force-put is given" if options.one_sided_force_put else "they share no NVLink"
+            reason = (
+                "--nvshmem-force-put is given" if options.own_as(NvshmemOptions).force_put else "they share no NVLink"
+            )
             raise UsageError(
                 f"direct buffers are written through mapped memory, and rank {rank} does not map that of rank "
                 f"{peers[0]} ({reason}): use --one-sided-buffers ring"

@@ -16,6 +16,7 @@ from refit.copies.batch import CopyBatch
 from refit.memory.streams import late_peers_error, new_stream, wait_for_events
 from refit.transport.base import TransportOptions
 from refit.transport.one_sided import nvshmem_library as library
+from refit.transport.one_sided.options import NvshmemOptions
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.rendezvous import Rendezvous
 
@@ -44,7 +45,7 @@ class NvshmemMemory:
         self.enqueues = False
         self._rendezvous = rendezvous
         self._timeout_s = options.timeout_s
-        self._force_put = options.one_sided_force_put
+        self._force_put = options.own_as(NvshmemOptions).force_put
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._core = library.load()
         # The bindings accept addresses. The functions of nvshmem.core need whole allocations; these are parts.

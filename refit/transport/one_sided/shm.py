@@ -22,6 +22,7 @@ from refit.plan.plan import RefitPlan
 from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
 from refit.transport.messages import Framing, bucket_bytes
 from refit.transport.one_sided.executor import OneSidedProgram
+from refit.transport.one_sided.options import ShmOptions
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.one_sided.receive_buffers import DirectBuffers, RingBuffers
 from refit.transport.ranks import Ranks
@@ -76,13 +77,11 @@ class SharedMemoryTransport:
 def _buffers(
     plan: RefitPlan, destination: LocalWeights | None, options: TransportOptions
 ) -> tuple[RingBuffers | DirectBuffers, Framing]:
-    if options.writes_in_place:
+    if options.own_as(ShmOptions).writes_in_place(options.max_bytes):
         return DirectBuffers(destination), Framing(DIRECT_BATCH_BYTES, None)
-    if options.one_sided_buffers in ("ring", "direct"):
-        slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
-        framing = Framing(slot_bytes, None, max_bytes=options.max_bytes)
-        return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes), framing
-    raise UsageError(f"unknown buffers {options.one_sided_buffers!r} for one-sided transports: choose ring or direct")
+    slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
+    framing = Framing(slot_bytes, None, max_bytes=options.max_bytes)
+    return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes), framing
 
 
 @dataclass(frozen=True, slots=True)

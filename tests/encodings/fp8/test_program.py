@@ -35,6 +35,7 @@ from refit.transport.ranks import Ranks
 from refit.transport.two_sided.gloo import GlooBackend
 from tests.encodings.peers import ThreadPeers
 from tests.ranks.pool import RankPool
+from tests.transport.synthetic import own
 from tests.transport.test_transports import BACKENDS
 
 pytestmark = pytest.mark.no_megatron
@@ -142,7 +143,7 @@ def bound(
     if theirs is not None:
         assert held.of_rank(rank).differences(theirs.rank_sharding) == []
     transport, ranks = get_transport(way[0]), Ranks.of_default_group()
-    options = TransportOptions(staging_bytes=1 << 16, timeout_s=60.0, one_sided_buffers=way[1], is_pipelined=True)
+    options = TransportOptions(staging_bytes=1 << 16, timeout_s=60.0, own=own(*way), is_pipelined=True)
     rule = quantisation if not spoil else replace(quantisation, rule=spoil)
     program = EncodedProgram(
         planned.plan,

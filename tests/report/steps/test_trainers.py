@@ -13,8 +13,10 @@ import pytest
 from refit.config.layout import Layout
 from refit.config.scenario import Mode, Scenario
 from refit.config.shape import Dtype
-from refit.config.side import AutotpOptions, Fsdp2Options, SideSpec
+from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
+from refit.predict.autotp import AutotpOptions
+from refit.predict.fsdp2 import Fsdp2Options
 from refit.report.steps.step_document import document_text
 from refit.report.steps.step_lines import train_closing_lines
 from refit.report.steps.trainers import LOSS_BAR, rankings, trainer_text
@@ -26,11 +28,7 @@ from refit.results.step import Breakdown, StepResult, StepSample
 from tests.report.factories import ENVIRONMENT, MODEL, planned
 
 DENSE = replace(MODEL, experts=None)
-LIBRARIES: dict[str, dict[str, Any]] = {
-    "megatron": {},
-    "fsdp2": {"fsdp2": Fsdp2Options()},
-    "autotp": {"autotp": AutotpOptions(zero_stage=2)},
-}
+LIBRARIES = {"megatron": None, "fsdp2": Fsdp2Options(), "autotp": AutotpOptions(zero_stage=2)}
 
 
 def outcome(
@@ -48,7 +46,7 @@ def outcome(
     """A run on four ranks: one warm-up step and two steps of `mean_s` seconds, half of it forward."""
     layout = Layout(tp, ep, tp if library == "megatron" else 1, 1, 4)
     side = SideSpec(
-        layout, format=library, dtype=Dtype.BF16, attn_impl=attn_impl, transformer_impl=impl, **LIBRARIES[library]
+        layout, format=library, dtype=Dtype.BF16, attn_impl=attn_impl, transformer_impl=impl, options=LIBRARIES[library]
     )
     side = replace(side, dtype=Dtype.FP32, autocast=Dtype.BF16) if autocast else side
     samples = tuple(

@@ -10,6 +10,7 @@ import torch
 from refit.config.scenario import Mode, Scenario
 from refit.errors import UnavailableError
 from refit.models.vllm.engine.process import installed_version
+from refit.predict.vllm.options import VllmOptions
 
 TRIED = {"cpu": ("0.32.0",), "cuda": ("0.25.0",)}
 """By device: versions of vLLM whose load format, post-processing and phases are known."""
@@ -20,8 +21,8 @@ def check_available(scenario: Scenario, device: torch.device) -> None:
 
     One rank of a machine asks: of several that find it missing, the first to end would have the speaker killed.
     """
-    options = scenario.destination.vllm
-    if options is None or options.engine_python is None or os.environ.get("LOCAL_RANK", "0") != "0":
+    options = scenario.destination.options_as(VllmOptions)
+    if options.engine_python is None or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     layout = scenario.destination.layout
     if device.type == "cuda" and (scenario.mode is not Mode.COLLOCATED or layout.tp > 1):

@@ -27,6 +27,7 @@ from refit.models.vllm.engine.serving import GENERATED_TOKENS, PROMPT_TOKENS, Se
 from refit.models.vllm.side import weights_of
 from refit.predict.families.config_json import config_values
 from refit.predict.vllm.names import followed_name
+from refit.predict.vllm.options import VllmOptions
 from refit.predict.vllm.parameters import FUSED, Engines, RankBlock
 from refit.predict.vllm.quantised import held_blocks
 from refit.transport.one_sided.ipc_memory import open_region
@@ -70,15 +71,14 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
     Collective: every rank of the job. Raises UsageError with vLLM's reason where vLLM refuses the model, and
     ShardingError where the engine holds other parameters than predicted.
     """
-    shape, options = scenario.model, side.vllm
+    shape, python = scenario.model, side.running_engine
     assert shape is not None, "a model provider builds Megatron models only"
-    assert options is not None
-    assert options.engine_python is not None
+    assert python is not None
     rank, process = dist.get_rank(), None
     if rank == side.ranks[0]:
         with model_folder(json.dumps(config_of(shape, side))) as folder:
             settings = settings_of(shape, side, folder, device.type)
-            process = EngineProcess(Path(options.engine_python), settings, ON_DEVICE[device.type])
+            process = EngineProcess(Path(python), settings, ON_DEVICE[device.type])
     described = _from_first(side, process.facts if process is not None else None)
     if described["tp"] != side.layout.tp:
         raise EngineError(f"the vLLM engine runs with TP {described['tp']}, the {name} has TP {side.layout.tp}")
@@ -98,7 +98,9 @@ def build_side(scenario: Scenario, name: str, side: SideSpec, device: torch.devi
             )
     share = opened if device.type == "cpu" else exported
     answers, held = share(side, process, worker, layout)
-    serving = Serving(process, facts_of(described, answers), prompt, worker, held, options.engine_sleep)
+    serving = Serving(
+        process, facts_of(described, answers), prompt, worker, held, side.options_as(VllmOptions).engine_sleep
+    )
     if worker is None:
         return RunningSide(None, serving)
     weights = weights_of(engines, blocks, {followed_name(name): tensor for name, tensor in held.items()})
@@ -167,7 +169,6 @@ def kept_modules(shape: ModelShape, side: SideSpec) -> list[str]:
 def settings_of(shape: ModelShape, side: SideSpec, folder: Path, device: str) -> dict[str, Any]:
     """The keyword arguments of `vllm.LLM` on a `device` of this type."""
     assert side.dtype is not None, "flags that describe a model give its dtype"
-    assert side.vllm is not None
     settings: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",
@@ -179,7 +180,7 @@ def settings_of(shape: ModelShape, side: SideSpec, folder: Path, device: str) ->
         "enable_prefix_caching": True,
         "worker_extension_cls": WORKER,
         "disable_log_stats": True,
-        "enable_sleep_mode": side.vllm.engine_sleep > 0,
+        "enable_sleep_mode": side.options_as(VllmOptions).engine_sleep > 0,
     }
     if device == "cuda":
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from refit.errors import RefitError, UnavailableError, first_line
+from refit.transport.one_sided.nixl.options import DEFAULT_BACKEND
 from refit.transport.one_sided.nixl.ucx_log import UcxLog
 
 INSTALL = "pip install 'refit-benchmark[nixl]'"
 MODULES = ("nixl_cu13", "nixl_cu12")
 """The library for CUDA 13 and 12. Either runs without CUDA."""
 
-DEFAULT_BACKEND = "UCX"
 
 NOTE = struct.Struct("<IIBQQ")
 """A notification: the inbox at the receiver, the sender's rank, a counter and its value, and how often the sender's

@@ -17,6 +17,7 @@ from refit.transport.one_sided.executor import OneSidedProgram
 from refit.transport.one_sided.nixl import library as library
 from refit.transport.one_sided.nixl.buffers import NixlBuffers
 from refit.transport.one_sided.nixl.memory import NixlMemory
+from refit.transport.one_sided.nixl.options import NixlOptions
 from refit.transport.one_sided.nixl.ways import find_ways
 from refit.transport.ranks import Ranks
 from refit.transport.rendezvous import Rendezvous
@@ -32,7 +33,7 @@ class NixlTransport:
     name = "nixl"
 
     def check_available(self, options: TransportOptions = DEFAULTS) -> None:
-        library.check_available(options.nixl_backend)
+        library.check_available(options.own_as(NixlOptions).backend)
 
     def connect(self, plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Connected | None:
         """Connect the ranks of the plan, and find out what carries their writes. Collective: every rank of the plan.
@@ -41,7 +42,7 @@ class NixlTransport:
         """
         if ranks.rank not in plan.ranks:
             return None
-        return find_ways(plan, _rendezvous(plan, ranks, options), library.agent(options.nixl_backend), options)
+        return find_ways(plan, _rendezvous(plan, ranks, options), _agent(options), options)
 
     def prepare(
         self,
@@ -61,7 +62,7 @@ class NixlTransport:
         threshold = None if options.max_bytes is not None else min(OWN_MESSAGE_BYTES, slot_bytes)
         framing = Framing(slot_bytes, threshold, max_bytes=options.max_bytes)
         schedule = make_schedule(plan, ranks.rank, framing)
-        memory = NixlMemory(rendezvous, library.agent(options.nixl_backend), device, options.timeout_s)
+        memory = NixlMemory(rendezvous, _agent(options), device, options.timeout_s)
         is_staged = options.max_bytes is not None
         try:
             buffers = NixlBuffers(memory, schedule, source, destination, SLOTS_PER_PEER, is_staged=is_staged)
@@ -69,6 +70,10 @@ class NixlTransport:
         except RefitError:
             memory.abandon()
             raise
+
+
+def _agent(options: TransportOptions) -> library.Agent:
+    return library.agent(options.own_as(NixlOptions).backend)
 
 
 def _rendezvous(plan: RefitPlan, ranks: Ranks, options: TransportOptions) -> Rendezvous:
