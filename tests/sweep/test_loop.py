@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from refit.commands import main
 from refit.config.registry import LAUNCHERS
 from refit.config.rows import LauncherKind
 from refit.launch.base import Job, Launcher
+from refit.results.upgrade import SWEEP_VERSION
 
 STUB = Path(__file__).resolve().parents[1] / "shell/bin/stub_node"
 SMALL = {"model": "tiny", "num-layers": 1, "moe-layer-freq": 1, "vocab-size": 512, "num-benchmark-iterations": 2}
@@ -103,3 +105,20 @@ def test_what_cannot_be_honoured(
     assert main([*sweep(folder, "good"), *arguments]) == 2
     assert message in capfd.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_a_run_that_an_older_build_began_is_gone_on_with(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its sweep file and its results are of older schema versions; what it has measured is not measured again."""
+    logs = folder / "out/logs"
+    shutil.copytree(Path(__file__).resolve().parents[1] / "results/golden/older_run", logs)
+    before = (logs / "old_done.json").read_text()
+    words = ["sweep", "run", "--resume", "old", "--launcher", "stub", "--output-dir", str(folder / "out")]
+    assert main(words) == 0
+    output = capfd.readouterr().out
+    assert re.findall(r"^\[(\d/\d)\] (\w+): ", output, re.MULTILINE) == [("1/1", "left")]
+    assert re.findall(r"^Config: (\w+)$", output, re.MULTILINE) == ["done", "chosen", "left"]
+    assert "3 scenarios: 3 ok" in output
+    assert (logs / "old_done.json").read_text() == before
+    assert json.loads((logs / "old_sweep.json").read_text())["schema_version"] == SWEEP_VERSION
+    assert main(words) == 0
+    assert not re.search(r"^\[1/", capfd.readouterr().out, re.MULTILINE), "nothing is left"
