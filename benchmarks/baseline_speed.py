@@ -12,13 +12,15 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.ranks import Machine, this_machine
-from refit.results.result import Result, read_result
+from benchmarks.listed import opened, result_of
+from refit.results.result import Result
+from refit.results.sweep import attempts
+from refit.sweep.selection import Candidate, Selection
 
-NUM_RANKS = 6
 # Grouped experts and an unchanged ETP, which both versions of Megatron-Core refit correctly.
 FLAGS = """--model tiny --num-layers 4 --hidden-size 1024 --ffn-hidden-size 2048 --num-experts 16
     --moe-ffn-hidden-size 1024 --moe-shared-expert-intermediate-size 1024 --moe-layer-freq 1 --vocab-size 8192
@@ -45,15 +47,18 @@ WAYS = len("shm direct against gloo") + 1
 """Width of the column that names what moved the bytes of each side."""
 
 
-def measure(here: Machine, variant: Variant) -> Result:
-    """The result of one run. Raises RuntimeError, with its log, where it fails."""
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        flags = [*shlex.split(FLAGS), *shlex.split(variant.flags), "--output-dir", directory]
-        if (code := here.run(flags, NUM_RANKS, folder / "log", None)) != 0:
-            raise RuntimeError(f"{variant.name}: exit code {code}\n{(folder / 'log').read_text()}")
-        (path,) = folder.glob("*.json")
-        return read_result(path)
+def measure(folder: Path) -> Iterator[tuple[Variant, Result]]:
+    """The result of each variant. Raises RuntimeError, with the log, where one fails."""
+    by_name = {variant.name.replace(" ", "_"): variant for variant in VARIANTS}
+    flags = shlex.split(FLAGS)
+    listed = (Candidate(name, (*flags, *shlex.split(variant.flags))) for name, variant in by_name.items())
+    with opened(Selection("baseline speed", tuple(listed)), folder, num_gpus=None) as loop:
+        for planned, code in loop.each(loop.pending("unfinished")):
+            run_id = loop.sweep.run_id
+            if code != 0:
+                log = attempts(folder, run_id, planned.name)[-1].log.read_text()
+                raise RuntimeError(f"{by_name[planned.name].name}: exit code {code}\n{log}")
+            yield by_name[planned.name], result_of(planned, folder, run_id)
 
 
 def row(variant: Variant, result: Result) -> str:
@@ -71,13 +76,13 @@ def row(variant: Variant, result: Result) -> str:
 
 
 def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        measured = list(measure(Path(folder)))
     times = f"{'baseline':>9}{'ratio':>7}"
     print(f"{'':<{WAYS}}{'steady (ms)':>18}{'':>7}{'cold (ms)':>20}{'':>7}{'#wrong':>21}")
     print(f"{'transports':<{WAYS}}{'ours':>9}{times}{'ours':>11}{times}{'ours':>9}{'baseline':>12}")
-    with this_machine() as here:
-        for variant in VARIANTS:
-            result = measure(here, variant)
-            print(row(variant, result), flush=True)
+    for variant, result in measured:
+        print(row(variant, result), flush=True)
     assert result.environment is not None
     print(f"# Megatron-Core {result.environment.versions['megatron-core']}, {result.environment.cpu}")
     return 0

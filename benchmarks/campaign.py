@@ -1,6 +1,6 @@
-"""A campaign: runs on one host, one after another, within a budget of time and resumable.
+"""A campaign: a list of scenarios on one host, run by the loop of `refit sweep run` within a budget of time.
 
-Every run writes one small result file; one that is there and ok is not run again.
+Every run writes one small result file; one that is there and ok, of the same scenario, is not run again.
 The cases come in the order of their importance, so that a budget cut short leaves the first; the next call goes on with
 the others. At the end the report is printed and `tables/` has the index and the loss curves.
 `<MACHINE>_<NAME>.jsonl` holds all results that are ok, for docs/results.
@@ -16,21 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.ranks import Machine, this_machine
+from benchmarks.listed import opened
 from refit.cli.parsing import parse
-from refit.errors import UsageError
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
-from refit.results.result import Result, read_result
+from refit.results.result import Result
 from refit.results.status import Status
+from refit.results.sweep import Planned, last_result
+from refit.sweep.loop import Loop
+from refit.sweep.selection import Candidate, Selection
 
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One run: its name, which is that of its result file, and its flags."""
-
-    name: str
-    flags: tuple[str, ...]
+Case = Candidate
+"""One run: its name, which its files have, and its flags."""
 
 
 @dataclass(slots=True)
@@ -52,50 +49,51 @@ class Budget:
         return left_s is None or left_s > self.slowest_s
 
 
-def run(here: Machine, case: Case, output_dir: Path, steps: list[str], budget: Budget) -> None:
-    """Run a case within the budget. What it prints goes to `<name>.log`."""
-    path = output_dir / f"{case.name}.json"
-    if path.exists():  # a run that failed is kept under another name
-        path.replace(output_dir / f"{case.name}.{sum(1 for _ in output_dir.glob(f'{case.name}*'))}.failed")
-    words = [*case.flags, *steps, f"--output-dir={output_dir}", f"--run-name={case.name}"]
+def run_all(
+    cases: Sequence[Case], output_dir: Path, steps: Sequence[str], budget: Budget, name: str, num_gpus: int | None
+) -> None:
+    """Run the cases that have no result yet, as far as the budget goes, on `num_gpus` GPUs or on CPUs.
+
+    All calls with this `name` are one run of `refit sweep run`, whose files are in `output_dir`.
+    """
+    listed = tuple(replace(case, flags=(*case.flags, *steps)) for case in cases)
+    with opened(Selection(name, listed), output_dir, num_gpus=num_gpus, run_id=name) as loop:
+        wanted = {planned.name for planned in loop.pending("failed")}
+        for planned in loop.sweep.scenarios:
+            if planned.status is not Status.READY:
+                print(f"{planned.name}: {planned.reason}", flush=True)
+            elif planned.name not in wanted:
+                print(f"{planned.name}: there already")
+            elif budget.allows_another:
+                _run(loop, planned, budget)
+            else:
+                print(f"{planned.name}: left for another call, the budget is used up", flush=True)
+
+
+def _run(loop: Loop, planned: Planned, budget: Budget) -> None:
+    """Run a case within the budget."""
     begin_s = time.monotonic()
-    num_ranks = parse(words).scenario.num_ranks
-    code = here.run(words, num_ranks, output_dir / f"{case.name}.log", budget.left_s)
+    left_s = budget.left_s
+    code = replace(loop, timeout_s=0 if left_s is None else max(1, round(left_s))).run([planned])
     taken_s = time.monotonic() - begin_s
     budget.slowest_s = max(budget.slowest_s, taken_s)
-    print(f"{case.name}: exit code {code}, {taken_s:.0f} s", flush=True)
+    print(f"{planned.name}: exit code {code}, {taken_s:.0f} s", flush=True)
 
 
-def run_all(cases: Sequence[Case], output_dir: Path, steps: list[str], budget: Budget) -> None:
-    """Run the cases that have no result yet, as far as the budget goes."""
-    with this_machine() as here:
-        for case in cases:
-            if _is_ok(result_of(case, output_dir)):
-                print(f"{case.name}: there already")
-            elif budget.allows_another:
-                run(here, case, output_dir, steps, budget)
-            else:
-                print(f"{case.name}: left for another call, the budget is used up", flush=True)
-
-
-def result_of(case: Case, output_dir: Path) -> Result | None:
-    """The result of a case; None without one that can be read."""
-    path = output_dir / f"{case.name}.json"
-    try:
-        return read_result(path) if path.exists() else None
-    except UsageError:
-        return None
+def result_of(case: Case, output_dir: Path, name: str) -> Result | None:
+    """The result of the last attempt at a case; None without one that can be read."""
+    return last_result(output_dir, name, case.name)
 
 
 def _is_ok(result: Result | None) -> bool:
     return result is not None and result.status is Status.OK
 
 
-def keep(cases: Sequence[Case], output_dir: Path, path: Path) -> None:
+def keep(cases: Sequence[Case], output_dir: Path, path: Path, name: str) -> None:
     """Write all results that are ok to a collection, in the order of the cases."""
-    found = [(case.name, result) for case in cases if (result := result_of(case, output_dir)) and _is_ok(result)]
+    found = [(case.name, result) for case in cases if (result := result_of(case, output_dir, name)) and _is_ok(result)]
     if found:
-        write_collection(path, [replace(result, run_id=name) for name, result in found])
+        write_collection(path, [replace(result, run_id=case_name) for case_name, result in found])
 
 
 def memory_bytes(case: Case, num_gpus: int) -> int:
@@ -122,10 +120,11 @@ def measure(cases: Sequence[Case], args: argparse.Namespace, name: str) -> int:
         return 0
     folder = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
+    run_id = f"{'cpu' if args.cpu else f'gpu{args.num_gpus}'}_{name}"
     steps = [f"--num-train-steps={args.num_steps}", f"--num-train-warmup={args.num_warmup}"]
-    run_all(cases, folder, steps, Budget(args.budget_minutes and 60 * args.budget_minutes))
-    machine = "cpu" if args.cpu else f"gpu{args.num_gpus}"
-    keep(cases, folder, folder / f"{machine}_{name}{COLLECTION_SUFFIX}")
+    budget = Budget(None if args.budget_minutes is None else 60 * args.budget_minutes)
+    run_all(cases, folder, steps, budget, run_id, None if args.cpu else args.num_gpus)
+    keep(cases, folder, folder / f"{run_id}{COLLECTION_SUFFIX}", run_id)
     subprocess.run([sys.executable, "-m", "refit", "report", str(folder), "--tables", str(folder / "tables")])
     subprocess.run([sys.executable, "-m", "refit", "plot", str(folder)])
-    return 0 if all(_is_ok(result_of(case, folder)) for case in cases) else 1
+    return 0 if all(_is_ok(result_of(case, folder, run_id)) for case in cases) else 1

@@ -1,26 +1,31 @@
-"""Scenarios run one after another, each with a timeout of its own: their table, and their results as files.
+"""A list of scenarios, run by the loop of `refit sweep run`: their table, and their results as files.
 
-A cell that fails or hangs does not stop the others. `<output-dir>/<MACHINE>_<PART>.jsonl` holds the results of a part
+A cell that fails or hangs does not stop the others. Logs and results are in `<output-dir>/logs`, and
+`refit report <output-dir>/logs` reads them. `<output-dir>/<MACHINE>_<PART>.jsonl` holds the results of a part
 (`refit.results.collection`), in the form that docs/results keeps and `docs.tables` reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.ranks import Machine, this_machine
+from benchmarks.listed import opened, result_of
 from refit.report.refits.headline import between, title
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
-from refit.results.result import Failure, Result, now, read_result
+from refit.results.result import Result
 from refit.results.runs import outcome_of
 from refit.results.status import Status
+from refit.sweep.selection import Candidate, Selection
+
+TIMEOUT_S = 120
+"""Of a cell; half of it of a phase."""
 
 APART, TOGETHER = "non-collocated", "collocated"
 
@@ -33,7 +38,6 @@ class Cell:
     name: str
     flags: tuple[str, ...]
     num_ranks: int
-    timeout_s: int = 120
 
     @property
     def slug(self) -> str:
@@ -87,39 +91,32 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     parser.add_argument("flags", nargs="*", help="flags for every cell, after --")
 
 
-def run_all(cells: Iterable[Cell], directory: Path, machine: str, num_ranks: int | None = None) -> int:
-    """Run cells, on `num_ranks` ranks or on as many as each needs; print their table and keep their results.
+def run_all(cells: Sequence[Cell], directory: Path, machine: str, num_gpus: int | None = None) -> int:
+    """Run cells, on `num_gpus` GPUs or on CPUs; print their table and keep their results.
 
     Returns 0 if every cell was right or waived, else 1. The collections are up to date after every cell.
     """
+    by_name = {one.slug: one for one in cells}
+    listed = tuple(Candidate(name, (*one.flags, f"--timeout={TIMEOUT_S // 2}")) for name, one in by_name.items())
     parts: dict[str, list[Result]] = {}
-    lines, failed, number = [HEADER], 0, 0
-    with this_machine() as machine_here:
-        for number, one in enumerate(cells, 1):
-            folder = directory / f"{number - 1:02d}_{one.slug}"
-            result = run(machine_here, one, folder, num_ranks or one.num_ranks)
-            failed += result.status not in (Status.OK, Status.WAIVED)
+    lines = [HEADER]
+    selection = Selection(f"{machine} matrix", listed)
+    with opened(selection, directory / "logs", num_gpus=num_gpus, timeout_s=TIMEOUT_S) as loop:
+        refused = [planned for planned in loop.sweep.scenarios if planned.status is not Status.READY]
+        ran = (planned for planned, _ in loop.each(loop.pending("unfinished")))
+        for planned in itertools.chain(refused, ran):
+            one = by_name[planned.name]
+            result = replace(result_of(planned, loop.directory, loop.sweep.run_id), run_id=one.slug)
             lines.append(row(one, result))
             print(lines[-1], flush=True)
-            parts.setdefault(one.part, []).append(replace(result, run_id=one.slug))
+            parts.setdefault(one.part, []).append(result)
             write_collection(directory / f"{machine}_{one.part}{COLLECTION_SUFFIX}", parts[one.part])
     table = "\n".join(lines)
     (directory / "table.txt").write_text(table + "\n")
-    print(f"\n{table}\n\n{number - failed} of {number} cells right or waived")
+    results = list(itertools.chain.from_iterable(parts.values()))
+    failed = sum(result.status not in (Status.OK, Status.WAIVED) for result in results)
+    print(f"\n{table}\n\n{len(results) - failed} of {len(results)} cells right or waived")
     return 1 if failed else 0
-
-
-def run(here: Machine, one: Cell, directory: Path, num_ranks: int) -> Result:
-    """Run a cell and return its result, a failed one where it wrote none. Its log is `<directory>/log`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    started_s = time.time()
-    flags = [*one.flags, "--output-dir", str(directory), "--timeout", str(one.timeout_s // 2)]
-    code = here.run(flags, num_ranks, directory / "log", one.timeout_s)
-    written = max(directory.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, default=None)
-    if written is None or written.stat().st_mtime < started_s or not written.stat().st_size:
-        failure = Failure(f"exit code {code}, no result: see its log")
-        return Result(one.slug, status=Status.FAILED, failure=failure, started=now())
-    return read_result(written)
 
 
 def row(one: Cell, result: Result) -> str:

@@ -20,8 +20,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +31,8 @@ from typing import Any
 from benchmarks.random_layouts import Layouts, coverage, random_layouts
 from refit.cli.parsing import parse
 from refit.config.scenario import Scenario
+from refit.errors import CANCELLED
+from refit.launch.host import Cancelled, Host, Stop, ThisProcess
 from refit.report.refits.refit_lines import wrong_weights
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.result import Failure, Result, encoded, now, read_result
@@ -188,6 +188,14 @@ def failed(directory: Path, layouts: Layouts, scenario: Scenario, log: Path, num
 
 def run_all(listed: list[Layouts], directory: Path, device: str, num_ranks: int, budget_s: float) -> list[Result]:
     """Run layouts until all are done or the time is up; print a line for each. Returns the results there are."""
+    stop = Stop()
+    with stop.on_signals():
+        return _run_all(ThisProcess(stop, shows_output=True), listed, directory, device, num_ranks, budget_s)
+
+
+def _run_all(
+    host: Host, listed: list[Layouts], directory: Path, device: str, num_ranks: int, budget_s: float
+) -> list[Result]:
     directory.mkdir(parents=True, exist_ok=True)
     for path in [*directory.glob("*.json"), *directory.glob("*.err")]:
         path.unlink()
@@ -199,7 +207,7 @@ def run_all(listed: list[Layouts], directory: Path, device: str, num_ranks: int,
     while len(results) < len(listed) and time.monotonic() < deadline_s and in_a_row < MOST_IN_A_ROW:
         first = len(results)
         log = directory / f"ranks_from_{first:02d}.log"
-        is_complete = _start(directory, first, device, num_ranks, deadline_s, log)
+        is_complete = _start(host, directory, first, device, num_ranks, deadline_s, log)
         for each in listed[first:]:
             path = directory / f"{each.name}.json"
             if not path.exists():
@@ -217,22 +225,21 @@ def run_all(listed: list[Layouts], directory: Path, device: str, num_ranks: int,
     return results
 
 
-def _start(directory: Path, first: int, device: str, num_ranks: int, deadline_s: float, log: Path) -> bool:
-    """Start ranks that run layouts from `first` on. Whether they came to their end. Their stderr goes to `log`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+def _start(host: Host, directory: Path, first: int, device: str, num_ranks: int, deadline_s: float, log: Path) -> bool:
+    """Start ranks that run layouts from `first` on. Whether they came to their end. Their stderr goes to `log`.
+
+    They are of this module, not those of one scenario, so the command is not a launcher's.
+    """
+    command = ["env", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')}", f"PYTHONPATH={python_path()}"]
+    command += [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
     command += ["--nproc-per-node", str(num_ranks), "-m", "benchmarks.shared_gpu", "--output-dir", str(directory)]
     command += ["--device", device, "--work-from", str(first), "--deadline", str(deadline_s)]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stderr=file, cwd=ROOT, env=environment, start_new_session=True)
-        try:
-            return process.wait(max(0.0, deadline_s - time.monotonic()) + 120) == 0
-        except BaseException as error:  # a hang, or the end of this process
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return False
+    return host.run(command, log, round(max(0.0, deadline_s - time.monotonic()) + 120)) == 0
+
+
+def python_path() -> str:
+    """Where ranks find this module, whatever folder they run in."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def main() -> int:
@@ -250,7 +257,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.work_from is not None:
         work(args.output_dir.absolute(), args.work_from, args.device, args.deadline)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     listed = random_layouts(args.num_layouts, args.num_ranks, args.seed)
     listed = [each for number, each in enumerate(listed) if args.only is None or number in args.only]
     scenarios = [parse(flags_of(each, args.device, args.num_ranks)).scenario for each in listed]
@@ -259,7 +265,10 @@ def main() -> int:
         print("\n".join(f"{each.name:<72} {one.num_ranks} ranks" for each, one in zip(listed, scenarios, strict=True)))
         return 0
     directory = args.output_dir.absolute()
-    results = run_all(listed, directory, args.device, args.num_ranks, args.budget_s)
+    try:
+        results = run_all(listed, directory, args.device, args.num_ranks, args.budget_s)
+    except Cancelled:
+        return CANCELLED
     name = f"{'gpu1' if args.device == 'cuda' else 'cpu'}_layouts{COLLECTION_SUFFIX}"
     if results:
         write_collection(directory / name, results)

@@ -9,6 +9,7 @@ A tiny model on CPU ranks over gloo, half of them source, half destination; both
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from pathlib import Path
 from statistics import median
 
 from refit.commands.run import STARTS
+from refit.launch.base import Job
+from refit.launch.host import Stop, ThisProcess
+from refit.launch.local import LocalLauncher
 from refit.results.result import read_result
 
 FIRST_REFIT = "refit 1/"
@@ -56,11 +60,14 @@ def flags(num_ranks: int) -> list[str]:
 
 def measured(way: str, num_ranks: int) -> Start:
     """Start ranks and look at them after the first of their refits."""
+    launcher = LocalLauncher(ThisProcess(Stop()), os.environ)
+    launcher.start = way
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "refit", "run", "--start", way, *flags(num_ranks)]
+        words = (*flags(num_ranks), "--output-dir", folder, "--run-name", "start")
+        command = launcher.command(Job(1, num_ranks, Path(folder) / "start", words))
         begin = time.perf_counter()
-        process = subprocess.Popen(
-            [*command, "--output-dir", folder, "--run-name", "start"],
+        process = subprocess.Popen(  # of ranks that run: their processes are looked at
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

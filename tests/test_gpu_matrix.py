@@ -69,11 +69,19 @@ def test_no_two_cells_share_a_name_in_a_file() -> None:
         assert len({one.part for one in cells(num_gpus)}) == 8
 
 
-@pytest.mark.slow
-def test_a_cell_that_fails_is_in_the_results(tmp_path: Path) -> None:
-    refused = Cell("part", "part a -> b", ("--no-such-flag",), 1)
+def test_a_cell_that_is_refused_is_in_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = Cell("part", "part a -> b", ("--model=tiny", "--refit-method=gloo", "--source-world-size=3000"), 1)
     assert run_all([refused], tmp_path, "cpu") == 1
     (kept,) = read_collection(tmp_path / "cpu_part.jsonl")
     assert (kept.run_id, kept.status) == ("part_a_to_b", Status.FAILED)
-    assert "see its log" in str(kept.failure)
-    assert "no-such-flag" in (tmp_path / "00_part_a_to_b" / "log").read_text()
+    assert "CPUs" in str(kept.failure)
+    assert "0 of 1 cells right or waived" in capsys.readouterr().out
+    assert "part a -> b" in (tmp_path / "table.txt").read_text()
+    assert list((tmp_path / "logs").glob("*_sweep.json"))
+
+
+def test_a_flag_that_nothing_takes_ends_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_all([Cell("part", "a", ("--no-such-flag",), 1)], tmp_path, "cpu")
+    assert ended.value.code == 2
+    assert "no-such-flag" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from refit.report.steps.arms import Arm, StepRun
 from refit.report.steps.cycle import cycle_lines
 from refit.report.steps.dispatchers import Pairing, faster_by, pairings
 from refit.report.steps.overlap import overlap_pairings
+from refit.report.terminal.escaped import markdown_text
 from refit.report.terminal.grid import markdown
-from refit.report.terminal.neutral import markdown_text
 from refit.results.outcomes import Outcome
 from refit.results.step import STEP_PARTS, Breakdown
 

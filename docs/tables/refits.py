@@ -14,8 +14,8 @@ from refit.report.refits.evidence import MAX_CV
 from refit.report.refits.headline import between
 from refit.report.refits.run_spread import exceeds_spread
 from refit.report.refits.summary import marked_ms
+from refit.report.terminal.escaped import markdown_code, markdown_text
 from refit.report.terminal.grid import markdown
-from refit.report.terminal.neutral import markdown_code, markdown_text
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, speed_ratio
 from refit.results.status import Status

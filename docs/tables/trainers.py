@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from docs.tables.refits import conditions, wrapped
 from refit.report.steps.arms import Arm
 from refit.report.steps.trainers import PARTS, Trainer, over_first, rankings, shares
+from refit.report.terminal.escaped import markdown_text
 from refit.report.terminal.grid import markdown
-from refit.report.terminal.neutral import markdown_text
 from refit.results.outcomes import Outcome
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from refit.config import limits
 from refit.config import pipeline_layout as layouts
-from refit.config.registry import ENGINES, MEASUREMENTS
+from refit.config.registry import BOTH, ENGINES, MEASUREMENTS
 from refit.config.yaml_files import shortened
 from refit.errors import UsageError
 
@@ -113,7 +113,7 @@ def _evaluate(node: ast.expr) -> Any:
 
 def engines(text: str) -> tuple[str, ...]:
     """`refit,megatron`: names of `ENGINES`, each kept once. `both` stands for those two."""
-    words = (("refit", "megatron") if word == "both" else (word,) for word in text.split(","))
+    words = (BOTH if word == "both" else (word,) for word in text.split(","))
     names = tuple(dict.fromkeys(itertools.chain.from_iterable(words)))
     unknown = next((name for name in names if name not in ENGINES), None)
     if unknown is not None:

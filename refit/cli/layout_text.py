@@ -16,11 +16,10 @@ from refit.config.flag_names import (
     SIZE_FLAGS,
     size_flag,
 )
-from refit.config.registry import FORMATS, option_flags
+from refit.config.registry import DEFAULT_FORMAT, FORMATS, option_flags
 from refit.config.rows import DATA_PARALLEL
 from refit.errors import UsageError
 
-DEFAULT_FORMAT = "megatron"
 SIDES = ("source", "destination")
 EXAMPLES = {"source": "TP8 EP8 PP4", "destination": "vllm TP4 EP16 DP4"}
 

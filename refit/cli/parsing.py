@@ -18,7 +18,7 @@ from refit.cli.step_flags import runs_steps, step_settings
 from refit.config.clusters import load_cluster
 from refit.config.options import MethodOptions
 from refit.config.plugins import load_plugins
-from refit.config.registry import AUTO, ENCODINGS, ENGINES, FORMATS, IDENTITY, METHODS
+from refit.config.registry import AUTO, ENCODINGS, ENGINES, FORMATS, IDENTITY, METHODS, OWN_ENGINE
 from refit.config.relay import Relay
 from refit.config.scenario import Scenario, Verify
 from refit.config.shape import ModelShape
@@ -213,7 +213,7 @@ def _engines(args: argparse.Namespace) -> tuple[str, ...]:
         given: tuple[str, ...] = args.refit_engine
         return given
     compares = ENCODINGS[args.refit_encoding].has_options
-    return ("refit", *(name for name, row in ENGINES.items() if compares and row.sends_everything))
+    return (OWN_ENGINE, *(name for name, row in ENGINES.items() if compares and row.sends_everything))
 
 
 def _check_encoding(args: argparse.Namespace, engines: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from refit.cli import flag_types
 from refit.cli.flag_parser import FlagParser
-from refit.cli.layout_text import DEFAULT_FORMAT, add_layout_flags
+from refit.cli.layout_text import add_layout_flags
 from refit.cli.option_flags import add_option_flag, attribute
 from refit.cli.quantisation_flags import with_inference_dtype
 from refit.cli.transformers_flags import add_transformers_flags, check_transformers_flags, with_transformers_settings
@@ -24,7 +24,7 @@ from refit.config.flag_names import (
 from refit.config.layout import Layout
 from refit.config.options import Sized, default_sizes, fewest_ranks
 from refit.config.pipeline_layout import PipelineLayout
-from refit.config.registry import FORMATS, MEASUREMENTS, load, option_flags
+from refit.config.registry import DEFAULT_FORMAT, FORMATS, MEASUREMENTS, load, option_flags
 from refit.config.scenario import Mode
 from refit.config.shape import Dtype
 from refit.config.side import SideSpec

@@ -13,9 +13,9 @@ from refit.config import yaml_files
 from refit.config.clusters import Cluster, load_cluster
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
-from refit.report.plans.bounds import bounds_table
+from refit.report.plans.bounds_table import bounds_table
 from refit.report.terminal.console import show
-from refit.report.terminal.neutral import markdown_text
+from refit.report.terminal.escaped import markdown_text
 from refit.sweep.parallel import plan_all
 from refit.sweep.selection import Candidate, Selection, select_file
 

@@ -12,13 +12,14 @@ from typing import Any
 from refit.cli import flag_types
 from refit.cli.launch import rank_variables
 from refit.commands.run import without_launcher
-from refit.config.registry import METHODS
+from refit.config.registry import METHODS, method_of_links
+from refit.config.rows import BETWEEN, WITHIN
 from refit.errors import ExitCode, UsageError
 from refit.report.plans.calibration import calibration_text, cluster_text
 from refit.report.terminal.console import show, show_aside
 
 MAX_MIB = 1 << 16
-DEFAULTS = {"cpu": ("shm", "gloo"), "cuda": ("cuda-ipc", "nccl")}
+DEFAULTS = {device: tuple(method_of_links(device, where) for where in (WITHIN, BETWEEN)) for device in ("cpu", "cuda")}
 """By device: the methods within hosts and between them."""
 
 

@@ -13,7 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from refit.config.options import OptionFlag, flags_of
 from refit.config.rows import (
+    BETWEEN,
     DATA_PARALLEL,
+    WITHIN,
     Encoding,
     Engine,
     Format,
@@ -77,6 +79,9 @@ def option_flags(options: str | None) -> dict[str, OptionFlag]:
     """The flags of the settings that a row's `options` names, by field; empty for None."""
     return flags_of(load(options)) if options is not None else {}
 
+
+DEFAULT_FORMAT = "megatron"
+"""Of a side for which none is given; titles leave it out."""
 
 FORMATS = Registry(
     "side format",
@@ -159,6 +164,7 @@ METHODS = Registry(
             transport="refit.transport.one_sided.cuda_ipc:CudaIpcTransport",
             devices=("cuda",),
             needs="CUDA GPUs of one host with access to each other",
+            links=(("cuda", WITHIN),),
             one_sided=True,
             single_host=True,
             cpu_stand_in="shm",
@@ -178,6 +184,7 @@ METHODS = Registry(
             transport="refit.transport.two_sided.nccl:NcclTransport",
             devices=("cuda",),
             needs="CUDA GPUs",
+            links=(("cuda", BETWEEN),),
             cpu_stand_in="gloo",
             message_bytes=256 << 20,
             messages_per_pair=2,
@@ -187,6 +194,7 @@ METHODS = Registry(
             transport="refit.transport.one_sided.shm:SharedMemoryTransport",
             devices=("cpu",),
             needs="/dev/shm, all ranks on one host",
+            links=(("cpu", WITHIN),),
             options="refit.transport.one_sided.options:ShmOptions",
             message_bytes=512 << 10,
             one_sided=True,
@@ -202,6 +210,7 @@ METHODS = Registry(
             transport="refit.transport.two_sided.gloo:GlooTransport",
             devices=("cpu", "cuda"),
             needs="nothing beyond torch",
+            links=(("cpu", BETWEEN),),
             message_bytes=4 << 20,
             megatron_service="gloo",
         ),
@@ -215,6 +224,12 @@ METHODS = Registry(
         ),
     },
 )
+
+
+def method_of_links(device: str, where: str) -> str:
+    """The method that stands for links of a type of device, WITHIN hosts or BETWEEN them."""
+    return next(name for name, row in METHODS.items() if (device, where) in row.links)
+
 
 IDENTITY = "identity"
 """The encoding that is the default: the weights themselves are sent."""
@@ -264,6 +279,12 @@ def encodings_of(held_dtype: str | None, encoding: str) -> list[str]:
     return [*following, *(name for name in (encoding,) if ENCODINGS[name].wire is not None)]
 
 
+OWN_ENGINE = "refit"
+"""The engine under test: this suite's plans and transports."""
+
+BOTH = (OWN_ENGINE, "megatron")
+"""The engines that `--refit-engine both` stands for."""
+
 ENGINES = Registry(
     "refit engine",
     {
@@ -287,6 +308,7 @@ ENGINES = Registry(
             title="vLLM's ipc update",
             is_baseline=True,
             of_running=True,
+            of_cuda=True,
             encodes=True,
         ),
         "full": Engine(

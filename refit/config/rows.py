@@ -11,6 +11,9 @@ from dataclasses import dataclass
 DATA_PARALLEL = "data-parallel"
 """In `Format.words`: the number of ranks, by the replicas that they hold."""
 
+WITHIN, BETWEEN = "within", "between"
+"""In `Method.links`: hosts."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepSupport:
@@ -95,7 +98,8 @@ class Method:
     (`refit.config.options.MethodOptions`), None for a method without any. `message_bytes` is the most of a message, and
     `messages_per_pair` how many of a pair are in flight: for estimates, as the transport has them. `suggested_for` are
     the modes for which `search` writes it where none was chosen, `megatron_service` is what Megatron-Core's own refit
-    moves its bytes with then.
+    moves its bytes with then. `links` are those that it stands for where one method has to: pairs of a device and
+    WITHIN or BETWEEN hosts.
     """
 
     transport: str
@@ -109,6 +113,7 @@ class Method:
     messages_per_pair: int = 4
     suggested_for: tuple[str, ...] = ()
     megatron_service: str = "nccl"
+    links: tuple[tuple[str, str], ...] = ()
 
     @property
     def device(self) -> str:
@@ -147,7 +152,7 @@ class Engine:
     A baseline is measured beside the engine under test. It decides the exit code only where it runs alone.
     `formats` are the sides it can refit; None stands for all. `single_chunk` ones refit one model chunk per rank.
     `encodes`: it sends through encodings, so it can refit to FP8 destinations, or send other than the weights.
-    `of_running`: it is a running engine's own update, which puts the weights to use itself.
+    `of_running`: it is a running engine's own update, which puts the weights to use itself; `of_cuda`: by CUDA IPC.
     `sends_everything`: it leaves out the scenario's encoding, which others are compared with.
     """
 
@@ -158,6 +163,7 @@ class Engine:
     single_chunk: bool = False
     encodes: bool = False
     of_running: bool = False
+    of_cuda: bool = False
     sends_everything: bool = False
 
 

@@ -12,7 +12,7 @@ from refit.config.clusters import Cluster
 from refit.config.delta import DeltaOptions
 from refit.config.flag_names import size_flag
 from refit.config.options import MethodOptions
-from refit.config.registry import IDENTITY, MEASUREMENTS, encodings_of
+from refit.config.registry import IDENTITY, MEASUREMENTS, OWN_ENGINE, encodings_of
 from refit.config.relay import Relay
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -65,7 +65,7 @@ class Scenario:
     destination: SideSpec
     mode: Mode
     method: str
-    engines: tuple[str, ...] = ("refit",)
+    engines: tuple[str, ...] = (OWN_ENGINE,)
     measurements: tuple[str, ...] = ("refit",)
     num_warmup: int = 2
     num_iterations: int = 5

@@ -9,6 +9,7 @@ from typing import TypeVar
 from refit.config.layout import Layout, short_text
 from refit.config.options import SideOptions, options_as
 from refit.config.quantisation import Quantisation
+from refit.config.registry import DEFAULT_FORMAT
 from refit.config.shape import Dtype
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class SideSpec:
     """
 
     layout: Layout
-    format: str = "megatron"
+    format: str = DEFAULT_FORMAT
     dtype: Dtype | None = Dtype.BF16
     transformer_impl: str = "local"
     options: SideOptions | None = None
@@ -91,7 +92,7 @@ class SideSpec:
         """`TP2 EP2`; PP and ETP where they are not 1 and TP; the format where it is not Megatron's; what is not the
         default of the attention, and autocast."""
         text = self.options.title(self.layout) if self.options is not None else short_text(self.layout)
-        words = [text if self.format == "megatron" else f"{self.format} {text}"]
+        words = [text if self.format == DEFAULT_FORMAT else f"{self.format} {text}"]
         words += [self.attn_impl] if self.attn_impl not in (None, DEFAULT_ATTN_IMPL) else []
         words += ["autocast"] if self.autocast is not None else []
         return " ".join(words if self.quantisation is None else [*words, self.quantisation.dtype])

@@ -72,8 +72,10 @@ class Host(Protocol):
 class ThisProcess:
     """Commands are children of this process. They inherit its locks, so a lock is held while one of them runs."""
 
-    def __init__(self, stop: Stop) -> None:
+    def __init__(self, stop: Stop, *, shows_output: bool = False) -> None:
+        """`shows_output`: what commands say goes on to this process's output, and only their errors to the log."""
         self._stop = stop
+        self._shows_output = shows_output
 
     def run(self, words: Sequence[str], log: Path, timeout_s: int) -> int:
         with log.open("ab") as file:
@@ -81,8 +83,8 @@ class ThisProcess:
                 process = subprocess.Popen(
                     words,
                     stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
+                    stdout=None if self._shows_output else file,
+                    stderr=file,
                     start_new_session=True,  # signals go to all that it has started, Ctrl-C only to this process
                     close_fds=False,
                 )

@@ -9,7 +9,12 @@ from refit.launch.base import Job, Launcher, preload
 
 
 class LocalLauncher(Launcher):
-    """One `refit run` starts all ranks, with torchrun, which keeps a log of each."""
+    """One `refit run` starts all ranks, with torchrun, which keeps a log of each.
+
+    `start` is how (`refit run --start`).
+    """
+
+    start = "spawn"
 
     def command(self, job: Job) -> Sequence[str]:
         if job.nodes > 1:
@@ -23,5 +28,6 @@ class LocalLauncher(Launcher):
             "PET_TEE": "2",
             **preload(self.environ),
         }
-        start = [self.python, "-m", "refit", "run", "--start", "spawn", "--nproc-per-node", str(job.ranks_per_node)]
-        return ["env", *(f"{name}={value}" for name, value in variables.items()), *start, *job.flags]
+        words = [self.python, "-m", "refit", "run", "--start", self.start]
+        words += ["--nproc-per-node", str(job.ranks_per_node), *job.flags]
+        return ["env", *(f"{name}={value}" for name, value in variables.items()), *words]

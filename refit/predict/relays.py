@@ -8,8 +8,9 @@ import numpy as np
 
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap
-from refit.config.registry import METHODS
+from refit.config.registry import METHODS, method_of_links
 from refit.config.relay import Relay
+from refit.config.rows import BETWEEN
 from refit.errors import UsageError
 from refit.plan.box_array import IntArray
 from refit.plan.cost import bytes_matrix, lower_bound, split_traffic
@@ -69,7 +70,7 @@ def plan_with_relay(
     return best, chosen
 
 
-NETWORK = "nccl"
+NETWORK = method_of_links("cuda", BETWEEN)
 """Whose messages an estimate takes where the method is not known yet: the one for GPUs on several hosts."""
 
 

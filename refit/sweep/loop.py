@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,20 +41,24 @@ class Loop:
         return Path(os.path.abspath(self.sweep_file)).parent
 
     def run(self, scenarios: Sequence[Planned]) -> int:
-        """Run scenarios in turn. Returns the exit code of the last one's command.
+        """Run scenarios in turn. Returns the exit code of the last one's command. Raises as `each` does."""
+        codes = [code for _, code in self.each(scenarios)]
+        return codes[-1] if codes else 0
+
+    def each(self, scenarios: Sequence[Planned]) -> Iterator[tuple[Planned, int]]:
+        """Run scenarios in turn. Each comes with the exit code of its command before the next one starts.
 
         Raises Cancelled after a signal, with the attempt that ran closed.
         """
-        sweep, code = self.sweep, 0
+        sweep = self.sweep
         for number, planned in enumerate(scenarios, 1):
             self._check()
             one = task(sweep, self.directory, planned)
             show(
                 f"[{number}/{len(scenarios)}] {one.name}: {one.nodes} x {one.ranks_per_node} ranks, log: {one.stem}.log"
             )
-            code = self._run(one, planned)
+            yield planned, self._run(one, planned)
         self._check()
-        return code
 
     def _check(self) -> None:
         """Raise Cancelled where a signal came between scenarios."""

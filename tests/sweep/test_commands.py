@@ -208,7 +208,7 @@ def test_wrong_selections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         capsys, "sweep", "end", str(broken)
     )
     broken.write_text('{"schema_version": 9, "scenarios": []}')
-    assert "is no sweep file of this benchmark (schema version 9 is not one of 1 to 2): begin a new sweep" in error(
+    assert "is no sweep file of this benchmark (schema version 9 is not one of 1 to 3): begin a new sweep" in error(
         capsys, "sweep", "end", str(broken)
     )
 

@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from refit.bench.sides import Side
 from refit.config.layout import Layout
 from refit.config.quantisation import SCALE_SUFFIX, Quantisation
+from refit.config.registry import method_of_links
+from refit.config.rows import BETWEEN, WITHIN
 from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
@@ -33,7 +35,9 @@ from refit.transport.ranks import Ranks
 if TYPE_CHECKING:
     from refit.models.huggingface.whole import WholeModel
 
-GATHERED_WITH = {"cpu": "gloo", "cuda": "cuda-ipc"}
+GATHERED_WITH = {"cpu": BETWEEN, "cuda": WITHIN}
+"""By device: the links whose method gathers."""
+
 PACKED = "the engine packs them, so that their bits cannot be read: --check-forward compares what it generates"
 FILE_NAME = "model.safetensors"
 
@@ -80,7 +84,8 @@ class _OwnUpdate:
         model = WholeModel(shape, dtype, self._device) if ranks.rank == first else None
         held = predict_side(shape, SideSpec(Layout(1, 1, 1, 1, world_size=1, first_rank=first), "fsdp2", dtype))
         options = TransportOptions(scenario.staging_bytes, scenario.timeout_s)
-        gathering = get_transport(GATHERED_WITH[self._device.type]).prepare(
+        method = method_of_links(self._device.type, GATHERED_WITH[self._device.type])
+        gathering = get_transport(method).prepare(
             plan_refit(source.sharding, held), ranks, source.weights, model.weights if model else None, options
         )
         self._not_moved = dict.fromkeys(packed_keys(shape, destination.spec, serving.facts.packed), PACKED)

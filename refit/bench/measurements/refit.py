@@ -30,7 +30,7 @@ from refit.plan.planner import plan_refit
 from refit.plan.sharding import Sharding
 from refit.predict.relays import Relaying, message_size
 from refit.predict.sides import PlannedSides, plan_sides
-from refit.report.plans.bound import bound_text
+from refit.report.plans.bound_text import bound_text
 from refit.report.refits import refit_lines
 from refit.results.refit import EngineResult, HostTraffic, ModelFacts, QuantisedRefit, RefitResult
 from refit.results.result import MeasurementResult

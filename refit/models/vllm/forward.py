@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, LatentAttention, ModelShape
 from refit.models.forward_pass import ForwardPass, Routing, Trace
 from refit.models.vllm.groups import Groups
-from refit.predict.placement import Slots
+from refit.predict.expert_slots import Slots
 from refit.predict.vllm.engine import Engine
 from refit.predict.vllm.parameters import Engines
 

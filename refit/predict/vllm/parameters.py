@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import SideSpec
 from refit.plan.box import Box
+from refit.predict.expert_slots import Slots, placed_layers
 from refit.predict.families.names import Block, NamedModel, NamedTensor, Piece, named_model
 from refit.predict.families.parts import Parts, model_in_parts, parts_of
 from refit.predict.families.tables import Part
 from refit.predict.megatron import Split
-from refit.predict.placement import Slots, placed_layers
 from refit.predict.vllm.engine import Engine, Place, stage_layers
 from refit.predict.vllm.names import EXPERTS
 from refit.predict.vllm.options import VllmOptions

@@ -12,8 +12,8 @@ from refit import units
 from refit.config.registry import ENCODINGS, IDENTITY
 from refit.plan.cost import BusiestRank, per_gpu
 from refit.predict.dry_run import Changes, DryRun
-from refit.report.plans.bound import bound_text, estimate_text, floor_text
-from refit.report.plans.expert_map import expert_lines
+from refit.report.plans.bound_text import bound_text, estimate_text, floor_text
+from refit.report.plans.expert_lines import expert_lines
 from refit.report.plans.rank_map import rank_map
 from refit.report.refits.delta_lines import percent
 from refit.results.result import encoded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from refit import units
-from refit.report.terminal.neutral import picture_text
+from refit.report.terminal.escaped import picture_text
 from refit.results.outcomes import Outcome
 from refit.results.sweep import Sweep
 

@@ -20,7 +20,7 @@ from refit.report.plots.style import (
 )
 from refit.report.refits.compare import Comparison, Pair
 from refit.report.refits.run_spread import MIN_SAMPLES, Repeated, half_width
-from refit.report.terminal.neutral import picture_text
+from refit.report.terminal.escaped import picture_text
 from refit.results.runs import Run
 from refit.results.status import Status
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from refit.report.plots.style import PHASE_LOOKS, grid, legend, new_figure, time_scale, wrapped
-from refit.report.terminal.neutral import picture_text
+from refit.report.terminal.escaped import picture_text
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult, Sample
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from refit import units
 from refit.report.plots.style import LINE, byte_scale, grid, method_look, new_figure, time_scale, wrapped_text
 from refit.report.refits.scaling import Scaling
-from refit.report.terminal.neutral import picture_text
+from refit.report.terminal.escaped import picture_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

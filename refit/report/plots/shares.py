@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from refit.report.plots.style import LINE, METHOD_LOOKS, Look, grid, legend, new_figure, time_scale, wrapped_text
 from refit.report.refits.shares import Curve
-from refit.report.terminal.neutral import picture_text
+from refit.report.terminal.escaped import picture_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from refit.config.registry import ENGINES, METHODS
 from refit.errors import UnavailableError
-from refit.report.terminal.neutral import MAX_CELL, picture_text
+from refit.report.terminal.escaped import MAX_CELL, picture_text
 from refit.results.outcomes import Outcome
 from refit.results.plain import plain
 

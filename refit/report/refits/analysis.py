@@ -22,7 +22,7 @@ from refit.report.refits.points import Point, median, points_of
 from refit.report.refits.run_spread import Samples, by_scenario
 from refit.report.refits.scaling import scalings
 from refit.report.refits.shares import shares_lines
-from refit.report.terminal.neutral import plain_lines
+from refit.report.terminal.escaped import plain_lines
 from refit.results.outcomes import Outcome
 
 NEARLY_EQUAL = 1.05

@@ -17,8 +17,8 @@ from refit.report.refits.run_spread import (
     times_line,
 )
 from refit.report.refits.tables import wrong_text
+from refit.report.terminal.escaped import FILE_WIDTH, plain_lines
 from refit.report.terminal.grid import Column, fitted
-from refit.report.terminal.neutral import FILE_WIDTH, plain_lines
 from refit.results.outcomes import Outcome
 from refit.results.plain import plain
 from refit.results.runs import Run

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from refit import units
+from refit.report.terminal.escaped import FILE_WIDTH
 from refit.report.terminal.grid import Column, fitted
-from refit.report.terminal.neutral import FILE_WIDTH
 from refit.results.refit import EngineResult, RefitResult
 from refit.results.shares import KindRow, ShareRow, full_refits, kind_rows, share_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from refit.report.refits.entries import entries_of
 from refit.report.refits.facts import facts, kept
 from refit.report.refits.tables import run_title, where_text
-from refit.report.terminal.neutral import latex_text, plain_lines
+from refit.report.terminal.escaped import latex_text, plain_lines
 from refit.results.runs import Run
 
 

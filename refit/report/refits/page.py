@@ -18,7 +18,7 @@ from refit.report.refits.headline import headline, ratios
 from refit.report.refits.run_spread import by_scenario, spread_lines
 from refit.report.refits.summary import counts_line
 from refit.report.refits.tables import run_title, where_text
-from refit.report.terminal.neutral import html_text
+from refit.report.terminal.escaped import html_text
 from refit.results.outcomes import Outcome
 from refit.results.result import Environment
 from refit.results.runs import Run

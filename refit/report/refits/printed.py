@@ -9,7 +9,7 @@ from refit.report.refits.facts import facts
 from refit.report.refits.page import LEGEND, STYLE, Pictures, document, fact_lines, figure, results_table
 from refit.report.refits.summary import counts_line
 from refit.report.refits.tables import run_title, where_text
-from refit.report.terminal.neutral import html_text
+from refit.report.terminal.escaped import html_text
 from refit.results.runs import Run
 
 PRINTED = """

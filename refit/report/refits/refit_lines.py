@@ -10,14 +10,14 @@ from refit.config.registry import ENGINES
 from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario
 from refit.plan.cost import Cost
-from refit.report.plans.bound import estimate_text, floor_text
+from refit.report.plans.bound_text import estimate_text, floor_text
 from refit.report.refits import warnings
 from refit.report.refits.delta_lines import delta_lines
 from refit.report.refits.headline import headlines, title
 from refit.report.refits.served_lines import engine_lines
 from refit.report.terminal.console import table_width
+from refit.report.terminal.escaped import FILE_WIDTH, plain_lines
 from refit.report.terminal.grid import Column, fitted
-from refit.report.terminal.neutral import FILE_WIDTH, plain_lines
 from refit.results.refit import EngineResult, HostTraffic, QuantisedRefit, RefitResult, Sample
 from refit.results.result import Environment, Result
 from refit.results.runs import outcome_of

@@ -11,7 +11,7 @@ from refit.config.side import SideSpec
 from refit.report.refits.headline import headlines
 from refit.report.refits.run_spread import by_scenario, run_spread_lines
 from refit.report.steps import step_lines
-from refit.report.terminal.neutral import plain_lines
+from refit.report.terminal.escaped import plain_lines
 from refit.results.outcomes import Outcome
 from refit.results.refit import EngineResult
 from refit.results.stats import Summary

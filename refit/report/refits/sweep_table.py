@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from refit import units
 from refit.config.scenario import Mode, ranks_text
 from refit.report.refits.headline import headlines
+from refit.report.terminal.escaped import FILE_WIDTH, plain_lines
 from refit.report.terminal.grid import Column, fitted
-from refit.report.terminal.neutral import FILE_WIDTH, plain_lines
 from refit.results.outcomes import judged
 from refit.results.result import Result
 from refit.results.status import Status

@@ -7,7 +7,7 @@ from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
 from refit.report.steps.cycle import cycle_lines
-from refit.report.terminal.neutral import plain_lines
+from refit.report.terminal.escaped import plain_lines
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.results.step import ForwardResult, StepResult, StepSample

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from refit.report.terminal import live
-from refit.report.terminal.neutral import FILE_WIDTH, MAX_LINE
+from refit.report.terminal.escaped import FILE_WIDTH, MAX_LINE
 from refit.results.plain import plain
 
 MIN_WIDTH = 40

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refit.report.terminal.neutral import FILE_WIDTH, MAX_CELL, csv_cell, plain_lines
+from refit.report.terminal.escaped import FILE_WIDTH, MAX_CELL, csv_cell, plain_lines
 from refit.results.plain import plain
 
 FOLD_WIDTH = 16

@@ -21,8 +21,8 @@ from refit.cli.main import main as benchmark
 from refit.commands import main
 from refit.report.refits.refit_lines import closing_lines
 from refit.report.terminal.console import show, show_text, table_width, wrapped
+from refit.report.terminal.escaped import FILE_WIDTH
 from refit.report.terminal.grid import Column, fitted
-from refit.report.terminal.neutral import FILE_WIDTH
 from tests.report.factories import engine, small_run
 from tests.report.refits.test_summary import full_run
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from refit.config.registry import ENGINES
 from refit.config.scenario import Mode, Scenario
 from refit.errors import UnavailableError
 from refit.models.vllm.engine.process import installed_version
@@ -34,8 +35,9 @@ def check_available(scenario: Scenario, device: torch.device) -> None:
         raise UnavailableError(
             f"vLLM on CPUs does not sleep (--rl-inference-engine-sleep {options.engine_sleep}): leave it out"
         )
-    if device.type == "cpu" and "vllm-ipc" in scenario.engines:
-        raise UnavailableError("--refit-engine vllm-ipc updates a running vLLM by CUDA IPC: leave it out on CPUs")
+    by_cuda = next((name for name in scenario.engines if ENGINES[name].of_cuda), None)
+    if device.type == "cpu" and by_cuda is not None:
+        raise UnavailableError(f"--refit-engine {by_cuda} updates a running vLLM by CUDA IPC: leave it out on CPUs")
     if device.type == "cpu" and scenario.destination.quantisation is not None:
         raise UnavailableError(
             f"vLLM on CPUs serves no {scenario.destination.quantisation.dtype}: leave --rl-inference-dtype out"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from refit import units
 from refit.predict.dry_run import DryRun
 from refit.predict.expert_map import ExpertMap
-from refit.report.plans.bound import bound_text
+from refit.report.plans.bound_text import bound_text
 
 
 def expert_lines(run: DryRun) -> list[str]:

@@ -8,7 +8,7 @@ from refit import units
 from refit.config.clusters import Cluster
 from refit.plan.cost import lower_bound
 from refit.predict.dry_run import DryRun
-from refit.report.terminal.neutral import markdown_text
+from refit.report.terminal.escaped import markdown_text
 
 
 def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:

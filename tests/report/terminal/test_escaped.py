@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refit.commands import main
+from refit.report.terminal.escaped import csv_cell, html_text, markdown_code, markdown_text, plain_lines
 from refit.report.terminal.grid import Column, comma_separated, fitted
-from refit.report.terminal.neutral import csv_cell, html_text, markdown_code, markdown_text, plain_lines
 from refit.results.plain import plain
 from refit.results.result import Failure, Gpu
 from refit.results.status import Status

@@ -8,7 +8,7 @@ from pathlib import Path
 from refit.cli.parsing import parse
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.report.plans.dry_run import dry_run_text
-from refit.report.plans.expert_map import expert_lines
+from refit.report.plans.expert_lines import expert_lines
 
 FLAGS = ["--dry-run", "--model=tiny_qwen3_moe", "--rl-inference-format=vllm"]
 ENGINE = ["--rl-inference-data-parallel-size=2", "--rl-inference-expert-model-parallel-size=2"]

@@ -9,7 +9,7 @@ import pytest
 from refit.config.placement import ExpertPlacement
 from refit.config.shape import Experts
 from refit.errors import UsageError
-from refit.predict.placement import placed_layers
+from refit.predict.expert_slots import placed_layers
 
 FILE = "map.json"
 
