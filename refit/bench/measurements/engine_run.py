@@ -243,13 +243,18 @@ class EngineRun:
         """Give the source the weights of a refit. Returns what an optimizer step has changed of them on this rank."""
         training = self._planned.training if self._scenario.sends_steps else None
         if training is None:
-            if self._planned.source.weights is not None:
+            if self._planned.source.weights is not None and not self._is_loaded:
                 oracle.fill(self._planned.source.weights, iteration, self._oracle)
             return {}
         if iteration == 0:
             training.saved.restore()
             return {}
         return training.step()
+
+    @property
+    def _is_loaded(self) -> bool:
+        """Whether the source holds a checkpoint, of which no refit changes anything: it was filled once, before."""
+        return self._oracle.is_real and not self._oracle.keeps_base
 
     def _asked(self, iteration: int) -> Asked | None:
         delta = self._scenario.delta

@@ -12,6 +12,7 @@ import torch
 from refit.bench.clock import Stopwatch
 from refit.bench.exchange import gather
 from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
+from refit.bench.file_values import reload_source
 from refit.bench.reference import Reference
 from refit.bench.session import Session
 from refit.bench.sides import Side, rearranged, refitted_to
@@ -44,6 +45,8 @@ class RefitMeasurement:
     def run(self, session: Session, source: Side, destination: Side) -> RefitResult:
         with torch.no_grad():
             training = Training(session, source) if session.scenario.trains("source") else None
+            if training is not None:
+                reload_source(session, source)
             result = _measure(session, source, destination, training)
             moved = rearranged(session, "destination", destination)
             return result if moved is None else _after_rearranging(session, source, moved, result, training)
