@@ -63,7 +63,7 @@ class Verdict:
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """Collects the differences of one destination."""
 
     num_compared: int = 0
@@ -120,7 +120,7 @@ def check(
     `source` has each tensor's dtype and first dim at the source. Expected values are cast from that dtype to the
     destination's, or what `part` makes of them. `sample` compares every 16th row only, or row of what `part` compares.
     """
-    tally = _Tally()
+    tally = Tally()
     held = LocalWeights(memory)
     start = iteration % SAMPLE_STRIDE if sample else None
     for shard in held:

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NUM_PROBES = 16
 """Places of each file that are looked for in the page cache."""
 
-
 MAX_TRIES = 3
-"""A page that has just been read waits in a list of its core's, from which the kernel does not drop it the first time."""
+"""A page that has just been read waits in a list of its core's, from which the kernel may not drop it the first time."""
 
 
-def drop(paths: Collection[Path]) -> None:
-    """Ask the kernel to forget the pages of these files. It keeps those of memory file systems, and mapped ones."""
+def drop(paths: Collection[Path]) -> float | None:
+    """Have the kernel forget the pages of these files. It keeps those of memory file systems, and mapped ones.
+
+    Returns the share of places in them that are then not in the page cache; None where the file system does not say.
+    """
+    share = None
     for _ in range(MAX_TRIES):
         for path in paths:
-            with _opened(path) as descriptor:
-                os.fdatasync(descriptor)  # it keeps pages that are not on disk yet
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        if cold_share(paths) in (None, 1.0):
-            return
+            _forget(path)
+        share = _cold_share(paths)
+        for path in paths:
+            _forget(path)  # looking for a page reads it
+        if share in (None, 1.0):
+            break
+    return share
 
 
-def cold_share(paths: Collection[Path]) -> float | None:
-    """The share of places in these files that are not in the page cache; None where the file system does not say."""
+def _forget(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fdatasync(descriptor)  # pages that are not on disk yet are kept
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _cold_share(paths: Collection[Path]) -> float | None:
     num_cold = num_places = 0
     for path in paths:
         with _opened(path) as descriptor:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no page beyond the one that is looked for
             size = os.fstat(descriptor).st_size
             for place in range(NUM_PROBES):
                 try:
@@ -44,7 +55,7 @@ def cold_share(paths: Collection[Path]) -> float | None:
     return num_cold / num_places if num_places else None
 
 
-@contextlib.contextmanager
+@contextmanager
 def _opened(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY)
     try:

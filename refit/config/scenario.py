@@ -114,6 +114,11 @@ class Scenario:
         """The rows of ENCODINGS that its refits go through, in order: what the destination holds, then `encoding`."""
         return encodings_of(self.destination.held_dtype, self.encoding)
 
+    @property
+    def filled_with(self) -> str:
+        """What the source holds where it was not trained, in words."""
+        return str(self.source_weights) if self.source_weights is not None else "values by position"
+
     def trains(self, name: str) -> bool:
         """Whether the side called `name` is trained: the source, where a training step is measured."""
         return name == "source" and "train-step" in self.measurements

@@ -61,15 +61,14 @@ class LoadMeasurement:
 
 
 def _dropped(session: Session, files: Mapping[Path, int]) -> float | None:
-    """Drop the files on every host. Returns how much of them is not in this host's cache, as rank 0 finds it.
+    """Drop the files on every host. Returns how much of them is not in the cache of the first one.
 
     Collective: every rank of the job.
     """
     dist.barrier(session.control)  # nobody is reading them
-    if session.is_reporter or session.ranks.host_of[session.rank] not in session.ranks.host_of[: session.rank]:
-        page_cache.drop(files)
-    share = page_cache.cold_share(files) if session.is_reporter else None
-    found: list[float | None] = gather(session.control, share)
+    hosts = session.ranks.host_of
+    is_first = hosts[session.rank] not in hosts[: session.rank]
+    found: list[float | None] = gather(session.control, page_cache.drop(files) if is_first else None)
     return found[0]
 
 

@@ -33,7 +33,14 @@ from refit.predict.relays import Relaying, message_size
 from refit.predict.sides import PlannedSides, plan_sides
 from refit.report.plans.bound import bound_text
 from refit.report.refits import refit_lines
-from refit.results.refit import EngineResult, HostTraffic, ModelFacts, QuantisedRefit, RefitResult
+from refit.results.refit import (
+    EngineResult,
+    HostTraffic,
+    ModelFacts,
+    QuantisedRefit,
+    RefitResult,
+    tested_engine,
+)
 from refit.results.result import MeasurementResult
 from refit.results.status import Status, worst
 from refit.results.step import StepResult
@@ -113,7 +120,8 @@ def _measure(session: Session, source: Side, destination: Side, training: Traini
 
         own = replace(session, scenario=scenarios[name])
         reference = partial(_reference, own, planned, cluster, relaying) if own.scenario.sends_steps else None
-        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep, reference).measure()
+        writes = name == tested_engine(tuple(engines)) and _is_last(session.scenario)
+        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep, reference, writes).measure()
         result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
 
@@ -137,6 +145,11 @@ def scenario_of(name: str, scenario: Scenario) -> Scenario:
         num_iterations=turns * scenario.num_iterations,
         max_iterations=turns * most if most else None,
     )
+
+
+def _is_last(scenario: Scenario) -> bool:
+    """Whether these refits leave what is to be written: the destination does not place its experts anew behind them."""
+    return scenario.write_weights is not None and scenario.destination.rearranged is None
 
 
 def _reference(session: Session, planned: PlannedRefit, cluster: Cluster | None, relaying: Relaying) -> Reference:
