@@ -82,7 +82,12 @@ class FileValues(PlainPart):
         return found.to(_dtype(tensor)).to(block.data.device)
 
     def _fill(
-        self, into: torch.Tensor, tensor: TensorSpec, leading: tuple[int, ...], rows: torch.Tensor, columns: tuple[int, int]
+        self,
+        into: torch.Tensor,
+        tensor: TensorSpec,
+        leading: tuple[int, ...],
+        rows: torch.Tensor,
+        columns: tuple[int, int],
     ) -> None:
         """Write what the files have of `rows`, which ascend, and of a range of columns of one matrix."""
         first, last = int(rows[0]), int(rows[-1])
@@ -153,5 +158,3 @@ def _by_leading_index(rows: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tu
             leading.insert(0, index)
         yield (number, *leading), slice(begin, begin + count)
         begin += count
-
-

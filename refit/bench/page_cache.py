@@ -12,7 +12,7 @@ NUM_PROBES = 16
 """Places of each file that are looked for in the page cache."""
 
 MAX_TRIES = 3
-"""A page that has just been read waits in a list of its core's, from which the kernel may not drop it the first time."""
+"""A page that was just read waits in a list of its core's, where the kernel may not find it the first time."""
 
 
 def drop(paths: Collection[Path]) -> float | None:

@@ -34,7 +34,9 @@ Expected = Callable[[LocalShard, Rows], torch.Tensor]
 """The values `[rows, columns]` that rows of a shard of the destination should have in the files, in its dtype."""
 
 
-def write_destination(session: Session, destination: Side, compared_with: str | None, expected: Expected) -> WriteResult:
+def write_destination(
+    session: Session, destination: Side, compared_with: str | None, expected: Expected
+) -> WriteResult:
     """Write the destination to the scenario's folder, read it again and compare it, unless `compared_with` is None.
 
     The folder has its name once everything in it is right or was found wrong; after an error nothing of it is left.

@@ -57,7 +57,9 @@ class StoredPiece:
 class Contents:
     """The pieces of every logical tensor of a model in the files of a folder. `notes` say what is not as in them."""
 
-    def __init__(self, folder: StoredFolder, pieces: Mapping[str, Iterable[StoredPiece]], notes: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: StoredFolder, pieces: Mapping[str, Iterable[StoredPiece]], notes: tuple[str, ...]
+    ) -> None:
         self.folder, self.notes = folder, notes
         self._pieces: dict[str, list[StoredPiece]] = {}
         self._by_expert: dict[tuple[str, int], list[StoredPiece]] = defaultdict(list)
@@ -98,7 +100,9 @@ def contents_of(folder: StoredFolder, shape: ModelShape, dtype: Dtype, parts: Pa
     model = _closest(folder, shape, dtype)
     if parts:
         model = model_in_parts(model, parts)
-    needed = {f"{block.prefix}{tensor.name}": (block.key_prefix, tensor) for block in model.blocks for tensor in block.tensors}
+    needed = {
+        f"{block.prefix}{tensor.name}": (block.key_prefix, tensor) for block in model.blocks for tensor in block.tensors
+    }
     _check_missing(folder, shape, needed)
     notes = _check_surplus(folder, shape, needed)
     found: dict[str, list[StoredPiece]] = defaultdict(list)
@@ -176,8 +180,8 @@ def _weights(folder: StoredFolder, name: str, tensor: NamedTensor) -> StoredWeig
     expected = tuple(-(-size // step) for size, step in zip(stored.shape, block, strict=True))
     if scales.shape != expected or scales.dtype not in PLAIN_DTYPES:
         raise UsageError(
-            f"{scales.name} is {scales.dtype} {list(scales.shape)} in {scales.path}, blocks of {block[0]} x {block[1]} of "
-            f"{list(stored.shape)} have {list(expected)} in F32: weight_block_size in {CONFIG_NAME} is another's"
+            f"{scales.name} is {scales.dtype} {list(scales.shape)} in {scales.path}, blocks of {block[0]} x {block[1]} "
+            f"of {list(stored.shape)} have {list(expected)} in F32: weight_block_size in {CONFIG_NAME} is another's"
         )
     return StoredWeights(stored, scales, block)
 
@@ -188,8 +192,8 @@ def _block(folder: StoredFolder, name: str) -> tuple[int, int]:
     size = settings.get("weight_block_size") if isinstance(settings, dict) else None
     if not isinstance(size, list) or len(size) != 2 or not all(type(each) is int and each > 0 for each in size):
         raise UsageError(
-            f"{name} is FP8, and {folder.path / CONFIG_NAME} has no quantization_config with a weight_block_size of two "
-            "numbers: its scales cannot be told apart"
+            f"{name} is FP8, and {folder.path / CONFIG_NAME} has no quantization_config with a weight_block_size of "
+            "two numbers: its scales cannot be told apart"
         )
     return size[0], size[1]
 
@@ -204,11 +208,13 @@ def _dtype_notes(dtypes: Mapping[str, int], dtype: Dtype) -> Iterator[str]:
 
 def _belongs(folder: StoredFolder) -> str:
     config = folder.path / CONFIG_NAME
-    return f"{config} does not belong to these weights, or other flags change it" if folder.config else "give their config.json with --hf-config"
+    return (
+        f"{config} does not belong to these weights, or other flags change it"
+        if folder.config
+        else "give their config.json with --hf-config"
+    )
 
 
 def _listed(names: list[str]) -> str:
     rest = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
-
-

@@ -82,7 +82,9 @@ def read_folder(folder: Path) -> StoredFolder:
         for path in paths:
             for name, tensor in read_header(path).items():
                 if name in tensors:
-                    raise UsageError(f"{name} is in {tensors[name].path} and in {path}: without an index either may be it")
+                    raise UsageError(
+                        f"{name} is in {tensors[name].path} and in {path}: without an index either may be it"
+                    )
                 tensors[name] = tensor
     files = {path: path.stat().st_size for path in sorted({tensor.path for tensor in tensors.values()})}
     config = _json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}

@@ -76,7 +76,10 @@ def plan_folder(
     index = None
     if len(files) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {name: each.path.name for name, each in tensors.items()}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: each.path.name for name, each in tensors.items()},
+        }
     stored = StoredFolder(partial, tensors, sizes, {})
     return PlannedFolder(folder, partial, stored, headers, sizes, index), _contents(stored, model)
 

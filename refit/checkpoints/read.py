@@ -37,7 +37,7 @@ AHEAD = 64
 
 
 class Files:
-    """The files of a folder, each opened once for long runs and once for short ones. `read_bytes` counts what was read."""
+    """The files of a folder, each opened once for long runs and once for short ones. `read_bytes` were read so far."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[Path, bool], int] = {}
@@ -78,7 +78,10 @@ class Files:
                     self._read(descriptor, into[number * length : (number + 1) * length], start, tensor)
 
     def _read_with_gaps(self, tensor: StoredTensor, starts: list[int], length: int, into: memoryview) -> None:
-        descriptor, step = self._descriptor(tensor.path, is_strided=False), max(1, CHUNK_BYTES // (starts[1] - starts[0]))
+        descriptor, step = (
+            self._descriptor(tensor.path, is_strided=False),
+            max(1, CHUNK_BYTES // (starts[1] - starts[0])),
+        )
         for first in range(0, len(starts), step):
             part = starts[first : first + step]
             whole = memoryview(bytearray(part[-1] + length - part[0]))

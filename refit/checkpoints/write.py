@@ -96,5 +96,3 @@ def _write_piece(files: dict[Path, int], piece: StoredPiece, data: torch.Tensor)
 
 def _no_place(planned: PlannedFolder, error: OSError) -> RefitError:
     return RefitError(f"{planned.folder} cannot be written ({planned.nbytes:,} bytes): {error.strerror}")
-
-

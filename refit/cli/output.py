@@ -26,7 +26,9 @@ def check_written(scenario: Scenario) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--write-weights {folder} is there already: give a folder that is not, or an empty one")
     if partial_of(folder).exists():
-        raise UsageError(f"{partial_of(folder)} is left of a run that was killed, or of one that goes on: remove it first")
+        raise UsageError(
+            f"{partial_of(folder)} is left of a run that was killed, or of one that goes on: remove it first"
+        )
     held = predict_side(scenario.model, scenario.destination).tensors
     needed = plan_folder(folder, scenario.model, scenario.destination.dtype, held)[0].nbytes
     try:
@@ -38,8 +40,8 @@ def check_written(scenario: Scenario) -> None:
         raise UsageError(f"--write-weights {folder} cannot be written: {error.strerror}: give another folder") from None
     if needed > free:
         raise UsageError(
-            f"--write-weights {folder} needs {units.gb(needed)}, {folder.parent} has {units.gb(free)} free: give another "
-            "folder, or make space"
+            f"--write-weights {folder} needs {units.gb(needed)}, {folder.parent} has {units.gb(free)} free: give "
+            "another folder, or make space"
         )
 
 

@@ -43,8 +43,8 @@ def check_weights_flags(
             raise UsageError("--write-weights writes what a refit has moved: add refit to --measure, or leave it out")
         if destination.quantisation is not None:
             raise UsageError(
-                f"--write-weights writes weights, the destination has codes and scales of {destination.quantisation.dtype}"
-                ": leave one of them out"
+                "--write-weights writes weights, the destination has codes and scales of "
+                f"{destination.quantisation.dtype}: leave one of them out"
             )
     if args.source_weights is None:
         return ()

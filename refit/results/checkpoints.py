@@ -75,4 +75,5 @@ class WriteResult:
         """What is wrong, in one sentence; None where nothing that was compared is."""
         if not self.num_wrong:
             return None
-        return f"{self.num_wrong:,} of {self.num_compared:,} elements of {self.folder} are not those of {self.compared_with}"
+        what = f"{self.num_wrong:,} of {self.num_compared:,} elements of {self.folder}"
+        return f"{what} are not those of {self.compared_with}"

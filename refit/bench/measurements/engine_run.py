@@ -75,7 +75,8 @@ class EngineRun:
     """Measures one engine on one plan. `keep` is called with every update of the EngineResult.
 
     With `reference`, which is collective, each refit is one of what an optimizer step has left, and is compared with a
-    full one. Without, it is one of what the oracle fills in. One that `writes` leaves what it has moved as a checkpoint.
+    full one. Without, it is one of what the oracle fills in. One that `writes` leaves what it has moved as a
+    checkpoint.
     """
 
     def __init__(

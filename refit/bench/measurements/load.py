@@ -36,9 +36,7 @@ class LoadMeasurement:
         session.enter("load weights")
         cold = _dropped(session, files)
         is_known = reset_peak(host)
-        loaded = timed(
-            lambda: load(weights, contents) if weights is not None else 0, session.control, session.device
-        )
+        loaded = timed(lambda: load(weights, contents) if weights is not None else 0, session.control, session.device)
         held = weights.nbytes if weights is not None else 0
         extra = max(0, peak_bytes(host) - used_bytes(host)) if is_known and session.device.type == "cpu" else None
         ranks = gather(session.control, (raw.seconds, loaded.seconds, loaded.value, held, extra))

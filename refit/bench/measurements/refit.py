@@ -11,8 +11,8 @@ import torch
 
 from refit.bench.clock import Stopwatch
 from refit.bench.exchange import gather
-from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
 from refit.bench.file_values import reload_source
+from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
 from refit.bench.reference import Reference
 from refit.bench.session import Session
 from refit.bench.sides import Side, rearranged, refitted_to
