@@ -39,12 +39,17 @@ def source_contents(scenario: Scenario) -> Contents:
 
 def file_values(scenario: Scenario) -> FileValues:
     """The values of the folder of `--source-weights`, in the parts that the destination quantises one by one."""
-    assert scenario.source_weights is not None
-    assert scenario.model is not None
     dtype = scenario.source.dtype
     assert dtype is not None
-    in_parts = _contents(scenario.source_weights, scenario.model, dtype, scenario.destination)
-    return FileValues(in_parts, getattr(torch, dtype.value))
+    return FileValues(_contents_in_parts(scenario), getattr(torch, dtype.value))
+
+
+def _contents_in_parts(scenario: Scenario) -> Contents:
+    """Those of the source as a refit to the scenario's destination takes it."""
+    assert scenario.source_weights is not None
+    assert scenario.model is not None
+    assert scenario.source.dtype is not None
+    return _contents(scenario.source_weights, scenario.model, scenario.source.dtype, scenario.destination)
 
 
 @functools.lru_cache(maxsize=2)  # many parts of one run ask for it
@@ -54,10 +59,13 @@ def _contents(folder: Path, shape: ModelShape, dtype: Dtype, destination: SideSp
 
 
 def reload_source(session: Session, source: Side) -> None:
-    """Fill the source from its checkpoint again, where it has one and something else was written meanwhile."""
+    """Fill the source, as it is or in parts, from its checkpoint again, where it has one and holds something else."""
     if session.scenario.source_weights is not None and source.weights is not None:
         session.enter("load weights again")
-        load(source.weights, source_contents(session.scenario))
+        contents = source_contents(session.scenario)
+        if not all(shard.tensor.key in contents for shard in source.weights):
+            contents = _contents_in_parts(session.scenario)
+        load(source.weights, contents)
 
 
 class FileValues(PlainPart):

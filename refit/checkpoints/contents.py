@@ -69,6 +69,9 @@ class Contents:
                 if len(piece.held.extents) < len(piece.box.extents):
                     self._by_expert[key, piece.box.offsets[0]].append(piece)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._pieces
+
     def pieces_of(self, key: str, box: Box) -> Iterator[StoredPiece]:
         """What `box` of a logical tensor has in each tensor of the files. Rows of padding are in none."""
         single = (key, box.offsets[0]) if box.extents and box.extents[0] == 1 else None

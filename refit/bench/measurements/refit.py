@@ -120,6 +120,8 @@ def _measure(session: Session, source: Side, destination: Side, training: Traini
 
         own = replace(session, scenario=scenarios[name])
         reference = partial(_reference, own, planned, cluster, relaying) if own.scenario.sends_steps else None
+        if session.scenario.delta is not None and own.scenario.delta is None:
+            reload_source(session, source)  # another engine's refits have changed it
         writes = name == tested_engine(tuple(engines)) and _is_last(session.scenario)
         EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep, reference, writes).measure()
         result = replace(result, start_s=_slowest_start(session))

@@ -18,8 +18,8 @@ def loaded(result: LoadResult) -> str:
         [
             f"Loaded {result.folder}: {units.gb(result.nbytes)} in {result.num_tensors:,} tensors of "
             f"{result.num_files:,} files in {units.seconds(result.seconds)} = "
-            f"{units.three_digits(result.gb_per_s)} GB/s{_cold(result.cold_share)}; a plain read of the files {units.three_digits(result.raw_gb_per_s)} GB/s"
-            f"{_cold(result.raw_cold_share)}",
+            f"{units.three_digits(result.gb_per_s)} GB/s{_cold(result.cold_share)}; a plain read of the files "
+            f"{units.three_digits(result.raw_gb_per_s)} GB/s{_cold(result.raw_cold_share)}",
             f"Ranks read {units.gb(read)} to fill {units.gb(held)}, at most {units.gb(most[0])} to fill "
             f"{units.gb(most[1])} on one{memory}",
         ]
