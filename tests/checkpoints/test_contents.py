@@ -185,7 +185,7 @@ def test_an_index_names_what_its_files_have(saved: Path, tmp_path: Path) -> None
     content = json.loads(index.read_text())
     content["weight_map"]["odd"] = first_file(folder).name
     index.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="says that odd is in model-00001-of-.*, which has no such tensor"):
+    with pytest.raises(UsageError, match=r"says that odd is in model-00001-of-.*, which has no such tensor"):
         read_folder(folder)
     index.write_text("{]")
     with pytest.raises(UsageError, match="is not valid JSON"):
