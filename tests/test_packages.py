@@ -13,8 +13,8 @@ from refit.config.registry import ENCODINGS
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "refit").rglob("*.py"))
 
-ORDER = ("errors", "units", "config", "plan", "predict", "memory", "copies", "encodings", "transport", "models")
-ORDER = (*ORDER, "results", "report", "bench", "cli", "launch", "sweep", "commands")
+ORDER = ("errors", "units", "config", "plan", "predict", "memory", "checkpoints", "copies", "encodings", "transport")
+ORDER = (*ORDER, "models", "results", "report", "bench", "cli", "launch", "sweep", "commands")
 """The packages of `refit` from the bottom up: each imports only those before it."""
 
 TORCH_FREE = ("config", "plan", "predict", "results", "report", "cli", "launch", "sweep", "commands")

@@ -7,6 +7,8 @@ finite (2**-7 <= |value| < 2), so that a filled model can also run a forward pas
 probability 1 - 2**-11 or better, so counts of misplaced elements are low by at most 0.05 %. Poison is never a value, so
 an element that was not written is always found.
 
+Where the source holds a checkpoint, its values are those of the files instead (`refit.bench.file_values`).
+
 What is sent in place of weights may ask for other values, and make other values of them: every encoding has a part of
 the oracle (`refit.encodings.oracle`).
 """
@@ -19,6 +21,7 @@ from functools import partial
 
 import torch
 
+from refit.bench.file_values import file_values
 from refit.config.registry import ENCODINGS, load
 from refit.config.scenario import Scenario
 from refit.encodings.oracle import PLAIN, Comparison, OraclePart
@@ -60,7 +63,7 @@ class Verdict:
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """Collects the differences of one destination."""
 
     num_compared: int = 0
@@ -84,7 +87,7 @@ class _Tally:
 
 def part_of(scenario: Scenario) -> OraclePart:
     """The oracle's parts of all encodings that the scenario's refits go through, as one."""
-    part: OraclePart = PLAIN
+    part: OraclePart = file_values(scenario) if scenario.source_weights is not None else PLAIN
     for name in scenario.encodings:
         made = ENCODINGS[name].oracle
         part = load(made)(part, scenario) if made is not None else part
@@ -117,7 +120,7 @@ def check(
     `source` has each tensor's dtype and first dim at the source. Expected values are cast from that dtype to the
     destination's, or what `part` makes of them. `sample` compares every 16th row only, or row of what `part` compares.
     """
-    tally = _Tally()
+    tally = Tally()
     held = LocalWeights(memory)
     start = iteration % SAMPLE_STRIDE if sample else None
     for shard in held:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from refit.bench import oracle
 from refit.bench.clock import time_run, timed
 from refit.bench.exchange import gather
+from refit.bench.file_values import reload_source
 from refit.bench.initial_weights import spread
 from refit.bench.judges import judge_of
 from refit.bench.measurements.rank_samples import NOTHING_FOUND
@@ -144,6 +145,7 @@ class ServedBy(NotServed):
             generated = self._serving.generate()
             if judge is not None and generated is not None:
                 judge.add(number, generated)
+        reload_source(session, self._source)
         verdicts: list[ServedCheck | None] = gather(session.control, judge.verdict() if judge else None)
         return next(each for each in verdicts if each is not None)
 

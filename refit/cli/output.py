@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 
+from refit import units
+from refit.checkpoints.layout import partial_of, plan_folder
 from refit.config.limits import MAX_NAME
 from refit.config.scenario import Scenario
 from refit.errors import UsageError
+from refit.predict.sides import predict_side
 
 PROBE_BYTES = 64 << 10
 """Written and removed again, so that a full disk is noticed."""
+
+
+def check_written(scenario: Scenario) -> None:
+    """Raise UsageError where the folder of `--write-weights` has something in it, cannot be made, or has no space."""
+    folder = scenario.write_weights
+    if folder is None or scenario.model is None or scenario.destination.dtype is None:
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--write-weights {folder} is there already: give a folder that is not, or an empty one")
+    if partial_of(folder).exists():
+        raise UsageError(
+            f"{partial_of(folder)} is left of a run that was killed, or of one that goes on: remove it first"
+        )
+    held = predict_side(scenario.model, scenario.destination).tensors
+    needed = plan_folder(folder, scenario.model, scenario.destination.dtype, held)[0].nbytes
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+        free = shutil.disk_usage(folder.parent).free
+    except OSError as error:
+        raise UsageError(f"--write-weights {folder} cannot be written: {error.strerror}: give another folder") from None
+    if needed > free:
+        raise UsageError(
+            f"--write-weights {folder} needs {units.gb(needed)}, {folder.parent} has {units.gb(free)} free: give "
+            "another folder, or make space"
+        )
 
 
 def check_output(scenario: Scenario, environ: Mapping[str, str]) -> None:
@@ -20,6 +52,7 @@ def check_output(scenario: Scenario, environ: Mapping[str, str]) -> None:
     """
     if int(environ.get("RANK", "0")) >= int(environ.get("LOCAL_WORLD_SIZE", "1")):
         return
+    check_written(scenario)
     directory = scenario.output_dir
     # The longest name that a result's file has: a number where the name is taken, and the temporary file's suffix.
     name = f"{scenario.run_name or '_' * MAX_NAME}-999.json.{os.getpid()}.tmp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from refit.cli.delta_flags import delta_options
 from refit.cli.flags import full_parser, recorded_flags
@@ -15,6 +16,7 @@ from refit.cli.option_flags import method_options, unused_flag_notes
 from refit.cli.presets import config_flags, give_way, load_preset
 from refit.cli.side_flags import read_mode, read_sides, world_size_note
 from refit.cli.step_flags import runs_steps, step_settings
+from refit.cli.weights_flags import check_weights_flags, measurements
 from refit.config.clusters import load_cluster
 from refit.config.options import MethodOptions
 from refit.config.plugins import load_plugins
@@ -65,6 +67,8 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = full_parser()
     args = parser.parse_flags(argv)
     given = tuple(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    if args.source_weights is not None and _describes_nothing(args):
+        args.hf_config = Path(args.source_weights)
     if args.hf_config is not None:
         if args.model is not None:
             raise UsageError(f"--model {args.model} contradicts --hf-config, which describes a model: give one of them")
@@ -79,6 +83,12 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         args.preset_notes = ()
     args.given = given
     return with_layouts(parser, args)
+
+
+def _describes_nothing(args: argparse.Namespace) -> bool:
+    """Whether no flag says which model it is, so that a checkpoint's config.json does."""
+    given = (args.model, args.hf_config, args.model_provider, args.num_layers, args.hidden_size)
+    return all(value is None for value in given)
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
@@ -98,6 +108,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
     _check_running_engine(engines, destination, own_options)
     _check_relay(args, engines)
     recorded = recorded_flags(args)
+    notes += check_weights_flags(args, model, sides)
     steps = step_settings(args, sides, model, recorded)
     if args.check_forward and model is not None:
         _check_forward_flags(args, model)
@@ -108,7 +119,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         mode=read_mode(args, sides),
         method=method,
         engines=engines,
-        measurements=args.measure,
+        measurements=measurements(args),
         num_warmup=_num_warmup(args),
         num_iterations=args.num_benchmark_iterations,
         max_iterations=_max_iterations(args),
@@ -131,6 +142,8 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         encoding=args.refit_encoding,
         delta=delta_options(args),
         relay=Relay(args.refit_relay),
+        source_weights=Path(args.source_weights) if args.source_weights is not None else None,
+        write_weights=Path(args.write_weights) if args.write_weights is not None else None,
     )
 
 

@@ -49,6 +49,19 @@ def add_refit_flags(parser: FlagParser) -> None:
         default=Mode.NON_COLLOCATED.value,
         help="both models on the same ranks, or on disjoint ranks; default: non-collocated",
     )
+    group.add_argument(
+        "--source-weights",
+        type=flag_types.absolute_path,
+        metavar="DIR",
+        help="fill the source from the safetensors of this folder, a checkpoint of Hugging Face, and measure it; its "
+        "config.json describes the model where nothing else does; default: values by position",
+    )
+    group.add_argument(
+        "--write-weights",
+        type=flag_types.absolute_path,
+        metavar="DIR",
+        help="write what the destination holds after its refits as such a checkpoint, a new folder; default: none",
+    )
     needs = "; ".join(f"{name} needs {method.needs}" for name, method in METHODS.items())
     group.add_argument(
         "--refit-method",

@@ -321,9 +321,18 @@ ENGINES = Registry(
     },
 )
 
+LOAD = "load"
+"""The measurement that fills a source from a checkpoint: taken first wherever one is given."""
+
 MEASUREMENTS = Registry(
     "measurement",
     {
+        LOAD: MeasurementKind(
+            measurement="refit.bench.measurements.load:LoadMeasurement",
+            result="refit.results.checkpoints:LoadResult",
+            closing_lines="refit.report.refits.checkpoint_lines:closing_lines",
+            sides=("source",),
+        ),
         "train-step": MeasurementKind(
             measurement="refit.bench.measurements.train_step:TrainStepMeasurement",
             result="refit.results.step:StepResult",

@@ -57,7 +57,8 @@ class Scenario:
     AUTO chooses one, and is empty for one without any. `notes` are lines for the log on choices made for the user.
     `encoding` is the row of ENCODINGS that says what is sent of what the destination will hold, `delta` its settings,
     None where it has none; `relay` says who passes it on. `max_iterations` is set where refits go on until the median
-    is stable: the most that are timed.
+    is stable: the most that are timed. The source is filled from the checkpoint in the folder `source_weights`, and
+    what the destination holds is written as one to `write_weights`, where they are set.
     """
 
     model: ModelShape | None
@@ -89,6 +90,8 @@ class Scenario:
     encoding: str = IDENTITY
     delta: DeltaOptions | None = None
     relay: Relay = Relay.OFF
+    source_weights: Path | None = None
+    write_weights: Path | None = None
 
     @property
     def own_options(self) -> MethodOptions | None:
@@ -110,6 +113,11 @@ class Scenario:
     def encodings(self) -> list[str]:
         """The rows of ENCODINGS that its refits go through, in order: what the destination holds, then `encoding`."""
         return encodings_of(self.destination.held_dtype, self.encoding)
+
+    @property
+    def filled_with(self) -> str:
+        """What the source holds where it was not trained, in words."""
+        return str(self.source_weights) if self.source_weights is not None else "values by position"
 
     def trains(self, name: str) -> bool:
         """Whether the side called `name` is trained: the source, where a training step is measured."""

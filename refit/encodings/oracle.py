@@ -38,10 +38,14 @@ class OraclePart(Protocol):
 
     So any shard can be filled or checked without the rest of its tensor and without the state before, on any device.
     `keeps_base`: a refit changes only a part of what the destination holds, so that is poisoned before the first alone.
+    `is_real`: the innermost values are those of real weights, so no part makes up others for tests of its own.
     """
 
     @property
     def keeps_base(self) -> bool: ...
+
+    @property
+    def is_real(self) -> bool: ...
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         """The source's values `[rows, columns]`, in the dtype of `tensor`.
@@ -69,6 +73,7 @@ class PlainPart:
     """Weights that are sent as they are, or cast to the destination's dtype."""
 
     keeps_base = False
+    is_real = False
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         return hashed(tensor, block, iteration)
@@ -102,6 +107,10 @@ class WrappedPart:
     @property
     def keeps_base(self) -> bool:
         return self.inner.keeps_base
+
+    @property
+    def is_real(self) -> bool:
+        return self.inner.is_real
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         return self.inner.values(tensor, block, iteration)

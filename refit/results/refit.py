@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from refit.config.registry import ENGINES
 from refit.plan.cost import Bound, Cost
+from refit.results.checkpoints import WriteResult
 from refit.results.delta import DeltaSample
 from refit.results.serving import Served
 from refit.results.stats import Stability, Summary
@@ -151,7 +152,8 @@ class EngineResult:
     where a refit is as fast as the plan allows, None without a bound. `stability` is None without
     `--repeat-until-stable`. `trained` compares the logits of both sides after one more refit, of the weights that
     training steps left. Where some tensors were `not_moved`, the others were timed and compared, and nothing is set
-    against the plan's bytes. `served` is the running engine of the destination, None without one.
+    against the plan's bytes. `served` is the running engine of the destination, None without one. `written` is what the
+    destination held behind it as a checkpoint, None where none was asked for.
     """
 
     status: Status = Status.RUNNING
@@ -175,6 +177,7 @@ class EngineResult:
     trained: ForwardCheck | None = None
     profile: tuple[tuple[Activity, ...], ...] = ()
     served: Served | None = None
+    written: WriteResult | None = None
 
     @property
     def num_compared(self) -> int:
@@ -246,6 +249,7 @@ class EngineResult:
         that was compared is."""
         found = [f"{self.num_wrong:,} of {self.num_compared:,} elements wrong"] if self.num_wrong else []
         found += [f"{self.num_wrong_in_engine:,} elements wrong in the engine"] if self.num_wrong_in_engine else []
+        found += [self.written.fault] if self.written and self.written.fault else []
         return "; ".join([*found, *self.wrong_passes]) or None
 
     @property

@@ -147,7 +147,8 @@ class ForwardResult:
     """Forward passes of the destination: `prefill` of a batch, and `token`, a single token per sequence.
 
     There is no KV cache: the single token attends to itself alone. `weights` are `trained`, refitted after training,
-    or `initial`. `dequantised`: the destination holds FP8, and passes run on its codes times its scales, in BF16.
+    `loaded` (those of a checkpoint) or `initial`. `dequantised`: the destination holds FP8, and passes run on its codes
+    times its scales, in BF16.
     """
 
     status: Status = Status.RUNNING

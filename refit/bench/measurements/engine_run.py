@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from refit.bench import oracle
 from refit.bench.clock import Stopwatch, Timing, time_run
 from refit.bench.engines.base import RefitEngine
@@ -21,13 +23,16 @@ from refit.bench.served import served_by
 from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.bench.training import Training
+from refit.bench.written import write_destination
 from refit.config.registry import ENGINES
 from refit.config.scenario import Verify
 from refit.errors import RefitError, UnavailableError
+from refit.memory.rows import Rows
+from refit.memory.weights import LocalShard
 from refit.plan.cost import Bound
 from refit.plan.sharding import Sharding
 from refit.predict.sides import PlannedSides
-from refit.report.refits import refit_lines
+from refit.report.refits import checkpoint_lines, refit_lines
 from refit.report.refits.forward_line import forward_line
 from refit.report.refits.progress import Progress
 from refit.report.refits.served_lines import served_line
@@ -70,7 +75,8 @@ class EngineRun:
     """Measures one engine on one plan. `keep` is called with every update of the EngineResult.
 
     With `reference`, which is collective, each refit is one of what an optimizer step has left, and is compared with a
-    full one. Without, it is one of what the oracle fills in.
+    full one. Without, it is one of what the oracle fills in. One that `writes` leaves what it has moved as a
+    checkpoint.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class EngineRun:
         engine: RefitEngine,
         keep: Callable[[EngineResult], None],
         reference: Callable[[], Reference] | None = None,
+        writes: bool = False,
     ) -> None:
         self._session = session
         self._scenario = session.scenario
@@ -91,6 +98,7 @@ class EngineRun:
         self._engine = engine
         self._keep = keep
         self._make_reference = reference
+        self._writes = writes
         self._reference: Reference | None = None
         self._result = EngineResult(transport=engine.transport)
         self._not_moved: Mapping[str, str] = {}
@@ -126,9 +134,13 @@ class EngineRun:
         )
         self._summarise()
         self._update(served=self._serving.result(self._result.samples))
+        if not self._scenario.trains("source"):
+            self._write()
         self._check_forward(program)
         self._profile(program)
         self._move_trained(program)
+        if self._scenario.trains("source"):
+            self._write()
         self._session.enter(f"close {self._name}")
         program.close()
         if self._reference is not None:
@@ -243,13 +255,18 @@ class EngineRun:
         """Give the source the weights of a refit. Returns what an optimizer step has changed of them on this rank."""
         training = self._planned.training if self._scenario.sends_steps else None
         if training is None:
-            if self._planned.source.weights is not None:
+            if self._planned.source.weights is not None and not self._is_loaded:
                 oracle.fill(self._planned.source.weights, iteration, self._oracle)
             return {}
         if iteration == 0:
             training.saved.restore()
             return {}
         return training.step()
+
+    @property
+    def _is_loaded(self) -> bool:
+        """Whether the source holds a checkpoint, of which no refit changes anything: it was filled once, before."""
+        return self._oracle.is_real and not self._oracle.keeps_base
 
     def _asked(self, iteration: int) -> Asked | None:
         delta = self._scenario.delta
@@ -336,6 +353,24 @@ class EngineRun:
         forward = skipped or compare_forward(self._session, self._planned.source, destination)
         self._update(trained=forward)
         self._session.say(forward_line(self._name, forward, "trained weights"))
+
+    def _write(self) -> None:
+        """Write what the destination holds: what the last refit moved, or the weights that training left."""
+        if not self._writes:
+            return
+        planned, scenario, last = self._planned, self._scenario, len(self._result.samples) - 1
+        source, part = planned.source.sharding.tensors, self._oracle
+
+        def expected(shard: LocalShard, block: Rows) -> torch.Tensor:
+            if scenario.trains("source"):
+                return block.data
+            return part.values(source[shard.tensor.key], block, last).to(block.data.dtype)
+
+        what = "what the destination holds" if scenario.trains("source") else scenario.filled_with
+        compared_with = None if scenario.verify is Verify.OFF else what
+        written = write_destination(self._session, planned.destination, compared_with, expected)
+        self._update(written=written)
+        self._session.say(checkpoint_lines.written(written))
 
     def _profile(self, program: Program) -> None:
         if not self._scenario.profile:

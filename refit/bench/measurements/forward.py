@@ -32,13 +32,15 @@ def _measure(session: Session, side: Side) -> ForwardResult:
     steps, measurements = session.scenario.steps, session.scenario.measurements
     assert steps is not None
     trained = {"train-step", "refit"} <= set(measurements)
-    if not trained and side.weights is not None:
+    loaded = session.scenario.source_weights is not None and "refit" in measurements
+    if not trained and not loaded and side.weights is not None:
         session.enter("initial weights")
         initialise(side.weights, part_of(session.scenario))
     session.enter("prepare forward passes")
     side.model.prepare_infer()
     dequantised = side.spec.quantisation is not None
-    result = ForwardResult(weights="trained" if trained else "initial", dequantised=dequantised)
+    weights = "trained" if trained else "loaded" if loaded else "initial"
+    result = ForwardResult(weights=weights, dequantised=dequantised)
     session.say(step_lines.forward_header(session.scenario, result))
 
     def keep_prefill(found: StepResult) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from refit.bench.clock import Stopwatch
 from refit.bench.exchange import gather
+from refit.bench.file_values import reload_source
 from refit.bench.measurements.engine_run import EngineRun, PlannedRefit
 from refit.bench.reference import Reference
 from refit.bench.session import Session
@@ -32,7 +33,14 @@ from refit.predict.relays import Relaying, message_size
 from refit.predict.sides import PlannedSides, plan_sides
 from refit.report.plans.bound_text import bound_text
 from refit.report.refits import refit_lines
-from refit.results.refit import EngineResult, HostTraffic, ModelFacts, QuantisedRefit, RefitResult
+from refit.results.refit import (
+    EngineResult,
+    HostTraffic,
+    ModelFacts,
+    QuantisedRefit,
+    RefitResult,
+    tested_engine,
+)
 from refit.results.result import MeasurementResult
 from refit.results.status import Status, worst
 from refit.results.step import StepResult
@@ -44,6 +52,8 @@ class RefitMeasurement:
     def run(self, session: Session, source: Side, destination: Side) -> RefitResult:
         with torch.no_grad():
             training = Training(session, source) if session.scenario.trains("source") else None
+            if training is not None:
+                reload_source(session, source)
             result = _measure(session, source, destination, training)
             moved = rearranged(session, "destination", destination)
             return result if moved is None else _after_rearranging(session, source, moved, result, training)
@@ -110,7 +120,10 @@ def _measure(session: Session, source: Side, destination: Side, training: Traini
 
         own = replace(session, scenario=scenarios[name])
         reference = partial(_reference, own, planned, cluster, relaying) if own.scenario.sends_steps else None
-        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep, reference).measure()
+        if session.scenario.delta is not None and own.scenario.delta is None:
+            reload_source(session, source)  # another engine's refits have changed it
+        writes = name == tested_engine(tuple(engines)) and _is_last(session.scenario)
+        EngineRun(own, _sending(own, planned, cluster, relaying), name, engine, keep, reference, writes).measure()
         result = replace(result, start_s=_slowest_start(session))
     return replace(result, status=_status(result))
 
@@ -134,6 +147,11 @@ def scenario_of(name: str, scenario: Scenario) -> Scenario:
         num_iterations=turns * scenario.num_iterations,
         max_iterations=turns * most if most else None,
     )
+
+
+def _is_last(scenario: Scenario) -> bool:
+    """Whether these refits leave what is to be written: the destination does not place its experts anew behind them."""
+    return scenario.write_weights is not None and scenario.destination.rearranged is None
 
 
 def _reference(session: Session, planned: PlannedRefit, cluster: Cluster | None, relaying: Relaying) -> Reference:

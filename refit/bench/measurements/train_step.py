@@ -37,8 +37,9 @@ class TrainStepMeasurement:
         torch.manual_seed(steps.seed * MAX_RANKS + session.rank)
         trainer = source.model.trainer
         if source.weights is not None and trainer is not None:
-            with torch.no_grad():
-                initialise(source.weights)
+            if scenario.source_weights is None:
+                with torch.no_grad():
+                    initialise(source.weights)
             trainer.weights_changed()
 
         def prepare(number: int, recorder: Recorder | None = None) -> Callable[[], StepReport]:

@@ -10,7 +10,8 @@ An example: R = 4, and a share of 1 / 2. Units 0 to 3 have changed 0 0 1 1 times
 In every iteration the share of R, rounded down or up, changes; over the iterations nothing is lost to rounding.
 
 A unit's values are those of the part inside for the number of its changes, with that number's lowest bit as their own
-lowest: a value differs from the one before for certain.
+lowest: a value differs from the one before for certain. Real weights are the same in all iterations: of these, the
+lowest bit is turned over with each change.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class DeltaPart(WrappedPart):
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         times = self._times_changed(tensor, block, iteration)
+        if self.is_real:
+            found = self.inner.values(tensor, block, iteration)
+            bits = found.view(_BITS[found.element_size()])
+            return bits.bitwise_xor((times & 1).to(bits.dtype)).view(found.dtype)
         least, most = int(times.min()), int(times.max())
         found = self.inner.values(tensor, block, least)
         for number in range(least + 1, most + 1):

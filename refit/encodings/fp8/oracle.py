@@ -44,9 +44,9 @@ class Fp8Part(WrappedPart):
 
     def values(self, tensor: TensorSpec, block: Rows, iteration: int) -> torch.Tensor:
         """Those of tensors that become codes differ in magnitude from block to block, with zeros, subnormals, and in
-        every fourth block a largest value in a corner."""
+        every fourth block a largest value in a corner. Real weights stay as they are."""
         found = self.inner.values(tensor, block, iteration)
-        if not self.quantisation.quantises(tensor.key, tensor.shape):
+        if self.is_real or not self.quantisation.quantises(tensor.key, tensor.shape):
             return found
         return _varied(found, tensor, block, iteration, Grid(tensor.shape, self.quantisation.format))
 

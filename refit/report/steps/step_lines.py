@@ -20,13 +20,17 @@ def train_header(scenario: Scenario, steps: StepSettings, result: StepResult) ->
         f"train step of {scenario.source.title}: {steps.global_batch_size} sequences of {steps.seq_length} tokens, "
         f"micro-batch {steps.micro_batch_size}, {result.num_microbatches} micro-batches per replica, "
         f"{result.flops_per_step / 1e12:,.4g} TFLOP",
-        f"optimizer: {result.optimizer}, lr {steps.lr:g}; initial weights drawn by position, mock tokens with seed "
+        f"optimizer: {result.optimizer}, lr {steps.lr:g}; initial weights {_initial(scenario)}, mock tokens with seed "
         f"{steps.seed}",
         f"vocabulary: {result.vocabulary}",
     ]
     lines += _precision(scenario.source)
     lines += [f"dispatcher: {result.dispatcher}; routing {routing}"] if result.dispatcher else []
     return plain_lines(f"# {line}" for line in lines)
+
+
+def _initial(scenario: Scenario) -> str:
+    return "drawn by position" if scenario.source_weights is None else f"of {scenario.source_weights}"
 
 
 def _precision(side: SideSpec) -> list[str]:

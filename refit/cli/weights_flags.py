@@ -1,0 +1,53 @@
+"""What `--source-weights` and `--write-weights` ask for, checked against the model before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from refit.checkpoints.contents import contents_of
+from refit.checkpoints.files import read_folder
+from refit.config.registry import LOAD, MEASUREMENTS
+from refit.config.shape import ModelShape
+from refit.config.side import SideSpec
+from refit.errors import UsageError
+from refit.predict.families.names import check_names
+
+
+def measurements(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those that were asked for, and the loading of a checkpoint, in the order of MEASUREMENTS."""
+    loads = (LOAD,) if args.source_weights is not None else ()
+    return tuple(name for name in MEASUREMENTS if name in (*loads, *args.measure))
+
+
+def check_weights_flags(
+    args: argparse.Namespace, model: ModelShape | None, sides: Sequence[SideSpec]
+) -> tuple[str, ...]:
+    """Notes on what of a checkpoint is read otherwise than it is there.
+
+    Raises UsageError where a flag lacks what it needs, the folder is damaged, or its tensors are not the model's.
+    """
+    source, destination = sides
+    if LOAD in args.measure and args.source_weights is None:
+        raise UsageError(f"--measure {LOAD} fills the source from a checkpoint: give --source-weights")
+    given = [name for name in ("source_weights", "write_weights") if getattr(args, name) is not None]
+    if not given:
+        return ()
+    if model is None:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{flag} needs the names of the model's tensors, which --model-provider does not say")
+    check_names(model)
+    if args.write_weights is not None:
+        if "refit" not in args.measure:
+            raise UsageError("--write-weights writes what a refit has moved: add refit to --measure, or leave it out")
+        if destination.quantisation is not None:
+            raise UsageError(
+                "--write-weights writes weights, the destination has codes and scales of "
+                f"{destination.quantisation.dtype}: leave one of them out"
+            )
+    if args.source_weights is None:
+        return ()
+    assert source.dtype is not None
+    contents = contents_of(read_folder(Path(args.source_weights)), model, source.dtype)
+    return tuple(f"--source-weights: {note}" for note in contents.notes)
