@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refit import units
-from refit.report.terminal.neutral import plain_lines
+from refit.report.terminal.escaped import plain_lines
 from refit.results.checkpoints import LoadResult, WriteResult
 from refit.results.result import Result
 
