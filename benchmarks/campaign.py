@@ -12,7 +12,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from refit.results.collection import COLLECTION_SUFFIX, write_collection
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.results.sweep import Planned, last_result
-from refit.sweep.loop import Loop
 from refit.sweep.selection import Candidate, Selection
 
 Case = Candidate
@@ -32,16 +31,25 @@ Case = Candidate
 
 @dataclass(slots=True)
 class Budget:
-    """The time for all runs. A run begins while there is as much left as the slowest so far took."""
+    """The time for all runs, from `start` on. A run begins while there is as much left as the slowest so far took."""
 
     seconds: float | None
     slowest_s: float = 0.0
     _begin_s: float = field(default_factory=time.monotonic)
 
+    def start(self) -> None:
+        """The first run may begin: what was planned and checked before does not count."""
+        self._begin_s = time.monotonic()
+
     @property
     def left_s(self) -> float | None:
         """Seconds left, None for no limit."""
         return None if self.seconds is None else self.seconds - (time.monotonic() - self._begin_s)
+
+    @property
+    def limit_s(self) -> int:
+        """The time limit of a run that starts now, 0 for none."""
+        return 0 if self.left_s is None else max(1, round(self.left_s))
 
     @property
     def allows_another(self) -> bool:
@@ -58,23 +66,24 @@ def run_all(
     """
     listed = tuple(replace(case, flags=(*case.flags, *steps)) for case in cases)
     with opened(Selection(name, listed), output_dir, num_gpus=num_gpus, run_id=name) as loop:
-        wanted = {planned.name for planned in loop.pending("failed")}
+        budget.start()
+        pending = loop.pending("failed")
+        wanted, runs = {planned.name for planned in pending}, loop.each(pending, lambda: budget.limit_s)
         for planned in loop.sweep.scenarios:
             if planned.status is not Status.READY:
                 print(f"{planned.name}: {planned.reason}", flush=True)
             elif planned.name not in wanted:
                 print(f"{planned.name}: there already")
             elif budget.allows_another:
-                _run(loop, planned, budget)
+                _run(runs, planned, budget)
             else:
                 print(f"{planned.name}: left for another call, the budget is used up", flush=True)
 
 
-def _run(loop: Loop, planned: Planned, budget: Budget) -> None:
-    """Run a case within the budget."""
+def _run(runs: Iterator[tuple[Planned, int]], planned: Planned, budget: Budget) -> None:
+    """Run a case, which is the next of `runs`, within the budget."""
     begin_s = time.monotonic()
-    left_s = budget.left_s
-    code = replace(loop, timeout_s=0 if left_s is None else max(1, round(left_s))).run([planned])
+    _, code = next(runs)
     taken_s = time.monotonic() - begin_s
     budget.slowest_s = max(budget.slowest_s, taken_s)
     print(f"{planned.name}: exit code {code}, {taken_s:.0f} s", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,9 +45,12 @@ class Loop:
         codes = [code for _, code in self.each(scenarios)]
         return codes[-1] if codes else 0
 
-    def each(self, scenarios: Sequence[Planned]) -> Iterator[tuple[Planned, int]]:
+    def each(
+        self, scenarios: Sequence[Planned], limit_s: Callable[[], int] | None = None
+    ) -> Iterator[tuple[Planned, int]]:
         """Run scenarios in turn. Each comes with the exit code of its command before the next one starts.
 
+        `limit_s` gives the time limit of the one that starts, in place of `timeout_s`.
         Raises Cancelled after a signal, with the attempt that ran closed.
         """
         sweep = self.sweep
@@ -57,7 +60,7 @@ class Loop:
             show(
                 f"[{number}/{len(scenarios)}] {one.name}: {one.nodes} x {one.ranks_per_node} ranks, log: {one.stem}.log"
             )
-            yield planned, self._run(one, planned)
+            yield planned, self._run(one, planned, self.timeout_s if limit_s is None else limit_s())
         self._check()
 
     def _check(self) -> None:
@@ -71,7 +74,7 @@ class Loop:
         found = pending(self.sweep, self.directory, which)
         return [planned for planned in found if name in (None, planned.name)]
 
-    def _run(self, one: Task, planned: Planned) -> int:
+    def _run(self, one: Task, planned: Planned, timeout_s: int) -> int:
         job = Job(one.nodes, one.ranks_per_node, one.stem, one.flags)
         log = Attempt(one.stem).log
         ending = None
@@ -79,10 +82,10 @@ class Loop:
             if self.on_cpus:
                 job = on_cpus(job, log)
             words = self.launcher.command(job)
-            code = self.launcher.host.run(words, log, self.timeout_s)
+            code = self.launcher.host.run(words, log, timeout_s)
             if self.stop.told:  # Slurm signals a step as well as this process, and it may have ended first
                 raise Cancelled("cancelled")
-            ending = Ending(code, float(self.timeout_s) if code == TIMED_OUT and self.timeout_s else None)
+            ending = Ending(code, float(timeout_s) if code == TIMED_OUT and timeout_s else None)
         except Cancelled:
             show_aside(f"Cancelled during {one.name}")
             ending = Ending(CANCELLED, cancelled=True)
