@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.listed import opened
+from benchmarks.listed import opened, write_list
 from refit.cli.parsing import parse
 from refit.predict.dry_run import DryRunOptions, dry_run
 from refit.results.collection import COLLECTION_SUFFIX, write_collection
@@ -57,6 +57,11 @@ class Budget:
         return left_s is None or left_s > self.slowest_s
 
 
+def selection(cases: Sequence[Case], steps: Sequence[str], name: str) -> Selection:
+    """The list of a campaign: its cases with the flags that they share."""
+    return Selection(name, tuple(replace(case, flags=(*case.flags, *steps)) for case in cases))
+
+
 def run_all(
     cases: Sequence[Case], output_dir: Path, steps: Sequence[str], budget: Budget, name: str, num_gpus: int | None
 ) -> None:
@@ -64,8 +69,7 @@ def run_all(
 
     All calls with this `name` are one run of `refit sweep run`, whose files are in `output_dir`.
     """
-    listed = tuple(replace(case, flags=(*case.flags, *steps)) for case in cases)
-    with opened(Selection(name, listed), output_dir, num_gpus=num_gpus, run_id=name) as loop:
+    with opened(selection(cases, steps, name), output_dir, num_gpus=num_gpus, run_id=name) as loop:
         budget.start()
         pending = loop.pending("failed")
         wanted, runs = {planned.name for planned in pending}, loop.each(pending, lambda: budget.limit_s)
@@ -117,6 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     parser.add_argument("--num-warmup", type=int, default=4, help="default: 4")
     parser.add_argument("--budget-minutes", type=float, help="time for all runs; default: no limit")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on CPU ranks")
+    parser.add_argument(
+        "--write-list", type=Path, metavar="FILE", help="write the runs for refit sweep run --scenarios FILE, and stop"
+    )
     parser.add_argument("--list", action="store_true", help="print the runs and their memory, and stop")
     parser.add_argument("--output-dir", type=Path, default=Path(output_dir), help=f"default: {output_dir}")
 
@@ -127,10 +134,13 @@ def measure(cases: Sequence[Case], args: argparse.Namespace, name: str) -> int:
         for case in cases:
             print(f"{case.name:<32} {memory_bytes(case, args.num_gpus) / 2**30:6.1f} GiB per GPU")
         return 0
-    folder = args.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     run_id = f"{'cpu' if args.cpu else f'gpu{args.num_gpus}'}_{name}"
     steps = [f"--num-train-steps={args.num_steps}", f"--num-train-warmup={args.num_warmup}"]
+    if args.write_list is not None:
+        write_list(selection(cases, steps, run_id), args.write_list)
+        return 0
+    folder = args.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
     budget = Budget(None if args.budget_minutes is None else 60 * args.budget_minutes)
     run_all(cases, folder, steps, budget, run_id, None if args.cpu else args.num_gpus)
     keep(cases, folder, folder / f"{run_id}{COLLECTION_SUFFIX}", run_id)

@@ -14,7 +14,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from benchmarks.matrix import APART, NAME_WIDTH, TOGETHER, Cell, Sizes, add_arguments, cell, chosen, run_all
+from benchmarks.listed import write_list
+from benchmarks.matrix import APART, NAME_WIDTH, TOGETHER, Cell, Sizes, add_arguments, cell, chosen, run_all, selection
 from refit.config.registry import METHODS
 
 # Grouped experts, which the baseline refits correctly where ETP does not change.
@@ -48,6 +49,9 @@ def main() -> int:
     add_arguments(parser, "benchmark_results/cpu_matrix")
     args = parser.parse_args()
     picked = chosen(cells(), args)
+    if args.write_list is not None:
+        write_list(selection(picked, "cpu"), args.write_list)
+        return 0
     if args.list:
         for one in picked:
             print(f"{one.name:<{NAME_WIDTH}} {one.num_ranks} ranks")

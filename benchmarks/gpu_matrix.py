@@ -6,9 +6,10 @@
     python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs or two, with speed rows of their own
     python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
-`--output-dir` gets one JSON and one log per cell, a table of all cells, and one `gpu<N>_<PART>.jsonl` per part. Copied
-to docs/results these make the tables of docs/performance.md (`python -m docs.tables`). The exit code is 0
-if every cell that could run was right.
+`--output-dir` gets a table of all cells, one `gpu<N>_<PART>.jsonl` per part, and in `logs` a JSON and a log per cell.
+`--write-list FILE` writes the list, which `refit sweep run --scenarios FILE` takes. Copied to docs/results the parts
+make the tables of docs/performance.md (`python -m docs.tables`). The exit code is 0 if every cell that could run was
+right.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.matrix import APART, NAME_WIDTH, TOGETHER, Cell, Sizes, add_arguments, cell, chosen, run_all
+from benchmarks.listed import write_list
+from benchmarks.matrix import APART, NAME_WIDTH, TOGETHER, Cell, Sizes, add_arguments, cell, chosen, run_all, selection
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.predict.dry_run import DryRunOptions, dry_run
@@ -185,6 +187,9 @@ def main() -> int:
     parser.add_argument("--num-gpus", type=int, default=8)
     args = parser.parse_args()
     picked = chosen(cells(args.num_gpus), args)
+    if args.write_list is not None:
+        write_list(selection(picked, f"gpu{args.num_gpus}"), args.write_list)
+        return 0
     if args.list:
         for one in picked:
             print(f"{one.name:<{NAME_WIDTH}} {predicted(one)}")

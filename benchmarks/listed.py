@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import yaml
 
 from refit.config.registry import LAUNCHERS, load
 from refit.errors import CANCELLED, RefitError
@@ -51,6 +53,27 @@ def opened(
         except RefitError as error:
             show_error(str(error))
             raise SystemExit(int(error.exit_code)) from None
+
+
+def write_list(selection: Selection, path: Path) -> None:
+    """Write a list as YAML for `refit sweep run --scenarios PATH`, which runs it in a Slurm allocation too."""
+    scenarios = [{"name": one.name, **by_name(one.flags)} for one in selection.candidates]
+    text = yaml.safe_dump({"title": selection.title, "scenarios": scenarios}, sort_keys=False, width=120)
+    path.write_text(text, encoding="utf-8")
+    print(f"{len(scenarios)} scenarios: {path}")
+
+
+def by_name(flags: Sequence[str]) -> dict[str, object]:
+    """Flags by name without dashes, as lists of scenarios have them; of one that is given twice, the last."""
+    found: dict[str, object] = {}
+    name = ""
+    for word in flags:
+        if word.startswith("--"):
+            name, is_whole, value = word[2:].partition("=")
+            found[name] = value if is_whole else True
+        else:
+            found[name] = word
+    return found
 
 
 def result_of(planned: Planned, directory: Path, run_id: str) -> Result:

@@ -87,8 +87,17 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     parser.add_argument("--only", action="append", help="parts to run; may be given several times")
     parser.add_argument("--match", default="", help="run only cells whose name contains this")
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
+    parser.add_argument(
+        "--write-list", type=Path, metavar="FILE", help="write the cells for refit sweep run --scenarios FILE, and stop"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path(output_dir))
     parser.add_argument("flags", nargs="*", help="flags for every cell, after --")
+
+
+def selection(cells: Iterable[Cell], machine: str) -> Selection:
+    """The list of cells."""
+    flags = (f"--timeout={TIMEOUT_S // 2}",)
+    return Selection(f"{machine} matrix", tuple(Candidate(one.slug, (*one.flags, *flags)) for one in cells))
 
 
 def run_all(cells: Sequence[Cell], directory: Path, machine: str, num_gpus: int | None = None) -> int:
@@ -97,11 +106,9 @@ def run_all(cells: Sequence[Cell], directory: Path, machine: str, num_gpus: int 
     Returns 0 if every cell was right or waived, else 1. The collections are up to date after every cell.
     """
     by_name = {one.slug: one for one in cells}
-    listed = tuple(Candidate(name, (*one.flags, f"--timeout={TIMEOUT_S // 2}")) for name, one in by_name.items())
     parts: dict[str, list[Result]] = {}
     lines = [HEADER]
-    selection = Selection(f"{machine} matrix", listed)
-    with opened(selection, directory / "logs", num_gpus=num_gpus, timeout_s=TIMEOUT_S) as loop:
+    with opened(selection(cells, machine), directory / "logs", num_gpus=num_gpus, timeout_s=TIMEOUT_S) as loop:
         refused = [planned for planned in loop.sweep.scenarios if planned.status is not Status.READY]
         ran = (planned for planned, _ in loop.each(loop.pending("unfinished")))
         for planned in itertools.chain(refused, ran):

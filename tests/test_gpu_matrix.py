@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_matrix import cells
-from benchmarks.matrix import Cell, row, run_all
+from benchmarks.listed import write_list
+from benchmarks.matrix import Cell, row, run_all, selection
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
 from refit.predict.dry_run import DryRunOptions, dry_run
@@ -16,6 +17,7 @@ from refit.predict.memory import check_memory
 from refit.results.collection import read_collection
 from refit.results.status import Status
 from refit.results.sweep import check_name
+from refit.sweep.selection import select_file
 from tests.report.factories import planned, result, timed
 
 ALL = {one.name: one for num_gpus in (2, 4, 8) for one in cells(num_gpus)}
@@ -85,3 +87,14 @@ def test_a_flag_that_nothing_takes_ends_in_a_line(tmp_path: Path, capsys: pytest
         run_all([Cell("part", "a", ("--no-such-flag",), 1)], tmp_path, "cpu")
     assert ended.value.code == 2
     assert "no-such-flag" in capsys.readouterr().err
+
+
+def test_the_list_of_cells_is_one_for_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picked = [one for one in cells(2) if "nvshmem" in one.name]
+    write_list(selection(picked, "gpu2"), tmp_path / "list.yaml")
+    read = select_file(str(tmp_path / "list.yaml"), [])
+    assert read.title == "gpu2 matrix"
+    assert [one.name for one in read.candidates] == [one.slug for one in picked]
+    for one, candidate in zip(picked, read.candidates, strict=True):
+        expected = parse([*one.flags, "--timeout=60"]).scenario
+        assert parse(candidate.flags).scenario == expected, one.name
