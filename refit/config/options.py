@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, slots=True)
     class Fsdp2Options(SideOptions):
-        replicate_size: int = setting(1, SideFlags("fsdp-replicate-size", "rl-inference-fsdp-replicate-size"), ...)
+        replicate_size: int = side_setting(1, source="fsdp-replicate-size", help=..., most=limits.MAX_RANKS)
 
 The row of the format or the method names the class as `options`. Flags, help, completion, dry runs, result files and
 their comparison all go by its fields.
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from refit.config.layout import Layout, short_text
-from refit.errors import UsageError
 
 T = TypeVar("T")
 
@@ -45,12 +44,25 @@ class OptionFlag:
     most: int | None = None
 
 
-def setting(default: Any, *names: str | None, help: str, **how: Any) -> Any:
-    """A field of an options class: its default, or what makes it, and its flag (see `OptionFlag`)."""
-    metadata = {FLAG: OptionFlag(names, help, **how)}
+def side_setting(
+    default: Any, *, help: str, source: str | None = None, destination: str | None = None, **how: Any
+) -> Any:
+    """A field of a format's options: its default, or what makes it, and the flag of each side that has it.
+
+    `how` are fields of `OptionFlag`.
+    """
+    return _setting(default, OptionFlag((source, destination), help, **how))
+
+
+def method_setting(default: Any, *names: str, help: str, **how: Any) -> Any:
+    """A field of a method's options: its default, or what makes it, and its flag, by all spellings."""
+    return _setting(default, OptionFlag(names, help, **how))
+
+
+def _setting(default: Any, flag: OptionFlag) -> Any:
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=default, metadata={FLAG: flag})
+    return dataclasses.field(default=default, metadata={FLAG: flag})
 
 
 def flags_of(options: type) -> dict[str, OptionFlag]:
@@ -157,6 +169,5 @@ def fewest_ranks(layout: Layout) -> int:
 def options_as(options: object, kind: type[T]) -> T:
     """`options`, which are of `kind`, or the defaults where none are given."""
     found = kind() if options is None else options
-    if not isinstance(found, kind):
-        raise UsageError(f"settings of {type(found).__name__}, expected {kind.__name__}")
+    assert isinstance(found, kind), f"settings of {type(found).__name__}, expected {kind.__name__}"
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refit.config.layout import Layout
-from refit.config.options import SideOptions, Sized, default_sizes, setting
+from refit.config.options import SideOptions, Sized, default_sizes, side_setting
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -36,8 +36,13 @@ class AutotpOptions(SideOptions):
     None builds the engine without an optimizer. Destinations are built so: they do not train.
     """
 
-    zero_stage: int | None = setting(
-        *(1, "zero-stage", None), metavar="N", least=0, most=MAX_ZERO_STAGE, help="ZeRO stage, 0 to 2; default: 1"
+    zero_stage: int | None = side_setting(
+        1,
+        source="zero-stage",
+        metavar="N",
+        least=0,
+        most=MAX_ZERO_STAGE,
+        help="ZeRO stage, 0 to 2; default: 1",
     )
 
     def title(self, layout: Layout) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from refit.config import limits
 from refit.config.flag_names import size_flag
 from refit.config.layout import Layout
-from refit.config.options import SideOptions, flags_of, setting
+from refit.config.options import SideOptions, flags_of, side_setting
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -32,8 +32,10 @@ from refit.predict.megatron import Split
 class Fsdp2Options(SideOptions):
     """`replicate_size` is the number of replicas of the sharded model (HSDP): 1 shards over all ranks."""
 
-    replicate_size: int = setting(
-        *(1, "fsdp-replicate-size", "rl-inference-fsdp-replicate-size"),
+    replicate_size: int = side_setting(
+        1,
+        source="fsdp-replicate-size",
+        destination="rl-inference-fsdp-replicate-size",
         metavar="N",
         most=limits.MAX_RANKS,
         help="replicas of the sharded model (HSDP); default: 1",

@@ -13,7 +13,7 @@ from refit.bench.engines.refit import options_of
 from refit.cli.flags import full_parser
 from refit.cli.parsing import parse
 from refit.config.layout import Layout
-from refit.config.options import MethodOptions, SideOptions, UndecodedOptions, setting
+from refit.config.options import MethodOptions, SideOptions, UndecodedOptions, method_setting, side_setting
 from refit.config.registry import AUTO, FORMATS, METHODS
 from refit.config.scenario import Scenario
 from refit.errors import UsageError
@@ -29,8 +29,8 @@ HERE = "tests.seams.test_options"
 class PigeonOptions(MethodOptions):
     """`flock` pigeons fly at once, `at_night` too."""
 
-    flock: int = setting(3, "pigeon-flock", "doves", metavar="N", most=9, help="pigeons at once; default: 3")
-    at_night: bool = setting(False, "pigeon-at-night", is_switch=True, help="they fly at night")
+    flock: int = method_setting(3, "pigeon-flock", "doves", metavar="N", most=9, help="pigeons at once; default: 3")
+    at_night: bool = method_setting(False, "pigeon-at-night", is_switch=True, help="they fly at night")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -41,8 +41,13 @@ class PigeonOptions(MethodOptions):
 class ShelfOptions(SideOptions):
     """Weights lie on `boards`."""
 
-    boards: int = setting(
-        1, "shelf-boards", "rl-inference-shelf-boards", metavar="N", most=8, help="boards; default: 1"
+    boards: int = side_setting(
+        1,
+        source="shelf-boards",
+        destination="rl-inference-shelf-boards",
+        metavar="N",
+        most=8,
+        help="boards; default: 1",
     )
 
     def title(self, layout: Layout) -> str:

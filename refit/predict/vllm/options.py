@@ -10,7 +10,7 @@ from typing import Any
 
 from refit.config import limits
 from refit.config.layout import Layout
-from refit.config.options import SideOptions, Sized, setting
+from refit.config.options import SideOptions, Sized, side_setting
 from refit.config.placement import ExpertPlacement, read_placement
 from refit.errors import UsageError
 
@@ -32,44 +32,51 @@ class VllmOptions(SideOptions):
     `engine_sleep` is the level at which it sleeps before each refit: 1 keeps its weights in host memory, 2 drops them.
     """
 
-    data_parallel_size: int = setting(
-        *(1, None, "rl-inference-data-parallel-size"),
+    data_parallel_size: int = side_setting(
+        1,
+        destination="rl-inference-data-parallel-size",
         metavar="N",
         most=limits.MAX_RANKS,
         help="ranks of an engine with the same dense weights; default: 1",
     )
-    replicas: int = setting(
-        *(1, None, "rl-inference-replicas"),
+    replicas: int = side_setting(
+        1,
+        destination="rl-inference-replicas",
         metavar="N",
         most=limits.MAX_RANKS,
         help="equal engines, each on ranks of its own; default: 1",
     )
-    num_redundant_experts: int | None = setting(
-        *(None, None, "rl-inference-num-redundant-experts"),
+    num_redundant_experts: int | None = side_setting(
+        None,
+        destination="rl-inference-num-redundant-experts",
         metavar="N",
         most=limits.MAX_EXPERTS,
         help="second copies of experts in each layer of an engine; default: none",
     )
-    placement: ExpertPlacement = setting(
-        *(ExpertPlacement, None, "rl-inference-expert-placement"),
+    placement: ExpertPlacement = side_setting(
+        ExpertPlacement,
+        destination="rl-inference-expert-placement",
         metavar="PLACEMENT",
         parse=read_placement,
         help="experts on ranks: linear, round_robin or a JSON file with a physical_to_logical_map; default: linear",
     )
-    placement_next: ExpertPlacement | None = setting(
-        *(None, None, "rl-inference-expert-placement-next"),
+    placement_next: ExpertPlacement | None = side_setting(
+        None,
+        destination="rl-inference-expert-placement-next",
         metavar="PLACEMENT",
         parse=read_placement,
         help="the placement that an engine changes to between two refits; default: none",
     )
-    engine_python: str | None = setting(
-        *(None, None, "rl-inference-engine-python"),
+    engine_python: str | None = side_setting(
+        None,
+        destination="rl-inference-engine-python",
         metavar="PYTHON",
         parse=_absolute,
         help="refit into a running vLLM: the python of its environment (make vllm); default: tensors without vLLM",
     )
-    engine_sleep: int = setting(
-        *(0, None, "rl-inference-engine-sleep"),
+    engine_sleep: int = side_setting(
+        0,
+        destination="rl-inference-engine-sleep",
         metavar="LEVEL",
         most=2,
         help="a running vLLM sleeps before each refit, at level 1 or 2, and wakes for it; default: it does not",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refit.config.options import MethodOptions, setting
+from refit.config.options import MethodOptions, method_setting
 from refit.errors import UsageError
 from refit.plan.wire import MaxBytes
 
@@ -16,8 +16,10 @@ class BufferOptions(MethodOptions):
     """`buffers` is what peers write into: RING, a bounded ring of buffers that the destination unpacks; DIRECT, the
     destination's weights, which are moved into memory that others reach for that."""
 
-    buffers: str = setting(
-        *(RING, "one-sided-buffers", "nvshmem-buffers"),
+    buffers: str = method_setting(
+        RING,
+        "one-sided-buffers",
+        "nvshmem-buffers",
         choices=(RING, DIRECT),
         help="what nvshmem and shm write into: a ring of bounded size, or the weights themselves; default: ring",
     )
@@ -46,8 +48,8 @@ class ShmOptions(BufferOptions):
 class NvshmemOptions(BufferOptions):
     """`force_put` treats peers with mapped memory like peers on other nodes."""
 
-    force_put: bool = setting(
-        *(False, "nvshmem-force-put"), is_switch=True, help="reach ranks on the same node as ranks on other nodes"
+    force_put: bool = method_setting(
+        False, "nvshmem-force-put", is_switch=True, help="reach ranks on the same node as ranks on other nodes"
     )
 
     @property

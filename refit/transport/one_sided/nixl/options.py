@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refit.config.options import MethodOptions, setting
+from refit.config.options import MethodOptions, method_setting
 
 DEFAULT_BACKEND = "UCX"
 
@@ -13,8 +13,9 @@ DEFAULT_BACKEND = "UCX"
 class NixlOptions(MethodOptions):
     """`backend` is the library that NIXL moves bytes with, by NIXL's name for it."""
 
-    backend: str = setting(
-        *(DEFAULT_BACKEND, "nixl-backend"),
+    backend: str = method_setting(
+        DEFAULT_BACKEND,
+        "nixl-backend",
         metavar="NAME",
         help=f"what nixl moves bytes with, as NIXL calls it; default: {DEFAULT_BACKEND}",
     )
