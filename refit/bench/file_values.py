@@ -160,7 +160,7 @@ def _by_leading_index(rows: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tu
     numbers, counts = torch.unique_consecutive(rows // shape[-2], return_counts=True)
     begin = 0
     for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        leading = []
+        leading: list[int] = []
         for size in reversed(shape[1:-2]):
             number, index = divmod(number, size)
             leading.insert(0, index)

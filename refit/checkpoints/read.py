@@ -52,7 +52,7 @@ class Files:
         itemsize = tensor.nbytes // max(1, math.prod(tensor.shape))
         for part in chunks(box, max(1, CHUNK_BYTES // itemsize)):
             data = torch.empty(part.extents, dtype=dtype)
-            self._fill(tensor, part, itemsize, memoryview(data.view(-1).view(torch.uint8).numpy()))
+            self._fill(tensor, part, itemsize, data.view(-1).view(torch.uint8).numpy().data)
             yield part, data
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ def _write_piece(files: dict[Path, int], piece: StoredPiece, data: torch.Tensor)
     tensor = piece.weights.tensor
     if tensor.path not in files:
         files[tensor.path] = os.open(tensor.path, os.O_WRONLY)
-    memory = memoryview(data.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    memory = data.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
     runs, itemsize = runs_of(piece.held, tensor.shape), data.element_size()
     length = runs.length * itemsize
     for number, start in enumerate(runs.starts):
