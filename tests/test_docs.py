@@ -126,7 +126,10 @@ def test_a_run_can_be_planned(words: tuple[str, ...]) -> None:
 
 def readable(words: Sequence[str]) -> list[str]:
     """`words` with a checkpoint that is there in place of the one that they read."""
-    return [a_checkpoint() if before == "--source-weights" else word for before, word in zip(("", *words), words)]
+    return [
+        a_checkpoint() if before == "--source-weights" else word
+        for before, word in zip(("", *words[:-1]), words, strict=True)
+    ]
 
 
 @cache

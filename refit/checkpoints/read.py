@@ -25,9 +25,9 @@ from refit.checkpoints.files import DTYPES, StoredTensor
 from refit.errors import RefitError
 from refit.plan.box import Box
 
-CHUNK_BYTES = 16 << 20
-"""Most bytes that are read at once, and the memory that reading takes beside the weights, but for what dequantising
-makes of them."""
+CHUNK_BYTES, CODES_CHUNK_BYTES = 16 << 20, 2 << 20
+"""Most bytes that are read at once, of weights and of codes, of which dequantising makes eight times as many. It is the
+memory that reading takes beside the weights."""
 
 SHORT_RUN_BYTES = 1 << 10
 """Shorter runs are read with what is between them."""
@@ -43,14 +43,16 @@ class Files:
         self._open: dict[tuple[Path, bool], int] = {}
         self.read_bytes = 0
 
-    def read(self, tensor: StoredTensor, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        """`box` of a stored tensor in parts of at most CHUNK_BYTES, in the dtype of the file.
+    def read(
+        self, tensor: StoredTensor, box: Box, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[tuple[Box, torch.Tensor]]:
+        """`box` of a stored tensor in parts of at most `chunk_bytes`, in the dtype of the file.
 
         Raises RefitError where a file ends early or cannot be read.
         """
         dtype: torch.dtype = getattr(torch, DTYPES[tensor.dtype])
         itemsize = tensor.nbytes // max(1, math.prod(tensor.shape))
-        for part in chunks(box, max(1, CHUNK_BYTES // itemsize)):
+        for part in chunks(box, max(1, chunk_bytes // itemsize)):
             data = torch.empty(part.extents, dtype=dtype)
             self._fill(tensor, part, itemsize, data.view(-1).view(torch.uint8).numpy().data)
             yield part, data
@@ -160,7 +162,8 @@ def chunks(box: Box, limit: int) -> Iterator[Box]:
 def read_piece(files: Files, piece: StoredPiece) -> Iterator[tuple[Box, torch.Tensor]]:
     """The values of a piece: boxes of the logical tensor and what they hold, in parts. FP8 becomes float32."""
     weights = piece.weights
-    for part, data in files.read(weights.tensor, piece.held):
+    chunk_bytes = CHUNK_BYTES if weights.scales is None else CODES_CHUNK_BYTES
+    for part, data in files.read(weights.tensor, piece.held, chunk_bytes):
         moved = zip(part.offsets, piece.held.offsets, piece.box.offsets[-len(part.offsets) :], strict=True)
         offsets = tuple(offset - held + box for offset, held, box in moved)
         leading = len(piece.box.offsets) - len(part.offsets)
@@ -177,7 +180,7 @@ def _multiplied(
     first = (part.offsets[0] // rows, part.offsets[1] // columns)
     last = (-(-part.ends[0] // rows), -(-part.ends[1] // columns))
     wanted = Box(first, (last[0] - first[0], last[1] - first[1]))
-    found = torch.cat([data for _, data in files.read(scales, wanted)]).float()
-    spread = found.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    ((_, found),) = files.read(scales, wanted)
+    spread = found.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     begin = (part.offsets[0] - first[0] * rows, part.offsets[1] - first[1] * columns)
     return codes.float().mul_(spread[begin[0] : begin[0] + part.extents[0], begin[1] : begin[1] + part.extents[1]])

@@ -57,6 +57,7 @@ def test_megatron_to_vllm_is_a_verified_conversion(ranks: RankPool, tmp_path: Pa
     assert loaded.file_bytes == sum(path.stat().st_size for path in (tmp_path / "in").glob("*.safetensors"))
     assert sum(map(bool, loaded.read_bytes_per_rank)) == 2  # the source's ranks
     assert loaded.seconds > 0 < loaded.raw_s
+    assert all(extra is None or extra < 256 << 20 for extra in loaded.extra_memory_bytes_per_rank)
     assert refit.tested is not None
     assert refit.tested.num_wrong == 0 < refit.tested.num_compared
     written = refit.tested.written
