@@ -77,7 +77,8 @@ def test_megatron_to_vllm_is_a_verified_conversion(ranks: RankPool, tmp_path: Pa
 @pytest.mark.no_megatron
 def test_block_fp8_in_files_and_other_blocks_in_the_destination(ranks: RankPool, tmp_path: Path) -> None:
     """Codes and scales are those that the rule makes of what the files hold, and of changes of it."""
-    checkpoint(tmp_path / "bf16", QWEN3_MOE)
+    wide = (*QWEN3_MOE, "--kv-channels=64", "--moe-ffn-hidden-size=128")  # vLLM's fused tensors need whole blocks
+    checkpoint(tmp_path / "bf16", wide)
     as_block_fp8(tmp_path / "bf16", tmp_path / "fp8", (32, 40))
     flags = ("--source-format=fsdp2", "--rl-inference-format=vllm", f"--source-weights={tmp_path / 'fp8'}")
     result = run(ranks, *flags, "--rl-inference-dtype=fp8-block", "--refit-encoding=delta")
@@ -95,4 +96,4 @@ def test_files_with_other_elements_are_wrong_data(ranks: RankPool, tmp_path: Pat
     assert result.status is Status.WRONG_DATA
     written = result.refit.tested.written
     assert (written.num_wrong, [wrong.key for wrong in written.wrong]) == (1, ["decoder.final_layernorm.weight"])
-    assert "1 of 39,744 elements of" in result.refit.tested.fault
+    assert "1 of 61,920 elements of" in result.refit.tested.fault

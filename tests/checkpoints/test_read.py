@@ -49,8 +49,8 @@ def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:
 
 def whole(files: Files, tensor: StoredTensor, box: Box, chunk_bytes: int = read.CHUNK_BYTES) -> torch.Tensor:
     found = torch.full(box.extents, -1.0)
-    for part, data in files.read(tensor, box, chunk_bytes):
-        assert data.nbytes <= chunk_bytes
+    for part, data in files.read(tensor, tensor.shape, box, chunk_bytes):
+        assert data.numel() * data.itemsize <= chunk_bytes
         found[part.slices_within(box)] = data.float()
     return found
 
@@ -81,4 +81,4 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     with tensor.path.open("r+b") as file:
         file.truncate(tensor.offset + 1000)
     with pytest.raises(RefitError, match=r"one.safetensors ends at byte \d[\d,]*, it goes on behind it"):
-        list(Files().read(tensor, Box.whole(tensor.shape)))
+        Files().whole(tensor, tensor.shape, Box.whole(tensor.shape))
