@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,12 +22,17 @@ from pathlib import Path
 import pytest
 
 from refit import commands
+from refit.checkpoints import write
+from refit.checkpoints.layout import plan_folder
 from refit.cli import parsing as cli
 from refit.cli.flags import full_parser
 from refit.cli.main import main
 from refit.commands.run import own_flags
 from refit.config.scenario import check_num_ranks
+from refit.config.shape import Dtype
 from refit.errors import UsageError
+from refit.predict.families.config_json import config_values
+from refit.predict.sides import predict_side
 from refit.report.refits.export import records, sample_records
 from refit.results.outcomes import judged
 from refit.results.runs import Run
@@ -113,7 +121,29 @@ def runs() -> Iterator[tuple[str, ...]]:
 )
 def test_a_run_can_be_planned(words: tuple[str, ...]) -> None:
     if "--model-provider" not in words and "--list" not in words:
-        assert commands.main(["run", *words, "--dry-run"]) == 0
+        assert commands.main(["run", *readable(words), "--dry-run"]) == 0
+
+
+def readable(words: Sequence[str]) -> list[str]:
+    """`words` with a checkpoint that is there in place of the one that they read."""
+    return [
+        a_checkpoint() if before == "--source-weights" else word
+        for before, word in zip(("", *words[:-1]), words, strict=True)
+    ]
+
+
+@cache
+def a_checkpoint() -> str:
+    """A folder with the headers of tiny_qwen3_moe, and zeros."""
+    side = cli.parse(["--model=tiny_qwen3_moe", "--dry-run"]).scenario
+    assert side.model is not None
+    folder = Path(tempfile.mkdtemp()) / "made"
+    held = predict_side(side.model, side.source).tensors
+    planned, _ = plan_folder(folder, side.model, Dtype.BF16, held)
+    write.create(planned, config_values(side.model), [])
+    write.finish(planned)
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    return str(folder)
 
 
 EXAMPLES = sorted(
@@ -217,7 +247,7 @@ def check_refit(words: list[str]) -> None:
         assert commands.main(words) == 0
         return
     if words[0] == "run":
-        cli.parse(words[1:])
+        cli.parse(readable(words[1:]))
         return
     end = words.index("--") if "--" in words else len(words)
     commands.command_parser().parse_args(words[:end])

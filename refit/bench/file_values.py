@@ -16,8 +16,8 @@ import torch
 
 from refit.bench.session import Session
 from refit.bench.sides import Side
-from refit.checkpoints.contents import Contents, StoredPiece, contents_of
-from refit.checkpoints.files import read_folder
+from refit.checkpoints.contents import MXFP4_BLOCK, Contents, Form, StoredPiece, StoredWeights, contents_of
+from refit.checkpoints.files import StoredTensor, read_folder
 from refit.checkpoints.load import load
 from refit.config.scenario import Scenario
 from refit.config.shape import Dtype, ModelShape
@@ -83,7 +83,8 @@ class FileValues(PlainPart):
         found = torch.zeros(block.data.shape, dtype=torch.float32 if tensor.itemsize < 4 else _dtype(tensor))
         rows, columns = block.row_numbers.cpu(), (block.first_column, block.first_column + found.shape[1])
         for leading, places in _by_leading_index(rows, tensor.shape):
-            inner = rows[places] % tensor.shape[-2] if len(tensor.shape) > 1 else rows[places]
+            # In a matrix, rows behind the last one are padding that the destination has, and not the source.
+            inner = rows[places] % tensor.shape[-2] if len(tensor.shape) > 2 else rows[places]
             self._fill(found[places], tensor, leading, inner, columns)
         if self._held is not None and self._held.itemsize == 2 and tensor.itemsize == 2:
             found = found.to(self._held)
@@ -105,31 +106,52 @@ class FileValues(PlainPart):
         else:
             box = Box((*leading, first, columns[0]), (*(1 for _ in leading), last + 1 - first, width))
         for piece in self._contents.pieces_of(tensor.key, box):
+            found = self._values(piece)
             begin = piece.box.offsets[-1] - columns[0] if piece.box.offsets else 0
-            wide = slice(begin, begin + (piece.box.extents[-1] if piece.box.extents else 1))
+            wide = slice(begin, begin + found.shape[-1])
             if len(tensor.shape) < 2:
-                into[0, wide] = self._tensor(piece).view(-1)[_last(piece.held)]
+                into[0, wide] = found[0]
                 continue
             within = (rows >= piece.box.offsets[-2]) & (rows < piece.box.ends[-2])
-            picked = rows[within] - piece.box.offsets[-2] + piece.held.offsets[-2]
-            into[within.nonzero()[:, 0], wide] = self._rows(piece, picked).to(into.dtype)
+            picked = rows[within] - piece.box.offsets[-2]
+            if len(picked) == len(found):
+                into[within.nonzero()[:, 0], wide] = found.to(into.dtype)
+            else:
+                into[within.nonzero()[:, 0], wide] = found[picked].to(into.dtype)
 
-    def _rows(self, piece: StoredPiece, picked: torch.Tensor) -> torch.Tensor:
-        """Rows of a stored matrix in the columns of the piece, codes times scales."""
-        matrix = self._tensor(piece)[piece.held.offsets[:-2]]
-        columns = _last(piece.held)
-        found = matrix[picked, columns] if not _is_range(picked) else matrix[picked[0] : picked[-1] + 1, columns]
-        scales = piece.weights.scales
-        if scales is None:
-            return found
-        high, wide = piece.weights.block
-        numbers = torch.arange(columns.start, columns.stop) // wide
-        return found.float() * self._named(scales.name, scales.path).float()[picked // high][:, numbers]
+    def _values(self, piece: StoredPiece) -> torch.Tensor:
+        """What the file has of a piece, as a matrix; a view of it where these are no codes."""
+        weights, place = piece.weights, piece.held.slices_within(Box.whole(piece.weights.shape))
+        stored = self._named(weights.tensor)
+        if weights.form is Form.PLAIN:
+            found = stored.view(weights.shape)[place]
+        elif weights.form is Form.FP8:
+            assert weights.scales is not None
+            found = stored[place].float()
+            numbers = [
+                torch.arange(each.start, each.stop) // step for each, step in zip(place, weights.block, strict=True)
+            ]
+            found *= self._named(weights.scales).float()[numbers[0]][:, numbers[1]]
+        else:
+            found = self._mxfp4(weights, place)
+        order = [dim for dim in range(found.ndim) if dim not in piece.axes] + [*piece.axes]
+        found = found.permute(order)
+        return found[(0,) * (found.ndim - 2)] if found.ndim > 1 else found.view(1, -1)
 
-    def _tensor(self, piece: StoredPiece) -> torch.Tensor:
-        return self._named(piece.weights.tensor.name, piece.weights.tensor.path)
+    def _mxfp4(self, weights: StoredWeights, place: tuple[slice, ...]) -> torch.Tensor:
+        """Each code by its sign, exponent and mantissa, 1, 2 and 1 bits, times a power of two."""
+        assert weights.scales is not None
+        *outer, columns = weights.shape
+        codes = self._named(weights.tensor).view(*outer, columns // 2)[place[:-1]]
+        exponents = self._named(weights.scales).view(*outer, columns // MXFP4_BLOCK)[place[:-1]].float() - 127
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., place[-1]].int()
+        exponent, mantissa = (codes >> 1) & 3, (codes & 1) / 2
+        sizes = torch.where(exponent == 0, mantissa, (1 + mantissa) * 2.0 ** (exponent - 1))
+        numbers = torch.arange(place[-1].start, place[-1].stop) // MXFP4_BLOCK
+        return torch.where(codes >= 8, -sizes, sizes) * torch.exp2(exponents[..., numbers])
 
-    def _named(self, name: str, path: Path) -> torch.Tensor:
+    def _named(self, tensor: StoredTensor) -> torch.Tensor:
+        name, path = tensor.name, tensor.path
         if name not in self._tensors:
             if path not in self._files:
                 from safetensors import safe_open
@@ -144,14 +166,6 @@ def _dtype(tensor: TensorSpec) -> torch.dtype:
     return dtype
 
 
-def _last(held: Box) -> slice:
-    return slice(held.offsets[-1], held.ends[-1]) if held.offsets else slice(0, 1)
-
-
-def _is_range(rows: torch.Tensor) -> bool:
-    return int(rows[-1]) - int(rows[0]) + 1 == len(rows)
-
-
 def _by_leading_index(rows: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], slice]]:
     """The index in all dims but the last two, and the places of its rows among `rows`, which ascend."""
     if len(shape) < 3:
@@ -160,7 +174,7 @@ def _by_leading_index(rows: torch.Tensor, shape: tuple[int, ...]) -> Iterator[tu
     numbers, counts = torch.unique_consecutive(rows // shape[-2], return_counts=True)
     begin = 0
     for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        leading = []
+        leading: list[int] = []
         for size in reversed(shape[1:-2]):
             number, index = divmod(number, size)
             leading.insert(0, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from refit.checkpoints.files import CONFIG_NAME, DTYPES, StoredFolder, StoredTensor
@@ -15,9 +16,21 @@ from refit.predict.families.names import NamedModel, NamedTensor, named_model
 from refit.predict.families.parts import Parts, model_in_parts
 from refit.predict.families.tables import closest_family
 
+
+class Form(Enum):
+    """How a file holds weights. The members' values are what notes say of them."""
+
+    PLAIN = "values"
+    FP8 = "block FP8 in the files: codes x scales, rounded to the source's dtype"
+    MXFP4 = "MXFP4 in the files: codes x scales, rounded to the source's dtype"
+
+
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 CODES_DTYPE, SCALE_SUFFIX = "F8_E4M3", "_scale_inv"
 """Codes of block FP8, and what the name of their scales ends with (DeepSeek-V3's checkpoints)."""
+
+MXFP4_SUFFIXES, MXFP4_BLOCK = ("_blocks", "_scales"), 32
+"""What names of MXFP4 end with in place of the weights (gpt-oss), and the weights that have one scale."""
 
 MAX_NAMES = 3
 """Most tensors that a message names."""
@@ -25,9 +38,15 @@ MAX_NAMES = 3
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """A tensor of weights in a file. Codes of FP8 have `scales`, one for each `block` of (rows, columns)."""
+    """A tensor of weights in a file. `shape` is that of the weights in the order in which the file has them.
+
+    Codes of FP8 have `scales`, one for each `block` of (rows, columns). Those of MXFP4, two in a byte, have one for
+    each 32 of the last dim: the file has `[..., columns / 32, 16]` bytes, and `[..., columns / 32]` scales.
+    """
 
     tensor: StoredTensor
+    shape: tuple[int, ...]
+    form: Form = Form.PLAIN
     scales: StoredTensor | None = None
     block: tuple[int, int] = (1, 1)
 
@@ -36,22 +55,33 @@ class StoredWeights:
 class StoredPiece:
     """`held`, a box of `weights`, has the elements of `box`, a box of a logical tensor.
 
-    `held` lacks leading dims of `box` that are 1 there, as those of single experts do.
+    `held` lacks leading dims of `box` that are 1 there, as those of single experts do. `axes` are the dims of `held` in
+    the order in which `box` has them; others are of a single element.
     """
 
     box: Box
     held: Box
     weights: StoredWeights
+    axes: tuple[int, ...]
 
     def within(self, box: Box) -> StoredPiece | None:
         """The part of this piece in `box`; None where there is none."""
         part = self.box.intersect(box)
         if part is None:
             return None
-        dims = len(self.held.extents)
-        moved = zip(part.offsets[-dims:], self.box.offsets[-dims:], self.held.offsets, strict=True)
-        held = Box(tuple(offset - begin + first for offset, begin, first in moved), part.extents[-dims:])
-        return StoredPiece(part, held, self.weights)
+        offsets, extents, lacking = [*self.held.offsets], [*self.held.extents], len(part.offsets) - len(self.axes)
+        for number, dim in enumerate(self.axes, lacking):
+            offsets[dim] += part.offsets[number] - self.box.offsets[number]
+            extents[dim] = part.extents[number]
+        return StoredPiece(part, Box(tuple(offsets), tuple(extents)), self.weights, self.axes)
+
+    def logical(self, held: Box) -> Box:
+        """The box of the logical tensor with the elements of `held`, a box within that of this piece."""
+        offsets, extents, lacking = [*self.box.offsets], [*self.box.extents], len(self.box.offsets) - len(self.axes)
+        for number, dim in enumerate(self.axes, lacking):
+            offsets[number] += held.offsets[dim] - self.held.offsets[dim]
+            extents[number] = held.extents[dim]
+        return Box(tuple(offsets), tuple(extents))
 
 
 class Contents:
@@ -66,7 +96,7 @@ class Contents:
         for key, found in pieces.items():
             self._pieces[key] = list(found)
             for piece in self._pieces[key]:
-                if len(piece.held.extents) < len(piece.box.extents):
+                if len(piece.axes) < len(piece.box.extents):
                     self._by_expert[key, piece.box.offsets[0]].append(piece)
 
     def __contains__(self, key: str) -> bool:
@@ -109,13 +139,31 @@ def contents_of(folder: StoredFolder, shape: ModelShape, dtype: Dtype, parts: Pa
     _check_missing(folder, shape, needed)
     notes = _check_surplus(folder, shape, needed)
     found: dict[str, list[StoredPiece]] = defaultdict(list)
-    dtypes: Counter[str] = Counter()
+    dtypes: Counter[str | Form] = Counter()
     for name, (key_prefix, tensor) in needed.items():
         weights = _weights(folder, name, tensor)
-        dtypes[weights.tensor.dtype] += 1
-        for piece in tensor.pieces:
-            found[key_prefix + piece.key].append(StoredPiece(piece.box, piece.held, weights))
+        dtypes[weights.tensor.dtype if weights.form is Form.PLAIN else weights.form] += 1
+        for key, piece in pieces_in(tensor, weights):
+            found[key_prefix + key].append(piece)
     return Contents(folder, found, (*notes, *_dtype_notes(dtypes, dtype)))
+
+
+def pieces_in(tensor: NamedTensor, weights: StoredWeights) -> Iterator[tuple[str, StoredPiece]]:
+    """The pieces of `tensor`, by logical key below its block's prefix, in `weights`, which hold it."""
+    for piece in tensor.pieces:
+        held, dims = piece.held, len(piece.held.offsets)
+        axes: tuple[int, ...] = getattr(piece, "axes", None) or tuple(range(dims))
+        if weights.form is Form.MXFP4:  # the dim behind the experts' comes last
+            order = (0, *range(2, dims), 1)
+            held = Box(tuple(held.offsets[dim] for dim in order), tuple(held.extents[dim] for dim in order))
+            axes = tuple(order.index(dim) for dim in axes)
+        yield piece.key, StoredPiece(piece.box, held, weights, axes)
+
+
+def shape_in_files(tensor: NamedTensor) -> tuple[int, ...]:
+    """The shape of `tensor` in a file: its memory may lie in more dims than that."""
+    shape: tuple[int, ...] = getattr(tensor, "stored", None) or tensor.shape
+    return shape
 
 
 def _closest(folder: StoredFolder, shape: ModelShape, dtype: Dtype) -> NamedModel:
@@ -124,7 +172,11 @@ def _closest(folder: StoredFolder, shape: ModelShape, dtype: Dtype) -> NamedMode
     named = [named_model(shape, dtype)]
     if shape.experts is None or family.single_experts:
         named.insert(0, named_model(shape, dtype, single_experts=True))
-    return max(named, key=lambda model: sum(name in folder.tensors for name in _names(model)))
+    return max(named, key=lambda model: sum(_is_there(folder, name) for name in _names(model)))
+
+
+def _is_there(folder: StoredFolder, name: str) -> bool:
+    return name in folder.tensors or all(name + suffix in folder.tensors for suffix in MXFP4_SUFFIXES)
 
 
 def _names(model: NamedModel) -> Iterator[str]:
@@ -132,7 +184,7 @@ def _names(model: NamedModel) -> Iterator[str]:
 
 
 def _check_missing(folder: StoredFolder, shape: ModelShape, needed: Mapping[str, Any]) -> None:
-    missing = [name for name in needed if name not in folder.tensors]
+    missing = [name for name in needed if not _is_there(folder, name)]
     if missing:
         raise UsageError(
             f"{folder.path} lacks {len(missing):,} of the {len(needed):,} tensors of the model: {_listed(missing)}: "
@@ -147,7 +199,8 @@ def _check_surplus(folder: StoredFolder, shape: ModelShape, needed: Mapping[str,
     num_layers, num_next = shape.num_layers, folder.config.get("num_nextn_predict_layers")
     predicting = {f"model.layers.{num_layers + number}." for number in range(num_next if type(num_next) is int else 0)}
     for name in folder.tensors:
-        if name in needed or (name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in needed):
+        suffix = next((each for each in (SCALE_SUFFIX, *MXFP4_SUFFIXES) if name.endswith(each)), "")
+        if name in needed or name.removesuffix(suffix) in needed:
             continue
         if name == "lm_head.weight" and shape.tied_embeddings:
             left_out["the embedding is the output layer too"].append(name)
@@ -165,13 +218,15 @@ def _check_surplus(folder: StoredFolder, shape: ModelShape, needed: Mapping[str,
 
 
 def _weights(folder: StoredFolder, name: str, tensor: NamedTensor) -> StoredWeights:
-    stored = folder.tensors[name]
-    if stored.shape != tensor.shape:
+    if name not in folder.tensors:
+        return mxfp4_weights(folder, name, tensor)
+    stored, shape = folder.tensors[name], shape_in_files(tensor)
+    if stored.shape != shape:
         raise UsageError(
-            f"{name} is {list(stored.shape)} in {stored.path}, {list(tensor.shape)} in the model: {_belongs(folder)}"
+            f"{name} is {list(stored.shape)} in {stored.path}, {list(shape)} in the model: {_belongs(folder)}"
         )
     if stored.dtype in PLAIN_DTYPES:
-        return StoredWeights(stored)
+        return StoredWeights(stored, tensor.shape)
     scales = folder.tensors.get(name + SCALE_SUFFIX)
     if stored.dtype != CODES_DTYPE or scales is None or len(stored.shape) != 2:
         lacking = f" without {name}{SCALE_SUFFIX}" if stored.dtype == CODES_DTYPE and scales is None else ""
@@ -186,7 +241,24 @@ def _weights(folder: StoredFolder, name: str, tensor: NamedTensor) -> StoredWeig
             f"{scales.name} is {scales.dtype} {list(scales.shape)} in {scales.path}, blocks of {block[0]} x {block[1]} "
             f"of {list(stored.shape)} have {list(expected)} in F32: weight_block_size in {CONFIG_NAME} is another's"
         )
-    return StoredWeights(stored, scales, block)
+    return StoredWeights(stored, stored.shape, Form.FP8, scales, block)
+
+
+def mxfp4_weights(folder: StoredFolder, name: str, tensor: NamedTensor) -> StoredWeights:
+    """Codes lie behind one another along the inputs of the product, which are dim 1 of `tensor` and the last here."""
+    blocks, scales = (folder.tensors[name + suffix] for suffix in MXFP4_SUFFIXES)
+    experts, inputs, *others = tensor.shape
+    rows = [*shape_in_files(tensor)[2:]]
+    expected = [experts, *rows, -(-inputs // MXFP4_BLOCK)]
+    if [*blocks.shape] != [*expected, MXFP4_BLOCK // 2] or [*scales.shape] != expected or inputs % MXFP4_BLOCK:
+        raise UsageError(
+            f"{blocks.name} is {list(blocks.shape)} and {scales.name} {list(scales.shape)} in {blocks.path}, MXFP4 of "
+            f"{[experts, *rows, inputs]} is {[*expected, MXFP4_BLOCK // 2]} and {expected}: {_belongs(folder)}"
+        )
+    other = next((each for each in (blocks, scales) if each.dtype != "U8"), None)
+    if other is not None:
+        raise UsageError(f"{other.name} is {other.dtype} in {other.path}, codes and scales of MXFP4 are U8")
+    return StoredWeights(blocks, (experts, *others, inputs), Form.MXFP4, scales)
 
 
 def _block(folder: StoredFolder, name: str) -> tuple[int, int]:
@@ -201,10 +273,10 @@ def _block(folder: StoredFolder, name: str) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _dtype_notes(dtypes: Mapping[str, int], dtype: Dtype) -> Iterator[str]:
-    for name, count in sorted(dtypes.items()):
-        if name == CODES_DTYPE:
-            yield f"{count:,} tensors are block FP8 in the files: codes x scales, rounded to the source's dtype"
+def _dtype_notes(dtypes: Mapping[str | Form, int], dtype: Dtype) -> Iterator[str]:
+    for name, count in dtypes.items():
+        if isinstance(name, Form):
+            yield f"{count:,} tensors are {name.value}"
         elif DTYPES[name] != dtype.value:
             yield f"{count:,} tensors are {DTYPES[name]} in the files, and have the source's dtypes in it"
 

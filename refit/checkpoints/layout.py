@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refit.checkpoints.contents import Contents, StoredPiece, StoredWeights
+from refit.checkpoints.contents import Contents, StoredPiece, StoredWeights, pieces_in, shape_in_files
 from refit.checkpoints.files import CONFIG_NAME, DTYPES, INDEX_NAME, SINGLE_NAME, StoredFolder, StoredTensor
 from refit.config.shape import Dtype, ModelShape
 from refit.plan.sharding import ITEMSIZE, TensorSpec
@@ -64,7 +64,11 @@ def plan_folder(
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         entries: dict[str, Any] = header
         for name, (tensor, word, nbytes) in names.items():
-            entries[name] = {"dtype": word, "shape": list(tensor.shape), "data_offsets": [offset, offset + nbytes]}
+            entries[name] = {
+                "dtype": word,
+                "shape": list(shape_in_files(tensor)),
+                "data_offsets": [offset, offset + nbytes],
+            }
             offset += nbytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes, as the library has it
@@ -72,7 +76,7 @@ def plan_folder(
         headers[path], sizes[path] = struct.pack("<Q", len(text)) + text, base + offset
         for name, (tensor, word, nbytes) in names.items():
             begin = base + entries[name]["data_offsets"][0]
-            tensors[name] = StoredTensor(name, path, word, tensor.shape, begin, nbytes)
+            tensors[name] = StoredTensor(name, path, word, shape_in_files(tensor), begin, nbytes)
     index = None
     if len(files) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -132,7 +136,7 @@ def _contents(stored: StoredFolder, model: NamedModel) -> Contents:
     found: dict[str, list[StoredPiece]] = defaultdict(list)
     for block in model.blocks:
         for tensor in block.tensors:
-            weights = StoredWeights(stored.tensors[f"{block.prefix}{tensor.name}"])
-            for piece in tensor.pieces:
-                found[block.key_prefix + piece.key].append(StoredPiece(piece.box, piece.held, weights))
+            weights = StoredWeights(stored.tensors[f"{block.prefix}{tensor.name}"], tensor.shape)
+            for key, piece in pieces_in(tensor, weights):
+                found[block.key_prefix + key].append(piece)
     return Contents(stored, found, ())

@@ -7,7 +7,7 @@ TP group would each read all of it. So nothing is mapped here. A box is a number
     row 1       . . [======] . . .        2 runs of 3 elements, 8 elements apart
     row 2       . . [======] . . .
 
-Long runs are read one by one, after the kernel was told of those ahead. Short ones are read with the gaps between them,
+Long runs are read one by one, after the kernel was told of those ahead. Where they are short the whole rows are read,
 since a page of the file comes as a whole anyway.
 """
 
@@ -16,24 +16,28 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from refit.checkpoints.contents import StoredPiece, StoredWeights
+from refit.checkpoints.contents import MXFP4_BLOCK, Form, StoredPiece, StoredWeights
 from refit.checkpoints.files import DTYPES, StoredTensor
 from refit.errors import RefitError
 from refit.plan.box import Box
 
-CHUNK_BYTES = 16 << 20
-"""Most bytes that are read at once, and the memory that reading takes beside the weights, but for what dequantising
-makes of them."""
+CHUNK_BYTES, CODES_CHUNK = 16 << 20, 2 << 20
+"""Most bytes that are read at once, and most weights that are made of codes at once: the memory that reading takes
+beside the weights, a few times over."""
 
 SHORT_RUN_BYTES = 1 << 10
 """Shorter runs are read with what is between them."""
 
 AHEAD = 64
 """Runs that the kernel is told of before they are read."""
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the codes of E2M1 stand for (OCP Microscaling Formats, version 1.0, section 5.3.3)."""
 
 
 class Files:
@@ -43,52 +47,42 @@ class Files:
         self._open: dict[tuple[Path, bool], int] = {}
         self.read_bytes = 0
 
-    def read(self, tensor: StoredTensor, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        """`box` of a stored tensor in parts of at most CHUNK_BYTES, in the dtype of the file.
+    def read(
+        self, tensor: StoredTensor, shape: tuple[int, ...], box: Box, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[tuple[Box, torch.Tensor]]:
+        """`box` of a stored tensor, seen in `shape`, in parts of at most `chunk_bytes`, in the dtype of the file.
 
         Raises RefitError where a file ends early or cannot be read.
         """
         dtype: torch.dtype = getattr(torch, DTYPES[tensor.dtype])
-        itemsize = tensor.nbytes // max(1, math.prod(tensor.shape))
-        for part in chunks(box, max(1, CHUNK_BYTES // itemsize)):
-            data = torch.empty(part.extents, dtype=dtype)
-            self._fill(tensor, part, itemsize, memoryview(data.view(-1).view(torch.uint8).numpy()))
-            yield part, data
+        for part in chunks(widened(box, shape, dtype.itemsize), max(1, chunk_bytes // dtype.itemsize)):
+            wanted = part.intersect(box)
+            if wanted is not None:
+                data = torch.empty(part.extents, dtype=dtype)
+                self._fill(tensor, runs_of(part, shape), dtype.itemsize, data.view(-1).view(torch.uint8).numpy().data)
+                yield wanted, data[wanted.slices_within(part)]
+
+    def whole(self, tensor: StoredTensor, shape: tuple[int, ...], box: Box) -> torch.Tensor:
+        """The same as one tensor."""
+        ((_, data),) = self.read(tensor, shape, box, 1 << 62)
+        return data
 
     def close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
 
-    def _fill(self, tensor: StoredTensor, box: Box, itemsize: int, into: memoryview) -> None:
-        """Read a box into contiguous memory of its size."""
-        runs = runs_of(box, tensor.shape)
+    def _fill(self, tensor: StoredTensor, runs: Runs, itemsize: int, into: memoryview) -> None:
+        """Read runs into contiguous memory of their size."""
         length, starts = runs.length * itemsize, [tensor.offset + start * itemsize for start in runs.starts]
-        if len(starts) == 1:
-            self._read(self._descriptor(tensor.path, is_strided=False), into, starts[0], tensor)
-        elif length < SHORT_RUN_BYTES or 2 * length > starts[1] - starts[0]:
-            self._read_with_gaps(tensor, starts, length, into)
-        else:
-            descriptor = self._descriptor(tensor.path, is_strided=True)
-            for first in range(0, len(starts), AHEAD):
-                ahead = starts[first : first + AHEAD]
-                for start in ahead:
-                    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-                for number, start in enumerate(ahead, first):
-                    self._read(descriptor, into[number * length : (number + 1) * length], start, tensor)
-
-    def _read_with_gaps(self, tensor: StoredTensor, starts: list[int], length: int, into: memoryview) -> None:
-        descriptor, step = (
-            self._descriptor(tensor.path, is_strided=False),
-            max(1, CHUNK_BYTES // (starts[1] - starts[0])),
-        )
-        for first in range(0, len(starts), step):
-            part = starts[first : first + step]
-            whole = memoryview(bytearray(part[-1] + length - part[0]))
-            self._read(descriptor, whole, part[0], tensor)
-            for number, start in enumerate(part, first):
-                begin = start - part[0]
-                into[number * length : (number + 1) * length] = whole[begin : begin + length]
+        is_strided = len(starts) > 1
+        descriptor = self._descriptor(tensor.path, is_strided=is_strided)
+        for first in range(0, len(starts), AHEAD):
+            ahead = starts[first : first + AHEAD]
+            for start in ahead if is_strided else ():
+                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+            for number, start in enumerate(ahead, first):
+                self._read(descriptor, into[number * length : (number + 1) * length], start, tensor)
 
     def _read(self, descriptor: int, into: memoryview, offset: int, tensor: StoredTensor) -> None:
         done = 0
@@ -114,13 +108,12 @@ class Files:
         return self._open[path, is_strided]
 
 
+@dataclass(frozen=True, slots=True)
 class Runs:
     """The elements of a box of a row-major tensor: `length` of them from each of `starts`, in order."""
 
-    __slots__ = ("length", "starts")
-
-    def __init__(self, length: int, starts: list[int]) -> None:
-        self.length, self.starts = length, starts
+    length: int
+    starts: list[int]
 
 
 def runs_of(box: Box, shape: tuple[int, ...]) -> Runs:
@@ -141,6 +134,17 @@ def runs_of(box: Box, shape: tuple[int, ...]) -> Runs:
     return Runs(length, starts)
 
 
+def widened(box: Box, shape: tuple[int, ...], itemsize: int) -> Box:
+    """`box` with its last dims whole, as many as it takes until runs are long and at most half of what they lie in."""
+    for dim in reversed(range(len(shape))):
+        size, outer = math.prod(shape[dim + 1 :]) * itemsize, math.prod(box.extents[:dim])
+        is_long = box.extents[dim] * size >= SHORT_RUN_BYTES and 2 * box.extents[dim] <= shape[dim]
+        if outer == 1 or (is_long and box.extents[dim] < shape[dim]):
+            break
+        box = box.narrow(dim, 0, shape[dim])
+    return box
+
+
 def chunks(box: Box, limit: int) -> Iterator[Box]:
     """`box` in boxes of at most `limit` elements, cut along leading dims."""
     dim = box.leading_dim
@@ -158,26 +162,43 @@ def chunks(box: Box, limit: int) -> Iterator[Box]:
 
 
 def read_piece(files: Files, piece: StoredPiece) -> Iterator[tuple[Box, torch.Tensor]]:
-    """The values of a piece: boxes of the logical tensor and what they hold, in parts. FP8 becomes float32."""
+    """The values of a piece, in parts: boxes of the logical tensor and what they hold. Codes become float32."""
     weights = piece.weights
-    for part, data in files.read(weights.tensor, piece.held):
-        moved = zip(part.offsets, piece.held.offsets, piece.box.offsets[-len(part.offsets) :], strict=True)
-        offsets = tuple(offset - held + box for offset, held, box in moved)
-        leading = len(piece.box.offsets) - len(part.offsets)
-        box = Box((*piece.box.offsets[:leading], *offsets), (*piece.box.extents[:leading], *part.extents))
-        values = data if weights.scales is None else _multiplied(files, weights, weights.scales, part, data)
-        yield box, values.view(box.extents)
+    if weights.form is Form.PLAIN:
+        parts = files.read(weights.tensor, weights.shape, piece.held)
+    else:
+        decode = _fp8 if weights.form is Form.FP8 else _mxfp4
+        parts = ((part, decode(files, weights, part)) for part in chunks(piece.held, CODES_CHUNK))
+    for part, data in parts:
+        box, others = piece.logical(part), (dim for dim in range(data.ndim) if dim not in piece.axes)
+        yield box, data.permute(*piece.axes, *others).reshape(box.extents)
 
 
-def _multiplied(
-    files: Files, weights: StoredWeights, scales: StoredTensor, part: Box, codes: torch.Tensor
-) -> torch.Tensor:
+def _fp8(files: Files, weights: StoredWeights, part: Box) -> torch.Tensor:
     """Codes times the scales of their blocks, which lie where blocks of the whole tensor do: float32."""
+    assert weights.scales is not None
     rows, columns = weights.block
+    codes = files.whole(weights.tensor, weights.shape, part)
     first = (part.offsets[0] // rows, part.offsets[1] // columns)
     last = (-(-part.ends[0] // rows), -(-part.ends[1] // columns))
     wanted = Box(first, (last[0] - first[0], last[1] - first[1]))
-    found = torch.cat([data for _, data in files.read(scales, wanted)]).float()
-    spread = found.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    scales = files.whole(weights.scales, weights.scales.shape, wanted).float()
+    spread = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     begin = (part.offsets[0] - first[0] * rows, part.offsets[1] - first[1] * columns)
     return codes.float().mul_(spread[begin[0] : begin[0] + part.extents[0], begin[1] : begin[1] + part.extents[1]])
+
+
+def _mxfp4(files: Files, weights: StoredWeights, part: Box) -> torch.Tensor:
+    """E2M1 codes, the first of two in the low half of a byte, times powers of two with a bias of 127: float32."""
+    assert weights.scales is not None
+    *outer, columns = weights.shape
+    last = len(outer)
+    first, end = part.offsets[last] // MXFP4_BLOCK, -(-part.ends[last] // MXFP4_BLOCK)
+    half, num = MXFP4_BLOCK // 2, end - first
+    codes = files.whole(weights.tensor, (*outer, columns // 2), part.narrow(last, first * half, end * half)).int()
+    scales = files.whole(weights.scales, (*outer, columns // MXFP4_BLOCK), part.narrow(last, first, end))
+    values = torch.tensor(FP4_VALUES)[torch.stack((codes & 15, codes >> 4), -1)]
+    blocks = values.view(*part.extents[:last], num, MXFP4_BLOCK)
+    found = torch.ldexp(blocks, (scales.int() - 127)[..., None]).view(*part.extents[:last], num * MXFP4_BLOCK)
+    begin = part.offsets[last] - first * MXFP4_BLOCK
+    return found[..., begin : begin + part.extents[last]]

@@ -84,14 +84,21 @@ def _write_piece(files: dict[Path, int], piece: StoredPiece, data: torch.Tensor)
     tensor = piece.weights.tensor
     if tensor.path not in files:
         files[tensor.path] = os.open(tensor.path, os.O_WRONLY)
-    memory = memoryview(data.contiguous().cpu().view(-1).view(torch.uint8).numpy())
-    runs, itemsize = runs_of(piece.held, tensor.shape), data.element_size()
+    lacking = data.ndim - len(piece.axes)
+    data = data[(0,) * lacking].permute(_inverse(piece.axes)).reshape(piece.held.extents)
+    memory = data.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+    runs, itemsize = runs_of(piece.held, piece.weights.shape), data.element_size()
     length = runs.length * itemsize
     for number, start in enumerate(runs.starts):
         part, done = memory[number * length : (number + 1) * length], 0
         while done < length:
             done += os.pwrite(files[tensor.path], part[done:], tensor.offset + start * itemsize + done)
     return len(memory)
+
+
+def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The places in `axes` of the dims that it has, in their order."""
+    return tuple(axes.index(dim) for dim in sorted(axes))
 
 
 def _no_place(planned: PlannedFolder, error: OSError) -> RefitError:

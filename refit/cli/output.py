@@ -45,6 +45,12 @@ def check_written(scenario: Scenario) -> None:
         )
 
 
+def discard_partial(scenario: Scenario) -> None:
+    """Remove what ranks have left of a checkpoint that they could not finish."""
+    if scenario.write_weights is not None:
+        shutil.rmtree(partial_of(scenario.write_weights), ignore_errors=True)
+
+
 def check_output(scenario: Scenario, environ: Mapping[str, str]) -> None:
     """Raise UsageError where the folder of the results cannot be made, or takes no file as long-named as a result.
 

@@ -86,9 +86,10 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _describes_nothing(args: argparse.Namespace) -> bool:
-    """Whether no flag says which model it is, so that a checkpoint's config.json does."""
-    given = (args.model, args.hf_config, args.model_provider, args.num_layers, args.hidden_size)
-    return all(value is None for value in given)
+    """Whether no flags say which model it is, so that a checkpoint's config.json does."""
+    if any(each is not None for each in (args.model, args.hf_config, args.model_provider)):
+        return False
+    return None in (args.num_layers, args.hidden_size, args.num_attention_heads)  # sizes beside a config.json change it
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:

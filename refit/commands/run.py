@@ -17,6 +17,7 @@ from typing import Any
 from refit.cli import flag_types, forked, torchrun
 from refit.cli.flag_parser import FlagParser
 from refit.cli.main import main
+from refit.cli.output import discard_partial
 from refit.cli.parsing import parse
 from refit.config.limits import MAX_NAME
 from refit.config.scenario import Scenario, check_num_ranks
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         code = process.wait()
     live.clear(others=True)
     cause = root_cause(list(log), code)
+    if code != 0 and (received or _exit_code(cause, code) is not ExitCode.USAGE):
+        discard_partial(request.scenario)  # ranks that were killed could not
     if received and code != 0:
         return _cancelled(own_result, request.scenario)
     show_killed(verdict, cause)

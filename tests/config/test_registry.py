@@ -20,7 +20,7 @@ TABLES: list[tuple[Registry[Any], str, str]] = [
     (FORMATS, "side format", "autotp, fsdp2, megatron, vllm"),
     (METHODS, "refit method", "cuda-ipc, gloo, nccl, nixl, nvshmem, shm, shm+gloo"),
     (ENGINES, "refit engine", "full, megatron, nccl-m2n, refit, vllm-ipc, vllm-reload"),
-    (MEASUREMENTS, "measurement", "forward, refit, train-step"),
+    (MEASUREMENTS, "measurement", "forward, load, refit, train-step"),
 ]
 REFERENCES = {
     f"{name}.{type(row).__name__}.{field.name}": getattr(row, field.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from refit import units
+from refit.config.registry import LOAD
 from refit.report.terminal.escaped import plain_lines
 from refit.results.checkpoints import LoadResult, WriteResult
 from refit.results.result import Result
@@ -36,6 +37,14 @@ def closing_lines(result: LoadResult, run: Result) -> list[str]:
         f"({units.three_digits(result.gb_per_s)} GB/s, a plain read {units.three_digits(result.raw_gb_per_s)} GB/s)"
         f"{beside}"
     ]
+
+
+def summary_lines(run: Result) -> list[str]:
+    """What a run read and wrote, for summaries and reports; nothing of a run without checkpoints."""
+    found = run.measurements.get(LOAD)
+    lines = closing_lines(found, run) if isinstance(found, LoadResult) else []
+    tested = run.refit.tested if run.refit is not None else None
+    return lines + (written(tested.written).split("\n") if tested is not None and tested.written is not None else [])
 
 
 def written(result: WriteResult) -> str:

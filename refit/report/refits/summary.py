@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from refit import units
 from refit.config.scenario import Verify
 from refit.config.side import SideSpec
+from refit.report.refits import checkpoint_lines
 from refit.report.refits.headline import headlines
 from refit.report.refits.run_spread import by_scenario, run_spread_lines
 from refit.report.steps import step_lines
@@ -82,7 +83,9 @@ def _scenario(outcome: Outcome) -> list[str]:
     if tested is not None and tested.summary is not None:
         times = [] if tested.is_partial else _times(tested.summary)
         lines += [*times, *headlines(outcome), *_plan(outcome), *_verification(outcome, tested)]
-    return [*lines, *(step_lines.summary_lines(outcome.result) if outcome.result else [])]
+    if outcome.result is not None:
+        lines += [*checkpoint_lines.summary_lines(outcome.result), *step_lines.summary_lines(outcome.result)]
+    return lines
 
 
 def _measured(planned: Planned) -> str:
