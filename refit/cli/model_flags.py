@@ -25,6 +25,7 @@ EXPERT_FLAGS = (
     "moe_router_enable_expert_bias",
     "moe_grouped_gemm",
 )
+NORM_FLAGS = ("qk_norm_over_heads",)
 LATENT_FLAGS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 GROUP_FLAGS = ("num_query_groups", "group_query_attention")
 
@@ -87,6 +88,11 @@ def _add_style_flags(parser: FlagParser) -> None:
     )
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a separate output layer")
     group.add_argument("--qk-layernorm", action="store_true", help="norms on queries and keys")
+    group.add_argument(
+        "--qk-norm-over-heads",
+        action="store_true",
+        help="norms of queries and keys over all heads together, as in MiniMax-M2",
+    )
     group.add_argument(
         "--transformer-impl",
         choices=("local", "transformer_engine"),
@@ -167,6 +173,7 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         mla=_latent_attention(args),
         experts=_experts(args, ffn),
         mtp_num_layers=args.mtp_num_layers or 0,
+        qk_norm_over_heads=args.qk_norm_over_heads,
     )
 
 
@@ -201,6 +208,9 @@ def _check_contradictions(args: argparse.Namespace) -> None:
             GROUP_FLAGS,
             "contradicts --multi-latent-attention, which has no query groups",
         ),
+        (args.qk_layernorm, NORM_FLAGS, "needs --qk-layernorm"),
+        (args.normalization == "RMSNorm", NORM_FLAGS, "needs --normalization RMSNorm"),
+        (not args.multi_latent_attention, NORM_FLAGS, "contradicts --multi-latent-attention, which has latent norms"),
         (args.padded_vocab_size is None, ("vocab_size",), "contradicts --padded-vocab-size: give one of them"),
         (
             args.padded_vocab_size is None,

@@ -52,7 +52,8 @@ class ModelShape:
     """A decoder-only transformer as Megatron-Core's GPTModel builds it.
 
     `num_query_groups` equals `num_attention_heads` without grouped queries. `vocab_size` is the tokenizer's; each side
-    pads it by its own TP size (`padded_vocab_size`). `mtp_num_layers` multi-token prediction layers follow the last
+    pads it by its own TP size (`padded_vocab_size`). With `qk_norm_over_heads` the norms of queries and keys run over
+    all heads together (MiniMax-M2), not over each. `mtp_num_layers` multi-token prediction layers follow the last
     layer (DeepSeek-V3, arXiv:2412.19437), each with a layer of the last one's kind.
     """
 
@@ -75,6 +76,7 @@ class ModelShape:
     mla: LatentAttention | None
     experts: Experts | None
     mtp_num_layers: int = 0
+    qk_norm_over_heads: bool = False
 
     @property
     def softmax_over_all(self) -> bool:

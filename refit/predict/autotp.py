@@ -25,6 +25,11 @@ from refit.predict.megatron import Split
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     """Raise UsageError where transformers has no such model or AutoTP cannot split it; `name` is the side's."""
     check_family(shape, side, name)
+    if shape.qk_norm_over_heads and side.layout.tp > 1:
+        raise UsageError(
+            f"{name}: AutoTP leaves norms whole, which cannot run over the heads of TP size {side.layout.tp}: give "
+            "TP 1, or FSDP2, whose norms are split here"
+        )
     if shape.vocab_size < side.layout.tp:
         raise UsageError(
             f"{name}: AutoTP wants a part of the vocabulary on every rank, it has {shape.vocab_size} rows for TP size "

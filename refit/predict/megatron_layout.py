@@ -20,6 +20,11 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     if shape.mla is None and shape.num_query_groups > tp:
         divisible.append((shape.num_query_groups, tp, "query groups", "TP size"))
     if shape.mla is None and shape.num_query_groups < tp:
+        if shape.qk_norm_over_heads:
+            raise UsageError(
+                f"{name}: Megatron splits {shape.num_query_groups} query groups over TP size {tp} only with norms of "
+                f"single heads: give {size_flag(name, 'tp')} {shape.num_query_groups} or less"
+            )
         divisible.append((tp, shape.num_query_groups, "TP size", "query groups"))
     if experts is not None:
         divisible += [

@@ -18,8 +18,10 @@ from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.models.fsdp2.experts import experts_of, split_over_experts
 from refit.models.fsdp2.meshes import Meshes
+from refit.models.fsdp2.norms import NormOfParts
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
 from refit.predict.families.names import Block, NamedModel
+from refit.predict.families.tables import KEY_NORM, QUERY_NORM
 from refit.predict.megatron import Split
 
 
@@ -59,6 +61,8 @@ def _styles(model: torch.nn.Module, block: Block) -> Iterator[tuple[str, Paralle
         name = f"{block.prefix}{tensor.name}".removesuffix(".weight")
         if isinstance(model.get_submodule(name), torch.nn.Embedding):  # whose rows are its inputs
             yield name, RowwiseParallel(input_layouts=Replicate())
+        elif tensor.row.key in (QUERY_NORM, KEY_NORM):
+            yield name, NormOfParts()
         elif tensor.row.split is Split.ROW:
             yield name, RowwiseParallel()
         else:

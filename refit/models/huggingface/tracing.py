@@ -25,7 +25,8 @@ def traced(model: Any, trace: Trace, shape: torch.Size) -> Iterator[None]:
             stack.callback(handle.remove)
             router = getattr(getattr(module, "mlp", None), "gate", None)
             if router is not None:
-                stack.callback(router.register_forward_hook(_observing(trace, number, shape)).remove)
+                bias = getattr(router, BIAS, getattr(module.mlp, BIAS, None))
+                stack.callback(router.register_forward_hook(_observing(trace, number, shape, bias)).remove)
         yield
 
 
@@ -37,10 +38,10 @@ def _entering(trace: Trace, number: int) -> Any:
     return enter
 
 
-def _observing(trace: Trace, number: int, shape: torch.Size) -> Any:
-    def observe(router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+def _observing(trace: Trace, number: int, shape: torch.Size, bias: torch.Tensor | None) -> Any:
+    def observe(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         logits, _, index = output
-        scores, bias = logits.float(), getattr(router, BIAS, None)
+        scores = logits.float()
         if bias is not None:
             scores = scores.sigmoid() + bias
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)

@@ -26,7 +26,7 @@ from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat, compat_steps
-from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts
+from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts, KeyNorm, QueryNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,10 @@ def _build_chunk(
         experts = GroupedExperts if shape.experts is not None and shape.experts.grouped_gemm else None
         for layer in layers.layer_specs:
             compat.replace_parts(layer, CoreAttention, experts)
+    if shape.qk_norm_over_heads:
+        for layer in layers.layer_specs:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
     mtp_spec = None
     if predicts:
         mtp_spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=not local, **place)

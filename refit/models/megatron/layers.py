@@ -1,4 +1,5 @@
-"""Modules that Megatron's local layer spec lacks on CPUs: core attention, grouped experts, latent projections.
+"""Modules that Megatron's local layer spec lacks on CPUs: core attention, grouped experts, latent projections; and
+norms over all heads, which no layer spec has.
 
 The experts hold parameters exactly as Megatron's Transformer Engine modules do; the attention has none.
 """
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from refit.models.megatron.compat import mark_grouped_weight
+from refit.models.norm_of_parts import norm_of_parts
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
@@ -85,6 +88,49 @@ class DuplicatedLinear(torch.nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return super().forward(hidden), None
+
+
+class NormOverHeads(torch.nn.Module):
+    """An RMS norm of queries or keys over all heads together, of which each tensor-parallel rank has some.
+
+    Megatron-Core's run over single heads. Name, weight and cut are those that Megatron-Bridge gives MiniMax-M2's
+    (`FullDimQNorm`, models/minimax_m2). The mean is that of all ranks.
+    """
+
+    num_heads = ""
+
+    def __init__(self, hidden_size: int, config: Any, **_: Any) -> None:
+        super().__init__()
+        width = getattr(config, self.num_heads) * hidden_size // config.tensor_model_parallel_size
+        where = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = torch.nn.Parameter(torch.empty(width, **where))
+        vars(self.weight).update(tensor_model_parallel=True, partition_dim=0, partition_stride=1)
+        self.group = parallel_state.get_tensor_model_parallel_group()
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """`heads` `[sequence, batch, heads, size]`, those of this rank."""
+        return norm_of_parts(heads.flatten(2), self.weight, self.group).view_as(heads)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        stated: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return stated
+
+
+class QueryNorm(NormOverHeads):
+    num_heads = "num_attention_heads"
+
+
+class KeyNorm(NormOverHeads):
+    num_heads = "num_query_groups"
 
 
 class GroupedLinear(torch.nn.Module):

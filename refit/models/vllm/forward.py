@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, LatentAttention, ModelShape
 from refit.models.forward_pass import ForwardPass, Routing, Trace
+from refit.models.norm_of_parts import norm_of_parts
 from refit.models.vllm.groups import Groups
 from refit.predict.placement import Slots
 from refit.predict.vllm.engine import Engine
@@ -113,8 +114,12 @@ class ReferenceForward:
         groups = max(1, self.shape.num_query_groups // self.engine.tp)
         fused = self._linear(f"{prefix}qkv_proj", hidden)
         parts = fused.tensor_split([heads * size, (heads + groups) * size], dim=-1)
+        if self.shape.qk_norm_over_heads:
+            weights = (self.parameters[f"{prefix}{name}_norm.weight"] for name in ("q", "k"))
+            normed = (norm_of_parts(part, weight, self.groups.tp) for part, weight in zip(parts, weights, strict=False))
+            parts = (*normed, parts[2])
         query, key, value = (_by_head(part, part.size(-1) // size) for part in parts)
-        if self.shape.qk_layernorm:
+        if self.shape.qk_layernorm and not self.shape.qk_norm_over_heads:
             query = self._norm(f"{prefix}q_norm.weight", query)
             key = self._norm(f"{prefix}k_norm.weight", key)
         query, key = _rotated(query), _rotated(key)
@@ -167,7 +172,8 @@ class ReferenceForward:
         logits = F.linear(hidden.float(), self.parameters[f"{prefix}gate.weight"].float())
         if experts.expert_bias:
             probabilities = logits.sigmoid()
-            scores = probabilities + self.parameters[f"{prefix}gate.e_score_correction_bias"]
+            names = (f"{prefix}{module}e_score_correction_bias" for module in ("gate.", ""))
+            scores = probabilities + next(self.parameters[name] for name in names if name in self.parameters)
         else:
             probabilities, scores = logits.softmax(dim=-1), logits
         index = scores.topk(experts.topk, dim=-1).indices

@@ -154,6 +154,8 @@ def check_names(shape: ModelShape) -> Family:
         (shape.add_qkv_bias and not family.has(QKV_BIAS), "leave --add-qkv-bias out"),
         (needs_norms and not shape.qk_layernorm, "give --qk-layernorm"),
         (shape.qk_layernorm and not has_norms, "leave --qk-layernorm out"),
+        (family.norms_over_heads and not shape.qk_norm_over_heads, "give --qk-norm-over-heads"),
+        (has_norms and shape.qk_norm_over_heads and not family.norms_over_heads, "leave --qk-norm-over-heads out"),
         (shape.mtp_num_layers > 0, "give --mtp-num-layers 0"),
         (bool(family.experts) and experts is None, "give --num-experts 8"),
         (experts is not None and experts.latent_size is not None, "leave --moe-latent-size out"),

@@ -67,8 +67,9 @@ class Family:
     as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
     needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
     changes no weight, with `unweighted`: values of keys that it is built with, not those of `config_keys.BUILT_WITH`.
-    `published` are beginnings of names below a layer's that published checkpoints and vLLM have in place of
-    transformers'. `misfit` says what to change where it cannot have these sizes.
+    `engine_values(shape)` are keys that vLLM's model reads beside them. `published` are beginnings of names below a
+    layer's that published checkpoints and vLLM have in place of transformers'. `misfit` says what to
+    change where it cannot have these sizes.
     """
 
     model_type: str
@@ -90,6 +91,7 @@ class Family:
     required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
     unweighted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    engine_values: Callable[[ModelShape], dict[str, Any]] = lambda _: {}
     published: Mapping[str, str] = field(default_factory=dict)
     misfit: Callable[[ModelShape], str | None] = lambda _: None
 
@@ -97,6 +99,11 @@ class Family:
         """Whether some layer has a tensor that is a part of the logical tensor `key`, or of one below it."""
         rows = (*self.layer, *self.dense, *self.routed)
         return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
+
+    @property
+    def norms_over_heads(self) -> bool:
+        """Whether its norms of queries and keys run over all heads: their weights are split with the heads."""
+        return any(row.key == QUERY_NORM and row.split is Split.COLUMN for row in self.layer)
 
     def published_name(self, name: str) -> str:
         """What published checkpoints call the tensor `name` of a layer."""
@@ -112,7 +119,7 @@ class Family:
 QKV, QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
 EXPERTS, SHARED, EXPERT_BIAS_KEY = "mlp.experts.experts", "mlp.shared_experts", "mlp.router.expert_bias"
-QUERY_NORM = "self_attention.q_layernorm.weight"
+QUERY_NORM, KEY_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 MODEL = (
@@ -132,7 +139,7 @@ GROUPED_QUERY_ATTENTION = (
 )
 QUERY_KEY_NORMS = (
     Row("self_attn.q_norm.weight", QUERY_NORM),
-    Row("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
+    Row("self_attn.k_norm.weight", KEY_NORM),
 )
 QUERY_KEY_VALUE_BIASES = (
     Row("self_attn.q_proj.bias", QKV_BIAS, Split.COLUMN, Part.QUERY),

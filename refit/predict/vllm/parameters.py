@@ -17,7 +17,7 @@ from refit.config.side import SideSpec, VllmOptions
 from refit.plan.box import Box
 from refit.predict.families.names import Block, NamedModel, NamedTensor, Piece, named_model
 from refit.predict.families.parts import Parts, model_in_parts, parts_of
-from refit.predict.families.tables import Part
+from refit.predict.families.tables import KEY_NORM, Part
 from refit.predict.megatron import Split
 from refit.predict.placement import Slots, placed_layers
 from refit.predict.vllm.engine import Engine, Place, stage_layers
@@ -142,7 +142,7 @@ class Engines:
             return (whole,)
         if row.split is Split.GATED:
             return tuple(_part(whole, int(row.routed), 2 * parts, half * parts + part) for half in (0, 1))
-        if row.part in (Part.KEY, Part.VALUE) and self.shape.num_query_groups < parts:
+        if (row.part in (Part.KEY, Part.VALUE) or row.key == KEY_NORM) and self.shape.num_query_groups < parts:
             groups = self.shape.num_query_groups
             return (_part(whole, 0, groups, part // (parts // groups)),)
         return (_part(whole, int(row.routed) + int(row.split is Split.ROW), parts, part),)

@@ -25,13 +25,12 @@ from refit.models.fsdp2.weights import held_of
 from refit.models.huggingface.model import materialise, meta_model
 from refit.models.huggingface.weights import read_weights
 from refit.models.megatron.side import MegatronSide
-from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.names import named_model
 from refit.predict.families.tables import Family
 from refit.predict.fsdp2 import predict
 from tests.models.huggingface.sides import CPU, FAMILY, RUN, alone, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
-from tests.predict.families.test_names import BRIDGES, _bridge, _parameter
+from tests.predict.families.test_names import BRIDGES, _bridge, bridged_names
 from tests.predict.test_fsdp2 import _splits, side
 from tests.ranks.pool import RankPool
 
@@ -95,6 +94,12 @@ EXPERTS = ["--source-format=fsdp2", "--source-world-size=4", "--expert-model-par
         ("tiny_qwen2", MEGATRON_TO_FSDP),
         ("tiny_mixtral", [*EXPERTS, "--fsdp-replicate-size=2", "--rl-inference-tensor-model-parallel-size=2"]),
         ("tiny_deepseek_v2", MEGATRON_TO_FSDP),
+        (
+            "tiny_minimax_m2",
+            [*FSDP_TO_MEGATRON, "--num-layers=2", "--rl-inference-pipeline-model-parallel-size=2"],
+        ),
+        ("tiny_minimax_m2", [*MEGATRON_TO_FSDP[:-1], "--rl-inference-tensor-model-parallel-size=2"]),
+        ("tiny_glm4_moe_lite", MEGATRON_TO_FSDP),
         ("tiny_glm4_moe", FSDP_TO_MEGATRON),
     ],
 )
@@ -178,16 +183,14 @@ def _converted(family: Family, shape: ModelShape, seeded: dict[str, torch.Tensor
     bridge.hf_config = meta_model(shape, named_model(shape, Dtype.FP32), alone(Dtype.FP32)).config
     bridge.dtype, bridge.make_vocab_size_divisible_by = torch.float32, None
     single = {name: expert for key, tensor in seeded.items() for name, expert in _single_experts(key, tensor)}
-    if family is MIXTRAL:
-        single = {_as_mixtral(name): tensor for name, tensor in single.items()}
+    if family.published:
+        single = {_as_published(name): tensor for name, tensor in single.items()}
     converted = {}
     for block in named_model(shape, Dtype.FP32, single_experts=True).blocks:
         for tensor in block.tensors:
             expert = tensor.pieces[0].box.offsets[0] if tensor.row.routed else None
-            names = bridge._weight_name_mapping_mcore_to_hf(
-                _parameter(family, block.key_prefix + tensor.row.key, expert)
-            )
             key = block.key_prefix + tensor.row.key
+            names = bridged_names(bridge, family, key, expert)
             if expert is not None:
                 key = key.replace("experts.experts", f"experts.local_experts.{expert}")
             with warnings.catch_warnings():
@@ -196,7 +199,7 @@ def _converted(family: Family, shape: ModelShape, seeded: dict[str, torch.Tensor
     return converted
 
 
-def _as_mixtral(name: str) -> str:
+def _as_published(name: str) -> str:
     for ours, published in (("mlp", "block_sparse_moe"), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
         name = name.replace(f".{ours}.", f".{published}.")
     return name

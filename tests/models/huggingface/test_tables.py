@@ -22,7 +22,8 @@ TABLES = ("model", "layer", "dense", "routed", "experts")
 
 @pytest.mark.parametrize("family", FAMILY, ids=FAMILY.values())
 def test_a_missing_row_is_found(family: Family) -> None:
-    small = ["--num-layers=2", *(["--moe-layer-freq=[0,1]"] if family.layer_keys else []), *SMALL]
+    has_dense = family.layer_keys and not family.published
+    small = ["--num-layers=2", *(["--moe-layer-freq=[0,1]"] if has_dense else []), *SMALL]
     shape = parse(["--dry-run", "--model", FAMILY[family], *small]).scenario.model
     assert shape is not None
     side = alone(Dtype.FP32)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from refit.predict.families.config_json import config_values
+from refit.predict.families.tables import closest_family
 from refit.predict.vllm.engine import Place
 from refit.predict.vllm.names import followed_name
 from refit.predict.vllm.parameters import Engines
@@ -25,6 +26,8 @@ ARCHITECTURES = {
     "tiny_qwen3_moe": "Qwen3MoeForCausalLM",
     "tiny_mixtral": "MixtralForCausalLM",
     "tiny_glm4_moe": "Glm4MoeForCausalLM",
+    "tiny_minimax_m2": "MiniMaxM2ForCausalLM",
+    "tiny_glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "tiny_deepseek_v2": "DeepseekV2ForCausalLM",
     "tiny_deepseek_v3": "DeepseekV3ForCausalLM",
 }
@@ -36,6 +39,7 @@ def test_vllms_own_parameters_are_those_that_are_predicted(tmp_path: Path, model
     pytest.importorskip("vllm", reason="vLLM is not installed")
     shape = preset(model)
     values = {**config_values(shape), "architectures": [ARCHITECTURES[model]], "topk_method": "noaux_tc"}
+    values |= closest_family(shape).engine_values(shape)
     (tmp_path / "config.json").write_text(json.dumps(values))
     predicted = {
         f"{block.block.prefix}{parameter.name}": (parameter.shape, parameter.dtype)

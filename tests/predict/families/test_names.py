@@ -19,7 +19,9 @@ from refit.plan.box import Box
 from refit.predict.families.deepseek_v2 import DEEPSEEK_V2
 from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
 from refit.predict.families.glm4_moe import GLM4_MOE
+from refit.predict.families.glm4_moe_lite import GLM4_MOE_LITE
 from refit.predict.families.llama import LLAMA
+from refit.predict.families.minimax_m2 import MINIMAX_M2
 from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.names import NamedModel, named_model
 from refit.predict.families.qwen2 import QWEN2
@@ -35,9 +37,20 @@ BRIDGES = {
     GLM4_MOE: "mbridge.models.glm4moe:GLM4MoEBridge",
     QWEN3: "mbridge.models.qwen3:Qwen3Bridge",
     QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
+    MINIMAX_M2: "mbridge.models.mixtral:MixtralBridge",  # but for OWN
+    GLM4_MOE_LITE: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V2: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
 }
+
+OWN = {
+    MINIMAX_M2: {
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+        "mlp.router.expert_bias": "block_sparse_moe.e_score_correction_bias",
+    }
+}
+"""Tensors of a layer that mbridge has no family for."""
 
 
 def preset(name: str) -> ModelShape:
@@ -120,6 +133,8 @@ def test_layers_of_a_kind_share_their_tensors() -> None:
         "mixtral_8x7b",
         "glm4_5",
         "glm4_5_air",
+        "glm4_7_flash",
+        "minimax_m2",
     ],
 )
 def test_published_models_are_of_a_family(name: str) -> None:
@@ -165,7 +180,16 @@ def test_mbridge_has_the_same_names(family: Family, data: st.DataObject) -> None
             expert = tensor.pieces[0].box.offsets[0] if tensor.row.routed else None
             ours.setdefault((block.key_prefix + tensor.row.key, expert), []).append(block.prefix + tensor.name)
         for (key, expert), names in ours.items():
-            assert bridge._weight_name_mapping_mcore_to_hf(_parameter(family, key, expert)) == names
+            assert bridged_names(bridge, family, key, expert) == names
+
+
+def bridged_names(bridge: Any, family: Family, key: str, expert: int | None) -> list[str]:
+    """The Hugging Face tensors of a logical tensor, or of one expert of it."""
+    layer, own = ".".join(key.split(".")[2:3]), OWN.get(family, {}).get(".".join(key.split(".")[3:]))
+    if own is not None:
+        return [f"model.layers.{layer}.{own}"]
+    found: list[str] = bridge._weight_name_mapping_mcore_to_hf(_parameter(family, key, expert))
+    return found
 
 
 def _bridge(family: Family) -> Any:
@@ -179,7 +203,7 @@ def _bridge(family: Family) -> Any:
 def _parameter(family: Family, key: str, expert: int | None) -> str:
     """The parameter's name in a model with Transformer Engine layers, from which mbridge translates."""
     norms = {"self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight"}
-    if family in (DEEPSEEK_V2, DEEPSEEK_V3):
+    if family in (GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3):
         norms["self_attention.q_layernorm.weight"] = "self_attention.linear_q_up_proj.layer_norm_weight"
     else:
         norms[".input_layernorm.weight"] = ".self_attention.linear_qkv.layer_norm_weight"
