@@ -335,6 +335,7 @@ FAMILIES = Registry(
             "qwen3_moe",
             "glm4_moe",
             "minimax_m2",
+            "gpt_oss",
             "deepseek_v3",
             "glm4_moe_lite",
             "deepseek_v2",

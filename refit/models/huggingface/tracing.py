@@ -16,16 +16,17 @@ from refit.models.huggingface.expert_bias import BIAS
 @contextmanager
 def traced(model: Any, trace: Trace, shape: torch.Size) -> Iterator[None]:
     """Passes within this context fill `trace`, and compute with the states that it replays. `shape` is `[batch,
-    sequence]`. The router of a layer, `mlp.gate`, gives its logits, the weights of the chosen experts, and which they
-    are, in all families that have one."""
+    sequence]`. The router of a layer, `mlp.gate` or `mlp.router`, gives its logits, the weights of the chosen experts,
+    and which they are, in all families that have one."""
     decoder = model.model
     with ExitStack() as stack:
         for number, module in enumerate([*decoder.layers, decoder.norm]):
             handle = module.register_forward_pre_hook(_entering(trace, number), with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
-            router = getattr(getattr(module, "mlp", None), "gate", None)
+            mlp = getattr(module, "mlp", None)
+            router = getattr(mlp, "gate", getattr(mlp, "router", None))
             if router is not None:
-                bias = getattr(router, BIAS, getattr(module.mlp, BIAS, None))
+                bias = getattr(router, BIAS, getattr(mlp, BIAS, None))
                 stack.callback(router.register_forward_hook(_observing(trace, number, shape, bias)).remove)
         yield
 

@@ -37,6 +37,8 @@ FUSED = {
     ),
     f"{EXPERTS}.w13_weight": ("mlp.experts.gate_up_proj",),
     f"{EXPERTS}.w2_weight": ("mlp.experts.down_proj",),
+    f"{EXPERTS}.w13_bias": ("mlp.experts.gate_up_proj_bias",),
+    f"{EXPERTS}.w2_bias": ("mlp.experts.down_proj_bias",),
 }
 """A parameter of vLLM and the tensors that it joins along their rows. All others keep the family's names. Both
 are renamed as published checkpoints have them."""
@@ -46,13 +48,19 @@ are renamed as published checkpoints have them."""
 class Parameter:
     """A parameter on one rank, its name below its block's prefix, and the pieces of logical tensors that fill it.
 
-    `held` of a piece is a box of this parameter.
+    `held` of a piece is a box of this parameter. `stored` is another shape of the same memory, in which vLLM has it.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[Piece, ...]
+    stored: tuple[int, ...] | None = None
+
+    @property
+    def engine_shape(self) -> tuple[int, ...]:
+        """Its shape in vLLM."""
+        return self.stored or self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,8 @@ class Engines:
     def _outer(self, block: Block, place: Place) -> tuple[Parameter, ...]:
         """Embedding on the first stage; norm and output layer on the last, which may be the embedding (tied)."""
         is_last = place.stage == self.engine.pp - 1
-        stays = {"model.embed_tokens.weight": place.stage == 0 or (is_last and self.shape.tied_embeddings)}
+        embedding = self.model.family.engine_name("model.embed_tokens.weight")
+        stays = {embedding: place.stage == 0 or (is_last and self.shape.tied_embeddings)}
         return tuple(one for one in self._parameters(block, place, None) if stays.get(one.name, is_last))
 
     def _parameters(self, block: Block, place: Place, slots: tuple[int, ...] | None) -> tuple[Parameter, ...]:
@@ -108,7 +117,7 @@ class Engines:
         if kind not in self._known:
             named = {tensor.name: tensor for tensor in block.tensors if tensor.row.routed is (slots is not None)}
             self._known[kind] = tuple(
-                self._joined(self.model.family.published_name(name), members, place, slots)
+                self._joined(self.model.family.engine_name(name), members, place, slots)
                 for name, members in _fused(named)
             )
         return self._known[kind]
@@ -130,7 +139,10 @@ class Engines:
         extents[dim] = sum(box.extents[dim] for tensor in members for box in self._cut(tensor, place))
         if slots is not None:
             extents[0] = len(slots)
-        return Parameter(name, tuple(extents), members[0].dtype, tuple(pieces))
+        stored = None
+        if members[0].row.interleaved:  # of gate and up in turn, which are two dims in boxes
+            stored = (extents[0], 2 * extents[1], *extents[3:])
+        return Parameter(name, tuple(extents), members[0].dtype, tuple(pieces), stored)
 
     def _cut(self, tensor: NamedTensor, place: Place) -> tuple[Box, ...]:
         """The boxes of a tensor on one rank, all experts of a routed one: gate and up are cut apart."""
@@ -161,7 +173,7 @@ def _pieces(tensor: NamedTensor, box: Box, at: tuple[int, ...]) -> Iterator[Piec
     """`box` of a tensor, put at offsets `at` of a parameter."""
     for part, logical in tensor.pieces_of(box):
         offsets = tuple(a + begin - first for a, begin, first in zip(at, part.offsets, box.offsets, strict=True))
-        yield Piece(Box(offsets, part.extents), logical.key, logical.box)
+        yield Piece(Box(offsets, part.extents), logical.key, logical.box, logical.axes)
 
 
 def _part(box: Box, dim: int, parts: int, part: int) -> Box:

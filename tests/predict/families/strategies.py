@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from refit.config.shape import Experts, LatentAttention, ModelShape
 from refit.predict.families.glm4_moe_lite import GLM4_MOE_LITE
+from refit.predict.families.gpt_oss import GPT_OSS
 from refit.predict.families.minimax_m2 import MINIMAX_M2
 from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.tables import (
@@ -43,8 +44,11 @@ def models(draw: st.DrawFn, family: Family | None = None) -> ModelShape:
         position_embedding_type="rope",
         normalization="RMSNorm",
         swiglu=True,
-        add_bias_linear=False,
-        add_qkv_bias=family.needs(QKV_BIAS) or (family.has(QKV_BIAS) and draw(st.booleans())),
+        add_bias_linear=family is GPT_OSS,
+        add_qkv_bias=family is not GPT_OSS
+        and (family.needs(QKV_BIAS) or (family.has(QKV_BIAS) and draw(st.booleans()))),
+        attention_sinks=family is GPT_OSS,
+        quick_geglu=family is GPT_OSS,
         tied_embeddings=draw(st.booleans()),
         qk_layernorm=is_latent or family.needs(QUERY_NORM) or (family.has(QUERY_NORM) and draw(st.booleans())),
         mla=latent if is_latent else None,
@@ -72,7 +76,7 @@ def experts(draw: st.DrawFn, num_layers: int, family: Family) -> Experts:
     ffn = draw(st.integers(1, 5))
     return Experts(
         num_experts=draw(st.integers(2, 6)),
-        topk=2 if family in (MIXTRAL, MINIMAX_M2) else 1,
+        topk=2 if family in (MIXTRAL, MINIMAX_M2, GPT_OSS) else 1,
         ffn_hidden_size=ffn,
         shared_ffn_hidden_size=ffn * draw(st.integers(1, 2)) if family.has(SHARED) else None,
         layers=(False,) * num_dense + (True,) * (num_layers - num_dense),

@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -141,7 +142,7 @@ def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
     values = config_values(shape)
     extra: dict[str, Any] = {"architectures": [ARCHITECTURES[values["model_type"]]], "torch_dtype": side.dtype.value}
     extra |= closest_family(shape).engine_values(shape)
-    if shape.mla is not None:
+    if shape.mla is not None and shape.experts is not None and shape.experts.expert_bias:
         extra |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     if side.quantisation is not None:
         extra["quantization_config"] = {
