@@ -22,8 +22,8 @@ def without_unbuildable_biases(shape: ModelShape, layouts: Sequence[Layout]) -> 
     Megatron-Core refuses biases in shared experts (`SharedExpertMLP`) and in routed experts with ETP > 1
     (`TransformerConfig`). `--disable-bias-linear` is for the whole model, so both sides lose all biases.
     """
-    if shape.experts is None or not shape.add_bias_linear:
-        return shape, None
+    if shape.experts is None or not shape.add_bias_linear or shape.attention_sinks:
+        return shape, None  # a gpt-oss has them: Megatron sides refuse layouts that lack them
     etp = max(layout.etp for layout in layouts)
     if shape.experts.shared_ffn_hidden_size is not None:
         reason = "shared experts"

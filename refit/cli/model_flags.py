@@ -25,6 +25,8 @@ EXPERT_FLAGS = (
     "moe_router_enable_expert_bias",
     "moe_grouped_gemm",
 )
+NORM_FLAGS = ("qk_norm_over_heads",)
+SINKS = "learnable contradicts --multi-latent-attention: leave one of them out"
 LATENT_FLAGS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 GROUP_FLAGS = ("num_query_groups", "group_query_attention")
 
@@ -81,12 +83,23 @@ def _add_style_flags(parser: FlagParser) -> None:
     )
     group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), help="norm layers; default: LayerNorm")
     group.add_argument("--swiglu", action="store_true", help="gated MLPs with SiLU")
+    group.add_argument("--quick-geglu", action="store_true", help="gated MLPs with gpt-oss's activation")
     group.add_argument("--disable-bias-linear", action="store_true", help="no biases in linear layers")
     group.add_argument(
         "--add-qkv-bias", action="store_true", help="a bias in the QKV projection, even with --disable-bias-linear"
     )
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true", help="a separate output layer")
     group.add_argument("--qk-layernorm", action="store_true", help="norms on queries and keys")
+    group.add_argument(
+        "--softmax-type",
+        choices=("vanilla", "learnable"),
+        help="learnable: a score of each head that no value belongs to, as the sinks of gpt-oss; default: vanilla",
+    )
+    group.add_argument(
+        "--qk-norm-over-heads",
+        action="store_true",
+        help="norms of queries and keys over all heads together, as in MiniMax-M2",
+    )
     group.add_argument(
         "--transformer-impl",
         choices=("local", "transformer_engine"),
@@ -159,7 +172,7 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         max_position_embeddings=args.max_position_embeddings or 4096,
         position_embedding_type=args.position_embedding_type or "learned_absolute",
         normalization=args.normalization or "LayerNorm",
-        swiglu=args.swiglu,
+        swiglu=args.swiglu or args.quick_geglu,
         add_bias_linear=not args.disable_bias_linear,
         add_qkv_bias=args.add_qkv_bias,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
@@ -167,6 +180,9 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         mla=_latent_attention(args),
         experts=_experts(args, ffn),
         mtp_num_layers=args.mtp_num_layers or 0,
+        qk_norm_over_heads=args.qk_norm_over_heads,
+        attention_sinks=args.softmax_type == "learnable",
+        quick_geglu=args.quick_geglu,
     )
 
 
@@ -201,6 +217,11 @@ def _check_contradictions(args: argparse.Namespace) -> None:
             GROUP_FLAGS,
             "contradicts --multi-latent-attention, which has no query groups",
         ),
+        (not (args.multi_latent_attention and args.softmax_type == "learnable"), ("softmax_type",), SINKS),
+        (not args.swiglu, ("quick_geglu",), "contradicts --swiglu: give one of them"),
+        (args.qk_layernorm, NORM_FLAGS, "needs --qk-layernorm"),
+        (args.normalization == "RMSNorm", NORM_FLAGS, "needs --normalization RMSNorm"),
+        (not args.multi_latent_attention, NORM_FLAGS, "contradicts --multi-latent-attention, which has latent norms"),
         (args.padded_vocab_size is None, ("vocab_size",), "contradicts --padded-vocab-size: give one of them"),
         (
             args.padded_vocab_size is None,

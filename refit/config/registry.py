@@ -367,7 +367,19 @@ FAMILIES = Registry(
     "model family",
     {
         name: ModelFamily(family=f"refit.predict.families.{name}:{name.upper()}")
-        for name in ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "deepseek_v2")
+        for name in (
+            "llama",
+            "qwen2",
+            "qwen3",
+            "mixtral",
+            "qwen3_moe",
+            "glm4_moe",
+            "minimax_m2",
+            "gpt_oss",
+            "deepseek_v3",
+            "glm4_moe_lite",
+            "deepseek_v2",
+        )
     },
 )
 """The last one that fits a model names its tensors."""

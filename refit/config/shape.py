@@ -10,6 +10,11 @@ NORM_EPSILON = 1e-6
 ROTARY_BASE = 10000.0
 """Settings of the forward pass that no weight depends on, the same for the models of every library."""
 
+GEGLU_OFFSET, GEGLU_LIMIT = 1.0, 7.0
+"""Of `quick_geglu`, as in gpt-oss: added to up, and the bound of gate from above and of up on both sides."""
+ATTENTION_WINDOW = 16
+"""With attention sinks, every other layer from the first on sees so many tokens, the last ones."""
+
 
 class Dtype(str, Enum):
     """Dtype of the parameters, by the name torch gives it. Buffers such as the router's expert bias stay float32."""
@@ -52,8 +57,11 @@ class ModelShape:
     """A decoder-only transformer as Megatron-Core's GPTModel builds it.
 
     `num_query_groups` equals `num_attention_heads` without grouped queries. `vocab_size` is the tokenizer's; each side
-    pads it by its own TP size (`padded_vocab_size`). `mtp_num_layers` multi-token prediction layers follow the last
-    layer (DeepSeek-V3, arXiv:2412.19437), each with a layer of the last one's kind.
+    pads it by its own TP size (`padded_vocab_size`). With `qk_norm_over_heads` the norms of queries and keys run over
+    all heads together (MiniMax-M2), not over each. With `attention_sinks` every head has a learned score that no value
+    belongs to (gpt-oss). MLPs are gated where `swiglu`, with `quick_geglu` by gpt-oss's activation. `mtp_num_layers`
+    multi-token prediction layers follow the last layer (DeepSeek-V3, arXiv:2412.19437), each with a layer of the last
+    one's kind.
     """
 
     num_layers: int
@@ -75,6 +83,9 @@ class ModelShape:
     mla: LatentAttention | None
     experts: Experts | None
     mtp_num_layers: int = 0
+    qk_norm_over_heads: bool = False
+    attention_sinks: bool = False
+    quick_geglu: bool = False
 
     @property
     def softmax_over_all(self) -> bool:

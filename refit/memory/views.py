@@ -27,6 +27,13 @@ def part_within(data: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:
     return data if inner == outer else data[inner.slices_within(outer)]
 
 
+def in_order(data: torch.Tensor, axes: tuple[int, ...] | None) -> torch.Tensor:
+    """`data` with its dims in the order of `axes`, the others, of a single element, behind them. Not a copy."""
+    if axes is None:
+        return data
+    return data.permute(*axes, *(dim for dim in range(data.ndim) if dim not in axes))
+
+
 def span_bytes(tensor: torch.Tensor) -> int:
     """Bytes from the first element of `tensor` in memory to the end of its last, gaps of its strides included."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

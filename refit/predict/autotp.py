@@ -65,6 +65,12 @@ class AutotpOptions(SideOptions):
 def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     """Raise UsageError where transformers has no such model or AutoTP cannot split it; `name` is the side's."""
     check_family(shape, side, name)
+    if (shape.qk_norm_over_heads or shape.attention_sinks) and side.layout.tp > 1:
+        what = "sinks" if shape.attention_sinks else "norms"
+        raise UsageError(
+            f"{name}: AutoTP leaves {what} whole, which do not fit the heads of TP size {side.layout.tp}: give TP 1, "
+            f"or FSDP2, whose {what} are split here"
+        )
     if shape.vocab_size < side.layout.tp:
         raise UsageError(
             f"{name}: AutoTP wants a part of the vocabulary on every rank, it has {shape.vocab_size} rows for TP size "

@@ -165,7 +165,12 @@ def _grouped_query_attention(shape: ModelShape) -> Iterator[Entry]:
         f"{attention}.linear_qkv", rows, hidden, Split.COLUMN, shape.add_bias_linear or shape.add_qkv_bias
     )
     yield from _linear(f"{attention}.linear_proj", hidden, heads * size, Split.ROW, shape.add_bias_linear)
-    if shape.qk_layernorm:
+    if shape.attention_sinks:
+        yield Entry(f"{attention}.core_attention.softmax_offset", (heads,), Split.COLUMN)
+    if shape.qk_norm_over_heads:
+        yield Entry(f"{attention}.q_layernorm.weight", (heads * size,), Split.COLUMN)
+        yield Entry(f"{attention}.k_layernorm.weight", (shape.num_query_groups * size,), Split.COLUMN)
+    elif shape.qk_layernorm:
         yield from _norm(f"{attention}.q_layernorm", size, shape)
         yield from _norm(f"{attention}.k_layernorm", size, shape)
 

@@ -20,6 +20,11 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     if shape.mla is None and shape.num_query_groups > tp:
         divisible.append((shape.num_query_groups, tp, "query groups", "TP size"))
     if shape.mla is None and shape.num_query_groups < tp:
+        if shape.qk_norm_over_heads:
+            raise UsageError(
+                f"{name}: Megatron splits {shape.num_query_groups} query groups over TP size {tp} only with norms of "
+                f"single heads: give {size_flag(name, 'tp')} {shape.num_query_groups} or less"
+            )
         divisible.append((tp, shape.num_query_groups, "TP size", "query groups"))
     if experts is not None:
         divisible += [
@@ -32,6 +37,11 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     for number, divisor, what, by in divisible:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
+    if experts is not None and shape.add_bias_linear and layout.etp > 1:
+        raise UsageError(
+            f"{name}: Megatron-Core has no biases in routed experts with ETP size {layout.etp}: give "
+            f"{size_flag(name, 'etp')} 1"
+        )
     if experts is None and layout.ep > 1:
         raise UsageError(f"{name}: EP size {layout.ep} needs experts: give --num-experts, or {size_flag(name, 'ep')} 1")
     check_pipeline(shape, layout, name)

@@ -69,6 +69,9 @@ NAMED = (
     "tiny_qwen2",
     "tiny_mixtral",
     "tiny_glm4_moe",
+    "tiny_glm4_moe_lite",
+    "tiny_minimax_m2",
+    "tiny_gpt_oss",
     "tiny_qwen3",
     "tiny_qwen3_moe",
     "tiny_deepseek_v3",
@@ -94,6 +97,9 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"model_type": "qwen3", **SIZED},
     {"model_type": "qwen3_moe", **SIZED, **ROUTED, "num_experts": 8},
     {"model_type": "deepseek_v3", **SIZED, **ROUTED, **LATENT, "head_dim": 8, "num_key_value_heads": 4},
+    {"model_type": "gpt_oss", **SIZED, "num_experts_per_tok": 2, "num_local_experts": 8},
+    {"model_type": "minimax_m2", **SIZED, "num_experts_per_tok": 2, "num_local_experts": 8},
+    {"model_type": "glm4_moe_lite", **SIZED, **ROUTED, **LATENT, "head_dim": 8, "mlp_layer_types": ["sparse"] * 4},
     {"model_type": "glm4_moe", **SIZED, **ROUTED, "n_routed_experts": 8, "first_k_dense_replace": 1},
 )
 CHANGES = st.dictionaries(

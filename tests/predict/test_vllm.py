@@ -121,7 +121,11 @@ def sides(draw: st.DrawFn, shape: ModelShape) -> SideSpec:
     experts = shape.experts
     tp, dp = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
     pp, replicas = draw(st.integers(1, shape.num_layers)), draw(st.integers(1, 2))
-    if experts is None or tp * dp == 1 or tp * dp > experts.num_experts or draw(st.integers(0, 3)) == 0:
+    biased = shape.add_bias_linear  # whose experts are whole
+    if experts is not None and biased and tp * dp > experts.num_experts:
+        tp, dp = 1, 1
+    sliced = not biased and draw(st.integers(0, 3)) == 0
+    if experts is None or tp * dp == 1 or tp * dp > experts.num_experts or sliced:
         return side(tp, dp, pp, replicas=replicas)
     strategies = st.sampled_from([ExpertPlacement(), ExpertPlacement("round_robin")])
     placement = draw(placements(experts.num_experts, sum(experts.layers), tp * dp) | strategies)

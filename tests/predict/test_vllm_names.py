@@ -30,7 +30,17 @@ def test_other_spellings_are_known(name: str, followed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["tiny_qwen2", "tiny_mixtral", "tiny_glm4_moe", "tiny_qwen3", "tiny_qwen3_moe", "tiny_deepseek_v3"]
+    "model",
+    [
+        "tiny_qwen2",
+        "tiny_mixtral",
+        "tiny_glm4_moe",
+        "tiny_minimax_m2",
+        "tiny_glm4_moe_lite",
+        "tiny_qwen3",
+        "tiny_qwen3_moe",
+        "tiny_deepseek_v3",
+    ],
 )
 def test_a_predicted_name_is_its_own(model: str) -> None:
     blocks = Engines(preset(model), side()).blocks_of(Place(0, 0, 0, 0))

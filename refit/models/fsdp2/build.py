@@ -17,9 +17,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.models.fsdp2.experts import experts_of, split_over_experts
+from refit.models.fsdp2.heads import NormOfParts, SinksOfParts
 from refit.models.fsdp2.meshes import Meshes
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
 from refit.predict.families.names import Block, NamedModel
+from refit.predict.families.tables import KEY_NORM, QUERY_NORM, SINKS
 from refit.predict.megatron import Split
 
 
@@ -54,11 +56,15 @@ def _split_over_tp(model: torch.nn.Module, named: NamedModel, meshes: Meshes, ti
 def _styles(model: torch.nn.Module, block: Block) -> Iterator[tuple[str, ParallelStyle]]:
     """Module -> how torch splits it, for the tensors that the family's table splits over TP."""
     for tensor in block.tensors:
+        if tensor.row.key == SINKS:
+            yield f"{block.prefix}{tensor.name}".removesuffix(".sinks"), SinksOfParts()
         if tensor.row.routed or tensor.row.split is Split.REPLICATED or not tensor.name.endswith(".weight"):
             continue  # a bias is split with its weight
         name = f"{block.prefix}{tensor.name}".removesuffix(".weight")
         if isinstance(model.get_submodule(name), torch.nn.Embedding):  # whose rows are its inputs
             yield name, RowwiseParallel(input_layouts=Replicate())
+        elif tensor.row.key in (QUERY_NORM, KEY_NORM):
+            yield name, NormOfParts()
         elif tensor.row.split is Split.ROW:
             yield name, RowwiseParallel()
         else:

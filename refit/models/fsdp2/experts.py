@@ -39,7 +39,7 @@ class _Forward:
         Every rank computes its experts for the tokens of all, and the outputs are summed. Collective: every rank of
         the mesh, with equally many tokens.
         """
-        local, group = _LocalExperts(self._module), self._group
+        local, group = LocalParameters(self._module), self._group
         all_hidden, all_weights = _gathered(hidden, group), _gathered(weights, group)
         own_index = _gathered(index, group) - self._rank * local.num_experts
         is_own = (own_index >= 0) & (own_index < local.num_experts)
@@ -99,8 +99,9 @@ def _scatter_sum(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return found
 
 
-class _LocalExperts:
-    """A module of experts as its own `forward` sees it, with this rank's experts as plain tensors."""
+class LocalParameters:
+    """A module as its own `forward` sees it, with this rank's parts of its own parameters as plain tensors; of one of
+    experts `num_experts` is how many this rank has."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module

@@ -29,7 +29,7 @@ class ExpertBiases:
             bias: torch.Tensor = getattr(router, BIAS)
             self._biases.append(bias)
             self._loads.append(torch.zeros_like(bias))
-            router.register_forward_hook(_counting(self._loads[-1]))
+            getattr(router, "gate", router).register_forward_hook(_counting(self._loads[-1]))
 
     @torch.no_grad()
     def update(self) -> None:

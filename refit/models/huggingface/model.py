@@ -35,7 +35,8 @@ def meta_model(shape: ModelShape, named: NamedModel, side: SideSpec) -> Any:
     with torch.device("meta"):
         build: Any = AutoModelForCausalLM.from_config
         dtype = getattr(torch, side.dtype.value)
-        model = build(config, dtype=dtype, attn_implementation=side.attn_impl, **experts)
+        attention = "eager" if named.family.eager_attention else side.attn_impl
+        model = build(config, dtype=dtype, attn_implementation=attention, **experts)
     if side.autocast is not None and experts:
         model.config._experts_implementation = EXPERTS
     for block in named.blocks:

@@ -16,16 +16,18 @@ from refit.models.huggingface.expert_bias import BIAS
 @contextmanager
 def traced(model: Any, trace: Trace, shape: torch.Size) -> Iterator[None]:
     """Passes within this context fill `trace`, and compute with the states that it replays. `shape` is `[batch,
-    sequence]`. The router of a layer, `mlp.gate`, gives its logits, the weights of the chosen experts, and which they
-    are, in all families that have one."""
+    sequence]`. The router of a layer, `mlp.gate` or `mlp.router`, gives its logits, the weights of the chosen experts,
+    and which they are, in all families that have one."""
     decoder = model.model
     with ExitStack() as stack:
         for number, module in enumerate([*decoder.layers, decoder.norm]):
             handle = module.register_forward_pre_hook(_entering(trace, number), with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
-            router = getattr(getattr(module, "mlp", None), "gate", None)
+            mlp = getattr(module, "mlp", None)
+            router = getattr(mlp, "gate", getattr(mlp, "router", None))
             if router is not None:
-                stack.callback(router.register_forward_hook(_observing(trace, number, shape)).remove)
+                bias = getattr(router, BIAS, getattr(mlp, BIAS, None))
+                stack.callback(router.register_forward_hook(_observing(trace, number, shape, bias)).remove)
         yield
 
 
@@ -37,10 +39,10 @@ def _entering(trace: Trace, number: int) -> Any:
     return enter
 
 
-def _observing(trace: Trace, number: int, shape: torch.Size) -> Any:
-    def observe(router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+def _observing(trace: Trace, number: int, shape: torch.Size, bias: torch.Tensor | None) -> Any:
+    def observe(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         logits, _, index = output
-        scores, bias = logits.float(), getattr(router, BIAS, None)
+        scores = logits.float()
         if bias is not None:
             scores = scores.sigmoid() + bias
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from refit.errors import ShardingError
+from refit.memory.views import in_order
 from refit.memory.weights import LocalShard, LocalWeights, joined
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
@@ -56,7 +57,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _check_same(held: Mapping[str, Held], expected: Mapping[str, NamedTensor]) -> None:
     shapes = {name: part.shape for name, part in held.items()}
-    known = {name: tensor.shape for name, tensor in expected.items()}
+    known = {name: tensor.stored or tensor.shape for name, tensor in expected.items()}
     wrong = [
         f"{name} is {shapes.get(name, 'absent')} in the model and {known.get(name, 'absent')} in the table"
         for name in sorted(shapes.keys() | known.keys())
@@ -69,8 +70,12 @@ def _check_same(held: Mapping[str, Held], expected: Mapping[str, NamedTensor]) -
 def _local_shards(named: NamedModel, key_prefix: str, tensor: NamedTensor, held: Held) -> Iterator[LocalShard]:
     if held.box is None:
         return
-    for part, logical in tensor.pieces_of(held.box):
-        view = held.data[part.slices_within(held.box)].view(logical.box.extents)
+    box = held.box
+    if tensor.stored is not None:  # only experts lie so, which are split along dim 0
+        box = Box((box.offsets[0], *(0 for _ in tensor.shape[1:])), (box.extents[0], *tensor.shape[1:]))
+    data = held.data.view(box.extents)
+    for part, logical in tensor.pieces_of(box):
+        view = in_order(data[part.slices_within(box)], logical.axes).view(logical.box.extents)
         yield LocalShard(_with_dtype(named.logical[key_prefix + logical.key], view), logical.box, held.data, view)
 
 

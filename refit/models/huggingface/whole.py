@@ -41,6 +41,7 @@ class WholeModel:
         compute_rotary_buffers(self._model, device)
         self._model.eval()
         self._device, self._tied = device, shape.tied_embeddings
+        self._transposed = any(row.transposed for row in named.family.experts)
         self.weights = read_weights(self._model, named, lambda _, tensor: whole(tensor))
 
     def pass_of(self, tokens: Sequence[int]) -> WholePass:
@@ -57,7 +58,7 @@ class WholeModel:
             prefix, _, last = name.rpartition(".")
             if self._tied and name == "lm_head.weight":
                 continue
-            if last not in ("gate_up_proj", "down_proj"):
+            if last not in ("gate_up_proj", "down_proj") or self._transposed:  # gpt-oss keeps all experts in one
                 yield name, tensor
                 continue
             for number, expert in enumerate(tensor):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -21,12 +22,20 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from refit.config.layout import Layout
-from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, ModelShape
+from refit.config.shape import (
+    ATTENTION_WINDOW,
+    GEGLU_LIMIT,
+    GEGLU_OFFSET,
+    NORM_EPSILON,
+    ROTARY_BASE,
+    Experts,
+    ModelShape,
+)
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
 from refit.errors import UnavailableError, UsageError
 from refit.models.megatron import compat, compat_steps
-from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts
+from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts, KeyNorm, QueryNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,10 @@ def _build_chunk(
         experts = GroupedExperts if shape.experts is not None and shape.experts.grouped_gemm else None
         for layer in layers.layer_specs:
             compat.replace_parts(layer, CoreAttention, experts)
+    if shape.qk_norm_over_heads:
+        for layer in layers.layer_specs:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
     mtp_spec = None
     if predicts:
         mtp_spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=not local, **place)
@@ -167,7 +180,7 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         "layernorm_epsilon": NORM_EPSILON,
         "rotary_base": ROTARY_BASE,
         "gated_linear_unit": shape.swiglu,
-        "activation_func": F.silu if shape.swiglu else F.gelu,
+        "activation_func": quick_gelu if shape.quick_geglu else F.silu if shape.swiglu else F.gelu,
         "add_bias_linear": shape.add_bias_linear,
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
@@ -184,6 +197,14 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
+    if shape.quick_geglu:
+        values |= {"glu_linear_offset": GEGLU_OFFSET, "activation_func_clamp_value": GEGLU_LIMIT}
+    if shape.attention_sinks:
+        values |= {
+            "softmax_type": "learnable",
+            "window_size": (ATTENTION_WINDOW - 1, 0),
+            "window_attn_skip_freq": 2,
+        }
     if shape.mtp_num_layers:
         values["mtp_num_layers"] = shape.mtp_num_layers
     values.update(_stage_fields(layout, shape.mtp_num_layers))

@@ -1,4 +1,5 @@
-"""Modules that Megatron's local layer spec lacks on CPUs: core attention, grouped experts, latent projections.
+"""Modules that Megatron's local layer spec lacks on CPUs: core attention, grouped experts, latent projections; and
+norms over all heads, which no layer spec has.
 
 The experts hold parameters exactly as Megatron's Transformer Engine modules do; the attention has none.
 """
@@ -10,25 +11,40 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank, get_pg_size
 
+from refit.models.attention_sinks import attention_with_sinks
 from refit.models.megatron.compat import mark_grouped_weight
+from refit.models.norm_of_parts import norm_of_parts
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
-    """Causal scaled dot-product attention without parameters, for grouped-query and latent attention alike."""
+    """Causal scaled dot-product attention, for grouped-query and latent attention alike. Its only parameters are sinks,
+    where the model has some, named, cut and marked as those of Megatron's DotProductAttention."""
 
     def __init__(
-        self, config: Any, *_: Any, softmax_scale: float | None = None, pg_collection: Any = None, **__: Any
+        self,
+        config: Any,
+        layer_number: int,
+        *_: Any,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **__: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.tp_group = getattr(pg_collection, "tp", None)
         latent = getattr(config, "multi_latent_attention", False)
         self.num_shared = config.qk_pos_emb_head_dim if latent and config.tensor_model_parallel_size > 1 else 0
+        self.softmax_offset, self.layer = None, layer_number - 1
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            where = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, **where))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """`query` is `[sequence, batch, heads, size]`, `key` and `value` have as many heads or fewer.
@@ -43,6 +59,9 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         if k.size(1) != q.size(1):
             repeats = q.size(1) // k.size(1)
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        if self.softmax_offset is not None:
+            found = attention_with_sinks(q, k, v, self.softmax_offset, self.layer).permute(2, 0, 1, 3)
+            return found.reshape(found.size(0), found.size(1), -1)
         # Fused kernels want values as wide as queries; latent attention's are narrower. Zeros change no result.
         width = v.size(-1)
         v = F.pad(v, (0, q.size(-1) - width))
@@ -50,8 +69,20 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         output = output[..., :width].permute(2, 0, 1, 3)
         return output.reshape(output.size(0), output.size(1), -1)
 
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        return {}
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        if self.softmax_offset is None:
+            return {}
+        stated: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"softmax_offset": self.softmax_offset},
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return stated
 
 
 class _SharedKey(torch.autograd.Function):
@@ -85,6 +116,49 @@ class DuplicatedLinear(torch.nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return super().forward(hidden), None
+
+
+class NormOverHeads(torch.nn.Module):
+    """An RMS norm of queries or keys over all heads together, of which each tensor-parallel rank has some.
+
+    Megatron-Core's run over single heads. Name, weight and cut are those that Megatron-Bridge gives MiniMax-M2's
+    (`FullDimQNorm`, models/minimax_m2). The mean is that of all ranks.
+    """
+
+    num_heads = ""
+
+    def __init__(self, hidden_size: int, config: Any, **_: Any) -> None:
+        super().__init__()
+        width = getattr(config, self.num_heads) * hidden_size // config.tensor_model_parallel_size
+        where = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = torch.nn.Parameter(torch.empty(width, **where))
+        vars(self.weight).update(tensor_model_parallel=True, partition_dim=0, partition_stride=1)
+        self.group = parallel_state.get_tensor_model_parallel_group()
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """`heads` `[sequence, batch, heads, size]`, those of this rank."""
+        return norm_of_parts(heads.flatten(2), self.weight, self.group).view_as(heads)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        stated: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return stated
+
+
+class QueryNorm(NormOverHeads):
+    num_heads = "num_attention_heads"
+
+
+class KeyNorm(NormOverHeads):
+    num_heads = "num_query_groups"
 
 
 class GroupedLinear(torch.nn.Module):
@@ -134,7 +208,9 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         inner = F.linear(hidden, first["weight"], first.get("bias"))
         if self.config.gated_linear_unit:
             gate, up = inner.chunk(2, dim=-1)
-            inner = self.config.activation_func(gate) * up
+            if (limit := self.config.activation_func_clamp_value) is not None:
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            inner = self.config.activation_func(gate) * (up + self.config.glu_linear_offset)
         else:
             inner = self.config.activation_func(inner)
         scale = probs.unsqueeze(-1)

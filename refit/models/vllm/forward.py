@@ -14,8 +14,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from refit.config.shape import NORM_EPSILON, ROTARY_BASE, Experts, LatentAttention, ModelShape
+from refit.config.shape import (
+    GEGLU_LIMIT,
+    GEGLU_OFFSET,
+    NORM_EPSILON,
+    ROTARY_BASE,
+    Experts,
+    LatentAttention,
+    ModelShape,
+)
+from refit.models.attention_sinks import attention_with_sinks
 from refit.models.forward_pass import ForwardPass, Routing, Trace
+from refit.models.norm_of_parts import norm_of_parts
 from refit.models.vllm.groups import Groups
 from refit.predict.expert_slots import Slots
 from refit.predict.vllm.engine import Engine
@@ -51,7 +61,7 @@ class ReferenceForward:
             dist.send(hidden.contiguous(), dst=self.groups.next)
             return None
         hidden = self._norm("model.norm.weight", self.trace.reached(self.shape.num_layers, hidden))
-        name = "model.embed_tokens.weight" if self.shape.tied_embeddings else "lm_head.weight"
+        name = self._engine_name("model.embed_tokens.weight") if self.shape.tied_embeddings else "lm_head.weight"
         part = F.linear(hidden, self.parameters[name]).float()
         parts = [torch.empty_like(part) for _ in range(self.engine.tp)]
         dist.all_gather(parts, part, group=self.groups.tp)
@@ -63,12 +73,15 @@ class ReferenceForward:
         dist.recv(hidden, src=self.groups.previous)
         return hidden
 
+    def _engine_name(self, name: str) -> str:
+        return self.engines.model.family.engine_name(name)
+
     def _first_layer(self) -> str:
         name = next(name for name in self.parameters if name.startswith("model.layers."))
         return ".".join(name.split(".")[:3]) + "."
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        weight = self.parameters["model.embed_tokens.weight"]
+        weight = self.parameters[self._engine_name("model.embed_tokens.weight")]
         local = tokens - self.groups.place.tp * weight.size(0)
         outside = (local < 0) | (local >= weight.size(0))
         found = F.embedding(local.masked_fill(outside, 0), weight).masked_fill(outside[..., None], 0)
@@ -89,8 +102,11 @@ class ReferenceForward:
     def _layer(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         prefix = f"model.layers.{number}."
         normed = self._norm(f"{prefix}input_layernorm.weight", hidden)
-        attended = self._attention(f"{prefix}self_attn.", normed)
-        hidden = hidden + self._summed(self._linear(f"{prefix}self_attn.o_proj", attended), self.groups.tp)
+        attention = f"{prefix}{self._engine_name('self_attn.')}"
+        attended = self._attention(number, attention, normed)
+        projected = self._summed(F.linear(attended, self.parameters[f"{attention}o_proj.weight"]), self.groups.tp)
+        bias = self.parameters.get(f"{attention}o_proj.bias")
+        hidden = hidden + (projected if bias is None else projected + bias)
         normed = self._norm(f"{prefix}post_attention_layernorm.weight", hidden)
         if number in self.engines.placed:
             return hidden + self._mixture(number, normed)
@@ -98,10 +114,14 @@ class ReferenceForward:
 
     # --- Attention ----------------------------------------------------------------------------------------------
 
-    def _attention(self, prefix: str, hidden: torch.Tensor) -> torch.Tensor:
+    def _attention(self, number: int, prefix: str, hidden: torch.Tensor) -> torch.Tensor:
         """The heads of this rank, `[batch, sequence, heads * width]`."""
         split = self._grouped_queries if self.shape.mla is None else self._latent
         query, key, value = split(prefix, hidden)
+        if self.shape.attention_sinks:
+            heads = (each.transpose(1, 2) for each in (query, key, value))
+            found = attention_with_sinks(*heads, self.parameters[f"{prefix}sinks"], number)
+            return found.transpose(1, 2).flatten(2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * query.size(-1) ** -0.5
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
@@ -113,8 +133,12 @@ class ReferenceForward:
         groups = max(1, self.shape.num_query_groups // self.engine.tp)
         fused = self._linear(f"{prefix}qkv_proj", hidden)
         parts = fused.tensor_split([heads * size, (heads + groups) * size], dim=-1)
+        if self.shape.qk_norm_over_heads:
+            weights = (self.parameters[f"{prefix}{name}_norm.weight"] for name in ("q", "k"))
+            normed = (norm_of_parts(part, weight, self.groups.tp) for part, weight in zip(parts, weights, strict=False))
+            parts = (*normed, parts[2])
         query, key, value = (_by_head(part, part.size(-1) // size) for part in parts)
-        if self.shape.qk_layernorm:
+        if self.shape.qk_layernorm and not self.shape.qk_norm_over_heads:
             query = self._norm(f"{prefix}q_norm.weight", query)
             key = self._norm(f"{prefix}k_norm.weight", key)
         query, key = _rotated(query), _rotated(key)
@@ -164,10 +188,14 @@ class ReferenceForward:
     def _routing(self, prefix: str, hidden: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, ...]:
         """The scores by which experts are chosen, which are chosen, and the weight of every expert, 0 where it is not:
         for every token, all `[tokens, num_experts]`."""
-        logits = F.linear(hidden.float(), self.parameters[f"{prefix}gate.weight"].float())
+        router = prefix + next(name for name in ("gate", "router") if f"{prefix}{name}.weight" in self.parameters)
+        bias = self.parameters.get(f"{router}.bias")
+        weight = self.parameters[f"{router}.weight"].float()
+        logits = F.linear(hidden.float(), weight, None if bias is None else bias.float())
         if experts.expert_bias:
             probabilities = logits.sigmoid()
-            scores = probabilities + self.parameters[f"{prefix}gate.e_score_correction_bias"]
+            names = (f"{prefix}{module}e_score_correction_bias" for module in ("gate.", ""))
+            scores = probabilities + next(self.parameters[name] for name in names if name in self.parameters)
         else:
             probabilities, scores = logits.softmax(dim=-1), logits
         index = scores.topk(experts.topk, dim=-1).indices
@@ -179,7 +207,7 @@ class ReferenceForward:
 
     def _local_experts(self, prefix: str, hidden: torch.Tensor, weights: torch.Tensor, slots: Slots) -> torch.Tensor:
         """What the slots of this rank add. Of several copies of an expert, token `t` goes to number `t % copies`."""
-        first, second = (self.parameters[f"{prefix}experts.routed_experts.{name}_weight"] for name in ("w13", "w2"))
+        run = self._clamped_expert if self.shape.quick_geglu else self._expert
         rank = self.groups.place.expert if self.engine.ep > 1 else 0
         holders = [(expert, other) for other, held in enumerate(slots) for expert in held]
         result = torch.zeros_like(hidden)
@@ -187,9 +215,21 @@ class ReferenceForward:
             copies = [other for held, other in holders if held == expert]
             turn = torch.arange(hidden.size(0), device=hidden.device) % len(copies) == copies.index(rank)
             tokens = torch.nonzero(turn & (weights[:, expert] > 0)).flatten()
-            out = F.linear(_gated(F.linear(hidden[tokens], first[slot])), second[slot])
+            out = run(f"{prefix}experts.routed_experts.", slot, hidden[tokens])
             result.index_add_(0, tokens, (out.float() * weights[tokens, expert, None]).to(out.dtype))
         return result
+
+    def _expert(self, prefix: str, slot: int, hidden: torch.Tensor) -> torch.Tensor:
+        first, second = (self.parameters[f"{prefix}{name}_weight"] for name in ("w13", "w2"))
+        return F.linear(_gated(F.linear(hidden, first[slot])), second[slot])
+
+    def _clamped_expert(self, prefix: str, slot: int, hidden: torch.Tensor) -> torch.Tensor:
+        """With biases, and rows of gate and up in turn."""
+        names = ("w13_weight", "w13_bias", "w2_weight", "w2_bias")
+        first, first_bias, second, second_bias = (self.parameters[f"{prefix}{name}"][slot] for name in names)
+        both = F.linear(hidden, first, first_bias)
+        gate, up = both[..., 0::2].clamp(max=GEGLU_LIMIT), both[..., 1::2].clamp(-GEGLU_LIMIT, GEGLU_LIMIT)
+        return F.linear(gate * torch.sigmoid(1.702 * gate) * (up + GEGLU_OFFSET), second, second_bias)
 
 
 def _gated(both: torch.Tensor) -> torch.Tensor:

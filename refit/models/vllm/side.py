@@ -11,6 +11,7 @@ from refit.config.scenario import Scenario
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import RefitError
+from refit.memory.views import in_order
 from refit.memory.weights import LocalShard, LocalWeights, joined
 from refit.models.forward_pass import ForwardPass, Trace
 from refit.models.sharded_model import WithoutSteps
@@ -100,10 +101,12 @@ def _shards(
     logical: Mapping[str, TensorSpec],
 ) -> Iterator[LocalShard]:
     owner = parameters[block.block.prefix + parameter.name]
+    data = owner.detach().view(parameter.shape)
     for piece in parameter.pieces:
         begin, end = piece.held.offsets, piece.held.ends
-        view = owner[tuple(slice(a, b) for a, b in zip(begin, end, strict=True))]
-        yield LocalShard(logical[block.block.key_prefix + piece.key], piece.box, owner, view.view(piece.box.extents))
+        view = data[tuple(slice(a, b) for a, b in zip(begin, end, strict=True))]
+        spec = logical[block.block.key_prefix + piece.key]
+        yield LocalShard(spec, piece.box, owner, in_order(view, piece.axes).view(piece.box.extents))
 
 
 def _named(blocks: Sequence[RankBlock]) -> Iterator[tuple[str, Parameter]]:
@@ -112,4 +115,4 @@ def _named(blocks: Sequence[RankBlock]) -> Iterator[tuple[str, Parameter]]:
 
 
 def _empty(parameter: Parameter, device: torch.device) -> torch.Tensor:
-    return torch.empty(parameter.shape, dtype=getattr(torch, parameter.dtype), device=device)
+    return torch.empty(parameter.engine_shape, dtype=getattr(torch, parameter.dtype), device=device)

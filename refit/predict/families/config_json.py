@@ -59,6 +59,7 @@ def read_config_json(path: Path, given: Mapping[str, object]) -> ConfigJson:
         content |= {key.name: value for key in family.keys if (value := given.get(key.flag.replace("-", "_")))}
         flags = {**STYLE, **family.style, **_sizes(family, content), **_layers(family, content)}
         flags |= _switches(family, content)
+        flags = {flag: value for flag, value in flags.items() if value is not False}
         for key, (value, reason) in _required(family).items():
             if content.get(key) not in (None, value):
                 raise UsageError(f"{key} is {yaml_files.shortened(content[key])}, {value!r} is needed: {reason}")

@@ -109,6 +109,7 @@ BUILT_WITH: dict[str, tuple[Any, ...]] = {
 DTYPE_OF_FLAGS, BF16 = "weights have the dtype of the flags (--bf16)", (None, "auto", "bfloat16")
 OTHER_WEIGHTS = {
     "num_nextn_predict_layers": ((None, 0), "its layers are left out, --mtp-num-layers builds them in Megatron"),
+    "num_mtp_modules": ((None, 0), "its layers are left out, as in published checkpoints"),
     "quantization_config": ((None,), DTYPE_OF_FLAGS),
     "torch_dtype": (BF16, DTYPE_OF_FLAGS),
     "dtype": (BF16, DTYPE_OF_FLAGS),
@@ -124,12 +125,13 @@ _HARMLESS = """
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
     initializer_range is_decoder label2id layer_types length_penalty max_length max_window_layers min_length
-    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    model_type mtp_transformer_layers no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
+    problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id
     seq_aux sliding_window suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tie_word_embeddings tokenizer_class top_k top_p torchscript transformers_version typical_p use_bfloat16
-    use_cache
+    use_cache use_mtp
 """
 HARMLESS = frozenset(_HARMLESS.split())
 """Keys of tokens, losses, generation and files, and those that `config_json` reads by name."""

@@ -16,9 +16,11 @@ from refit.predict import megatron
 from refit.predict.families.releases import kept_in_float32
 from refit.predict.families.tables import (
     EXPERT_BIAS_KEY,
+    PROJECTION_BIAS,
     QKV_BIAS,
     QUERY_NORM,
     SHARED,
+    SINKS,
     Family,
     Part,
     Release,
@@ -30,40 +32,50 @@ from refit.predict.families.tables import (
 
 @dataclass(frozen=True, slots=True)
 class LogicalBox:
-    """A box of the logical tensor `key`."""
+    """A box of the logical tensor `key`. `axes` as of the `Piece` that it is from."""
 
     key: str
     box: Box
+    axes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """`held`, a box of a Hugging Face tensor, and the `box` of the logical tensor `key` with the same elements.
 
-    A single expert's `held` lacks the logical tensor's leading dim, which is 1 in `box`.
+    A single expert's `held` lacks the logical tensor's leading dim, which is 1 in `box`. `axes` are the dims of `held`
+    in the order in which `box` has them, those of a single element left out; None where `held` has the same.
     """
 
     held: Box
     key: str
     box: Box
+    axes: tuple[int, ...] | None = None
 
     def logical(self, part: Box) -> LogicalBox:
         """The logical box of `part`, a box within `held`."""
-        dims = len(part.extents)
-        moved = zip(part.offsets, self.held.offsets, self.box.offsets[-dims:], strict=True)
-        offsets = (*self.box.offsets[:-dims], *(offset - held + box for offset, held, box in moved))
-        return LogicalBox(self.key, Box(offsets, (*self.box.extents[:-dims], *part.extents)))
+        dims = self.axes or tuple(range(len(part.extents)))
+        moved = [part.offsets[dim] - self.held.offsets[dim] for dim in dims]
+        last = zip(moved, self.box.offsets[-len(dims) :], strict=True)
+        offsets = (*self.box.offsets[: -len(dims)], *(offset + box for offset, box in last))
+        extents = (*self.box.extents[: -len(dims)], *(part.extents[dim] for dim in dims))
+        return LogicalBox(self.key, Box(offsets, extents), self.axes)
 
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
-    """A tensor of a Hugging Face model. Its pieces are a partition of it in row order; `row` is its entry."""
+    """A tensor of a Hugging Face model. Its pieces are a partition of it in row order; `row` is its entry.
+
+    Boxes are those of `shape`. `stored` is another shape of the same memory, in which the tensor lies: `[..., 2 F]`
+    where gate and up rows are interleaved, of `shape` `[..., F, 2]`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     row: Row
     pieces: tuple[Piece, ...]
+    stored: tuple[int, ...] | None = None
 
     def pieces_of(self, held: Box) -> Iterator[tuple[Box, LogicalBox]]:
         """`held`, a box of this tensor, as parts of one logical box each."""
@@ -111,6 +123,8 @@ def named_model(
     """
     family = check_names(shape)
     experts = family.single_experts if single_experts else family.experts
+    if in_vllm:
+        experts = family.engine_experts or experts
     kinds = {False: (*family.layer, *family.dense), True: (*family.layer, *family.routed, *experts)}
     logical = _logical_tensors(shape, dtype)
     kept = kept_in_float32(family, release) if release is not None else ()
@@ -141,6 +155,7 @@ def check_names(shape: ModelShape) -> Family:
     family, experts = closest_family(shape), shape.experts
     has_shared, has_bias = family.has(SHARED), family.has(EXPERT_BIAS_KEY)
     has_norms, needs_norms = family.has(QUERY_NORM), shape.mla is not None or family.needs(QUERY_NORM)
+    has_sinks, biased = family.has(SINKS), family.has(PROJECTION_BIAS)
     misfit = family.misfit(shape)
     shared = experts is not None and experts.shared_ffn_hidden_size is not None
     bias = experts is not None and experts.expert_bias
@@ -149,11 +164,17 @@ def check_names(shape: ModelShape) -> Family:
         (shape.position_embedding_type != "rope", "give --position-embedding-type rope"),
         (shape.normalization != "RMSNorm", "give --normalization RMSNorm"),
         (not shape.swiglu, "give --swiglu"),
-        (shape.add_bias_linear, "give --disable-bias-linear"),
-        (family.needs(QKV_BIAS) and not shape.add_qkv_bias, "give --add-qkv-bias"),
+        (has_sinks and not shape.quick_geglu, "give --quick-geglu"),
+        (shape.quick_geglu and not has_sinks, "leave --quick-geglu out"),
+        (shape.attention_sinks and not has_sinks, "leave --softmax-type out"),
+        (shape.add_bias_linear and not biased, "give --disable-bias-linear"),
+        (biased and not shape.add_bias_linear, "leave --disable-bias-linear out"),
+        (family.needs(QKV_BIAS) and not (biased or shape.add_qkv_bias), "give --add-qkv-bias"),
         (shape.add_qkv_bias and not family.has(QKV_BIAS), "leave --add-qkv-bias out"),
         (needs_norms and not shape.qk_layernorm, "give --qk-layernorm"),
         (shape.qk_layernorm and not has_norms, "leave --qk-layernorm out"),
+        (family.norms_over_heads and not shape.qk_norm_over_heads, "give --qk-norm-over-heads"),
+        (has_norms and shape.qk_norm_over_heads and not family.norms_over_heads, "leave --qk-norm-over-heads out"),
         (shape.mtp_num_layers > 0, "give --mtp-num-layers 0"),
         (bool(family.experts) and experts is None, "give --num-experts 8"),
         (experts is not None and experts.latent_size is not None, "leave --moe-latent-size out"),
@@ -212,6 +233,9 @@ def _resolve(
 def _tensors(row: Row, logical: TensorSpec, shape: ModelShape) -> Iterator[NamedTensor]:
     """The tensors of one row: one, or one per routed expert."""
     whole = Box.whole(logical.shape)
+    if row.transposed or row.interleaved:
+        yield _rearranged(row, logical)
+        return
     if "{expert}" not in row.name:
         yield _tensor(row, row.name, logical, whole, shape)
         return
@@ -233,6 +257,35 @@ def _tensor(row: Row, name: str, logical: TensorSpec, within: Box, shape: ModelS
     extents = list(within.extents)
     extents[dim] = begin
     return NamedTensor(name, tuple(extents[dropped:]), logical.dtype, row, tuple(pieces))
+
+
+def _rearranged(row: Row, logical: TensorSpec) -> NamedTensor:
+    """The tensor of a row whose memory has the dims of `logical` `[experts, rows, ...]` in another order.
+
+    Interleaved rows are two dims, `[rows / 2, 2]`, so that gate and up are boxes: gate is 0 of the second.
+    """
+    dims = list(range(len(logical.shape)))
+    if row.transposed:
+        dims[1], dims[2] = 2, 1
+    extents = [logical.shape[dim] for dim in dims]
+    axes = tuple(dims.index(dim) for dim in range(len(dims)))
+    whole = Box.whole(logical.shape)
+    if not row.interleaved:
+        piece = Piece(Box.whole(tuple(extents)), row.key, whole, axes)
+        return NamedTensor(row.name, tuple(extents), logical.dtype, row, (piece,))
+    at, half = axes[1], logical.shape[1] // 2
+    shape = (*extents[:at], half, 2, *extents[at + 1 :])
+    axes = tuple(axis + (axis > at) for axis in axes)
+    pieces = tuple(
+        Piece(
+            Box.whole(shape).narrow(at + 1, number, number + 1),
+            row.key,
+            whole.narrow(1, number * half, (number + 1) * half),
+            axes,
+        )
+        for number in (0, 1)
+    )
+    return NamedTensor(row.name, shape, logical.dtype, row, pieces, tuple(extents))
 
 
 def _intervals(part: Part, num_rows: int, shape: ModelShape) -> list[tuple[int, int]]:

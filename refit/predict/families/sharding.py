@@ -22,7 +22,9 @@ def check_family(shape: ModelShape, side: SideSpec, name: str) -> None:
     assert side.dtype is not None, "flags that describe a model give its dtype"
     try:
         config_values(shape)
-        named_model(shape, side.dtype)
+        family = named_model(shape, side.dtype).family
+        if family.eager_attention and side.attn_impl == "flash_attention_2":
+            raise UsageError(f"a {family.model_type} runs with eager attention here: give --attn-impl eager")
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
 

@@ -38,8 +38,9 @@ class Row:
 
     `split` is how tensor parallelism splits it. A `routed` tensor is `[num_experts, ...]`, or with `{expert}` in its
     name one expert's. `optional` ones exist only where the logical tensor does. A `buffer` is no parameter.
-    From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits; vLLM does where it
-    is `float32_in_vllm`.
+    A `transposed` one has the logical tensor's columns before its rows, an `interleaved` one its gate and up rows in
+    turn. From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits; vLLM does
+    where it is `float32_in_vllm`.
     """
 
     name: str
@@ -51,6 +52,8 @@ class Row:
     buffer: bool = False
     float32_since: Release | None = None
     float32_in_vllm: bool = False
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +70,11 @@ class Family:
     as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
     needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
     changes no weight, with `unweighted`: values of keys that it is built with, not those of `config_keys.BUILT_WITH`.
-    `published` are beginnings of names below a layer's that published checkpoints and vLLM have in place of
-    transformers'. `misfit` says what to change where it cannot have these sizes.
+    `engine_values(shape)` are keys that vLLM's model reads beside them, `engine_names` beginnings of names that only
+    vLLM has, and `engine_experts` its experts where they lie otherwise. With `eager_attention` transformers has no
+    other. `published` are beginnings of names below a
+    layer's that published checkpoints and vLLM have in place of transformers'. `misfit` says what to
+    change where it cannot have these sizes.
     """
 
     model_type: str
@@ -90,6 +96,10 @@ class Family:
     required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
     unweighted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    engine_names: Mapping[str, str] = field(default_factory=dict)
+    engine_experts: tuple[Row, ...] = ()
+    eager_attention: bool = False
+    engine_values: Callable[[ModelShape], dict[str, Any]] = lambda _: {}
     published: Mapping[str, str] = field(default_factory=dict)
     misfit: Callable[[ModelShape], str | None] = lambda _: None
 
@@ -98,10 +108,20 @@ class Family:
         rows = (*self.layer, *self.dense, *self.routed)
         return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
 
+    @property
+    def norms_over_heads(self) -> bool:
+        """Whether its norms of queries and keys run over all heads: their weights are split with the heads."""
+        return any(row.key == QUERY_NORM and row.split is Split.COLUMN for row in self.layer)
+
     def published_name(self, name: str) -> str:
         """What published checkpoints call the tensor `name` of a layer."""
         begin = next((begin for begin in self.published if name.startswith(begin)), "")
         return self.published.get(begin, "") + name.removeprefix(begin)
+
+    def engine_name(self, name: str) -> str:
+        """What vLLM calls the tensor `name` of a layer, or one outside the layers."""
+        begin = next((begin for begin in self.engine_names if name.startswith(begin)), None)
+        return self.published_name(name) if begin is None else self.engine_names[begin] + name.removeprefix(begin)
 
     def needs(self, key: str) -> bool:
         """Whether every layer has the logical tensor `key`."""
@@ -111,8 +131,10 @@ class Family:
 # The logical tensors that several rows name.
 QKV, QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
+PROJECTION_BIAS = "self_attention.linear_proj.bias"
+SINKS = "self_attention.core_attention.softmax_offset"
 EXPERTS, SHARED, EXPERT_BIAS_KEY = "mlp.experts.experts", "mlp.shared_experts", "mlp.router.expert_bias"
-QUERY_NORM = "self_attention.q_layernorm.weight"
+QUERY_NORM, KEY_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 MODEL = (
@@ -132,7 +154,7 @@ GROUPED_QUERY_ATTENTION = (
 )
 QUERY_KEY_NORMS = (
     Row("self_attn.q_norm.weight", QUERY_NORM),
-    Row("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"),
+    Row("self_attn.k_norm.weight", KEY_NORM),
 )
 QUERY_KEY_VALUE_BIASES = (
     Row("self_attn.q_proj.bias", QKV_BIAS, Split.COLUMN, Part.QUERY),

@@ -20,6 +20,7 @@ EXPERTS = "mlp.experts.routed_experts"
 _SPELLINGS = (
     (re.compile(r"\b(mlp|block_sparse_moe)\.experts\.(?=w13_|w2_)"), r"\1.experts.routed_experts."),
     (re.compile(r"\bmlp\.experts\.(routed_experts\.)?(?=e_score_correction_bias$)"), "mlp.gate."),
+    (re.compile(r"\bblock_sparse_moe\.experts\.(routed_experts\.)?(?=e_score_corr)"), "block_sparse_moe."),
 )
 
 

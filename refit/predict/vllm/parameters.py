@@ -18,7 +18,7 @@ from refit.plan.box import Box
 from refit.predict.expert_slots import Slots, placed_layers
 from refit.predict.families.names import Block, NamedModel, NamedTensor, Piece, named_model
 from refit.predict.families.parts import Parts, model_in_parts, parts_of
-from refit.predict.families.tables import Part
+from refit.predict.families.tables import KEY_NORM, Part
 from refit.predict.megatron import Split
 from refit.predict.vllm.engine import Engine, Place, stage_layers
 from refit.predict.vllm.names import EXPERTS
@@ -38,6 +38,8 @@ FUSED = {
     ),
     f"{EXPERTS}.w13_weight": ("mlp.experts.gate_up_proj",),
     f"{EXPERTS}.w2_weight": ("mlp.experts.down_proj",),
+    f"{EXPERTS}.w13_bias": ("mlp.experts.gate_up_proj_bias",),
+    f"{EXPERTS}.w2_bias": ("mlp.experts.down_proj_bias",),
 }
 """A parameter of vLLM and the tensors that it joins along their rows. All others keep the family's names. Both
 are renamed as published checkpoints have them."""
@@ -47,13 +49,19 @@ are renamed as published checkpoints have them."""
 class Parameter:
     """A parameter on one rank, its name below its block's prefix, and the pieces of logical tensors that fill it.
 
-    `held` of a piece is a box of this parameter.
+    `held` of a piece is a box of this parameter. `stored` is another shape of the same memory, in which vLLM has it.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[Piece, ...]
+    stored: tuple[int, ...] | None = None
+
+    @property
+    def engine_shape(self) -> tuple[int, ...]:
+        """Its shape in vLLM."""
+        return self.stored or self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,8 @@ class Engines:
     def _outer(self, block: Block, place: Place) -> tuple[Parameter, ...]:
         """Embedding on the first stage; norm and output layer on the last, which may be the embedding (tied)."""
         is_last = place.stage == self.engine.pp - 1
-        stays = {"model.embed_tokens.weight": place.stage == 0 or (is_last and self.shape.tied_embeddings)}
+        embedding = self.model.family.engine_name("model.embed_tokens.weight")
+        stays = {embedding: place.stage == 0 or (is_last and self.shape.tied_embeddings)}
         return tuple(one for one in self._parameters(block, place, None) if stays.get(one.name, is_last))
 
     def _parameters(self, block: Block, place: Place, slots: tuple[int, ...] | None) -> tuple[Parameter, ...]:
@@ -109,7 +118,7 @@ class Engines:
         if kind not in self._known:
             named = {tensor.name: tensor for tensor in block.tensors if tensor.row.routed is (slots is not None)}
             self._known[kind] = tuple(
-                self._joined(self.model.family.published_name(name), members, place, slots)
+                self._joined(self.model.family.engine_name(name), members, place, slots)
                 for name, members in _fused(named)
             )
         return self._known[kind]
@@ -131,7 +140,10 @@ class Engines:
         extents[dim] = sum(box.extents[dim] for tensor in members for box in self._cut(tensor, place))
         if slots is not None:
             extents[0] = len(slots)
-        return Parameter(name, tuple(extents), members[0].dtype, tuple(pieces))
+        stored = None
+        if members[0].row.interleaved:  # of gate and up in turn, which are two dims in boxes
+            stored = (extents[0], 2 * extents[1], *extents[3:])
+        return Parameter(name, tuple(extents), members[0].dtype, tuple(pieces), stored)
 
     def _cut(self, tensor: NamedTensor, place: Place) -> tuple[Box, ...]:
         """The boxes of a tensor on one rank, all experts of a routed one: gate and up are cut apart."""
@@ -143,7 +155,7 @@ class Engines:
             return (whole,)
         if row.split is Split.GATED:
             return tuple(_part(whole, int(row.routed), 2 * parts, half * parts + part) for half in (0, 1))
-        if row.part in (Part.KEY, Part.VALUE) and self.shape.num_query_groups < parts:
+        if (row.part in (Part.KEY, Part.VALUE) or row.key == KEY_NORM) and self.shape.num_query_groups < parts:
             groups = self.shape.num_query_groups
             return (_part(whole, 0, groups, part // (parts // groups)),)
         return (_part(whole, int(row.routed) + int(row.split is Split.ROW), parts, part),)
@@ -162,7 +174,7 @@ def _pieces(tensor: NamedTensor, box: Box, at: tuple[int, ...]) -> Iterator[Piec
     """`box` of a tensor, put at offsets `at` of a parameter."""
     for part, logical in tensor.pieces_of(box):
         offsets = tuple(a + begin - first for a, begin, first in zip(at, part.offsets, box.offsets, strict=True))
-        yield Piece(Box(offsets, part.extents), logical.key, logical.box)
+        yield Piece(Box(offsets, part.extents), logical.key, logical.box, logical.axes)
 
 
 def _part(box: Box, dim: int, parts: int, part: int) -> Box:

@@ -46,7 +46,8 @@ def held_blocks(engines: Engines, place: Place) -> Iterator[RankBlock]:
         held: list[Parameter] = []
         modules = _quantised_modules(block, engines.model.logical, quantisation)
         for parameter in block.parameters:
-            kind = (id(parameter), len(parameter.shape) > 1 and _module(parameter) in modules)
+            is_matrix = len(parameter.shape) > 1 and not parameter.name.endswith("_bias")
+            kind = (id(parameter), is_matrix and _module(parameter) in modules)
             if kind not in known:
                 known[kind] = (parameter,)
                 if kind[1]:
@@ -71,7 +72,7 @@ def _quantised_modules(block: RankBlock, logical: Mapping[str, TensorSpec], quan
     members: dict[str, dict[str, bool]] = defaultdict(dict)
     for parameter in block.parameters:
         for key in _keys(parameter.pieces, block):
-            if len(logical[key].shape) > 1:
+            if len(logical[key].shape) > 1 and not key.endswith(".bias"):
                 members[_module(parameter)][key] = quantisation.quantises(key, logical[key].shape)
     for module, chosen in members.items():
         quantised = next((key for key, is_quantised in chosen.items() if is_quantised), None)
@@ -96,6 +97,12 @@ def _codes_and_scales(
     parameter: Parameter, block: RankBlock, engines: Engines, quantisation: Quantisation
 ) -> tuple[Parameter, Parameter]:
     form = quantisation.format
+    mixed = next((block.block.key_prefix + piece.key for piece in parameter.pieces if piece.axes is not None), None)
+    if mixed is not None:
+        raise UsageError(
+            f"{block.block.prefix}{parameter.name} has gate and up rows in turn, blocks of {quantisation.dtype} would "
+            f"have rows of both: {keep_text([mixed], quantisation)}"
+        )
     own = Grid(parameter.shape, form)
     scales: list[Piece] = []
     for piece in parameter.pieces:

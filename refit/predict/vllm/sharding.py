@@ -48,6 +48,11 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     for number, divisor, what, by in divisible:
         if number % divisor:
             raise UsageError(f"{name}: {number} {what} cannot be divided by {by} {divisor}")
+    if experts is not None and shape.add_bias_linear and engine.expert_tp > 1:
+        raise UsageError(
+            f"{name}: of the biases of sliced experts only the first of {engine.expert_tp} ranks has any, which is not "
+            f"predicted: give {size_flag(name, 'ep')} {engine.expert_tp} (whole experts)"
+        )
     try:
         config_values(shape)
         for spec in (side, side.rearranged):

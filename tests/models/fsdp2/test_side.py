@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -25,13 +24,12 @@ from refit.models.fsdp2.weights import held_of
 from refit.models.huggingface.model import materialise, meta_model
 from refit.models.huggingface.weights import read_weights
 from refit.models.megatron.side import MegatronSide
-from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.names import named_model
 from refit.predict.families.tables import Family
 from refit.predict.fsdp2 import predict
+from tests.models.huggingface.converted import converted_by_mbridge
 from tests.models.huggingface.sides import CPU, FAMILY, RUN, alone, assert_verified, refit_once, unlike
 from tests.predict.families.strategies import models
-from tests.predict.families.test_names import BRIDGES, _bridge, _parameter
 from tests.predict.test_fsdp2 import _splits, side
 from tests.ranks.pool import RankPool
 
@@ -95,6 +93,14 @@ EXPERTS = ["--source-format=fsdp2", "--source-world-size=4", "--expert-model-par
         ("tiny_qwen2", MEGATRON_TO_FSDP),
         ("tiny_mixtral", [*EXPERTS, "--fsdp-replicate-size=2", "--rl-inference-tensor-model-parallel-size=2"]),
         ("tiny_deepseek_v2", MEGATRON_TO_FSDP),
+        (
+            "tiny_minimax_m2",
+            [*FSDP_TO_MEGATRON, "--num-layers=2", "--rl-inference-pipeline-model-parallel-size=2"],
+        ),
+        ("tiny_minimax_m2", [*MEGATRON_TO_FSDP[:-1], "--rl-inference-tensor-model-parallel-size=2"]),
+        ("tiny_glm4_moe_lite", MEGATRON_TO_FSDP),
+        ("tiny_gpt_oss", [*FSDP_TO_MEGATRON, "--rl-inference-expert-tensor-model-parallel-size=1"]),
+        ("tiny_gpt_oss", [*MEGATRON_TO_FSDP, "--expert-tensor-parallel-size=1", "--num-query-groups=2"]),
         ("tiny_glm4_moe", FSDP_TO_MEGATRON),
     ],
 )
@@ -166,50 +172,6 @@ def test_a_full_state_dict_arrives_in_megatron_as_mbridge_converts_it(ranks: Ran
     answer = ranks.run(refit_of_a_state_dict, argv)[4]
     shape = parse(argv).scenario.model
     assert shape is not None
-    for name, expected in _converted(family, shape, answer["seeded"]).items():
+    for name, expected in converted_by_mbridge(family, shape, answer["seeded"]).items():
         assert torch.equal(answer["held"].pop(name), expected), name
     assert answer["held"] == {}
-
-
-def _converted(family: Family, shape: ModelShape, seeded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters of a Megatron model with local layers, as mbridge makes them of Hugging Face's."""
-    assert family in BRIDGES
-    bridge = _bridge(family)
-    bridge.hf_config = meta_model(shape, named_model(shape, Dtype.FP32), alone(Dtype.FP32)).config
-    bridge.dtype, bridge.make_vocab_size_divisible_by = torch.float32, None
-    single = {name: expert for key, tensor in seeded.items() for name, expert in _single_experts(key, tensor)}
-    if family is MIXTRAL:
-        single = {_as_mixtral(name): tensor for name, tensor in single.items()}
-    converted = {}
-    for block in named_model(shape, Dtype.FP32, single_experts=True).blocks:
-        for tensor in block.tensors:
-            expert = tensor.pieces[0].box.offsets[0] if tensor.row.routed else None
-            names = bridge._weight_name_mapping_mcore_to_hf(
-                _parameter(family, block.key_prefix + tensor.row.key, expert)
-            )
-            key = block.key_prefix + tensor.row.key
-            if expert is not None:
-                key = key.replace("experts.experts", f"experts.local_experts.{expert}")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                converted[key] = bridge._weight_to_mcore_format(key, [single[name] for name in names])
-    return converted
-
-
-def _as_mixtral(name: str) -> str:
-    for ours, published in (("mlp", "block_sparse_moe"), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
-        name = name.replace(f".{ours}.", f".{published}.")
-    return name
-
-
-def _single_experts(key: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    prefix, found, name = key.partition("mlp.experts.")
-    if not found:
-        return [(key, tensor)]
-    if name == "down_proj":
-        return [(f"{prefix}mlp.experts.{expert}.down_proj.weight", part) for expert, part in enumerate(tensor)]
-    return [
-        (f"{prefix}mlp.experts.{expert}.{half}.weight", rows)
-        for expert, part in enumerate(tensor)
-        for half, rows in zip(("gate_proj", "up_proj"), part.chunk(2), strict=True)
-    ]

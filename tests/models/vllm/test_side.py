@@ -52,6 +52,8 @@ SMALL = ["--fp32", "--refit-method=gloo", "--hidden-size=64", "--ffn-hidden-size
 SMALL += ["--num-benchmark-warmup=1", "--num-benchmark-iterations=1", "--rl-inference-format=vllm", "--num-layers=3"]
 DEEPSEEK = ["--model=tiny_deepseek_v3", "--moe-layer-freq=([0]*1+[1]*2)"]
 GLM = ["--model=tiny_glm4_moe"]
+GPT_OSS = ["--model=tiny_gpt_oss", "--ffn-hidden-size=192"]
+MINIMAX = ["--model=tiny_minimax_m2", "--ffn-hidden-size=192"]
 QWEN_MOE = ["--model=tiny_qwen3_moe", "--num-layers=2"]
 MEGATRON = ["--tensor-model-parallel-size=2", "--expert-model-parallel-size=2", "--source-world-size=4"]
 MEGATRON += ["--expert-tensor-parallel-size=1"]
@@ -95,6 +97,11 @@ def check(result: RefitResult) -> None:
         ["--model=tiny_qwen2", *FSDP2, "--num-query-groups=2", *engine(4)],
         ["--model=tiny_mixtral", "--ffn-hidden-size=192", *MEGATRON, *engine(2, 2, ep=True)],
         [*GLM, *MEGATRON, *engine(4)],
+        [*MINIMAX, *MEGATRON, *engine(4)],
+        [*GPT_OSS, *MEGATRON, *engine(2, 2, ep=True)],
+        [*GPT_OSS, *FSDP2, "--num-query-groups=2", *engine(4, ep=True)],
+        [*MINIMAX, "--num-query-groups=2", *FSDP2, *engine(4)],
+        ["--model=tiny_glm4_moe_lite", *MEGATRON, *engine(2, 2, ep=True)],
         ["--model=tiny_deepseek_v2", *DEEPSEEK[1:], *MEGATRON, *engine(2, 2, ep=True)],
         [*QWEN_MOE, *MEGATRON, *engine(2, 2)],
         [*QWEN_MOE, *MEGATRON, *engine(2, 2, ep=True), "--rl-inference-expert-placement=round_robin"],
@@ -111,6 +118,11 @@ def check(result: RefitResult) -> None:
         "replicated-biases",
         "mixtral",
         "glm4_moe",
+        "minimax_m2",
+        "gpt_oss",
+        "replicated-biases-of-gpt_oss",
+        "replicated-norms",
+        "glm4_moe_lite",
         "deepseek_v2",
         "sliced-experts",
         "round-robin",

@@ -7,6 +7,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from refit.config.shape import Experts, LatentAttention, ModelShape
+from refit.predict.families.glm4_moe_lite import GLM4_MOE_LITE
+from refit.predict.families.gpt_oss import GPT_OSS
+from refit.predict.families.minimax_m2 import MINIMAX_M2
 from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.tables import (
     EXPERT_BIAS_KEY,
@@ -41,13 +44,19 @@ def models(draw: st.DrawFn, family: Family | None = None) -> ModelShape:
         position_embedding_type="rope",
         normalization="RMSNorm",
         swiglu=True,
-        add_bias_linear=False,
-        add_qkv_bias=family.needs(QKV_BIAS) or (family.has(QKV_BIAS) and draw(st.booleans())),
+        add_bias_linear=family is GPT_OSS,
+        add_qkv_bias=family is not GPT_OSS
+        and (family.needs(QKV_BIAS) or (family.has(QKV_BIAS) and draw(st.booleans()))),
+        attention_sinks=family is GPT_OSS,
+        quick_geglu=family is GPT_OSS,
         tied_embeddings=draw(st.booleans()),
         qk_layernorm=is_latent or family.needs(QUERY_NORM) or (family.has(QUERY_NORM) and draw(st.booleans())),
         mla=latent if is_latent else None,
         experts=draw(experts(num_layers, family)) if family.experts else None,
+        qk_norm_over_heads=family.norms_over_heads,
     )
+    if family is GLM4_MOE_LITE:  # whose heads do not divide the hidden size
+        shape = replace(shape, num_attention_heads=shape.hidden_size + 1, num_query_groups=shape.hidden_size + 1)
     return fitting(shape)
 
 
@@ -62,11 +71,12 @@ def fitting(shape: ModelShape) -> ModelShape:
 
 @st.composite
 def experts(draw: st.DrawFn, num_layers: int, family: Family) -> Experts:
-    num_dense = draw(st.integers(0, num_layers - 1)) if family.layer_keys else 0
+    has_dense = family.layer_keys and family is not MINIMAX_M2
+    num_dense = draw(st.integers(0, num_layers - 1)) if has_dense else 0
     ffn = draw(st.integers(1, 5))
     return Experts(
         num_experts=draw(st.integers(2, 6)),
-        topk=2 if family is MIXTRAL else 1,
+        topk=2 if family in (MIXTRAL, MINIMAX_M2, GPT_OSS) else 1,
         ffn_hidden_size=ffn,
         shared_ffn_hidden_size=ffn * draw(st.integers(1, 2)) if family.has(SHARED) else None,
         layers=(False,) * num_dense + (True,) * (num_layers - num_dense),

@@ -19,7 +19,10 @@ from refit.plan.box import Box
 from refit.predict.families.deepseek_v2 import DEEPSEEK_V2
 from refit.predict.families.deepseek_v3 import DEEPSEEK_V3
 from refit.predict.families.glm4_moe import GLM4_MOE
+from refit.predict.families.glm4_moe_lite import GLM4_MOE_LITE
+from refit.predict.families.gpt_oss import GPT_OSS
 from refit.predict.families.llama import LLAMA
+from refit.predict.families.minimax_m2 import MINIMAX_M2
 from refit.predict.families.mixtral import MIXTRAL
 from refit.predict.families.names import NamedModel, named_model
 from refit.predict.families.qwen2 import QWEN2
@@ -35,9 +38,31 @@ BRIDGES = {
     GLM4_MOE: "mbridge.models.glm4moe:GLM4MoEBridge",
     QWEN3: "mbridge.models.qwen3:Qwen3Bridge",
     QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
+    GPT_OSS: "mbridge.models.mixtral:MixtralBridge",  # but for OWN
+    MINIMAX_M2: "mbridge.models.mixtral:MixtralBridge",  # but for OWN
+    GLM4_MOE_LITE: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V2: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
 }
+
+OWN = {
+    GPT_OSS: {
+        "self_attention.core_attention.softmax_offset": "self_attn.sinks",
+        "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
+        "mlp.router.weight": "mlp.router.weight",
+        "mlp.router.bias": "mlp.router.bias",
+        "mlp.experts.experts.linear_fc1.weight": "mlp.experts.gate_up_proj",
+        "mlp.experts.experts.linear_fc1.bias": "mlp.experts.gate_up_proj_bias",
+        "mlp.experts.experts.linear_fc2.weight": "mlp.experts.down_proj",
+        "mlp.experts.experts.linear_fc2.bias": "mlp.experts.down_proj_bias",
+    },
+    MINIMAX_M2: {
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+        "mlp.router.expert_bias": "block_sparse_moe.e_score_correction_bias",
+    },
+}
+"""Tensors of a layer that mbridge has no family for."""
 
 
 def preset(name: str) -> ModelShape:
@@ -77,7 +102,7 @@ def test_any_box_is_mapped_element_by_element(shape: ModelShape, single_experts:
     for part, logical in tensor.pieces_of(held):
         whole = Box.whole(model.logical[block.key_prefix + logical.key].shape)
         numbers = np.arange(whole.volume).reshape(whole.extents)[logical.box.slices_within(whole)]
-        found[part.slices_within(held)] = numbers.reshape(part.extents)
+        found[part.slices_within(held)] = _as_held(numbers, logical.axes, part)
     assert (found == expected).all()
 
 
@@ -88,8 +113,19 @@ def _logical_numbers(model: NamedModel, key_prefix: str, tensor: Any) -> np.ndar
     for piece in tensor.pieces:
         whole = Box.whole(model.logical[key_prefix + piece.key].shape)
         numbers = np.arange(whole.volume).reshape(whole.extents)
-        parts.append(numbers[piece.box.slices_within(whole)].reshape(piece.held.extents))
+        parts.append(_as_held(numbers[piece.box.slices_within(whole)], piece.axes, piece.held))
+    if tensor.stored is not None:  # gate and up in turn
+        return np.concatenate(
+            parts, axis=next(dim for dim, size in enumerate(parts[0].shape) if size != tensor.shape[dim])
+        )
     return np.concatenate(parts, axis=dim)
+
+
+def _as_held(numbers: np.ndarray, axes: tuple[int, ...] | None, held: Box) -> np.ndarray:
+    """The numbers of a logical box, as the tensor has them in its box `held`."""
+    if axes is not None:
+        numbers = numbers.transpose([axes.index(dim) for dim in sorted(axes)])
+    return numbers.reshape(held.extents)
 
 
 def test_rows_of_a_grouped_query_attention() -> None:
@@ -120,6 +156,10 @@ def test_layers_of_a_kind_share_their_tensors() -> None:
         "mixtral_8x7b",
         "glm4_5",
         "glm4_5_air",
+        "glm4_7_flash",
+        "gpt_oss_20b",
+        "gpt_oss_120b",
+        "minimax_m2",
     ],
 )
 def test_published_models_are_of_a_family(name: str) -> None:
@@ -165,7 +205,16 @@ def test_mbridge_has_the_same_names(family: Family, data: st.DataObject) -> None
             expert = tensor.pieces[0].box.offsets[0] if tensor.row.routed else None
             ours.setdefault((block.key_prefix + tensor.row.key, expert), []).append(block.prefix + tensor.name)
         for (key, expert), names in ours.items():
-            assert bridge._weight_name_mapping_mcore_to_hf(_parameter(family, key, expert)) == names
+            assert bridged_names(bridge, family, key, expert) == names
+
+
+def bridged_names(bridge: Any, family: Family, key: str, expert: int | None) -> list[str]:
+    """The Hugging Face tensors of a logical tensor, or of one expert of it."""
+    layer, own = ".".join(key.split(".")[2:3]), OWN.get(family, {}).get(".".join(key.split(".")[3:]))
+    if own is not None:
+        return [f"model.layers.{layer}.{own}"]
+    found: list[str] = bridge._weight_name_mapping_mcore_to_hf(_parameter(family, key, expert))
+    return found
 
 
 def _bridge(family: Family) -> Any:
@@ -179,7 +228,7 @@ def _bridge(family: Family) -> Any:
 def _parameter(family: Family, key: str, expert: int | None) -> str:
     """The parameter's name in a model with Transformer Engine layers, from which mbridge translates."""
     norms = {"self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight"}
-    if family in (DEEPSEEK_V2, DEEPSEEK_V3):
+    if family in (GLM4_MOE_LITE, DEEPSEEK_V2, DEEPSEEK_V3):
         norms["self_attention.q_layernorm.weight"] = "self_attention.linear_q_up_proj.layer_norm_weight"
     else:
         norms[".input_layernorm.weight"] = ".self_attention.linear_qkv.layer_norm_weight"

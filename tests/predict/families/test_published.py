@@ -22,6 +22,9 @@ SIZES: dict[str, int] = {
     "deepseek_v2_lite": 15_706_484_224,  # deepseek-ai/DeepSeek-V2-Lite
     "mixtral_8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
     "qwen2_5_7b": 7_615_616_512,  # Qwen/Qwen2.5-7B
+    # What ollama and llama.cpp count of OpenAI's checkpoints; the model card (arXiv:2508.10925) has 20.91 B, 116.83 B:
+    "gpt_oss_20b": 20_914_757_184,
+    "gpt_oss_120b": 116_829_156_672,
 }
 
 # The keys of config.json in those repositories that say something about the weights or the forward pass.
@@ -150,7 +153,153 @@ AIR = GLM | {
     "routed_scaling_factor": 1.0,
     "use_qk_norm": False,
 }
+FLASH: dict[str, Any] = {
+    "model_type": "glm4_moe_lite",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 202752,
+    "moe_intermediate_size": 1536,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 20,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 47,
+    "num_key_value_heads": 20,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 1.0,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.8,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
+MINIMAX: dict[str, Any] = {
+    "model_type": "minimax_m2",
+    "attn_type_list": [1] * 62,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "layernorm_full_attention_beta": 1.0,
+    "layernorm_linear_attention_beta": 1.0,
+    "layernorm_mlp_beta": 1.0,
+    "max_position_embeddings": 196608,
+    "mlp_intermediate_size": 8192,
+    "mtp_transformer_layers": 1,
+    "num_attention_heads": 48,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000,
+    "rotary_dim": 64,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "shared_moe_mode": "sigmoid",
+    "tie_word_embeddings": False,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+    "vocab_size": 200064,
+}
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "quantization_config": {"quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"beta_fast": 32.0, "factor": 32.0, "rope_type": "yarn", "truncate": False},
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+KIMI: dict[str, Any] = {
+    "model_type": "kimi_k2",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.48.3",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
 CONFIGS = {
+    "kimi_k2": KIMI,
+    "gpt_oss_120b": GPT_OSS,
+    "gpt_oss_20b": GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "glm4_7_flash": FLASH,
+    "minimax_m2": MINIMAX,
     "llama3_8b": LLAMA,
     "deepseek_v2_lite": V2_LITE,
     "qwen2_5_7b": QWEN2,
@@ -184,6 +333,83 @@ def test_a_glm_has_as_many_with_its_prediction_layer(
     embedding and output layer in the prediction layer."""
     found = parameters("--model", preset, "--mtp-num-layers", "1")
     assert sum(found.values()) + routed * experts + 2 * 151552 * hidden == published
+
+
+def test_a_glm_flash_has_as_many_with_its_prediction_layer() -> None:
+    """The count that Hugging Face shows of zai-org/GLM-4.7-Flash, as for the other GLMs."""
+    found = parameters("--model", "glm4_7_flash", "--mtp-num-layers", "1")
+    assert sum(found.values()) + 47 * 64 + 2 * 154880 * 2048 == 31_221_488_576
+
+
+def test_a_kimi_k2_has_as_many_as_published(tmp_path: Path) -> None:
+    """By its own config.json, and as moonshotai/Kimi-K2-Instruct's files have, with expert biases."""
+    (tmp_path / "config.json").write_text(json.dumps(KIMI))
+    for model in ("--model=kimi_k2", f"--hf-config={tmp_path}"):
+        assert sum(parameters(model).values()) + 60 * 384 == 1_026_408_232_448
+
+
+def test_a_minimax_has_as_many_as_published() -> None:
+    """The counts that Hugging Face shows of MiniMaxAI/MiniMax-M2.1, and of MiniMax-M2 with its FP8 scales."""
+    found = parameters("--model", "minimax_m2")
+    assert sum(found.values()) + 62 * 256 == 228_689_764_864
+    quantised = sum(size for key, size in found.items() if ".linear_" in key)
+    assert sum(found.values()) + 62 * 256 + quantised // 128**2 == 228_703_644_928
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GPT_OSS | {"attention_bias": False}, "attention_bias is False, True is needed: its attention has biases"),
+        (GPT_OSS | {"experts_per_token": 8}, "experts_per_token is 8, a gpt_oss needs num_experts_per_tok = 4"),
+        (MINIMAX | {"use_qk_norm": False}, "use_qk_norm is False, True is needed: the family has norms"),
+        (MINIMAX | {"qk_norm_type": "per_head"}, "qk_norm_type is 'per_head', 'per_layer' is needed"),
+        (MINIMAX | {"use_routing_bias": False}, "use_routing_bias is False, True is needed"),
+        (MINIMAX | {"shared_intermediate_size": 512}, "shared_intermediate_size is 512, 0 is needed"),
+        (MINIMAX | {"attn_type_list": [0, 1] * 31}, "attn_type_list has other layers than 1, full attention"),
+        (FLASH | {"mlp_layer_types": ["dense"] * 46}, "mlp_layer_types must list 47 layers as dense or sparse"),
+        (FLASH | {"mlp_layer_types": ["dense"] * 47}, "mlp_layer_types of 47 layers leaves none with experts"),
+    ],
+)
+def test_other_models_of_the_same_name_are_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        parse(["--dry-run", "--hf-config", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--moe-layer-freq=2"], "a minimax_m2 has experts in every layer, here layer 1 has none"),
+        (["--source-format=autotp", "--tensor-model-parallel-size=2"], "AutoTP leaves norms whole, .*give TP 1"),
+        (["--source-format=megatron", "--tensor-model-parallel-size=8"], "4 query groups over TP size 8"),
+        (["--normalization=LayerNorm"], "--qk-norm-over-heads needs --normalization RMSNorm"),
+    ],
+)
+def test_a_minimax_that_cannot_be_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(["--dry-run", "--model=tiny_minimax_m2", "--source-format=fsdp2", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--moe-layer-freq=2"], "a gpt_oss has experts in every layer, here layer 1 has none"),
+        (["--moe-ffn-hidden-size=64"], "give --ffn-hidden-size 64, that of the experts"),
+        (["--disable-bias-linear"], "for gpt_oss leave --disable-bias-linear out"),
+        (["--source-format=autotp", "--tensor-model-parallel-size=2"], "AutoTP leaves sinks whole, .*give TP 1"),
+        (["--tensor-model-parallel-size=2", "--source-format=megatron"], "biases in routed experts with ETP size 2"),
+        (["--rl-inference-format=vllm", "--rl-inference-tensor-model-parallel-size=2"], r"give .* 2 \(whole experts\)"),
+        (
+            ["--rl-inference-format=vllm", "--rl-inference-dtype=fp8-block", "--kv-channels=64"],
+            "has gate and up rows in turn, blocks of fp8-block would have rows of both: ",
+        ),
+        (["--attn-impl=flash_attention_2"], "a gpt_oss runs with eager attention here: give --attn-impl eager"),
+        (["--swiglu"], "--quick-geglu contradicts --swiglu: give one of them"),
+    ],
+)
+def test_a_gpt_oss_that_cannot_be_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(["--dry-run", "--model=tiny_gpt_oss", "--source-format=fsdp2", *flags])
 
 
 def test_a_deepseek_v2_with_an_expert_bias_is_refused(tmp_path: Path) -> None:

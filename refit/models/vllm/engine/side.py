@@ -26,6 +26,7 @@ from refit.models.vllm.engine.process import ON_DEVICE, WORKER, EngineError, Eng
 from refit.models.vllm.engine.serving import GENERATED_TOKENS, PROMPT_TOKENS, Serving, facts_of
 from refit.models.vllm.side import weights_of
 from refit.predict.families.config_json import config_values
+from refit.predict.families.tables import closest_family
 from refit.predict.vllm.names import followed_name
 from refit.predict.vllm.options import VllmOptions
 from refit.predict.vllm.parameters import FUSED, Engines, RankBlock
@@ -39,6 +40,9 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
@@ -139,7 +143,8 @@ def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
     assert side.dtype is not None, "flags that describe a model give its dtype"
     values = config_values(shape)
     extra: dict[str, Any] = {"architectures": [ARCHITECTURES[values["model_type"]]], "torch_dtype": side.dtype.value}
-    if shape.mla is not None:
+    extra |= closest_family(shape).engine_values(shape)
+    if shape.mla is not None and shape.experts is not None and shape.experts.expert_bias:
         extra |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     if side.quantisation is not None:
         extra["quantization_config"] = {
