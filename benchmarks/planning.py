@@ -1,4 +1,5 @@
-"""Times planning for Kimi K2: one rank's part of 96 ranks, and dry runs of up to 4,096.
+"""Times planning for Kimi K2: one rank's part of 96 ranks, and dry runs of up to 4,096. In the last of these every rank
+of the destination holds the whole model, and so gets a part from each group of source ranks.
 
 python -m benchmarks.planning
 """
@@ -24,7 +25,7 @@ REPEATS = 3
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """TP8 on both sides, with these EP sizes on so many ranks each. `needed_s` and `needed_mb` are what to reach."""
+    """TP8 at the source, with these EP sizes on so many ranks each. `needed_s` and `needed_mb` are what to reach."""
 
     source_ep: int
     source: int
@@ -32,6 +33,7 @@ class Size:
     destination: int
     needed_s: float | None = None
     needed_mb: float | None = None
+    destination_tp: int = 8
 
     @property
     def ranks(self) -> int:
@@ -42,7 +44,7 @@ class Size:
         return shlex.split(
             f"""--model kimi_k2 --refit-method nccl --tensor-model-parallel-size 8
             --expert-model-parallel-size {self.source_ep} --source-world-size {self.source}
-            --rl-inference-tensor-model-parallel-size 8
+            --rl-inference-tensor-model-parallel-size {self.destination_tp}
             --rl-inference-expert-model-parallel-size {self.destination_ep}
             --destination-world-size {self.destination}"""
         )
@@ -55,6 +57,7 @@ SIZES = (
     Size(128, 1024, 64, 1024),
     Size(128, 2048, 64, 2048, 10, 1500),
 )
+DENSE = Size(128, 2048, 1, 2048, 5, 800, destination_tp=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +98,13 @@ def exponent(fewer: Size, more: Size, less: float, greater: float) -> float:
 def main() -> int:
     best_s = min(one_rank(SIZES[0]) for _ in range(REPEATS))
     print(f"one rank's part of {SIZES[0].ranks}, best of {REPEATS}: {best_s:.3f} s of CPU (needed 0.1)")
-    found = {size: min((dry_run(size) for _ in range(REPEATS)), key=lambda one: one.seconds) for size in SIZES}
-    print(f"{'ranks':>6}{'seconds':>9}{'CPU s':>8}{'needed':>8}{'peak MB':>9}{'needed':>8}")
+    sizes = (*SIZES, DENSE)
+    found = {size: min((dry_run(size) for _ in range(REPEATS)), key=lambda one: one.seconds) for size in sizes}
+    print(f"{'ranks':>6}{'to TP':>6}{'seconds':>9}{'CPU s':>8}{'needed':>8}{'peak MB':>9}{'needed':>8}")
     for size, one in found.items():
         needed_s, needed_mb = (f"{needed:g}" if needed else "-" for needed in (size.needed_s, size.needed_mb))
-        print(f"{size.ranks:>6}{one.seconds:>9.2f}{one.cpu_s:>8.2f}{needed_s:>8}{one.peak_mb:>9.0f}{needed_mb:>8}")
+        ranks, spent = f"{size.ranks:>6}{size.destination_tp:>6}", f"{one.seconds:>9.2f}{one.cpu_s:>8.2f}{needed_s:>8}"
+        print(f"{ranks}{spent}{one.peak_mb:>9.0f}{needed_mb:>8}")
     first, last = SIZES[0], SIZES[-1]
     growth = exponent(first, last, found[first].cpu_s, found[last].cpu_s)
     late = exponent(SIZES[-3], last, found[SIZES[-3]].cpu_s, found[last].cpu_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,11 +19,11 @@ DEVICES = {"cuda": "GPUs", "cpu": "CPUs"}
 """Type of device -> what notes call such devices."""
 
 
-def with_method(scenario: Scenario) -> Scenario:
+def with_method(scenario: Scenario, host_of: Sequence[str]) -> Scenario:
     """`scenario` with a method in place of AUTO, and a note on which and why; itself where it names a method.
 
-    The choice depends on torchrun's variables and this rank's machine only. Raises UnavailableError, with the reason
-    for each method, where none can run.
+    The choice depends on each rank's host, torchrun's variables and this rank's machine only. Raises UnavailableError,
+    with the reason for each method, where none can run.
     """
     if scenario.method != AUTO:
         return scenario
@@ -34,7 +34,7 @@ def with_method(scenario: Scenario) -> Scenario:
         if device not in method.devices:
             continue
         try:
-            check_hosts(name)
+            check_hosts(name, host_of)
             get_transport(name).check_available(replace(options, own=scenario.method_options.get(name)))
         except UnavailableError as error:
             reasons.append(str(error))
@@ -46,15 +46,15 @@ def with_method(scenario: Scenario) -> Scenario:
     raise UnavailableError(f"--refit-method {AUTO}: no method can run here: {'; '.join(reasons)}")
 
 
-def check_hosts(method: str) -> None:
-    """Raise UnavailableError where `method` needs all ranks on one host and torchrun has started some elsewhere."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    num_ranks = os.environ.get("WORLD_SIZE", local)
-    if METHODS[method].single_host and int(local) < int(num_ranks):
+def check_hosts(method: str, host_of: Sequence[str]) -> None:
+    """Raise UnavailableError where `method` needs all ranks on one host and `host_of` has several. AUTO needs none."""
+    names = list(dict.fromkeys(host_of))
+    if method != AUTO and METHODS[method].single_host and len(names) > 1:
         device = METHODS[method].device
         instead = next(name for name, other in METHODS.items() if not other.single_host and device in other.devices)
         raise UnavailableError(
-            f"{method} needs all ranks on one host, {local} of {num_ranks} are on this one: use {instead}"
+            f"{method} needs all ranks on one host, {len(host_of)} ranks are on {len(names)} ({names[0]}, {names[1]}"
+            f"{', ...' if len(names) > 2 else ''}): use {instead}"
         )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import replace
 from functools import partial
 
 from refit.bench.measurements.base import Measurement
 from refit.bench.method_choice import check_hosts, check_same_method, with_method
 from refit.bench.served import served
-from refit.bench.session import Session, device_for, launched
+from refit.bench.session import Session, device_for, launched, meet
 from refit.bench.sides import build_side
 from refit.config.clusters import check_hosts_of
 from refit.config.registry import ENGINES, FORMATS, MEASUREMENTS, load
@@ -26,18 +25,22 @@ from refit.results.status import worst
 
 
 def run(scenario: Scenario) -> int:
-    """Run a scenario in a process that torchrun started and return its exit code.
+    """Run a scenario in a process that torchrun started and return its exit code. Collective: every rank of the job.
 
     Raises UnavailableError, before any process group exists, where something it needs is missing on this machine, and
     UsageError where the weights are more than the memory of its CPUs.
     """
-    scenario = with_method(scenario)
+    _check_libraries(scenario)
+    ranks = meet(scenario.timeout_s)
+    check_hosts(scenario.method, ranks.host_of)
+    scenario = with_method(scenario, ranks.host_of)
     _check_available(scenario)
     if device_for(scenario).type == "cuda":
         start_loading_kernels()
-    else:
-        _check_cpus(scenario)
-    with launched(scenario) as launch:
+    elif ranks.rank == 0 and len(set(ranks.host_of)) == 1:
+        # All ranks share the memory. No other gets past the process group without rank 0.
+        check_running(scenario, this_machine())
+    with launched(scenario, ranks) as launch:
         try:
             check_same_method(launch.session)
             _check_cluster(launch.session)
@@ -104,12 +107,14 @@ class _Record:
             self._file.write(result)
 
 
-def _check_available(scenario: Scenario) -> None:
-    check_hosts(scenario.method)
+def _check_libraries(scenario: Scenario) -> None:
     for side in scenario.sides.values():
         for library, command in FORMATS[side.format].libraries:
             if importlib.util.find_spec(library) is None:
                 raise UnavailableError(f"{side.format} sides need {library}, which is not installed: {command}")
+
+
+def _check_available(scenario: Scenario) -> None:
     device = device_for(scenario)
     for side in scenario.sides.values():
         available = FORMATS[side.format].available
@@ -118,13 +123,6 @@ def _check_available(scenario: Scenario) -> None:
     for name in scenario.engines:
         if not ENGINES[name].is_baseline:
             load(ENGINES[name].engine)(scenario, device).check_available()
-
-
-def _check_cpus(scenario: Scenario) -> None:
-    """On one host, where all ranks share the memory. Rank 0 checks: no other gets past the process group without it."""
-    ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if os.environ.get("RANK", "0") == "0" and ranks == here:
-        check_running(scenario, this_machine())
 
 
 def _check_cluster(session: Session) -> None:

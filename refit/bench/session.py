@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from refit.bench.clock import StartClock
 from refit.bench.environment import manifest
@@ -134,9 +135,27 @@ def device_for(scenario: Scenario) -> torch.device:
     return torch.device("cuda", gpus.device_of(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
+def meet(timeout_s: float) -> Ranks:
+    """The ranks that torchrun has started (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set), without a process group.
+
+    Collective: every rank of the job. Raises RefitError, naming the rank, where one does not come within `timeout_s`.
+    """
+    if os.environ.get("RANK") == "0":
+        live.draw(f"connecting {os.environ.get('WORLD_SIZE', '')} ranks")
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    ranks = Ranks.meet(rank, size, store)
+    # Where rank 0 hosts the store, as under srun, it must not end before all others have read.
+    store.set(f"refit/met/{rank}", "")
+    if rank == 0:
+        store.wait([f"refit/met/{other}" for other in range(size)])
+    return ranks
+
+
 @contextmanager
-def launched(scenario: Scenario) -> Iterator[Launch]:
-    """The session of a process started by torchrun (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set).
+def launched(scenario: Scenario, ranks: Ranks) -> Iterator[Launch]:
+    """The session of `ranks`, which have met (`meet`).
 
     Collective: every rank of the job. On exit the process group is destroyed. Raises UsageError for `--profile-refit`
     on CPUs, and UnavailableError where this rank has no GPU that it needs.
@@ -149,22 +168,24 @@ def launched(scenario: Scenario) -> Iterator[Launch]:
         )
     start = StartClock()
     start.enter("process group")
-    timeout = timedelta(seconds=scenario.timeout_s)
-    if os.environ.get("RANK") == "0":
-        live.draw(f"connecting {os.environ.get('WORLD_SIZE', '')} ranks")
+    group: dict[str, Any] = {
+        "store": ranks.store,
+        "rank": ranks.rank,
+        "world_size": ranks.size,
+        "timeout": (timeout := timedelta(seconds=scenario.timeout_s)),
+    }
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if gpus_here(scenario.ranks_per_gpu).is_shared:  # NCCL refuses two ranks on one GPU
-            dist.init_process_group("cpu:gloo,cuda:gloo", timeout=timeout)
+            dist.init_process_group("cpu:gloo,cuda:gloo", **group)
         else:
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **group)
         control = dist.new_group(backend="gloo", timeout=timeout)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **group)
         control = dist.group.WORLD
     assert control is not None
-    ranks = Ranks.of_default_group()
     name = scenario.run_name or result.default_name(scenario)
     file = ResultFile.create(scenario.output_dir, name) if ranks.rank == 0 else None
     if file is not None:  # a run that ends at once still says what it was

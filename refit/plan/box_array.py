@@ -12,6 +12,8 @@ import numpy.typing as npt
 from refit.plan.box import Box
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
+Column: TypeAlias = npt.NDArray[np.signedinteger]
+"""Integers of any width: there may be a million times as many as there are ranks."""
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 
@@ -33,8 +35,23 @@ class BoxArray:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def __getitem__(self, rows: IntArray | BoolArray | slice) -> BoxArray:
+    def __getitem__(self, rows: Column | BoolArray | slice) -> BoxArray:
         return BoxArray(self.offsets[rows], self.ends[rows])
+
+    @property
+    def distinct(self) -> BoxArray:
+        """See `RepeatedBoxes`."""
+        return self
+
+    @property
+    def number(self) -> Column:
+        """See `RepeatedBoxes`."""
+        return np.arange(len(self), dtype=np.int32)
+
+    @property
+    def expanded(self) -> BoxArray:
+        """See `RepeatedBoxes`."""
+        return self
 
     @property
     def dims(self) -> int:
@@ -65,6 +82,69 @@ class BoxArray:
         return np.asarray(((self.offsets >= other.offsets) & (self.ends <= other.ends)).all(axis=1))
 
 
+@dataclass(frozen=True, slots=True)
+class RepeatedBoxes:
+    """Boxes of which many are equal: box `i` is `distinct[number[i]]`.
+
+    Thousands of ranks may need a box, and there it is once. What is asked of boxes one by one is asked of `distinct`.
+    """
+
+    distinct: BoxArray
+    number: Column
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Boxes]) -> RepeatedBoxes:
+        """The boxes of all `parts`, one or more, in turn."""
+        first = np.cumsum([0, *(len(part.distinct) for part in parts)])
+        return cls(
+            BoxArray(
+                np.concatenate([part.distinct.offsets for part in parts]),
+                np.concatenate([part.distinct.ends for part in parts]),
+            ),
+            np.concatenate(
+                [part.number + np.int32(begin) for part, begin in zip(parts, first[:-1].tolist(), strict=True)],
+                dtype=np.int32,
+            ),
+        )
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def __getitem__(self, rows: Column | BoolArray | slice) -> RepeatedBoxes:
+        return RepeatedBoxes(self.distinct, self.number[rows])
+
+    @property
+    def dims(self) -> int:
+        return self.distinct.dims
+
+    @property
+    def expanded(self) -> BoxArray:
+        return self.distinct[self.number]
+
+    @property
+    def offsets(self) -> IntArray:
+        return self.distinct.offsets[self.number]
+
+    @property
+    def ends(self) -> IntArray:
+        return self.distinct.ends[self.number]
+
+    @property
+    def extents(self) -> IntArray:
+        return self.distinct.extents[self.number]
+
+    @property
+    def volumes(self) -> IntArray:
+        """Elements of each box, `[num_boxes]`."""
+        return self.distinct.volumes[self.number]
+
+    def box(self, row: int) -> Box:
+        return self.distinct.box(int(self.number[row]))
+
+
+Boxes: TypeAlias = BoxArray | RepeatedBoxes
+
+
 def touching(left: BoxArray, right: BoxArray) -> tuple[IntArray, IntArray]:
     """All pairs of rows (of `left`, of `right`) whose boxes share elements, ordered by the row of `left`.
 
@@ -89,6 +169,22 @@ def ranges(first: IntArray, counts: IntArray) -> IntArray:
     """`first[i], first[i] + 1, ...`, `counts[i]` numbers, for every `i` in turn."""
     before = np.cumsum(counts) - counts
     return np.arange(int(counts.sum())) - np.repeat(before - first, counts)
+
+
+def numbered(keys: IntArray, num_keys: int) -> tuple[IntArray, IntArray, Column]:
+    """The distinct ones of `keys`, which are below `num_keys`, ascending; where each occurs first; and of each of
+    `keys`, which of the distinct ones it is.
+
+    `np.unique`, which sorts, with tables in its place where they are no larger than a few times `keys`.
+    """
+    if num_keys > 8 * len(keys):
+        return np.unique(keys, return_index=True, return_inverse=True)
+    table = np.full(num_keys, -1, np.int32)
+    table[keys[::-1]] = np.arange(len(keys), dtype=np.int32)[::-1]  # the last one assigned stays, here the first
+    found = np.flatnonzero(table >= 0)
+    first = table[found].astype(np.int64)
+    table[found] = np.arange(len(found), dtype=np.int32)
+    return found, first, table[keys]
 
 
 @dataclass(frozen=True, slots=True)

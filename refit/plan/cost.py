@@ -11,7 +11,7 @@ import numpy as np
 from refit import units
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap
-from refit.plan.box_array import BoolArray, IntArray
+from refit.plan.box_array import BoolArray, Column, IntArray
 from refit.plan.pieces import ZEROS
 from refit.plan.plan import RefitPlan
 
@@ -121,7 +121,7 @@ def cost_of(plan: RefitPlan) -> Cost:
     )
 
 
-def bytes_by_rank(plan: RefitPlan, rank: IntArray, routes: BoolArray) -> IntArray:
+def bytes_by_rank(plan: RefitPlan, rank: Column, routes: BoolArray) -> IntArray:
     """Bytes of these routes by `rank`, the plan's column of one end, `[num_ranks]`."""
     nbytes = np.zeros(1 + plan.ranks[-1], np.int64)
     np.add.at(nbytes, rank[routes], plan.nbytes[routes])
@@ -136,8 +136,10 @@ def bytes_matrix(plan: RefitPlan, nbytes: IntArray | None = None) -> IntArray:
     """
     num_ranks = 1 + plan.ranks[-1]
     matrix = np.zeros((num_ranks, num_ranks), np.int64)
-    moved = plan.source != ZEROS
-    np.add.at(matrix, (plan.source[moved], plan.destination[moved]), (plan.nbytes if nbytes is None else nbytes)[moved])
+    moved = np.flatnonzero(plan.source != ZEROS)
+    pair = np.multiply(plan.source[moved], num_ranks, dtype=np.int64)
+    pair += plan.destination[moved]
+    np.add.at(matrix.reshape(-1), pair, (plan.nbytes if nbytes is None else nbytes)[moved])
     return matrix
 
 

@@ -45,15 +45,20 @@ def least_bytes(source: Sharding, destination: Sharding, ranks_per_node: int) ->
     out_of: dict[tuple[int, ...], int] = defaultdict(int)
     for need in needs(source, destination, ranks_per_node):
         far, itemsizes = need.far, need.nbytes // need.box.volume
+        held, members = 0, {rank for ranks in need.by_node.values() for rank in ranks}
         for part in need.parts:
-            nbytes, holders = part.box.volume * itemsizes, set(part.ranks)
-            for rank in (rank for ranks in need.by_node.values() for rank in ranks if rank not in holders):
-                received[rank] += nbytes
-            for node in far:
-                into[node] += nbytes
+            nbytes = part.box.volume * itemsizes
+            held += nbytes
+            for rank in members.intersection(part.ranks):
+                received[rank] -= nbytes
             if far:
                 out_of[part.ranks] += nbytes
-    return LeastBytes(dict(into), dict(out_of), dict(received))
+        for rank in members:
+            received[rank] += held
+        for node in far:
+            into[node] += held
+    lacking = {rank: nbytes for rank, nbytes in sorted(received.items()) if nbytes}
+    return LeastBytes({node: nbytes for node, nbytes in into.items() if nbytes}, dict(out_of), lacking)
 
 
 def floor_of(least: LeastBytes, cluster: Cluster, ranks_per_node: int, gpus: GpuMap | None = None) -> Bound | None:

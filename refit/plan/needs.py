@@ -89,7 +89,10 @@ def _near_or_far(
     box: Box, parts: Sequence[Held], nodes: Collection[int]
 ) -> Iterator[tuple[Box, frozenset[int], tuple[Held, ...]]]:
     """`box` with those of `nodes` that hold all of it; in parts where a node holds some of it only."""
-    held = {node: sum(part.box.volume for part in parts if node in part.nodes) for node in nodes}
+    held = dict.fromkeys(nodes, 0)
+    for part in parts:
+        for node in part.nodes & held.keys():
+            held[node] += part.box.volume
     if all(volume in (0, box.volume) for volume in held.values()):
         yield box, frozenset(node for node, volume in held.items() if volume), tuple(parts)
         return

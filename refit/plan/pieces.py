@@ -22,7 +22,7 @@ import numpy as np
 
 from refit.errors import PlanError
 from refit.plan.box import Box
-from refit.plan.box_array import BoxArray, Grouped, IntArray, ranges, touching
+from refit.plan.box_array import BoxArray, Boxes, Column, Grouped, IntArray, RepeatedBoxes, numbered, ranges, touching
 from refit.plan.sharding import TensorSharding, holders_of
 from refit.plan.tensor_class import TensorClass
 
@@ -42,10 +42,10 @@ class Pieces:
     RefitPlan.
     """
 
-    tensor_class: IntArray
-    destination: IntArray
-    holders: IntArray
-    boxes: BoxArray
+    tensor_class: Column
+    destination: Column
+    holders: Column
+    boxes: RepeatedBoxes
     holder_sets: tuple[tuple[int, ...], ...]
 
 
@@ -62,12 +62,15 @@ def find_pieces(classes: Sequence[TensorClass], ranks_per_node: int | None) -> P
     """
     sets, dims = _HolderSets(), max((each.dims for each in classes), default=1)
     pieces = [_pieces_of(each, sets, ranks_per_node) for each in classes]
-    boxes = [_with_tensors(found.boxes, each, dims) for found, each in zip(pieces, classes, strict=True)]
+    boxes = [
+        RepeatedBoxes(_with_tensors(found.boxes.distinct, each, dims), found.boxes.number)
+        for found, each in zip(pieces, classes, strict=True)
+    ]
     return Pieces(
-        np.repeat(np.arange(len(classes)), [len(found.boxes) for found in pieces]),
+        np.repeat(np.arange(len(classes), dtype=np.int32), [len(found.boxes) for found in pieces]),
         np.concatenate([found.rank for found in pieces]),
         np.concatenate([found.holders for found in pieces]),
-        BoxArray(np.concatenate([each.offsets for each in boxes]), np.concatenate([each.ends for each in boxes])),
+        RepeatedBoxes.concatenated(boxes),
         tuple(sets.ranks),
     )
 
@@ -90,9 +93,9 @@ class _HolderSets:
 class _ClassPieces:
     """Pieces of one class, as columns. `holders` are numbers of `_HolderSets`."""
 
-    boxes: BoxArray
-    rank: IntArray
-    holders: IntArray
+    boxes: Boxes
+    rank: Column
+    holders: Column
 
 
 def _pieces_of(tensors: TensorClass, sets: _HolderSets, ranks_per_node: int | None) -> _ClassPieces:
@@ -104,8 +107,11 @@ def _pieces_of(tensors: TensorClass, sets: _HolderSets, ranks_per_node: int | No
     first = np.searchsorted(parts.of, wanted.holders.box)
     counts = np.searchsorted(parts.of, wanted.holders.box, side="right") - first
     part, rank = ranges(first, counts), np.repeat(wanted.holders.rank, counts)
-    pieces = _ClassPieces(parts.boxes[part], rank, _preferred(cells, parts.cell[part], rank, sets, ranks_per_node))
-    return _merged(pieces, parts.of[part]) if cells.are_cut else pieces
+    holders = _preferred(cells, parts.cell[part], rank, sets, ranks_per_node)
+    if cells.are_cut:
+        return _merged(_ClassPieces(parts.boxes[part], rank, holders), parts.of[part])
+    boxes = RepeatedBoxes(parts.boxes, part.astype(np.int32))
+    return _ClassPieces(boxes, rank.astype(np.int32), holders.astype(np.int32))
 
 
 def _merged(pieces: _ClassPieces, of: IntArray) -> _ClassPieces:
@@ -114,11 +120,11 @@ def _merged(pieces: _ClassPieces, of: IntArray) -> _ClassPieces:
     `of` has each piece's box: a rank may need two that touch, where more is delivered in a later stage.
     """
     num_ranks, num_boxes = 1 + int(pieces.rank.max(initial=0)), 1 + int(of.max(initial=0))
-    merged = Grouped((pieces.holders * num_ranks + pieces.rank) * num_boxes + of, pieces.boxes).merged()
+    merged = Grouped((pieces.holders * num_ranks + pieces.rank) * num_boxes + of, pieces.boxes.expanded).merged()
     # In an order that does not depend on the numbers of ranks.
     order = np.lexsort(merged.boxes.offsets.T) if merged.boxes.dims else np.arange(len(merged.groups))
     holders, rank = np.divmod(merged.groups[order] // num_boxes, num_ranks)
-    return _ClassPieces(merged.boxes[order], rank, holders)
+    return _ClassPieces(merged.boxes[order], rank.astype(np.int32), holders.astype(np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +222,8 @@ def _preferred(cells: Cells, cell: IntArray, rank: IntArray, sets: _HolderSets, 
     own = np.isin(cell * num_ranks + rank, holders.box * num_ranks + holders.rank)
     scope[own] = rank[own]
     # One number per (cell, scope). NO_CELL is -1, so cells count from 1 in it, and `divmod` below gives both back.
-    keys, first, rows = np.unique((cell + 1) * (2 * num_ranks + 1) + scope, return_index=True, return_inverse=True)
+    scopes = 2 * num_ranks + 1
+    keys, first, rows = numbered((cell + 1) * scopes + scope, (len(cells.ranks) + 1) * scopes)
     by_node: dict[int, dict[int, tuple[int, ...]]] = {}
 
     def ranks_of(cell: int, scope: int) -> tuple[int, ...]:
@@ -231,7 +238,7 @@ def _preferred(cells: Cells, cell: IntArray, rank: IntArray, sets: _HolderSets, 
 
     numbers = np.zeros(len(keys), np.int64)
     for index in np.argsort(first).tolist():  # in the order of the rows, whatever the ranks' numbers
-        place, which = divmod(int(keys[index]), 2 * num_ranks + 1)
+        place, which = divmod(int(keys[index]), scopes)
         numbers[index] = sets.number(ranks_of(place - 1, which))
     return numbers[rows]
 

@@ -16,7 +16,7 @@ what S_k+1 has beyond S_k. The plan in one stage is the case of two shardings.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,10 +24,13 @@ import numpy as np
 
 from refit.plan import proof
 from refit.plan.box import Box
-from refit.plan.box_array import BoolArray, BoxArray, IntArray
+from refit.plan.box_array import BoolArray, BoxArray, Boxes, Column, IntArray
 from refit.plan.pieces import ZEROS
 from refit.plan.sharding import Sharding, TensorSpec
 from refit.plan.tensor_class import TensorClass
+
+DIGEST_ROWS = 1 << 18
+"""Routes that are hashed at a time, as 64-bit numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +79,11 @@ class RefitPlan:
 
     shardings: tuple[Sharding, ...]
     classes: tuple[TensorClass, ...]
-    stage: IntArray
-    tensor_class: IntArray
-    source: IntArray
-    destination: IntArray
-    boxes: BoxArray
+    stage: Column
+    tensor_class: Column
+    source: Column
+    destination: Column
+    boxes: Boxes
 
     def __post_init__(self) -> None:
         proof.check(self)
@@ -109,12 +112,15 @@ class RefitPlan:
     def nbytes(self) -> IntArray:
         """Bytes each route writes, `[num_routes]`."""
         itemsizes = np.array([each.itemsize for each in self.classes], np.int64)
-        return self.boxes.volumes * itemsizes[self.tensor_class]
+        nbytes = self.boxes.volumes
+        nbytes *= itemsizes[self.tensor_class]
+        return nbytes
 
     @property
     def num_transfers(self) -> int:
         """Wire transfers and local copies."""
-        return int(self.boxes.extents[self.source != ZEROS, 0].sum())
+        boxes = self.boxes[np.not_equal(self.source, ZEROS)]
+        return int(boxes.distinct.extents[:, 0][boxes.number].sum())
 
     @property
     def is_local(self) -> BoolArray:
@@ -143,7 +149,7 @@ class RefitPlan:
             number = place + the class's first tensor among those of all classes
         """
         routes = np.arange(len(self)) if routes is None else routes
-        boxes, classes = self.boxes[routes], self.tensor_class[routes]
+        boxes, classes = self.boxes[routes].expanded, self.tensor_class[routes]
         counts = boxes.extents[:, 0]
         row = np.repeat(np.arange(len(routes)), counts)
         # Rows before a route's own are subtracted, so that its rows count from 0, and its offset is added.
@@ -182,10 +188,19 @@ class RefitPlan:
         """SHA-256 of the keys and columns. Equal digests mean equal transfers."""
         keys = "\n".join(" ".join(tensor.key for tensor in each.tensors) for each in self.classes)
         sha = hashlib.sha256(keys.encode())
-        columns = (self.tensor_class, self.source, self.destination, self.boxes.offsets, self.boxes.ends)
+        columns: list[Callable[[slice], Column]] = [
+            lambda rows: self.tensor_class[rows],
+            lambda rows: self.source[rows],
+            lambda rows: self.destination[rows],
+            lambda rows: self.boxes[rows].offsets,
+            lambda rows: self.boxes[rows].ends,
+        ]
         # In one stage the column says nothing, and plans of older versions, which lack it, keep their digests.
-        for column in columns if self.num_stages == 1 else (*columns, self.stage):
-            sha.update(np.ascontiguousarray(column).data)
+        if self.num_stages > 1:
+            columns.append(lambda rows: self.stage[rows])
+        for column in columns:
+            for begin in range(0, len(self), DIGEST_ROWS):
+                sha.update(np.ascontiguousarray(column(slice(begin, begin + DIGEST_ROWS)), np.int64).data)
         return sha.hexdigest()
 
     @cached_property

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refit.errors import PlanError
-from refit.plan.box_array import BoxArray, IntArray
+from refit.plan.box_array import Column, RepeatedBoxes
 from refit.plan.pieces import find_pieces
 from refit.plan.plan import RefitPlan
 from refit.plan.senders import choose_senders
@@ -48,14 +48,11 @@ def plan_refit(
     return RefitPlan(
         shardings=shardings,
         classes=classes,
-        stage=np.repeat(np.arange(len(stages)), [len(each.source) for each in stages]),
+        stage=np.repeat(np.arange(len(stages), dtype=np.int8), [len(each.source) for each in stages]),
         tensor_class=np.concatenate([each.tensor_class for each in stages]),
         source=np.concatenate([each.source for each in stages]),
         destination=np.concatenate([each.destination for each in stages]),
-        boxes=BoxArray(
-            np.concatenate([each.boxes.offsets for each in stages]),
-            np.concatenate([each.boxes.ends for each in stages]),
-        ),
+        boxes=RepeatedBoxes.concatenated([each.boxes for each in stages]),
     )
 
 
@@ -63,10 +60,10 @@ def plan_refit(
 class _Stage:
     """The routes of one stage: columns of RefitPlan."""
 
-    tensor_class: IntArray
-    source: IntArray
-    destination: IntArray
-    boxes: BoxArray
+    tensor_class: Column
+    source: Column
+    destination: Column
+    boxes: RepeatedBoxes
 
 
 def _stage(
@@ -76,9 +73,11 @@ def _stage(
     pieces = find_pieces(classes, ranks_per_node)
     routes = choose_senders(pieces, classes, shardings[number].ranks, shardings[number + 1].ranks)
     destination = pieces.destination[routes.piece]
-    # From stage 1 on, what a rank would copy to itself is where it belongs: an earlier stage has written it there.
-    moves = np.ones(len(destination), np.bool_) if number == 0 else routes.source != destination
     tensor_class = pieces.tensor_class[routes.piece]
+    if number == 0:
+        return _Stage(tensor_class, routes.source, destination, routes.boxes)
+    # From stage 1 on, what a rank would copy to itself is where it belongs: an earlier stage has written it there.
+    moves = routes.source != destination
     return _Stage(tensor_class[moves], routes.source[moves], destination[moves], routes.boxes[moves])
 
 

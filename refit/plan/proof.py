@@ -4,6 +4,10 @@ Stage k moves weights from the sharding S_k to S_k+1. The proof goes by inductio
 ranks hold in S_k: for k = 0 the source, else what the stages before have delivered, as has been shown by then. What the
 stages up to k write lies in the boxes of S_k+1, is disjoint, and has their volume: so it is all of S_k+1, each element
 once. No element is written again by a later stage, so it may be read from the moment it is there.
+
+Where thousands of ranks need the same, routes are many and the questions few: whether ranks that hold the same boxes
+hold a box is asked once for all of them, and whether writes to a rank overlap once for all ranks that get the same
+boxes. What is compared for that is compared in full.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from refit.errors import PlanError
-from refit.plan.box_array import BoolArray, BoxArray, Grouped, IntArray
+from refit.plan.box_array import BoolArray, BoxArray, Boxes, Column, Grouped, IntArray, RepeatedBoxes, numbered, ranges
 from refit.plan.sharding import TensorSharding
 from refit.plan.tensor_class import TensorClass
 
@@ -27,15 +31,15 @@ class Routes(Protocol):
     @property
     def classes(self) -> tuple[TensorClass, ...]: ...
     @property
-    def stage(self) -> IntArray: ...
+    def stage(self) -> Column: ...
     @property
-    def tensor_class(self) -> IntArray: ...
+    def tensor_class(self) -> Column: ...
     @property
-    def source(self) -> IntArray: ...
+    def source(self) -> Column: ...
     @property
-    def destination(self) -> IntArray: ...
+    def destination(self) -> Column: ...
     @property
-    def boxes(self) -> BoxArray: ...
+    def boxes(self) -> Boxes: ...
 
 
 def check(plan: Routes) -> None:
@@ -59,13 +63,15 @@ def _check_held(plan: Routes) -> None:
     if not known.all():
         route = int(np.flatnonzero(~known)[0])
         raise PlanError(f"{_text(plan, route)} is in stage {plan.stage[route]} of {plan.num_stages}")
+    distinct = plan.boxes.distinct
     for tensor_class, routes in _routes_by_class(plan):
         tensors = plan.classes[tensor_class]
-        boxes = plan.boxes[routes]
-        exists = (boxes.offsets[:, 0] >= 0) & (boxes.ends[:, 0] <= len(tensors.tensors)) & (boxes.extents > 0).all(1)
+        boxes, ends = plan.boxes[routes], distinct.ends[:, 0] <= len(tensors.tensors)
+        exists = ((distinct.offsets[:, 0] >= 0) & ends & (distinct.extents > 0).all(1))[boxes.number]
         if not exists.all():
             raise PlanError(f"{_text(plan, int(routes[~exists][0]))} is not a part of its tensors")
-        parts = BoxArray(boxes.offsets[:, 1 : tensors.dims], boxes.ends[:, 1 : tensors.dims])
+        dims = slice(1, tensors.dims)
+        parts = RepeatedBoxes(BoxArray(distinct.offsets[:, dims], distinct.ends[:, dims]), boxes.number)
         stage = plan.stage[routes]
         for number, sharding in enumerate(tensors.shardings):
             reads, writes = np.flatnonzero(stage == number), np.flatnonzero(stage < number)
@@ -74,7 +80,7 @@ def _check_held(plan: Routes) -> None:
 
 
 def _check_inside(
-    plan: Routes, verb: str, sharding: TensorSharding, column: IntArray, routes: IntArray, parts: BoxArray
+    plan: Routes, verb: str, sharding: TensorSharding, column: Column, routes: IntArray, parts: RepeatedBoxes
 ) -> None:
     """Raise PlanError unless the part of each of `routes` lies in one box that its rank in `column` holds."""
     ranks = column[routes]
@@ -92,8 +98,18 @@ def _routes_by_class(plan: Routes) -> Iterator[tuple[int, IntArray]]:
         yield number, order[bounds[number] : bounds[number + 1]]
 
 
-def _is_held(sharding: TensorSharding, ranks: IntArray, parts: BoxArray) -> BoolArray:
+def _is_held(sharding: TensorSharding, ranks: Column, parts: RepeatedBoxes) -> BoolArray:
     """For each row, whether one box that `ranks[row]` holds contains `parts[row]`."""
+    kinds, representatives = sharding.kinds
+    # Kind 0 holds nothing.
+    kind = np.where(ranks < len(kinds), kinds[np.minimum(ranks, len(kinds) - 1)], 0)
+    num = len(parts.distinct)
+    questions, _, answer = numbered(kind * num + parts.number, len(representatives) * num)
+    kind, number = np.divmod(questions, num)
+    return _holds(sharding, representatives[kind], parts.distinct[number])[answer]
+
+
+def _holds(sharding: TensorSharding, ranks: IntArray, parts: BoxArray) -> BoolArray:
     by_rank = np.argsort(sharding.holders.rank, kind="stable")
     holders, boxes = sharding.holders.rank[by_rank], sharding.boxes[sharding.holders.box[by_rank]]
     first = np.searchsorted(holders, ranks)
@@ -111,8 +127,14 @@ def _check_disjoint(plan: Routes) -> None:
 
     Writes that make up a larger box are merged first. What is left are few per rank, mostly the boxes that it holds.
     """
-    num_ranks = 1 + _highest_rank(plan)
-    writes = Grouped(plan.tensor_class * num_ranks + plan.destination, plan.boxes).merged()
+    num_ranks, num = 1 + _highest_rank(plan), len(plan.boxes.distinct)
+    keys = np.multiply(plan.tensor_class, num_ranks * num, dtype=np.int64)
+    keys += np.multiply(plan.destination, num, dtype=np.int64)
+    keys += plan.boxes.number
+    keys.sort()
+    keys = _of_representatives(keys, num)
+    of, number = np.divmod(keys, num)
+    writes = Grouped(of, plan.boxes.distinct[number]).merged()
     order = np.argsort(writes.groups, kind="stable")
     groups, boxes = writes.groups[order], writes.boxes[order]
     # Compare every row with its k-th successor, until no two rows that far apart share a group.
@@ -124,9 +146,42 @@ def _check_disjoint(plan: Routes) -> None:
             return
         overlap = (boxes[rows].intersect(boxes[rows + k]).extents > 0).all(1)
         if overlap.any():
-            number, rank = divmod(int(groups[rows[overlap][0]]), num_ranks)
-            tensors, box = plan.classes[number], boxes.box(int(rows[overlap][0]))
+            tensor_class, rank = divmod(int(groups[rows[overlap][0]]), num_ranks)
+            tensors, box = plan.classes[tensor_class], boxes.box(int(rows[overlap][0]))
             raise PlanError(f"{tensors.tensors[box.offsets[0]].key} is written twice on rank {rank}")
+
+
+def _of_representatives(keys: IntArray, num: int) -> IntArray:
+    """Of the groups of `keys`, which ascend, one of those with the same numbers: a key is its group x `num` + a number.
+
+    Numbers 3, 5 in group 0, 3, 5 in group 1 and 4 in group 2, with `num` 10: of [3, 5, 13, 15, 24], [3, 5, 24] are
+    left. Groups are looked up by a hash, and then compared: equal hashes of unequal groups leave both.
+    """
+    group = keys // num
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    del group
+    numbers = (keys % num).astype(np.int32)
+    counts = np.diff(starts, append=len(keys))
+    factors = np.random.default_rng(0).integers(1, 1 << 62, num)
+    with np.errstate(over="ignore"):
+        hashes = np.add.reduceat(factors[numbers], starts) + counts
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    like = first[which]
+    alike = np.flatnonzero((counts == counts[like]) & (like != np.arange(len(like))))
+    keep = np.ones(len(keys), np.bool_)
+    # A few groups at a time, so that what is compared stays small.
+    for some in np.array_split(alike, 1 + int(counts[alike].sum()) // COMPARED):
+        if not len(some):
+            continue
+        rows = ranges(starts[some], counts[some])
+        same = numbers[rows] == numbers[ranges(starts[like[some]], counts[some])]
+        begins = np.cumsum(counts[some]) - counts[some]
+        keep[rows] = np.repeat(~np.logical_and.reduceat(same, begins), counts[some])
+    return keys[keep]
+
+
+COMPARED = 1 << 20
+"""Numbers of groups that are compared at a time."""
 
 
 def _check_volumes(plan: Routes, stage: int) -> None:
@@ -135,7 +190,9 @@ def _check_volumes(plan: Routes, stage: int) -> None:
     shape = (len(plan.classes), 1 + _highest_rank(plan))
     written, held = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     routes = slice(None) if stage == plan.num_stages - 1 else np.flatnonzero(plan.stage <= stage)
-    np.add.at(written, (plan.tensor_class[routes], plan.destination[routes]), plan.boxes.volumes[routes])
+    place = np.multiply(plan.tensor_class[routes], shape[1], dtype=np.int64)
+    place += plan.destination[routes]
+    np.add.at(written.reshape(-1), place, plan.boxes[routes].volumes)
     for number, each in enumerate(plan.classes):
         delivered = each.shardings[stage + 1]
         holders = delivered.holders

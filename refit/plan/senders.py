@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refit.plan.box_array import BoxArray, IntArray
+from refit.plan.box_array import BoxArray, Column, IntArray, RepeatedBoxes
 from refit.plan.pieces import ZEROS, Pieces
 from refit.plan.tensor_class import TensorClass
 
@@ -40,9 +40,9 @@ PRECISION = 1e-3
 class SentParts:
     """`boxes[i]`, all or a part of piece `piece[i]`, is sent by rank `source[i]`: `[num_routes]`."""
 
-    piece: IntArray
-    source: IntArray
-    boxes: BoxArray
+    piece: Column
+    source: Column
+    boxes: RepeatedBoxes
 
 
 def choose_senders(
@@ -55,40 +55,63 @@ def choose_senders(
 
     Nothing depends on the numbers of ranks, only on their order in their side: renumbering them renumbers the routes.
     """
-    itemsizes = np.array([each.itemsize for each in classes], np.int64)[pieces.tensor_class]
-    nbytes = pieces.boxes.volumes * itemsizes
+    # There may be millions of pieces: what counts them has 32 bits, and large arrays are dropped once they are used.
+    itemsizes = np.array([each.itemsize for each in classes], np.int64)
+    nbytes = pieces.boxes.volumes
+    nbytes *= itemsizes[pieces.tensor_class]
     position = np.zeros(1 + max(destinations), np.int64)
     position[list(destinations)] = np.arange(len(destinations))
     sets = _beside_partners(pieces, position)
     shares = balanced(sets, pieces, nbytes, len(sources))
     # Below, the numbers of the module's example, where the line has one set: line = [0, 1, 2], starts = [0, 6, 10].
-    line = np.lexsort((position[pieces.destination], pieces.holders))
-    starts = np.cumsum(nbytes[line]) - nbytes[line]
+    line = _in_order(pieces.holders, position[pieces.destination])
+    starts = np.cumsum(nbytes[line])
+    starts -= nbytes[line]
     slack = min(MIN_SPLIT_BYTES, int(IMBALANCE * nbytes.sum() / len(sources)))
     # The sets' lines lie one behind the other, and so do the stretches of their holders: the shares [5, 7] of one set
     # end at 5 and 12, those of the next set go on from 12.
     ends = np.cumsum(np.concatenate(shares))
-    bounds = _at_boundaries(ends, starts, pieces.boxes.extents[line], itemsizes[line], slack)
+    on_line = line[np.searchsorted(starts, ends, side="right") - 1]
+    bounds = _at_boundaries(ends, starts, pieces.boxes[on_line].extents, itemsizes[pieces.tensor_class[on_line]], slack)
     # A route begins where a piece does, at 0, 6, 10, and where a stretch does, at 5: begins = [0, 5, 6, 10]. A stretch
     # that begins with a piece adds none, and neither does the end of the line.
     inside = bounds[starts[np.searchsorted(starts, bounds, side="right") - 1] < bounds]
-    begins = np.sort(np.append(starts, np.unique(inside[inside < bounds[-1]])), kind="stable")
+    added = np.unique(inside[inside < bounds[-1]])
+    place = np.searchsorted(starts, added, side="right")
+    begins = np.insert(starts, place, added)
     # The last piece that starts at or before a route is its own, [0, 0, 1, 2]. The first stretch that ends after its
     # begin says who sends it, [0, 1, 1, 1]. Empty stretches end where they begin, and are passed over.
-    place = np.searchsorted(starts, begins, side="right") - 1
-    source = np.concatenate(sets)[np.searchsorted(bounds, begins, side="right")]
-    piece, lengths = line[place], np.diff(np.append(begins, bounds[-1]))
+    source = np.repeat(
+        np.concatenate(sets).astype(np.int32), np.diff(np.searchsorted(begins, bounds, side="left"), prepend=0)
+    )
+    piece = np.insert(line, place, line[place - 1])
+    lengths = np.diff(begins, append=bounds[-1])
     # lengths = [5, 1, 4, 2] of pieces of [6, 6, 4, 2]. A stretch of elements is no box in general: five rows are, five
     # rows and a half are two boxes.
     whole = lengths == nbytes[piece]
     cut = np.flatnonzero(~whole)
-    first = (begins - starts[place])[cut] // itemsizes[piece[cut]]
-    last = first + lengths[cut] // itemsizes[piece[cut]]
+    size = itemsizes[pieces.tensor_class[piece[cut]]]
+    first = (begins[cut] - starts[np.searchsorted(starts, begins[cut], side="right") - 1]) // size
+    last = first + lengths[cut] // size
+    del line, starts, begins, lengths, nbytes
     stretches = zip(cut.tolist(), first.tolist(), last.tolist(), strict=True)
     parts = [(row, box) for row, *ends in stretches for box in pieces.boxes.box(piece[row]).stretch(*ends)]
-    rows = np.append(np.flatnonzero(whole), np.array([row for row, _ in parts], np.int64))
-    boxes = pieces.boxes[piece[whole]].joined(BoxArray.of([box for _, box in parts], pieces.boxes.dims))
+    rows = np.append(np.flatnonzero(whole), np.array([row for row, _ in parts], np.int64)).astype(np.int32)
+    cuts = BoxArray.of([box for _, box in parts], pieces.boxes.dims)
+    boxes = RepeatedBoxes.concatenated([pieces.boxes[piece[whole]], cuts])
     return SentParts(piece[rows], source[rows], boxes)
+
+
+def _in_order(holders: Column, position: Column) -> Column:
+    """The order of pieces by holders, then position, then number, `[num_pieces]`: one sort of the three as one key."""
+    num = len(holders)
+    keys = np.multiply(holders, 1 + int(position.max(initial=0)), dtype=np.int64)
+    keys += position
+    keys *= num
+    keys += np.arange(num, dtype=np.int32)
+    keys.sort()
+    keys %= max(1, num)
+    return keys.astype(np.int32)
 
 
 def _beside_partners(pieces: Pieces, position: IntArray) -> list[IntArray]:
@@ -105,10 +128,10 @@ def _beside_partners(pieces: Pieces, position: IntArray) -> list[IntArray]:
     return [ranks[np.argsort(partner[ranks], kind="stable")] if len(ranks) > 1 else ranks for ranks in sets]
 
 
-def _only_holder(pieces: Pieces) -> IntArray:
+def _only_holder(pieces: Pieces) -> Column:
     """The rank that has to send each piece, `[num_pieces]`; ZEROS where there is none, or a choice."""
     only = [ranks[0] if len(ranks) == 1 else ZEROS for ranks in pieces.holder_sets]
-    return np.array(only, np.int64)[pieces.holders]
+    return np.array(only, np.int32)[pieces.holders]
 
 
 def balanced(sets: Sequence[IntArray], pieces: Pieces, nbytes: IntArray, num_sources: int) -> list[IntArray]:
@@ -170,7 +193,8 @@ def _at_boundaries(bounds: IntArray, starts: IntArray, extents: IntArray, itemsi
     """`bounds` moved to boundaries of pieces, tensors, or rows. Bytes on the line, `[num_bounds]`, ascending.
 
     Each is moved to the coarsest boundary that is near: within `slack` bytes the end of a piece, within MIN_SPLIT_BYTES
-    any other. Shapes: starts, itemsizes `[num_pieces]`; extents `[num_pieces, max_dims]`.
+    any other. `starts` are those of all pieces; `extents` `[num_bounds, max_dims]` and `itemsizes` `[num_bounds]` are
+    of the pieces that bounds lie in.
     """
     # The piece that a bound lies in, and how far in: 5 of the example in row 0, at offset 5.
     row = np.searchsorted(starts, bounds, side="right") - 1
@@ -179,7 +203,7 @@ def _at_boundaries(bounds: IntArray, starts: IntArray, extents: IntArray, itemsi
     # From coarse to fine. A piece of [2, 3, 4] elements of one byte has boundaries every 24 bytes, the piece's own;
     # every 12, its tensors'; every 4, rows'; and every 1, elements', where a bound ends if nothing coarser is near.
     for dim in range(extents.shape[1] + 1):
-        step = itemsizes[row] * extents[row, dim:].prod(axis=1)
+        step = itemsizes * extents[:, dim:].prod(axis=1)
         nearest = (offset + step // 2) // step * step
         near = ~final & (np.abs(nearest - offset) <= (MIN_SPLIT_BYTES if dim else slack))
         moved[near] = nearest[near]

@@ -153,6 +153,25 @@ class TensorSharding:
     def holders(self) -> Holders:
         return holders_of([shard.ranks for shard in self.shards])
 
+    @cached_property
+    def kinds(self) -> tuple[IntArray, IntArray]:
+        """Ranks that hold the same boxes are of one kind: the kind of each rank, and a rank of each kind.
+
+        Shapes: `[1 + the highest holder]`, `[num_kinds]`. Kind 0 are ranks that hold nothing; its rank is -1.
+        """
+        boxes: dict[int, list[int]] = defaultdict(list)
+        for box, shard in enumerate(self.shards):
+            for rank in shard.ranks:
+                boxes[rank].append(box)
+        kinds = np.zeros(1 + max(boxes, default=0), np.int64)
+        numbers: dict[tuple[int, ...], int] = {}
+        representatives = [-1]
+        for rank, held in boxes.items():
+            kinds[rank] = numbers.setdefault(tuple(held), len(representatives))
+            if kinds[rank] == len(representatives):
+                representatives.append(rank)
+        return kinds, np.array(representatives, np.int64)
+
     @classmethod
     def of(cls, boxes_by_rank: Iterable[tuple[int, Iterable[Box]]]) -> TensorSharding:
         ranks: dict[Box, list[int]] = defaultdict(list)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore
 
 from refit.bench.session import device_for, launched
 from refit.cli.launch import check_launch, rank_variables
@@ -19,10 +20,12 @@ from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.config.scenario import Scenario, check_num_ranks
 from refit.errors import UnavailableError, UsageError
+from refit.transport.ranks import Ranks
 from tests.cli.lines import SMALL, TWO_HEADS, scenario, sizes
 from tests.ranks.ports import job_with_a_free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = Ranks(0, 1, HashStore(), ("here",))
 
 TASK = {
     "SLURM_PROCID": "9",
@@ -171,7 +174,7 @@ def test_a_profile_of_cpus_is_refused_before_ranks_meet() -> None:
     line = "--model tiny --refit-method gloo --profile-refit"
     with (
         pytest.raises(UsageError, match="records what GPUs do, and this run is on CPUs"),
-        launched(parse(line.split()).scenario),
+        launched(parse(line.split()).scenario, ALONE),
     ):
         pass
 
@@ -227,15 +230,16 @@ def test_ranks_that_share_a_gpu_get_no_nccl_group(
     """NCCL is bound to a device at once, and refuses the second rank there."""
     asked: list[tuple[str, object]] = []
 
-    def initialise(backend: str, timeout: timedelta, device_id: object = None) -> None:
+    def initialise(backend: str, device_id: object = None, **group: object) -> None:
         asked.append((backend, device_id))
+        assert (group["rank"], group["world_size"], group["timeout"]) == (0, 1, timedelta(seconds=run.timeout_s))
         raise UsageError("far enough")
 
     one_gpu.setattr(torch.cuda, "device_count", lambda: 4)
     one_gpu.setattr(torch.cuda, "set_device", lambda device: None)
     one_gpu.setattr(dist, "init_process_group", initialise)
     run = moved_by("cuda-ipc", "--ranks-per-gpu", str(ranks_per_gpu))
-    with pytest.raises(UsageError, match="far enough"), launched(run):
+    with pytest.raises(UsageError, match="far enough"), launched(run, ALONE):
         pass
     device = torch.device("cuda", 3) if ranks_per_gpu == 1 else None
     assert asked == [(backend, device)]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from refit.encodings.delta.counts import Counts
 from refit.encodings.delta.elements import UNSIGNED, Array, Elements
-from refit.encodings.delta.find import Bytes, changed, pack_block, unpack_block, update
+from refit.encodings.delta.find import Bytes, pack_block, take_changes, unpack_block
 from refit.encodings.delta.form import (
     ALIGNMENT,
     CPU_BLOCK,
@@ -35,7 +35,7 @@ from refit.memory.weights import LocalWeights
 
 FIND, PACK, APPLY = "find", "pack", "apply"
 
-BLOCKS_AT_A_TIME = 16
+BLOCKS_AT_A_TIME = 8
 """Blocks that are compared at a time: enough that calls of numpy cost little, and few enough for a CPU's cache."""
 
 
@@ -90,8 +90,7 @@ class CpuEncoder:
             for begin in range(0, len(snapshot), step):
                 since = time.perf_counter()
                 old, new = snapshot[begin : begin + step], elements[begin : begin + step]
-                positions = changed(old, new)
-                values = update(old, new, positions)
+                positions, values = take_changes(old, new)
                 found_s += time.perf_counter() - since
                 count = num_blocks(len(new), self._block)
                 end = self._pack_blocks(message, table[number : number + count], end, new, positions, values)
@@ -114,15 +113,25 @@ class CpuEncoder:
         begins = range(0, len(new), block)
         bounds = np.searchsorted(positions, [*begins, len(new)]).tolist()
         low = positions.astype(np.uint16)  # modulo 2**16, as the differences below
+        halves = message[: len(message) // 2 * 2].view(np.uint16)
+        typed = message[: len(message) // size * size].view(new.dtype)
         place_bytes = value_bytes = 0
         for number, begin in enumerate(begins):
             first, last = bounds[number], bounds[number + 1]
             count, num = last - first, min(block, len(new) - begin)
             form = form_of(count, num, size)
-            places = low[first:last] - np.uint16(begin & 0xFFFF) if begin & 0xFFFF else low[first:last]
-            nbytes = pack_block(form, places, values[first:last], new[begin : begin + num], message[end:])
-            entries.append((end // ALIGNMENT, count))
+            places = low[first:last]
+            if begin & 0xFFFF:
+                places = places - np.uint16(begin & 0xFFFF)
             own = places_bytes(form, count, num)
+            if form is Form.POSITIONS:  # what `pack_block` does, in fewer calls
+                halves[end // 2 : end // 2 + count] = places
+                begin_of_values = (end + own) // size
+                typed[begin_of_values : begin_of_values + count] = values[first:last]
+                nbytes = own + count * size
+            else:
+                nbytes = pack_block(form, places, values[first:last], new[begin : begin + num], message[end:])
+            entries.append((end // ALIGNMENT, count))
             place_bytes += own
             value_bytes += nbytes - own
             end = aligned(end + nbytes)

@@ -23,6 +23,7 @@ of 2 bytes take 8 + 8 bytes as positions, 1,024 + 8 with a mask, 16,384 whole.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 from refit.plan.box import Box
 from refit.plan.sharding import TensorSpec
@@ -81,6 +82,7 @@ def data_bytes(form: Form, count: int, num: int, size: int) -> int:
     return places_bytes(form, count, num) + (num if form is Form.WHOLE else count) * size
 
 
+@lru_cache(maxsize=1 << 12)  # blocks have about as many changes, and each is asked about
 def form_of(count: int, num: int, size: int) -> Form:
     """The shortest form of `count` changes among `num` elements of `size` bytes."""
     positions, mask = places_bytes(Form.POSITIONS, count, num), places_bytes(Form.MASK, count, num)

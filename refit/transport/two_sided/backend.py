@@ -21,7 +21,8 @@ class BackendTraits:
     Pieces of at least `direct_send_threshold` bytes are messages of their own; no message exceeds `bucket_bytes`.
     At most `slots_per_peer` staged messages of a pair and `window` rounds are in flight; a message that needs no
     staging takes no slot. `copies` is the number of buffers per slot. `num_programs` limits the share of a GPU that
-    packing and unpacking take from the backend's own kernels; None is no limit.
+    packing and unpacking take from the backend's own kernels; None is no limit. `packed_bytes` takes the place of
+    `bucket_bytes` for messages that an encoding packs; None: they are no longer.
     """
 
     direct_send_threshold: int | None
@@ -30,6 +31,11 @@ class BackendTraits:
     window: int
     copies: int = 1
     num_programs: int | None = None
+    packed_bytes: int | None = None
+
+    def most_bytes(self, *, is_packed: bool) -> int:
+        """The most of a message. Both ends of a pair give the same: `is_packed` is of the wire, not of a rank."""
+        return self.packed_bytes if is_packed and self.packed_bytes is not None else self.bucket_bytes
 
 
 @dataclass(slots=True)

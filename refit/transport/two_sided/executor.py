@@ -54,12 +54,12 @@ def prepare_program(
 
 def _schedule(plan: RefitPlan, rank: int, traits: BackendTraits, options: TransportOptions) -> Schedule:
     """Staging is divided over peers in proportion to their bytes, and evenly over the slots of a peer."""
-    staging_bytes = options.staging_bytes // traits.copies
-    sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, traits.bucket_bytes)
+    staging_bytes, limit = options.staging_bytes // traits.copies, traits.most_bytes(is_packed=bool(options.max_bytes))
+    sizes = pair_buckets(plan, staging_bytes, traits.slots_per_peer, limit)
     if options.max_bytes is not None and plan.num_stages > 1 and sizes:
         # What has been packed for one pair is passed on, as it is, to another.
         sizes = dict.fromkeys(sizes, min(sizes.values()))
-    framing = Framing(traits.bucket_bytes, traits.direct_send_threshold, sizes, options.max_bytes)
+    framing = Framing(limit, traits.direct_send_threshold, sizes, options.max_bytes)
     return make_schedule(plan, rank, framing)
 
 

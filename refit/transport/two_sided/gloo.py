@@ -156,7 +156,15 @@ def _message(bound: BoundMessage) -> torch.Tensor:
 class PinnedGlooBackend(GlooBackend):
     """Gloo over CUDA memory: slots are packed on the device and copied to pinned host memory, in one copy each."""
 
-    traits = BackendTraits(direct_send_threshold=None, bucket_bytes=32 << 20, slots_per_peer=2, window=2, copies=2)
+    # Packing costs launches for each message, whatever its bytes, and a packed one crosses with those that changed.
+    traits = BackendTraits(
+        direct_send_threshold=None,
+        bucket_bytes=32 << 20,
+        slots_per_peer=2,
+        window=2,
+        copies=2,
+        packed_bytes=128 << 20,
+    )
 
     def __init__(self, links: GlooLinks, timeout_s: float, device: torch.device) -> None:
         super().__init__(links, timeout_s)

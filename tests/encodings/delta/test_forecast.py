@@ -9,8 +9,7 @@ import pytest
 
 from refit.cli.parsing import parse
 from refit.config.clusters import load_cluster
-from refit.encodings.delta.cpu import pack_block
-from refit.encodings.delta.find import changed
+from refit.encodings.delta.find import pack_block, take_changes
 from refit.encodings.delta.form import CPU_BLOCK, ENTRY_BYTES, expected_bytes, form_of
 from refit.errors import UsageError
 from refit.predict.cpus import Machine, check_running
@@ -39,10 +38,9 @@ def test_the_expected_bytes_are_those_that_packing_finds(share: float) -> None:
     data, sent = np.empty(2 * CPU_BLOCK, np.uint8), 0
     for begin in range(0, num, CPU_BLOCK):
         block = slice(begin, begin + CPU_BLOCK)
-        positions = changed(old[block], new[block])
-        sent += ENTRY_BYTES + pack_block(
-            form_of(len(positions), CPU_BLOCK, 2), positions, new[block][positions], new[block], data
-        )
+        positions, values = take_changes(old[block], new[block])
+        form = form_of(len(positions), CPU_BLOCK, 2)
+        sent += ENTRY_BYTES + pack_block(form, positions.astype(np.uint16), values, new[block], data)
     assert expected_bytes(num, 2, share) == pytest.approx(sent, rel=0.1)
 
 

@@ -209,28 +209,28 @@ def position_off_by_one() -> Iterator[None]:
 
 @mutant
 def value_of_the_version_before() -> Iterator[None]:
-    update = cpu.update
+    take_changes = cpu.take_changes
 
-    def stale(old: Any, new: Any, positions: Any) -> Any:
-        before = old[positions]
-        update(old, new, positions)
-        return before
+    def stale(old: Any, new: Any) -> Any:
+        before = old.copy()
+        positions, _ = take_changes(old, new)
+        return positions, before[positions]
 
-    with mock.patch.object(cpu, "update", stale):
+    with mock.patch.object(cpu, "take_changes", stale):
         yield
 
 
 @mutant
 def snapshot_runs_ahead() -> Iterator[None]:
     """It takes a change before that has been sent."""
-    changed = cpu.changed
+    take_changes = cpu.take_changes
 
     def broken(old: Any, new: Any) -> Any:
         if len(old):
             old[: len(old) // 2] = new[: len(new) // 2]
-        return changed(old, new)
+        return take_changes(old, new)
 
-    with mock.patch.object(cpu, "changed", broken):
+    with mock.patch.object(cpu, "take_changes", broken):
         yield
 
 
