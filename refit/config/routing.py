@@ -18,7 +18,7 @@ KEY = "logical_count"
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """`loads` are tokens by layer with experts and by expert, from the file `name`; empty: all experts are as likely."""
+    """`loads` are tokens by layer with experts and by expert, from the file `name`; empty: all are as likely."""
 
     name: str = "uniform"
     loads: tuple[tuple[float, ...], ...] = ()
@@ -33,8 +33,8 @@ class Routing:
             return [(experts.topk / count,) * count] * layers
         if (len(self.loads), len(self.loads[0])) != (layers, count):
             raise UsageError(
-                f"--routing {self.name} has {len(self.loads)} rows of {len(self.loads[0])} loads, the model has {layers} "
-                f"layers of {count} experts: give one row for each layer with experts"
+                f"--routing {self.name} has {len(self.loads)} rows of {len(self.loads[0])} loads, the model has "
+                f"{layers} layers of {count} experts: give one row for each layer with experts"
             )
         return [self._scaled(number, row, experts.topk) for number, row in enumerate(self.loads)]
 
@@ -49,6 +49,9 @@ class Routing:
                 f"{100 / topk:.0f} %: give tokens by expert"
             )
         return tuple(min(1.0, each) for each in found)
+
+
+UNIFORM = Routing()
 
 
 def read_routing(text: str) -> Routing:

@@ -42,8 +42,9 @@ class Found:
     whose cache fits there on one replica of the attention; both None where the cluster's memory is not known.
     `bound` is None where the cluster has no speed for bytes that cross its nodes. It is that of a refit that sends
     changes of `share` of the weights; None: everything. `floor` is the least bound of all plans that send everything.
-    `crossing` is None where all ranks are in one node. `layout` are the destination's sizes. Where serving is asked for,
-    `rollouts` has its bounds, `train_s` that of a training step, and `largest_batch` the sequences whose cache fits.
+    `crossing` is None where all ranks are in one node. `layout` are the destination's sizes. Where serving is asked
+    for, `rollouts` has its bounds, `train_s` that of a training step, and `largest_batch` the sequences whose cache
+    fits.
     """
 
     flags: tuple[str, ...]
@@ -113,7 +114,7 @@ class Findings:
     `num_built` pairs can be built, `num_too_large` of them do not fit, `num_batch_too_large` cannot hold the batch's
     cache, `num_unbounded` have no bound of serving since the cluster has no speed between nodes. `num_beaten` were not
     planned since one that was found is as good in both the objective and memory, whatever their plans;
-    `num_unplanned` were not planned beyond the most plans: what they are ranked by is at least `unplanned_floor_s`.
+    `every`: all that fit were to be planned. `num_unplanned` were not beyond the most plans: what they are ranked by is at least `unplanned_floor_s`.
     `pareto` are indices into `found`: no other candidate is as good in both, but equal ones behind it. `kinds` says how
     many layouts fit of each kind, `refused` has a reason and the layouts of a format that are none of its.
     """
@@ -124,6 +125,7 @@ class Findings:
     num_unplanned: int
     unplanned_floor_s: float | None
     objective: Objective = Objective.REFIT
+    every: bool = True
     num_batch_too_large: int = 0
     num_unbounded: int = 0
     num_beaten: int = 0

@@ -1,4 +1,4 @@
-"""The layouts of each side that a search looks at, as flags and as what their ranks hold; flags are read once for all."""
+"""The layouts of each side that a search looks at, as flags and as what their ranks hold. Flags are read once."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Sides:
         return shape
 
     def holding(self, name: str, spec: SideSpec, shape: ModelShape) -> Holding:
-        """What the ranks of a side hold. Raises UsageError where the model cannot be sharded so; asked again, the same."""
+        """What the ranks of a side hold. Raises UsageError where the model cannot be sharded so."""
         key = spec, shape
         if key not in self._holdings:
             try:
@@ -130,3 +130,8 @@ def side_flags(
 def first_rank(mode: Mode, source: SideSpec) -> int:
     """Of a destination."""
     return 0 if mode is Mode.COLLOCATED else source.world_size
+
+
+def positions_of(common: Sequence[str]) -> int:
+    """The positions of the model that these flags describe. Raises UsageError where they describe none."""
+    return model_shape(read_flags([*common, "--dry-run"])).max_position_embeddings

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from refit.config.clusters import Cluster
-from refit.config.routing import Routing
+from refit.config.routing import UNIFORM, Routing
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -21,9 +21,9 @@ class Workload:
     """What engines serve, all of them together.
 
     `batch` sequences decode at a time, with `context` tokens in the cache on average. They begin with a prompt of
-    `prompt` tokens, so that each generates 2 x (context - prompt). A cycle decodes `rollout_tokens`, with experts chosen
-    as `routing` says, and trains on all that its sequences have become; `train_s` is the training step where it is
-    given.
+    `prompt` tokens, so that each generates 2 x (context - prompt). A cycle decodes `rollout_tokens`, with experts
+    chosen as `routing` says, and trains on all that its sequences have become; `train_s` is the training step where it
+    is given.
     """
 
     batch: int
@@ -31,7 +31,7 @@ class Workload:
     prompt: int
     rollout_tokens: int
     train_s: float | None = None
-    routing: Routing = Routing()
+    routing: Routing = UNIFORM
 
     @property
     def num_sequences(self) -> float:
@@ -48,7 +48,9 @@ class Workload:
         and for a routing that is none of this model's."""
         most = shape.max_position_embeddings
         if self.context > most:
-            raise UsageError(f"--context {self.context:,} is beyond the model's {most:,} positions: give {most} or less")
+            raise UsageError(
+                f"--context {self.context:,} is beyond the model's {most:,} positions: give {most} or less"
+            )
         if self.prompt >= self.context:
             raise UsageError(
                 f"--prompt {self.prompt:,} leaves nothing to generate of --context {self.context:,}, the tokens of a "
@@ -96,7 +98,7 @@ class Cycle:
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """Bounds of a layout: of one decode step of `workload`, of the prefill of a cycle's prompts, and of its decoding."""
+    """Bounds of a layout: of one decode step of `workload`, and of the prefill of a cycle's prompts."""
 
     workload: Workload
     decode: PassBound

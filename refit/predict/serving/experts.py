@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """The experts of one layer on the ranks that share them out: `rank[i]` of the group has a slot hit with `hit[i]`."""
+    """The experts of one layer on the ranks that share them out: rank number `rank[i]` has a slot, `hit[i]`."""
 
     rank: npt.NDArray[np.int64]
     hit: Floats

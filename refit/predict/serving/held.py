@@ -56,4 +56,6 @@ def part_of(key: str, tied: bool) -> str | None:
         return ATTENTION
     if name.startswith("mlp.experts."):
         return ROUTED
-    return SHARED if name.startswith(("mlp.router", "mlp.shared_experts", "mlp.fc1_latent", "mlp.fc2_latent")) else DENSE
+    return (
+        SHARED if name.startswith(("mlp.router", "mlp.shared_experts", "mlp.fc1_latent", "mlp.fc2_latent")) else DENSE
+    )

@@ -19,7 +19,7 @@ from refit.plan.quantised import Grid
 from refit.plan.sharding import ITEMSIZE, TensorSpec
 from refit.predict import megatron
 from refit.predict.placement import Slots
-from refit.predict.vllm.engine import Engine, Place, stage_layers
+from refit.predict.vllm.engine import Place, stage_layers
 from refit.predict.vllm.parameters import Engines
 
 
@@ -196,7 +196,13 @@ def of_vllm(shape: ModelShape, side: SideSpec) -> Served:
     )
     number = side.world_size // engine.num_ranks
     return Served(
-        number, engine.tp, engine.dp, engine.ep, engine.expert_tp, stages, engines.placed,
+        number,
+        engine.tp,
+        engine.dp,
+        engine.ep,
+        engine.expert_tp,
+        stages,
+        engines.placed,
         engine.replicates_shared_experts,
     )
 
@@ -205,8 +211,7 @@ def _of_vllm_stage(engines: Engines, number: int, layers: range) -> Iterator[Cou
     logical, place = engines.model.logical, Place(number, 0, 0, 0)
     outer, *blocks = engines.model.blocks
     for tensor, boxes in engines.outer_cuts(outer, place):
-        yield from (Counted(logical[piece.key], (piece.box,), 1)
-                    for box in boxes for _, piece in tensor.pieces_of(box))
+        yield from (Counted(logical[piece.key], (piece.box,), 1) for box in boxes for _, piece in tensor.pieces_of(box))
     kinds: dict[int, list[int]] = {}
     for layer in layers:
         kinds.setdefault(id(blocks[layer].tensors), []).append(layer)

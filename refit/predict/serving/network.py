@@ -1,7 +1,7 @@
 """Bytes that the collectives of a pass move over the links of a GPU, and the time that these take.
 
-A GPU has two links: to its node (NVLink), and between nodes. A collective moves bytes over both at the same time, so the
-slower one counts.
+A GPU has two links: to its node (NVLink), and between nodes. A collective moves bytes over both at the same time, so
+the slower one counts.
 
 - All-reduce of S bytes over n ranks: a rank sends 2 (n - 1) / n S, the least there can be without reduction in the
   switches (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms"). Over k nodes of g ranks each, every
@@ -40,6 +40,9 @@ class Moved:
         if self.between and cluster.inter_bytes_per_s is None:
             return math.inf
         return max(self.within / cluster.intra_bytes_per_s, self.between / (cluster.inter_bytes_per_s or math.inf))
+
+
+NOTHING = Moved()
 
 
 def all_reduce(nbytes: float, ranks: Sequence[int], per_node: int) -> Moved:

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from refit.config.clusters import Cluster
-from refit.config.routing import Routing
+from refit.config.routing import UNIFORM, Routing
 from refit.config.shape import Dtype, ModelShape
 from refit.plan.sharding import ITEMSIZE
 from refit.predict.kv_cache import kv_bytes_of_layer
 from refit.predict.serving.experts import Slots
 from refit.predict.serving.held import ATTENTION, DENSE, OUTPUT, ROUTED, SHARED, Part, parts_of
 from refit.predict.serving.layout import Served, Stage
-from refit.predict.serving.network import Moved, all_reduce, dispatch, send
+from refit.predict.serving.network import NOTHING, Moved, all_reduce, dispatch, send
 
 CACHE, ALL_REDUCE, ALL_TO_ALL, SENDS = "attention over the cache", "all-reduce", "expert all-to-all", "pipeline sends"
 MEMORY, FLOPS, NODE, NETWORK = "memory", "FLOP/s", "links in a node", "links between nodes"
@@ -57,7 +57,7 @@ class Term:
     nbytes: float = 0.0
     fp8_flops: float = 0.0
     other_flops: float = 0.0
-    moved: Moved = Moved()
+    moved: Moved = NOTHING
     seconds: float = 0.0
     limited_by: str = MEMORY
 
@@ -68,7 +68,7 @@ class Term:
         flops += self.fp8_flops / (cluster.fp8_flops_per_s or math.inf)
         moved = self.moved.seconds(cluster)
         between = self.moved.between / (cluster.inter_bytes_per_s or math.inf)
-        links = NETWORK if self.moved.between and moved <= between or math.isinf(moved) else NODE
+        links = NETWORK if (self.moved.between and moved <= between) or math.isinf(moved) else NODE
         seconds, limit = max((memory, MEMORY), (flops, FLOPS), (moved, links), key=lambda each: each[0])
         return replace(self, seconds=seconds, limited_by=limit)
 
@@ -108,7 +108,7 @@ class Serving:
     dtype: Dtype
     served: Served
     cluster: Cluster
-    routing: Routing = Routing()
+    routing: Routing = UNIFORM
 
     def decode(self, sequences: int, context: int) -> PassBound:
         """A step that decodes one token of each of `sequences` on every attention replica, `context` tokens cached.
