@@ -114,7 +114,8 @@ class Findings:
     `num_built` pairs can be built, `num_too_large` of them do not fit, `num_batch_too_large` cannot hold the batch's
     cache, `num_unbounded` have no bound of serving since the cluster has no speed between nodes. `num_beaten` were not
     planned since one that was found is as good in both the objective and memory, whatever their plans;
-    `every`: all that fit were to be planned. `num_unplanned` were not beyond the most plans: what they are ranked by is at least `unplanned_floor_s`.
+    `every`: all that fit were to be planned. `num_unplanned` were not beyond the most plans: what they are ranked by is
+    at least `unplanned_floor_s`.
     `pareto` are indices into `found`: no other candidate is as good in both, but equal ones behind it. `kinds` says how
     many layouts fit of each kind, `refused` has a reason and the layouts of a format that are none of its.
     """

@@ -58,4 +58,4 @@ class Slots:
             return np.asarray(np.log1p(-self.hit), np.float64)
 
     def _summed(self, values: Floats) -> Floats:
-        return np.bincount(self.rank, values, self.num_ranks)
+        return np.asarray(np.bincount(self.rank, values, self.num_ranks), np.float64)
