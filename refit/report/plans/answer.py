@@ -59,5 +59,5 @@ def _second(findings: Findings, rows: list[Row], dtype: str | None) -> str:
         if (is_open and other.destination == best.destination) or f"{ratio:.3f}" == "1.000":
             continue
         more = f"{100 * (ratio - 1):.1f} %" if ratio < 2 else f"{ratio - 1:.1f} times"
-        return f". The second best, {name_of(row, findings, dtype)}, takes {more} more"
+        return f". The second best, {other.destination.removesuffix(f' {dtype}')}, takes {more} more"
     return ""
