@@ -85,7 +85,7 @@ def measure(
             for nbytes in _sizes(pattern, link, most_bytes):
                 measured = _Measurement(method, pairs, nbytes, ranks, per_host, device, options)
                 speeds.append(measured.speed(link, pattern, num_times))
-    own = _own_speeds(device, num_times)
+    own = _own_speeds(device, most_bytes, num_times)
     environment = manifest()
     machine = environment.gpus[0].name if environment.gpus and device.type == "cuda" else environment.cpu
     return Calibration(
@@ -101,23 +101,24 @@ def measure(
     )
 
 
-READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+READ = {"cpu": 4, "cuda": 32}
 PRODUCT = {"cpu": 1024, "cuda": 8192}
-"""By device: bytes that are read at a time, beyond its caches, and the size of the matrices that are multiplied."""
+"""By device: how much more is read at a time than is sent, to be beyond its caches, and the size of the matrices that
+are multiplied."""
 
 
-def _own_speeds(device: torch.device, num_times: int) -> tuple[float, float]:
-    """Bytes per second that a rank reads, and operations per second of its products in BF16: medians, of the slowest
-    rank. Collective: every rank."""
-    read = torch.zeros(READ_BYTES[device.type] // 4, device=device)
-    read_s = _median_s(lambda: read.sum(), device, num_times)
+def _own_speeds(device: torch.device, most_bytes: int, num_times: int) -> tuple[float, float]:
+    """Bytes per second that a rank reads, and operations per second of its products in BF16, while all ranks do: the
+    slowest rank's, each at its best, since bounds are of what hardware can do. Collective: every rank."""
+    read = torch.zeros(READ[device.type] * most_bytes // 4, device=device)
+    read_s = _least_s(lambda: read.sum(), device, num_times)
     size = PRODUCT[device.type]
     left, right = (torch.ones(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    product_s = _median_s(lambda: left @ right, device, num_times)
-    return READ_BYTES[device.type] / read_s, 2 * size**3 / product_s
+    product_s = _least_s(lambda: left @ right, device, num_times)
+    return read.nbytes / read_s, 2 * size**3 / product_s
 
 
-def _median_s(run: Callable[[], torch.Tensor], device: torch.device, num_times: int) -> float:
+def _least_s(run: Callable[[], torch.Tensor], device: torch.device, num_times: int) -> float:
     """Collective: every rank, all at the same time."""
     seconds = []
     for _ in range(NUM_WARMUP + num_times):
@@ -126,8 +127,8 @@ def _median_s(run: Callable[[], torch.Tensor], device: torch.device, num_times: 
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(float(max(gather(_world(), time.perf_counter() - began))))
-    return statistics.median(seconds[NUM_WARMUP:])
+        seconds.append(time.perf_counter() - began)
+    return float(max(gather(_world(), min(seconds))))
 
 
 def _device(device_type: str, timeout_s: float) -> torch.device:
