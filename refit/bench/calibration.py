@@ -1,4 +1,5 @@
-"""Measures what links between ranks carry, with the transports that refits use: `refit calibrate`, on each rank.
+"""Measures what links between ranks carry, with the transports that refits use: `refit calibrate`, on each rank. And
+what a rank reads of its memory and computes, which bounds of serving need.
 
 A measurement is a refit of a tensor from a rank to another. A pattern says which pairs move one at a time:
 
@@ -16,7 +17,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -84,6 +85,7 @@ def measure(
             for nbytes in _sizes(pattern, link, most_bytes):
                 measured = _Measurement(method, pairs, nbytes, ranks, per_host, device, options)
                 speeds.append(measured.speed(link, pattern, num_times))
+    own = _own_speeds(device, most_bytes, num_times)
     environment = manifest()
     machine = environment.gpus[0].name if environment.gpus and device.type == "cuda" else environment.cpu
     return Calibration(
@@ -94,7 +96,39 @@ def measure(
         date=now()[:10],
         machine=machine or platform.machine(),
         commit=environment.commit,
+        read_bytes_per_s=own[0],
+        bf16_flops_per_s=own[1],
     )
+
+
+READ = {"cpu": 4, "cuda": 32}
+PRODUCT = {"cpu": 1024, "cuda": 8192}
+"""By device: how much more is read at a time than is sent, to be beyond its caches, and the size of the matrices that
+are multiplied."""
+
+
+def _own_speeds(device: torch.device, most_bytes: int, num_times: int) -> tuple[float, float]:
+    """Bytes per second that a rank reads, and operations per second of its products in BF16, while all ranks do: the
+    slowest rank's, each at its best, since bounds are of what hardware can do. Collective: every rank."""
+    read = torch.zeros(READ[device.type] * most_bytes // 4, device=device)
+    read_s = _least_s(lambda: read.sum(), device, num_times)
+    size = PRODUCT[device.type]
+    left, right = (torch.ones(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    product_s = _least_s(lambda: left @ right, device, num_times)
+    return read.nbytes / read_s, 2 * size**3 / product_s
+
+
+def _least_s(run: Callable[[], torch.Tensor], device: torch.device, num_times: int) -> float:
+    """Collective: every rank, all at the same time."""
+    seconds = []
+    for _ in range(NUM_WARMUP + num_times):
+        dist.barrier()
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return float(max(gather(_world(), min(seconds))))
 
 
 def _device(device_type: str, timeout_s: float) -> torch.device:

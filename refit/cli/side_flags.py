@@ -91,10 +91,10 @@ def read_sides(args: argparse.Namespace) -> tuple[SideSpec, SideSpec]:
 
     Raises UsageError where the sizes do not divide the ranks. Whether the model can be sharded this way is not checked.
     """
-    source = _side("source", args, first_rank=0)
+    source = read_side("source", args, first_rank=0)
     if any("destination" in MEASUREMENTS[name].sides for name in args.measure):
         first_rank = 0 if Mode(args.refit_mode) is Mode.COLLOCATED else source.world_size
-        sides = source, _side("destination", args, first_rank=first_rank, like=source.layout)
+        sides = source, read_side("destination", args, first_rank=first_rank, like=source.layout)
     else:
         _check_no_destination(args)
         sides = source, source
@@ -139,8 +139,8 @@ def _check_no_destination(args: argparse.Namespace) -> None:
         raise UsageError(f"--{given} is for the destination, which --measure {','.join(args.measure)} does not use")
 
 
-def _side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout | None = None) -> SideSpec:
-    """The side `name`. Sizes that are not given are those of `like`."""
+def read_side(name: str, args: argparse.Namespace, *, first_rank: int, like: Layout | None = None) -> SideSpec:
+    """The side `name`. Sizes that are not given are those of `like`. Raises UsageError as `read_sides`."""
     place = name == "destination"
     given_format = getattr(args, attribute(FORMAT_FLAGS[place]))
     # A model provider chooses the dtype of what it builds.

@@ -1,4 +1,4 @@
-"""`refit search`: which layouts fit, and the lower bound of the refit into each."""
+"""`refit search`: which layouts fit, and what serving with each, and the refit into it, take at least."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ from refit.cli.invocation import command_text
 from refit.config import limits
 from refit.config.clusters import load_cluster
 from refit.config.registry import FORMATS
+from refit.config.routing import UNIFORM, read_routing
 from refit.config.scenario import Mode
 from refit.errors import UsageError
-from refit.predict.findings import Found
+from refit.predict.findings import Found, Objective
+from refit.predict.serving.cycle import Workload
 from refit.report.plans import search as text
+from refit.report.plans.explain import explained
+from refit.report.plans.search_page import as_html
+from refit.report.terminal import live
 from refit.report.terminal.console import show, show_aside
 from refit.sweep.search import Search
 from refit.sweep.search_scenarios import scenario_file
+from refit.sweep.search_sides import positions_of
 
-RENDERERS = {"text": text.as_text, "csv": text.as_csv, "json": text.as_json}
+RENDERERS = {"text": text.as_text, "csv": text.as_csv, "json": text.as_json, "html": as_html}
+BATCH_OF_A_GPU, CONTEXT = 8, 4096
+"""Defaults of what is served."""
+
 GPUS_PER_HOST = 8
 """Ranks of a host, by which the planner prefers replicas nearby; the dry run's default."""
 
@@ -31,11 +40,13 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "search",
-        help="find the layouts that fit and rank them by the refit's lower bound",
-        description="Plan the refit into every layout of the destination that fits the cluster's memory, and rank them "
-        "by lower bound. Marked with * are those that no other beats in both lower bound and memory. Nothing is run.",
-        epilog="Flags of benchmark_refit.py may follow after --.\n\nexample:\n"
-        "  refit search --model kimi_k2 --source 'TP8 EP8 PP4' --gpus 64 --cluster h100_ib400",
+        help="find the engine layout with the shortest cycle, decode step or refit, by lower bounds",
+        description="Rank the layouts of the destination that fit the cluster's memory by lower bounds: of a cycle of "
+        "training, refit and rollouts, of a decode step, or of the refit. Shown are those that no other beats in both "
+        "that and memory. Nothing is run.",
+        epilog="Flags of benchmark_refit.py may follow after --.\n\nexamples:\n"
+        "  refit search --model kimi_k2 --source 'TP8 EP8 PP4' --gpus 64 --cluster h100_ib400\n"
+        "  refit search --model kimi_k2 --source 'TP8 EP8' --gpus 64 --cluster h100_ib400 --explain 'vllm TP8 EP64'",
     )
     positive = flag_types.up_to(limits.MAX_COUNT)
     parser.add_argument("--model", metavar="NAME", help="a preset of configs/models; default: flags after --")
@@ -59,13 +70,24 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--formats", nargs="+", choices=SEARCHED, default=SEARCHED, help="the destination's formats; default: all"
     )
+    parser.add_argument(
+        "--objective",
+        choices=[objective.value for objective in Objective],
+        default=Objective.CYCLE.value,
+        help="what layouts are ranked by; default: cycle",
+    )
+    parser.add_argument(
+        "--explain", metavar="LAYOUT", help="print every term of one layout, as in 'vllm TP8 EP64'; default: a search"
+    )
+    parser.add_argument("--all", action="store_true", help="all layouts that fit; default: those that may be best")
+    _add_workload_flags(parser)
     parser.add_argument("--max-pp", type=positive, default=1, metavar="N", help="largest PP searched; default: 1")
     parser.add_argument(
         "--max-plans", type=positive, default=400, metavar="N", help="most layouts that are planned; default: 400"
     )
     parser.add_argument("--format", choices=RENDERERS, default="text", help="of the output; default: text")
     parser.add_argument("--top", type=positive, default=20, metavar="N", help="rows of the text; default: 20")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lower bound against memory; default: not drawn")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what ranks against memory; default: not drawn")
     parser.add_argument(
         "--write-scenarios", type=Path, metavar="FILE", help="write the best as a list for sweeps; default: none"
     )
@@ -73,8 +95,69 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run, takes_flags=True)
 
 
+WORKLOAD = ("batch", "context", "prompt", "rollout_tokens", "train_step", "routing", "explain")
+"""Flags that say what is served."""
+
+
+def _add_workload_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is served")
+    tokens = flag_types.up_to(limits.MAX_SIZE)
+    group.add_argument(
+        "--batch",
+        type=flag_types.positive,
+        metavar="N",
+        help=f"sequences that decode at a time, on all engines together; default: {BATCH_OF_A_GPU} for each GPU",
+    )
+    group.add_argument(
+        "--context",
+        type=tokens,
+        metavar="N",
+        help=f"tokens of a sequence in the cache, on average; default: {CONTEXT:,}, or 2/3 of the model's positions",
+    )
+    group.add_argument("--prompt", type=tokens, metavar="N", help="tokens of a prompt; default: half of the context")
+    group.add_argument(
+        "--rollout-tokens",
+        type=flag_types.up_to(limits.MAX_RECORDED),
+        metavar="N",
+        help="tokens decoded in a cycle; default: those of one batch, 2 x (context - prompt) a sequence",
+    )
+    group.add_argument(
+        "--train-step",
+        type=flag_types.seconds,
+        metavar="SECONDS",
+        help="of a cycle's training; default: a bound, its operations at full speed",
+    )
+    group.add_argument(
+        "--routing",
+        type=read_routing,
+        metavar="FILE",
+        help="JSON: tokens by layer and expert, as SGLang's logical_count; default: all experts as likely",
+    )
+
+
+def _workload(args: argparse.Namespace) -> Workload | None:
+    """What is served; None where the refit alone is asked for. Raises UsageError for flags without use."""
+    if args.objective == Objective.REFIT.value:
+        given = next((name for name in WORKLOAD if getattr(args, name) is not None), None)
+        if given is not None:
+            raise UsageError(
+                f"--{given.replace('_', '-')} is about serving, which --objective refit leaves out: give --objective "
+                "decode or cycle"
+            )
+        return None
+    model = (f"--model={args.model}",) if args.model else ()
+    positions = positions_of((*model, *args.flags))
+    context = args.context or min(CONTEXT, max(1, 2 * positions // 3))
+    batch = args.batch or BATCH_OF_A_GPU * args.gpus
+    prompt = args.prompt or max(1, context // 2)
+    answered = 2 * max(1, context - prompt)
+    tokens = args.rollout_tokens or batch * answered
+    return Workload(batch, context, prompt, tokens, args.train_step, args.routing or UNIFORM)
+
+
 def run(args: argparse.Namespace) -> int:
     """Search and print. Raises UsageError where nothing fits, or for flags that are no layout."""
+    live.draw("reading the model")
     if args.source is None and args.source_gpus is None:
         raise UsageError("no source: give its layout with --source, or its ranks with --source-gpus to search that too")
     cluster = load_cluster(args.cluster)
@@ -89,7 +172,13 @@ def run(args: argparse.Namespace) -> int:
         destination_formats=tuple(args.formats),
         max_pp=args.max_pp,
         max_plans=args.max_plans,
+        objective=Objective(args.objective),
+        workload=_workload(args),
+        every=args.all,
     )
+    if args.explain is not None:
+        show(explained(search.explain(args.explain), cluster))
+        return 0
     findings = search.run()
     show(RENDERERS[args.format](findings, cluster, args.top))
     if args.plot is not None:

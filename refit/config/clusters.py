@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +12,25 @@ from refit.config.limits import MAX_COUNT
 from refit.errors import UsageError
 
 MAX_NUMBER = 1e6
-"""Most GB or GB/s in a cluster's file, and the inverse of the least."""
+"""Most GB, GB/s or TFLOP/s in a cluster's file, and the inverse of the least."""
 
-NUMBERS = ("intra_node_gb_per_s", "inter_node_gb_per_s", "gpus_per_node", "copy_gb_per_s", "gpu_memory_gb")
+LINKS = ("intra_node_gb_per_s", "inter_node_gb_per_s", "gpus_per_node", "copy_gb_per_s")
+GPU = ("gpu_memory_gb", "memory_gb_per_s", "bf16_tflops", "fp8_tflops")
+NUMBERS = (*LINKS, *GPU)
 REQUIRED = ("intra_node_gb_per_s", "gpus_per_node")
 TEXTS = ("gpu", "source", "measured")
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Memory and link speeds of a cluster. Speeds are one GPU's in one direction, in bytes per second.
+    """Memory, link speeds and arithmetic of a cluster. Speeds are one GPU's in one direction, in bytes per second.
 
     A node is an NVLink domain: the GPUs that reach each other at `intra_bytes_per_s`, `gpus_per_node` of them (8 in an
     HGX host, 72 in an NVL72 rack). Between nodes it is `inter_bytes_per_s`, None where only one node is described.
     `copy_bytes_per_s` counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the
-    bound. `gpu_memory_bytes` is None where it is not known. `gpu` is the end of the device's name, by which a run finds
+    bound. `gpu_memory_bytes` is None where it is not known. `memory_bytes_per_s` is what a GPU reads of its memory, and
+    `bf16_flops_per_s` and `fp8_flops_per_s` what its matrix products of these dtypes reach, of dense matrices; None
+    leaves out what needs them: bounds of serving. `gpu` is the end of the device's name, by which a run finds
     its cluster; None where users must name the cluster. `source` says where the figures come from, `measured` on which
     day `refit calibrate` took them; None of a file that it has not written.
     """
@@ -39,6 +44,21 @@ class Cluster:
     gpu: str | None
     source: str
     measured: str | None = None
+    memory_bytes_per_s: float | None = None
+    bf16_flops_per_s: float | None = None
+    fp8_flops_per_s: float | None = None
+
+    def check_serves(self, dtypes: Iterable[str]) -> None:
+        """Raise UsageError, naming the keys, where it lacks what bounds of serving need. `dtypes` are those that matrix
+        products are in, `bf16` and `fp8`."""
+        found = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s}
+        missing = ["memory_gb_per_s"] if self.memory_bytes_per_s is None else []
+        missing += [f"{dtype}_tflops" for dtype in dtypes if found[dtype] is None]
+        if missing:
+            raise UsageError(
+                f"cluster {self.name} has no {' and no '.join(missing)}, which bounds of serving need: add "
+                f"{'them' if len(missing) > 1 else 'it'} to its file, or give --objective refit"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +72,8 @@ class Choice:
 def load_cluster(name: str) -> Cluster:
     """A file of `configs/clusters`, or the YAML file at path `name`.
 
-    `intra_node_gb_per_s` and `gpus_per_node` must be there; `inter_node_gb_per_s`, `copy_gb_per_s`, `gpu_memory_gb`,
-    `gpu`, `source` and `measured` may be left out. Speeds are GB/s of one GPU in one direction.
+    `intra_node_gb_per_s` and `gpus_per_node` must be there, all others may be left out. Speeds are GB/s of one GPU in
+    one direction, `memory_gb_per_s` those of reading its memory, `bf16_tflops` and `fp8_tflops` of dense matrices.
     Raises UsageError, naming file and key, for an unknown name or key, a number that is not positive, finite and
     within its limit, or a text that is none.
     """
@@ -81,6 +101,9 @@ def load_cluster(name: str) -> Cluster:
         gpu=texts["gpu"] or None,
         source=texts["source"],
         measured=texts["measured"] or None,
+        memory_bytes_per_s=_scaled(numbers["memory_gb_per_s"]),
+        bf16_flops_per_s=_scaled(numbers["bf16_tflops"], 1e12),
+        fp8_flops_per_s=_scaled(numbers["fp8_tflops"], 1e12),
     )
 
 
@@ -135,5 +158,5 @@ def _text(path: Path, key: str, value: object) -> str:
     return value or ""
 
 
-def _scaled(gb_per_s: float | None) -> float | None:
-    return None if gb_per_s is None else gb_per_s * 1e9
+def _scaled(number: float | None, scale: float = 1e9) -> float | None:
+    return None if number is None else number * scale

@@ -39,9 +39,10 @@ class Format:
     modules that `build` needs beyond those that are always installed, each with the command that installs it.
     `takes_provider`: `build` can build the model of `--model-provider`. `has_layer_specs`: `--transformer-impl` chooses
     a side's layers. `destination_only`: no trainer holds a model this way. `steps` is how it trains and runs forward;
-    None where it does not. `serves`: `refit search` looks for such destinations, and varies the settings
-    `searched_options` beside the axes. `builds_codes`: an FP8 side comes out of `build` with codes and scales; of other
-    formats the runner puts them in place of the weights, in the same cuts.
+    None where it does not. `serving(model, side) -> Served` says how its ranks serve and counts what they hold, from
+    which bounds follow (`refit.predict.serving`); `refit search` looks for such destinations, and varies the settings
+    `searched_options` beside the axes. None: it does not serve. `builds_codes`: an FP8 side comes out of `build` with
+    codes and scales; of other formats the runner puts them in place of the weights, in the same cuts.
     `parts(model, side) -> Parts` are the logical tensors that an FP8 side quantises part by part; None: as they are.
 
     `words` are what titles and `--source TEXT` call settings beside the axes, with the field of `options` that each is;
@@ -71,7 +72,7 @@ class Format:
     has_layer_specs: bool = False
     steps: StepSupport | None = None
     destination_only: bool = False
-    serves: bool = False
+    serving: str | None = None
     searched_options: tuple[str, ...] = ()
     builds_codes: bool = False
     parts: str | None = None
@@ -81,6 +82,10 @@ class Format:
     preload: str | None = None
     rearrange: str | None = None
     words: tuple[tuple[str, str], ...] = (("DP", DATA_PARALLEL),)
+
+    @property
+    def serves(self) -> bool:
+        return self.serving is not None
 
     @property
     def is_transformers(self) -> bool:

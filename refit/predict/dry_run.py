@@ -34,13 +34,14 @@ class DryRunOptions:
     """The hardware that a dry run assumes. `num_gpus` None stands for as many as the scenario needs.
 
     The plan uses hosts of `gpus_per_node` GPUs, as a run does. Traffic and bound use the cluster's NVLink domains.
-    `compared` are clusters whose floors are wanted beside.
+    `compared` are clusters whose floors are wanted beside. `alone`: the same scenario with other destinations is not.
     """
 
     num_gpus: int | None = None
     gpus_per_node: int = 8
     cluster: Cluster | None = None
     compared: tuple[Cluster, ...] = ()
+    alone: bool = False
 
     @property
     def gpus_per_domain(self) -> int:
@@ -366,4 +367,6 @@ def _unquantised(scenario: Scenario) -> SideSpec | None:
 
 
 def _with_destination(scenario: Scenario, destination: SideSpec | None, options: DryRunOptions) -> DryRun | None:
-    return dry_run(replace(scenario, destination=destination), options) if destination is not None else None
+    if destination is None or options.alone:
+        return None
+    return dry_run(replace(scenario, destination=destination), options)

@@ -15,11 +15,14 @@ def kv_bytes_per_token(shape: ModelShape, layout: Layout) -> int:
     Multi-latent attention caches the latent and the rotary key, whole on every TP rank (DeepSeek-V2, arXiv:2405.04434,
     table 1). Otherwise each TP rank caches keys and values of its query groups, of at least one.
     """
-    layers = _most_layers(layout, shape.num_layers)
+    return _most_layers(layout, shape.num_layers) * kv_bytes_of_layer(shape, layout.tp)
+
+
+def kv_bytes_of_layer(shape: ModelShape, tp: int) -> int:
+    """Bytes of cache per token and layer on a GPU."""
     if shape.mla is not None:
-        return layers * (shape.mla.kv_lora_rank + shape.mla.qk_pos_emb_head_dim) * CACHE_ITEMSIZE
-    groups = max(1, shape.num_query_groups // layout.tp)
-    return layers * 2 * groups * shape.kv_channels * CACHE_ITEMSIZE
+        return (shape.mla.kv_lora_rank + shape.mla.qk_pos_emb_head_dim) * CACHE_ITEMSIZE
+    return 2 * max(1, shape.num_query_groups // tp) * shape.kv_channels * CACHE_ITEMSIZE
 
 
 def _most_layers(layout: Layout, num_layers: int) -> int:

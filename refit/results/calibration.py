@@ -45,7 +45,11 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All that was measured, on `num_hosts` of `ranks_per_host`. `machine` and `commit` say where, and by what."""
+    """All that was measured, on `num_hosts` of `ranks_per_host`. `machine` and `commit` say where, and by what.
+
+    `read_bytes_per_s` and `bf16_flops_per_s` are what the slowest rank reads of its memory, and what its matrix
+    products in BF16 reach, while all do.
+    """
 
     speeds: tuple[Speed, ...]
     num_hosts: int
@@ -54,6 +58,8 @@ class Calibration:
     date: str
     machine: str
     commit: str | None
+    read_bytes_per_s: float | None = None
+    bf16_flops_per_s: float | None = None
 
     def of(self, link: Link) -> float | None:
         """Bytes per second of a rank while all ranks send most; None where there is no such link."""

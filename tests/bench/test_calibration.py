@@ -38,6 +38,8 @@ FOUND = Calibration(
     date="2026-11-30",
     machine='An "old" CPU: 2 cores',
     commit="abc1234",
+    read_bytes_per_s=5.8e9,
+    bf16_flops_per_s=0.08e12,
 )
 
 
@@ -59,6 +61,20 @@ def test_every_link_is_measured_in_every_way(ranks: RankPool) -> None:
         assert (link, Pattern.PAIR, method, 1 << 16) in kinds
     assert (Link.COPY, Pattern.ALL, "shm", NBYTES) in kinds
     assert all(0 < each.least_s <= each.seconds <= each.most_s for each in found.speeds)
+    assert 0 < found.read_bytes_per_s < 1e13
+    assert 0 < found.bf16_flops_per_s < 1e15
+
+
+def test_a_file_has_what_bounds_of_serving_need(tmp_path: Path) -> None:
+    path = tmp_path / "here.yaml"
+    path.write_text(cluster_text(FOUND))
+    cluster = load_cluster(str(path))
+    assert (cluster.memory_bytes_per_s, cluster.bf16_flops_per_s) == (5.8e9, 0.08e12)
+    cluster.check_serves(("bf16",))
+    path.write_text(cluster_text(replace(FOUND, read_bytes_per_s=None)))
+    with pytest.raises(UsageError, match="has no memory_gb_per_s and no fp8_tflops"):
+        load_cluster(str(path)).check_serves(("bf16", "fp8"))
+    assert "a rank reads 5.8 GB/s of its memory" in calibration_text(FOUND)
 
 
 def test_ranks_alone_on_their_hosts_have_links_between_only(ranks: RankPool) -> None:

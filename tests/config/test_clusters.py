@@ -18,6 +18,7 @@ def test_clusters_load_and_say_where_their_figures_come_from() -> None:
         cluster = load_cluster(name)
         assert cluster.intra_bytes_per_s > (cluster.inter_bytes_per_s or 0)
         assert cluster.gpu_memory_bytes
+        cluster.check_serves(("bf16", "fp8"))
         assert ("not measured by us" in cluster.source) != ("measured on" in cluster.source)
 
 

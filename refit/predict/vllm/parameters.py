@@ -106,11 +106,21 @@ class Engines:
         return placed[place.expert if self.engine.ep > 1 else 0] if placed is not None else None
 
     def _outer(self, block: Block, place: Place) -> tuple[Parameter, ...]:
+        return tuple(one for one in self._parameters(block, place, None) if self._has_outer(one.name, place))
+
+    def _has_outer(self, name: str, place: Place) -> bool:
         """Embedding on the first stage; norm and output layer on the last, which may be the embedding (tied)."""
         is_last = place.stage == self.engine.pp - 1
-        embedding = self.model.family.engine_name("model.embed_tokens.weight")
-        stays = {embedding: place.stage == 0 or (is_last and self.shape.tied_embeddings)}
-        return tuple(one for one in self._parameters(block, place, None) if stays.get(one.name, is_last))
+        embedding = "model.embed_tokens.weight"
+        if name not in (embedding, self.model.family.engine_name(embedding)):
+            return is_last
+        return place.stage == 0 or (is_last and self.shape.tied_embeddings)
+
+    def outer_cuts(self, block: Block, place: Place) -> Iterator[tuple[NamedTensor, tuple[Box, ...]]]:
+        """The tensors outside the layers that the rank at `place` has, and its boxes of each."""
+        for tensor in block.tensors:
+            if self._has_outer(self.model.family.published_name(tensor.name), place):
+                yield tensor, self.cut(tensor, place)
 
     def _parameters(self, block: Block, place: Place, slots: tuple[int, ...] | None) -> tuple[Parameter, ...]:
         """The parameters of a block: those of the routed experts in `slots`, or all others."""
@@ -126,7 +136,7 @@ class Engines:
     def _joined(
         self, name: str, members: Sequence[NamedTensor], place: Place, slots: tuple[int, ...] | None
     ) -> Parameter:
-        parts = [[(tensor, box) for tensor in members for box in self._cut(tensor, place)]]
+        parts = [[(tensor, box) for tensor in members for box in self.cut(tensor, place)]]
         if slots is not None:
             parts = [[(tensor, box.narrow(0, expert, expert + 1)) for tensor, box in parts[0]] for expert in slots]
         dim, pieces = int(slots is not None), list[Piece]()
@@ -136,8 +146,8 @@ class Engines:
                 at = tuple(begin if axis == dim else 0 for axis in range(len(box.extents)))
                 pieces += _pieces(tensor, box, (slot, *at[1:]) if dim else at)
                 begin += box.extents[dim]
-        extents = list(self._cut(members[0], place)[0].extents)
-        extents[dim] = sum(box.extents[dim] for tensor in members for box in self._cut(tensor, place))
+        extents = list(self.cut(members[0], place)[0].extents)
+        extents[dim] = sum(box.extents[dim] for tensor in members for box in self.cut(tensor, place))
         if slots is not None:
             extents[0] = len(slots)
         stored = None
@@ -145,7 +155,7 @@ class Engines:
             stored = (extents[0], 2 * extents[1], *extents[3:])
         return Parameter(name, tuple(extents), members[0].dtype, tuple(pieces), stored)
 
-    def _cut(self, tensor: NamedTensor, place: Place) -> tuple[Box, ...]:
+    def cut(self, tensor: NamedTensor, place: Place) -> tuple[Box, ...]:
         """The boxes of a tensor on one rank, all experts of a routed one: gate and up are cut apart."""
         row, whole, parts, part = tensor.row, Box.whole(tensor.shape), self.engine.tp, place.tp
         if row.routed:

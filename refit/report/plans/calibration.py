@@ -20,9 +20,20 @@ COLUMNS = (
 
 
 def calibration_text(found: Calibration) -> str:
-    """A row for each measurement."""
+    """A row for each measurement, and what a rank reads and computes."""
     rows = [[*_words(each), *_figures(each)] for each in found.speeds]
-    return fitted(COLUMNS, rows, table_width())
+    own = [f"a rank {what}" for what in _own(found).values()]
+    return "\n".join([fitted(COLUMNS, rows, table_width()), *([f"While all do, {', '.join(own)}"] if own else [])])
+
+
+def _own(found: Calibration) -> dict[str, str]:
+    """Key of a cluster's file -> what it is, with its figure."""
+    texts = {}
+    if found.read_bytes_per_s is not None:
+        texts["memory_gb_per_s"] = f"reads {found.read_bytes_per_s / 1e9:.4g} GB/s of its memory"
+    if found.bf16_flops_per_s is not None:
+        texts["bf16_tflops"] = f"multiplies at {found.bf16_flops_per_s / 1e12:.4g} TFLOP/s in BF16"
+    return texts
 
 
 def cluster_text(found: Calibration) -> str:
@@ -36,11 +47,16 @@ def cluster_text(found: Calibration) -> str:
         f"{found.commit or 'unknown'}"
     )
     speeds = {"intra_node_gb_per_s": within or copied, "inter_node_gb_per_s": between, "copy_gb_per_s": copied}
+    own = {
+        "memory_gb_per_s": (found.read_bytes_per_s or 0.0) / 1e9,
+        "bf16_tflops": (found.bf16_flops_per_s or 0.0) / 1e12,
+    }
     return "\n".join(
         [
             "# GB/s of a rank in one direction. With one rank on a host, intra_node_gb_per_s is that of its copies.",
             *(f"# {' '.join(_words(each))}, {_mib(each.nbytes)}: {_gb_per_s(each)} GB/s" for each in found.speeds),
             *(f"{key}: {speed / 1e9:.6g}" for key, speed in speeds.items() if speed is not None),
+            *(f"{key}: {speed:.6g}" for key, speed in own.items() if speed),
             f"gpus_per_node: {found.ranks_per_host}",
             f"source: {json.dumps(source)}",
             f'measured: "{found.date}"',

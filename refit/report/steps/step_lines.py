@@ -6,6 +6,7 @@ from refit import units
 from refit.config.scenario import Scenario
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
+from refit.report.steps.bounds import bound_lines
 from refit.report.steps.cycle import cycle_lines
 from refit.report.terminal.escaped import plain_lines
 from refit.results.result import Result
@@ -101,6 +102,7 @@ def forward_closing_lines(result: ForwardResult, run: Result) -> list[str]:
     lines = []
     if result.prefill is not None:
         lines += _times(f"Prefill ({_weights(result)})", result.prefill)
+        lines += bound_lines("Prefill", result, result.prefill, run)
     if result.token is not None:
         lines += _times("Single token", result.token)
     return lines

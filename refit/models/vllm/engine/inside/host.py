@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
+DECODE_WARMUP, MOST_DECODED = 2, 255
+
 
 class Host:
     """The engine and what is done with it. Its scheduler and first worker are in this process."""
@@ -156,6 +158,40 @@ class Host:
             ],
             "num_cached": first.num_cached_tokens,
         }
+
+    def decode(self, prompts: list[list[int]], num_steps: int) -> list[float]:
+        """Prefill the prompts, and decode all of them together. Returns the seconds of `num_steps` steps of a token
+        each, the first ones left out, while all prompts run.
+
+        A step is over when its tokens are here. Raises RuntimeError where the cache holds fewer prompts at a time.
+        """
+        from vllm import SamplingParams
+
+        engine = self._llm.llm_engine
+        # Those that begin first decode while others are prefilled.
+        parameters = SamplingParams(max_tokens=MOST_DECODED, temperature=0, detokenize=False, ignore_eos=True)
+        names = [f"decode-{number}" for number in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        begun: set[str] = set()
+        while len(begun) < len(prompts):
+            outputs = engine.step()
+            if any(each.finished for each in outputs):
+                engine.abort_request(names)
+                raise RuntimeError(f"{len(begun)} of {len(prompts)} prompts run at a time: the cache has no more room")
+            begun.update(each.request_id for each in outputs)
+        for _ in range(DECODE_WARMUP):
+            engine.step()
+        seconds = []
+        for _ in range(num_steps):
+            began, outputs = time.perf_counter(), []
+            while not outputs:  # a scheduler that runs ahead returns nothing at first
+                outputs = engine.step()
+            seconds.append(time.perf_counter() - began)
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return seconds
 
     def _one(self, prompt: list[int], parameters: Any) -> Any:
         return self._llm.generate({"prompt_token_ids": prompt}, parameters, use_tqdm=False)[0]
