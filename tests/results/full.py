@@ -20,6 +20,7 @@ from refit.config.steps import Dispatch, Recompute, StepSettings
 from refit.errors import UsageError
 from refit.plan.cost import Bound, Cost
 from refit.predict.vllm.options import VllmOptions
+from refit.results.checkpoints import WriteResult
 from refit.results.delta import Changed, DeltaSample
 from refit.results.refit import (
     Activity,
@@ -77,6 +78,7 @@ ENGINE = EngineResult(
         *("0.32.0", 2, ("norm",), ("embed",), ("qkv",), {"linears": 0.01}, 0.33),
         ServedCheck(False, "a reason", "transformers", 2, 110, 9, 3, 0.5, 0.25, "prompt token 2"),
     ),
+    written=WriteResult("written", 12, 2, 2000, 0.5, "transformers", 1000, 7),
 )
 REFIT = RefitResult(
     quantised=QuantisedRefit(
@@ -149,6 +151,8 @@ FULL = Result(
         encoding="delta",
         delta=DeltaOptions((0.5, 0.25), Pattern.ROWS, Snapshot.HOST),
         relay=Relay.NODE,
+        source_weights=Path("a model"),
+        write_weights=Path("written"),
         method_options={
             "nvshmem": NvshmemOptions("direct", True),
             "nixl": NixlOptions("POSIX"),
