@@ -18,7 +18,7 @@ from refit.plan.box import Box
 from refit.plan.quantised import Grid
 from refit.plan.sharding import ITEMSIZE, TensorSpec
 from refit.predict import megatron
-from refit.predict.placement import Slots
+from refit.predict.expert_slots import Slots
 from refit.predict.vllm.engine import Place, stage_layers
 from refit.predict.vllm.parameters import Engines
 

@@ -10,7 +10,7 @@ from refit.predict.findings import Findings, Found, Objective
 from refit.report.plans.search import as_text, quantised
 from refit.report.plans.search_rows import cells_of, columns, is_large, merged, name_of, shown_rows
 from refit.report.refits.page import STYLE, document
-from refit.report.terminal.neutral import html_text
+from refit.report.terminal.escaped import html_text
 
 WIDTH, HEIGHT, LEFT, BELOW = 860, 420, 70, 46
 NAMES = {Objective.CYCLE: "cycle", Objective.DECODE: "decode step", Objective.REFIT: "refit"}
