@@ -70,10 +70,10 @@ def run_all(
     All calls with this `name` are one run of `refit sweep run`, whose files are in `output_dir`.
     """
     with opened(selection(cases, steps, name), output_dir, num_gpus=num_gpus, run_id=name) as loop:
-        budget.start()
-        pending = loop.pending("failed")
+        pending, scenarios = loop.pending("failed"), loop.sweep.scenarios
         wanted, runs = {planned.name for planned in pending}, loop.each(pending, lambda: budget.limit_s)
-        for planned in loop.sweep.scenarios:
+        budget.start()
+        for planned in scenarios:
             if planned.status is not Status.READY:
                 print(f"{planned.name}: {planned.reason}", flush=True)
             elif planned.name not in wanted:

@@ -60,7 +60,8 @@ class Loop:
             show(
                 f"[{number}/{len(scenarios)}] {one.name}: {one.nodes} x {one.ranks_per_node} ranks, log: {one.stem}.log"
             )
-            yield planned, self._run(one, planned, self.timeout_s if limit_s is None else limit_s())
+            limited = self if limit_s is None else replace(self, timeout_s=limit_s())
+            yield planned, limited._run(one, planned)
         self._check()
 
     def _check(self) -> None:
@@ -74,7 +75,7 @@ class Loop:
         found = pending(self.sweep, self.directory, which)
         return [planned for planned in found if name in (None, planned.name)]
 
-    def _run(self, one: Task, planned: Planned, timeout_s: int) -> int:
+    def _run(self, one: Task, planned: Planned) -> int:
         job = Job(one.nodes, one.ranks_per_node, one.stem, one.flags)
         log = Attempt(one.stem).log
         ending = None
@@ -82,10 +83,10 @@ class Loop:
             if self.on_cpus:
                 job = on_cpus(job, log)
             words = self.launcher.command(job)
-            code = self.launcher.host.run(words, log, timeout_s)
+            code = self.launcher.host.run(words, log, self.timeout_s)
             if self.stop.told:  # Slurm signals a step as well as this process, and it may have ended first
                 raise Cancelled("cancelled")
-            ending = Ending(code, float(timeout_s) if code == TIMED_OUT and timeout_s else None)
+            ending = Ending(code, float(self.timeout_s) if code == TIMED_OUT and self.timeout_s else None)
         except Cancelled:
             show_aside(f"Cancelled during {one.name}")
             ending = Ending(CANCELLED, cancelled=True)

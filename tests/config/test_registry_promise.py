@@ -33,10 +33,6 @@ ELSEWHERE = {
     "refit/launch/": ({*LAUNCHERS, "shm"}, "what launchers call themselves, and volumes of memory"),
     "refit/models/huggingface/whole.py": ({"fsdp2"}, "a whole model of transformers is such a side on one rank"),
     "refit/models/process_groups.py": ({"nccl"}, "a backend of torch.distributed"),
-    "refit/models/vllm/engine/side.py": (
-        {*FAMILIES},
-        "vLLM's class by model_type",
-    ),
     "refit/results/upgrade.py": ({*FORMATS, *METHODS, *ENGINES}, "what files of older versions have in them"),
     "refit/transport/one_sided/ipc_memory.py": ({"cuda-ipc", "nccl"}, "its own name, and the remedy of its messages"),
     "refit/transport/one_sided/nixl/library.py": ({"nixl"}, "the library's logger"),

@@ -84,6 +84,7 @@ MINIMAX_M2 = Family(
         "mlp_intermediate_size": (None,),
         "shared_moe_mode": (None, "sigmoid"),
     },
+    class_name="MiniMaxM2",
     engine_values=engine_values,
     published={"mlp.": "block_sparse_moe."},
     misfit=mixtral.misfit,

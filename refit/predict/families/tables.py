@@ -70,6 +70,7 @@ class Family:
     as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
     needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
     changes no weight, with `unweighted`: values of keys that it is built with, not those of `config_keys.BUILT_WITH`.
+    `class_name` is what its class is called where that is not `model_type` in camel case.
     `engine_values(shape)` are keys that vLLM's model reads beside them, `engine_names` beginnings of names that only
     vLLM has, and `engine_experts` its experts where they lie otherwise. With `eager_attention` transformers has no
     other. `published` are beginnings of names below a
@@ -96,6 +97,7 @@ class Family:
     required: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
     unweighted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    class_name: str | None = None
     engine_names: Mapping[str, str] = field(default_factory=dict)
     engine_experts: tuple[Row, ...] = ()
     eager_attention: bool = False
@@ -107,6 +109,12 @@ class Family:
         """Whether some layer has a tensor that is a part of the logical tensor `key`, or of one below it."""
         rows = (*self.layer, *self.dense, *self.routed)
         return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model, as `architectures` of config.json has it."""
+        words = self.model_type.split("_")
+        return f"{self.class_name or ''.join(word.capitalize() for word in words)}ForCausalLM"
 
     @property
     def norms_over_heads(self) -> bool:

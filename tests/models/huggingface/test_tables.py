@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from refit.bench import oracle
 from refit.cli.parsing import parse
@@ -24,7 +25,7 @@ from refit.models.huggingface.weights import read_weights, whole
 from refit.plan.box import Box
 from refit.predict.families import names
 from refit.predict.families.qwen3_moe import QWEN3_MOE
-from refit.predict.families.tables import Family, Part, Row
+from refit.predict.families.tables import Family, Part, Row, families
 from tests.models.huggingface.converted import converted_by_mbridge
 from tests.models.huggingface.sides import CPU, FAMILY, SMALL, alone
 
@@ -144,3 +145,10 @@ def test_rows_of_every_kind_of_tensor_that_are_deleted_or_exchanged_are_found(fa
         assert rows < oracle.check(weights, named.logical, 1).num_wrong <= 2 * rows or rows == 1, name
         data.copy_(before)
     assert oracle.check(weights, named.logical, 1).num_wrong == 0
+
+
+def test_its_class_is_called_as_in_transformers() -> None:
+    for family in families():
+        if family.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # an older release has not all of them
+            assert family.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
+    assert families()[0].model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -33,21 +33,6 @@ from refit.predict.vllm.parameters import FUSED, Engines, RankBlock
 from refit.predict.vllm.quantised import held_blocks
 from refit.transport.one_sided.ipc_memory import open_region
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "minimax_m2": "MiniMaxM2ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
-"""`model_type` of config.json -> vLLM's class of the model."""
-
 POWERS_OF_TWO = "pow2"
 """The rule by which DeepGEMM scales."""
 
@@ -142,8 +127,9 @@ def config_of(shape: ModelShape, side: SideSpec) -> dict[str, Any]:
     """The config.json that the engine gets."""
     assert side.dtype is not None, "flags that describe a model give its dtype"
     values = config_values(shape)
-    extra: dict[str, Any] = {"architectures": [ARCHITECTURES[values["model_type"]]], "torch_dtype": side.dtype.value}
-    extra |= closest_family(shape).engine_values(shape)
+    family = closest_family(shape)
+    extra: dict[str, Any] = {"architectures": [family.architecture], "torch_dtype": side.dtype.value}
+    extra |= family.engine_values(shape)
     if shape.mla is not None and shape.experts is not None and shape.experts.expert_bias:
         extra |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     if side.quantisation is not None:
