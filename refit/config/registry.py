@@ -154,7 +154,7 @@ FORMATS = Registry(
 AUTO = "auto"
 """As a refit method: the first row of METHODS that the machine and the scenario allow, so rows are in that order.
 
-nixl is behind gloo, which is faster over TCP.
+nixl is behind gloo, which is faster over TCP. cuda-ipc+nccl, which has run on no GPU yet, is behind nccl.
 """
 
 METHODS = Registry(
@@ -189,6 +189,14 @@ METHODS = Registry(
             message_bytes=256 << 20,
             messages_per_pair=2,
             suggested_for=("collocated",),
+        ),
+        "cuda-ipc+nccl": Method(
+            transport="refit.transport.two_sided.ipc_nccl:IpcNcclTransport",
+            devices=("cuda",),
+            needs="CUDA GPUs with access to each other on a host; cuda-ipc within hosts, nccl between them",
+            cpu_stand_in="shm+gloo",
+            message_bytes=256 << 20,
+            messages_per_pair=2,
         ),
         "shm": Method(
             transport="refit.transport.one_sided.shm:SharedMemoryTransport",

@@ -23,12 +23,19 @@ from refit.transport.overlaps import Overlaps
 class LocalSides:
     """The weights of both sides on this rank, None of a side that it is not in, under one schedule."""
 
-    def __init__(self, source: LocalWeights | None, destination: LocalWeights | None, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        source: LocalWeights | None,
+        destination: LocalWeights | None,
+        schedule: Schedule,
+        window: int | None = None,
+    ) -> None:
+        """`window`: see `KeptMessages`."""
         self.source = source
         self.destination = destination
         self._schedule = schedule  # keeps the messages, and so their ids
         self.passes_on = any(message.stage > 0 for channel in schedule.sends for message in channel.messages)
-        self.kept = KeptMessages(schedule)
+        self.kept = KeptMessages(schedule, window)
         self.unbind()
 
     @property

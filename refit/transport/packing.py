@@ -19,7 +19,7 @@ from refit.memory.phases import PhaseClock
 from refit.memory.views import part_within
 from refit.memory.weights import LocalWeights
 from refit.transport.base import RunReport
-from refit.transport.kept import KeptMessage, KeptMessages
+from refit.transport.kept import KeptMessage, KeptMessages, KeptSend
 from refit.transport.messages import HEADER_BYTES, Message, Schedule
 
 
@@ -50,7 +50,7 @@ def unpack_batch(
 def bind_kept(kept: KeptMessages, batch: CopyBatch | None, message: Message, peer: int, *, sends: bool) -> None:
     """Let `batch`, which packs `message` to `peer` or unpacks one from it, use what is kept."""
     if isinstance(batch, PackBatch) and sends:
-        batch.kept = kept.sent(message)
+        batch.kept = kept.sent(message, peer)
     elif isinstance(batch, UnpackBatch):
         batch.kept = kept.received(message, peer)
 
@@ -110,7 +110,7 @@ class PackBatch(_FramedBatch):
     With `sends_all` the transport sends all of the buffer, whatever the length.
     """
 
-    kept: KeptMessage | None = None
+    kept: KeptSend | None = None
 
     def __init__(
         self, encoder: Encoder | None, max_bytes: int, buffer: torch.Tensor, *, sends_all: bool = False

@@ -21,7 +21,6 @@ from refit.transport.messages import Framing
 from refit.transport.one_sided import shm
 from refit.transport.two_sided.gloo import GlooBackend
 from refit.transport.two_sided.nccl import NcclBackend
-from refit.transport.two_sided.shm_gloo import SharedGlooBackend
 from tests.transport.test_schedule import channels, on, tensors
 
 ALONE = Cluster("alone", 1e9, 1e8, 1, None, None, None, "")
@@ -82,7 +81,12 @@ def test_staging_bounds_what_a_rank_sends_in_a_step() -> None:
 
 
 def test_the_registry_has_the_messages_of_the_transports() -> None:
-    for name, backend in (("gloo", GlooBackend), ("nccl", NcclBackend), ("shm+gloo", SharedGlooBackend)):
+    for name, backend in (
+        ("gloo", GlooBackend),
+        ("nccl", NcclBackend),
+        ("shm+gloo", GlooBackend),
+        ("cuda-ipc+nccl", NcclBackend),
+    ):
         row, traits = METHODS[name], backend.traits
         assert (row.message_bytes, row.messages_per_pair) == (traits.bucket_bytes, traits.slots_per_peer)
     assert (METHODS["shm"].message_bytes, METHODS["shm"].messages_per_pair) == (shm.SLOT_BYTES, shm.SLOTS_PER_PEER)

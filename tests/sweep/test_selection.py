@@ -61,7 +61,8 @@ def test_flags_of_all_scenarios_come_before_their_own() -> None:
         ("8:8:8:4:colocated:nvshmem:x", "REFIT_MODE must be collocated or non-collocated, not 'colocated'"),
         (
             "8:8:8:4:collocated:mpi:x",
-            "REFIT_METHOD must be cuda-ipc or nvshmem or nccl or shm or shm+gloo or gloo or nixl or auto, not 'mpi'",
+            "REFIT_METHOD must be cuda-ipc or nvshmem or nccl or cuda-ipc+nccl or shm or shm+gloo or gloo or nixl or "
+            "auto, not 'mpi'",
         ),
         ("8:8:8:4:collocated:nccl:a/b", "DESCRIPTION 'a/b' cannot be part of a file name: use 1 to 150 letters"),
         ("8:8:8:4:collocated:nccl:", "DESCRIPTION '' cannot be part of a file name"),

@@ -16,7 +16,7 @@ from refit.plan.plan import RefitPlan
 from refit.plan.planner import plan_refit
 from refit.plan.relay import relay_stages
 from refit.plan.sharding import Sharding
-from refit.transport.kept import KeptMessage
+from refit.transport.kept import KeptMessages, KeptSend
 from refit.transport.messages import Framing
 from refit.transport.schedule import LAG
 from tests.plan.strategies import sides, staged
@@ -95,17 +95,26 @@ class ByEngine(Relayed):
 
 
 def refits(rank: int, case: Case, way: tuple[str, str]) -> Any:
-    """As those of `test_packed`, and how often this rank has passed a message on."""
-    take, num_taken = KeptMessage.take, 0
+    """As those of `test_packed`, how often this rank has passed a message on, and the most that it kept for a link."""
+    take, add, num_taken, most = KeptSend.take, KeptMessages.add, 0, 0
 
-    def counted(self: KeptMessage, *args: Any) -> None:
+    def counted(self: KeptSend, *args: Any) -> None:
         nonlocal num_taken
         num_taken += 1
         take(self, *args)
 
-    with mock.patch.object(KeptMessage, "take", counted), mock.patch.object(test_packed, "STAGING_BYTES", 64 << 10):
+    def added(self: KeptMessages, *args: Any) -> None:
+        nonlocal most
+        add(self, *args)
+        most = max(most, self.most_on_a_link)
+
+    with (
+        mock.patch.object(KeptSend, "take", counted),
+        mock.patch.object(KeptMessages, "add", added),
+        mock.patch.object(test_packed, "STAGING_BYTES", 64 << 10),
+    ):
         wrong, report, _ = test_packed.refits(rank, case, way)
-    return wrong, report, num_taken
+    return wrong, report, num_taken, most
 
 
 @pytest.mark.parametrize("way", EXECUTORS, ids="-".join)
@@ -113,8 +122,11 @@ def refits(rank: int, case: Case, way: tuple[str, str]) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_every_byte_arrives(ranks: RankPool, case: str, kind: type[Relayed], way: tuple[str, str]) -> None:
     layouts = CASES[case][0]
-    answers = ranks.run(refits, kind(layouts.source, layouts.destination, hidden=layouts.hidden), way)
+    relayed_case = kind(layouts.source, layouts.destination, hidden=layouts.hidden)
+    answers = ranks.run(refits, relayed_case, way)
     assert [wrong for wrong, *_ in answers] == [[]] * len(answers)
-    reports = [report for _, report, _ in answers]
+    reports = [report for _, report, *_ in answers]
     assert sum(each.wire_bytes_sent for each in reports) == sum(each.wire_bytes_received for each in reports)
-    assert sum(num_taken for *_, num_taken in answers) > 0
+    assert sum(num_taken for *_, num_taken, _ in answers) > 0
+    # In three stages, a link may be busy with what has arrived in another one.
+    assert 0 < max(most for *_, most in answers) < relayed_case.plan.num_stages, answers

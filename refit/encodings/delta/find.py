@@ -64,7 +64,10 @@ def _true(flags: NDArray[np.bool_]) -> Positions:
 
 
 def _within(groups: Positions, which: Positions, size: int) -> Positions:
-    """Positions of elements `which` of `groups` of `size`, a power of two, laid one behind another. Takes `which`."""
+    """The positions of elements `which` of `groups` of `size`, a power of two, laid one behind another.
+
+    Overwrites `which`.
+    """
     positions = np.take(groups, which >> (size.bit_length() - 1), mode="clip")
     positions *= size
     which &= size - 1

@@ -64,15 +64,8 @@ class CudaIpcTransport:
         if ranks.rank not in plan.ranks:
             return None
         rendezvous = _rendezvous(plan, ranks, options)
-        device = here()
-        probe = torch.full((1,), rendezvous.rank % 256, dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)
-        peers = [rank for rank in rendezvous.members if rank != rendezvous.rank]
-        handles: dict[int, Any] = {}
-        rendezvous.agree(_attempt(lambda: handles.update(handles_of(probe, peers))))
-        offered = rendezvous.exchange(handles, peers)
-        rendezvous.agree(_attempt(lambda: _check_probes({peer: offered[peer][rendezvous.rank] for peer in peers})))
-        load_kernels(device)
+        open_probes(rendezvous, [rank for rank in rendezvous.members if rank != rendezvous.rank])
+        load_kernels(here())
         return None
 
     def prepare(
@@ -100,6 +93,19 @@ class CudaIpcTransport:
         schedule = in_turn(make_schedule(plan, rendezvous.rank, framing), plan)
         buffers = InPlaceBuffers(memory, schedule, destination, ENGINE_BYTES, PUT_PROGRAMS, _near(rendezvous))
         return OneSidedProgram(schedule, memory, buffers, source, destination, options.timeout_s)
+
+
+def open_probes(rendezvous: Rendezvous, peers: list[int]) -> None:
+    """Open a piece of the memory of each of `peers`, which do so too. Collective: every rank of the rendezvous.
+
+    Raises UnavailableError, the same on every rank, where any of them cannot.
+    """
+    probe = torch.full((1,), rendezvous.rank % 256, dtype=torch.uint8, device=here())
+    torch.cuda.synchronize(here())
+    handles: dict[int, Any] = {}
+    rendezvous.agree(_attempt(lambda: handles.update(handles_of(probe, peers))))
+    offered = rendezvous.exchange(handles, peers)
+    rendezvous.agree(_attempt(lambda: _check_probes({peer: offered[peer][rendezvous.rank] for peer in peers})))
 
 
 def _staged(

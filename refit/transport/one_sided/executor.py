@@ -16,7 +16,8 @@ can always proceed.
 
 Where the host waits, it polls all channels, and moves a message as soon as nothing stands in its way, whatever its
 step: a slow pair holds up no other. What a message waits for is the same, so of all messages that are not done one with
-the smallest (run, step) can go, and polling finds it.
+the smallest (run, step) can go, and polling finds it. What an encoding has packed and is passed on is unpacked when
+what goes on before it has gone (`kept`, which has the argument).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class OneSidedProgram:
         self._schedule = schedule
         self._memory = memory
         self._buffers = buffers
-        self._sides = LocalSides(source, destination, schedule)
+        self._sides = LocalSides(source, destination, schedule, buffers.window)
         self._timeout_s = timeout_s
         self._sends = [_Send(channel, channel.destination) for channel in schedule.sends]
         self._receives = [_Receive(channel, channel.source) for channel in schedule.receives]
@@ -185,7 +186,16 @@ class OneSidedProgram:
 
     def _awaited(self, pending: Sequence[_Flow]) -> int:
         """A peer that this rank waits for: not one that waits for this rank, which lacks what it is to pass on."""
-        waits = (flow for flow in pending if isinstance(flow, _Receive) or self._sides.is_there(flow.message))
+        sides = self._sides
+        waits = (
+            flow
+            for flow in pending
+            if (
+                sides.kept.has_room(flow.message, flow.peer)
+                if isinstance(flow, _Receive)
+                else sides.is_there(flow.message)
+            )
+        )
         return next(waits, pending[0]).peer
 
     def _progress(self, due: Sequence[_Flow], clock: PhaseClock) -> bool:
@@ -207,7 +217,7 @@ class OneSidedProgram:
             elif self._buffers.keeps_order:
                 break
         for receive in due:
-            if not isinstance(receive, _Receive):
+            if not isinstance(receive, _Receive) or not self._sides.kept.has_room(receive.message, receive.peer):
                 continue
             if self._memory.reached(receive.peer, Counter.ARRIVED, receive.total + 1):
                 self._memory.unpack(receive.peer, receive.batches[receive.position])

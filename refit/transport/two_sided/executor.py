@@ -44,12 +44,16 @@ def prepare_program(
     destination: LocalWeights | None,
     options: TransportOptions,
     release: Callable[[], None] | None = None,
+    backend_bytes: int = 0,
 ) -> TwoSidedProgram:
     """Divide staging, make the schedule of this `rank`, and bind it. The program's `close` calls `release`.
 
+    `backend_bytes` are what the backend has allocated itself, beyond `options.staging_bytes`.
+
     Raises UsageError where `options.staging_bytes` is too small. Does not communicate.
     """
-    return TwoSidedProgram(_schedule(plan, rank, backend.traits, options), backend, source, destination, release)
+    schedule = _schedule(plan, rank, backend.traits, options)
+    return TwoSidedProgram(schedule, backend, source, destination, release, backend_bytes)
 
 
 def _schedule(plan: RefitPlan, rank: int, traits: BackendTraits, options: TransportOptions) -> Schedule:
@@ -144,7 +148,9 @@ class TwoSidedProgram:
         source: LocalWeights | None,
         destination: LocalWeights | None,
         release: Callable[[], None] | None = None,
+        backend_bytes: int = 0,
     ) -> None:
+        self._backend_bytes = backend_bytes
         self._schedule = schedule
         self._backend = backend
         self._sides = LocalSides(source, destination, schedule)
@@ -155,6 +161,11 @@ class TwoSidedProgram:
         self._relayed = [list[Message]() for _ in steps]
         for message in (message for channel in schedule.sends for message in channel.messages if message.stage > 0):
             self._relayed[self._round_of[message.step]].append(message)
+        # Stages of packed messages have rounds of their own (`schedule`), so as many more are in flight.
+        packed = [
+            message.stage for channel in channels for message in channel.messages if message.max_bytes is not None
+        ]
+        self._window = backend.traits.window * (1 + max(packed, default=0))
         self._sends: list[list[BoundMessage]] = []
         self._receives: list[list[BoundMessage]] = []
         self._local: list[CopyBatch] = []
@@ -163,7 +174,8 @@ class TwoSidedProgram:
 
     @property
     def staging_bytes(self) -> int:
-        return sum(ring.nbytes for ring in self._rings.values()) + self._sides.kept.most_bytes
+        slots = sum(ring.nbytes for ring in self._rings.values())
+        return slots + self._backend_bytes + self._sides.kept.most_bytes
 
     def run(self) -> RunReport:
         clock = PhaseClock()
@@ -181,7 +193,7 @@ class TwoSidedProgram:
                     if self._relayed[step]:
                         # What it passes on may come from local copies. They wait for nobody.
                         copied = self._copy_local(copied, len(self._local), clock)
-                    needed = max(self._reuses[step], step - self._backend.traits.window)
+                    needed = max(self._reuses[step], step - self._window)
                     while ended <= needed or not self._is_there(step):
                         self._end(rounds[ended], clock)
                         ended += 1

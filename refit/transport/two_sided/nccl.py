@@ -12,10 +12,10 @@ from refit.errors import UnavailableError
 from refit.memory.streams import late_peers_error, wait_for_events
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
-from refit.transport.base import DEFAULTS, Connected, TransportOptions
+from refit.transport.base import DEFAULTS, Connected, Program, TransportOptions
 from refit.transport.ranks import Ranks, check_own_gpus
 from refit.transport.two_sided.backend import BackendTraits, BoundMessage, PendingRound, Streams, cut_to_length
-from refit.transport.two_sided.executor import TwoSidedProgram, prepare_program
+from refit.transport.two_sided.executor import prepare_program
 from refit.transport.two_sided.nccl_links import NcclLinks, connect_links
 
 
@@ -52,7 +52,7 @@ class NcclTransport:
         source: LocalWeights | None,
         destination: LocalWeights | None,
         options: TransportOptions,
-    ) -> TwoSidedProgram:
+    ) -> Program:
         """See `Transport.prepare`. Collective: every rank of the plan."""
         self.connect(plan, ranks, options)
         assert self._links is not None
@@ -92,18 +92,18 @@ class NcclBackend:
         self._rank = rank
         self._timeout_s = timeout_s
         self._links = links
-        self._streams = Streams(device)
+        self.streams = Streams(device)
 
     def begin(self) -> None:
-        self._streams.begin()
+        self.streams.begin()
 
     def wait_sent(self, pending: PendingRound) -> None:
-        with torch.cuda.stream(self._streams.pack):
+        with torch.cuda.stream(self.streams.pack):
             for work in pending.send_works:
                 work.wait()
 
     def pack(self, sends: Sequence[BoundMessage]) -> None:
-        with torch.cuda.stream(self._streams.pack):
+        with torch.cuda.stream(self.streams.pack):
             for bound in sends:
                 if bound.batch is not None:
                     bound.batch.run()
@@ -111,10 +111,10 @@ class NcclBackend:
     def post(self, pending: PendingRound, reused: PendingRound | None) -> None:
         if not pending.receives and not pending.sends:
             return
-        self._streams.transfer.wait_stream(self._streams.pack)
+        self.streams.transfer.wait_stream(self.streams.pack)
         if reused is not None and reused.unpacked is not None:
-            self._streams.transfer.wait_event(reused.unpacked)
-        with torch.cuda.stream(self._streams.transfer):
+            self.streams.transfer.wait_event(reused.unpacked)
+        with torch.cuda.stream(self.streams.transfer):
             works = self._links.exchange(*cut_to_length(pending.sends, pending.receives, self._exchange))
         # A group ends as a whole, so sends and receives wait for the same works.
         pending.send_works = pending.receive_works = works
@@ -128,19 +128,19 @@ class NcclBackend:
             raise late_peers_error(self._rank, peers, self._timeout_s)
 
     def wait_received(self, pending: PendingRound) -> None:
-        with torch.cuda.stream(self._streams.unpack):
+        with torch.cuda.stream(self.streams.unpack):
             for work in pending.receive_works:
                 work.wait()
 
     def unpack(self, pending: PendingRound) -> None:
-        with torch.cuda.stream(self._streams.unpack):
+        with torch.cuda.stream(self.streams.unpack):
             for bound in pending.receives:
                 if bound.batch is not None:
                     bound.batch.run()
-            pending.unpacked = self._streams.unpack.record_event()
+            pending.unpacked = self.streams.unpack.record_event()
 
     def copy_local(self, batch: CopyBatch) -> None:
-        with torch.cuda.stream(self._streams.local):
+        with torch.cuda.stream(self.streams.local):
             batch.run()
 
     def finish(self, rounds: Sequence[PendingRound]) -> None:
@@ -150,4 +150,4 @@ class NcclBackend:
         if late:
             first, _ = posted[late[0]]
             raise late_peers_error(self._rank, first.peers, self._timeout_s)
-        self._streams.finish()
+        self.streams.finish()
