@@ -79,7 +79,11 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--explain", metavar="LAYOUT", help="print every term of one layout, as in 'vllm TP8 EP64'; default: a search"
     )
-    parser.add_argument("--all", action="store_true", help="all layouts that fit; default: those that may be best")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="all layouts that fit, as --write-scenarios takes them; default: those that may be best",
+    )
     _add_workload_flags(parser)
     parser.add_argument("--max-pp", type=positive, default=1, metavar="N", help="largest PP searched; default: 1")
     parser.add_argument(
@@ -174,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         max_plans=args.max_plans,
         objective=Objective(args.objective),
         workload=_workload(args),
-        every=args.all,
+        every=args.all or args.write_scenarios is not None,
     )
     if args.explain is not None:
         show(explained(search.explain(args.explain), cluster))

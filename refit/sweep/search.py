@@ -48,6 +48,7 @@ class Search(Asked):
             every = plan_all(fitting[: self.max_plans], self.plan)
         else:
             every, left = self._best_first(fitting)
+        self._check_bounds(every)
         found = [one for one in every if self.fits(one.memory_bytes)]
         if not found:
             raise UsageError(self.nothing_fits(pairs.num_built, min(one.memory_bytes for one in every)))
@@ -95,16 +96,20 @@ class Search(Asked):
                 continue
             live.draw(f"planned {len(found)} layouts, looking at {number + 1:,} of {len(fitting):,}")
             found.append(self.plan(candidate))
-            if self.objective is Objective.CYCLE and found[-1].bound is None:
-                num_gpus = found[-1].source_ranks + found[-1].destination_ranks
-                raise UsageError(
-                    f"no refit has a bound: cluster {self.cluster.name} has no speed between nodes of "
-                    f"{self.cluster.gpus_per_node} GPUs, and {num_gpus} GPUs are on several: give --refit-mode "
-                    "collocated, fewer GPUs, or --objective decode"
-                )
+            self._check_bounds(found[-1:])
             if self.fits(found[-1].memory_bytes) and self.holds_batch(found[-1].largest_batch):
                 front.add(found[-1])
         return found, left
+
+    def _check_bounds(self, found: Sequence[Found]) -> None:
+        """Raise UsageError where a cycle is asked for, and a refit of it has no bound."""
+        none = next((one for one in found if one.bound is None), None)
+        if self.objective is Objective.CYCLE and none is not None:
+            raise UsageError(
+                f"no refit has a bound: cluster {self.cluster.name} has no speed between nodes of "
+                f"{self.cluster.gpus_per_node} GPUs, and {none.source_ranks + none.destination_ranks} GPUs are on "
+                "several: give --refit-mode collocated, fewer GPUs, or --objective decode"
+            )
 
     def plan(self, candidate: Candidate) -> Found:
         """Plan one candidate; without the relay that is asked for where it has nothing to relay."""

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from refit.cli.layout_text import layout_from_text
+from refit.cli.parsing import parse
 from refit.config.clusters import Cluster
 from refit.config.registry import FORMATS
 from refit.config.relay import Relay
@@ -109,6 +110,7 @@ class Pairs:
         self.kinds: Counter[Kind] = Counter()
         self.refused: dict[str, tuple[str, int]] = {}
         self._rollouts: dict[SideSpec, Rollouts] = {}
+        self._formats: dict[tuple[str, str], str] = {}
 
     def fitting(self) -> list[Candidate]:
         """Raises UsageError, with the reason of the last refusal, where nothing can be built or fits."""
@@ -216,12 +218,14 @@ class Pairs:
         assert source.spec is not None
         assert destination.spec is not None
         shape = self._sides.shape(source.spec, destination.spec)
+        flags = (*search.common, *source.flags, *destination.flags)
         held = self._sides.holding("source", source.spec, shape)
         try:
             wanted = self._sides.holding("destination", destination.spec, shape)
         except UsageError as error:
             self._refuse(destination.spec, str(error))
             raise
+        self._check_formats(source.spec.format, destination.spec.format, flags)
         served, train_s = wanted.served, 0.0
         if workload is not None and served is not None:
             if destination.spec not in self._rollouts:
@@ -239,7 +243,7 @@ class Pairs:
             # Every byte of a destination on GPUs of its own arrives over a link, and some source sent it.
             floor_s = max(memory, sum(theirs) / len(mine)) / search.fastest_link(len(mine))
         return Candidate(
-            flags=(*search.common, *source.flags, *destination.flags),
+            flags=flags,
             memory_bytes=memory + scenario.staging_bytes,
             floor_s=floor_s * (scenario.delta is None),
             kind=kind_of(source.spec.title, destination.spec.title, destination.spec.layout),
@@ -249,6 +253,17 @@ class Pairs:
             rollouts=self._rollouts.get(destination.spec),
             train_s=train_s,
         )
+
+    def _check_formats(self, source: str, destination: str, flags: tuple[str, ...]) -> None:
+        """Raise UsageError for flags that these two formats together do not have: read whole, once for two formats."""
+        if (source, destination) not in self._formats:
+            try:
+                parse([*flags, "--dry-run"])
+                self._formats[source, destination] = ""
+            except UsageError as error:
+                self._formats[source, destination] = str(error)
+        if reason := self._formats[source, destination]:
+            raise UsageError(reason)
 
     def _largest_batch(self, candidate: Candidate, destination: Option) -> int | None:
         """With the memory that is known without a plan."""

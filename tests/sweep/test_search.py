@@ -185,7 +185,8 @@ def test_the_table_fits_the_terminal(width: int, source: str | None, monkeypatch
     text = as_text(search(source=source, source_gpus=2, max_plans=30).run(), CLUSTER, 10)
     assert max(map(len, text.split("\n"))) <= width
     assert "…" not in text
-    first, second, *_ = (line for line in text.split("\n") if " TP" in line and ":" not in line)
+    table = text[text.index("(ms)") :].split("\n")[1:]
+    first, second, *_ = (line for line in table if " TP" in line and ":" not in line)
     assert first.startswith("* TP")
     assert second.startswith(("* TP", "  TP"))
     assert (" -> " in first) == (source is None)
@@ -194,7 +195,8 @@ def test_the_table_fits_the_terminal(width: int, source: str | None, monkeypatch
 def test_an_fp8_dtype_is_said_once_not_in_every_row(small: Findings) -> None:
     common = (*WIDE, *FP8)
     text = as_text(search(common=common, source="TP2", destination_formats=("vllm",)).run(), CLUSTER, 10)
-    assert text.count("fp8-block") == 1
+    assert text.count("Dtype:   fp8-block") == 1
+    assert "fp8-block" not in text[text.index("(ms)") :]
     assert "fp8-block" not in as_text(small, CLUSTER, 10)
 
 
@@ -272,7 +274,7 @@ def test_texts_and_rows_of_several_nodes_say_what_crosses() -> None:
 
 
 def shown_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
-    assert commands.main(["search", "--model", "tiny", *words]) == 0
+    assert commands.main(["search", "--model", "tiny", "--objective", "refit", "--all", *words]) == 0
     captured = capsys.readouterr()
     return captured.out, captured.err
 

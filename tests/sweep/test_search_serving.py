@@ -160,7 +160,7 @@ def test_files_have_the_bounds_of_serving(findings: Findings) -> None:
     page = as_html(findings, NODES, 5)
     assert page.count("<circle") == len(findings.found)
     assert "<script" not in page
-    assert "Best: " in page
+    assert f"<p>{answer(findings, merged(findings, cells_of(findings)), None)}</p>" in page.replace("&gt;", ">")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -196,7 +196,8 @@ def test_bad_input_is_one_line_with_both_numbers(capsys: pytest.CaptureFixture[s
     assert "--batch is about serving, which --objective refit leaves out" in refused(
         capsys, "--objective", "refit", "--batch", "4"
     )
-    assert "is a layout of 4 GPUs, --gpus is 2" in refused(capsys, "--explain", "vllm TP2 DP2")
+    assert "is a layout of 4 GPUs, --gpus is 2" in refused(capsys, "--explain", "TP2 EP1 DP2")
+    assert "2 ranks are no TP x DP x PP x engines = 2 x 2 x 1 x 1 = 4" in refused(capsys, "--explain", "vllm TP2 DP2")
     assert "'XP4' is not one of" in refused(capsys, "--explain", "XP4")
     assert "none.json" in refused(capsys, "--routing", str(tmp_path / "none.json"))
 
@@ -214,3 +215,12 @@ def test_a_cycle_without_a_speed_between_nodes_says_what_to_give(capsys: pytest.
     words = ["--model", "tiny_qwen3_moe", "--source", "TP2 EP4", "--gpus", "8", "--cluster", "h200_nvlink"]
     assert commands.main(["search", *words]) == 2
     assert "give --refit-mode collocated, fewer GPUs, or --objective decode" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_what_is_looked_at_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("refit.report.terminal.live.draw", shown.append)
+    replace(BASE, objective=Objective.CYCLE, every=False).run()
+    assert shown[0] == "reading the layouts"
+    assert any(re.fullmatch(r"looked at 0 of \d+ layouts", text) for text in shown)
+    assert any(text.startswith("planned 0 layouts") for text in shown)

@@ -10,7 +10,7 @@ from refit.config.clusters import Cluster
 from refit.config.quantisation import BLOCK_FORMATS
 from refit.predict.findings import Findings, Found, Objective
 from refit.report.plans.answer import answer
-from refit.report.plans.search_rows import cells_of, columns, is_large, merged, name_of, shown_rows
+from refit.report.plans.search_rows import Row, cells_of, columns, is_large, merged, name_of, shown_rows
 from refit.report.refits.delta_lines import percent
 from refit.report.terminal.console import table_width, wrapped
 from refit.report.terminal.grid import comma_separated, fitted
@@ -29,22 +29,27 @@ def as_text(findings: Findings, cluster: Cluster, top: int) -> str:
         name = name_of(row, findings, dtype)
         layouts = f"{findings.found[row.members[0]].source} -> {name}" if len(sources) > 1 else name
         rows.append([f"{'*' if row.is_best else ' '} {layouts}", *row.cells])
-    heading = "destination" if len(sources) == 1 else "layouts"
-    titles = columns(findings.objective, heading, is_large(findings.found), crosses)
+    layouts = "destination" if len(sources) == 1 else "layouts"
+    titles = columns(findings.objective, layouts, is_large(findings.found), crosses)
     table = fitted(titles, rows, table_width())
     more = len(every) - len(shown)
     hint = f"--top {len(every)}" if findings.every else "--all"
-    lines = [*_counts(findings, cluster), "", table, *([f"  {more:,} more: {hint}"] * bool(more))]
-    lines += ["", *_legend(findings, cluster, crosses)]
-    share = findings.found[0].share
-    if share is not None:
-        lines.insert(0, f"Sent:    what has changed, {percent(share)} % of the weights: bounds are those of that")
+    lines = [*heading(findings, cluster, every), "", table, *([f"  {more:,} more: {hint}"] * bool(more))]
+    return wrapped("\n".join([*lines, "", *_legend(findings, cluster, crosses)]), table_width())
+
+
+def heading(findings: Findings, cluster: Cluster, rows: list[Row]) -> list[str]:
+    """The answer, where there is one, and what was searched: a line for each. `rows` are all of the search."""
+    dtype, first = quantised(findings), findings.found[0]
+    best = answer(findings, rows, dtype)
+    lines = [best, ""] if best else []
+    if len({found.source for found in findings.found}) == 1:
+        lines.append(f"Source:  {plain(first.source)} on {first.source_ranks} GPUs")
     if dtype is not None:
-        lines.insert(0, f"Dtype:   {dtype} at the destination")
-    if len(sources) == 1:
-        lines.insert(0, f"Source:  {plain(sources.pop())} on {findings.found[0].source_ranks} GPUs")
-    best = answer(findings, every, dtype)
-    return wrapped("\n".join([*([best, ""] if best else []), *lines]), table_width())
+        lines.append(f"Dtype:   {dtype} at the destination")
+    if first.share is not None:
+        lines.append(f"Sent:    what has changed, {percent(first.share)} % of the weights: bounds are those of that")
+    return [*lines, *_counts(findings, cluster)]
 
 
 def quantised(findings: Findings) -> str | None:

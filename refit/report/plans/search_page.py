@@ -7,7 +7,7 @@ import math
 from refit import units
 from refit.config.clusters import Cluster
 from refit.predict.findings import Findings, Found, Objective
-from refit.report.plans.search import as_text, quantised
+from refit.report.plans.search import heading, quantised
 from refit.report.plans.search_rows import cells_of, columns, is_large, merged, name_of, shown_rows
 from refit.report.refits.page import STYLE, document
 from refit.report.terminal.escaped import html_text
@@ -18,8 +18,6 @@ NAMES = {Objective.CYCLE: "cycle", Objective.DECODE: "decode step", Objective.RE
 
 def as_html(findings: Findings, cluster: Cluster, top: int) -> str:
     """A page that loads nothing and runs no script. `top` is the most rows where all were planned."""
-    text = as_text(findings, cluster, top).split("\n")
-    heads = [line for line in text if line.partition(":")[0] in HEADS]
     every = merged(findings, cells_of(findings))
     shown = shown_rows(findings, every, top)
     dtype, crosses = quantised(findings), any(found.crossing for found in findings.found)
@@ -35,14 +33,11 @@ def as_html(findings: Findings, cluster: Cluster, top: int) -> str:
         "Layouts for serving" if findings.objective is not Objective.REFIT else "Layouts",
         STYLE,
         [
-            *(f"<p>{html_text(line)}</p>" for line in heads),
+            *(f"<p>{html_text(line)}</p>" for line in heading(findings, cluster, every) if line),
             f"<figure>{_scatter(findings, cluster)}</figure>",
             f'<div class="scroll"><table><tr>{header}</tr>{"".join(body)}</table></div>',
         ],
     )
-
-
-HEADS = ("Best", "Source", "Layouts", "Cluster", "Served", "Cycle", "Dtype", "Sent", "Left out", "Not planned")
 
 
 def _scatter(findings: Findings, cluster: Cluster) -> str:

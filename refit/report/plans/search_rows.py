@@ -104,7 +104,7 @@ def _served_cells(found: Found, objective: Objective) -> Cells:
     rollouts, cycle = found.rollouts, found.cycle
     assert rollouts is not None
     assert cycle is not None
-    step = (f"{1e3 * rollouts.decode.seconds:,.3g}", f"{rollouts.tokens_per_s:,.0f}")
+    step: Cells = (f"{1e3 * rollouts.decode.seconds:,.3g}", f"{rollouts.tokens_per_s:,.0f}")
     if objective is Objective.CYCLE:
         step = (f"{cycle.seconds:,.4g}", *step, f"{cycle.prefill_s:,.3g}")
     return (

@@ -15,6 +15,8 @@ from refit.results.step import ForwardResult, StepResult
 def bound_lines(label: str, result: ForwardResult, measured: StepResult, run: Result) -> list[str]:
     """How many times its bound a pass took; empty without a cluster's speeds, and for what has no bound."""
     scenario = run.scenario
+    if scenario is None:
+        return []
     shape, side, cluster, steps = scenario.model, scenario.destination, scenario.cluster, scenario.steps
     if shape is None or side.dtype is None or cluster is None or steps is None or measured.median_s is None:
         return []
