@@ -86,7 +86,7 @@ def discard(partial: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """`box` of a tensor in a file: `data`, with dims in the order of the file."""
+    """`box` of a tensor in a file: `data`, a view of the weights with dims in the order of the file."""
 
     box: Box
     data: torch.Tensor
@@ -98,10 +98,12 @@ def _by_tensor(contents: Contents, shards: Iterable[LocalShard]) -> Iterable[tup
     for shard in shards:
         for piece in contents.pieces_of(shard.tensor.key, shard.box):
             data = part_within(shard.view.detach(), shard.box, piece.box)
-            # Dims of a single element that the other has not are in front of it.
+            # Each has dims of a single element that the other has not: here those in front, there any.
             data = data[(0,) * (data.ndim - len(piece.axes))].permute(_inverse(piece.axes))
+            for dim in range(len(piece.held.extents)):
+                data = data if dim in piece.axes else data.unsqueeze(dim)
             _, held = found.setdefault(piece.weights.tensor.name, (piece.weights, []))
-            held.append(_Held(piece.held, data.reshape(piece.held.extents)))
+            held.append(_Held(piece.held, data))
     return found.values()
 
 
