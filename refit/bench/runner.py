@@ -108,6 +108,12 @@ class _Record:
 
 
 def _check_libraries(scenario: Scenario) -> None:
+    has_files = scenario.source_weights is not None or scenario.write_weights is not None
+    if has_files and importlib.util.find_spec("safetensors") is None:
+        raise UnavailableError(
+            "--source-weights and --write-weights are verified with safetensors, which is not installed: pip install "
+            "'refit-benchmark[hf]'"
+        )
     for side in scenario.sides.values():
         for library, command in FORMATS[side.format].libraries:
             if importlib.util.find_spec(library) is None:

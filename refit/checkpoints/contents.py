@@ -152,7 +152,7 @@ def pieces_in(tensor: NamedTensor, weights: StoredWeights) -> Iterator[tuple[str
     """The pieces of `tensor`, by logical key below its block's prefix, in `weights`, which hold it."""
     for piece in tensor.pieces:
         held, dims = piece.held, len(piece.held.offsets)
-        axes: tuple[int, ...] = getattr(piece, "axes", None) or tuple(range(dims))
+        axes = piece.axes or tuple(range(dims))
         if weights.form is Form.MXFP4:  # the dim behind the experts' comes last
             order = (0, *range(2, dims), 1)
             held = Box(tuple(held.offsets[dim] for dim in order), tuple(held.extents[dim] for dim in order))
@@ -162,8 +162,7 @@ def pieces_in(tensor: NamedTensor, weights: StoredWeights) -> Iterator[tuple[str
 
 def shape_in_files(tensor: NamedTensor) -> tuple[int, ...]:
     """The shape of `tensor` in a file: its memory may lie in more dims than that."""
-    shape: tuple[int, ...] = getattr(tensor, "stored", None) or tensor.shape
-    return shape
+    return tensor.stored or tensor.shape
 
 
 def _closest(folder: StoredFolder, shape: ModelShape, dtype: Dtype) -> NamedModel:

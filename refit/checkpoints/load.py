@@ -10,13 +10,15 @@ from refit.memory.views import part_within
 from refit.memory.weights import LocalWeights
 
 
-def load(weights: LocalWeights, contents: Contents) -> int:
+def load(weights: LocalWeights, contents: Contents, *, shared: bool = False) -> int:
     """Fill every box that this rank holds; rows of padding are zero. Returns the bytes that were read.
+
+    `shared`: other ranks of this host read the rest of what is cut into columns.
 
     Values are rounded to the dtype of the weights. A box that this rank holds twice, as tied embeddings are on one
     rank, is one view. Raises RefitError where a file cannot be read.
     """
-    files = Files()
+    files = Files(shared)
     try:
         with torch.no_grad():
             for shard in weights:

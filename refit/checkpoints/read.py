@@ -7,8 +7,9 @@ TP group would each read all of it. So nothing is mapped here. A box is a number
     row 1       . . [======] . . .        2 runs of 3 elements, 8 elements apart
     row 2       . . [======] . . .
 
-Long runs are read one by one, after the kernel was told of those ahead. Where they are short the whole rows are read,
-since a page of the file comes as a whole anyway.
+Long runs are read one by one, after the kernel was told of those ahead. Where other ranks of the host read what is
+between them, it is told of all at once, so that the disk is read once, in order, for all of them. Where runs are short
+the whole rows are read, since a page of the file comes as a whole anyway.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 
 
 class Files:
-    """The files of a folder, each opened once for long runs and once for short ones. `read_bytes` were read so far."""
+    """The files of a folder, each opened once for long runs and once for short ones. `read_bytes` were read so far.
 
-    def __init__(self) -> None:
+    `shared`: other ranks of this host read the rest of tensors of which this one reads columns.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self._shared = shared
         self._open: dict[tuple[Path, bool], int] = {}
         self.read_bytes = 0
 
@@ -77,9 +82,11 @@ class Files:
         length, starts = runs.length * itemsize, [tensor.offset + start * itemsize for start in runs.starts]
         is_strided = len(starts) > 1
         descriptor = self._descriptor(tensor.path, is_strided=is_strided)
+        if is_strided and self._shared:
+            os.posix_fadvise(descriptor, starts[0], starts[-1] + length - starts[0], os.POSIX_FADV_WILLNEED)
         for first in range(0, len(starts), AHEAD):
             ahead = starts[first : first + AHEAD]
-            for start in ahead if is_strided else ():
+            for start in ahead if is_strided and not self._shared else ():
                 os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
             for number, start in enumerate(ahead, first):
                 self._read(descriptor, into[number * length : (number + 1) * length], start, tensor)

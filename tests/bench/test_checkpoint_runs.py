@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from refit.bench import runner
 from refit.checkpoints import write
+from refit.cli.parsing import parse
+from refit.errors import UnavailableError
 from refit.results.checkpoints import LoadResult
 from refit.results.refit import RefitResult
 from refit.results.status import Status
@@ -97,3 +101,11 @@ def test_files_with_other_elements_are_wrong_data(ranks: RankPool, tmp_path: Pat
     written = result.refit.tested.written
     assert (written.num_wrong, [wrong.key for wrong in written.wrong]) == (1, ["decoder.final_layernorm.weight"])
     assert "1 of 61,920 elements of" in result.refit.tested.fault
+
+
+def test_without_the_library_that_verifies_a_run_is_waived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = parse(["--model=tiny_qwen3", "--refit-method=gloo", f"--write-weights={tmp_path / 'out'}"]).scenario
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "safetensors" else found(name))
+    with pytest.raises(UnavailableError, match=r"verified with safetensors, .*pip install 'refit-benchmark\[hf\]'"):
+        runner.run(scenario)

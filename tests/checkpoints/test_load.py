@@ -24,8 +24,11 @@ CPU = torch.device("cpu")
 LAYERS = "decoder.layers.0."
 
 
-def sharding(flags: tuple[str, ...], tp: int, dtype: Dtype = Dtype.BF16) -> Sharding:
-    return predict_side(shape_of(flags), SideSpec(Layout(tp=tp, ep=1, etp=tp, pp=1, world_size=tp), dtype=dtype))
+def sharding(flags: tuple[str, ...], tp: int, dtype: Dtype = Dtype.BF16, ep: int = 1) -> Sharding:
+    """Of a Megatron-Core side on `tp` ranks, which have slices of all experts, or with `ep` of `tp` whole ones."""
+    shape = shape_of(flags)
+    ep = ep if shape.experts is not None else 1
+    return predict_side(shape, SideSpec(Layout(tp=tp, ep=ep, etp=tp // ep, pp=1, world_size=tp), dtype=dtype))
 
 
 def empty(side: Sharding, rank: int) -> LocalWeights:

@@ -36,9 +36,19 @@ class LoadMeasurement:
         session.enter("load weights")
         cold = _dropped(session, files)
         is_known = reset_peak(host)
-        loaded = timed(lambda: load(weights, contents) if weights is not None else 0, session.control, session.device)
+        before, shared = used_bytes(host), _shares_columns(session, source)
+        loaded = timed(
+            lambda: load(weights, contents, shared=shared) if weights is not None else 0,
+            session.control,
+            session.device,
+        )
         held = weights.nbytes if weights is not None else 0
-        extra = max(0, peak_bytes(host) - used_bytes(host)) if is_known and session.device.type == "cpu" else None
+        # Some of the weights may have been resident before, and freed memory may still be.
+        extra = (
+            max(0, peak_bytes(host) - min(before + held, used_bytes(host)))
+            if is_known and session.device.type == "cpu"
+            else None
+        )
         ranks = gather(session.control, (raw.seconds, loaded.seconds, loaded.value, held, extra))
         result = LoadResult(
             folder=str(contents.folder.path),
@@ -56,6 +66,13 @@ class LoadMeasurement:
         )
         session.say(checkpoint_lines.loaded(result))
         return result
+
+
+def _shares_columns(session: Session, source: Side) -> bool:
+    """Whether the ranks of a tensor-parallel group, which are neighbours, share a host."""
+    hosts = session.ranks.host_of
+    mine = [rank for rank in source.spec.ranks if hosts[rank] == hosts[session.rank]]
+    return len(mine) % source.spec.layout.tp == 0
 
 
 def _dropped(session: Session, files: Mapping[Path, int]) -> float | None:
