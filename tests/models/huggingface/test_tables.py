@@ -8,19 +8,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from refit.bench import oracle
+from refit.checkpoints.contents import contents_of
+from refit.checkpoints.files import read_folder
+from refit.checkpoints.load import load
 from refit.cli.parsing import parse
 from refit.config.shape import Dtype, ModelShape
 from refit.errors import ShardingError, UsageError
 from refit.memory.weights import assembled
 from refit.models.huggingface.model import materialise, meta_model
 from refit.models.huggingface.weights import read_weights, whole
+from refit.models.huggingface.whole import WholeModel
 from refit.plan.box import Box
 from refit.predict.families import names
 from refit.predict.families.qwen3_moe import QWEN3_MOE
@@ -144,3 +150,19 @@ def test_rows_of_every_kind_of_tensor_that_are_deleted_or_exchanged_are_found(fa
         assert rows < oracle.check(weights, named.logical, 1).num_wrong <= 2 * rows or rows == 1, name
         data.copy_(before)
     assert oracle.check(weights, named.logical, 1).num_wrong == 0
+
+
+@pytest.mark.parametrize("family", FAMILY, ids=FAMILY.values())
+def test_a_checkpoint_is_what_transformers_saves(tmp_path: Path, family: Family) -> None:
+    shape, _ = small_model(family)
+    model = WholeModel(shape, Dtype.FP32, CPU)
+    oracle.fill(model.weights, 1)
+    model._model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    found = dict(model.checkpoint())
+    assert found.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(found[name], tensor), name
+    oracle.poison(model.weights)
+    load(model.weights, contents_of(read_folder(tmp_path), shape, Dtype.FP32))
+    assert oracle.check(model.weights, names.named_model(shape, Dtype.FP32).logical, 1).num_wrong == 0
