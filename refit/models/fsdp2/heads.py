@@ -17,8 +17,7 @@ class NormOfParts(ParallelStyle):
     """Splits the weight of an RMS norm over a mesh; each rank normalises its part by the mean of all."""
 
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
-        weight = distribute_tensor(module.weight.data, device_mesh, [Shard(0)], src_data_rank=None)
-        module.register_parameter("weight", torch.nn.Parameter(weight))
+        _split(module, "weight", device_mesh)
         module.forward = _Forward(module, device_mesh)
         return module
 
@@ -29,7 +28,7 @@ class _Forward:
 
     def __call__(self, part: torch.Tensor) -> torch.Tensor:
         """Collective: every rank of the mesh, with its part `[..., width]`."""
-        weight = self._module.weight
+        weight = self._module.get_parameter("weight")
         return norm_of_parts(part, weight.to_local() if isinstance(weight, DTensor) else weight, self._group)
 
 
@@ -37,8 +36,7 @@ class SinksOfParts(ParallelStyle):
     """Splits the sinks of an attention module over a mesh, as its heads are."""
 
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
-        sinks = distribute_tensor(module.sinks.data, device_mesh, [Shard(0)], src_data_rank=None)
-        module.register_parameter("sinks", torch.nn.Parameter(sinks))
+        _split(module, "sinks", device_mesh)
         module.forward = _WithLocalParameters(module)
         return module
 
@@ -51,3 +49,8 @@ class _WithLocalParameters:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return type(self._module).forward(LocalParameters(self._module), *arguments, **options)
+
+
+def _split(module: torch.nn.Module, name: str, mesh: DeviceMesh) -> None:
+    part = distribute_tensor(module.get_parameter(name), mesh, [Shard(0)], src_data_rank=None)
+    module.register_parameter(name, torch.nn.Parameter(part))

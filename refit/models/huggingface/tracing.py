@@ -41,7 +41,7 @@ def _entering(trace: Trace, number: int) -> Any:
 
 def _observing(trace: Trace, number: int, shape: torch.Size, bias: torch.Tensor | None) -> Any:
     def observe(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        logits, _, index = output
+        logits, index = output[0], output[2]
         scores = logits.float()
         if bias is not None:
             scores = scores.sigmoid() + bias

@@ -11,6 +11,7 @@ import transformers
 from refit.config.layout import Layout
 from refit.config.shape import Dtype, ModelShape
 from refit.config.side import DEFAULT_ATTN_IMPL, SideSpec
+from refit.memory.weights import assembled
 from refit.models.forward_pass import Routing, Trace
 from refit.models.huggingface.model import compute_rotary_buffers, materialise, meta_model
 from refit.models.huggingface.tracing import plain_kernels, traced
@@ -40,8 +41,7 @@ class WholeModel:
         materialise(self._model, device)
         compute_rotary_buffers(self._model, device)
         self._model.eval()
-        self._device, self._tied = device, shape.tied_embeddings
-        self._transposed = any(row.transposed for row in named.family.experts)
+        self._device, self._published = device, named_model(shape, dtype, single_experts=True)
         self.weights = read_weights(self._model, named, lambda _, tensor: whole(tensor))
 
     def pass_of(self, tokens: Sequence[int]) -> WholePass:
@@ -54,20 +54,15 @@ class WholeModel:
 
     def checkpoint(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors as published checkpoints have them: expert by expert, gate and up apart, tied ones once."""
-        for name, tensor in self._model.state_dict().items():
-            prefix, _, last = name.rpartition(".")
-            if self._tied and name == "lm_head.weight":
-                continue
-            if last not in ("gate_up_proj", "down_proj") or self._transposed:  # gpt-oss keeps all experts in one
-                yield name, tensor
-                continue
-            for number, expert in enumerate(tensor):
-                parts = (
-                    zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True)
-                    if last != "down_proj"
-                    else [(last, expert)]
-                )
-                yield from ((f"{prefix}.{number}.{part}.weight", data.contiguous()) for part, data in parts)
+        state = self._model.state_dict()
+        for block in self._published.blocks:
+            for tensor in block.tensors:
+                if any(piece.axes is not None for piece in tensor.pieces):  # published as transformers has it
+                    yield block.prefix + tensor.name, state[block.prefix + tensor.name]
+                    continue
+                parts = [assembled(self.weights, block.key_prefix + each.key, each.box) for each in tensor.pieces]
+                pieces = zip(parts, tensor.pieces, strict=True)
+                yield block.prefix + tensor.name, torch.cat([part.view(each.held.extents) for part, each in pieces])
 
 
 def _gap(routing: Routing) -> torch.Tensor:

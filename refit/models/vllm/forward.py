@@ -119,8 +119,8 @@ class ReferenceForward:
         split = self._grouped_queries if self.shape.mla is None else self._latent
         query, key, value = split(prefix, hidden)
         if self.shape.attention_sinks:
-            heads = (each.transpose(1, 2) for each in (query, key, value))
-            found = attention_with_sinks(*heads, self.parameters[f"{prefix}sinks"], number)
+            query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+            found = attention_with_sinks(query, key, value, self.parameters[f"{prefix}sinks"], number)
             return found.transpose(1, 2).flatten(2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * query.size(-1) ** -0.5
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)

@@ -8,20 +8,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from refit.bench import oracle
+from refit.checkpoints.contents import contents_of
+from refit.checkpoints.files import read_folder
+from refit.checkpoints.load import load
 from refit.cli.parsing import parse
 from refit.config.shape import Dtype, ModelShape
 from refit.errors import ShardingError, UsageError
 from refit.memory.weights import assembled
 from refit.models.huggingface.model import materialise, meta_model
 from refit.models.huggingface.weights import read_weights, whole
+from refit.models.huggingface.whole import WholeModel
 from refit.plan.box import Box
 from refit.predict.families import names
 from refit.predict.families.qwen3_moe import QWEN3_MOE
@@ -152,3 +158,19 @@ def test_its_class_is_called_as_in_transformers() -> None:
         if family.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # an older release has not all of them
             assert family.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
     assert families()[0].model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+@pytest.mark.parametrize("family", FAMILY, ids=FAMILY.values())
+def test_a_checkpoint_is_what_transformers_saves(tmp_path: Path, family: Family) -> None:
+    shape, _ = small_model(family)
+    model = WholeModel(shape, Dtype.FP32, CPU)
+    oracle.fill(model.weights, 1)
+    model._model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    found = dict(model.checkpoint())
+    assert found.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(found[name], tensor), name
+    oracle.poison(model.weights)
+    load(model.weights, contents_of(read_folder(tmp_path), shape, Dtype.FP32))
+    assert oracle.check(model.weights, names.named_model(shape, Dtype.FP32).logical, 1).num_wrong == 0

@@ -51,7 +51,7 @@ class Layout:
         """Every parameter that is other than predicted, or on one side only: `name: predicted != the engine's`."""
         stated = {followed_name(name): held for name, held in self.held.items()}
         expected = {
-            f"{block.block.prefix}{one.name}": Held(one.shape, one.dtype)
+            f"{block.block.prefix}{one.name}": Held(one.engine_shape, one.dtype)
             for block in predicted
             for one in block.parameters
         }

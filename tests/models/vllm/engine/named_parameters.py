@@ -1,7 +1,7 @@
-"""Runs in vLLM's own environment: prints the parameters of vLLM's models for the folders that it is given, as JSON.
+"""Runs in vLLM's own environment: writes the parameters of vLLM's models for the folders that it is given, as JSON.
 
 Each model is built on the meta device, on one rank, from the folder's config.json; the first one has experts, for which
-vLLM makes the group that all of them get. What vLLM says against one is printed
+vLLM makes the group that all of them get. What vLLM says against one is written
 in place of its parameters.
 """
 
@@ -42,7 +42,7 @@ def main(folders: list[str]) -> None:
             found[folder] = parameters_of(folder)
         except Exception as error:
             found[folder] = f"{type(error).__name__}: {error}"
-    print("\n" + json.dumps(found))
+    sys.stdout.write(f"\n{json.dumps(found)}\n")
 
 
 if __name__ == "__main__":

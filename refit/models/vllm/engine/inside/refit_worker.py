@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-BIAS = "e_score_correction_bias"
-"""A router's bias, which vLLM's reload leaves out of what it remembers."""
+BIASES = ("e_score_correction_bias", "bias")
+"""Biases of routers and of linears, which vLLM's reload leaves out of what it remembers."""
 
 LIVE, COPIED, PACKED = "live", "copied", "packed"
 """How a weight is held: in the shared memory itself; by a copy with the same bits; in another order or packed."""
@@ -269,8 +269,7 @@ def _weights(model: Any) -> Iterator[Weight]:
             continue
         parameters, _ = get_layerwise_info(module).restore_metadata
         held = dict(parameters)
-        if module._parameters.get(BIAS) is not None:
-            held[BIAS] = module._parameters[BIAS]
+        held |= {name: module._parameters[name] for name in BIASES if module._parameters.get(name) is not None}
         for attribute, tensor in held.items():
             name, live = f"{prefix}.{attribute}", module._parameters.get(attribute)
             first = seen.setdefault(id(live), name) if live is not None and live.numel() else name
