@@ -127,6 +127,7 @@ def checks_of_faults(rank: int, argv: list[str]) -> tuple[dict[str, ForwardCheck
         return found, run_scenario(rank, argv)
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "num_without"),

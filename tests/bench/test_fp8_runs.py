@@ -31,6 +31,7 @@ def checked(result: RefitResult) -> tuple[int, int]:
     return quantised.blocks_at_source, quantised.blocks_at_destination
 
 
+@pytest.mark.one_megatron
 def test_whole_blocks_are_quantised_at_the_source(ranks: RankPool) -> None:
     flags = [*WIDE, *sizes(2, 2, 1, 2), *sizes(1, 4, 1, 1, "rl-inference-"), COLLOCATED, "--refit-method=shm"]
     code, plain = refit(ranks, *flags)
@@ -64,6 +65,7 @@ def test_cut_blocks_are_quantised_at_the_destination_beside_others(ranks: RankPo
     assert any("row shards of 128-row blocks" in reason for reason in result.quantised.reasons)
 
 
+@pytest.mark.one_megatron
 @pytest.mark.parametrize("place", ["source", "destination"])
 def test_mxfp8_at_a_named_place(ranks: RankPool, place: str) -> None:
     flags = [*WIDE, *sizes(2, 2, 1, 1), *sizes(4, 1, 1, 1, "rl-inference-"), "--refit-method=gloo"]
@@ -99,6 +101,7 @@ def test_a_cycle_with_an_fp8_destination(ranks: RankPool) -> None:
     assert "in BF16" in cycle_lines(result)[0]
 
 
+@pytest.mark.one_megatron
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_autotp_sides_quantise_and_run_forward(ranks: RankPool) -> None:
     flags = ["--model=tiny_qwen3", "--kv-channels=128", "--num-layers=2", "--vocab-size=500", "--refit-method=gloo"]
@@ -119,6 +122,7 @@ def test_autotp_sides_quantise_and_run_forward(ranks: RankPool) -> None:
     assert (forward.weights, forward.dequantised, forward.status) == ("initial", True, Status.OK)
 
 
+@pytest.mark.one_megatron
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 @pytest.mark.parametrize("source", ["megatron", "fsdp2"])
 def test_fsdp2_sides_quantise_too(ranks: RankPool, source: str) -> None:

@@ -96,6 +96,7 @@ def test_refits_arrive_bit_for_bit(ranks: RankPool, source: Any, destination: An
     assert engine.num_compared <= 3 * result.model.num_parameters * world_size // pp
 
 
+@pytest.mark.one_megatron
 @pytest.mark.parametrize("method", METHODS)
 def test_a_refit_in_stages_is_verified_and_its_result_counts_every_hop(
     ranks: RankPool, tmp_path: Path, method: str

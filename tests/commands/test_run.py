@@ -27,8 +27,6 @@ from refit.sweep.close import Cause
 from tests.ranks.waiting import pid_of_rank, read_until, wait_until
 from tests.report import factories
 
-pytestmark = pytest.mark.megatron
-
 SMALL = [
     "--model",
     "tiny",
@@ -226,28 +224,6 @@ def test_fewer_ranks_than_the_scenario_needs_are_refused(capsys: pytest.CaptureF
     assert "1 + 1 = 2 GPUs needed > 1 available" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@STARTS
-def test_a_rank_killed_from_outside_is_named(tmp_path: Path, start: str) -> None:
-    process = started(
-        start, "--nproc-per-node", "3", "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path)
-    )
-    assert process.stdout is not None
-    output = read_until(process.stdout.readline, "/100000:")
-    os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
-    rest, errors = process.communicate(timeout=150)
-    assert process.returncode == 4, (rest, errors)
-    assert "Idle ranks: 2 (not participating)" in output
-    told = [line for line in errors.splitlines() if line.startswith("FAILED: rank 1 failed")]
-    assert len(told) == 1, errors
-    assert "by signal 9 (SIGKILL)" in told[0]
-    assert "ChildFailedError" not in errors
-    (path,) = tmp_path.glob("*.json")
-    failure = read_result(path).failure
-    assert failure is not None
-    assert told[0].endswith(failure.message)
-
-
 def test_a_dry_run_starts_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *SMALL, "--dry-run"]) == 0
     assert "World size: 2 (using 2 GPUs)" in capsys.readouterr().out
@@ -276,26 +252,31 @@ def test_a_verified_refit(tmp_path: Path, start: str) -> None:
 @pytest.mark.slow
 @STARTS
 def test_a_killed_rank_is_named_with_its_signal_and_the_remedy(tmp_path: Path, start: str) -> None:
-    flags = ["--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path), "--run-name", "killed"]
-    process = started(start, *flags)
+    flags = ["--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path)]
+    process = started(start, "--nproc-per-node", "3", *flags)
     assert process.stdout is not None
-    read_until(process.stdout.readline, "/100000:")
+    output = read_until(process.stdout.readline, "/100000:")
+    assert "Idle ranks: 2 (not participating)" in output
     os.kill(pid_of_rank(1, tmp_path), signal.SIGKILL)
-    output, errors = process.communicate(timeout=150)
-    assert process.returncode == 4
-    (line,) = [line for line in (output + errors).splitlines() if line.startswith(("FAILED", "error"))]
+    rest, errors = process.communicate(timeout=150)
+    assert process.returncode == 4, (rest, errors)
+    (line,) = [line for line in (output + rest + errors).splitlines() if line.startswith(("FAILED", "error"))]
     assert re.fullmatch(
         r"FAILED: rank 1 failed( in phase '.+')?: killed on \S+ by signal 9 \(SIGKILL\): .*dmesg.*", line
     )
     assert "====" not in errors
-    failure = read_result(tmp_path / "killed.json").failure
+    assert "ChildFailedError" not in errors
+    (path,) = tmp_path.glob("*.json")
+    failure = read_result(path).failure
     assert failure is not None
     assert failure.message.startswith("killed on ")
+    assert line.endswith(failure.message)
 
 
 @pytest.mark.slow
-@STARTS
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "start"), [(signal.SIGTERM, "fork"), (signal.SIGINT, "fork"), (signal.SIGTERM, "spawn")]
+)
 def test_a_signal_ends_the_ranks(tmp_path: Path, number: signal.Signals, start: str) -> None:
     process = started(start, "--num-benchmark-iterations", "100000", "--output-dir", str(tmp_path))
     assert process.stdout is not None

@@ -1,7 +1,8 @@
 """The mark `megatron`: tests that may build a side of Megatron-Core. CI runs them with each Megatron-Core of the lock.
 
-It goes to all tests that take ranks, but for those marked `no_megatron`, and to all of tests/models/megatron. Sides are
-counted as they are built, also in the forked ranks, so that a test marked `no_megatron` that builds one fails.
+It goes to all tests that take ranks, but for those marked `no_megatron` or `one_megatron`, and to all of
+tests/models/megatron. Sides are counted as they are built, also in the forked ranks, so that a test that is marked
+`no_megatron` and builds one fails. What a test marked `one_megatron` proves is the same with every version.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ FORMATS._rows["megatron"] = replace(ROW, build=f"{__name__}:build_side")
 
 
 def may_build(item: pytest.Item) -> bool:
-    takes_ranks = "ranks" in getattr(item, "fixturenames", ()) and item.get_closest_marker("no_megatron") is None
+    left_out = any(item.get_closest_marker(name) for name in ("no_megatron", "one_megatron"))
+    takes_ranks = "ranks" in getattr(item, "fixturenames", ()) and not left_out
     return takes_ranks or item.path.is_relative_to(FOLDER)
 
 
@@ -40,6 +42,6 @@ def may_build(item: pytest.Item) -> bool:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     before = NUM_BUILT.value
     outcome = yield
-    if NUM_BUILT.value > before and item.get_closest_marker("megatron") is None:
+    if NUM_BUILT.value > before and not any(map(item.get_closest_marker, ("megatron", "one_megatron"))):
         pytest.fail("builds a side of Megatron-Core: take `no_megatron` away, or mark it `megatron`", pytrace=False)
     return outcome

@@ -33,6 +33,8 @@ from tests.seams.test_seams import FLAGS, LAYOUTS
 
 DELTA = ["--refit-encoding", "delta", "--num-benchmark-iterations", "3", "--num-benchmark-warmup", "1"]
 
+COLLOCATED = [*LAYOUTS, "--refit-mode", "collocated"]
+
 
 def run_scenario(
     rank: int, argv: list[str], broken: str | None = None, directory: str | None = None, model: Sequence[str] = FLAGS
@@ -51,8 +53,15 @@ def run_scenario(
         return result, printed.getvalue(), read_result(file.path) if file else None
 
 
-@pytest.mark.parametrize("way", WAYS, ids=" ".join)
-@pytest.mark.parametrize("sides", [LAYOUTS, FP8, [*LAYOUTS, "--refit-mode", "collocated"]], ids=["bf16", "fp8", "coll"])
+@pytest.mark.parametrize(
+    ("sides", "way"),
+    [
+        *((LAYOUTS, way) for way in WAYS),
+        (FP8, WAYS[0]),
+        (FP8, WAYS[2]),
+        (COLLOCATED, WAYS[1]),
+    ],
+)
 def test_changes_are_sent(ranks: RankPool, way: list[str], sides: list[str], tmp_path: Path) -> None:
     result, output, stored = ranks.run(run_scenario, [*sides, "--refit-method", *way], None, str(tmp_path))[0]
     engine = result.refit.engines["refit"]
@@ -73,6 +82,7 @@ def test_changes_are_sent(ranks: RankPool, way: list[str], sides: list[str], tmp
     assert "x as fast as full in this run" in output
 
 
+@pytest.mark.one_megatron
 @pytest.mark.parametrize("num_warmup", ["1", "2"])
 def test_shares_take_turns_and_each_is_measured_as_often(ranks: RankPool, num_warmup: str) -> None:
     shares = ["--delta-changed-share", "0.5%", "--delta-changed-share", "25%"]
@@ -109,6 +119,7 @@ def a_joiner() -> Iterator[None]:
         yield
 
 
+@pytest.mark.one_megatron
 def run_with_joiner(rank: int, argv: list[str]) -> Any:
     with a_joiner():
         return run_scenario(rank, argv)
@@ -153,10 +164,19 @@ def run_auto(rank: int, argv: list[str], slower: str) -> Any:
         return run_scenario(rank, [*argv, "--refit-encoding", "auto", "--num-benchmark-warmup", "7"])
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
-@pytest.mark.parametrize("sides", [LAYOUTS, FP8], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("way", WAYS, ids=" ".join)
-@pytest.mark.parametrize("slower", ["changes", "everything"])
+@pytest.mark.parametrize(
+    ("sides", "way", "slower"),
+    [
+        (LAYOUTS, WAYS[0], "changes"),
+        (LAYOUTS, WAYS[1], "everything"),
+        (LAYOUTS, WAYS[2], "changes"),
+        (FP8, WAYS[0], "everything"),
+        (FP8, WAYS[2], "everything"),
+    ],
+    ids=["bf16-0-changes", "bf16-1-everything", "bf16-2-changes", "fp8-0-everything", "fp8-2-everything"],
+)
 def test_auto_sends_what_was_faster(ranks: RankPool, sides: list[str], way: list[str], slower: str) -> None:
     result, output, _ = ranks.run(run_auto, [*sides, "--refit-method", *way], slower)[0]
     engine = result.refit.engines["refit"]
@@ -257,8 +277,11 @@ def wrong_base() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("broken", sorted(MUTANTS))
-@pytest.mark.parametrize("way", [WAYS[0], WAYS[1]], ids=" ".join)
+@pytest.mark.one_megatron
+@pytest.mark.parametrize(
+    ("broken", "way"),
+    [*((name, WAYS[0]) for name in sorted(MUTANTS)), *((name, WAYS[1]) for name in ("swallowed_apply", "wrong_base"))],
+)
 def test_mutants_are_found(ranks: RankPool, broken: str, way: list[str]) -> None:
     result, output, _ = ranks.run(run_scenario, [*LAYOUTS, "--refit-method", *way], broken)[0]
     engine = result.refit.engines["refit"]

@@ -49,6 +49,8 @@ def on_hosts(rank: int, argv: list[str], ranks_per_host: int, joiner: int | None
         return test_refits.run_scenario(rank, argv, model=())[:2], bool(packed)
 
 
+@pytest.mark.one_megatron
+@pytest.mark.one_megatron
 @pytest.mark.parametrize(
     ("flags", "ranks_per_host"),
     [
@@ -78,6 +80,7 @@ def test_changes_are_packed_once_and_passed_on(ranks: RankPool, flags: list[str]
         assert not any(packed for _, packed in answers[len(source) :])
 
 
+@pytest.mark.one_megatron
 def test_a_joiner_behind_a_relay_gets_everything(ranks: RankPool) -> None:
     result, output = ranks.run(on_hosts, [*DP4, "--refit-relay", "node"], 2, 5)[0][0]
     engine = result.refit.engines["refit"]

@@ -107,6 +107,7 @@ TO_AUTOTP = [AUTOTP[1], "--destination-world-size=4", f"{RL_TP}=2"]
 SHARED_RANKS = ["--refit-mode=collocated", "--source-world-size=6", f"{TP}=3", f"{RL_TP}=2"]
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "flags"),

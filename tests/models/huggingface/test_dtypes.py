@@ -64,6 +64,7 @@ def test_the_tables_have_the_dtype_that_the_installed_library_gives() -> None:
     assert named.logical[ROUTER].dtype == router_dtype()
 
 
+@pytest.mark.one_megatron
 @pytest.mark.parametrize("sides", [[FROM_FSDP2], pytest.param([FROM_FSDP2, TO_FSDP2], marks=pytest.mark.slow)])
 def test_fsdp2_is_trained_and_refitted_and_what_is_cast_is_stated(ranks: RankPool, sides: list[str]) -> None:
     """TP2 and two shards, in bfloat16. FSDP2 would refuse a layer of mixed dtypes in the first forward pass."""
@@ -74,6 +75,7 @@ def test_fsdp2_is_trained_and_refitted_and_what_is_cast_is_stated(ranks: RankPoo
     assert all(key.endswith("mlp.router.weight") for key in found)
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 def test_a_float32_router_is_refitted_from_one_in_bfloat16(ranks: RankPool) -> None:
     found = casts(
@@ -83,6 +85,7 @@ def test_a_float32_router_is_refitted_from_one_in_bfloat16(ranks: RankPool) -> N
     assert found.get(ROUTER) == (("bfloat16", dtype) if dtype != "bfloat16" else None)
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 def test_autotp_is_trained_and_refitted_without_a_cast(ranks: RankPool) -> None:
     assert casts(verified(ranks, *TRAINED, FROM_AUTOTP)) == {}

@@ -138,6 +138,7 @@ def test_eager_attention_takes_the_steps_of_sdpa(ranks: RankPool, library: list[
     assert norms_of(eager) == pytest.approx(norms_of(sdpa), rel=1e-4)
 
 
+@pytest.mark.one_megatron
 @LIBRARIES
 def test_autocast_is_refitted_in_16_bits(ranks: RankPool, library: list[str]) -> None:
     """A whole cycle: losses near those of float32, and a refit that casts, verified, with the logits of training."""

@@ -197,6 +197,7 @@ def test_overflow_skips_the_step(ranks: RankPool, library: list[str]) -> None:
     assert found.num_skipped == 2
 
 
+@pytest.mark.one_megatron
 @pytest.mark.parametrize(
     ("library", "wrong"),
     [([], "3 of 4 steps are"), (FSDP2, "3 of 4 steps are"), (AUTOTP, "1 of 4 steps is")],
@@ -256,6 +257,7 @@ def run_without_gradients(rank: int, flags: list[str]) -> Result:
     return found
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 def test_float16_is_trained_alike(ranks: RankPool) -> None:
     """Measured: losses within 2e-5, norms within 2e-3."""
@@ -283,6 +285,7 @@ def test_trained_weights_are_refitted(ranks: RankPool, library: list[str]) -> No
     assert sum(breakdown.parts_s.values()) + breakdown.rest_s == pytest.approx(breakdown.seconds)
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize("library", [[*FSDP2, EP2], AUTOTP], ids=["fsdp2", "autotp"])
 def test_trained_experts_are_refitted(ranks: RankPool, library: list[str]) -> None:

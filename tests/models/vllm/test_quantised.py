@@ -34,7 +34,7 @@ from tests.models.vllm.test_side import (
 )
 from tests.ranks.pool import RankPool
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.one_megatron]
 
 RUN = ["--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1", "--vocab-size=500"]
 RUN += ["--rl-inference-format=vllm"]

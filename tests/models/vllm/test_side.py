@@ -139,6 +139,7 @@ def test_refits_arrive_and_logits_agree(ranks: RankPool, flags: list[str]) -> No
     check(answer.measurements["refit"])
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [MEGATRON, FSDP2], ids=["megatron", "fsdp2"])
 @pytest.mark.parametrize("model", [QWEN_MOE, DEEPSEEK], ids=["qwen3_moe", "deepseek_v3"])
@@ -182,6 +183,7 @@ def formats_of(shape: ModelShape) -> list[str]:
     return ["megatron", "fsdp2"]
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 @given(st.data())
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
@@ -301,6 +303,7 @@ def dense(shape: ModelShape, last: str, parts: list[torch.Tensor]) -> list[tuple
     return [(last if last == "e_score_correction_bias" else f"{last}.weight", parts[0])]
 
 
+@pytest.mark.one_megatron
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "tp", "dp"),
@@ -343,6 +346,7 @@ def misfused(rank: int, argv: list[str], name: str, members: tuple[str, ...]) ->
         return run_scenario(rank, argv)
 
 
+@pytest.mark.one_megatron
 @pytest.mark.parametrize(
     ("model", "name", "members"),
     [
@@ -367,6 +371,7 @@ def test_a_wrong_fusion_fails_the_forward_check(
     assert answer.exit_code == 1
 
 
+@pytest.mark.one_megatron
 def stale_plan(rank: int, argv: list[str]) -> dict[str, Any]:
     """Refit with the plan of the first placement after the experts have moved, and with a new plan."""
     scenario, source, destination = built(argv)
