@@ -54,6 +54,14 @@ check_environment() {
     done
 }
 
+# near NAME: prints a question about the known setting that begins as NAME does, if there is one.
+near() {
+    local known start=${1:0:6}
+    for known in $KNOWN_SETTINGS; do
+        [[ $known != "$start"* ]] || { echo "did you mean REFIT_$known? " && return; }
+    done
+}
+
 # Takes the site file's values for every variable that the environment does not set.
 load_site() {
     local file=${REFIT_SITE_FILE:-$root/site.env} entry name last=''
@@ -75,7 +83,8 @@ load_site() {
         die "REFIT_SITE_FILE names $file, which is not there"
     fi
     for name in "${!REFIT_@}"; do
-        [[ $KNOWN_SETTINGS == *" ${name#REFIT_} "* ]] || die "unknown setting $name: known are REFIT_ and one of$KNOWN_SETTINGS"
+        [[ $KNOWN_SETTINGS == *" ${name#REFIT_} "* ]] || die "unknown setting $name: $(near "${name#REFIT_}")known are" \
+            "REFIT_ and one of$KNOWN_SETTINGS"
     done
     [[ ${REFIT_TASKS:-node} =~ ^(node|gpu)$ ]] || die "REFIT_TASKS must be node or gpu, not $REFIT_TASKS"
     check_environment

@@ -324,7 +324,9 @@ plan() {
         [[ -n $table ]] || return "$code" # not even a plan: the error has been printed
         echo "$table"
     fi
-    if [[ -n $array ]]; then
+    if [[ ${table:-} == *$'\n0 ready'* ]]; then
+        echo "Nothing to submit: no scenario is ready, for the reasons above"
+    elif [[ -n $array ]]; then
         echo "To submit: a job array of the scenarios above that are ready, and a summary job, with --submit --array"
     else
         suite_job

@@ -142,7 +142,8 @@ def _check_cluster(session: Session) -> None:
 
 
 def _closing_lines(session: Session, result: Result) -> list[str]:
-    lines = [idle_ranks(session.scenario, session.world_size)]
+    # An idle rank takes a GPU from others, but nothing from the CPUs.
+    lines = [idle_ranks(session.scenario, session.world_size)] if session.device.type == "cuda" else []
     for name, found in result.measurements.items():
         lines += load(MEASUREMENTS[name].closing_lines)(found, result)
     return [*lines, *cycle_lines(result)]

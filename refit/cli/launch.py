@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from refit.config.scenario import Scenario, check_num_ranks, num_nodes
+from refit.cli.invocation import ranks_command
+from refit.config.scenario import Scenario, check_num_ranks
 from refit.errors import UsageError
+from refit.predict.cpus import is_on_cpus
 from refit.report.terminal.console import show
 
 FIRST_PORT, NUM_PORTS = 12000, 16000
@@ -67,17 +69,20 @@ def rendezvous_port(environ: Mapping[str, str]) -> int:
     return FIRST_PORT + (int(job) * 131 + int(step)) % NUM_PORTS
 
 
-def check_launch(scenario: Scenario, environ: Mapping[str, str], gpus_per_node: int) -> None:
-    """Raise UsageError unless enough ranks have been started, going by the variables that torchrun sets."""
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return check_num_ranks(scenario, int(environ["WORLD_SIZE"]))
-    needed = scenario.num_ranks
-    ranks_per_node = gpus_per_node * scenario.ranks_per_gpu
-    nodes = num_nodes(needed, ranks_per_node)
-    per_node = f"--nnodes {nodes} --nproc-per-node {ranks_per_node}" if nodes > 1 else f"--nproc-per-node {needed}"
+def check_launch(scenario: Scenario, environ: Mapping[str, str], gpus_per_node: int, words: Sequence[str]) -> None:
+    """Raise UsageError unless enough ranks have been started, going by the variables that torchrun sets.
+
+    `words` are the scenario's flags, for the command that starts enough.
+    """
+    needed, has_ranks = scenario.num_ranks, "RANK" in environ and "WORLD_SIZE" in environ
+    if has_ranks and needed <= int(environ["WORLD_SIZE"]):
+        return
+    ranks_per_node = needed if is_on_cpus(scenario) else gpus_per_node * scenario.ranks_per_gpu
+    start = ranks_command(needed, ranks_per_node, words)
+    if has_ranks:
+        check_num_ranks(scenario, int(environ["WORLD_SIZE"]), f"start {needed} ranks: {start}")
     raise UsageError(
-        f"no ranks have been started, {needed} are needed: "
-        f"torchrun {per_node} benchmark_refit.py <the same flags>, or add --dry-run to plan without them"
+        f"no ranks have been started, {needed} are needed (--dry-run plans without them): start them with {start}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 
 from refit.cli.launch import check_launch, rank_variables
@@ -18,22 +19,22 @@ from refit.report.terminal.console import ending_quietly, show, show_error, show
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line and return this process's exit code, that of a closed pipe included."""
-    return ending_quietly(lambda: _main(lambda: parse(argv)))
+    return ending_quietly(lambda: _main(lambda: parse(argv), argv))
 
 
 def main_of(request: Request) -> int:
-    """What `main` does with a command line that is parsed."""
-    return ending_quietly(lambda: _main(lambda: request))
+    """What `main` does with this process's command line, parsed."""
+    return ending_quietly(lambda: _main(lambda: request, sys.argv[1:]))
 
 
-def _main(request: Callable[[], Request]) -> int:
+def _main(request: Callable[[], Request], words: Sequence[str]) -> int:
     """Run the request and return this process's exit code. Errors meant for the user are printed once.
 
     Errors common to all ranks exit non-zero on rank 0 only, so that a launcher reports one failure.
     """
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
-        code = _run(request(), first)
+        code = _run(request(), first, words)
     except UsageError as error:
         if first:
             show_error(str(error))
@@ -45,7 +46,7 @@ def _main(request: Callable[[], Request]) -> int:
     return code if first else 0
 
 
-def _run(request: Request, first: bool) -> int:
+def _run(request: Request, first: bool, words: Sequence[str]) -> int:
     if request.dry_run is not None:
         if first:
             live.draw("planning")
@@ -57,7 +58,7 @@ def _run(request: Request, first: bool) -> int:
             check_memory(planned)
         return 0
     os.environ.update(rank_variables(os.environ))
-    check_launch(request.scenario, os.environ, request.gpus_per_node)
+    check_launch(request.scenario, os.environ, request.gpus_per_node, words)
     check_output(request.scenario, os.environ)
     if first:
         live.draw("loading PyTorch and Megatron-Core")

@@ -16,6 +16,7 @@ from typing import Any
 
 from refit.cli import flag_types, forked, torchrun
 from refit.cli.flag_parser import FlagParser
+from refit.cli.invocation import command_text
 from refit.cli.main import main
 from refit.cli.output import discard_partial
 from refit.cli.parsing import parse
@@ -71,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     if request.dry_run is not None:
         return main(flags)
     num_ranks = own.nproc_per_node or request.scenario.num_ranks
-    check_num_ranks(request.scenario, num_ranks)
+    started = ["--start", own.start] if own.start != "fork" else []
+    again = command_text(["run", *started, *flags])
+    check_num_ranks(request.scenario, num_ranks, f"start {request.scenario.num_ranks} ranks: {again}")
     command, start = STARTS[own.start]
     if cpus.is_on_cpus(request.scenario):
         check.checked(flags, DryRunOptions(), cpus.this_machine(), start)

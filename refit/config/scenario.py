@@ -188,14 +188,17 @@ def ranks_text(mode: Mode, source: SideSpec, destination: SideSpec) -> str:
     return f"{sizes[0]} + {sizes[1]} = {sum(sizes)}"
 
 
-def check_num_ranks(scenario: Scenario, available: int) -> None:
-    """Raise UsageError, with the sum spelled out and what to lower, where `available` ranks are too few."""
+def check_num_ranks(scenario: Scenario, available: int, more: str = "") -> None:
+    """Raise UsageError, with the sum spelled out and what to lower, where `available` ranks are too few.
+
+    `more` says how to get as many as are needed, where the caller knows.
+    """
     needed = scenario.num_ranks
     if needed <= available:
         return
     shared = scenario.ranks_per_gpu
     what = f"ranks ({shared} per GPU)" if shared > 1 else "GPUs"
-    remedies = [f"lower {' or '.join(_flags_to_lower(scenario, available))}", f"start {needed} ranks"]
+    remedies = [f"lower {' or '.join(_flags_to_lower(scenario, available))}", more or f"start {needed} ranks"]
     if shared > 1:
         remedies.insert(1, "raise --ranks-per-gpu")
     raise UsageError(

@@ -13,7 +13,7 @@ from typing import Any
 from refit.config.clusters import Cluster
 from refit.config.gpus import GpuMap, planned_gpus
 from refit.config.relay import Relay
-from refit.config.scenario import Mode, Scenario, Sending, Verify, check_num_ranks
+from refit.config.scenario import Mode, Scenario, Sending, Verify, check_num_ranks, num_nodes
 from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
@@ -47,6 +47,16 @@ class DryRunOptions:
     def gpus_per_domain(self) -> int:
         """GPUs of one NVLink domain: the cluster's, or those of a host."""
         return self.cluster.gpus_per_node if self.cluster else self.gpus_per_node
+
+    def check_num_gpus(self, scenario: Scenario) -> None:
+        """Raise UsageError where `scenario` needs more GPUs, with the flags that ask for as many."""
+        shared = scenario.ranks_per_gpu
+        if self.num_gpus is None:
+            return
+        gpus = math.ceil(scenario.num_ranks / shared)
+        nodes = num_nodes(gpus, self.gpus_per_node)
+        more = f"ask for {nodes} nodes of {self.gpus_per_node} (--nodes {nodes}; of a dry run --num-gpus {gpus})"
+        check_num_ranks(scenario, self.num_gpus * shared, more if nodes > 1 else f"give --num-gpus {gpus}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +208,7 @@ def dry_run(scenario: Scenario, options: DryRunOptions) -> DryRun:
     if scenario.model is None:
         raise UsageError("--dry-run predicts the models that flags describe: a --model-provider has to be run")
     shared = scenario.ranks_per_gpu
-    check_num_ranks(scenario, options.num_gpus * shared if options.num_gpus else scenario.num_ranks)
+    options.check_num_gpus(scenario)
     gpus = planned_gpus(scenario.num_ranks, options.gpus_per_node, shared)
     ranks_per_node = options.gpus_per_node * shared
     cluster, per_domain = options.cluster, options.gpus_per_domain * shared

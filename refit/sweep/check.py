@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from refit.cli.parsing import parse, read_flags
 from refit.cli.side_flags import read_mode, read_sides
 from refit.config.registry import METHODS
-from refit.config.scenario import Scenario, check_num_ranks, num_nodes
+from refit.config.scenario import Scenario, num_nodes
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.predict.cpus import SPAWNED, Machine, Start, check_cpus
@@ -51,7 +51,7 @@ def checked(
     """
     scenario = parse(flags).scenario
     if scenario.model is None:
-        check_num_ranks(scenario, options.num_gpus * scenario.ranks_per_gpu if options.num_gpus else scenario.num_ranks)
+        options.check_num_gpus(scenario)
         run = None
     else:
         run = dry_run(scenario, replace(options, cluster=options.cluster or scenario.cluster))

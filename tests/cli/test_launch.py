@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +22,7 @@ from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.config.scenario import Scenario, check_num_ranks
 from refit.errors import UnavailableError, UsageError
+from refit.predict import cpus
 from refit.transport.ranks import Ranks
 from tests.cli.lines import SMALL, TWO_HEADS, scenario, sizes
 from tests.ranks.ports import job_with_a_free_port
@@ -275,15 +278,26 @@ def test_too_few_ranks(line: str, available: int, message: str) -> None:
     check_num_ranks(run, run.num_ranks)
 
 
-def test_a_launch_is_checked_by_what_torchrun_sets() -> None:
-    run = scenario(f"{sizes(4, 1, 2, 1, 'non-collocated', 'nccl')} {SMALL}")
-    check_launch(run, {"RANK": "0", "WORLD_SIZE": "8"}, 8)
-    with pytest.raises(UsageError, match=r"4 \+ 2 = 6 GPUs needed > 4 available"):
-        check_launch(run, {"RANK": "0", "WORLD_SIZE": "4"}, 8)
-    with pytest.raises(UsageError, match=r"torchrun --nproc-per-node 6 benchmark_refit.py"):
-        check_launch(run, {}, 8)
-    with pytest.raises(UsageError, match=r"torchrun --nnodes 2 --nproc-per-node 4 benchmark_refit.py"):
-        check_launch(run, {}, 4)
+@pytest.mark.parametrize("ranks_per_gpu", [1, 2])
+def test_a_refused_launch_names_the_command_that_starts_enough(
+    monkeypatch: pytest.MonkeyPatch, ranks_per_gpu: int
+) -> None:
+    """It holds every word of the line, and is taken where it is pasted."""
+    monkeypatch.setattr(cpus, "has_gpu", lambda: True)
+    words = f"{sizes(4, 1, 2, 1, 'non-collocated', 'cuda-ipc')} {SMALL}".split()
+    words += ["--ranks-per-gpu", str(ranks_per_gpu), "--output-dir", "a folder"]
+    run = parse(words).scenario
+    check_launch(run, {"RANK": "0", "WORLD_SIZE": "8"}, 8, words)
+    for environ in ({"RANK": "0", "WORLD_SIZE": "4"}, {}):
+        for gpus_per_node, start in ((8, [sys.executable, "-m", "refit", "run"]), (4 // ranks_per_gpu, SBATCH)):
+            with pytest.raises(UsageError) as error:
+                check_launch(run, environ, gpus_per_node, words)
+            told = shlex.split(re.split(r"start 6 ranks: |start them with ", str(error.value))[1])
+            assert told[1:] == [*start[1:], *words]
+            assert parse(told[len(start) :]).scenario == run
+
+
+SBATCH = ["sbatch", "--nodes=2", "benchmark_refit_sbatch.sh"]
 
 
 def test_ranks_that_share_gpus_are_counted_as_ranks() -> None:
@@ -291,11 +305,7 @@ def test_ranks_that_share_gpus_are_counted_as_ranks() -> None:
     with pytest.raises(
         UsageError, match=r"4 \+ 2 = 6 ranks \(2 per GPU\) needed > 4 available: .* raise --ranks-per-gpu, or"
     ):
-        check_launch(run, {"RANK": "0", "WORLD_SIZE": "4"}, 8)
-    with pytest.raises(UsageError, match=r"torchrun --nproc-per-node 6 benchmark_refit.py"):
-        check_launch(run, {}, 4)
-    with pytest.raises(UsageError, match=r"torchrun --nnodes 2 --nproc-per-node 4 benchmark_refit.py"):
-        check_launch(run, {}, 2)
+        check_launch(run, {"RANK": "0", "WORLD_SIZE": "4"}, 8, [])
 
 
 def test_too_few_ranks_end_main_before_anything_is_built(
