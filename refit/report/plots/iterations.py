@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refit.report.plots.style import (
     LINE,
@@ -56,7 +56,8 @@ def _series(axes: Axes, engine: EngineResult, name: str, look: Look, line: str) 
     start = len(warm_ms)
     axes.plot(numbers, warm_ms + measured_ms, color=LINE, linewidth=1, linestyle=line)
     axes.plot(numbers[:start], warm_ms, look.marker, color=LINE, markerfacecolor="white")
-    axes.plot(numbers[start:], measured_ms, look.marker, color=look.color, markeredgecolor="black", label=name)
+    edge: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 1.2, "markersize": 6.5}
+    axes.plot(numbers[start:], measured_ms, look.marker, color=look.marker_color, label=name, **edge)
     axes.axhline(statistics.median(measured_ms), color=LINE, linewidth=0.8, linestyle="--")
 
 

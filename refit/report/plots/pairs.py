@@ -10,7 +10,7 @@ import numpy as np
 from refit.config.layout import Layout
 from refit.plan.box_array import IntArray
 from refit.report.plots.nodes import draw_node_lines, expert_groups, node_size
-from refit.report.plots.style import MAX_NUMBERED_RANKS, byte_scale, new_figure, rank_axis, wrapped
+from refit.report.plots.style import MAX_NUMBERED_RANKS, TITLE_WIDTH, byte_scale, new_figure, rank_axis, wrapped
 from refit.results.outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def pairs_figure(outcome: Outcome, matrix: IntArray, under: str) -> Figure:
     shown = matrix[rows.start : rows.stop, columns.start : columns.stop].astype(float)
     scale, unit = byte_scale(shown.max(initial=0))
     local = "; same rank: a local copy" if set(rows) & set(columns) else ""
-    title = f"{wrapped(outcome.planned.name)}\nbytes of each pair of ranks{local}"
+    title = f"{wrapped(outcome.planned.name, TITLE_WIDTH)}\nbytes of each pair of ranks{local}"
     figure = new_figure(8.4, 7, title, under)
     axes = figure.add_subplot()
     extent = (columns.start - 0.5, columns.stop - 0.5, rows.stop - 0.5, rows.start - 0.5)

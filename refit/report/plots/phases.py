@@ -25,12 +25,14 @@ def phases_figure(outcomes: Sequence[Outcome], under: str) -> Figure:
     """
     engines = {outcome.planned.name: outcome.tested for outcome in outcomes if outcome.tested}
     ways = {outcome.planned.name: picture_text(outcome.method) for outcome in outcomes}
-    figure = new_figure(12, 2.2 + 0.42 * len(engines), "Where the time goes", under)
-    left, right = figure.subplots(1, 2, sharey=True)
     names = list(engines)
+    labels = [wrapped(name if name.endswith(ways[name]) else f"{name} over {ways[name]}") for name in names]
+    row = 0.15 * max(2, *(1 + label.count("\n") for label in labels)) + 0.12
+    figure = new_figure(12, 2.2 + row * len(engines), "Where the time goes", under)
+    left, right = figure.subplots(1, 2, sharey=True)
     _stacks(left, {name: phases_s(median_sample(engine)) for name, engine in engines.items()})
     _stacks(right, {name: before_s(engine) for name, engine in engines.items()})
-    left.set_yticks(range(len(names)), [f"{wrapped(name)}\nover {ways[name]}" for name in names], fontsize=9)
+    left.set_yticks(range(len(names)), labels, fontsize=9)
     left.set_ylim(len(names) - 0.5, -0.5)
     left.set_title("the refit of median time, phases of its slowest rank", fontsize=9)
     right.set_title("once per process, and the first refit", fontsize=9)

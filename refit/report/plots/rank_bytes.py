@@ -12,6 +12,7 @@ from refit.report.plots.nodes import draw_node_lines, node_size
 from refit.report.plots.style import (
     MAX_NUMBERED_RANKS,
     METHOD_LOOKS,
+    TITLE_WIDTH,
     Look,
     byte_scale,
     grid,
@@ -45,7 +46,7 @@ def rank_bytes_figure(outcome: Outcome, plan: Cost, matrix: IntArray | None, und
     sides = (plan.received_by_rank, plan.sent_by_rank)
     ranks = sorted({rank for side in sides for rank in side})
     scale, unit = byte_scale(max((nbytes for side in sides for nbytes in side.values()), default=0))
-    figure = new_figure(10, 4.6, f"{wrapped(outcome.planned.name)}\nbytes of each rank", under)
+    figure = new_figure(10, 4.6, f"{wrapped(outcome.planned.name, TITLE_WIDTH)}\nbytes of each rank", under)
     axes = figure.add_subplot()
     _stack(axes, ranks, _shares(outcome, plan, matrix, ranks), scale)
     for side, sign, word, line in ((sides[0], 1, "received", "--"), (sides[1], -1, "sent", ":")):

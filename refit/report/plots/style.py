@@ -24,8 +24,14 @@ LINE = "0.3"
 NAME_WIDTH = 40
 """Characters after which a scenario's name is wrapped."""
 
+TITLE_WIDTH = 80
+"""The same where it is the title of a picture."""
+
 MAX_NUMBERED_RANKS = 16
 """Up to this many ranks, each has a label on its axis."""
+
+DARK = 120
+"""The most that the parts of a marker's colour are on average, of 255."""
 
 BYTE_SCALES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -42,6 +48,13 @@ class Look:
     def fill(self) -> dict[str, Any]:
         """Arguments of a bar."""
         return {"color": self.color, "hatch": self.hatch, "edgecolor": "black", "linewidth": 0.8}
+
+    @property
+    def marker_color(self) -> str:
+        """The fill, darker where it is pale: a small marker has no hatch, and a hollow one means something else."""
+        parts = [int(self.color[place : place + 2], 16) for place in (1, 3, 5)]
+        share = min(1.0, DARK / (sum(parts) / 3))
+        return "#" + "".join(f"{round(share * part):02x}" for part in parts)
 
 
 # Neighbours differ in lightness and in hatch.
@@ -135,11 +148,11 @@ def ran_title(outcome: Outcome, name: str) -> str:
     return f"{engine_title(name)} over {picture_text(outcome.transport_of(name))}"
 
 
-def wrapped(name: str) -> str:
-    """A scenario's name in lines of at most NAME_WIDTH characters, broken after a blank or an underscore if any."""
+def wrapped(name: str, width: int = NAME_WIDTH) -> str:
+    """A scenario's name in lines of at most `width` characters, broken after a blank or an underscore if any."""
     rest, lines = plain(name, MAX_CELL), []
-    while len(rest) > NAME_WIDTH:
-        end = max(rest.rfind(sign, 0, NAME_WIDTH) for sign in "_ ") + 1 or NAME_WIDTH
+    while len(rest) > width:
+        end = max(rest.rfind(sign, 0, width) for sign in "_ ") + 1 or width
         lines.append(rest[:end])
         rest = rest[end:]
     return "\n".join(picture_text(line) for line in (*lines, rest))

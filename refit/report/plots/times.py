@@ -32,8 +32,11 @@ BOUND = "black"
 TEXT_WIDTH = 44
 """Characters of a line beside a bar."""
 
-SPACE_FOR_TEXT = 1.45
-"""Length of the axis over the longest bar."""
+CHARACTER = 0.0085
+"""Width of a character of the text beside a bar, as a share of the axis."""
+
+MARGIN = 0.03
+"""What is left free at the end of the axis, as a share of it."""
 
 MAX_WHISKER = 1.3
 """Whiskers end at this multiple of the longest median or bound; beyond it the slowest refit is written beside them."""
@@ -114,7 +117,7 @@ def bars_figure(names: Sequence[str], groups: Sequence[Sequence[Bar]], under: st
     limit_s = MAX_WHISKER * max(bar.length_s for bar in bars)
     longest_s = max(max(bar.length_s, min(bar.max_s, limit_s)) for bar in bars)
     scale, unit = time_scale(longest_s)
-    axes.set_xlim(0, SPACE_FOR_TEXT * scale * longest_s)
+    axes.set_xlim(0, max(_needed(bar, limit_s, scale, longest_s) for bar in bars))
     middles, place = [], 0.0
     for group in groups:
         middles.append(place + (len(group) - 1) / 2)
@@ -127,6 +130,20 @@ def bars_figure(names: Sequence[str], groups: Sequence[Sequence[Bar]], under: st
     grid(axes, "x")
     legend(figure)
     return figure
+
+
+def _needed(bar: Bar, limit_s: float, scale: float, longest_s: float) -> float:
+    """The axis that a bar, its whisker and the text beside it need, of which the longest bar has a part at least."""
+    text = _text(bar, limit_s, scale, bar.length_s < 2 * INSIDE_SHARE * longest_s)
+    share = CHARACTER * max(map(len, text.split("\n")))
+    return scale * max(bar.length_s, min(bar.max_s, limit_s)) / (1 - MARGIN - min(share, 0.5))
+
+
+def _text(bar: Bar, limit_s: float, scale: float, has_median: bool) -> str:
+    """What stands beside a bar, with its median where there is no room for that in the bar."""
+    shown = _figure(scale * bar.median_s) if has_median and bar.median_s else ""
+    slowest = f"slowest {_figure(scale * bar.max_s)}" if bar.max_s > limit_s else ""
+    return wrapped_text(", ".join(part for part in (shown, bar.text, slowest) if part), TEXT_WIDTH)
 
 
 def _draw_bar(axes: Axes, bar: Bar, place: float, scale: float, limit_s: float) -> None:
@@ -142,15 +159,13 @@ def _draw_bar(axes: Axes, bar: Bar, place: float, scale: float, limit_s: float) 
         axes.plot(bound, span, color="white", linewidth=5, solid_capstyle="butt", zorder=4)
         axes.plot(bound, span, color=BOUND, linewidth=2.5, solid_capstyle="butt", label="lower bound", zorder=5)
     shown = _figure(median)
-    slowest = f"slowest {_figure(scale * bar.max_s)}" if bar.max_s > limit_s else ""
     fits = min(median, scale * bar.min_s, scale * (bar.bound_s or bar.median_s)) > INSIDE_SHARE * axes.get_xlim()[1]
     if fits:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
         axes.annotate(
             shown, (0, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, bbox=box, zorder=6
         )
-    text = ", ".join(part for part in ("" if fits else shown, bar.text, slowest) if part)
-    _beside(axes, scale * max(bar.length_s, end_s), place, wrapped_text(text, TEXT_WIDTH))
+    _beside(axes, scale * max(bar.length_s, end_s), place, _text(bar, limit_s, scale, not fits))
 
 
 def _figure(value: float) -> str:

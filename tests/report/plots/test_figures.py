@@ -77,6 +77,19 @@ def test_times_have_a_bar_for_each_engine_with_its_median_and_bound() -> None:
     )
 
 
+def test_the_axis_of_times_ends_where_bars_and_text_do() -> None:
+    short = outcome("short", [0.010] * 3, engines={"refit": timed([0.010] * 3, num_wrong=3)})
+    (axes,) = times_figure([outcome("long", [0.125] * 3), short], "").axes
+    assert 125 < axes.get_xlim()[1] < 140
+    (axes,) = times_figure([outcome("long", [0.125] * 3, bound_s=0.1), short], "").axes
+    assert 145 < axes.get_xlim()[1] < 165, "room for the share of the bound"
+
+
+@pytest.mark.parametrize("looks", [METHOD_LOOKS, BASELINE_LOOKS])
+def test_a_measured_refits_marker_is_not_taken_for_a_hollow_one(looks: tuple[Look, ...]) -> None:
+    assert all(lightness(replace(one, color=one.marker_color)) < 0.55 for one in looks)
+
+
 def test_times_promise_no_bound_where_there_is_none() -> None:
     figure = times_figure([outcome("ok")], "")
     assert figure.get_suptitle() == "Refit time"
