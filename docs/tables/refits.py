@@ -11,9 +11,8 @@ from dataclasses import replace
 from refit.report.plots.caption import caption
 from refit.report.plots.style import engine_title
 from refit.report.refits.evidence import MAX_CV
-from refit.report.refits.headline import between
+from refit.report.refits.headline import between, marked_ms
 from refit.report.refits.run_spread import exceeds_spread
-from refit.report.refits.summary import marked_ms
 from refit.report.terminal.escaped import markdown_code, markdown_text
 from refit.report.terminal.grid import markdown
 from refit.results.outcomes import Outcome

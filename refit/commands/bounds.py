@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from refit.config.clusters import Cluster, load_cluster
 from refit.errors import UsageError
 from refit.predict.dry_run import DryRun, DryRunOptions, dry_run
 from refit.report.plans.bounds_table import bounds_table
-from refit.report.terminal.console import show
+from refit.report.terminal.console import show, terminal_width
 from refit.report.terminal.escaped import markdown_text
+from refit.results.plain import plain
 from refit.sweep.parallel import plan_all
 from refit.sweep.selection import Candidate, Selection, select_file
 
@@ -27,8 +29,8 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "bounds",
         help="bytes and lower bounds of scenarios",
-        description="Print a Markdown table per scenario file: GPUs, bytes, memory and the lower bound on each "
-        "cluster.",
+        description="Print a table per scenario file: GPUs, bytes, memory and the lower bound on each cluster. It is "
+        "Markdown but on a terminal.",
         epilog="example:\n  refit bounds kimi_k2 --cluster h100_ib400 gb200_nvl72",
     )
     parser.add_argument("scenarios", nargs="+", metavar="SCENARIOS", help="a file of configs/scenarios, or a YAML file")
@@ -52,7 +54,8 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables or write them into a file. Raises UsageError for a scenario that cannot run on any GPUs."""
     clusters = [load_cluster(name) for name in args.clusters]
-    tables = "\n\n".join(section(select_file(name, []), clusters) for name in args.scenarios)
+    width = terminal_width(sys.stdout) if args.into is None else None
+    tables = "\n\n".join(section(select_file(name, []), clusters, width) for name in args.scenarios)
     if args.into is None:
         show(tables)
     else:
@@ -73,12 +76,13 @@ def inserted(path: Path, tables: str) -> str:
     return f"{before}{begin}{command}-->\n\n{tables}\n\n{end}{after}"
 
 
-def section(selection: Selection, clusters: Sequence[Cluster]) -> str:
-    """A heading and the table of one file's scenarios."""
+def section(selection: Selection, clusters: Sequence[Cluster], width: int | None = None) -> str:
+    """A heading and the table of one file's scenarios, as `bounds_table` gives it."""
     names = [candidate.name for candidate in selection.candidates]
     options = DryRunOptions(compared=tuple(clusters))
     runs = dict(zip(names, plan_all(selection.candidates, partial(_plan, options=options)), strict=True))
-    return f"### {markdown_text(selection.title)}\n\n{bounds_table(runs, clusters)}"
+    title = f"### {markdown_text(selection.title)}" if width is None else plain(selection.title)
+    return f"{title}\n\n{bounds_table(runs, clusters, width)}"
 
 
 def _plan(candidate: Candidate, options: DryRunOptions) -> DryRun:

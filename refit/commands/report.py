@@ -24,7 +24,7 @@ from refit.report.steps.overlap import overlap_text
 from refit.report.steps.step_tables import write_step_tables
 from refit.report.steps.trainers import trainer_text
 from refit.report.terminal import live
-from refit.report.terminal.console import show, show_aside, show_text
+from refit.report.terminal.console import show, show_aside, show_text, table_width
 from refit.results.reading import UnreadableFile
 from refit.results.runs import Run, find_run
 from refit.sweep.layouts import with_layouts
@@ -130,9 +130,9 @@ def _show_summaries(runs: Sequence[Run]) -> None:
 
 
 def _parts(run: Run) -> tuple[str, ...]:
-    outcomes = run.outcomes
-    steps = dispatcher_text(outcomes), overlap_text(outcomes), trainer_text(outcomes)
-    return summary_text(run.sweep, outcomes), *steps, analysis_text(outcomes)
+    outcomes, width = run.outcomes, table_width()
+    steps = (text(outcomes, width) for text in (dispatcher_text, overlap_text, trainer_text))
+    return summary_text(run.sweep, outcomes, width), *steps, analysis_text(outcomes)
 
 
 def _show_page(runs: Sequence[Run], one_page: bool = False) -> None:

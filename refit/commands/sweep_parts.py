@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from refit.report.steps.overlap import overlap_text
 from refit.report.steps.step_tables import write_step_tables
 from refit.report.steps.trainers import trainer_text
 from refit.report.terminal.console import show, show_aside, show_text, table_width
-from refit.results.outcomes import load_outcomes
+from refit.report.terminal.escaped import FILE_WIDTH
+from refit.results.outcomes import Outcome, load_outcomes
 from refit.results.plain import plain
 from refit.results.status import Status
 from refit.results.sweep import Sweep
@@ -156,16 +158,18 @@ def sum_up(sweep_file: Path) -> int:
     """Write and print the summary of a sweep. Returns the exit code of all its outcomes."""
     sweep, directory = Sweep.read(sweep_file), sweep_file.absolute().parent
     outcomes = load_outcomes(sweep, directory)
-    steps = dispatcher_text(outcomes), overlap_text(outcomes), trainer_text(outcomes)
-    texts = summary_text(sweep, outcomes), *steps
-    text = "\n\n".join(filter(None, texts))
     path = directory / f"{sweep.run_id}_summary.txt"
-    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    show_text(text.rstrip("\n"))
+    path.write_text(f"{_summary(sweep, outcomes, FILE_WIDTH)}\n", encoding="utf-8")
+    show_text(_summary(sweep, outcomes, table_width()))
     show(f"Summary: {path}")
     for table in write_step_tables(outcomes, directory, sweep.run_id):
         show(f"Table: {table}")
     return int(_exit_code([outcome.status for outcome in outcomes]))
+
+
+def _summary(sweep: Sweep, outcomes: Sequence[Outcome], width: int) -> str:
+    steps = (text(outcomes, width) for text in (dispatcher_text, overlap_text, trainer_text))
+    return "\n\n".join(filter(None, [summary_text(sweep, outcomes, width), *steps])).rstrip("\n")
 
 
 def _exit_code(statuses: list[Status]) -> ExitCode:

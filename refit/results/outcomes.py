@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class Outcome:
     @property
     def tested(self) -> EngineResult | None:
         return self.refit.tested
+
+    @property
+    def place(self) -> str:
+        """What held its ranks: `GPU`; `rank` where they ran on CPUs."""
+        return "rank" if self.result is not None and self.result.device == "cpu" else "GPU"
 
     @property
     def method(self) -> str:
@@ -136,3 +142,9 @@ def _what_is_wrong(result: Result, engine: EngineResult) -> str:
     moved = refit.rearranged.tested if refit and refit.rearranged else None
     found += [f"after the experts were placed anew, {moved.fault}"] if moved and moved.fault else []
     return "; ".join(filter(None, found)) or "wrong data"
+
+
+def are_on_cpus(outcomes: Sequence[Outcome]) -> bool:
+    """Whether all that ran did so on CPUs."""
+    ran = [outcome for outcome in outcomes if outcome.result is not None and outcome.result.device is not None]
+    return bool(ran) and all(outcome.place == "rank" for outcome in ran)

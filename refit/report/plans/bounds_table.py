@@ -1,4 +1,4 @@
-"""Bytes, memory and lower bounds of scenarios, as a Markdown table."""
+"""Bytes, memory and lower bounds of scenarios, as a Markdown table, or as one for a terminal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from refit.config.clusters import Cluster
 from refit.plan.cost import lower_bound
 from refit.predict.dry_run import DryRun
 from refit.report.terminal.escaped import markdown_text
+from refit.report.terminal.grid import Column, fitted
 
 
-def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster]) -> str:
+def bounds_table(runs: Mapping[str, DryRun], clusters: Sequence[Cluster], width: int | None = None) -> str:
     """One row per scenario, by name, and one column of lower bounds per cluster, with the floor of all plans where that
     is lower.
 
-    `-` where the cluster has no speed for a link.
+    `-` where the cluster has no speed for a link. Markdown, but for a terminal of `width` characters.
     """
     titles = ["scenario", "GPUs", "payload", "wire", "busiest rank", "memory per GPU", "busiest / mean sender"]
-    titles += [f"bound, {markdown_text(cluster.name)}" for cluster in clusters]
     rows = [_row(name, run, clusters) for name, run in runs.items()]
+    if width is not None:
+        columns = [*map(Column, titles), *(Column("bound", cluster.name) for cluster in clusters)]
+        columns[0] = Column(titles[0], is_text=True)
+        return fitted(columns, rows, width)
+    titles += [f"bound, {markdown_text(cluster.name)}" for cluster in clusters]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows))
 
 

@@ -59,7 +59,7 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
         Finding("Non-collocated overhead: what do separate GPU sets cost?", tuple(separate_sets(points))),
         Finding("Scaling: is the time proportional to the bytes?", tuple(scaling(points))),
         Finding(
-            "NVSHMEM against NCCL: which is faster for the same layouts?", tuple(one_sided_against_two_sided(points))
+            f"{_rivalry(points)}: which is faster for the same layouts?", tuple(one_sided_against_two_sided(points))
         ),
     ]
     if any(point.quantisation for point in points):
@@ -67,6 +67,12 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
     if shares := shares_lines(outcomes):
         findings.append(Finding("Deltas: up to which share of changed weights is sending them faster?", tuple(shares)))
     return findings
+
+
+def _rivalry(points: Sequence[Point]) -> str:
+    """`NVSHMEM against NCCL` on GPUs where no other methods were run."""
+    found = {point.method for point in points}
+    return "NVSHMEM against NCCL" if found <= {"nvshmem", "nccl"} else "One-sided against two-sided methods"
 
 
 def ep_against_tp(points: Sequence[Point]) -> list[str]:
@@ -115,7 +121,7 @@ def _averages(points: Sequence[Point]) -> str:
     """`45.20 ms, 49.2 GB/s, 96 % of the lower bound (median of 2: A, B)`."""
     rate, share = median(point.gb_per_s for point in points), median(point.share for point in points)
     parts = [units.seconds(statistics.median(point.median_s for point in points))]
-    parts += [f"{rate:.1f} GB/s at the busiest GPU"] if rate else []
+    parts += [f"{rate:.1f} GB/s at the busiest {points[0].place}"] if rate else []
     parts += [f"{100 * share:.0f} % of the speed the lower bound allows"] if share else []
     names = ", ".join(point.name for point in points)
     return f"{', '.join(parts)} ({names if len(points) == 1 else f'medians of {len(points)}: {names}'})"
@@ -133,9 +139,10 @@ def separate_sets(points: Sequence[Point]) -> list[str]:
             lines.append(f"{apart.name} against {shared.name}: no conclusion: {reason}.")
         else:
             lines.append(
-                f"{apart.name} on {apart.num_gpus} GPUs takes {apart.median_s / shared.median_s:.2f} x the time of "
-                f"{shared.name} on {shared.num_gpus}: {units.seconds(apart.median_s)} against "
-                f"{units.seconds(shared.median_s)}; {_wire(apart)} of its bytes leave a GPU against {_wire(shared)}."
+                f"{apart.name} on {apart.num_gpus} {apart.place}s takes {apart.median_s / shared.median_s:.2f} x the "
+                f"time of {shared.name} on {shared.num_gpus}: {units.seconds(apart.median_s)} against "
+                f"{units.seconds(shared.median_s)}; {_wire(apart)} of its bytes leave a {apart.place} against "
+                f"{_wire(shared)}."
             )
     return lines or _modes_side_by_side(points)
 
@@ -146,10 +153,11 @@ def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
         groups[model, mode] = group
         rates[model, mode] = statistics.median(point.s_per_gb for point in group)
         wire = sum(point.wire for point in group) / sum(point.payload for point in group)
-        scenarios = f"{len(group)} scenario{'s' * (len(group) > 1)}"
+        what = [_methods(group), *_dtype(group[0]), f"{len(group)} scenario{'s' * (len(group) > 1)}"]
+        place = group[0].place
         lines.append(
-            f"{mode} ({_methods(group)}; {scenarios}): {units.seconds(rates[model, mode])} "
-            f"per GB into each destination GPU, {100 * wire:.0f} % of the bytes leave a GPU."
+            f"{mode} ({'; '.join(what)}): {units.seconds(rates[model, mode])} "
+            f"per GB into each destination {place}, {100 * wire:.0f} % of the bytes leave a {place}."
         )
     apart, shared = (mode.value for mode in (Mode.NON_COLLOCATED, Mode.COLLOCATED))
     both = [model for model, mode in rates if mode == apart and (model, shared) in rates]
@@ -159,11 +167,17 @@ def _modes_side_by_side(points: Sequence[Point]) -> list[str]:
     for model in both:
         reason = evidence.no_difference(groups[model, apart], groups[model, shared], _s_per_gb)
         ratio = rates[model, apart] / rates[model, shared]
-        methods = [_methods(groups[model, mode]) for mode in (apart, shared)]
-        between = f" ({methods[0]} against {methods[1]})" if methods[0] != methods[1] else ""
+        methods = list(dict.fromkeys(_methods(groups[model, mode]) for mode in (apart, shared)))
+        which = [*_dtype(groups[model, apart][0]), *([" against ".join(methods)] if len(methods) > 1 else [])]
+        between = f" ({'; '.join(which)})" if which else ""
         conclusion = f"Separate sets take {ratio:.2f} x as long per GB{between}."
         ratios.append(f"No conclusion: {reason}." if reason else conclusion)
     return [*lines, *ratios, "No layouts were run both ways, so layouts and methods differ too: an indication only."]
+
+
+def _dtype(point: Point) -> list[str]:
+    """The FP8 dtype of its destination, where it has one."""
+    return [point.quantisation.dtype] if point.quantisation else []
 
 
 def _methods(points: Sequence[Point]) -> str:
@@ -186,10 +200,12 @@ def scaling(points: Sequence[Point]) -> list[str]:
         if group.reason or group.fit is None:
             lines.append(f"{group.mode}, {group.method}: {group.reason}.")
             continue
+        place = points[0].place
         fit, largest = group.fit, max(group.loads, key=lambda load: load.nbytes)
         by_bytes = fit.bytes_s(largest) / (fit.bytes_s(largest) + fit.operations_s(largest))
         lines += [
-            f"{group.mode}, {group.method}: time = {units.seconds(fit.operation_s)} x transfers per destination GPU + "
+            f"{group.mode}, {group.method}: time = {units.seconds(fit.operation_s)} x transfers per destination "
+            f"{place} + "
             f"busiest rank's bytes / {fit.bytes_per_s / 1e9:.1f} GB/s ({len(group.loads)} scenarios, "
             f"off by {100 * fit.worst_error:.0f} % at most).",
             f"  Of the largest, {units.gb(largest.nbytes)} in {largest.operations:,.0f} transfers, "
@@ -227,7 +243,7 @@ def quantised(points: Sequence[Point]) -> list[str]:
                 continue
             reason = evidence.no_difference([plain], [point])
             conclusion = f"no conclusion: {reason}" if reason else f"{plain.median_s / point.median_s:.2f} x as fast"
-            share = f", with {100 * point.busiest / plain.busiest:.0f} % of the busiest GPU's bytes" * bool(
+            share = f", with {100 * point.busiest / plain.busiest:.0f} % of the busiest {point.place}'s bytes" * bool(
                 plain.busiest
             )
             lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from refit.report.refits.points import Point
@@ -31,8 +32,13 @@ def unfit_to_compare(points: Sequence[Point]) -> str | None:
             return f"{name} differs: {' / '.join(values)}"
     for point in points:
         if point.cv > MAX_CV:
-            return f"the refits of {point.name} vary by {100 * point.cv:.0f} % (cv), more than {100 * MAX_CV:.0f} %"
+            return f"the refits of {point.name} vary by {_over(point.cv)} % (cv), more than {100 * MAX_CV:.0f} %"
     return None
+
+
+def _over(share: float) -> str:
+    """A share above a limit of whole percent, as percent: rounded up, so that it does not read like the limit."""
+    return f"{math.ceil(1000 * share) / 10:g}"
 
 
 def no_difference(first: Sequence[Point], second: Sequence[Point], figures: Figures = times) -> str | None:
@@ -75,7 +81,7 @@ def poor_fit(fit: Fit, num_scenarios: int) -> str | None:
         return "2 scenarios, which any two costs fit: run a third size to test it"
     if fit.worst_error > MAX_FIT_ERROR:
         return (
-            f"the best fit to {num_scenarios} scenarios is off by {100 * fit.worst_error:.0f} %, more than "
+            f"the best fit to {num_scenarios} scenarios is off by {_over(fit.worst_error)} %, more than "
             f"{100 * MAX_FIT_ERROR:.0f} %"
         )
     return None

@@ -11,6 +11,9 @@ from refit.report.refits.tables import COLUMNS, Shown
 ALWAYS = ("scenario", "#wrong", "median (ms)")
 """Columns that every table has."""
 
+EARLY = ("#wrong", "median (ms)", "ratio")
+"""The first columns of figures, which stay in view where the others do not fit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -22,12 +25,12 @@ class Kept:
 
 
 def kept(entries: Sequence[Entry], is_short: bool = False) -> Kept:
-    """The columns of a table of `entries`, with those of text first and then what is wrong.
+    """The columns of a table of `entries`, with those of text first and then the EARLY ones.
 
     A short one leaves out the scenarios' names where the other columns of text tell all rows apart.
     """
     columns, common = [], {}
-    for column in sorted(COLUMNS, key=lambda column: (not column.is_text, column.title != "#wrong")):
+    for column in sorted(COLUMNS, key=_place):
         cells = {column.cell(entry) for entry in entries}
         if column.title in ALWAYS or len(cells) > 1 or (len(entries) == 1 and cells != {""}):
             columns.append(column)
@@ -37,6 +40,10 @@ def kept(entries: Sequence[Entry], is_short: bool = False) -> Kept:
     if is_short and len({tuple(column.cell(entry) for column in others) for entry in entries}) == len(entries):
         del columns[0]
     return Kept(tuple(columns), common)
+
+
+def _place(column: Shown) -> tuple[bool, int]:
+    return not column.is_text, EARLY.index(column.title) if column.title in EARLY else len(EARLY)
 
 
 def facts(entries: Sequence[Entry]) -> dict[str, str]:

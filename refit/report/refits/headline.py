@@ -182,3 +182,11 @@ def _ratio(outcome: Outcome, tested: EngineResult, theirs: EngineResult, name: s
     cold = f", {theirs.cold_total_s / tested.cold_total_s:.2f} x cold" if tested.cold_s and theirs.cold_s else ""
     ways = between(outcome, name, f"{whose}'s ")
     return f"Ratio: refit is {found:.2f} x as fast as {whose}'s own (median){cold}" + (f": {ways}" if ways else "")
+
+
+def marked_ms(engine: EngineResult | None, doubt: str | None = None) -> str:
+    """`117.70`, or `117.70 (WRONG)` where the result is in doubt, by itself or by `doubt`; empty without times."""
+    if engine is None or engine.median_s is None:
+        return ""
+    reason = engine.doubt or doubt
+    return f"{1e3 * engine.median_s:.2f}" + (f" ({reason})" if reason else "")

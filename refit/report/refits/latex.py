@@ -14,7 +14,7 @@ def latex_table(run: Run) -> str:
     entries = entries_of([run])
     table = kept(entries, is_short=True)
     said = [f"{name}: {value}" for name, value in {**facts(entries), **table.common}.items()]
-    caption = ". ".join([run_title(run.sweep), where_text(run.sweep), *said])
+    caption = ". ".join([run_title(run.sweep), where_text(run), *said])
     rows = [" & ".join(latex_text(column.cell(entry)) for column in table.columns) for entry in entries]
     return plain_lines(
         [

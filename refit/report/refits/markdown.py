@@ -20,7 +20,7 @@ def markdown_report(run: Run) -> str:
     entries = entries_of([run])
     columns = shown(entries)
     rows = [[_markdown_cell(column, entry) for column in columns] for entry in entries]
-    where = [where_text(run.sweep), *(f"{name}: {value}" for name, value in facts(entries).items())]
+    where = [where_text(run), *(f"{name}: {value}" for name, value in facts(entries).items())]
     table = markdown([column.title for column in columns], rows, sum(column.is_text for column in columns))
     lines = "\n".join(
         f"- {markdown_code(outcome.planned.name)} {escaped.markdown_text(line)}"

@@ -26,9 +26,11 @@ from refit.results.runs import Run
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 STYLE = """
-:root { --ink: #1a202c; --dim: #5a6472; --line: #d9dee5; --soft: #f5f7fa; --good: #1c6e3d; --bad: #b3261e; }
+:root { --ink: #1a202c; --dim: #5a6472; --line: #d9dee5; --soft: #f5f7fa; --good: #1c6e3d; --bad: #b3261e;
+  --paper: white; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 96rem; padding: 2rem 1.5rem 4rem; color: var(--ink); background: white;
+body { margin: 0 auto; max-width: 96rem; padding: 2rem 1.5rem 4rem; color: var(--ink);
+  background: var(--paper);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .2rem; padding-top: 1.5rem; border-top: 2px solid var(--line); }
@@ -49,7 +51,9 @@ th { vertical-align: bottom; background: var(--soft); }
 td.name { min-width: 9rem; overflow-wrap: anywhere; font-weight: normal; }
 td.wide { text-align: left; overflow-wrap: anywhere; }
 figure { margin: 0 0 1rem; }
-img { max-width: 100%; height: auto; border: 1px solid var(--line); }
+img { max-width: 100%; height: auto; border: 1px solid var(--line); background: white; }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --dim: #a3adba; --line: #3a434f;
+  --soft: #222932; --good: #57c785; --bad: #ff8a80; --paper: #171c22; color-scheme: dark; } }
 .small { columns: 2 30rem; column-gap: 1.2rem; }
 figure, li { break-inside: avoid; }
 @page { size: A4 landscape; margin: 10mm; }
@@ -105,7 +109,7 @@ def _section(run: Run, pictures: Pictures) -> str:
     entries = entries_of([run])
     parts = [
         f"<h2>{html_text(run_title(run.sweep))}</h2>",
-        f'<p class="dim">{html_text(where_text(run.sweep))}</p>',
+        f'<p class="dim">{html_text(where_text(run))}</p>',
         *fact_lines(facts(entries)),
         '<ul class="results">',
         *(_headlines(run, outcome) for outcome in run.outcomes),

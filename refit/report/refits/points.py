@@ -38,6 +38,7 @@ class Point:
     num_transfers: int | None
     gb_per_s: float | None
     share: float | None
+    place: str
 
     @property
     def layouts(self) -> Hashable:
@@ -131,6 +132,7 @@ def _point(outcome: Outcome) -> Point | None:
         num_transfers=outcome.refit.plan.num_transfers if outcome.refit.plan else None,
         gb_per_s=outcome.tested.bottleneck_gb_per_s if outcome.tested else None,
         share=outcome.share_of_bound,
+        place=outcome.place,
     )
 
 

@@ -14,9 +14,9 @@ from refit.results.runs import Run
 
 PRINTED = """
 body { max-width: 297mm; padding: 1rem; }
+@media screen { body { font-size: 13px; } table { font-size: .62rem; } th, td { padding: .2rem; } }
 h1 { font-size: 1.3rem; }
 h2 { font-size: 1.05rem; margin: .6rem 0 .2rem; padding-top: .5rem; }
-table { font-size: .72rem; }
 th { white-space: normal; }
 td { white-space: nowrap; }
 td.name { min-width: 0; }
@@ -38,7 +38,7 @@ def _section(run: Run, pictures: Pictures) -> list[str]:
     times = [figure(path) for path in pictures.paths if path.stem == "times"]
     return [
         f"<h2>{html_text(run_title(run.sweep))}</h2>",
-        f'<p class="dim">{html_text(where_text(run.sweep))}; {html_text(counts_line(run.outcomes))}</p>',
+        f'<p class="dim">{html_text(where_text(run))}; {html_text(counts_line(run.outcomes))}</p>',
         *fact_lines(facts(entries)),
         *results_table(entries, is_short=True),
         f'<p class="dim">{LEGEND}</p>',

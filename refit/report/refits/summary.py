@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from refit import units
 from refit.config.scenario import Verify
 from refit.config.side import SideSpec
 from refit.report.refits import checkpoint_lines
+from refit.report.refits.brief import brief_table
+from refit.report.refits.entries import entries_of
 from refit.report.refits.headline import headlines
 from refit.report.refits.run_spread import by_scenario, run_spread_lines
 from refit.report.steps import step_lines
-from refit.report.terminal.escaped import plain_lines
-from refit.results.outcomes import Outcome
+from refit.report.terminal.escaped import FILE_WIDTH, plain_lines
+from refit.results.outcomes import Outcome, are_on_cpus
 from refit.results.refit import EngineResult
+from refit.results.runs import Run
 from refit.results.stats import Summary
 from refit.results.status import COUNTED, Status
 from refit.results.sweep import Planned, Sweep
 
 
-def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
-    """The summary file's content, without a newline at its end."""
+def summary_text(sweep: Sweep, outcomes: Sequence[Outcome], width: int = FILE_WIDTH) -> str:
+    """The summary file's content, without a newline at its end. Lines of its table have at most `width` characters."""
     title = f"{sweep.title} Refit Benchmark Summary".strip()
     lines = [
         title,
@@ -29,7 +33,7 @@ def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
         f"Date: {sweep.date}",
         f"Job ID: {', '.join(sweep.jobs) or 'none'}",
         f"Nodes: {sweep.nodes}",
-        f"Total GPUs: {sweep.num_gpus}",
+        f"Total ranks, on CPUs: {sweep.num_gpus}" if are_on_cpus(outcomes) else f"Total GPUs: {sweep.num_gpus}",
         "",
         "Results:",
         "--------",
@@ -37,6 +41,8 @@ def summary_text(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     ]
     for outcome in outcomes:
         lines += [*_scenario(outcome), ""]
+    table = brief_table(entries_of([Run(Path(), sweep, tuple(outcomes), is_sweep=True)]), width)
+    lines += [*table.split("\n"), ""] if table else []
     lines += run_spread_lines(outcomes)
     measured = [outcome for outcome in outcomes if outcome.median_s]
     if measured and not any(outcome.bound for outcome in measured):
@@ -53,7 +59,7 @@ def counts_line(outcomes: Sequence[Outcome]) -> str:
     return f"{len(scenarios)} scenario{'' if len(scenarios) == 1 else 's'}{runs}: {parts or 'none'}"
 
 
-def side_text(side: SideSpec | None, status: Status) -> str:
+def side_text(side: SideSpec | None, status: Status, place: str = "GPU") -> str:
     """`TP=8, EP=4 (32 GPUs)`; ETP where it is not TP, PP and VPP where they are not 1. The title of a side of another
     library than Megatron-Core: `fsdp2 TP2 EP1 FSDP2 (4 GPUs)`.
 
@@ -68,14 +74,14 @@ def side_text(side: SideSpec | None, status: Status) -> str:
     parts += [f"PP={layout.pp}"] if layout.pp > 1 else []
     parts += [f"VPP={layout.vpp}"] if layout.vpp > 1 else []
     text = side.title if side.options is not None else ", ".join(parts)
-    return f"{text} ({side.world_size} GPU{'' if side.world_size == 1 else 's'})"
+    return f"{text} ({side.world_size} {place}{'' if side.world_size == 1 else 's'})"
 
 
 def _scenario(outcome: Outcome) -> list[str]:
     planned, tested = outcome.planned, outcome.tested
-    lines = [f"Config: {planned.name}", f"  Source: {side_text(planned.source, planned.status)}"]
+    lines = [f"Config: {planned.name}", f"  Source: {side_text(planned.source, planned.status, outcome.place)}"]
     if planned.uses_destination:
-        lines.append(f"  Target: {side_text(planned.destination, planned.status)}")
+        lines.append(f"  Target: {side_text(planned.destination, planned.status, outcome.place)}")
     lines.append(f"  Mode: {planned.mode}, Method: {outcome.method}" if planned.refits else f"  {_measured(planned)}")
     if outcome.status is not Status.OK:
         lines.append(f"{outcome.status.text.upper()}: {outcome.reason}")
@@ -105,7 +111,7 @@ def _plan(outcome: Outcome) -> list[str]:
     lines, cost, bound = [], outcome.cost, outcome.bound
     if cost is not None:
         lines.append(
-            f"Payload: {units.gb(cost.payload_bytes)} ({units.gb(cost.wire_bytes)} between GPUs, "
+            f"Payload: {units.gb(cost.payload_bytes)} ({units.gb(cost.wire_bytes)} between {outcome.place}s, "
             f"{units.gb(cost.local_bytes)} within)"
         )
         busiest = cost.busiest
@@ -124,11 +130,3 @@ def _verification(outcome: Outcome, engine: EngineResult) -> list[str]:
     verdict = "FAILED" if engine.fault else "PASSED"
     compared = f"{engine.num_compared:,} elements compared{how}, {engine.num_wrong:,} wrong"
     return ["; ".join([f"Verification: {verdict}, {compared}", *engine.wrong_passes])]
-
-
-def marked_ms(engine: EngineResult | None, doubt: str | None = None) -> str:
-    """`117.70`, or `117.70 (WRONG)` where the result is in doubt, by itself or by `doubt`; empty without times."""
-    if engine is None or engine.median_s is None:
-        return ""
-    reason = engine.doubt or doubt
-    return f"{1e3 * engine.median_s:.2f}" + (f" ({reason})" if reason else "")

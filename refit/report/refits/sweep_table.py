@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from refit import units
@@ -13,6 +14,7 @@ from refit.results.outcomes import judged
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.results.sweep import Planned, Sweep
+from refit.units import TimeUnit
 
 LISTED = (Status.READY, Status.REFUSED, Status.SKIPPED, Status.OK, Status.WRONG_DATA, Status.FAILED, Status.WAIVED)
 """The statuses that the check before a run can give, and those that an interrupted run has left."""
@@ -49,20 +51,22 @@ def _title(sweep: Sweep) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Units:
-    """The units of a table's figures, for a large model or a small one."""
+    """The units of a table's figures: of bytes for a large model or a small one, of time for its longest bound."""
 
     moved: str
     num_bytes: float
-    time: str
-    num_seconds: float
+    time: TimeUnit
 
-
-LARGE, SMALL = _Units("GB", 1e9, "s", 1.0), _Units("MB", 1e6, "ms", 1e-3)
+    @classmethod
+    def of(cls, scenarios: Sequence[Planned]) -> _Units:
+        largest = max((planned.cost.payload_bytes for planned in scenarios if planned.cost), default=0)
+        longest_s = max((planned.bound.seconds for planned in scenarios if planned.bound), default=0.0)
+        time = TimeUnit("s", 1.0) if longest_s >= 1 else TimeUnit("ms", 1e-3)
+        return cls("GB", 1e9, time) if largest >= 10e9 else cls("MB", 1e6, time)
 
 
 def _table(sweep: Sweep, width: int) -> str:
-    largest = max((planned.cost.payload_bytes for planned in sweep.scenarios if planned.cost), default=0)
-    scale = LARGE if largest >= 10e9 else SMALL
+    scale = _Units.of(sweep.scenarios)
     columns = [
         Column("scenario", is_text=True),
         Column("GPUs"),
@@ -71,7 +75,7 @@ def _table(sweep: Sweep, width: int) -> str:
         Column("memory", "(GiB/GPU)"),
         Column("busiest", f"({scale.moved})"),
         Column("rank"),
-        Column("bound", f"({scale.time})"),
+        Column("bound", f"({scale.time.name})"),
         Column("status", is_text=True),
         # Last, as a name mostly says it: where the width is short they go into a second table.
         *(Column(title, is_text=True) for title in ("layouts", "mode", "method")),
@@ -90,7 +94,7 @@ def _cells(planned: Planned, scale: _Units) -> list[str]:
         f"{planned.memory_bytes / 2**30:.2f}" if planned.memory_bytes is not None else "-",
         f"{cost.busiest.nbytes / scale.num_bytes:,.2f}" if cost else "-",
         f"{cost.busiest.rank} {cost.busiest.direction}" if cost else "-",
-        f"{bound.seconds / scale.num_seconds:.4g}" if bound else "-",
+        f"{bound.seconds / scale.time.seconds:.4g}" if bound else "-",
         planned.status.value,
         " -> ".join(side.title if side else "?" for side in sides),
         planned.mode if planned.uses_destination else "-",

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from refit.config.side import SideSpec
 from refit.report.refits.entries import Entry
-from refit.report.refits.headline import title
-from refit.report.refits.summary import marked_ms
+from refit.report.refits.headline import marked_ms, title
+from refit.results.outcomes import are_on_cpus
 from refit.results.refit import EngineResult
+from refit.results.runs import Run
 from refit.results.sweep import Sweep
 
 
@@ -36,9 +37,11 @@ def run_title(sweep: Sweep) -> str:
     return f"{f'{sweep.title} Refit Benchmark'.strip()} ({sweep.run_id})"
 
 
-def where_text(sweep: Sweep) -> str:
-    """`16 nodes, 128 GPUs, DATE`."""
-    return f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} GPUs, {sweep.date}"
+def where_text(run: Run) -> str:
+    """`16 nodes, 128 GPUs, DATE`; `1 node, 8 ranks on CPUs, DATE`."""
+    sweep = run.sweep
+    places = "ranks on CPUs" if are_on_cpus(run.outcomes) else "GPUs"
+    return f"{sweep.nodes} node{'' if sweep.nodes == 1 else 's'}, {sweep.num_gpus} {places}, {sweep.date}"
 
 
 def wrong_text(engine: EngineResult | None) -> str:
@@ -123,7 +126,7 @@ COLUMNS = (
     Shown("relay", _relay, is_text=True, may_lack=True),
     Shown("engine", _engine, is_text=True),
     Shown("status", lambda entry: entry.status.text, is_text=True),
-    Shown("GPUs", lambda entry: str(entry.outcome.planned.num_ranks)),
+    Shown("ranks", lambda entry: str(entry.outcome.planned.num_ranks)),
     Shown("median (ms)", _median),
     Shown("min-max (ms)", _range),
     Shown("cold (ms)", _cold),

@@ -28,6 +28,7 @@ from refit.report.steps.arms import (
     problem_texts,
     run_lines,
 )
+from refit.report.terminal.escaped import FILE_WIDTH
 from refit.report.terminal.grid import Column, fitted
 from refit.results.outcomes import Outcome
 from refit.results.step import StepResult
@@ -143,7 +144,7 @@ def _is_set(result: StepResult, name: str) -> bool:
     return result.config.get(name, "None") != "None" and not fails
 
 
-def dispatcher_text(outcomes: Sequence[Outcome]) -> str:
+def dispatcher_text(outcomes: Sequence[Outcome], width: int = FILE_WIDTH) -> str:
     """The table of every pair of dispatchers, and the verdicts on their work; empty where nothing can be paired."""
     found = pairings(outcomes)
     if not found:
@@ -151,7 +152,7 @@ def dispatcher_text(outcomes: Sequence[Outcome]) -> str:
     arms = [arm for pairing in found for arm in (pairing.first, pairing.second)]
     blocks = [f"Token dispatchers: mean training step, slowest rank; {_routing(found)}"]
     for names, group in itertools.groupby(sorted(found, key=_names), key=_names):
-        blocks.append(_table(names, list(group)))
+        blocks.append(_table(names, list(group), width))
     blocks.append("\n".join([*map(_verdict, found), *run_lines(arms)]))
     return "\n\n".join(blocks)
 
@@ -167,7 +168,7 @@ def _routing(found: Sequence[Pairing]) -> str:
     return "routing forced balanced in some cells" if any(forced) else "routing is the router's own"
 
 
-def _table(names: tuple[str, str], group: Sequence[Pairing]) -> str:
+def _table(names: tuple[str, str], group: Sequence[Pairing], width: int) -> str:
     columns = [
         Column("layout", is_text=True),
         Column("micro-", "batch"),
@@ -182,7 +183,7 @@ def _table(names: tuple[str, str], group: Sequence[Pairing]) -> str:
         Column("loss", "difference"),
         Column("work", is_text=True),
     ]
-    return fitted(columns, [_row(pairing) for pairing in group])
+    return fitted(columns, [_row(pairing) for pairing in group], width)
 
 
 def _row(pairing: Pairing) -> list[str]:

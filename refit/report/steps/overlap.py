@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from refit.report.refits.run_spread import beyond_text
 from refit.report.steps.arms import Arm, arms_of, cell_of
 from refit.report.steps.dispatchers import Pairing, judge
+from refit.report.terminal.escaped import FILE_WIDTH
 from refit.report.terminal.grid import Column, fitted
 from refit.results.outcomes import Outcome
 
@@ -34,7 +35,7 @@ def _order(pairing: Pairing) -> tuple[str, int, str, str]:
     return second.where, second.steps.micro_batch_size, second.name, second.overlap
 
 
-def overlap_text(outcomes: Sequence[Outcome]) -> str:
+def overlap_text(outcomes: Sequence[Outcome], width: int = FILE_WIDTH) -> str:
     """The table of every pair, and under it why work is not equal where it is not; empty without a pair."""
     found = overlap_pairings(outcomes)
     if not found:
@@ -51,7 +52,8 @@ def overlap_text(outcomes: Sequence[Outcome]) -> str:
         Column("work", is_text=True),
         Column("with what", is_text=True),
     ]
-    blocks = ["Overlap: mean training step, slowest rank", fitted(columns, [_row(pairing) for pairing in found])]
+    table = fitted(columns, [_row(pairing) for pairing in found], width)
+    blocks = ["Overlap: mean training step, slowest rank", table]
     problems = "\n".join(_problem(pairing) for pairing in found if pairing.work.problems)
     return "\n\n".join([*blocks, *([problems] if problems else [])])
 

@@ -26,6 +26,7 @@ from refit.report.steps.arms import (
     problem_texts,
     run_lines,
 )
+from refit.report.terminal.escaped import FILE_WIDTH
 from refit.report.terminal.grid import Column, fitted
 from refit.results.outcomes import Outcome
 from refit.results.step import COMBINED, STEP_PARTS, StepResult
@@ -139,12 +140,12 @@ def _bar(scenario: Scenario) -> float:
     return LOSS_BAR[dtype] if dtype is not None else 0.0
 
 
-def trainer_text(outcomes: Sequence[Outcome]) -> str:
+def trainer_text(outcomes: Sequence[Outcome], width: int = FILE_WIDTH) -> str:
     """The ranking of every model, layout and batch, and under it what each library trained with; empty without any."""
-    return "\n\n".join(_block(ranking) for ranking in rankings(outcomes))
+    return "\n\n".join(_block(ranking, width) for ranking in rankings(outcomes))
 
 
-def _block(ranking: Sequence[Trainer]) -> str:
+def _block(ranking: Sequence[Trainer], width: int) -> str:
     scenario, steps, arms = ranking[0].arm.scenario, ranking[0].arm.steps, [trainer.arm for trainer in ranking]
     title = (
         f"Trainers of {scenario.model_title or 'one model'}: {scenario.source.world_size} ranks, "
@@ -158,7 +159,7 @@ def _block(ranking: Sequence[Trainer]) -> str:
         columns.insert(place, Column("beyond", "spread", is_text=True))
         for row, trainer in zip(rows, ranking, strict=True):
             row.insert(place, _beyond(trainer, ranking[0]))
-    return "\n\n".join((title, fitted(columns, rows), "\n".join([*map(_verdict, ranking), *run_lines(arms)])))
+    return "\n\n".join((title, fitted(columns, rows, width), "\n".join([*map(_verdict, ranking), *run_lines(arms)])))
 
 
 OVER = Column("over", "first (%)")

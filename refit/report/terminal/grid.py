@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -26,30 +26,48 @@ GAP = 2
 class Column:
     """A column of a table: its title, and below it a unit or the title's second half.
 
-    Text is aligned left and folded where there is little space; figures are aligned right and kept whole.
+    Text is aligned left and folded where there is little space, to no less than `fold`; figures are aligned right and
+    kept whole.
     """
 
     title: str
     unit: str = ""
     is_text: bool = False
+    fold: int = FOLD_WIDTH
 
 
 def fitted(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int = FILE_WIDTH) -> str:
     """A table with lines at most `width` wide, its cells made plain.
 
     Where the columns do not fit beside each other, the rest follow in a second table that repeats the first column.
-    The first column names the rows: it is folded only where it takes more than half of the width.
+    The first column names the rows: without a `fold` of its own it is folded only where it takes more than half of the
+    width.
     """
     cells = [[plain(cell, MAX_CELL) for cell in row] for row in rows]
-    needed = [_needed(column, [row[place] for row in cells]) for place, column in enumerate(columns)]
-    needed[0] = min(max(map(cell_len, (columns[0].title, *(row[0] for row in cells)))), max(width // 2, needed[0]))
-    return "\n\n".join(_table(columns, cells, block, width) for block in _blocks(needed, width))
+    natural = [_natural(column, [row[place] for row in cells]) for place, column in enumerate(columns)]
+    needed = [min(size, column.fold) if column.is_text else size for column, size in zip(columns, natural, strict=True)]
+    if columns[0].fold == FOLD_WIDTH:
+        needed[0] = min(natural[0], max(width // 2, needed[0]))
+    return "\n\n".join(
+        _table(columns, cells, dict(zip(block, _widths(block, needed, natural, width), strict=True)))
+        for block in _blocks(needed, width)
+    )
 
 
-def _needed(column: Column, cells: Sequence[str]) -> int:
-    """The least width of a column."""
-    natural = max(map(cell_len, (column.title, column.unit, *cells)))
-    return min(natural, FOLD_WIDTH) if column.is_text else natural
+def _natural(column: Column, cells: Sequence[str]) -> int:
+    """The width of a column that is not folded."""
+    return max(map(cell_len, (column.title, column.unit, *cells)))
+
+
+def _widths(block: Sequence[int], needed: Sequence[int], natural: Sequence[int], width: int) -> list[int]:
+    """The width of each column of a block: what is needed, and what the line has left, for the first that lack some."""
+    spare = max(width - sum(needed[place] + GAP for place in block) + GAP, 0)
+    widths = []
+    for place in block:
+        more = min(natural[place] - needed[place], spare)
+        spare -= more
+        widths.append(needed[place] + more)
+    return widths
 
 
 def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
@@ -64,19 +82,20 @@ def _blocks(needed: Sequence[int], width: int) -> list[list[int]]:
     return blocks
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], block: Sequence[int], width: int) -> str:
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Mapping[int, int]) -> str:
+    """One table of the columns that `widths` has, each as wide as it says."""
     grid = Table(box=None, pad_edge=False, header_style="")
-    has_units = any(columns[place].unit for place in block)
-    for place in block:
+    has_units = any(columns[place].unit for place in widths)
+    for place, size in widths.items():
         column = columns[place]
         heading = Text(f"{column.title}\n{column.unit}" if has_units else column.title)
         if column.is_text:
-            grid.add_column(heading, justify="left", overflow="fold")
+            grid.add_column(heading, justify="left", overflow="fold", width=size)
         else:
-            grid.add_column(heading, justify="right", no_wrap=True)
+            grid.add_column(heading, justify="right", no_wrap=True, width=size)
     for row in rows:
-        grid.add_row(*(Text(row[place]) for place in block))
-    return _rendered(grid, width)
+        grid.add_row(*(Text(row[place]) for place in widths))
+    return _rendered(grid, sum(widths.values()) + GAP * len(widths))
 
 
 def _rendered(grid: Table, width: int) -> str:

@@ -209,6 +209,17 @@ def test_a_run_that_died_early_shows_the_layouts_it_was_started_with(tmp_path: P
     assert "  Source: unknown, the run ended before it recorded its layouts" in text
 
 
+def test_ranks_on_cpus_are_not_called_gpus(tmp_path: Path) -> None:
+    write_run(tmp_path, sweep_of([ONE]), {ONE.name: result(ONE, device="cpu")})
+    run = find_run(tmp_path)
+    text = summary_text(run.sweep, run.outcomes)
+    assert "GPU" not in text
+    assert f"Total ranks, on CPUs: {run.sweep.num_gpus}\n" in text
+    assert "  Source: TP=8, EP=8 (64 ranks)\n" in text
+    assert " between ranks, " in text
+    assert f"{run.sweep.num_gpus} ranks on CPUs" in markdown_report(run)
+
+
 def test_the_command_reports_failures_without_failing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full_run(tmp_path)
     parser = argparse.ArgumentParser()

@@ -12,6 +12,7 @@ import termios
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,11 +21,16 @@ from hypothesis import strategies as st
 from refit.cli.main import main as benchmark
 from refit.commands import main
 from refit.report.refits.refit_lines import closing_lines
+from refit.report.steps.dispatchers import dispatcher_text
+from refit.report.steps.trainers import trainer_text
+from refit.report.terminal import grid
 from refit.report.terminal.console import show, show_text, table_width, wrapped
 from refit.report.terminal.escaped import FILE_WIDTH
 from refit.report.terminal.grid import Column, fitted
 from tests.report.factories import engine, small_run
 from tests.report.refits.test_summary import full_run
+from tests.report.steps import test_dispatchers as dispatched
+from tests.report.steps import test_trainers as trained
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 TABLE = (Column("scenario", is_text=True), *(Column(f"column {number}", "(ms)") for number in range(14)))
@@ -80,7 +86,16 @@ def commands(folder: Path) -> dict[str, Callable[[], object]]:
         "plan": lambda: main(["sweep", "plan", "--scenarios", "tiny", "--num-gpus", "8"]),
         "dry run": lambda: benchmark(dry_run.split()),
         "log": lambda: show_lines(closing_lines(refit, run)),
+        "search": lambda: main(["search", *SEARCH]),
+        "bounds": lambda: main(["bounds", "tiny", "--cluster", "h100_ib400", "gb200_nvl72"]),
+        "dispatchers": lambda: show_text(dispatcher_text(ARMS, table_width())),
+        "trainers": lambda: show_text(trainer_text(TRAINERS, table_width())),
     }
+
+
+ARMS = [*dispatched.runs_of("alltoall", 1.0, 1.2), *dispatched.runs_of("allgather", 1.1, 1.3)]
+TRAINERS = [trained.outcome("megatron", 2.0), trained.outcome("fsdp2", 3.0)]
+SEARCH = ["--model", "tiny", "--source", "TP4 EP8", "--gpus", "8", "--cluster", "h100_ib400"]
 
 
 def show_lines(lines: list[str]) -> None:
@@ -99,6 +114,38 @@ def test_no_line_is_wider_than_the_terminal(
     assert len(lines) > 8
     assert [line for line in lines if len(line) > columns] == []
     assert max(map(len, lines)) > 60, "the terminal's width is used"
+
+
+TABLES = ("report", "compare", "plan", "search", "bounds", "dispatchers", "trainers")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", TABLES)
+def test_lines_of_tables_are_not_broken(
+    command: str,
+    columns: int,
+    tmp_path: Path,
+    on_terminal: Callable[[int, Callable[[], object]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each line of each table is one on the terminal, and no name that leaves half of the line free is cut."""
+    full_run(tmp_path)
+    rendered: list[str] = []
+    names: set[str] = set()
+    table = grid._table
+
+    def recorded(columns: Any, rows: Any, widths: Any) -> str:
+        rendered.extend((text := table(columns, rows, widths)).split("\n"))
+        names.update(word for row in rows for word in row[0].split())
+        return text
+
+    monkeypatch.setattr(grid, "_table", recorded)
+    shown = on_terminal(columns, commands(tmp_path)[command])
+    lines = {ESCAPE.sub("", line.rpartition("\r\x1b[2K")[2]) for line in shown.split("\n")}
+    assert rendered
+    assert {line.rstrip() for line in rendered} <= {line.rstrip() for line in lines}
+    words = {word for line in lines for word in line.split()}
+    assert {name for name in names if len(name) <= columns // 2} <= words
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
