@@ -24,10 +24,11 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command of a block. `words` are without variables in front and without what follows a pipe."""
+    """A command of a block. `words` are without variables in front and without what follows a pipe; `line` is all."""
 
     place: str
     words: tuple[str, ...]
+    line: str
 
     @property
     def program(self) -> str:
@@ -61,7 +62,7 @@ def blocks(text: str) -> Iterator[tuple[int, list[str]]]:
 def commands(path: Path) -> list[Command]:
     """Every command in the blocks of a document."""
     return [
-        Command(f"{path.name}:{first}", words)
+        Command(f"{path.name}:{first}", words, line)
         for first, block in blocks(path.read_text(encoding="utf-8"))
         for line in "\n".join(block).replace("\\\n", " ").splitlines()
         if PROGRAM.match(line)

@@ -34,7 +34,9 @@ from refit.errors import UsageError
 from refit.predict.families.config_json import config_values
 from refit.predict.sides import predict_side
 from refit.report.refits.export import records, sample_records
+from refit.results.collection import read_collection
 from refit.results.outcomes import judged
+from refit.results.result import encoded
 from refit.results.runs import Run
 from refit.sweep.selection import select_file, select_lines
 from tests import documents, messages
@@ -169,31 +171,62 @@ def test_there_are_examples() -> None:
     assert len(EXAMPLES) > 8
 
 
-SMALL_RUNS = [c for c in COMMANDS if c.program == "torchrun" and c.place.startswith(("README", "quickstart"))]
+PROGRAMS = {"python": "", "torchrun": "-m torch.distributed.run", "refit": "-m refit"}
 
 
-@pytest.mark.slow
-@pytest.mark.megatron
-@pytest.mark.parametrize("command", SMALL_RUNS, ids=lambda command: command.place)
-def test_a_small_run_does_what_is_printed(command: Command, tmp_path: Path) -> None:
-    """As it is typed, from a shell that has nothing of this environment on its PATH."""
-    folder = tmp_path / "checkout"
+def as_typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a line does in a checkout, from a shell that has nothing of this environment on its PATH."""
     (folder / ".venv/bin").mkdir(parents=True)
     for path in ROOT.iterdir():
         if path.name not in (".venv", "benchmark_results"):
             (folder / path.name).symlink_to(path)
-    program = folder / command.words[0]
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n', encoding="utf-8")
-    program.chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["/bin/sh", "-c", shlex.join(command.words)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
+    for name, arguments in PROGRAMS.items():
+        program = folder / ".venv/bin" / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n', encoding="utf-8")
+        program.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    made_before(folder / "benchmark_results")
+    return subprocess.run(
+        ["/bin/sh", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
     )
+
+
+def made_before(folder: Path) -> None:
+    """What earlier commands of a document have put there: shipped results of other machines stand for it."""
+    for name in ("tiny", "before", "after"):
+        logs = folder / name / "logs"
+        logs.mkdir(parents=True)
+        for each in read_collection(ROOT / "docs/results/older/gpu4_speed.jsonl"):
+            (logs / f"{each.run_id}.json").write_text(encoded(each), encoding="utf-8")
+
+
+EVALUATIONS = [c for c in COMMANDS if {"refit", "report"} <= {*c.words} or {"compare", "plot"} & {*c.words[:4]}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", EVALUATIONS, ids=lambda command: f"{command.place} {' '.join(command.words[3:])}")
+def test_an_evaluation_does_what_is_printed(command: Command, tmp_path: Path) -> None:
+    done = as_typed(command.line, tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, redirected, name = command.line.partition(" > ")
+    assert (tmp_path / name.strip()).read_text(encoding="utf-8") if redirected else done.stdout
+    pictures = [line for line in done.stdout.splitlines() if line.endswith(".png")]
+    assert len(pictures) > 2 or "plot" not in command.words
+    assert all((tmp_path / picture).stat().st_size > 10_000 for picture in pictures)
+
+
+def test_there_are_evaluations() -> None:
+    assert {command.words[3] for command in EVALUATIONS} == {"report", "compare", "plot"}
+    assert len(EVALUATIONS) > 8
+
+
+SMALL_RUNS = [c for c in COMMANDS if c.program == "torchrun" and c.place.startswith(("README", "quickstart"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SMALL_RUNS, ids=lambda command: command.place)
+def test_a_small_run_does_what_is_printed(command: Command, tmp_path: Path) -> None:
+    done = as_typed(command.line, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "PASSED (refit)" in done.stdout
     if "both" in command.words:
