@@ -68,7 +68,7 @@ def fit(args: argparse.Namespace, launcher: Launcher) -> None:
 
 
 def check_pending(args: argparse.Namespace, launcher: Launcher, file: Path, pending: Sequence[Planned]) -> None:
-    """Ask the launcher whether it can start all of these. Raises UsageError; a sweep that has just begun is then gone."""
+    """Ask the launcher whether it can start all of these. Raises UsageError; a new sweep is then gone."""
     sweep = Sweep.read(file)
     try:
         launcher.check(sweep.cluster, [task(sweep, file.parent, planned).job() for planned in pending])

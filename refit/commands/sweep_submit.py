@@ -94,9 +94,7 @@ def _cancel(args: argparse.Namespace) -> int:
     launcher = launcher_class(args)(ThisProcess(Stop()), environment(args))
     ended = launcher.cancel(args.run_id)
     if not ended:
-        raise UsageError(
-            f"run {args.run_id!r} has no jobs in the cluster: they have ended, or it is another namespace's"
-        )
+        raise UsageError(f"run {args.run_id!r} has no jobs in this namespace of the cluster: they have ended")
     for name in ended:
         show(f"deleted {name}")
     return 0

@@ -68,7 +68,7 @@ class Launcher(ABC):
         """GPUs of a node, where the launcher knows."""
         return None
 
-    def check(self, cluster: str | None, jobs: Sequence[Job]) -> None:
+    def check(self, cluster: str | None, jobs: Sequence[Job]) -> None:  # noqa: B027 - most have nothing to check
         """Raise UsageError for what cannot be started on nodes of `cluster`, before anything is."""
 
     def goes_on(self, attempt: Attempt) -> bool:
@@ -76,7 +76,7 @@ class Launcher(ABC):
         return False
 
     def manifests(self, cluster: str | None, jobs: Sequence[Job]) -> tuple[str, str]:
-        """What would be submitted, as text, and a note; "" without one. Raises UsageError as `check`, or where nothing is."""
+        """What would be submitted, as text, and a note or "". Raises UsageError as `check`, or where nothing is."""
         raise UsageError("this launcher submits nothing: `refit sweep plan` plans, `refit sweep run` runs")
 
     def submit(self, job: Job) -> str:
@@ -88,9 +88,7 @@ class Launcher(ABC):
 
     def cancel(self, run_id: str) -> list[str]:
         """End all jobs of a run, and return their names. Raises UsageError where the launcher submits nothing."""
-        raise UsageError(
-            "this launcher submits nothing: end `refit sweep run` with Ctrl-C, a job of Slurm with scancel"
-        )
+        raise UsageError("this launcher submits nothing: end `refit sweep run` with Ctrl-C, jobs of Slurm with scancel")
 
     @property
     def python(self) -> str:

@@ -77,7 +77,7 @@ class Api:
         self._error = client.ApiException
 
     def create(self, manifest: Object, kind: Kind | None = None) -> Object:
-        """Create an object, whose unknown fields the server refuses. Raises Refused; CONFLICT where its name is taken."""
+        """Create an object; the server refuses unknown fields. Raises Refused, CONFLICT where its name is taken."""
         if kind is not None:
             name = (kind.group, kind.version, self.namespace, kind.plural)
             return self._asked(
@@ -259,8 +259,8 @@ class Api:
             waited_s = time.monotonic() - begin
             if waited_s > self._patience_s:
                 raise Away(
-                    f"the cluster's API has not answered for {waited_s:.0f} s: {reason}: its jobs still run, go on with "
-                    "--resume"
+                    f"the cluster's API has not answered for {waited_s:.0f} s: {reason}: its jobs still run, go on "
+                    "with --resume"
                 )
             show(f"# the cluster's API does not answer ({reason}), trying again")
             time.sleep(pause_s)

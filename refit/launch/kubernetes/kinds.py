@@ -18,10 +18,10 @@ NODES = "node"
 class Kind:
     """One kind of job.
 
-    `node`, `master` and `port` are arguments of the pod's command, which Kubernetes fills in from the variables that the
-    operator sets (`$(NAME)`); `master` may hold the job's name as `{name}`. `pod_suffix` is the end of the longest pod
-    or service name, for a number of nodes. `pods` selects the pods of a job by label. `needs` is the Python module whose
-    types know the kind, `complete` and `failed` are the types of its conditions.
+    `node`, `master` and `port` are arguments of the pod's command, which Kubernetes fills in from the variables that
+    the operator sets (`$(NAME)`); `master` may hold the job's name as `{name}`. `pod_suffix` is the end of the longest
+    pod or service name, for a number of nodes. `pods` selects the pods of a job by label. `needs` is the Python module
+    whose types know the kind, `complete` and `failed` are the types of its conditions.
     """
 
     name: str

@@ -34,9 +34,7 @@ class KubernetesLauncher(Launcher):
         super().__init__(host, environ)
         path = environ.get(VALUES)
         if not path:
-            raise UsageError(
-                f"the launcher kubernetes needs a site's settings: give --values FILE.yaml, or set {VALUES}"
-            )
+            raise UsageError(f"the launcher kubernetes needs a site's settings: give --values FILE, or set {VALUES}")
         self._path = Path(path).absolute()
         self.values = load_values(self._path)
         self.kind = kind_of(environ.get(KIND) or DEFAULT_KIND)
@@ -77,8 +75,8 @@ class KubernetesLauncher(Launcher):
         has = load_cluster(cluster).gpus_per_node
         if self.gpus_per_node > has:
             raise UsageError(
-                f"{self._path}: gpus_per_node is {self.gpus_per_node}, a node of {cluster} has {has}: lower it, or give "
-                "another --cluster"
+                f"{self._path}: gpus_per_node is {self.gpus_per_node}, a node of {cluster} has {has}: lower it, or "
+                "give another --cluster"
             )
 
     def command(self, job: Job) -> Sequence[str]:

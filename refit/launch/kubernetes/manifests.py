@@ -62,16 +62,14 @@ def render(kind: Kind, values: Values, run: PodRun) -> list[Manifest]:
     """
     rules.check_job_name(run.name, kind.pod_suffix(run.nodes), kind.name)
     rules.check_label_value(run.run_id, "run id")
-    config = {
+    config: Manifest = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(values, run),
         "data": {FLAGS_FILE: "".join(f"{flag}\n" for flag in run.flags), **run.files},
     }
     if (size := sum(len(text.encode()) for text in config["data"].values())) > MAX_FILES_BYTES:
-        raise UsageError(
-            f"the scenario's files have {size:,} bytes, a ConfigMap takes {MAX_FILES_BYTES:,}: shorten them"
-        )
+        raise UsageError(f"the scenario's files have {size:,} bytes, a ConfigMap takes {MAX_FILES_BYTES:,}: cut them")
     before = [config, _service(values, run)] if kind.name == "Job" else [config]
     return [*before, _JOBS[kind.name](kind, values, run)]
 

@@ -98,8 +98,8 @@ def wait_for_name(host: str, patience_s: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RefitError(
-                    f"the first pod's name {host} has no address after {patience_s:.0f} s ({error.strerror}): is its pod "
-                    "running, and does the cluster's DNS know the headless service?"
+                    f"the first pod's name {host} has no address after {patience_s:.0f} s ({error.strerror}): is its "
+                    "pod running, and does the cluster's DNS know the headless service?"
                 ) from None
         time.sleep(1.0)
 

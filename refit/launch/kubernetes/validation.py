@@ -1,7 +1,7 @@
 """Holds a manifest against the types of Kubernetes' API, as their Python packages have them.
 
-The packages' own ways of reading a manifest drop fields that they do not know, or refuse a quantity that is valid. So this
-walks a manifest beside the types: every key has to be a field of its type, at any depth.
+The packages' own ways of reading a manifest drop fields that they do not know, or refuse a quantity that is valid. So
+this walks a manifest beside the types: every key has to be a field of its type, at any depth.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PYTORCH_JOB: dict[str, Any] = {
         "pytorchReplicaSpecs": {"Master": REPLICA, "Worker": REPLICA},
     },
 }
-"""What this suite writes of a PyTorchJob. Its package does not go with the client; tests/kubeflow_training.sh compares."""
+"""What this suite writes of a PyTorchJob. Its package needs another client: tests/kubeflow_training.sh compares."""
 
 ONE_OF = {
     "restartPolicy": ("Never", "OnFailure", "Always"),
@@ -61,9 +61,7 @@ def check_installed(kind: Kind) -> None:
         try:
             importlib.import_module(module)
         except ImportError:
-            raise UsageError(
-                f"kind {kind.name} needs the package {module}, which is not installed: {INSTALL}"
-            ) from None
+            raise UsageError(f"kind {kind.name} needs the package {module}, which is missing: {INSTALL}") from None
     if kind.name in TYPES:
         _type(*TYPES[kind.name])
 
@@ -173,7 +171,7 @@ def _mapping(content: Any, place: str) -> None:
 def _plain(content: Any, kind: Any, place: str) -> None:
     if kind in (Any, object):
         return
-    wanted = {datetime.datetime: str, float: (int, float)}.get(kind, kind)
+    wanted: Any = {datetime.datetime: str, float: (int, float)}.get(kind, kind)
     if not isinstance(content, wanted) or (isinstance(content, bool) and wanted is not bool):
         raise UsageError(f"{place} must be {getattr(kind, '__name__', kind)}, not {content!r}")
     if ".resources" in place and isinstance(content, str) and place.endswith("]"):

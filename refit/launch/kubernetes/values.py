@@ -52,9 +52,9 @@ class Gate:
 class Values:
     """A site's settings; docs/kubernetes.md has a table of them.
 
-    A pod takes a whole node: `gpus_per_node` of `gpu_resource` (None: none, ranks are on CPUs) and `resources`, requested
-    and limited alike. `results` is a volume that all pods share. `pending_timeout_s` is how long the pods of a scenario
-    may wait for nodes before the run is cut short; 0: for ever.
+    A pod takes a whole node: `gpus_per_node` of `gpu_resource` (None: none, ranks are on CPUs) and `resources`,
+    requested and limited alike. `results` is a volume that all pods share. `pending_timeout_s` is how long the pods of
+    a scenario may wait for nodes before the run is cut short; 0: for ever.
     """
 
     image: str
@@ -144,11 +144,11 @@ def check(values: Values) -> None:
             rules.check_key(toleration.key, f"tolerations[{number}]: key")
         elif toleration.value is not None:
             raise UsageError(f"tolerations[{number}] has a value and no key: give both, or neither for every taint")
-    named = {"service_account": values.service_account, "runtime": values.runtime}
+    named: dict[str, str | None] = {"service_account": values.service_account, "runtime": values.runtime}
     named |= {f"image_pull_secrets[{number}]": name for number, name in enumerate(values.image_pull_secrets)}
-    for where, name in named.items():
-        if name is not None:
-            rules.check_subdomain(name, where)
+    for where, given in named.items():
+        if given is not None:
+            rules.check_subdomain(given, where)
     for where, queue in (("kueue_queue", values.kueue_queue), ("kai_queue", values.kai_queue)):
         if queue is not None:
             rules.check_label_value(queue, where)
