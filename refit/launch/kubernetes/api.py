@@ -174,7 +174,7 @@ class Api:
         found = self._raw(self._core.list_namespaced_pod, self.namespace, label_selector=selector)
         return list(found["items"]), str(found["metadata"].get("resourceVersion", ""))
 
-    def watch_pods(self, selector: str, version: str, seconds: int = WATCH_S) -> Iterator[tuple[str, Object]]:
+    def watch_pods(self, selector: str, version: str, seconds: int) -> Iterator[tuple[str, Object]]:
         """Changes of pods since `version`, as (ADDED, MODIFIED or DELETED, pod), for `seconds`.
 
         Raises Refused: GONE where the server has forgotten that version. A connection that breaks ends it.

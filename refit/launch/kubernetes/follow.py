@@ -8,7 +8,7 @@ from pathlib import Path
 
 from refit.errors import ExitCode, RefitError
 from refit.launch.host import CUT_SHORT, TIMED_OUT
-from refit.launch.kubernetes.api import Api, Object, Refused
+from refit.launch.kubernetes.api import WATCH_S, Api, Object, Refused
 from refit.launch.kubernetes.logs import Logs
 from refit.launch.kubernetes.submit import Submitted
 from refit.launch.kubernetes.values import Values
@@ -54,6 +54,9 @@ def _delete(api: Api, submitted: Submitted) -> None:
     api.delete_beside(submitted.name)
 
 
+SOON_S = 1
+
+
 class _Watch:
     """Looks at a job and its pods until there is a verdict."""
 
@@ -79,8 +82,10 @@ class _Watch:
 
     def _changes(self, version: str) -> None:
         """Take in changes of pods for a while, or until one of them has ended or is gone."""
+        # Once a pod has ended, what is still to come is the job's own condition.
+        seconds = SOON_S if any(map(has_ended, self._pods.values())) else WATCH_S
         try:
-            for what, pod in self._api.watch_pods(self._selector, version):
+            for what, pod in self._api.watch_pods(self._selector, version, seconds):
                 self._see(pod)
                 if what == "DELETED":
                     self._logs.has_ended(pod["metadata"]["name"])

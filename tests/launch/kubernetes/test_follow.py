@@ -349,6 +349,7 @@ def test_a_signal_ends_the_pods(site: Any) -> None:
         (["--gpus-per-node", "4"], "", "--gpus-per-node is 4, the values say 2"),
         (["--cpu-fallback"], "", "--cpu-fallback plans for the CPUs of this machine, not for pods"),
         (["--run-id", "a" * 60], "", "has 62 characters, 55 are the most for a Job"),
+        (["--kind", "TrainJob"], "host_network: true\n", "host_network cannot be set in a TrainJob"),
     ],
 )
 @pytest.mark.parametrize("step", ["run", "submit"])
