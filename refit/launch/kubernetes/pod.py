@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from refit.errors import CANCELLED, RefitError, UsageError
+from refit.launch.base import preload
 from refit.report.terminal.console import show, show_error
 
 RESULT = "#refit-result"
@@ -82,6 +83,7 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         kept.pop(name, None)
     return {
         **kept,
+        **preload(environ),
         "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or "1",
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank${rank}]:",
         "PYTHONUNBUFFERED": "1",
