@@ -1,7 +1,7 @@
 """The manifests' command in pods that are network namespaces, each with exactly the variables that its operator sets.
 
-A sweep is submitted to a small API server, whose pods run: the container's command and arguments, filled in as Kubernetes
-does, with the ConfigMap's files, the volume, and the names that the cluster's DNS would have.
+A sweep is submitted to a small API server, whose pods run: the container's command and arguments, filled in as
+Kubernetes does, with the ConfigMap's files, the volume, and the names that the cluster's DNS would have.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ class Pods:
             (files / name).write_text(text)
         nodes = num_pods(job)
         codes = [1] * nodes
-        threads = [
-            threading.Thread(target=self._run, args=(cluster, job, node, files, codes)) for node in range(nodes)
-        ]
+        threads = [threading.Thread(target=self._run, args=(cluster, job, node, files, codes)) for node in range(nodes)]
         for thread in threads:
             thread.start()
         for thread in threads:

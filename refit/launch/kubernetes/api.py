@@ -275,7 +275,7 @@ def _lines(answer: Any) -> Iterator[str]:
             *lines, rest = (rest + part).split(b"\n")
             yield from (line.decode(errors="replace") for line in lines if line)
     finally:
-        answer.release_conn()
+        answer.close()  # what is left unread must not be the next answer
 
 
 def _message(error: Any) -> str:

@@ -23,7 +23,9 @@ Object = dict[str, Any]
 Behaviour = Callable[["Cluster", Object], None]
 """What a job's controller does, in a thread of its own, once the job is there."""
 
-OBJECTS = re.compile(r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)/namespaces/default/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?")
+OBJECTS = re.compile(
+    r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)/namespaces/default/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?"
+)
 LOG = re.compile(r"/api/v1/namespaces/default/pods/(?P<name>[^/]+)/log")
 PODS_OF = {
     "jobs": "batch.kubernetes.io/job-name",
@@ -199,7 +201,7 @@ class Cluster:
                 return
             time.sleep(0.02)
 
-    def _handler(cluster) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
+    def _handler(cluster) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -219,7 +221,7 @@ class Cluster:
                     )
                 return self._send(*cluster.answer(self.command, url.path, query, body))
 
-            do_GET = do_POST = do_DELETE = handle_any  # noqa: N815
+            do_GET = do_POST = do_DELETE = handle_any
 
             def _send(self, code: int, content: Object) -> None:
                 text = json.dumps(content).encode()
@@ -261,7 +263,9 @@ def status(code: int, message: str) -> Object:
 
 def selected(item: Object, selector: str) -> bool:
     labels = item["metadata"].get("labels", {})
-    return all(labels.get(key) == value for key, _, value in (each.partition("=") for each in selector.split(",") if each))
+    return all(
+        labels.get(key) == value for key, _, value in (each.partition("=") for each in selector.split(",") if each)
+    )
 
 
 def unknown_fields(manifest: Object) -> str:

@@ -80,7 +80,12 @@ def fails(cluster: Cluster, job: Object) -> None:
 
 def is_evicted(cluster: Cluster, job: Object) -> None:
     pods = start_pods(cluster, job)
-    condition = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "node gone"}
+    condition = {
+        "type": "DisruptionTarget",
+        "status": "True",
+        "reason": "DeletionByTaintManager",
+        "message": "node gone",
+    }
     cluster.end_pod(pods[1], 137, conditions=[condition])
     cluster.set_job(job, "Failed", "BackoffLimitExceeded")
 
@@ -98,7 +103,12 @@ def has_no_image(cluster: Cluster, job: Object) -> None:
 
 def has_no_nodes(cluster: Cluster, job: Object) -> None:
     pod = cluster.add_pod(job, 0)
-    reason = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/0 nodes are available"}
+    reason = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": "0/0 nodes are available",
+    }
     cluster.set_pod(pod, "Pending", conditions=[reason])
 
 
@@ -109,7 +119,9 @@ def hangs(cluster: Cluster, job: Object) -> None:
 class Site:
     """A folder with values and a kubeconfig for a cluster."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, behave: Callable[[Cluster, Object], None]) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, behave: Callable[[Cluster, Object], None]
+    ) -> None:
         self.folder, self.cluster = folder, Cluster(behave)
         monkeypatch.setenv("KUBECONFIG", str(self.cluster.kubeconfig(folder / "kubeconfig")))
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -196,7 +208,9 @@ def test_an_eviction_is_no_failure_of_the_scenario(site: Any) -> None:
     first = [is_evicted]
     here = site(lambda cluster, job: (first.pop() if first else passes)(cluster, job))
     assert main(here.words("run", "a", "b")) == 4
-    assert re.search(r"^error: pod run-a-1-\S+ was taken away: DeletionByTaintManager: node gone", here.log("run_a"), re.M)
+    assert re.search(
+        r"^error: pod run-a-1-\S+ was taken away: DeletionByTaintManager: node gone", here.log("run_a"), re.M
+    )
     assert here.result("run_a").failure.message == "cancelled"
     assert here.result("run_b").status == "ok", "the next scenario has its turn"
     assert main(here.words("run")) == 0
@@ -205,7 +219,9 @@ def test_an_eviction_is_no_failure_of_the_scenario(site: Any) -> None:
 
 def test_a_campaign_cut_short_reports_what_it_has_and_goes_on(site: Any, capfd: pytest.CaptureFixture[str]) -> None:
     ended = [False]
-    here = site(lambda cluster, job: (has_no_nodes if ended[0] and "b" in job["metadata"]["name"] else passes)(cluster, job))
+    here = site(
+        lambda cluster, job: (has_no_nodes if ended[0] and "b" in job["metadata"]["name"] else passes)(cluster, job)
+    )
     here.values("pending_timeout_s: 1\n")
     ended[0] = True
     assert main(here.words("run", "a", "b", "c")) == 143
@@ -275,7 +291,7 @@ def test_an_api_that_stays_away_leaves_the_jobs_for_a_resume(site: Any, monkeypa
     assert main(here.words("submit", "a")) == 0
     monkeypatch.setattr(api, "FIRST_PAUSE_S", 0.01)
     here.cluster.is_away = True
-    with pytest.raises(api.Away, match="has not answered for .* s: .*: its jobs still run, go on with --resume"):
+    with pytest.raises(api.Away, match=r"has not answered for .* s: .*: its jobs still run, go on with --resume"):
         api.Api(values_of(here), patience_s=0.1).job(api.KINDS["Job"], "run-a")
 
 
@@ -289,7 +305,9 @@ def test_jobs_are_submitted_at_once_and_waited_for_later(site: Any, capfd: pytes
     here = site(passes)
     assert main(here.words("submit", "a", "b")) == 0
     output = capfd.readouterr().out
-    assert re.search(r"^a: Job run-a\nb: Job run-b\nWait for them with: .* sweep run --resume run ", output, re.MULTILINE)
+    assert re.search(
+        r"^a: Job run-a\nb: Job run-b\nWait for them with: .* sweep run --resume run ", output, re.MULTILINE
+    )
     assert here.cluster.names("jobs") == ["run-a", "run-b"]
     assert main(here.words("submit")) == 0
     assert capfd.readouterr().out.startswith("a: submitted already\nb: submitted already\n")
@@ -320,7 +338,9 @@ def test_two_submitters_at_once(site: Any) -> None:
     here = site(hangs)
     words = [here.words("submit", "a") for _ in range(2)]
     words[1][words[1].index("--output-dir") + 1] = str(here.folder / "elsewhere")
-    run = [subprocess.Popen([sys.executable, "-m", "refit", *each], stderr=subprocess.PIPE, text=True) for each in words]
+    run = [
+        subprocess.Popen([sys.executable, "-m", "refit", *each], stderr=subprocess.PIPE, text=True) for each in words
+    ]
     errors = [process.communicate(timeout=60)[1] for process in run]
     assert sorted(process.returncode for process in run) == [0, 2], errors
     assert sum("from another submitter" in error for error in errors) == 1
@@ -376,7 +396,9 @@ def test_a_kind_that_the_cluster_lacks_and_flags_of_another_launcher(
     here = site(hangs)
     here.cluster.kinds = ("jobs",)
     assert main([*here.words("submit", "a"), "--kind", "JobSet"]) == 2
-    assert "the cluster has no jobsets.jobset.x-k8s.io: install the operator, or take --kind Job" in capfd.readouterr().err
+    assert (
+        "the cluster has no jobsets.jobset.x-k8s.io: install the operator, or take --kind Job" in capfd.readouterr().err
+    )
     assert here.left == []
     words = ["sweep", "run", "--launcher", "local", "--kind", "Job", *here.chosen("a"), "--num-gpus", "4"]
     assert main([*words, "--output-dir", str(here.folder / "out2")]) == 2

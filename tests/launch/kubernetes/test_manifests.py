@@ -128,7 +128,11 @@ def test_a_typo_at_any_depth_is_refused(kind: str, case: str) -> None:
         (("spec", "template", "spec", "hostNetwork"), "true", "hostNetwork must be"),
         (("spec", "template", "spec", "containers", 0, "image"), None, "image is null"),
         (("spec", "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"), 8, "must be"),
-        (("spec", "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"), "8 GPUs", "no quantity"),
+        (
+            ("spec", "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"),
+            "8 GPUs",
+            "no quantity",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused(path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -178,5 +182,5 @@ def test_a_name_that_is_too_long_is_refused_with_the_rule(kind: str, most: int) 
 
 
 def test_files_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UsageError, match="have 1,048,6.. bytes, a ConfigMap takes 1,048,576"):
+    with pytest.raises(UsageError, match=r"have 1,048,6.. bytes, a ConfigMap takes 1,048,576"):
         render(KINDS["Job"], PLAIN, pod_run(files={"model.yaml": "a" * (1 << 20)}))

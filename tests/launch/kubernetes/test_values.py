@@ -24,7 +24,8 @@ def test_values_are_typed(tmp_path: Path) -> None:
         LEAST
         + "gpus_per_node: 4\nresources: {vpc.amazonaws.com/efa: 16, cpu: 1.5}\nenv: {FI_PROVIDER: efa, N: 1}\n"
         + "tolerations: [{key: nvidia.com/gpu, effect: NoSchedule}]\ngpu_resource: null\n"
-        + "gates: [{name: efa, pattern: 'provider is efa'}]\nvolumes: [{claim: models, mount_path: /m, read_only: true}]\n",
+        + "gates: [{name: efa, pattern: 'provider is efa'}]\n"
+        + "volumes: [{claim: models, mount_path: /m, read_only: true}]\n",
     )
     assert values.gpus_per_node == 4  # type: ignore[attr-defined]
     assert values.per_node == {"vpc.amazonaws.com/efa": "16", "cpu": "1.5"}  # type: ignore[attr-defined]
@@ -58,7 +59,10 @@ def test_values_are_typed(tmp_path: Path) -> None:
         (LEAST + "env: {DEBUG: on}\n", "DEBUG must be text, not True: put it in quotes"),
         (LEAST + "node_selector: {zone: 'a b'}\n", "'a b' is no value of a label"),
         (LEAST + "tolerations: [{value: a}]\n", "has a value and no key"),
-        (LEAST + "tolerations: [{key: a, effect: Never}]\n", "effect must be NoSchedule or PreferNoSchedule or NoExecute"),
+        (
+            LEAST + "tolerations: [{key: a, effect: Never}]\n",
+            "effect must be NoSchedule or PreferNoSchedule or NoExecute",
+        ),
         (LEAST + "kueue_queue: a\nkai_queue: b\n", "are two schedulers for one gang"),
         (LEAST + "volumes: [{claim: a, mount_path: /results}]\n", "/results is taken by results"),
         (LEAST + "volumes: [{claim: a, mount_path: /dev/shm}]\n", "/dev/shm is taken by shm"),
