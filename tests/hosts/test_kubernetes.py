@@ -31,7 +31,7 @@ pytestmark = [needs_client, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"model": "tiny_qwen3_moe", "refit-method": "gloo", "num-benchmark-iterations": 1, "num-benchmark-warmup": 0}
-FLAGS |= {"source-format": "fsdp2", "source-world-size": 2, "rl-inference-format": "vllm"}
+FLAGS |= {"source-format": "fsdp2", "rl-inference-format": "vllm"}
 FLAGS |= {"rl-inference-tensor-model-parallel-size": 1}
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -166,21 +166,22 @@ def network(request: pytest.FixtureRequest) -> Iterator[Network]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "network", "rendezvous"),
-    [("Job", 2, "static"), ("PyTorchJob", 4, "static"), ("TrainJob", 2, "static"), ("JobSet", 2, "c10d")],
+    ("kind", "network", "ranks_per_node", "rendezvous"),
+    [("Job", 2, 2, "static"), ("PyTorchJob", 4, 1, "static"), ("TrainJob", 2, 1, "static"), ("JobSet", 2, 1, "c10d")],
     indirect=["network"],
 )
 def test_a_sweep_runs_in_the_pods_of_each_kind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Network, kind: str, rendezvous: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Network, kind: str, ranks_per_node: int, rendezvous: str
 ) -> None:
     nodes = len(network.hosts)
+    num_ranks = nodes * ranks_per_node
     pods = Pods(network, tmp_path)
     cluster = Cluster(pods)
     monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig(tmp_path / "kubeconfig")))
     site = {
         "image": "registry/refit:1",
         "results": {"claim": "shared", "mount_path": str(tmp_path / "volume")},
-        "gpus_per_node": 4 // nodes,
+        "gpus_per_node": ranks_per_node,
         "gpu_resource": None,
         "python": sys.executable,
         "rendezvous": rendezvous,
@@ -188,7 +189,8 @@ def test_a_sweep_runs_in_the_pods_of_each_kind(
     }
     (tmp_path / "site.yaml").write_text(json.dumps(site))
     listed: dict[str, Any] = {"title": "Own", "defaults": FLAGS}
-    listed["scenarios"] = [{"name": "small", "rl-inference-data-parallel-size": 2}]
+    half = num_ranks // 2
+    listed["scenarios"] = [{"name": "small", "source-world-size": half, "rl-inference-data-parallel-size": half}]
     (tmp_path / "list.yaml").write_text(json.dumps(listed))
     words = ["sweep", "run", "--launcher", "kubernetes", "--kind", kind, "--values", str(tmp_path / "site.yaml")]
     words += ["--scenarios", str(tmp_path / "list.yaml"), "--run-id", "run", "--output-dir", str(tmp_path / "out")]
@@ -200,9 +202,9 @@ def test_a_sweep_runs_in_the_pods_of_each_kind(
     assert code == 0, log
     result = read_result(tmp_path / "out/logs/run_small.json")
     refit = result.measurements["refit"]
-    assert (result.status, result.world_size) == ("ok", 4)
+    assert (result.status, result.world_size) == ("ok", num_ranks)
     assert (refit.engines["refit"].num_wrong, refit.engines["refit"].num_compared > 0) == (0, True)
-    assert sorted(refit.hosts.num_ranks.values()) == [4 // nodes] * nodes
+    assert sorted(refit.hosts.num_ranks.values()) == [ranks_per_node] * nodes
     assert len(pods.environs) == nodes
     assert "[rank0]:" in log
     on_volume = tmp_path / "volume/run"

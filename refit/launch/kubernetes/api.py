@@ -5,6 +5,7 @@ A server that cannot be reached for a while, or has too much to do, is asked aga
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -120,11 +121,12 @@ class Api:
     def job(self, kind: Kind, name: str) -> Object | None:
         """A job; None where there is none."""
         try:
-            return self._asked(
+            found: Object = self._asked(
                 lambda: self._objects.get_namespaced_custom_object(
                     kind.group, kind.version, self.namespace, kind.plural, name, _request_timeout=TIMEOUT_S
                 )
             )
+            return found
         except Refused as error:
             if error.status == NOT_FOUND:
                 return None
@@ -147,7 +149,7 @@ class Api:
     def delete_beside(self, name: str) -> None:
         """Delete the ConfigMap and the service of a job."""
         for delete in (self._core.delete_namespaced_service, self._core.delete_namespaced_config_map):
-            self._deleted(lambda delete=delete: delete(name, self.namespace, _request_timeout=TIMEOUT_S))
+            self._deleted(functools.partial(delete, name, self.namespace, _request_timeout=TIMEOUT_S))
 
     def beside(self, kind: str, name: str) -> Object | None:
         """The ConfigMap or the service of a job; None where there is none."""
