@@ -13,7 +13,7 @@ SHELL_SCRIPTS := $(wildcard *.sh scripts/*.sh tests/*.sh tests/slurm/*.sh findin
 # torchrun would set and announce the same default.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-quick test-all test-megatron test-vllm test-latest test-floors check vllm lock lock-vllm bench bench-gpu results slurm-test clean
+.PHONY: demo test test-quick test-all test-megatron test-vllm test-latest test-floors check vllm lock lock-vllm lock-kubeflow bench bench-gpu results slurm-test clean
 
 ## demo: a real refit on eight CPU ranks, verified bit for bit (TP2 EP2 -> TP2 EP1, two ranks idle)
 demo: $(READY)
@@ -128,6 +128,12 @@ lock: $(UV)
 lock-vllm: $(UV)
 	$(UV) pip compile --quiet --config-file requirements/uv-vllm.toml --python .venv-uv/bin/python \
 	    $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) requirements/vllm.in --output-file requirements/vllm.txt
+
+## lock-kubeflow: requirements/kubeflow_training.txt for the kubeflow-training of requirements/kubeflow_training.in
+lock-kubeflow: $(UV)
+	$(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	    --custom-compile-command "make lock-kubeflow" --python .venv-uv/bin/python \
+	    requirements/kubeflow_training.in --output-file requirements/kubeflow_training.txt
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -62,7 +62,7 @@ FOREIGN_FLAGS = {
     *("--gpus-per-task", "--nodelist", "--overlap"),  # srun and squeue
     *("--container-image", "--container-mounts", "--container-workdir"),  # srun with pyxis
     *("--nproc-per-node", "--nnodes", "--master-port"),  # torchrun
-    *("--shm-size", "--ipc"),  # docker run
+    *("--shm-size", "--ipc", "--build-arg", "--tag"),  # docker
     *("--editable", "--target", "--no-deps"),  # pip install
 }
 KNOWN_TO_PYTORCH = re.compile(r"[A-Z]\w*Error: .+")

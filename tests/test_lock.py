@@ -78,6 +78,16 @@ def test_the_makefile_installs_a_torch_within_the_range() -> None:
     assert torch.specifier.contains(chosen)
 
 
+def test_the_image_has_what_the_makefile_installs() -> None:
+    """Base, torch and NVSHMEM are pinned in the Dockerfile; the lock has the rest."""
+    pins = dict(re.findall(r"^ARG (\w+)=(\S+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert re.search(rf"^TORCH \?= {re.escape(pins['TORCH'])}$", MAKEFILE, re.MULTILINE)
+    assert re.fullmatch(r"nvidia/cuda:13\.[0-9.]+-base-ubuntu24\.04", pins["BASE"])
+    assert f"--no-deps {pins['NVSHMEM']} " in QUICKSTART
+    (floor,) = wanted("nvshmem", {})
+    assert Requirement(pins["NVSHMEM4PY"]).name == floor.name
+
+
 def test_each_file_has_its_hash_and_no_index_is_named() -> None:
     assert [entry for entry in ENTRIES if "--hash=sha256:" not in entry] == []
     assert re.findall(r"https?:|--(?:extra-)?index-url|--find-links| @ ", LOCK) == []

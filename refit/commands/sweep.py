@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from refit.cli.listing import add_list
-from refit.commands import sweep_run
+from refit.commands import sweep_run, sweep_submit
 from refit.commands.outcome import add_ending, ending
 from refit.commands.sweep_parts import (
     add_allocation,
@@ -42,6 +42,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     parts = parser.add_subparsers(metavar="STEP", required=True)
     _add_plan(parts)
     sweep_run.add(parts)
+    sweep_submit.add(parts)
     for add_part in (_add_begin, _add_pending, _add_close, _add_end):
         add_part(parts)
     _add_place(subparsers)

@@ -33,11 +33,14 @@ LOGS = "logs"
 GPUS_PER_NODE = 8
 
 
-def add_beginning(parser: argparse.ArgumentParser) -> None:
+def add_beginning(parser: argparse.ArgumentParser, needs_output: bool = True) -> None:
     """The flags of `begun`."""
     add_selection(parser)
     add_allocation(parser)
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="files go to DIR/logs; required")
+    need = "required" if needs_output else "default: none, for --dry-run only"
+    parser.add_argument(
+        "--output-dir", type=Path, required=needs_output, metavar="DIR", help=f"files go to DIR/logs; {need}"
+    )
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--run-id", metavar="ID", help="prefix of file names; default: local time and job")
     names.add_argument(
@@ -122,8 +125,11 @@ def allocation(args: argparse.Namespace, before: Sweep | None = None) -> run.All
     )
 
 
-def begun(args: argparse.Namespace) -> Path:
-    """Begin or resume a sweep, print its table, and return the path of its file."""
+def begun(args: argparse.Namespace, brings_nodes: bool = False) -> Path:
+    """Begin or resume a sweep, print its table, and return the path of its file.
+
+    `brings_nodes`: each scenario gets as many GPUs as it needs, unless `--num-gpus` says how many there are.
+    """
     directory = (args.output_dir / LOGS).absolute()
     if args.resume is not None:
         if args.config or args.scenarios or args.flags or args.title or args.num_runs > 1:
@@ -133,7 +139,7 @@ def begun(args: argparse.Namespace) -> Path:
             show_aside(plain(line))
         path = run.resume(sweep, directory, allocation(args, sweep), args.job)
     else:
-        if args.num_gpus is None and not args.cpu_fallback:
+        if args.num_gpus is None and not args.cpu_fallback and not brings_nodes:
             raise UsageError("--num-gpus missing: how many GPUs may the sweep use?")
         path = run.begin(selection(args), allocation(args), directory, args.run_id, args.job)
     show_aside(sweep_text(_as_it_stands(Sweep.read(path), directory), table_width(sys.stderr)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,15 @@ from typing import Any
 
 from refit.cli import flag_types
 from refit.cli.invocation import command_text
+from refit.commands.launching import (
+    add_launcher,
+    check_pending,
+    environment,
+    fit,
+    launcher_class,
+    launcher_words,
+)
 from refit.commands.sweep_parts import LOGS, add_beginning, add_only, begun, sum_up
-from refit.config.registry import LAUNCHERS, load
 from refit.errors import CANCELLED, RefitError, UsageError
 from refit.launch.host import Cancelled, Host, Script, Stop, ThisProcess
 from refit.report.terminal.console import show, show_aside
@@ -53,11 +59,7 @@ def add(parts: argparse._SubParsersAction[Any]) -> None:
 
 
 def _add_launching(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--launcher",
-        metavar="NAME",
-        help=f"what starts ranks: {', '.join(LAUNCHERS)}; default: slurm in an allocation, else local",
-    )
+    add_launcher(parser)
     parser.add_argument(
         "--timeout",
         type=flag_types.non_negative,
@@ -71,16 +73,20 @@ def _add_launching(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.only and not args.resume:
         raise UsageError("--only goes with --resume RUN_ID")
-    launcher = _launcher(args)  # before anything is written
+    kind = launcher_class(args)  # before anything is written
 
     def work(stop: Stop, host: Host) -> int:
+        launcher = kind(host, environment(args))
+        fit(args, launcher)
         with held(args, host), contextlib.ExitStack() as locks:
-            file = begun(args)
+            file = begun(args, launcher.brings_nodes)
             if not args.resume:
-                locks.enter_context(_hold_run(file, "exclusive", host))
-            loop = Loop(file, launcher(host, os.environ), stop, args.timeout or 0, args.cpu_fallback)
+                locks.enter_context(hold_run(file, "exclusive", host))
+            loop = Loop(file, launcher, stop, args.timeout or 0, args.cpu_fallback)
+            pending = loop.pending(args.only or "unfinished")
+            check_pending(args, launcher, file, pending)
             try:
-                loop.run(loop.pending(args.only or "unfinished"))
+                loop.run(pending)
             except Cancelled:
                 with contextlib.suppress(RefitError, OSError):
                     sum_up(file)
@@ -97,7 +103,7 @@ def _again(args: argparse.Namespace, file: Path) -> str:
     if args.again is not None:  # a script has called
         return f"{args.again} {shlex.join(goes_on)}"
     words = ["sweep", "run", *goes_on, "--output-dir", str(args.output_dir)]
-    words += ["--launcher", args.launcher] if args.launcher else []
+    words += launcher_words(args)
     words += ["--timeout", str(args.timeout)] if args.timeout else []
     words += ["--cpu-fallback"] if args.cpu_fallback else []
     words += ["--only", args.only] if args.only else []
@@ -105,13 +111,13 @@ def _again(args: argparse.Namespace, file: Path) -> str:
 
 
 def _task(args: argparse.Namespace) -> int:
-    name, file, launcher = name_of_task(args.names, args.number), args.sweep_file, _launcher(args)
+    name, file, kind = name_of_task(args.names, args.number), args.sweep_file, launcher_class(args)
     own = file.with_name(f"{run_id(file)}_{name}.lock")
 
     def work(stop: Stop, host: Host) -> int:
         what = f"scenario {name} of run {run_id(file)}"
-        with _hold_run(file, "shared", host), hold(what, "exclusive", own, host):
-            loop = Loop(file, launcher(host, os.environ), stop, args.timeout or 0, args.cpu_fallback)
+        with hold_run(file, "shared", host), hold(what, "exclusive", own, host):
+            loop = Loop(file, kind(host, environment(args)), stop, args.timeout or 0, args.cpu_fallback)
             return loop.run(loop.pending(args.only or "unfinished", name))
 
     return _stoppable(work, args, file.parent)
@@ -127,11 +133,6 @@ def _stoppable(work: Callable[[Stop, Host], int], args: argparse.Namespace, logs
             return CANCELLED
 
 
-def _launcher(args: argparse.Namespace) -> Any:
-    """The launcher that was asked for, or the one for where this process runs."""
-    return load(LAUNCHERS[args.launcher or ("slurm" if os.environ.get("SLURM_JOB_ID") else "local")].launcher)
-
-
 def run_id(file: Path) -> str:
     """The run that a sweep file is of."""
     return file.name.removesuffix(SWEEP_SUFFIX)
@@ -140,10 +141,10 @@ def run_id(file: Path) -> str:
 def held(args: argparse.Namespace, host: Host) -> contextlib.AbstractContextManager[None]:
     """The lock of the run that `--resume` names, before its sweep file is written over."""
     file = args.resume and sweep_file((args.output_dir / LOGS).absolute(), args.resume)
-    return _hold_run(file, "exclusive", host) if file and file.exists() else contextlib.nullcontext()
+    return hold_run(file, "exclusive", host) if file and file.exists() else contextlib.nullcontext()
 
 
-def _hold_run(file: Path, kind: Any, host: Host) -> contextlib.AbstractContextManager[None]:
+def hold_run(file: Path, kind: Any, host: Host) -> contextlib.AbstractContextManager[None]:
     return hold(f"run {run_id(file)}", kind, file.with_suffix(".lock"), host)
 
 

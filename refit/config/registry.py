@@ -368,6 +368,9 @@ LAUNCHERS = Registry(
     {
         "local": LauncherKind(launcher="refit.launch.local:LocalLauncher", title="this machine"),
         "slurm": LauncherKind(launcher="refit.launch.slurm:SlurmLauncher", title="the nodes of this Slurm allocation"),
+        "kubernetes": LauncherKind(
+            launcher="refit.launch.kubernetes.launcher:KubernetesLauncher", title="pods of a Kubernetes cluster"
+        ),
     },
 )
 

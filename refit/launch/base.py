@@ -12,6 +12,7 @@ from pathlib import Path
 import refit
 from refit.errors import UsageError
 from refit.launch.host import Host
+from refit.results.sweep import Attempt
 
 ROOT = Path(refit.__file__).resolve().parents[1]
 """The checkout; in an installed wheel the folder that has the package."""
@@ -25,12 +26,15 @@ class Job:
     """The ranks of one attempt at a scenario: `ranks_per_node` on each of `nodes`, with `flags` of benchmark_refit.py.
 
     `stem` is the path of the attempt's files without suffix. Ranks write their own logs below `<stem>_ranks/node<N>`.
+    `run_id` is the sweep that it is of. `timeout_s` is the longest time that the ranks may take, 0: no limit.
     """
 
     nodes: int
     ranks_per_node: int
     stem: Path
     flags: tuple[str, ...]
+    run_id: str = ""
+    timeout_s: int = 0
 
     @property
     def rank_logs(self) -> Path:
@@ -38,7 +42,14 @@ class Job:
 
 
 class Launcher(ABC):
-    """One way to start ranks, made once for a sweep."""
+    """One way to start ranks, made once for a sweep.
+
+    One that `keeps_time` ends the ranks of a job after its `timeout_s` itself, with TIMED_OUT. One that `brings_nodes`
+    asks for as many as each scenario needs, `gpus_per_node` GPUs each, so that a sweep is not within an allocation.
+    """
+
+    keeps_time = False
+    brings_nodes = False
 
     def __init__(self, host: Host, environ: Mapping[str, str]) -> None:
         """`host` runs commands where launchers may; `environ` are this process's variables."""
@@ -51,6 +62,33 @@ class Launcher(ABC):
 
         Raises UsageError where there are too few nodes.
         """
+
+    @property
+    def gpus_per_node(self) -> int | None:
+        """GPUs of a node, where the launcher knows."""
+        return None
+
+    def check(self, cluster: str | None, jobs: Sequence[Job]) -> None:  # noqa: B027 - most have nothing to check
+        """Raise UsageError for what cannot be started on nodes of `cluster`, before anything is."""
+
+    def goes_on(self, attempt: Attempt) -> bool:
+        """Whether what an earlier process started for an attempt is still there, so that `command` waits for it."""
+        return False
+
+    def manifests(self, cluster: str | None, jobs: Sequence[Job]) -> tuple[str, str]:
+        """What would be submitted, as text, and a note or "". Raises UsageError as `check`, or where nothing is."""
+        raise UsageError("this launcher submits nothing: `refit sweep plan` plans, `refit sweep run` runs")
+
+    def submit(self, job: Job) -> str:
+        """Submit a job without waiting, and write what was submitted to the attempt's log. Returns its name.
+
+        Raises UsageError where the launcher submits nothing.
+        """
+        raise UsageError("this launcher submits nothing: `refit sweep run` runs, for Slurm the scripts have --submit")
+
+    def cancel(self, run_id: str) -> list[str]:
+        """End all jobs of a run, and return their names. Raises UsageError where the launcher submits nothing."""
+        raise UsageError("this launcher submits nothing: end `refit sweep run` with Ctrl-C, jobs of Slurm with scancel")
 
     @property
     def python(self) -> str:

@@ -25,6 +25,12 @@ TIMED_OUT = 124
 
 NOT_FOUND = 127
 
+DISRUPTED = 75
+"""Exit code of a command whose ranks were taken away, as by an eviction: the attempt counts as cancelled."""
+
+CUT_SHORT = 76
+"""The same where no further ranks can be started either, as after the end of a reservation: the sweep ends too."""
+
 POLL_S = 0.1
 TIMEOUT_GRACE_S, CANCEL_GRACE_S = 40.0, 15.0
 """How long a command may take to end. Slurm gives a cancelled job some 30 s (KillWait), so that one is short."""

@@ -15,7 +15,7 @@ from refit.results.sweep import Attempt
 
 LOG_TAIL_BYTES = 1 << 20
 TELLING = re.compile(r"(error|FAILED): ")
-RANK_PREFIX = re.compile(r"\s*(\[\S+\]:|\d+:)\s+")
+RANK_PREFIX = re.compile(r"\A\s*(?:\[\S+?\]:\s*|\d+:\s+)")
 """What `torchrun --tee` and `srun --label` put before a rank's lines."""
 
 ROOT_CAUSE = re.compile(

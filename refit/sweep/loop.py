@@ -9,14 +9,14 @@ from pathlib import Path
 
 from refit.errors import CANCELLED, RefitError, UsageError
 from refit.launch.base import Job, Launcher
-from refit.launch.host import TIMED_OUT, Cancelled, Stop
+from refit.launch.host import CUT_SHORT, DISRUPTED, TIMED_OUT, Cancelled, Stop
 from refit.launch.rank_logs import keep_rank_logs
 from refit.predict import cpus
 from refit.predict.dry_run import DryRunOptions
 from refit.report.refits.sweep_table import outcome_lines
 from refit.report.terminal.console import show, show_aside, show_text
 from refit.results.plain import plain
-from refit.results.sweep import Attempt, Planned, Sweep
+from refit.results.sweep import Attempt, Planned, Sweep, attempts
 from refit.sweep import check
 from refit.sweep.close import Ending, close
 from refit.sweep.run import Task, pending, task
@@ -56,13 +56,20 @@ class Loop:
         sweep = self.sweep
         for number, planned in enumerate(scenarios, 1):
             self._check()
-            one = task(sweep, self.directory, planned)
+            one = self._next(sweep, planned)
             show(
                 f"[{number}/{len(scenarios)}] {one.name}: {one.nodes} x {one.ranks_per_node} ranks, log: {one.stem}.log"
             )
             limited = self if limit_s is None else replace(self, timeout_s=limit_s())
             yield planned, limited._run(one, planned)
         self._check()
+
+    def _next(self, sweep: Sweep, planned: Planned) -> Task:
+        """The next attempt at a scenario, or the last one where what was started for it is still there."""
+        made = attempts(self.directory, sweep.run_id, planned.name)
+        if made and self.launcher.goes_on(made[-1]):
+            return task(sweep, self.directory, planned, made[-1])
+        return task(sweep, self.directory, planned)
 
     def _check(self) -> None:
         """Raise Cancelled where a signal came between scenarios."""
@@ -76,17 +83,20 @@ class Loop:
         return [planned for planned in found if name in (None, planned.name)]
 
     def _run(self, one: Task, planned: Planned) -> int:
-        job = Job(one.nodes, one.ranks_per_node, one.stem, one.flags)
+        timeout_s = self.timeout_s
+        job = one.job(timeout_s)
         log = Attempt(one.stem).log
         ending = None
         try:
             if self.on_cpus:
                 job = on_cpus(job, log)
             words = self.launcher.command(job)
-            code = self.launcher.host.run(words, log, self.timeout_s)
-            if self.stop.told:  # Slurm signals a step as well as this process, and it may have ended first
+            code = self.launcher.host.run(words, log, 0 if self.launcher.keeps_time else timeout_s)
+            # Slurm signals a step as well as this process, and it may have ended first.
+            if self.stop.told or code == CUT_SHORT:
                 raise Cancelled("cancelled")
-            ending = Ending(code, float(self.timeout_s) if code == TIMED_OUT and self.timeout_s else None)
+            timed_out_s = float(timeout_s) if code == TIMED_OUT and timeout_s else None
+            ending = Ending(code, timed_out_s, cancelled=code == DISRUPTED)
         except Cancelled:
             show_aside(f"Cancelled during {one.name}")
             ending = Ending(CANCELLED, cancelled=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from refit.config.clusters import load_cluster
 from refit.config.limits import MAX_SCENARIOS
 from refit.errors import UsageError
+from refit.launch.base import Job
 from refit.predict.cpus import Machine
 from refit.predict.dry_run import DryRunOptions
 from refit.results.identity import foreign
 from refit.results.result import CANCELLED
 from refit.results.status import Status
-from refit.results.sweep import SWEEP_SUFFIX, Planned, Sweep, check_name, last_result, next_attempt, sweep_file
+from refit.results.sweep import SWEEP_SUFFIX, Attempt, Planned, Sweep, check_name, last_result, next_attempt, sweep_file
 from refit.sweep.check import check
 from refit.sweep.parallel import plan_all
 from refit.sweep.selection import Candidate, Selection
@@ -204,11 +205,17 @@ class Task:
     ranks_per_node: int
     stem: Path
     flags: tuple[str, ...]
+    run_id: str
+
+    def job(self, timeout_s: int = 0) -> Job:
+        """The ranks of this attempt, for a launcher."""
+        return Job(self.nodes, self.ranks_per_node, self.stem, self.flags, self.run_id, timeout_s)
 
 
-def task(sweep: Sweep, directory: Path, planned: Planned) -> Task:
-    """The next attempt at a scenario; its stem is absolute and none of its files exist."""
-    stem = next_attempt(Path(os.path.abspath(directory)), sweep.run_id, planned.name).stem
+def task(sweep: Sweep, directory: Path, planned: Planned, attempt: Attempt | None = None) -> Task:
+    """The next attempt at a scenario, whose stem is absolute and none of whose files exist; or `attempt`, once more."""
+    attempt = attempt or next_attempt(Path(os.path.abspath(directory)), sweep.run_id, planned.name)
+    stem = attempt.stem
     cluster = [f"--cluster={sweep.cluster}"] if sweep.cluster else []
     flags = (*planned.flags, *cluster, f"--output-dir={stem.parent}", f"--run-name={stem.name}")
-    return Task(planned.name, planned.nodes, planned.ranks_per_node, stem, flags)
+    return Task(planned.name, planned.nodes, planned.ranks_per_node, stem, flags, sweep.run_id)
