@@ -38,6 +38,7 @@ ELSEWHERE = {
     "refit/transport/one_sided/nixl/library.py": ({"nixl"}, "the library's logger"),
     "refit/transport/one_sided/nvshmem_library.py": ({"nvshmem"}, "the library's package"),
     "refit/transport/one_sided/shm.py": ({"shm", "gloo"}, "its own name, and the remedy of its messages"),
+    "refit/transport/two_sided/ipc_nccl.py": ({"cuda-ipc", "nccl"}, "the names of its two parts"),
     "refit/transport/two_sided/shm_gloo.py": ({"shm", "gloo", "shm+gloo"}, "the names of its two parts"),
 }
 

@@ -70,9 +70,10 @@ def analyse(outcomes: Sequence[Outcome]) -> list[Finding]:
 
 
 def _rivalry(points: Sequence[Point]) -> str:
-    """`NVSHMEM against NCCL` on GPUs where no other methods were run."""
-    found = {point.method for point in points}
-    return "NVSHMEM against NCCL" if found <= {"nvshmem", "nccl"} else "One-sided against two-sided methods"
+    """`NVSHMEM against NCCL` where no other methods were run than those that `refit search` writes."""
+    found, written = {point.method for point in points}, [name for name, row in METHODS.items() if row.suggested_for]
+    versus = " against ".join(name.upper() for name in written)
+    return versus if found <= set(written) else "One-sided against two-sided methods"
 
 
 def ep_against_tp(points: Sequence[Point]) -> list[str]:
