@@ -96,7 +96,7 @@ def test_a_signal_ends_the_run_in_order_and_it_is_gone_on_with(folder: Path, cap
     ("arguments", "message"),
     [
         (["--only", "failed"], "--only goes with --resume RUN_ID"),
-        (["--launcher", "pigeon"], "unknown launcher 'pigeon': choose one of local, slurm, stub"),
+        (["--launcher", "pigeon"], "unknown launcher 'pigeon': choose one of kubernetes, local, slurm, stub"),
     ],
 )
 def test_what_cannot_be_honoured(
