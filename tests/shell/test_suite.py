@@ -247,7 +247,7 @@ def test_a_layout_without_room_is_refused_in_the_plan(shell: Shell) -> None:
 
 
 def test_nothing_is_offered_for_submission_where_nothing_fits(shell: Shell) -> None:
-    code, output = shell.run(KIMI, "--dry-run", *scenarios(shell.cwd, line("large", "32:1:1:1")), "--nodes", "1")
+    code, output = shell.run(KIMI, "--dry-run", *scenarios(shell.cwd, line("large", "8:2:8:1")), "--nodes", "1")
     assert code == 2
     assert re.search(r"ask for \d+ nodes of 8 \(--nodes \d+;", output.replace("\n", " ")), output
     assert output.splitlines()[-1] == "Nothing to submit: no scenario is ready, for the reasons above"
