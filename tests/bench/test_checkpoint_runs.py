@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from refit.results.refit import RefitResult
 from refit.results.status import Status
 from tests.bench.test_runner import run_scenario
 from tests.checkpoints.made import QWEN3_MOE, as_block_fp8, checkpoint, tensors_of
-from tests.ranks.pool import RankPool
+from tests.ranks.pool import RankError, RankPool
 
 RUN = ("--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1")
 VLLM = ("--rl-inference-format=vllm", "--tensor-model-parallel-size=2")
@@ -48,6 +50,16 @@ def run_and_damage(rank: int, argv: list[str], key: str) -> Any:
         return run_scenario(rank, argv)
     finally:
         write.write = whole
+
+
+def run_without_space(rank: int, argv: list[str]) -> Any:
+    """The run of a rank of which no byte is written."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with mock.patch.object(os, "pwrite", full):
+        return run_scenario(rank, argv)
 
 
 def test_megatron_to_vllm_is_a_verified_conversion(ranks: RankPool, tmp_path: Path) -> None:
@@ -101,6 +113,15 @@ def test_files_with_other_elements_are_wrong_data(ranks: RankPool, tmp_path: Pat
     written = result.refit.tested.written
     assert (written.num_wrong, [wrong.key for wrong in written.wrong]) == (1, ["decoder.final_layernorm.weight"])
     assert "1 of 61,920 elements of" in result.refit.tested.fault
+
+
+@pytest.mark.no_megatron
+def test_a_rank_that_cannot_write_leaves_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "in", QWEN3_MOE)
+    flags = ["--source-format=fsdp2", "--rl-inference-format=vllm", f"--source-weights={tmp_path / 'in'}", *RUN]
+    with pytest.raises(RankError, match=r"rank 1: .*out cannot be written .*No space left on device"):
+        ranks.run(run_without_space, [*flags, f"--write-weights={tmp_path / 'out'}"])
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_without_the_library_that_verifies_a_run_is_waived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,15 @@ def test_an_index_that_is_damaged_is_told_before_ranks_start(saved: Path, tmp_pa
         scenario(f"--source-weights={folder}")
 
 
+def test_a_config_of_other_heads_is_told_though_all_shapes_fit(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+    with pytest.raises(UsageError, match=r"config.json has num query groups 2, the model has 4: leave the flags"):
+        scenario(TINY, f"--source-weights={folder}")
+
+
 def writing(tmp_path: Path) -> Scenario:
     return scenario(TINY, f"--write-weights={tmp_path / 'out'}", f"--output-dir={tmp_path / 'results'}")
 
