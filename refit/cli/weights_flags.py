@@ -8,6 +8,7 @@ from pathlib import Path
 
 from refit.checkpoints.contents import contents_of
 from refit.checkpoints.files import CONFIG_NAME, read_folder
+from refit.checkpoints.layout import plan_side
 from refit.cli.flags import full_parser
 from refit.cli.model_flags import model_shape
 from refit.cli.presets import config_flags
@@ -48,11 +49,7 @@ def check_weights_flags(
     if args.write_weights is not None:
         if "refit" not in args.measure:
             raise UsageError("--write-weights writes what a refit has moved: add refit to --measure, or leave it out")
-        if destination.quantisation is not None:
-            raise UsageError(
-                "--write-weights writes weights, the destination has codes and scales of "
-                f"{destination.quantisation.dtype}: leave one of them out"
-            )
+        plan_side(Path(args.write_weights), model, destination)
     if args.source_weights is None:
         return ()
     assert source.dtype is not None

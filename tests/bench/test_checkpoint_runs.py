@@ -21,7 +21,7 @@ from refit.results.checkpoints import LoadResult
 from refit.results.refit import RefitResult
 from refit.results.status import Status
 from tests.bench.test_runner import run_scenario
-from tests.checkpoints.made import QWEN3_MOE, as_block_fp8, checkpoint, tensors_of
+from tests.checkpoints.made import QWEN3_MOE, as_block_fp8, checkpoint, contents, tensors_of
 from tests.ranks.pool import RankError, RankPool
 
 RUN = ("--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1")
@@ -97,7 +97,11 @@ def test_block_fp8_in_files_and_other_blocks_in_the_destination(ranks: RankPool,
     checkpoint(tmp_path / "bf16", wide)
     as_block_fp8(tmp_path / "bf16", tmp_path / "fp8", (32, 40))
     flags = ("--source-format=fsdp2", "--rl-inference-format=vllm", f"--source-weights={tmp_path / 'fp8'}")
-    result = run(ranks, *flags, "--rl-inference-dtype=fp8-block", "--refit-encoding=delta")
+    flags = (*flags, "--rl-inference-dtype=fp8-block", "--refit-encoding=delta", f"--write-weights={tmp_path / 'out'}")
+    result = run(ranks, *flags)
+    codes = [name for name, tensor in tensors_of(tmp_path / "out").items() if tensor.dtype == torch.float8_e4m3fn]
+    assert len(codes) == 16
+    assert contents(tmp_path / "out", wide).nbytes == result.refit.tested.written.nbytes
     assert result.status is Status.OK
     assert set(result.refit.engines) == {"refit", "full"}
     assert all(engine.num_compared and not engine.num_wrong for engine in result.refit.engines.values())

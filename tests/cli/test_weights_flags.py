@@ -64,7 +64,7 @@ def test_loading_alone_needs_no_destination(saved: Path) -> None:
         (("--model=tiny", "--write-weights=out"), "the model is none of those with names of Hugging Face"),
         (
             (TINY, "--write-weights=out", "--rl-inference-dtype=mxfp8"),
-            "--write-weights writes weights, the destination has codes and scales of mxfp8",
+            "--write-weights writes weights and block FP8, no mxfp8: leave one of them out",
         ),
         ((TINY, "--write-weights=out", "--source-weights={saved}", "--measure=load"), "add refit to --measure"),
     ],
