@@ -95,12 +95,17 @@ def test_block_fp8_in_files_and_other_blocks_in_the_destination(ranks: RankPool,
     """Codes and scales are those that the rule makes of what the files hold, and of changes of it."""
     wide = (*QWEN3_MOE, "--kv-channels=64", "--moe-ffn-hidden-size=128")  # vLLM's fused tensors need whole blocks
     checkpoint(tmp_path / "bf16", wide)
-    as_block_fp8(tmp_path / "bf16", tmp_path / "fp8", (32, 40))
+    values = as_block_fp8(tmp_path / "bf16", tmp_path / "fp8", (32, 40))
     flags = ("--source-format=fsdp2", "--rl-inference-format=vllm", f"--source-weights={tmp_path / 'fp8'}")
     flags = (*flags, "--rl-inference-dtype=fp8-block", "--refit-encoding=delta", f"--write-weights={tmp_path / 'out'}")
     result = run(ranks, *flags)
-    codes = [name for name, tensor in tensors_of(tmp_path / "out").items() if tensor.dtype == torch.float8_e4m3fn]
-    assert len(codes) == 16
+    written = tensors_of(tmp_path / "out")
+    assert {name for name, tensor in written.items() if tensor.dtype == torch.float8_e4m3fn} == values.keys()
+    for name, value in values.items():
+        bands = [band.split(128, 1) for band in value.bfloat16().float().abs().split(128)]
+        scales = torch.stack([torch.stack([block.max() / 448 for block in band]) for band in bands])
+        # The last bit of some values has been turned over.
+        assert torch.allclose(written[f"{name}_scale_inv"], scales, rtol=1e-2), name
     assert contents(tmp_path / "out", wide).nbytes == result.refit.tested.written.nbytes
     assert result.status is Status.OK
     assert set(result.refit.engines) == {"refit", "full"}
