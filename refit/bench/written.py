@@ -17,7 +17,7 @@ from refit.bench.session import Session
 from refit.bench.sides import Side
 from refit.checkpoints import write
 from refit.checkpoints.contents import Contents
-from refit.checkpoints.layout import PlannedFolder, config_of, files_beside, plan_folder
+from refit.checkpoints.layout import PlannedFolder, config_of, files_beside, plan_side
 from refit.config.scenario import Scenario
 from refit.encodings.oracle import Comparison
 from refit.errors import RefitError
@@ -45,9 +45,8 @@ def write_destination(
     scenario = session.scenario
     assert scenario.write_weights is not None
     assert scenario.model is not None
-    assert destination.spec.dtype is not None
-    planned, contents = plan_folder(
-        scenario.write_weights, scenario.model, destination.spec.dtype, destination.sharding.tensors
+    planned, contents = plan_side(
+        scenario.write_weights, scenario.model, destination.spec, destination.sharding.tensors
     )
     mine = [*_own_shards(destination, session.rank, contents)]
     session.enter("write weights")
@@ -91,7 +90,9 @@ def _create(scenario: Scenario, planned: PlannedFolder) -> None:
         folder = source_contents(scenario).folder
         # What the suite leaves out of a config.json, such as rotary scaling, belongs to the weights all the same.
         values, beside = {**values, **folder.config}, files_beside(folder.path)
-    write.create(planned, config_of(values, scenario.destination.dtype), beside)
+    quantisation = scenario.destination.quantisation
+    block = quantisation.format if quantisation is not None else None
+    write.create(planned, config_of(values, scenario.destination.dtype, block, planned.stored), beside)
 
 
 def _together(session: Session, planned: PlannedFolder, action: Callable[[], Any]) -> Any:

@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Mapping
 
 from refit import units
-from refit.checkpoints.layout import partial_of, plan_folder
+from refit.checkpoints.layout import partial_of, plan_side
 from refit.config.limits import MAX_NAME
 from refit.config.scenario import Scenario
 from refit.errors import UsageError
-from refit.predict.sides import predict_side
 
 PROBE_BYTES = 64 << 10
 """Written and removed again, so that a full disk is noticed."""
@@ -29,8 +28,7 @@ def check_written(scenario: Scenario) -> None:
         raise UsageError(
             f"{partial_of(folder)} is left of a run that was killed, or of one that goes on: remove it first"
         )
-    held = predict_side(scenario.model, scenario.destination).tensors
-    needed = plan_folder(folder, scenario.model, scenario.destination.dtype, held)[0].nbytes
+    needed = plan_side(folder, scenario.model, scenario.destination)[0].nbytes
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder.parent):

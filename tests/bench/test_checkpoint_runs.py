@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from refit.results.checkpoints import LoadResult
 from refit.results.refit import RefitResult
 from refit.results.status import Status
 from tests.bench.test_runner import run_scenario
-from tests.checkpoints.made import QWEN3_MOE, as_block_fp8, checkpoint, tensors_of
-from tests.ranks.pool import RankPool
+from tests.checkpoints.made import QWEN3_MOE, as_block_fp8, checkpoint, contents, tensors_of
+from tests.ranks.pool import RankError, RankPool
 
 RUN = ("--refit-method=gloo", "--num-benchmark-warmup=1", "--num-benchmark-iterations=1")
 VLLM = ("--rl-inference-format=vllm", "--tensor-model-parallel-size=2")
@@ -48,6 +50,16 @@ def run_and_damage(rank: int, argv: list[str], key: str) -> Any:
         return run_scenario(rank, argv)
     finally:
         write.write = whole
+
+
+def run_without_space(rank: int, argv: list[str]) -> Any:
+    """The run of a rank of which no byte is written."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with mock.patch.object(os, "pwrite", full):
+        return run_scenario(rank, argv)
 
 
 def test_megatron_to_vllm_is_a_verified_conversion(ranks: RankPool, tmp_path: Path) -> None:
@@ -83,9 +95,18 @@ def test_block_fp8_in_files_and_other_blocks_in_the_destination(ranks: RankPool,
     """Codes and scales are those that the rule makes of what the files hold, and of changes of it."""
     wide = (*QWEN3_MOE, "--kv-channels=64", "--moe-ffn-hidden-size=128")  # vLLM's fused tensors need whole blocks
     checkpoint(tmp_path / "bf16", wide)
-    as_block_fp8(tmp_path / "bf16", tmp_path / "fp8", (32, 40))
+    values = as_block_fp8(tmp_path / "bf16", tmp_path / "fp8", (32, 40))
     flags = ("--source-format=fsdp2", "--rl-inference-format=vllm", f"--source-weights={tmp_path / 'fp8'}")
-    result = run(ranks, *flags, "--rl-inference-dtype=fp8-block", "--refit-encoding=delta")
+    flags = (*flags, "--rl-inference-dtype=fp8-block", "--refit-encoding=delta", f"--write-weights={tmp_path / 'out'}")
+    result = run(ranks, *flags)
+    written = tensors_of(tmp_path / "out")
+    assert {name for name, tensor in written.items() if tensor.dtype == torch.float8_e4m3fn} == values.keys()
+    for name, value in values.items():
+        bands = [band.split(128, 1) for band in value.bfloat16().float().abs().split(128)]
+        scales = torch.stack([torch.stack([block.max() / 448 for block in band]) for band in bands])
+        # The last bit of some values has been turned over.
+        assert torch.allclose(written[f"{name}_scale_inv"], scales, rtol=1e-2), name
+    assert contents(tmp_path / "out", wide).nbytes == result.refit.tested.written.nbytes
     assert result.status is Status.OK
     assert set(result.refit.engines) == {"refit", "full"}
     assert all(engine.num_compared and not engine.num_wrong for engine in result.refit.engines.values())
@@ -101,6 +122,15 @@ def test_files_with_other_elements_are_wrong_data(ranks: RankPool, tmp_path: Pat
     written = result.refit.tested.written
     assert (written.num_wrong, [wrong.key for wrong in written.wrong]) == (1, ["decoder.final_layernorm.weight"])
     assert "1 of 61,920 elements of" in result.refit.tested.fault
+
+
+@pytest.mark.no_megatron
+def test_a_rank_that_cannot_write_leaves_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "in", QWEN3_MOE)
+    flags = ["--source-format=fsdp2", "--rl-inference-format=vllm", f"--source-weights={tmp_path / 'in'}", *RUN]
+    with pytest.raises(RankError, match=r"rank 1: .*out cannot be written .*No space left on device"):
+        ranks.run(run_without_space, [*flags, f"--write-weights={tmp_path / 'out'}"])
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_without_the_library_that_verifies_a_run_is_waived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_loading_alone_needs_no_destination(saved: Path) -> None:
         (("--model=tiny", "--write-weights=out"), "the model is none of those with names of Hugging Face"),
         (
             (TINY, "--write-weights=out", "--rl-inference-dtype=mxfp8"),
-            "--write-weights writes weights, the destination has codes and scales of mxfp8",
+            "--write-weights writes weights and block FP8, no mxfp8: leave one of them out",
         ),
         ((TINY, "--write-weights=out", "--source-weights={saved}", "--measure=load"), "add refit to --measure"),
     ],
@@ -81,6 +81,15 @@ def test_an_index_that_is_damaged_is_told_before_ranks_start(saved: Path, tmp_pa
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"it": "none.safetensors"}}))
     with pytest.raises(UsageError, match=r"index.json names none.safetensors, which is not there: it should have it"):
         scenario(f"--source-weights={folder}")
+
+
+def test_a_config_of_other_heads_is_told_though_all_shapes_fit(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+    with pytest.raises(UsageError, match=r"config.json has num query groups 2, the model has 4: leave the flags"):
+        scenario(TINY, f"--source-weights={folder}")
 
 
 def writing(tmp_path: Path) -> Scenario:

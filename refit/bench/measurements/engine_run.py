@@ -360,13 +360,15 @@ class EngineRun:
             return
         planned, scenario, last = self._planned, self._scenario, len(self._result.samples) - 1
         source, part = planned.source.sharding.tensors, self._oracle
+        # Of trained weights, and of codes and scales, the refit's own check says whether they are right.
+        as_held = scenario.trains("source") or scenario.destination.quantisation is not None
 
         def expected(shard: LocalShard, block: Rows) -> torch.Tensor:
-            if scenario.trains("source"):
+            if as_held:
                 return block.data
             return part.values(source[shard.tensor.key], block, last).to(block.data.dtype)
 
-        what = "what the destination holds" if scenario.trains("source") else scenario.filled_with
+        what = "what the destination holds" if as_held else scenario.filled_with
         compared_with = None if scenario.verify is Verify.OFF else what
         written = write_destination(self._session, planned.destination, compared_with, expected)
         self._update(written=written)
