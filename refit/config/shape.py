@@ -10,6 +10,9 @@ NORM_EPSILON = 1e-6
 ROTARY_BASE = 10000.0
 """Settings of the forward pass that no weight depends on, the same for the models of every library."""
 
+SINKS_NORM_EPSILON = 1e-5
+"""With attention sinks, in place of NORM_EPSILON."""
+
 GEGLU_OFFSET, GEGLU_LIMIT = 1.0, 7.0
 """Of `quick_geglu`, as in gpt-oss: added to up, and the bound of gate from above and of up on both sides."""
 ATTENTION_WINDOW = 16
@@ -86,6 +89,11 @@ class ModelShape:
     qk_norm_over_heads: bool = False
     attention_sinks: bool = False
     quick_geglu: bool = False
+
+    @property
+    def norm_epsilon(self) -> float:
+        """That of all its norms: gpt-oss has its own, which vLLM does not read from config.json (models/gpt_oss.py)."""
+        return SINKS_NORM_EPSILON if self.attention_sinks else NORM_EPSILON
 
     @property
     def softmax_over_all(self) -> bool:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from refit.config.shape import (
     GEGLU_LIMIT,
     GEGLU_OFFSET,
-    NORM_EPSILON,
     ROTARY_BASE,
     Experts,
     LatentAttention,
@@ -94,7 +93,7 @@ class ReferenceForward:
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         weight = self.parameters[name]
-        return F.rms_norm(hidden.float(), (weight.size(0),), weight.float(), NORM_EPSILON).to(hidden.dtype)
+        return F.rms_norm(hidden.float(), (weight.size(0),), weight.float(), self.shape.norm_epsilon).to(hidden.dtype)
 
     def _linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refit.config.shape import ATTENTION_WINDOW, GEGLU_LIMIT, NORM_EPSILON, ROTARY_BASE, Experts, ModelShape
+from refit.config.shape import ATTENTION_WINDOW, GEGLU_LIMIT, ROTARY_BASE, SINKS_NORM_EPSILON, Experts, ModelShape
 from refit.errors import UsageError
 from refit.predict.families import mixtral
 from refit.predict.families.config_keys import GROUPED_QUERIES, LOCAL_EXPERTS, ROUTED, SIZES
@@ -81,13 +81,13 @@ GPT_OSS = Family(
     expert_values=expert_values,
     derived={"experts_per_token": ("num_experts_per_tok",)},
     required={"attention_bias": (True, "its attention has biases")},
-    numerics={"attention_bias": True, "sliding_window": ATTENTION_WINDOW, "swiglu_limit": GEGLU_LIMIT},
+    numerics={"attention_bias": True, "sliding_window": ATTENTION_WINDOW, "rms_norm_eps": SINKS_NORM_EPSILON},
     unweighted={
         "sliding_window": (None, ATTENTION_WINDOW),
         "swiglu_limit": (None, GEGLU_LIMIT),
         "swiglu_alpha": (None, 1.702),
         "initial_context_length": (None,),
-        "rms_norm_eps": (None, NORM_EPSILON),
+        "rms_norm_eps": (None, SINKS_NORM_EPSILON),
     },
     engine_names={"self_attn.": "attn.", "model.embed_tokens": "model.embedding"},
     engine_experts=ENGINE_EXPERTS,

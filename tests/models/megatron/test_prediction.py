@@ -80,6 +80,7 @@ SHAPES = {
     "layer norm": replace(MOE, normalization="LayerNorm", qk_layernorm=True),
     "learned positions": replace(DENSE, position_embedding_type="learned_absolute"),
     "qk norm": replace(SEQUENTIAL, qk_layernorm=True),
+    "attention sinks": replace(DENSE, attention_sinks=True, quick_geglu=True, **BIASED),
     "qk norm over heads": replace(MOE, normalization="RMSNorm", qk_layernorm=True, qk_norm_over_heads=True),
     "qkv bias": replace(DENSE, add_qkv_bias=True),
     "latent without q rank": replace(LATENT, mla=replace(MLA, q_lora_rank=None), qk_layernorm=False),

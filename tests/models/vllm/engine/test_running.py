@@ -19,6 +19,8 @@ MOE = ["--model", "tiny_qwen3_moe"]
 DEEPSEEK = ["--model", "tiny_deepseek_v3", "--kv-lora-rank", "512", "--qk-pos-emb-head-dim", "64"]
 DEEPSEEK += ["--moe-layer-freq", "([0]*1+[1]*1)", "--fp32"]
 
+GPT_OSS = ["--model", "tiny_gpt_oss", "--fp32"]
+
 
 def tp(source: int, destination: int) -> list[str]:
     sizes = ["--tensor-model-parallel-size", str(source), "--rl-inference-tensor-model-parallel-size", str(destination)]
@@ -32,6 +34,7 @@ CASES = {
     "qwen3-moe, megatron, TP2 -> TP2": [*MOE, *tp(2, 2), "--expert-tensor-parallel-size", "2"],
     "deepseek-v3, megatron, EP2 -> TP1": [*DEEPSEEK, *tp(1, 1), "--expert-model-parallel-size", "2"],
     "deepseek-v3, megatron, TP2 -> TP2": [*DEEPSEEK, *tp(2, 2)],
+    "gpt-oss, megatron, EP2 -> TP1": [*GPT_OSS, *tp(1, 1), "--expert-model-parallel-size", "2"],
 }
 
 
