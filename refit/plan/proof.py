@@ -63,15 +63,15 @@ def _check_held(plan: Routes) -> None:
     if not known.all():
         route = int(np.flatnonzero(~known)[0])
         raise PlanError(f"{_text(plan, route)} is in stage {plan.stage[route]} of {plan.num_stages}")
-    distinct = plan.boxes.distinct
+    distinct, number_of = plan.boxes.distinct, plan.boxes.number
     for tensor_class, routes in _routes_by_class(plan):
         tensors = plan.classes[tensor_class]
-        boxes, ends = plan.boxes[routes], distinct.ends[:, 0] <= len(tensors.tensors)
-        exists = ((distinct.offsets[:, 0] >= 0) & ends & (distinct.extents > 0).all(1))[boxes.number]
+        numbers, ends = number_of[routes], distinct.ends[:, 0] <= len(tensors.tensors)
+        exists = ((distinct.offsets[:, 0] >= 0) & ends & (distinct.extents > 0).all(1))[numbers]
         if not exists.all():
             raise PlanError(f"{_text(plan, int(routes[~exists][0]))} is not a part of its tensors")
         dims = slice(1, tensors.dims)
-        parts = RepeatedBoxes(BoxArray(distinct.offsets[:, dims], distinct.ends[:, dims]), boxes.number)
+        parts = RepeatedBoxes(BoxArray(distinct.offsets[:, dims], distinct.ends[:, dims]), numbers)
         stage = plan.stage[routes]
         for number, sharding in enumerate(tensors.shardings):
             reads, writes = np.flatnonzero(stage == number), np.flatnonzero(stage < number)

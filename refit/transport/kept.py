@@ -53,7 +53,6 @@ class KeptMessage:
         if self.payload.is_cuda:  # on another stream than that which has allocated it
             self.payload.record_stream(torch.cuda.current_stream(self.payload.device))
         self.left.remove(send)
-        self.kept.went(send)
         if not self.left:
             self.drop()
 
@@ -80,7 +79,8 @@ class KeptSend:
 class KeptMessages:
     """Those of one rank under one schedule.
 
-    `most_bytes` is the most that it has kept at a time, `most_on_a_link` the most messages to one rank.
+    `most_bytes` is the most that it has kept at a time, `most_on_a_link` the most messages to one rank. `deadlines` are
+    the steps that the module's docstring speaks of.
     """
 
     def __init__(self, schedule: Schedule, window: int | None = None) -> None:
@@ -98,9 +98,9 @@ class KeptMessages:
             steps[peer].append(step)
         self._steps = {peer: sorted(each) for peer, each in steps.items()}
         self._num_sent: Counter[int] = Counter()
-        self._deadlines: dict[Number, int] = {}
+        self.deadlines: dict[Number, int] = {}
         for channel in schedule.receives:
-            self._deadlines |= self._deadlines_of(channel, window or len(channel.messages))
+            self.deadlines |= self._deadlines_of(channel, window or len(channel.messages))
 
     def _deadlines_of(self, channel: Channel, window: int) -> dict[Number, int]:
         found: dict[Number, int] = {}
@@ -123,9 +123,9 @@ class KeptMessages:
     def has_room(self, message: Message, peer: int) -> bool:
         """Whether `message` from `peer` may be unpacked: what goes before it to the same ranks has gone."""
         number = peer, message.step
-        if number not in self._deadlines:
+        if number not in self.deadlines:
             return True
-        deadline = self._deadlines[number]
+        deadline = self.deadlines[number]
         links = {link for link, _ in self._messages[number].sends}
         return all(self._num_sent[link] >= bisect_left(self._steps[link], deadline) for link in links)
 
@@ -139,8 +139,10 @@ class KeptMessages:
             return None
         return KeptSend(self._messages[message.passes_on], (peer, message.step))
 
-    def went(self, send: Send) -> None:
-        self._num_sent[send[0]] += 1
+    def went(self, message: Message, peer: int) -> None:
+        """`message` to `peer` has gone. On a GPU: has been enqueued, which is all that enqueueing another waits for."""
+        if message.passes_on is not None:
+            self._num_sent[peer] += 1
 
     def add(self, message: KeptMessage, nbytes: int) -> None:
         self._open.append(message)

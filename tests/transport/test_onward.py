@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 from typing import Any
 from unittest import mock
@@ -18,7 +19,7 @@ from refit.plan.relay import relay_stages
 from refit.plan.sharding import Sharding
 from refit.transport.kept import KeptMessages, KeptSend
 from refit.transport.messages import Framing
-from refit.transport.schedule import LAG
+from refit.transport.schedule import LAG, make_schedule
 from tests.plan.strategies import sides, staged
 from tests.ranks.pool import RankPool
 from tests.seams import nonzero_rows
@@ -63,6 +64,31 @@ def check(plan: RefitPlan, framing: Framing) -> int:
 @settings(max_examples=40, deadline=None)
 def test_what_has_arrived_goes_on_as_it_is(pair: tuple[Sharding, Sharding], num_stages: int, random: Random) -> None:
     check(staged(*pair, num_stages, random), Framing(512, 64, max_bytes=nonzero_rows.max_bytes))
+
+
+@given(sides(), st.integers(2, 4), st.integers(2, 4), st.randoms(use_true_random=False))
+@settings(max_examples=20, deadline=None)
+def test_unpacking_waits_for_smaller_steps_only(
+    pair: tuple[Sharding, Sharding], num_stages: int, window: int, random: Random
+) -> None:
+    """What the argument of `kept` needs: a deadline behind a message's arrival, before all that waits for it."""
+    plan = staged(*pair, num_stages, random)
+    framing = Framing(512, 64, max_bytes=nonzero_rows.max_bytes)
+    for rank in plan.ranks:
+        schedule = make_schedule(plan, rank, framing)
+        kept = KeptMessages(schedule, window)
+        for channel in schedule.receives:
+            deadlines = []
+            for message, reuses in itertools.zip_longest(channel.messages, channel.messages[window:]):
+                deadline = kept.deadlines.get((channel.source, message.step))
+                goes_on = kept.received(message, channel.source)
+                assert (deadline is None) == (goes_on is None)
+                if deadline is None or goes_on is None:
+                    continue
+                deadlines.append(deadline)
+                assert message.step < deadline <= min(step for _, step in goes_on.sends)
+                assert reuses is None or deadline <= reuses.step
+            assert deadlines == sorted(deadlines), "messages of a pair are unpacked in order"
 
 
 def relayed(case: str, name: Relay) -> RefitPlan:

@@ -18,8 +18,8 @@ from refit.transport.base import TransportOptions, get_transport
 from refit.transport.messages import HEADER_BYTES, Framing
 from refit.transport.ranks import Ranks
 from refit.transport.schedule import make_schedule
-from refit.transport.two_sided import gloo, nccl
-from refit.transport.two_sided.backend import BoundMessage
+from refit.transport.two_sided import executor, gloo, nccl
+from refit.transport.two_sided.backend import BackendTraits, BoundMessage
 from tests.ranks.pool import RankPool
 from tests.seams import nonzero_rows
 from tests.transport import synthetic
@@ -234,3 +234,19 @@ def test_both_ends_divide_alike_and_no_message_exceeds_its_buffer(bucket_bytes: 
             assert message.buffer_bytes <= bucket_bytes
             most = sum(nonzero_rows.max_bytes(piece.tensor, piece.box) for piece in message.pieces)
             assert message.buffer_bytes == HEADER_BYTES + most
+
+
+def test_packed_messages_may_be_longer_and_both_ends_know() -> None:
+    """As those of GPUs over Gloo: fewer launches, and what crosses is what has changed."""
+    traits = BackendTraits(None, bucket_bytes=2048, slots_per_peer=2, window=2, copies=2, packed_bytes=8192)
+    counts = []
+    for max_bytes in (None, nonzero_rows.max_bytes):
+        options = TransportOptions(staging_bytes=1 << 20, max_bytes=max_bytes)
+        schedules = [executor._schedule(CASE.plan, rank, traits, options) for rank in CASE.plan.ranks]
+        sent = {(each.source, each.destination): each for schedule in schedules for each in schedule.sends}
+        received = {(each.source, each.destination): each for schedule in schedules for each in schedule.receives}
+        assert sent == received
+        counts.append(sum(len(each.messages) for each in sent.values()))
+        most = max(message.buffer_bytes for each in sent.values() for message in each.messages)
+        assert most <= traits.most_bytes(is_packed=max_bytes is not None)
+    assert counts[1] < counts[0] / 2

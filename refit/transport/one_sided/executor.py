@@ -211,6 +211,7 @@ class OneSidedProgram:
             if self._memory.reached(flow.peer, Counter.CREDIT, flow.total + 1):
                 self._renew_if_moved(flow)
                 self._memory.send(flow.peer, flow.puts[flow.position], flow.total + 1)
+                self._sides.kept.went(flow.message, flow.peer)
                 flow.advance()
                 clock.lap("put")
                 moved = True
