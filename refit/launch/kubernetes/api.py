@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
@@ -146,10 +146,14 @@ class Api:
             )
         )
 
-    def delete_beside(self, name: str) -> None:
-        """Delete the ConfigMap and the service of a job."""
-        for delete in (self._core.delete_namespaced_service, self._core.delete_namespaced_config_map):
-            self._deleted(functools.partial(delete, name, self.namespace, _request_timeout=TIMEOUT_S))
+    def delete_beside(self, name: str, kinds: Sequence[str] = ("Service", "ConfigMap")) -> None:
+        """Delete the service and the ConfigMap of a job, or one of them."""
+        deletes = {
+            "ConfigMap": self._core.delete_namespaced_config_map,
+            "Service": self._core.delete_namespaced_service,
+        }
+        for kind in kinds:
+            self._deleted(functools.partial(deletes[kind], name, self.namespace, _request_timeout=TIMEOUT_S))
 
     def beside(self, kind: str, name: str) -> Object | None:
         """The ConfigMap or the service of a job; None where there is none."""
