@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
@@ -63,10 +64,12 @@ class Api:
         self._patience_s = patience_s
         settings = client.Configuration()
         try:
-            if values.context is None:
-                config.load_config(client_configuration=settings)
+            # The client reads the variable when it is imported; what it says now counts.
+            file = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
+            if values.context is None and not os.environ.get("KUBECONFIG") and not os.path.exists(file):
+                config.load_incluster_config(client_configuration=settings)
             else:
-                config.load_kube_config(context=values.context, client_configuration=settings)
+                config.load_kube_config(config_file=file, context=values.context, client_configuration=settings)
         except Exception as error:  # the client raises many kinds for files that are missing or malformed
             raise UsageError(
                 f"no cluster is configured ({first_line(error)}): set KUBECONFIG, or `context` in the values"
