@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
@@ -63,10 +64,12 @@ class Api:
         self._patience_s = patience_s
         settings = client.Configuration()
         try:
-            if values.context is None:
-                config.load_config(client_configuration=settings)
+            # The client reads the variable when it is imported; what it says now counts.
+            file = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
+            if values.context is None and not os.environ.get("KUBECONFIG") and not os.path.exists(file):
+                config.load_incluster_config(client_configuration=settings)
             else:
-                config.load_kube_config(context=values.context, client_configuration=settings)
+                config.load_kube_config(config_file=file, context=values.context, client_configuration=settings)
         except Exception as error:  # the client raises many kinds for files that are missing or malformed
             raise UsageError(
                 f"no cluster is configured ({first_line(error)}): set KUBECONFIG, or `context` in the values"
@@ -146,10 +149,14 @@ class Api:
             )
         )
 
-    def delete_beside(self, name: str) -> None:
-        """Delete the ConfigMap and the service of a job."""
-        for delete in (self._core.delete_namespaced_service, self._core.delete_namespaced_config_map):
-            self._deleted(functools.partial(delete, name, self.namespace, _request_timeout=TIMEOUT_S))
+    def delete_beside(self, name: str, kinds: Sequence[str] = ("Service", "ConfigMap")) -> None:
+        """Delete the service and the ConfigMap of a job, or one of them."""
+        deletes = {
+            "ConfigMap": self._core.delete_namespaced_config_map,
+            "Service": self._core.delete_namespaced_service,
+        }
+        for kind in kinds:
+            self._deleted(functools.partial(deletes[kind], name, self.namespace, _request_timeout=TIMEOUT_S))
 
     def beside(self, kind: str, name: str) -> Object | None:
         """The ConfigMap or the service of a job; None where there is none."""

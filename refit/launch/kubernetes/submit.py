@@ -88,18 +88,18 @@ def create(api: Api, kind: Kind, values: Values, run: PodRun) -> Submitted:
         if other["metadata"]["name"] == run.name and not _is_ours(other, run):
             raise _taken(run)
     *beside, job = manifests
+    made: list[str] = []
     try:
         for manifest in beside:
             _create(api, manifest, None, run)
-        made = _create(api, job, kind, run)
-    except _Taken:
-        raise _taken(run) from None
+            made.append(manifest["kind"])
+        uid = _create(api, job, kind, run)["metadata"]["uid"]
     except Away:
         raise
-    except RefitError:
-        api.delete_beside(run.name)
-        raise
-    return Submitted(kind, run.name, made["metadata"]["uid"])
+    except (_Taken, RefitError) as error:
+        api.delete_beside(run.name, made)
+        raise (_taken(run) if isinstance(error, _Taken) else error) from None
+    return Submitted(kind, run.name, uid)
 
 
 class _Taken(Exception):

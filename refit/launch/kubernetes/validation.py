@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -98,7 +99,7 @@ def _walk(content: Any, kind: Any, place: str) -> None:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         _walk(content, arguments[0], place)
-    elif origin is typing.Union or str(origin) == "<class 'types.UnionType'>":
+    elif origin in (typing.Union, types.UnionType):
         kinds = [each for each in arguments if each is not type(None)]
         if content is None:
             raise UsageError(f"{place} is null: give a value, or leave it out")

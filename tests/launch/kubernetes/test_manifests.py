@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from refit.errors import UsageError
 from refit.launch.kubernetes.kinds import KINDS
 from refit.launch.kubernetes.manifests import PodRun, as_yaml, render
-from refit.launch.kubernetes.validation import validate
+from refit.launch.kubernetes.validation import check_installed, validate
 from refit.launch.kubernetes.values import Gate, Mount, Toleration, Values
 from tests.launch.kubernetes.needs import needs_client
 
@@ -152,6 +153,15 @@ def test_a_field_that_is_missing_is_refused() -> None:
             continue
         with pytest.raises(UsageError, match=f"{path[-1]} is missing"):
             validate(manifests)
+
+
+@needs_client
+@pytest.mark.parametrize(("kind", "module"), [("TrainJob", "kubeflow_trainer_api"), ("Job", "kubernetes")])
+def test_a_kind_that_what_is_installed_does_not_know(monkeypatch: pytest.MonkeyPatch, kind: str, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    message = rf"kind {kind} needs the package {module}, which is missing: pip install 'refit-benchmark\[kubernetes\]'"
+    with pytest.raises(UsageError, match=message):
+        check_installed(KINDS[kind])
 
 
 def test_a_job_relies_on_what_its_operator_sets() -> None:
