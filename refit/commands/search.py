@@ -129,7 +129,7 @@ def _add_workload_flags(parser: argparse.ArgumentParser) -> None:
         "--train-step",
         type=flag_types.seconds,
         metavar="SECONDS",
-        help="of a cycle's training; default: a bound, its operations at full speed",
+        help="seconds of a cycle's training; default: a bound, its operations at full speed",
     )
     group.add_argument(
         "--routing",
