@@ -25,6 +25,8 @@ from refit.results.stats import STABLE_WIDTH, Stability
 from refit.results.status import Status
 
 MAX_WRONG_LINES = 12
+SHORT_S = 1e-3
+"""Connecting that took less is not stated: the cold refit's line says the same without it."""
 
 
 def header(
@@ -162,7 +164,8 @@ def times(engine: EngineResult) -> str:
     """The times of one engine. Scripts search for the first three lines: keep their wording."""
     summary = engine.summary
     assert summary is not None
-    connected = "" if engine.connect_s is None else f"; connections before it {1e3 * engine.connect_s:.2f} ms"
+    connects = (engine.connect_s or 0.0) >= SHORT_S
+    connected = f"; connections before it {1e3 * (engine.connect_s or 0.0):.2f} ms" if connects else ""
     parts = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in engine.cold_s.items())
     cold = [f"Cold refit: {1e3 * engine.cold_total_s:.2f} ms ({parts}){connected}"] if parts else []
     return "\n".join(
@@ -171,7 +174,7 @@ def times(engine: EngineResult) -> str:
             f"Min refit time:  {1e3 * summary.min_s:.2f} ms",
             f"Max refit time:  {1e3 * summary.max_s:.2f} ms",
             *cold,
-            *([] if engine.connect_s is None else [_first_refit(engine)]),
+            *([_first_refit(engine)] if connects else []),
         ]
     )
 

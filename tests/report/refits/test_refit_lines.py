@@ -61,6 +61,8 @@ def test_times_and_table_hold_the_share_of_the_bound() -> None:
         "Cold refit: 875.00 ms (plan 125.00, prepare 250.00, first 500.00); connections before it 100.00 ms",
         "First refit with connections: 975.00 ms",
     ]
+    cold = "Cold refit: 875.00 ms (plan 125.00, prepare 250.00, first 500.00)"
+    assert refit_lines.times(replace(measured, connect_s=1e-4)).splitlines()[3:] == [cold]
     rows = refit_lines.table({"refit": measured, "megatron": engine(EVEN)}).splitlines()
     assert rows[0].split() == [
         "engine", "over", "median", "p95", "min", "max", "cold", "bottleneck", "of", "bound", "staging", "#wrong",
