@@ -333,6 +333,16 @@ plan() {
         printf 'To submit:'
         printf ' %q' "${job[@]}"
         echo
+        [[ ! ${table:-} =~ $'\n'([0-9]+)' ready' ]] || compare_time "${BASH_REMATCH[1]}"
     fi
     return "$code"
+}
+
+# Says where NUM scenarios, each as long as --timeout allows, take longer than the job that runs them all may.
+compare_time() {
+    local hours minutes seconds limit needed=$(($1 * ${timeout_s:-0} * ${num_runs:-1}))
+    IFS=: read -r hours minutes seconds < <(sed -nE 's/^#SBATCH --time=([0-9]+:[0-9]+:[0-9]+)$/\1/p' "$script") || return 0
+    limit=$((10#$hours * 3600 + 10#$minutes * 60 + 10#$seconds))
+    ((needed <= limit)) || echo "Note: $1 scenarios${num_runs:+, $num_runs times each,} of at most $timeout_s s may take $needed s;" \
+        "the job ends after $limit s: give sbatch --time=$((needed / 60 + 1)), or --timeout $((limit / $1 / ${num_runs:-1}))"
 }

@@ -253,6 +253,16 @@ def test_nothing_is_offered_for_submission_where_nothing_fits(shell: Shell) -> N
     assert output.splitlines()[-1] == "Nothing to submit: no scenario is ready, for the reasons above"
 
 
+def test_a_job_that_may_end_too_early_is_told(shell: Shell) -> None:
+    three = scenarios(shell.cwd, *(line(name, "4:2:2:4") for name in "abc"))
+    code, output = shell.run(KIMI, "--dry-run", *three, "--timeout", "1800", "--num-runs", "2")
+    assert code == 0
+    note = "3 scenarios, 2 times each, of at most 1800 s may take 10800 s; the job ends after 7200 s"
+    assert output.splitlines()[-1] == f"Note: {note}: give sbatch --time=181, or --timeout 1200"
+    code, output = shell.run(KIMI, "--dry-run", *three, "--timeout", "1200", "--num-runs", "2")
+    assert "the job ends" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
