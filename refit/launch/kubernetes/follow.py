@@ -43,7 +43,10 @@ def follow(api: Api, values: Values, submitted: Submitted, nodes: int, attempt: 
         raise
     if ended.line:
         show(ended.line)
-    logs.drain()
+    logs.drain(all_pods=False)
+    if ended.exit_code != 0:  # others may still run, and their logs then end with them
+        api.delete_job(submitted.kind, submitted.name)
+    logs.drain(all_pods=True)
     code = _collect(values, logs, attempt, nodes, ended.exit_code)
     _delete(api, submitted)
     return code

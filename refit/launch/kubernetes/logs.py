@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
@@ -17,7 +18,7 @@ RANK = re.compile(r"\[rank([0-9]+)\]:")
 """What torchrun puts before each line of a rank."""
 
 RECONNECT_S = 1.0
-DRAIN_S = 60.0
+DRAIN_S = 30.0
 """How long the last lines of containers that have ended may take."""
 
 
@@ -45,11 +46,14 @@ class Logs:
         """Nothing comes from this pod beyond what its log has now."""
         self._ended.add(pod)
 
-    def drain(self, patience_s: float = DRAIN_S) -> None:
-        """Wait for the last lines of all pods, which have ended."""
-        self._ended |= set(self._threads)
-        for thread in self._threads.values():
-            thread.join(patience_s)
+    def drain(self, *, all_pods: bool, patience_s: float = DRAIN_S) -> None:
+        """Wait for the last lines of pods that have ended, or of all pods, `patience_s` at most."""
+        if all_pods:
+            self._ended |= set(self._threads)
+        deadline = time.monotonic() + patience_s
+        for pod, thread in self._threads.items():
+            if pod in self._ended:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
     def result(self) -> bytes | None:
@@ -63,9 +67,9 @@ class Logs:
         while True:
             is_last, seen = pod in self._ended, last  # asked before the log is: what it has then is all
             for stamp, line in self._api.log(pod, since):
-                time = _comparable(stamp)
-                if time > seen:
-                    last = time
+                moment = _comparable(stamp)
+                if moment > seen:
+                    last = moment
                     self._take(line)
             if is_last:
                 return
