@@ -143,9 +143,18 @@ def refits(rank: int, case: Case, way: tuple[str, str]) -> Any:
     return wrong, report, num_taken, most
 
 
-@pytest.mark.parametrize("way", EXECUTORS, ids="-".join)
-@pytest.mark.parametrize("kind", [Relayed, ByEngine])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "kind", "way"),
+    [
+        (case, kind, way)
+        for case in CASES
+        for kind in (Relayed, ByEngine)
+        for way in EXECUTORS
+        # Over Gloo, three stages of many short messages take many seconds: one case of them.
+        if (kind, way[0]) != (ByEngine, "gloo") or case == "collocated"
+    ],
+    ids=str,
+)
 def test_every_byte_arrives(ranks: RankPool, case: str, kind: type[Relayed], way: tuple[str, str]) -> None:
     layouts = CASES[case][0]
     relayed_case = kind(layouts.source, layouts.destination, hidden=layouts.hidden)

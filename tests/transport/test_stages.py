@@ -205,7 +205,7 @@ def _without_rank_1(rank: int, backend: tuple[str, str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
+@pytest.mark.parametrize("backend", BACKENDS[:2], ids="-".join)  # one of each executor: who waits for whom is its doing
 def test_neighbours_name_a_rank_that_passes_nothing_on(ranks: RankPool, backend: tuple[str, str]) -> None:
     try:
         messages = ranks.run(_without_rank_1, backend)
