@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refit.config import yaml_files
+from refit.config.layer_rows import read_layer_rows
 from refit.errors import UsageError
 
 KEY = "physical_to_logical_map"
@@ -39,13 +39,7 @@ def read_placement(text: str) -> ExpertPlacement:
     file = Path(text)
     if not _is_there(file):
         raise UsageError(f"{text} is no strategy ({', '.join(STRATEGIES)}) and no file: give one of them")
-    try:
-        content = json.loads(yaml_files.read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from None
-    rows = content.get(KEY) if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not rows:
-        raise UsageError(f"{file} holds no {KEY}: give a JSON object with that key, or a list with one row per layer")
+    rows = read_layer_rows(file, KEY)
     return ExpertPlacement(text, tuple(_row(file, number, row, rows[0]) for number, row in enumerate(rows)))
 
 

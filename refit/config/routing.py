@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refit.config import yaml_files
+from refit.config.layer_rows import read_layer_rows
 from refit.config.shape import Experts
 from refit.errors import UsageError
 
@@ -60,13 +60,7 @@ def read_routing(text: str) -> Routing:
     Raises UsageError, with the place, for anything but rows of equally many numbers from 0 up.
     """
     file = Path(text)
-    try:
-        content = json.loads(yaml_files.read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from None
-    rows = content.get(KEY) if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not rows:
-        raise UsageError(f"{file} holds no {KEY}: give a JSON object with that key, or a list with one row per layer")
+    rows = read_layer_rows(file, KEY)
     return Routing(text, tuple(_row(file, number, row, rows[0]) for number, row in enumerate(rows)))
 
 

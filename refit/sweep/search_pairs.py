@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from refit.cli.layout_text import layout_from_text
 from refit.cli.parsing import parse
 from refit.config.clusters import Cluster
-from refit.config.registry import FORMATS
+from refit.config.registry import DEFAULT_FORMAT, FORMATS
 from refit.config.relay import Relay
 from refit.config.scenario import Mode, Scenario
 from refit.config.side import SideSpec
@@ -64,8 +64,8 @@ class Asked:
     destination_gpus: int
     cluster: Cluster
     gpus_per_node: int
-    source_formats: tuple[str, ...] = ("megatron",)
-    destination_formats: tuple[str, ...] = ("megatron",)
+    source_formats: tuple[str, ...] = (DEFAULT_FORMAT,)
+    destination_formats: tuple[str, ...] = (DEFAULT_FORMAT,)
     max_pp: int = 1
     max_plans: int = 400
     objective: Objective = Objective.REFIT
