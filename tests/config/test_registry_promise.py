@@ -24,7 +24,7 @@ ELSEWHERE = {
     "refit/bench/calibration.py": ({"gloo"}, "a backend of torch.distributed"),
     "refit/bench/engines/megatron.py": ({"gloo", "nvshmem"}, "Megatron-Core's services"),
     "refit/bench/engines/nccl_m2n.py": ({"nccl"}, "what that library moves bytes with"),
-    "refit/bench/engines/vllm_own.py": ({"fsdp2"}, "a whole model of transformers is such a side on one rank"),
+    "refit/bench/engines/own_update.py": ({"fsdp2"}, "a whole model of transformers is such a side on one rank"),
     "refit/bench/environment.py": ({"nccl"}, "the version of a library"),
     "refit/bench/profile.py": ({"nvshmem"}, "part of a kernel's name"),
     "refit/bench/session.py": ({"gloo"}, "a backend of torch.distributed"),
