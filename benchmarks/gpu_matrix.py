@@ -4,6 +4,7 @@
     python -m benchmarks.gpu_matrix --only speed       a part: speed, large, drift, correctness, te, reference, fp8,
                                                        fp8-large
     python -m benchmarks.gpu_matrix --num-gpus 4       what fits four GPUs or two, with speed rows of their own
+    python -m benchmarks.gpu_matrix --num-gpus 1       speed and fp8: one rank, and two that share the GPU
     python -m benchmarks.gpu_matrix --list             what would run, and the lower bound of each cell's plan on H200
 
 `--output-dir` gets a table of all cells, one `gpu<N>_<PART>.jsonl` per part, and in `logs` a JSON and a log per cell.
@@ -98,6 +99,9 @@ PAIR = Rows(
 
 def cells(num_gpus: int) -> Iterator[Cell]:
     """The cells that fit `num_gpus`. The speed rows of fewer than 8 GPUs have smaller sizes."""
+    if num_gpus == 1:
+        yield from _alone()
+        return
     rows = WHOLE if num_gpus >= 8 else HALVED if num_gpus >= 4 else PAIR
     for method in METHODS:
         for part_cells in (
@@ -108,6 +112,17 @@ def cells(num_gpus: int) -> Iterator[Cell]:
             _quantised(rows, method),
         ):
             yield from (one for one in part_cells if one.num_ranks <= num_gpus)
+
+
+def _alone() -> Iterator[Cell]:
+    """One GPU: one rank that has both sides, then two ranks of a side each, over what each can run."""
+    model, one, other = (SPEED_MODEL, "--moe-grouped-gemm"), Sizes(1, 1), "fp8-block --quantise destination"
+    for mode, methods, shared in ((TOGETHER, ("cuda-ipc", "nccl"), ""), (APART, ("cuda-ipc",), "--ranks-per-gpu 2")):
+        for method in methods:
+            yield cell("speed", one, one, mode, method, *model, "--refit-engine refit,megatron", shared)
+        for dtype in (*DTYPES, other):
+            label = _label(dtype)
+            yield cell("fp8", one, one, mode, "cuda-ipc", *model, f"--rl-inference-dtype {dtype}", shared, label=label)
 
 
 def _speed(rows: Rows, method: str) -> Iterator[Cell]:

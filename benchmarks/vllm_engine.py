@@ -9,6 +9,7 @@ against what they should reach. With `--device cpu` the cases are small, and vLL
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,13 +25,16 @@ SMALL_MOE = ("--model", "tiny_qwen3_moe", "--check-forward")
 DEEPSEEK = ("--model", "tiny_deepseek_v3", "--kv-lora-rank", "512", "--qk-pos-emb-head-dim", "64", "--check-forward")
 FP8 = ("--rl-inference-dtype", "fp8-block", "--fp8-scale-rule", "pow2")
 BOTH = ("--refit-engine", "refit,vllm-ipc")
+THREE = ("--refit-engine", "refit,vllm-ipc,checkpoint-engine")
 MLA_HEADS = ("--qk-head-dim", "128", "--v-head-dim", "128", "--num-attention-heads", "16")
 CASES = {
     "cuda": {
-        "qwen3_moe_8_layers": (*QWEN3_MOE, *BOTH),
+        "qwen3_moe_8_layers": (*QWEN3_MOE, *THREE),
         "qwen3_moe_8_layers_fsdp2": (*QWEN3_MOE, "--source-format", "fsdp2", "--check-forward"),
         "qwen3_moe_8_layers_fp8": (*QWEN3_MOE, *FP8, *BOTH, "--check-forward"),
         "qwen3_moe_8_layers_asleep": (*QWEN3_MOE, "--rl-inference-engine-sleep", "2"),
+        "qwen3_moe_2_layers_packed": (*QWEN3_MOE, "--num-layers", "2", *FP8, *BOTH, "--check-forward"),
+        "small_qwen3_moe_asleep_2": (*SMALL_MOE, "--rl-inference-engine-sleep", "2"),
         "small_qwen3_moe_asleep": (*SMALL_MOE, "--rl-inference-engine-sleep", "1"),
         "small_qwen3_moe": (*SMALL_MOE, *BOTH),
         "small_deepseek_v3": (*DEEPSEEK, *MLA_HEADS, "--fp16"),  # in BF16, rounding alone changes it by a nat
@@ -40,6 +44,9 @@ CASES = {
         "small_deepseek_v3": (*DEEPSEEK, "--fp32"),
     },
 }
+ENVIRONMENT = {"qwen3_moe_2_layers_packed": {"VLLM_TEST_FORCE_FP8_MARLIN": "1"}}
+"""By case: variables of the engine. Marlin, which serves GPUs without FP8, repacks codes and scales."""
+
 WAY = {
     "cuda": ("--refit-method", "cuda-ipc", "--refit-mode", "collocated"),
     "cpu": ("--refit-method", "shm", "--refit-mode", "collocated"),
@@ -90,7 +97,8 @@ def main() -> int:
         print(f"\n== {name}", flush=True)
         own = ("--rl-inference-engine-python", str(args.engine_python), "--output-dir", str(args.output_dir))
         command = [sys.executable, "-m", "refit", "run", *RUN, *WAY[args.device], *own, "--run-name", name, *flags]
-        code = subprocess.run(command, check=False).returncode
+        environment = {**os.environ, **ENVIRONMENT.get(name, {})}
+        code = subprocess.run(command, check=False, env=environment).returncode
         worst = max(worst, code)
         files = (*args.output_dir.glob(f"{name}.json"), *args.output_dir.glob(f"{name}-*.json"))
         file = max(files, key=lambda each: each.stat().st_mtime, default=None)

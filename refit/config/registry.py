@@ -319,6 +319,14 @@ ENGINES = Registry(
             of_cuda=True,
             encodes=True,
         ),
+        "checkpoint-engine": Engine(
+            engine="refit.bench.engines.checkpoint_engine:CheckpointEngine",
+            title="checkpoint-engine",
+            is_baseline=True,
+            of_running=True,
+            of_cuda=True,
+            encodes=True,
+        ),
         "full": Engine(
             engine="refit.bench.engines.refit:PlannedEngine",
             title="full refit",

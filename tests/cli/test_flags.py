@@ -81,6 +81,6 @@ def test_engines(text: str, names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "refit,", "refit,rfit", "refit megatron", "Refit"])
 def test_an_unknown_engine_lists_the_known_ones(text: str) -> None:
-    known = "refit, megatron, nccl-m2n, vllm-reload, vllm-ipc, full, both"
+    known = "refit, megatron, nccl-m2n, vllm-reload, vllm-ipc, checkpoint-engine, full, both"
     with pytest.raises(argparse.ArgumentTypeError, match=rf"invalid choice: '.*' \(choose from {known}\)"):
         flag_types.engines(text)

@@ -63,8 +63,8 @@ REFUSED_FLAGS = [
     ("--refit-mode both", "--refit-mode: invalid choice: 'both'"),
     (
         "--refit-engine refit,rfit",
-        "--refit-engine: invalid choice: 'rfit' (choose from refit, megatron, nccl-m2n, vllm-reload, vllm-ipc, full, "
-        "both)",
+        "--refit-engine: invalid choice: 'rfit' (choose from refit, megatron, nccl-m2n, vllm-reload, vllm-ipc, "
+        "checkpoint-engine, full, both)",
     ),
     ("--position-embedding-type alibi", "--position-embedding-type: invalid choice: 'alibi'"),
     ("--context-parallel-size 2", "--context-parallel-size: 2 is not supported"),

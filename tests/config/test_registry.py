@@ -19,7 +19,7 @@ from refit.transport.base import Transport
 TABLES: list[tuple[Registry[Any], str, str]] = [
     (FORMATS, "side format", "autotp, fsdp2, megatron, vllm"),
     (METHODS, "refit method", "cuda-ipc, cuda-ipc+nccl, gloo, nccl, nixl, nvshmem, shm, shm+gloo"),
-    (ENGINES, "refit engine", "full, megatron, nccl-m2n, refit, vllm-ipc, vllm-reload"),
+    (ENGINES, "refit engine", "checkpoint-engine, full, megatron, nccl-m2n, refit, vllm-ipc, vllm-reload"),
     (MEASUREMENTS, "measurement", "forward, load, refit, train-step"),
 ]
 REFERENCES = {

@@ -22,6 +22,7 @@ and comparisons."""
 
 ELSEWHERE = {
     "refit/bench/calibration.py": ({"gloo"}, "a backend of torch.distributed"),
+    "refit/bench/engines/checkpoint_engine.py": ({"nccl"}, "a backend of torch.distributed"),
     "refit/bench/engines/megatron.py": ({"gloo", "nvshmem"}, "Megatron-Core's services"),
     "refit/bench/engines/nccl_m2n.py": ({"nccl"}, "what that library moves bytes with"),
     "refit/bench/engines/own_update.py": ({"fsdp2"}, "a whole model of transformers is such a side on one rank"),

@@ -139,6 +139,10 @@ class Host:
         parts = ("start", "update", "finish")
         return {part: end - begin for part, begin, end in zip(parts, laps, laps[1:], strict=False)}
 
+    def receive(self, addresses: dict[str, str]) -> None:
+        """checkpoint-engine's update of every worker, from where its sender listens, by GPU."""
+        self._rpc("refit_receive", addresses)
+
     def generate(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
         """Greedy tokens and their log-probabilities, then those of the prompt.
 

@@ -85,10 +85,37 @@ class Weight:
         return self.live is not None and (tuple(self.live.shape), self.live.dtype) == (self.shape, self.dtype)
 
 
+@dataclass
+class _Captured:
+    """What graphs on a GPU have captured of a layer: its tensors by attribute, and its kernel, which holds others."""
+
+    tensors: dict[str, torch.Tensor]
+    kernel: Any
+
+    @classmethod
+    def of(cls, module: Any) -> _Captured:
+        own = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        held = {**module._buffers, **module._parameters, **own}
+        tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
+        return cls(tensors, getattr(getattr(module, "quant_method", None), "moe_kernel", None))
+
+    def put_back(self, module: Any) -> None:
+        """Have the layer hold what was made anew in the tensors that it had."""
+        for name, tensor in self.tensors.items():
+            made = getattr(module, name, None)
+            if made is None or (made.shape, made.dtype) != (tensor.shape, tensor.dtype):
+                continue
+            if made.data_ptr() != tensor.data_ptr():
+                tensor.data.copy_(made)
+            setattr(module, name, tensor)
+
+
 class RefitWorker:
     """Methods for `collective_rpc`. Names must not be those of vLLM's worker."""
 
     refit_weights: list[Weight] | None = None
+    refit_captured: dict[int, _Captured] | None = None
+    refit_receiver: Any = None
 
     def refit_layout(self) -> dict[str, Any]:
         """The load format of this worker's weights: full name -> shape and dtype, tied ones once."""
@@ -136,6 +163,8 @@ class RefitWorker:
         from torch.multiprocessing.reductions import reduce_tensor
 
         assert self.refit_weights is not None
+        modules = {id(each.module): each.module for each in self.refit_weights}
+        self.refit_captured = {key: _Captured.of(module) for key, module in modules.items()}
         kept: dict[int, bool] = {}
         sleeps = self.model_config.enable_sleep_mode  # type: ignore[attr-defined]
         for each in self.refit_weights:
@@ -166,15 +195,20 @@ class RefitWorker:
         held = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
         if any(tensor.element_size() != 2 for tensor in held.values()):
             return True
-        before = {name: (tensor.data_ptr(), tensor.detach().clone()) for name, tensor in held.items()}
+        before = {name: tensor.detach().clone() for name, tensor in held.items()}
         for tensor in held.values():
             tensor.data.uniform_(-0.1, 0.1)
         pattern = {name: tensor.detach().clone() for name, tensor in held.items()}
         with set_current_vllm_config(self.vllm_config), torch.no_grad():  # type: ignore[attr-defined]
             self.refit_process(module)
-        kept = all(not num_different(module._parameters[name], pattern[name]) for name in held)
-        for name, (address, values) in before.items():
-            kept = kept and module._parameters[name].data_ptr() == address
+        kept = all(
+            module._parameters[name].data_ptr() == tensor.data_ptr()
+            and not num_different(module._parameters[name], pattern[name])
+            for name, tensor in held.items()
+        )
+        assert self.refit_captured is not None
+        self.refit_captured[id(module)].put_back(module)
+        for name, values in before.items():
             module._parameters[name].data.copy_(values)
         return kept
 
@@ -194,11 +228,13 @@ class RefitWorker:
         for each in self.refit_weights:
             by_module.setdefault(id(each.module), []).append(each)
         with set_current_vllm_config(self.vllm_config), torch.no_grad():  # type: ignore[attr-defined]
-            for weights in by_module.values():
+            for key, weights in by_module.items():
                 begin, module = time.perf_counter(), weights[0].module
                 for each in weights:
                     _put(each)
                 kind = "written live" if all(each.held == LIVE for each in weights) else self.refit_process(module)
+                if kind != "written live" and self.refit_captured is not None:
+                    self.refit_captured[key].put_back(module)
                 seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - begin
             begin = time.perf_counter()
             for module in model.modules():  # MLA's absorbed weights come of linears that were just processed
@@ -236,6 +272,18 @@ class RefitWorker:
                 wrong[f"{each.of}.{each.attribute}"] = count
         digests = {each.name: digest(each.memory) for each in self.refit_weights if not each.is_alias}  # type: ignore[arg-type]
         return {"rank": self.rank, "digests": digests, "wrong": wrong, "num_compared": num_compared}  # type: ignore[attr-defined]
+
+    def refit_receive(self, addresses: dict[str, str]) -> None:
+        """checkpoint-engine's own update: its sender listens at `addresses`, by GPU."""
+        from checkpoint_engine.worker import VllmColocateWorkerExtension
+        from vllm.config import set_current_vllm_config
+
+        if self.refit_receiver is None:  # its methods need no more of vLLM's worker
+            self.refit_receiver = VllmColocateWorkerExtension()
+            for name in ("device", "model_runner", "model_config"):
+                setattr(self.refit_receiver, name, getattr(self, name))
+        with set_current_vllm_config(self.vllm_config), torch.no_grad():  # type: ignore[attr-defined]
+            self.refit_receiver.update_weights_from_ipc(addresses)
 
     def refit_reload(self, path: str) -> None:
         """vLLM's own reload, of the checkpoint in the folder `path`."""
