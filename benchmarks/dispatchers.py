@@ -67,7 +67,7 @@ class Campaign:
         first, others = self.micro_batches[:2], self.micro_batches[2:]
         yield from self._cells(first)
         yield self._cycle()
-        if not self.cpu:
+        if not self.cpu and self.num_gpus > 1:  # of experts' exchange with other GPUs
             yield from self._overlapped()
         yield from self._cells(others)
 
