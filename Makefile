@@ -84,7 +84,7 @@ NUM_GPUS ?= 8
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_matrix --num-gpus $(NUM_GPUS)
 
-## results: the tables of the documents, from the files of docs/results
+## results: the tables of the documents, from the files of docs/results, and the lists of fields, from the types
 results: $(READY)
 	$(BIN)/python -m docs.tables
 

@@ -1,15 +1,17 @@
-"""The documents' tables are those that the files of docs/results give."""
+"""The documents' tables are those that the files of docs/results give, their lists of fields those of the types."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from docs.tables import fields
 from docs.tables import refits as results_text
 from docs.tables.__main__ import BLOCK, RESULTS, ROOT, differences, documents
 from refit.config.quantisation import Quantisation
@@ -36,7 +38,10 @@ def test_result_files_are_small_and_used() -> None:
     assert files
     assert sum(path.stat().st_size for path in (ROOT / RESULTS).rglob("*.jsonl")) < MAX_FILE_BYTES
     assert {path.stem for path in files} == {
-        block["name"] for path in documents(ROOT) for block in BLOCK.finditer(path.read_text())
+        block["name"]
+        for path in documents(ROOT)
+        for block in BLOCK.finditer(path.read_text())
+        if block["made_of"] == "results"
     }
 
 
@@ -67,8 +72,44 @@ def test_a_changed_figure_is_found_and_mended(tmp_path: Path) -> None:
     page = root / "docs/performance.md"
     true = page.read_text()
     page.write_text(true.replace("elements compared over", "elements seen over"))
-    assert list(differences(root)) == ["docs/performance.md is not what its result files give"]
+    assert list(differences(root)) == ["docs/performance.md is not what its result files or types give"]
     assert documents(root)[page] == true
+
+
+def test_a_changed_field_is_found_and_mended(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    page = root / "docs/fields.md"
+    true = page.read_text()
+    page.write_text(true.replace("| `median_s` | seconds |", "| `median_ms` | milliseconds |"))
+    assert list(differences(root)) == ["docs/fields.md is not what its result files or types give"]
+    assert documents(root)[page] == true
+
+
+def test_every_type_of_a_result_has_a_table() -> None:
+    titles = re.findall(r"^## (\w+)", fields.section("result"), re.MULTILINE)
+    assert {"Result", "RefitResult", "EngineResult", "Sample", "SideSpec", "Layout", "Summary"} <= types_of(
+        outcomes()[0].result
+    )
+    assert types_of(outcomes()[0].result) - {*titles} == set()
+    assert len(titles) == len({*titles})
+
+
+def types_of(value: object) -> set[str]:
+    """The names of the dataclasses that `value` is made of."""
+    if isinstance(value, (dict, list, tuple)):
+        return {name for each in (value.values() if isinstance(value, dict) else value) for name in types_of(each)}
+    if not is_dataclass(value):
+        return set()
+    return {type(value).__name__, *types_of([getattr(value, each.name) for each in dataclasses.fields(value)])}
+
+
+def test_a_field_has_its_unit_its_type_and_its_meaning() -> None:
+    rows = fields.section("result").splitlines()
+    assert "| `connect_s` | seconds, null | Connections, once per process and before a cold refit: " in "\n".join(rows)
+    assert "| `local_by_rank` | object of bytes | Of every destination rank. |" in rows
+    assert "| `verify` | `full`, `sample`, `off` |  |" in rows
+    (zero,) = (row for row in rows if row.startswith("| `zero_stage`"))
+    assert zero.endswith("| ZeRO stage, 0 to 2; default: 1 (`--zero-stage`) |")
 
 
 def made_from(root: Path, name: str, found: Sequence[Outcome], commit: str = "abc1234") -> str:
@@ -100,9 +141,10 @@ def test_results_of_no_clean_commit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- results: gpu4_speed -->\n", "1 marks of results begin, 0 end"),
+        ("<!-- results: gpu4_speed -->\n", "1 marks of results or fields begin, 0 end"),
         ("<!-- results: gpu4_speed -->\n<!-- end of results: gpu4_speed -->", "there is no docs/results/gpu4_speed"),
         ("<!-- results: gpu4_rumour -->\n<!-- end of results: gpu4_rumour -->", "rumour is none of speed, fp8"),
+        ("<!-- fields: rumour -->\n<!-- end of fields: rumour -->", "fields rumour: it is none of result"),
     ],
 )
 def test_marks_without_a_file_a_kind_or_an_end_are_refused(tmp_path: Path, text: str, message: str) -> None:

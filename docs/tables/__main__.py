@@ -1,10 +1,11 @@
-"""Makes the tables of the documents from the result files of docs/results.
+"""Makes the tables of the documents from the result files of docs/results, and the lists of fields from the types.
 
     python -m docs.tables            rewrite them
-    python -m docs.tables --check    exit code 1, naming what differs, where a document does not match its files
+    python -m docs.tables --check    exit code 1, naming what differs, where a document is another one
 
 The campaigns of `benchmarks` write the files. A document's text between the lines `<!-- results: NAME -->` and
-`<!-- end of results: NAME -->` is made here, from NAME.jsonl; NAME ends in what its table is about (KINDS).
+`<!-- end of results: NAME -->` is made here, from NAME.jsonl; NAME ends in what its table is about (KINDS). Between
+such lines with `fields` in place of `results` are the types of a file (`docs.tables.fields`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from docs.tables import dispatchers, layouts, refits, trainers
+from docs.tables import dispatchers, fields, layouts, refits, trainers
 from refit.errors import RefitError, UsageError
 from refit.results.collection import COLLECTION_SUFFIX
 from refit.results.outcomes import Outcome
@@ -37,11 +38,14 @@ KINDS: dict[str, Callable[[Sequence[Outcome]], str]] = {
 DIRTY = "-dirty"
 """The end of the commit of a result that was measured with uncommitted changes."""
 
-BLOCK = re.compile(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- end of results: (?P=name) -->", re.DOTALL)
+BLOCK = re.compile(
+    r"<!-- (?P<made_of>results|fields): (?P<name>\S+) -->\n.*?<!-- end of (?P=made_of): (?P=name) -->", re.DOTALL
+)
+BEGINNING = re.compile(r"<!-- (results|fields): ")
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """Every document with marks, as the result files give it.
+    """Every document with marks, as the result files and the types give it.
 
     Raises UsageError for marks without a file, of no known kind or without an end, and for results of no clean commit.
     """
@@ -49,22 +53,27 @@ def documents(root: Path) -> dict[Path, str]:
     for path in sorted(found for pattern in DOCUMENTS for found in root.glob(pattern)):
         text = path.read_text(encoding="utf-8")
         blocks = list(BLOCK.finditer(text))
-        if len(blocks) != text.count("<!-- results: "):
-            raise UsageError(f"{path.name}: {text.count('<!-- results: ')} marks of results begin, {len(blocks)} end")
+        begun = len(BEGINNING.findall(text))
+        if len(blocks) != begun:
+            raise UsageError(f"{path.name}: {begun} marks of results or fields begin, {len(blocks)} end")
         if blocks:
-            made[path] = BLOCK.sub(lambda block: _block(root, block["name"]), text)
+            made[path] = BLOCK.sub(lambda block: _block(root, block["made_of"], block["name"]), text)
     return made
 
 
-def _block(root: Path, name: str) -> str:
+def _block(root: Path, made_of: str, name: str) -> str:
+    text = fields.section(name) if made_of == "fields" else _results(root, name)
+    return f"<!-- {made_of}: {name} -->\n\n{text}\n\n<!-- end of {made_of}: {name} -->"
+
+
+def _results(root: Path, name: str) -> str:
     kind = name.rpartition("_")[2]
     if kind not in KINDS:
         raise UsageError(f"results {name}: {kind} is none of {', '.join(KINDS)}")
     path = root / RESULTS / f"{name}{COLLECTION_SUFFIX}"
     if not path.exists():
         raise UsageError(f"results {name}: there is no {path.relative_to(root)}")
-    text = KINDS[kind](_clean(path))
-    return f"<!-- results: {name} -->\n\n{text}\n\n<!-- end of results: {name} -->"
+    return KINDS[kind](_clean(path))
 
 
 def _clean(path: Path) -> Sequence[Outcome]:
@@ -79,10 +88,13 @@ def _clean(path: Path) -> Sequence[Outcome]:
 
 
 def differences(root: Path) -> Iterator[str]:
-    """The documents that do not match the result files, one line each. Raises UsageError as `documents` does."""
+    """The documents that do not match the result files or the types, one line each.
+
+    Raises UsageError as `documents` does.
+    """
     for path, text in documents(root).items():
         if path.read_text(encoding="utf-8") != text:
-            yield f"{path.relative_to(root)} is not what its result files give"
+            yield f"{path.relative_to(root)} is not what its result files or types give"
 
 
 def main() -> int:

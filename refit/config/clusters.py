@@ -23,30 +23,33 @@ TEXTS = ("gpu", "source", "measured")
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Memory, link speeds and arithmetic of a cluster. Speeds are one GPU's in one direction, in bytes per second.
+    """Memory, link speeds and arithmetic of a cluster. Speeds are one GPU's in one direction.
 
-    A node is an NVLink domain: the GPUs that reach each other at `intra_bytes_per_s`, `gpus_per_node` of them (8 in an
-    HGX host, 72 in an NVL72 rack). Between nodes it is `inter_bytes_per_s`, None where only one node is described.
-    `copy_bytes_per_s` counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the
-    bound. `gpu_memory_bytes` is None where it is not known. `memory_bytes_per_s` is what a GPU reads of its memory, and
-    `bf16_flops_per_s` and `fp8_flops_per_s` what its matrix products of these dtypes reach, of dense matrices; None
-    leaves out what needs them: bounds of serving. `gpu` is the end of the device's name, by which a run finds
-    its cluster; None where users must name the cluster. `source` says where the figures come from, `measured` on which
-    day `refit calibrate` took them; None of a file that it has not written.
+    A node is an NVLink domain: the GPUs that reach each other at `intra_bytes_per_s` (8 in an HGX host, 72 in an NVL72
+    rack). What is None leaves out what needs it.
     """
 
     name: str
     intra_bytes_per_s: float
     inter_bytes_per_s: float | None
+    """Between nodes; None where only one node is described."""
     gpus_per_node: int
+    """Those of an NVLink domain."""
     copy_bytes_per_s: float | None
+    """Counts bytes copied within a GPU once, not as read and write; None leaves local copies out of the bound."""
     gpu_memory_bytes: int | None
     gpu: str | None
+    """The end of the device's name, by which a run finds its cluster; None where users must name it."""
     source: str
+    """Where the figures come from."""
     measured: str | None = None
+    """The day on which `refit calibrate` took them; None of a file that it has not written."""
     memory_bytes_per_s: float | None = None
+    """What a GPU reads of its memory."""
     bf16_flops_per_s: float | None = None
+    """What its products of dense matrices in BF16 reach."""
     fp8_flops_per_s: float | None = None
+    """The same in FP8."""
 
     def check_serves(self, dtypes: Iterable[str]) -> None:
         """Raise UsageError, naming the keys, where it lacks what bounds of serving need. `dtypes` are those that matrix

@@ -24,14 +24,14 @@ class Snapshot(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class DeltaOptions:
-    """Before the n-th refit, `shares[n % len(shares)]` of the elements change, in units of `pattern`.
-
-    Shares are above 0 and at most 1. `snapshot` is where a source keeps what it has sent.
-    """
+    """Before the n-th refit, `shares[n % len(shares)]` of the elements change."""
 
     shares: tuple[float, ...] = (0.01,)
+    """Above 0 and at most 1."""
     pattern: Pattern = Pattern.UNIFORM
+    """The units in which elements change."""
     snapshot: Snapshot = Snapshot.DEVICE
+    """Where a source keeps what it has sent."""
 
     def share_of(self, iteration: int) -> float:
         """What has changed when refit `iteration` begins: all of it before the first one, 0."""

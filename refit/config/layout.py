@@ -53,24 +53,30 @@ class Coordinates:
 class Layout:
     """Parallel sizes of one side on ranks `first_rank .. first_rank + world_size - 1`.
 
-    world_size = tp * dp * pp = etp * ep * edp * pp. `first_stage_layers` and `last_stage_layers` are the layers on the
-    first and last pipeline stage where the split is uneven; None splits evenly. `vpp` is Megatron's virtual pipeline
-    size: each rank holds that many model chunks, one in each pass over the stages. `chunk_sizes` and
-    `chunk_predictions` are the decoder and the multi-token prediction layers of each chunk in the order of the layers,
-    where they are given one by one (`refit.config.pipeline_layout`); without the latter the last chunk has all.
+    world_size = tp * dp * pp = etp * ep * edp * pp.
     """
 
     tp: int
+    """Tensor parallel size."""
     ep: int
+    """Expert parallel size."""
     etp: int
+    """Tensor parallel size of routed experts."""
     pp: int
+    """Pipeline stages."""
     world_size: int
     first_rank: int = 0
     first_stage_layers: int | None = None
+    """Layers of the first pipeline stage where the split is uneven; None splits evenly."""
     last_stage_layers: int | None = None
+    """The same of the last stage."""
     vpp: int = 1
+    """Megatron's virtual pipeline size: each rank holds that many model chunks, one in each pass over the stages."""
     chunk_sizes: tuple[int, ...] | None = None
+    """Decoder layers of each chunk in the order of the layers, where they are given one by one
+    (`refit.config.pipeline_layout`)."""
     chunk_predictions: tuple[int, ...] | None = None
+    """Multi-token prediction layers likewise; None: the last chunk has all."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "ep", "etp", "pp", "vpp", "world_size"):

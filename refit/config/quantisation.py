@@ -82,15 +82,19 @@ class Place(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How a destination holds its weights: `dtype` is a name of BLOCK_FORMATS, `rule` one of its rules.
+    """How a destination holds its weights.
 
-    Tensors with one of `kept` in their keys stay as they are. Raises UsageError for a rule of another dtype.
+    Raises UsageError for a rule of another dtype.
     """
 
     dtype: str
+    """A name of `BLOCK_FORMATS`."""
     rule: str
+    """One of its rules."""
     kept: tuple[str, ...] = KEPT
+    """Tensors with one of these in their keys stay as they are."""
     place: Place = Place.AUTO
+    """Where weights are quantised."""
 
     def __post_init__(self) -> None:
         rules = self.format.rules

@@ -45,53 +45,61 @@ class Sending:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Two sides of one model, what to measure and how to move the weights.
-
-    `model` is None where `model_provider` builds a model of its own. `method`, `engines` and `measurements` are names
-    of the tables in `refit.config.registry`. `recorded` holds accepted flags that this run does not use
-    (`--seq-length`, ...), for the result file. `run_name` names the result file; None uses time and scenario.
-    `steps` are the settings of training steps and forward passes, None where neither is measured.
-    `cluster` gives the speeds that the refit's time is compared with, None where none was named. `device` is "cpu" or
-    "cuda" where the user chose it; None uses the method's default. At most `ranks_per_gpu` ranks share a GPU
-    (`refit.config.gpus`). `method_options` has the settings of the method by its name, of every method with some where
-    AUTO chooses one, and is empty for one without any. `notes` are lines for the log on choices made for the user.
-    `encoding` is the row of ENCODINGS that says what is sent of what the destination will hold, `delta` its settings,
-    None where it has none; `relay` says who passes it on. `max_iterations` is set where refits go on until the median
-    is stable: the most that are timed. The source is filled from the checkpoint in the folder `source_weights`, and
-    what the destination holds is written as one to `write_weights`, where they are set.
-    """
+    """Two sides of one model, what to measure and how to move the weights."""
 
     model: ModelShape | None
+    """None where `model_provider` builds a model of its own."""
     source: SideSpec
     destination: SideSpec
     mode: Mode
     method: str
+    """A name of the table `METHODS` in `refit.config.registry`."""
     engines: tuple[str, ...] = (OWN_ENGINE,)
+    """Names of `ENGINES`."""
     measurements: tuple[str, ...] = ("refit",)
+    """Names of `MEASUREMENTS`."""
     num_warmup: int = 2
     num_iterations: int = 5
     max_iterations: int | None = None
+    """With `--repeat-until-stable`: the most that are timed."""
     verify: Verify = Verify.FULL
     check_forward: bool = False
     profile: bool = False
     staging_bytes: int = 512 << 20
     timeout_s: float = 300.0
+    """Most that a phase may take."""
     model_name: str | None = None
+    """The preset or file; None where flags describe the model."""
     model_provider: str | None = None
+    """`module:function`."""
     output_dir: Path = Path("benchmark_results")
     recorded: dict[str, Any] = field(default_factory=dict)
+    """Accepted flags that this run does not use (`--seq-length`, ...)."""
     notes: tuple[str, ...] = ()
+    """Lines for the log on choices made for the user."""
     device: str | None = None
+    """`cpu` or `cuda` where the user chose it; None uses the method's default."""
     ranks_per_gpu: int = 1
+    """The most ranks that share a GPU (`refit.config.gpus`)."""
     method_options: dict[str, MethodOptions] = field(default_factory=dict)
+    """Settings of the method by its name, of every method with some where `auto` chooses one; empty for one without
+    any."""
     cluster: Cluster | None = None
+    """The speeds that the refit's time is compared with; None where none was named."""
     run_name: str | None = None
+    """Names the result file; None uses time and scenario."""
     steps: StepSettings | None = None
+    """Settings of training steps and forward passes; None where neither is measured."""
     encoding: str = IDENTITY
+    """The row of `ENCODINGS` that says what is sent of what the destination will hold."""
     delta: DeltaOptions | None = None
+    """Its settings; None where it has none."""
     relay: Relay = Relay.OFF
+    """Who passes weights on that several ranks need."""
     source_weights: Path | None = None
+    """The folder of the checkpoint that fills the source."""
     write_weights: Path | None = None
+    """Where what the destination holds is written as a checkpoint."""
 
     @property
     def own_options(self) -> MethodOptions | None:

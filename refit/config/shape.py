@@ -29,9 +29,10 @@ class Dtype(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Multi-latent attention (DeepSeek-V2, arXiv:2405.04434). `q_lora_rank` None projects queries in one step."""
+    """Multi-latent attention (DeepSeek-V2, arXiv:2405.04434)."""
 
     q_lora_rank: int | None
+    """None projects queries in one step."""
     kv_lora_rank: int
     qk_head_dim: int
     qk_pos_emb_head_dim: int
@@ -40,45 +41,39 @@ class LatentAttention:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The mixture of experts. `layers[i]` says whether layer `i` has routed experts or a dense MLP.
-
-    `latent_size` is the width that routed experts work in, between two projections; None is the model's own.
-    """
+    """The mixture of experts."""
 
     num_experts: int
     topk: int
     ffn_hidden_size: int
     shared_ffn_hidden_size: int | None
     layers: tuple[bool, ...]
+    """Whether each layer has routed experts; else a dense MLP."""
     expert_bias: bool
     grouped_gemm: bool
     latent_size: int | None = None
+    """The width that routed experts work in, between two projections; None is the model's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder-only transformer as Megatron-Core's GPTModel builds it.
-
-    `num_query_groups` equals `num_attention_heads` without grouped queries. `vocab_size` is the tokenizer's; each side
-    pads it by its own TP size (`padded_vocab_size`). With `qk_norm_over_heads` the norms of queries and keys run over
-    all heads together (MiniMax-M2), not over each. With `attention_sinks` every head has a learned score that no value
-    belongs to (gpt-oss). MLPs are gated where `swiglu`, with `quick_geglu` by gpt-oss's activation. `mtp_num_layers`
-    multi-token prediction layers follow the last layer (DeepSeek-V3, arXiv:2412.19437), each with a layer of the last
-    one's kind.
-    """
+    """A decoder-only transformer as Megatron-Core's GPTModel builds it."""
 
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     num_query_groups: int
+    """Equals `num_attention_heads` without grouped queries."""
     kv_channels: int
     ffn_hidden_size: int
     vocab_size: int
+    """The tokenizer's; each side pads it by its own TP size (`padded_vocab_size`)."""
     make_vocab_size_divisible_by: int
     max_position_embeddings: int
     position_embedding_type: str
     normalization: str
     swiglu: bool
+    """MLPs are gated."""
     add_bias_linear: bool
     add_qkv_bias: bool
     tied_embeddings: bool
@@ -86,9 +81,14 @@ class ModelShape:
     mla: LatentAttention | None
     experts: Experts | None
     mtp_num_layers: int = 0
+    """Multi-token prediction layers behind the last layer (DeepSeek-V3, arXiv:2412.19437), each with a layer of the
+    last one's kind."""
     qk_norm_over_heads: bool = False
+    """Norms of queries and keys run over all heads together (MiniMax-M2), not over each."""
     attention_sinks: bool = False
+    """Every head has a learned score that no value belongs to (gpt-oss)."""
     quick_geglu: bool = False
+    """MLPs have gpt-oss's activation."""
 
     @property
     def norm_epsilon(self) -> float:

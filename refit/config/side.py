@@ -22,25 +22,24 @@ DEFAULT_ATTN_IMPL = ATTN_IMPLS[0]
 
 @dataclass(frozen=True, slots=True)
 class SideSpec:
-    """Which framework holds the weights, sharded how, on which ranks and in which dtype.
-
-    `format` is a name of `FORMATS`; `layout` has the parallel sizes and the ranks. `dtype` is that of the parameters,
-    None where a model provider chooses it. `transformer_impl` is Megatron's layer spec. `options` are the settings of
-    the format, of the class that its row names; None for a format without any. With `quantisation` the side holds codes
-    and scales in place of the weights that it names.
-
-    `attn_impl` is transformers' `attn_implementation`, None for other libraries' models. With `autocast` the parameters
-    are float32, and torch.autocast computes in that dtype.
-    """
+    """Which framework holds the weights, sharded how, on which ranks and in which dtype."""
 
     layout: Layout
+    """Parallel sizes and ranks."""
     format: str = DEFAULT_FORMAT
+    """A name of `FORMATS`."""
     dtype: Dtype | None = Dtype.BF16
+    """Of the parameters; None where a model provider chooses it."""
     transformer_impl: str = "local"
+    """Megatron's layer spec."""
     options: SideOptions | None = None
+    """Settings of the format, of the class that its row names; None for a format without any."""
     quantisation: Quantisation | None = None
+    """With it the side holds codes and scales in place of the weights that it names."""
     attn_impl: str | None = None
+    """transformers' `attn_implementation`; None for other libraries' models."""
     autocast: Dtype | None = None
+    """With it the parameters are float32, and torch.autocast computes in this dtype."""
 
     @property
     def held_dtype(self) -> str | None:

@@ -10,9 +10,10 @@ LOSS_SCALE_WINDOW = 1000
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """Megatron's activation recomputation. `granularity` is None (none), `selective` (of `modules`) or `full`."""
+    """Megatron's activation recomputation."""
 
     granularity: str | None = None
+    """None (none), `selective` (of `modules`) or `full`."""
     method: str | None = None
     num_layers: int | None = None
     modules: tuple[str, ...] = ()
@@ -20,21 +21,22 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """How tokens reach their experts. `dispatcher` is allgather, alltoall or flex, `backend` that of flex.
-
-    `overlap` hides the exchange behind the computation of another micro-batch, `delay_wgrad` moves weight gradients
-    behind it. `balanced` draws the experts of a token at random, so that all get equally many. `router_dtype` is that
-    of the router's arithmetic, None for the parameters'. `rank_capacity` is what flex/ncclep has room for on a rank,
-    over its tokens x top-k.
-    """
+    """How tokens reach their experts."""
 
     dispatcher: str = "allgather"
+    """`allgather`, `alltoall` or `flex`."""
     backend: str | None = None
+    """That of flex."""
     overlap: bool = False
+    """Hides the exchange behind the computation of another micro-batch."""
     delay_wgrad: bool = False
+    """Moves weight gradients behind it."""
     balanced: bool = False
+    """Draws the experts of a token at random, so that all get equally many."""
     router_dtype: str | None = None
+    """Of the router's arithmetic; None for the parameters'."""
     rank_capacity: float | None = None
+    """What flex/ncclep has room for on a rank, over its tokens x top-k."""
 
     @property
     def arm(self) -> str:
@@ -44,22 +46,25 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """One training step: `global_batch_size` sequences of `seq_length` tokens, `micro_batch_size` of them at a time.
-
-    `num_warmup` steps come before the `num_steps` measured ones. Tokens are drawn with `seed`. `initial_loss_scale` is
-    what the loss is multiplied by in float16, before overflows and LOSS_SCALE_WINDOW change it.
-    """
+    """One training step."""
 
     micro_batch_size: int
+    """Sequences computed at a time on a replica."""
     global_batch_size: int
+    """Sequences of a step."""
     seq_length: int
+    """Tokens of a sequence."""
     num_warmup: int = 2
+    """Steps before the measured ones."""
     num_steps: int = 5
+    """Measured steps."""
     lr: float = 1e-4
     weight_decay: float = 0.01
     clip_grad: float = 1.0
     seed: int = 1234
+    """With it tokens are drawn."""
     initial_loss_scale: float = 65536.0
+    """What the loss is multiplied by in float16, before overflows and `LOSS_SCALE_WINDOW` change it."""
     sequence_parallel: bool = False
     recompute: Recompute = field(default_factory=Recompute)
     dispatch: Dispatch = field(default_factory=Dispatch)

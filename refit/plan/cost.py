@@ -18,14 +18,13 @@ from refit.plan.plan import RefitPlan
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The lower bound of a plan's refit time on the cluster of that name.
-
-    `limited_by` says what sets it, as in `rank 64 receives 65.93 GB between nodes at 50 GB/s`.
-    """
+    """The lower bound of a plan's refit time."""
 
     cluster: str
+    """The name of the one with these speeds."""
     seconds: float
     limited_by: str
+    """What sets it: `rank 64 receives 65.93 GB between nodes at 50 GB/s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +53,33 @@ class BusiestRank:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a plan moves, in plain types.
+    """What a plan moves, in plain types. Bytes are counted in the destination's dtypes.
 
-    Bytes are counted in the destination's dtypes. `payload_bytes` are all bytes written at the destination: wire bytes,
-    local copies and zeros. `num_transfers` counts wire transfers and local copies. `sent_by_rank` has every source
-    rank, and those that pass weights on in a later stage; `received_by_rank` and `local_by_rank` have every destination
-    rank. Sent and received are wire bytes only, those of all stages: a byte that is passed on is sent twice.
-    `source_weights_by_rank` and `destination_weights_by_rank` are the bytes of weights that ranks hold. `digest` and
-    `casts` are those of the plan.
+    Sent and received are wire bytes only, those of all stages: a byte that is passed on is sent twice.
     """
 
     payload_bytes: int
+    """All bytes written at the destination: wire bytes, local copies and zeros."""
     wire_bytes: int
+    """Those that leave a rank."""
     local_bytes: int
+    """Those copied within a rank."""
     num_transfers: int
+    """Over the wire, and local copies."""
     sent_by_rank: dict[int, int]
+    """Of every source rank, and of those that pass weights on in a later stage."""
     received_by_rank: dict[int, int]
+    """Of every destination rank."""
     local_by_rank: dict[int, int]
+    """Of every destination rank."""
     source_weights_by_rank: dict[int, int]
+    """Bytes of weights that ranks hold."""
     destination_weights_by_rank: dict[int, int]
+    """The same of the destination."""
     digest: str
+    """SHA-256 of the plan."""
     casts: dict[str, tuple[str, str]]
+    """Dtypes before and after, of tensors that change theirs."""
 
     @property
     def busiest_sender(self) -> BusiestRank:

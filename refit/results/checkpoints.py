@@ -9,28 +9,32 @@ from refit.results.status import Status
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """A source filled from a checkpoint, after a plain read of the same files by the same ranks.
-
-    `nbytes` are those of the model's tensors in the files, `file_bytes` all bytes of these. Times are those of the
-    slowest rank, `raw_s` of each rank's equal share of all files, read once from begin to end. `read_bytes_per_rank`
-    counts what the ranks read to fill `weights_bytes_per_rank`; both are 0 on ranks outside the source.
-    `extra_memory_bytes_per_rank` is how much more resident memory than its weights each took; None where that cannot be
-    told, and on GPUs. `cold_share` is the share of probed places of the files that were not in the page cache when
-    loading began, `raw_cold_share` when the plain read did; None where the file system does not tell.
+    """A source filled from a checkpoint, after a plain read of the same files by the same ranks. Times are those of the
+    slowest rank.
     """
 
     folder: str
     num_tensors: int
     num_files: int
     nbytes: int
+    """Of the model's tensors in the files."""
     file_bytes: int
+    """All bytes of the files."""
     seconds: float
+    """Until the source is filled."""
     raw_s: float
+    """The plain read: each rank's equal share of all files, read once from begin to end."""
     read_bytes_per_rank: tuple[int, ...]
+    """Read to fill the weights; 0 on ranks outside the source."""
     weights_bytes_per_rank: tuple[int, ...]
+    """0 on ranks outside the source."""
     extra_memory_bytes_per_rank: tuple[int | None, ...]
+    """Resident memory beside the weights; None where that cannot be told, and on GPUs."""
     cold_share: float | None = None
+    """Share of probed places of the files that were not in the page cache when loading began; None where the file
+    system does not tell."""
     raw_cold_share: float | None = None
+    """The same when the plain read began."""
     status: Status = Status.OK
 
     @property
@@ -45,27 +49,26 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class WrittenTensor:
-    """A tensor with elements other than expected in the files, and the first of them as text."""
+    """A tensor with elements other than expected in the files."""
 
     key: str
     num_wrong: int
     first: str
+    """The first wrong element, as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """What a destination held, written as a checkpoint and read again.
-
-    `compared_with` says whose values the elements of the files were compared with, bit for bit; None where nothing was
-    compared. `seconds` is the time until all bytes were on disk, of the slowest rank.
-    """
+    """What a destination held, written as a checkpoint and read again."""
 
     folder: str
     num_tensors: int
     num_files: int
     nbytes: int
     seconds: float
+    """Until all bytes were on disk, of the slowest rank."""
     compared_with: str | None = None
+    """Whose values the elements of the files were compared with, bit for bit; None where nothing was compared."""
     num_compared: int = 0
     num_wrong: int = 0
     wrong: tuple[WrittenTensor, ...] = field(default_factory=tuple)

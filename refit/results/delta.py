@@ -25,29 +25,32 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class DeltaSample:
-    """What all ranks counted in one refit. Elements and bytes are of what went between ranks.
-
-    `asked_share` is the share of the weights that was changed before it; None before the first refit, and where
-    training changed them. `num_full` ranks sent everything, `full_because` says why the first of these did. Where any
-    did, `num_changed` is not known. `place_bytes` say where changes are, `value_bytes` what they are; what remains of
-    the bytes sent are headers, tables and gaps. `find_s`, `pack_s` and `apply_s` are those of the rank that took
-    longest, hidden beside the transfer or not; where a GPU finds and packs at once, both are in `pack_s`.
-    `snapshot_bytes` are those of the rank with most. `by_kind` is what the optimizer step before it changed of the
-    whole source, by kind of tensor; empty where changes were made up, and before the first refit.
-    """
+    """What all ranks counted in one refit. Elements and bytes are of what went between ranks."""
 
     asked_share: float | None
+    """Share of the weights that was changed before it; None before the first refit, and where training changed them."""
     num_elements: int
     num_changed: int | None
+    """None where any rank sent everything."""
     place_bytes: int
+    """They say where changes are. What remains of the bytes sent are headers, tables and gaps."""
     value_bytes: int
+    """They say what the changes are."""
     find_s: float
+    """Of the rank that took longest, hidden beside the transfer or not."""
     pack_s: float
+    """Of the rank that took longest. Where a GPU finds and packs at once, both are here."""
     apply_s: float
+    """Of the rank that took longest."""
     snapshot_bytes: int
+    """Of the rank with most."""
     num_full: int = 0
+    """Ranks that sent everything."""
     full_because: str | None = None
+    """Why the first of these did."""
     by_kind: dict[str, Changed] = field(default_factory=dict)
+    """What the optimizer step before it changed of the whole source, by kind of tensor; empty where changes were made
+    up, and before the first refit."""
 
     @property
     def changed_share(self) -> float | None:

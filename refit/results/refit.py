@@ -15,35 +15,38 @@ from refit.results.status import Status
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One refit: seconds of every rank of the job, in rank order. Phases are those of the slowest rank.
-
-    `unattributed_s` is that rank's time outside all phases, `beside_s` the time of its GPU's work that was hidden
-    beside them. Summaries leave `warmup` samples out. `sent_bytes` are those that all ranks sent, headers included, of
-    at most `most_sent_bytes`; None where messages are as long as their weights, whose bytes the plan has. `delta` is
-    what a refit that sends changes counted; None of others.
-
-    Of a running engine, `around_s` are the phases before and after the refit, which its requests wait for, too, and
-    `apart_s` those of an own update of the engine while it still serves, such as converting weights for it. Its own
-    processes compared `engine_compared` elements of what they compute with; `engine_wrong` of them, or of the memory
-    that they share with the ranks, were wrong.
-    """
+    """One refit. Its phases are those of the slowest rank."""
 
     iteration: int
     warmup: bool
+    """Summaries leave it out."""
     seconds_per_rank: tuple[float, ...]
+    """Of every rank of the job, in rank order."""
     slowest_rank: int
     phases_s: dict[str, float]
+    """Of the slowest rank's main thread, by name."""
     unattributed_s: float
+    """That rank's time outside all phases; with them it adds up to the refit's time."""
     num_compared: int
+    """Elements, on all ranks."""
     num_wrong: int
     beside_s: dict[str, float] = field(default_factory=dict)
+    """The GPU's work that was hidden beside the phases, by name; empty without any."""
     sent_bytes: int | None = None
+    """Of all ranks, headers included; None where messages are as long as their weights, whose bytes the plan has."""
     most_sent_bytes: int | None = None
+    """What they could have sent; None likewise."""
     around_s: dict[str, float] = field(default_factory=dict)
+    """Of a running engine: the phases before and after the refit, which its requests wait for too: `pause`, `commit`,
+    `cache reset`, `resume`."""
     engine_compared: int = 0
+    """Elements that the engine's own processes compared, of what they compute with."""
     engine_wrong: int = 0
+    """Wrong ones of these, or of the memory that they share with the ranks."""
     apart_s: dict[str, float] = field(default_factory=dict)
+    """Of an update of the engine's own: what it takes while it still serves, such as converting weights."""
     delta: DeltaSample | None = None
+    """What a refit that sends changes counted; None of others."""
 
     @property
     def seconds(self) -> float:
@@ -57,48 +60,49 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class WrongWeights:
-    """Elements of one tensor found wrong on one rank in one iteration, and the first of them.
-
-    JSON has no NaN: `expected` and `found` are None in its place.
-    """
+    """Elements of one tensor found wrong on one rank in one iteration, and the first of them."""
 
     iteration: int
     rank: int
     key: str
     num_wrong: int
     first_index: tuple[int, ...]
+    """The logical index in the global tensor."""
     expected: float | None
+    """None for NaN, which JSON does not have."""
     found: float | None
+    """None for NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardCheck:
-    """Whether both sides' models compute the same for the same tokens, in float32, layer by layer.
-
-    `agreement` is the share of the `num_tokens` that agree in every layer and in the logits: all must. Values agree
-    where they differ by at most `tolerance` times the largest. `layer_difference` is the largest difference of what a
-    layer adds, `router_difference` that of routers' scores, both as shares of the largest. `num_layers` counts layers,
-    `num_excluded` the results of a token in a layer that were left out because a near tie sent it to other experts.
-    `first_wrong` is where a token first disagrees. `num_experts` counts experts of all layers, `num_reached` those that
-    some token chose.
-
-    `skipped` is the reason why there is no verdict: no pass ran, or too little was left to compare.
-    """
+    """Whether both sides' models compute the same for the same tokens, in float32, layer by layer: else data are wrong."""
 
     passed: bool
     skipped: str | None = None
+    """Why there is no verdict: no pass ran, or too little was left to compare."""
     agreement: float | None = None
+    """Share of the tokens that agree in every layer and in the logits: all must."""
     max_difference: float | None = None
+    """Of the logits."""
     max_logit: float | None = None
+    """The largest."""
     tolerance: float | None = None
+    """Values agree where they differ by at most this share of the largest."""
     num_tokens: int | None = None
     num_layers: int | None = None
     num_excluded: int | None = None
+    """Results of a token in a layer that were left out, since a near tie sent it to other experts."""
     layer_difference: float | None = None
+    """The largest of what a layer adds, as a share of the largest value."""
     router_difference: float | None = None
+    """The largest of routers' scores, as a share of the largest."""
     first_wrong: str | None = None
+    """Where a token first disagrees: `layer 5`, `the router of layer 5`."""
     num_experts: int | None = None
+    """Of all layers."""
     num_reached: int | None = None
+    """Experts that some token chose."""
 
     @property
     def fault(self) -> str | None:
@@ -112,72 +116,81 @@ class ForwardCheck:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """The work of one kind on one stream of a GPU in a profiled refit.
-
-    `busy_s` is the length of the union of its launches. `first_s` and `last_s` are the start of the first and the end
-    of the last, counted from the first activity on any stream.
-    """
+    """The work of one kind on one stream of a GPU in a profiled refit."""
 
     stream: int
     kind: str
     num_launches: int
     busy_s: float
+    """Length of the union of its launches."""
     first_s: float
+    """Start of the first launch, counted from the first activity on any stream."""
     last_s: float
+    """End of the last launch, counted likewise."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotMoved:
-    """Destination tensors that an engine left as they were, for one reason: how many, and the first of their keys.
-
-    Elements and bytes are those of all ranks of the destination, as the payload counts them.
-    """
+    """Destination tensors that an engine left as they were, for one reason."""
 
     reason: str
     num_tensors: int
     num_elements: int
+    """Of all ranks of the destination, as the payload counts them."""
     nbytes: int
+    """Of all ranks of the destination."""
     first_keys: tuple[str, ...]
+    """Of the first of these tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """The result of one engine. `reason` is why it was waived or failed. `transport` is what moves its bytes: a
-    baseline's may be another than the scenario's method. None where it is not known.
-
-    `cold_s` holds the slowest rank's seconds of planning, preparing and the first refit. `connect_s` is the time of the
-    set-up that a process does once before that: communicators, connections, libraries and kernels, and `connected` says
-    what was connected where there was a choice, `slow` what of it is slower than it need be, and why. `summary` is over
-    the measured iterations. Bytes and memory are per rank. `share_of_lower_bound` is the lower bound over the median: 1
-    where a refit is as fast as the plan allows, None without a bound. `stability` is None without
-    `--repeat-until-stable`. `trained` compares the logits of both sides after one more refit, of the weights that
-    training steps left. Where some tensors were `not_moved`, the others were timed and compared, and nothing is set
-    against the plan's bytes. `served` is the running engine of the destination, None without one. `written` is what the
-    destination held behind it as a checkpoint, None where none was asked for.
-    """
+    """The result of one engine."""
 
     status: Status = Status.RUNNING
     reason: str | None = None
+    """Why it was waived or failed."""
     transport: str | None = None
+    """What moved its bytes: a baseline's may be another than the scenario's method. None where it is not known."""
     not_moved: tuple[NotMoved, ...] = ()
+    """Tensors left as they were. The others were timed and compared, and nothing is set against the plan's bytes."""
     connect_s: float | None = None
+    """Connections, once per process and before a cold refit: communicators, connections, libraries and kernels."""
     connected: str | None = None
+    """What was connected, where there was a choice."""
     slow: str | None = None
+    """What of it is slower than it need be, and why."""
     connect_memory_bytes_per_rank: tuple[int, ...] = ()
+    """Taken by connections, NVSHMEM's first heap included."""
     cold_s: dict[str, float] = field(default_factory=dict)
+    """Of the slowest rank: `plan`, `prepare` and `first`, the first refit."""
     samples: tuple[Sample, ...] = ()
     summary: Summary | None = None
+    """Over the measured refits."""
     stability: Stability | None = None
+    """None without `--repeat-until-stable`."""
     bottleneck_gb_per_s: float | None = None
+    """Most wire bytes of a rank in one direction over the median. None where an encoding sends other bytes than the
+    plan has."""
     share_of_lower_bound: float | None = None
+    """Lower bound over median: 1 where a refit is as fast as the plan allows. None without a bound, and
+    where an encoding sends other bytes than the plan has."""
     wrong: tuple[WrongWeights, ...] = ()
     staging_bytes_per_rank: tuple[int, ...] = ()
+    """Allocated beyond both models."""
     extra_memory_bytes_per_rank: tuple[int | None, ...] = ()
+    """Peak above the level after connecting; None where it cannot be measured. Where ranks share a GPU, that of all its
+    ranks."""
     forward: ForwardCheck | None = None
+    """None without `--check-forward`."""
     trained: ForwardCheck | None = None
+    """The same after one more refit, of the weights that training steps left."""
     profile: tuple[tuple[Activity, ...], ...] = ()
+    """With `--profile-refit`: what each rank's GPU did in one more refit."""
     served: Served | None = None
+    """The running engine of the destination; None without one."""
     written: WriteResult | None = None
+    """What the destination held behind it as a checkpoint; None without `--write-weights`."""
 
     @property
     def num_compared(self) -> int:
@@ -286,73 +299,78 @@ class EngineResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the destination holds: elements of all global tensors (buffers included), tensors, and their dtypes."""
+    """What the destination holds."""
 
     num_parameters: int
+    """Elements of all global tensors, buffers included."""
     num_tensors: int
     dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisedRefit:
-    """How an FP8 destination was quantised: `block` is `128x128`; `rule_source` says who uses the rule.
-
-    `num_tensors` became codes and scales, `num_kept` did not, among them those with one of `kept` in their keys. Blocks
-    are counted over all destination ranks. `reasons` says why blocks were quantised at the destination, and of how many
-    tensors.
-    """
+    """How an FP8 destination was quantised. Blocks are counted over all destination ranks."""
 
     dtype: str
     block: str
+    """`128x128`, rows by columns."""
     rule: str
     rule_source: str
+    """Who uses the rule."""
     kept: tuple[str, ...]
+    """Tensors with one of these in their keys stayed as they are."""
     num_tensors: int
+    """Tensors that became codes and scales."""
     num_kept: int
+    """Tensors that did not."""
     blocks_at_source: int
     blocks_at_destination: int
     reasons: dict[str, int]
+    """Why blocks were quantised at the destination, and of how many tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostTraffic:
-    """What the plan moves between hosts and within them, where there are several.
-
-    `num_ranks` are those of each host, by its name. `relay` is how the plan relays: off, node or engine. `least_bytes`
-    is what crosses between hosts in every plan, `direct_bytes` in that without a relay; None in files of versions that
-    did not say it.
-    """
+    """What the plan moves between hosts and within them, where there are several."""
 
     num_ranks: dict[str, int]
+    """Of each host, by its name."""
     relay: str
+    """How the plan relays: `off`, `node` or `engine`."""
     between_bytes: int
     within_bytes: int
     least_bytes: int
+    """What crosses between hosts in every plan."""
     direct_bytes: int | None = None
+    """What crosses in the plan without a relay; None in older files."""
 
 
 @dataclass(frozen=True, slots=True)
 class RefitResult:
-    """One plan and the result of each engine on it. `bound` is None without a cluster's speeds, and so is `floor`, the
-    least bound of all plans. `estimate_s` is the bound with what relays take to fill and drain; None without a relay.
-    `hosts` is None on a single host.
-
-    `start_s` is the time from the start of the processes to the end of the first refit, by phase, each on the rank that
-    took longest; empty where there was none, and in files of versions that did not measure it.
-    `rearranged` are the refits after the destination placed its experts anew, None where it did not.
-    """
+    """One plan and the result of each engine on it."""
 
     status: Status = Status.RUNNING
     model: ModelFacts | None = None
     plan: Cost | None = None
     bound: Bound | None = None
+    """None without a cluster's speeds."""
     estimate_s: float | None = None
+    """The bound with what relays take to fill and drain; None without a relay."""
     floor: Bound | None = None
+    """The least bound of all plans; None without a cluster's speeds."""
     hosts: HostTraffic | None = None
+    """None on a single host."""
     quantised: QuantisedRefit | None = None
+    """None without an FP8 destination."""
     start_s: dict[str, float] = field(default_factory=dict)
+    """From the start of the processes (under `refit run`, of that which forks the ranks) to the end of the first refit,
+    by phase (`imports`, `process group`, `build`, `check`, `plan`, `connect`, `prepare`, `fill`, `first refit`), each
+    on the rank that took longest; empty without a refit, and in older files."""
     engines: dict[str, EngineResult] = field(default_factory=dict)
+    """By name: `refit`, `megatron`, `nccl-m2n`, `full`, ..."""
     rearranged: RefitResult | None = None
+    """The refits after the destination placed its experts anew (`--rl-inference-expert-placement-next`); None where it
+    did not."""
 
     @property
     def tested(self) -> EngineResult | None:

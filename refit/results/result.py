@@ -1,7 +1,7 @@
 """Result: the result of one run of one scenario, and its file.
 
 The file is created when a run starts and rewritten after every iteration. So the measurements are on disk however the
-run ends. docs/output.md describes every field.
+run ends. docs/fields.md lists every field, from these types.
 """
 
 from __future__ import annotations
@@ -57,23 +57,29 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
+    """A GPU of the first host."""
+
     name: str
     memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Versions, hardware and settings. `variables` are the environment variables that change performance."""
+    """Versions, hardware and settings."""
 
     command: str = ""
+    """The command line."""
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
+    """Of the suite; it ends in `-dirty` with uncommitted changes."""
     host: str | None = None
+    """The first."""
     cpu: str | None = None
     num_cpus: int | None = None
     memory_bytes: int | None = None
     gpus: tuple[Gpu, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
+    """The environment variables that change performance."""
 
 
 class MeasurementResult(Protocol):
@@ -85,24 +91,30 @@ class MeasurementResult(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One run of one scenario.
-
-    `world_size` is the number of ranks started, `device` where the models were. `measurements` holds what each
-    measurement returned, by its name in `MEASUREMENTS`. Fields that a run did not reach are None.
-    """
+    """One run of one scenario. Fields that a run did not reach are None."""
 
     run_id: str
+    """The file's name without `.json`."""
     schema_version: int = RESULT_VERSION
+    """Raised when a field is added or changes its meaning."""
     status: Status = Status.RUNNING
+    """`running`, then `ok`, `wrong_data`, `waived` or `failed`."""
     exit_code: int | None = None
+    """0, 1, 3, 4 for these."""
     failure: Failure | None = None
     started: str | None = None
+    """ISO 8601, UTC."""
     finished: str | None = None
+    """ISO 8601, UTC."""
     world_size: int | None = None
+    """Ranks started."""
     device: str | None = None
+    """Where the models were."""
     scenario: Scenario | None = None
+    """What was asked for."""
     environment: Environment | None = None
     measurements: dict[str, Any] = field(default_factory=dict)
+    """What each measurement returned, by its name."""
 
     @property
     def refit(self) -> RefitResult | None:

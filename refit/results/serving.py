@@ -9,21 +9,25 @@ from dataclasses import dataclass, field
 class ServedCheck:
     """Whether a running engine generates what a reference computes with the same weights, for `num_sets` in turn.
 
-    `reference` says what computed it, and in which dtype the engine does. Log-probabilities of `num_tokens` tokens, of
-    prompts and generated, may differ by `tolerance` nats; `difference` is the largest. A generated token is right where
-    no other is likelier by more than twice the tolerance. `num_wrong` tokens are not. `num_excluded` more were left
-    out, whose experts nearly tie with others. `skipped` is why there is no verdict.
+    A generated token is right where no other is likelier by more than twice the tolerance.
     """
 
     passed: bool
     skipped: str | None = None
+    """Why there is no verdict."""
     reference: str = ""
+    """What computed it, and in which dtype the engine does."""
     num_sets: int = 0
+    """Sets of weights."""
     num_tokens: int = 0
+    """Of prompts and generated."""
     num_excluded: int = 0
+    """More tokens, left out since their experts nearly tie with others."""
     num_wrong: int = 0
     difference: float | None = None
+    """The largest of log-probabilities, in nats."""
     tolerance: float | None = None
+    """How much they may differ, in nats."""
     first_wrong: str | None = None
 
     @property
@@ -37,17 +41,20 @@ class ServedCheck:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The running engine of a destination. Names of parameters have `*` for the layer.
-
-    `live` parameters are written in the memory that the engine computes with. `copied` and `packed` ones are committed,
-    which takes `commit_s` by kind of layer in the slowest worker: medians over measured refits.
-    """
+    """The running engine of a destination. Names of parameters have `*` for the layer."""
 
     version: str
+    """vLLM's."""
     num_workers: int
     live: tuple[str, ...] = ()
+    """Parameters written in the memory that the engine computes with."""
     copied: tuple[str, ...] = ()
+    """Parameters that the engine has to commit, in the order in which they are written."""
     packed: tuple[str, ...] = ()
+    """Parameters that it commits in another order, or a library's own."""
     commit_s: dict[str, float] = field(default_factory=dict)
+    """Of `copied` and `packed` ones, by kind of layer, in the slowest worker: medians over measured refits."""
     pause_s: float | None = None
+    """How long it served nothing: the refit and the phases around it, median."""
     check: ServedCheck | None = None
+    """None without `--check-forward`."""

@@ -18,18 +18,18 @@ LEAST_FOR_INTERVAL = 6
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Seconds over the measured iterations. `cv` is the standard deviation over the mean, without unit.
-
-    `drift` is the median of the last third over the median of the first third, minus 1; 0 with fewer than 6 samples.
-    """
+    """Times over the measured iterations."""
 
     mean_s: float
     min_s: float
     max_s: float
     median_s: float
     p95_s: float
+    """The 95th percentile."""
     cv: float
+    """Standard deviation over mean."""
     drift: float
+    """Median of the last third over that of the first third, minus 1; 0 with fewer than 6 samples."""
 
 
 def summarise(samples_s: Sequence[float]) -> Summary:
@@ -50,19 +50,19 @@ def summarise(samples_s: Sequence[float]) -> Summary:
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """How well `num_refits` samples give the median. `low_s` to `high_s` is its confidence interval, in seconds.
-
-    `confidence` is the interval's own, at least CONFIDENCE where there are LEAST_FOR_INTERVAL samples or more. `width`
-    is the distance of the farther end from the median, as a share of the median. `is_stable`: it is at most
-    STABLE_WIDTH. Without enough samples these are None, and False.
-    """
+    """How well `num_refits` samples give the median."""
 
     num_refits: int
     is_stable: bool = False
+    """`width` is at most 0.02."""
     low_s: float | None = None
+    """Lower end of the median's confidence interval. Without enough samples it is None, as are the next three."""
     high_s: float | None = None
+    """Its upper end."""
     confidence: float | None = None
+    """The interval's own: at least 0.95 where there are 6 samples or more."""
     width: float | None = None
+    """Distance of the farther end from the median, as a share of the median."""
 
 
 def stability(samples_s: Sequence[float]) -> Stability:

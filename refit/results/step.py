@@ -24,25 +24,29 @@ STEP_PARTS = ("forward", "backward", COMBINED, "gradient sync", "optimizer")
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
-    """One step: seconds of every rank of the job, in rank order. Summaries leave `warmup` samples out.
-
-    `loss` is the mean over the step's tokens, `grad_norm` that before clipping; both None for a forward pass.
-    `skipped`: gradients overflowed, so that weights stayed as they were and there is no norm. `not_finite` has a `loss`
-    or `grad_norm` that is no number, as text, since JSON has none for it: `nan`, `inf` or `-inf`. That field is then
-    None. `num_tokens` are those of the whole step. Memory is that of the fullest rank, as in `StepResult`.
-    """
+    """One step. Memory is that of the fullest rank."""
 
     step: int
     warmup: bool
+    """Summaries leave it out."""
     seconds_per_rank: tuple[float, ...]
+    """Of every rank of the job, in rank order."""
     slowest_rank: int
     num_tokens: int
+    """Of the whole step."""
     loss: float | None = None
+    """Mean over the step's tokens; None for a forward pass."""
     grad_norm: float | None = None
+    """Before clipping; None for a forward pass."""
     skipped: bool = False
+    """Gradients overflowed: weights stayed as they were, and there is no norm."""
     not_finite: dict[str, str] = field(default_factory=dict)
+    """A `loss` or `grad_norm` that is no number, as text (`nan`, `inf`, `-inf`), since JSON has none for it. That field
+    is then None."""
     allocated_bytes: int | None = None
+    """After the step."""
     peak_bytes: int | None = None
+    """Of all steps so far."""
 
     @property
     def seconds(self) -> float:
@@ -51,20 +55,20 @@ class StepSample:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Seconds of one more step with recording on, on its slowest rank. `parts_s`, those of STEP_PARTS that it has, and
-    `rest_s` add up to `seconds`.
-
-    `experts_s` are phases of forward and backward, summed over layers and micro-batches, on the rank where they take
-    longest: `dispatch forward`, ... Beside COMBINED they run on several streams, and their times overlap. `not_finite`
-    is that of `StepSample`.
-    """
+    """One more step with recording on, on its slowest rank."""
 
     seconds: float
     rank: int
+    """The slowest."""
     parts_s: dict[str, float] = field(default_factory=dict)
+    """`forward`, `backward` (or both together), `gradient sync`, `optimizer`: those that it has."""
     rest_s: float = 0.0
+    """With the parts it adds up to `seconds`."""
     experts_s: dict[str, float] = field(default_factory=dict)
+    """Phases of forward and backward (`dispatch forward`, ...), summed over layers and micro-batches, on the rank where
+    they take longest. Beside a part of both together they run on several streams, and their times overlap."""
     not_finite: dict[str, str] = field(default_factory=dict)
+    """As of a step."""
 
     def share(self, part: str) -> float:
         """The part's share of the step, 0 to 1."""
@@ -73,29 +77,31 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Steps of one side. `reason` is why it was waived, or why its data are wrong: a loss that is not finite.
-
-    `optimizer` and `dispatcher` name the classes that ran; `dispatcher` is None without experts. `vocabulary` says what
-    is parallel over the vocabulary, None for a forward pass. `config` is the
-    framework's own configuration, printed whole. `flops_per_step` are those of all ranks (docs/method.md).
-    Memory is in bytes per rank of the job: after the last step and at the peak of all steps; None where not known.
-    """
+    """Steps of one side. Memory is per rank of the job; None where it is not known."""
 
     status: Status = Status.RUNNING
     reason: str | None = None
+    """Why it was waived, or why its data are wrong: a loss that is not finite."""
     optimizer: str | None = None
+    """The class that ran."""
     vocabulary: str | None = None
+    """What is split over the vocabulary; None for a forward pass."""
     dispatcher: str | None = None
+    """The class that ran; None without experts."""
     num_ranks: int = 0
     num_microbatches: int = 0
     sequences_per_step: int = 0
     flops_per_step: float = 0.0
+    """Of all ranks (`refit/predict/flops.py`)."""
     config: dict[str, str] = field(default_factory=dict)
+    """The framework's own configuration, whole."""
     samples: tuple[StepSample, ...] = ()
     summary: Summary | None = None
     breakdown: Breakdown | None = None
     allocated_bytes_per_rank: tuple[int | None, ...] = ()
+    """After the last step."""
     peak_bytes_per_rank: tuple[int | None, ...] = ()
+    """Of all steps."""
 
     @property
     def measured(self) -> list[StepSample]:
@@ -144,19 +150,18 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
-    """Forward passes of the destination: `prefill` of a batch, and `token`, a single token per sequence.
-
-    There is no KV cache: the single token attends to itself alone. `weights` are `trained`, refitted after training,
-    `loaded` (those of a checkpoint) or `initial`. `dequantised`: the destination holds FP8, and passes run on its codes
-    times its scales, in BF16.
-    """
+    """Forward passes of the destination."""
 
     status: Status = Status.RUNNING
     reason: str | None = None
     weights: str = "initial"
+    """`trained` (refitted after training), `loaded` (those of a checkpoint) or `initial`."""
     dequantised: bool = False
+    """The destination holds FP8, and passes run on its codes times its scales, in BF16."""
     prefill: StepResult | None = None
+    """A batch."""
     token: StepResult | None = None
+    """One token per sequence. There is no KV cache: it attends to itself alone."""
 
 
 def count_stalls(seconds: Sequence[float]) -> int:
