@@ -33,16 +33,12 @@ from refit.config.shape import Dtype
 from refit.errors import UsageError
 from refit.predict.families.config_json import config_values
 from refit.predict.sides import predict_side
-from refit.report.refits.export import records, sample_records
 from refit.results.collection import read_collection
-from refit.results.outcomes import judged
 from refit.results.result import encoded
-from refit.results.runs import Run
 from refit.sweep.selection import select_file, select_lines
 from tests import documents, messages
 from tests.commands.test_help import EVERY
 from tests.documents import ROOT, Command
-from tests.report.factories import planned, result, sweep_of
 
 DOCUMENTS = documents.markdown_files()
 COMMANDS = [command for path in DOCUMENTS for command in documents.commands(path)]
@@ -394,15 +390,6 @@ def test_lines_of_configs_are_scenarios() -> None:
     ]
     assert found
     assert len(select_lines(found, ["--model", "kimi_k2"], None).candidates) == len(found)
-
-
-def test_every_column_of_an_exported_table_is_described() -> None:
-    described = (ROOT / "docs/output.md").read_text(encoding="utf-8")
-    entry = planned("a")
-    run = Run(Path("logs"), sweep_of([entry]), (judged(entry, result(entry)),), is_sweep=True)
-    columns = [column for rows in (records([run]), sample_records([run])) for column in rows[0]]
-    named = [re.sub("^version_.*", "version_torch", column.replace("destination_", "source_")) for column in columns]
-    assert [column for column in named if f"`{column}`" not in described] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""The lists of fields of files, from the types that are written to them.
+"""The lists of fields of files, from the types that are written to them, and of columns of exported tables.
 
 A type's docstring says what it is, the string below a field what that means.
 """
@@ -10,7 +10,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -19,10 +19,12 @@ from types import NoneType, UnionType
 from refit.config.options import MethodOptions, SideOptions, flags_of
 from refit.config.registry import FORMATS, MEASUREMENTS, METHODS, load
 from refit.errors import UsageError
+from refit.report.refits import export
 from refit.results.result import Result
 
+COLUMNS = "columns"
 FILES: dict[str, type] = {"result": Result}
-"""The types of files, by the names in a document's marks."""
+"""The types of files, by the names in a document's marks. COLUMNS are those of tables for programs."""
 
 UNITS = {
     "_gb_per_s": "GB/s",
@@ -43,10 +45,12 @@ SCALARS = {str: "text", bool: "boolean", int: "integer", float: "number", NoneTy
 def section(name: str) -> str:
     """Every type that the file `name` can hold, as headings and tables in Markdown: each before those of its fields.
 
-    Raises UsageError for a name that is none of FILES.
+    With COLUMNS the columns of tables for programs. Raises UsageError for a name that is none of these.
     """
+    if name == COLUMNS:
+        return _columns()
     if name not in FILES:
-        raise UsageError(f"fields {name}: it is none of {', '.join(FILES)}")
+        raise UsageError(f"fields {name}: it is none of {', '.join((*FILES, COLUMNS))}")
     found: list[type] = []
     _collect(FILES[name], found)
     return "\n\n".join(map(_table, found))
@@ -67,6 +71,19 @@ def _table(kind: type) -> str:
     rows = [f"| `{name}` | {_text(hint, name)} | {_words(meanings.get(name, ''))} |" for name, hint in _hints(kind)]
     header = ["| field | type | meaning |", "| --- | --- | --- |"]
     return "\n".join([f"## {kind.__name__}", "", textwrap.fill(about, 118), "", *header, *rows])
+
+
+def _columns() -> str:
+    parts: dict[str, Sequence[export.Column | export.SampleColumn]] = {
+        "## Columns": export.COLUMNS,
+        "### Columns with samples": (*export.IDENTITY, *export.SAMPLE_COLUMNS),
+    }
+    return "\n\n".join(
+        "\n".join(
+            [title, "", "| column | meaning |", "| --- | --- |", *(f"| `{c.name}` | {c.meaning} |" for c in columns)]
+        )
+        for title, columns in parts.items()
+    )
 
 
 def _words(text: str) -> str:

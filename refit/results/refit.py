@@ -76,7 +76,8 @@ class WrongWeights:
 
 @dataclass(frozen=True, slots=True)
 class ForwardCheck:
-    """Whether both sides' models compute the same for the same tokens, in float32, layer by layer: else data are wrong."""
+    """Whether both sides' models compute the same for the same tokens, in float32, layer by layer. Else data are
+    wrong."""
 
     passed: bool
     skipped: str | None = None

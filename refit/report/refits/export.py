@@ -3,22 +3,229 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from refit.config.side import SideSpec
+from refit.plan.cost import Cost
 from refit.report.refits.entries import Entry, entries_of
 from refit.report.terminal.grid import comma_separated
-from refit.results.refit import Sample
+from refit.results.refit import EngineResult, Sample
 from refit.results.runs import Run
-from refit.results.shares import share_rows
-from refit.results.stats import Summary
+from refit.results.shares import ShareRow, share_rows
+
+SIDES = ("source", "destination")
+SIZES = {
+    "tp": "tensor parallel size",
+    "ep": "expert parallel size",
+    "etp": "tensor parallel size of experts",
+    "pp": "pipeline stages",
+    "vpp": "virtual stages on each rank",
+    "world_size": "ranks",
+}
+TIMES = ("median", "p95", "mean", "min", "max")
+COLD = {"plan": "planning", "prepare": "preparing", "first": "the first refit"}
 
 Record = dict[str, object]
 """A row by column names. Times are in ms, sizes in bytes, shares from 0 to 1; none is rounded for reading."""
 
-SIZES = ("tp", "ep", "etp", "pp", "vpp", "world_size")
-TIMES = ("median", "p95", "mean", "min", "max")
-COLD = ("plan", "prepare", "first")
+Read = Callable[[Entry], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the table of rows: what it means, and what a row has there. docs/fields.md lists them."""
+
+    name: str
+    meaning: str
+    read: Read
+
+
+@dataclass(frozen=True, slots=True)
+class SampleColumn:
+    """A column of the table of refits and ranks, of a sample and the number of a rank."""
+
+    name: str
+    meaning: str
+    read: Callable[[Entry, Sample, int], object]
+
+
+def _engine(read: Callable[[EngineResult], object]) -> Read:
+    return lambda entry: read(entry.engine) if entry.engine else None
+
+
+def _cost(read: Callable[[Cost], object]) -> Read:
+    return lambda entry: read(entry.outcome.cost) if entry.outcome.cost else None
+
+
+def _share(read: Callable[[ShareRow], object]) -> Read:
+    def of_first(entry: Entry) -> object:
+        rows = share_rows(entry.outcome.refit) if entry.is_tested else []
+        return read(rows[0]) if rows else None
+
+    return of_first
+
+
+def _size(side: str, size: str) -> Read:
+    def read(entry: Entry) -> object:
+        spec = getattr(entry.outcome.planned, side)
+        return getattr(spec.layout, size) if spec else None
+
+    return read
+
+
+def _layout(side: str) -> Column:
+    def title(entry: Entry) -> object:
+        spec = getattr(entry.outcome.planned, side)
+        return spec.title if spec else None
+
+    return Column(side, "its layout, as text", title)
+
+
+def _sizes(side: str) -> list[Column]:
+    return [Column(f"{side}_{size}", meaning, _size(side, size)) for size, meaning in SIZES.items()]
+
+
+def _time(name: str) -> Read:
+    return _engine(lambda engine: _ms(getattr(engine.summary, f"{name}_s", None)))
+
+
+def _cold(name: str) -> Read:
+    return _engine(lambda engine: _ms(engine.cold_s.get(name)))
+
+
+def _hosts(name: str) -> Read:
+    return lambda entry: getattr(entry.outcome.refit.hosts, name, None)
+
+
+def _encoding(entry: Entry) -> object:
+    planned, result = entry.outcome.planned, entry.outcome.result
+    scenario = result.scenario if result is not None and result.scenario is not None else planned.scenario
+    return scenario.encoding if scenario is not None else None
+
+
+IDENTITY = (
+    Column("directory", "of the run", lambda entry: str(entry.run.directory)),
+    Column("run_id", "of the run", lambda entry: entry.run.sweep.run_id),
+    Column("scenario", "its name", lambda entry: entry.outcome.planned.name),
+    Column("engine", "`refit`, `megatron`, `nccl-m2n`, `full`; blank where none ran", lambda entry: entry.name),
+)
+"""What names a row: the columns by which tables of rows and of samples are joined."""
+
+COLUMNS = (
+    *IDENTITY,
+    Column(
+        "date",
+        "ISO 8601, UTC",
+        lambda entry: entry.outcome.result.started if entry.outcome.result is not None else None,
+    ),
+    Column(
+        "status",
+        "ok, wrong_data, failed, waived, refused, skipped, missing; of a baseline its own",
+        lambda entry: entry.status.value,
+    ),
+    Column("reason", "why there is no valid result", lambda entry: entry.reason),
+    Column("valid", "there are times, and everything compared was right", lambda entry: entry.is_valid),
+    Column("model", "preset or provider", lambda entry: entry.model),
+    Column("mode", "collocated or non-collocated", lambda entry: entry.outcome.planned.mode),
+    Column("method", "what moved this row's bytes; where nothing ran, what was to", lambda entry: entry.method),
+    Column("encoding", "of the scenario", _encoding),
+    *(_layout(side) for side in SIDES),
+    *(column for side in SIDES for column in _sizes(side)),
+    Column("num_ranks", "of both sides", lambda entry: entry.outcome.planned.num_ranks),
+    Column("nodes", "that they are on", lambda entry: entry.outcome.planned.nodes),
+    Column(
+        "device", "where the models were", lambda entry: entry.outcome.result.device if entry.outcome.result else None
+    ),
+    Column("gpu", "the first", lambda entry: entry.environment.gpus[0].name if entry.environment.gpus else None),
+    Column("host", "the first", lambda entry: entry.environment.host),
+    Column("commit", "of the suite", lambda entry: entry.environment.commit),
+    *(Column(f"{name}_ms", "over the measured refits", _time(name)) for name in TIMES),
+    Column("cv", "standard deviation / mean", _engine(lambda engine: engine.summary.cv if engine.summary else None)),
+    Column("num_refits", "measured ones", lambda entry: len(entry.engine.measured_s) if entry.engine else 0),
+    Column(
+        "cold_ms",
+        "a cold refit, the sum of the next three",
+        _engine(lambda engine: _ms(engine.cold_total_s) if engine.cold_s else None),
+    ),
+    *(Column(f"cold_{name}_ms", meaning, _cold(name)) for name, meaning in COLD.items()),
+    Column("connect_ms", "connections, before a cold refit", _engine(lambda engine: _ms(engine.connect_s))),
+    Column(
+        "engine_pause_ms",
+        "of a running engine: the refit and the phases around it",
+        _engine(lambda engine: _ms(engine.served.pause_s) if engine.served else None),
+    ),
+    Column("gb_per_s", "bottleneck bandwidth", _engine(lambda engine: engine.bottleneck_gb_per_s)),
+    Column(
+        "staging_bytes",
+        "of the rank with most",
+        _engine(lambda engine: max(engine.staging_bytes_per_rank, default=None)),
+    ),
+    Column(
+        "extra_memory_bytes",
+        "of the rank with most",
+        _engine(lambda engine: _largest(engine.extra_memory_bytes_per_rank)),
+    ),
+    Column("not_moved_bytes", "what the engine left out", _engine(lambda engine: engine.not_moved_bytes)),
+    Column(
+        "changed_share",
+        "what had changed, mean of the measured refits of the first share; blank where weights are sent as they are",
+        _share(lambda row: row.changed_share),
+    ),
+    Column("sent_bytes", "what all ranks sent, likewise", _share(lambda row: row.sent_bytes)),
+    Column("num_compared", "elements, over all refits", _engine(lambda engine: engine.num_compared)),
+    Column("num_wrong", "elements, over all refits", _engine(lambda engine: engine.num_wrong)),
+    Column(
+        "ratio",
+        "of a baseline: its median / that of `refit`; blank where either does not count",
+        lambda entry: entry.ratio,
+    ),
+    Column(
+        "ratio_between",
+        "`shm against gloo`: what moved the bytes of `refit` and of the baseline, where these differ",
+        lambda entry: entry.ratio_between,
+    ),
+    Column("cluster", "whose speeds the bound has", lambda entry: getattr(entry.outcome.bound, "cluster", None)),
+    Column("lower_bound_ms", "of the plan", lambda entry: _ms(getattr(entry.outcome.bound, "seconds", None))),
+    Column("limited_by", "what sets the bound", lambda entry: getattr(entry.outcome.bound, "limited_by", None)),
+    Column(
+        "floor_ms",
+        "the least bound of all plans",
+        lambda entry: _ms(getattr(entry.outcome.refit.floor, "seconds", None)),
+    ),
+    Column("share_of_lower_bound", "lower bound / median", lambda entry: entry.share_of_bound),
+    Column("payload_bytes", "all that the destination needs", _cost(lambda cost: cost.payload_bytes)),
+    Column("wire_bytes", "those that leave a rank", _cost(lambda cost: cost.wire_bytes)),
+    Column("local_bytes", "those copied within one", _cost(lambda cost: cost.local_bytes)),
+    Column("busiest_bytes", "most wire bytes of a rank in one direction", _cost(lambda cost: cost.busiest.nbytes)),
+    Column("busiest_rank", "that rank", _cost(lambda cost: cost.busiest.rank if cost.busiest.nbytes else None)),
+    Column("num_transfers", "of the plan", lambda entry: getattr(entry.outcome.refit.plan, "num_transfers", None)),
+    Column("relay", "off, node or engine; blank, as the next four, on one host", _hosts("relay")),
+    Column("between_hosts_bytes", "what crosses between hosts", _hosts("between_bytes")),
+    Column("within_hosts_bytes", "what moves within hosts", _hosts("within_bytes")),
+    Column("direct_between_bytes", "what would cross without a relay", _hosts("direct_bytes")),
+    Column("least_between_bytes", "what crosses in every plan", _hosts("least_bytes")),
+)
+"""In this order, before a column `version_NAME` for each version in the result files."""
+
+SAMPLE_COLUMNS = (
+    SampleColumn("iteration", "which refit", lambda entry, sample, rank: sample.iteration),
+    SampleColumn("warmup", "whether it came before the measured ones", lambda entry, sample, rank: sample.warmup),
+    SampleColumn("rank", "of the job", lambda entry, sample, rank: rank),
+    SampleColumn(
+        "in_source", "whether it has a part of the source", lambda entry, _, rank: _has(entry, "source", rank)
+    ),
+    SampleColumn(
+        "in_destination",
+        "whether it has a part of the destination",
+        lambda entry, _, rank: _has(entry, "destination", rank),
+    ),
+    SampleColumn("ms", "its time", lambda entry, sample, rank: _ms(sample.seconds_per_rank[rank])),
+    SampleColumn(
+        "slowest", "whether it sets the refit's time", lambda entry, sample, rank: rank == sample.slowest_rank
+    ),
+    SampleColumn("iteration_num_wrong", "elements, on all ranks", lambda entry, sample, rank: sample.num_wrong),
+)
+"""Behind IDENTITY."""
 
 
 def records(runs: Iterable[Run]) -> list[Record]:
@@ -26,7 +233,7 @@ def records(runs: Iterable[Run]) -> list[Record]:
     entries = entries_of(runs)
     versions = dict.fromkeys(name for entry in entries for name in entry.environment.versions)
     return [
-        _record(entry) | {f"version_{name}": entry.environment.versions.get(name) for name in versions}
+        _row(entry, COLUMNS) | {f"version_{name}": entry.environment.versions.get(name) for name in versions}
         for entry in entries
     ]
 
@@ -54,119 +261,19 @@ def json_text(rows: Sequence[Record]) -> str:
     return "[\n" + ",\n".join(lines) + "\n]"
 
 
-def _identity(entry: Entry) -> Record:
-    """What names a row: the columns by which tables of rows and of samples are joined."""
-    return {
-        "directory": str(entry.run.directory),
-        "run_id": entry.run.sweep.run_id,
-        "scenario": entry.outcome.planned.name,
-        "engine": entry.name,
-    }
-
-
-def _record(entry: Entry) -> Record:
-    outcome, environment = entry.outcome, entry.environment
-    planned, result = outcome.planned, outcome.result
-    scenario = result.scenario if result is not None and result.scenario is not None else planned.scenario
-    return {
-        **_identity(entry),
-        "date": result.started if result else None,
-        "status": entry.status.value,
-        "reason": entry.reason,
-        "valid": entry.is_valid,
-        "model": entry.model,
-        "mode": planned.mode,
-        "method": entry.method,
-        "encoding": scenario.encoding if scenario is not None else None,
-        "source": planned.source.title if planned.source else None,
-        "destination": planned.destination.title if planned.destination else None,
-        **_sizes("source", planned.source),
-        **_sizes("destination", planned.destination),
-        "num_ranks": planned.num_ranks,
-        "nodes": planned.nodes,
-        "device": result.device if result else None,
-        "gpu": environment.gpus[0].name if environment.gpus else None,
-        "host": environment.host,
-        "commit": environment.commit,
-        **_measured(entry),
-        **_moved(entry),
-    }
-
-
-def _sizes(name: str, side: SideSpec | None) -> Record:
-    return {f"{name}_{size}": getattr(side.layout, size) if side else None for size in SIZES}
-
-
-def _measured(entry: Entry) -> Record:
-    """The times and the verdict of an engine."""
-    engine = entry.engine
-    summary: Summary | None = engine.summary if engine else None
-    cold = engine.cold_s if engine else {}
-    return {
-        **{f"{name}_ms": _ms(getattr(summary, f"{name}_s", None)) for name in TIMES},
-        "cv": summary.cv if summary else None,
-        "num_refits": len(engine.measured_s) if engine else 0,
-        "cold_ms": _ms(engine.cold_total_s) if engine and cold else None,
-        **{f"cold_{name}_ms": _ms(cold.get(name)) for name in COLD},
-        "connect_ms": _ms(engine.connect_s) if engine else None,
-        "engine_pause_ms": _ms(engine.served.pause_s) if engine and engine.served else None,
-        "gb_per_s": engine.bottleneck_gb_per_s if engine else None,
-        "staging_bytes": max(engine.staging_bytes_per_rank, default=None) if engine else None,
-        "extra_memory_bytes": _largest(engine.extra_memory_bytes_per_rank) if engine else None,
-        "not_moved_bytes": engine.not_moved_bytes if engine else None,
-        **_changes(entry),
-        "num_compared": engine.num_compared if engine else None,
-        "num_wrong": engine.num_wrong if engine else None,
-        "ratio": entry.ratio,
-        "ratio_between": entry.ratio_between,
-    }
-
-
-def _changes(entry: Entry) -> Record:
-    """What an engine that sends changes sent, of the first share."""
-    rows = share_rows(entry.outcome.refit) if entry.is_tested else []
-    return {
-        "changed_share": rows[0].changed_share if rows else None,
-        "sent_bytes": rows[0].sent_bytes if rows else None,
-    }
-
-
-def _moved(entry: Entry) -> Record:
-    """The bytes of the plan, its lower bound, and the floor under all plans."""
-    cost, bound, plan = entry.outcome.cost, entry.outcome.bound, entry.outcome.refit.plan
-    floor, hosts = entry.outcome.refit.floor, entry.outcome.refit.hosts
-    return {
-        "cluster": bound.cluster if bound else None,
-        "lower_bound_ms": _ms(bound.seconds) if bound else None,
-        "limited_by": bound.limited_by if bound else None,
-        "floor_ms": _ms(floor.seconds) if floor else None,
-        "share_of_lower_bound": entry.share_of_bound,
-        "payload_bytes": cost.payload_bytes if cost else None,
-        "wire_bytes": cost.wire_bytes if cost else None,
-        "local_bytes": cost.local_bytes if cost else None,
-        "busiest_bytes": cost.busiest.nbytes if cost else None,
-        "busiest_rank": cost.busiest.rank if cost and cost.busiest.nbytes else None,
-        "num_transfers": plan.num_transfers if plan else None,
-        "relay": hosts.relay if hosts else None,
-        **{f"{name}_hosts_bytes": getattr(hosts, f"{name}_bytes", None) for name in ("between", "within")},
-        **{f"{name}_between_bytes": getattr(hosts, f"{name}_bytes", None) for name in ("direct", "least")},
-    }
+def _row(entry: Entry, columns: Sequence[Column]) -> Record:
+    return {column.name: column.read(entry) for column in columns}
 
 
 def _sample_rows(entry: Entry, sample: Sample) -> Iterator[Record]:
-    planned = entry.outcome.planned
-    for rank, seconds in enumerate(sample.seconds_per_rank):
-        yield {
-            **_identity(entry),
-            "iteration": sample.iteration,
-            "warmup": sample.warmup,
-            "rank": rank,
-            "in_source": planned.source is not None and rank in planned.source.ranks,
-            "in_destination": planned.destination is not None and rank in planned.destination.ranks,
-            "ms": _ms(seconds),
-            "slowest": rank == sample.slowest_rank,
-            "iteration_num_wrong": sample.num_wrong,
-        }
+    identity = _row(entry, IDENTITY)
+    for rank in range(len(sample.seconds_per_rank)):
+        yield identity | {column.name: column.read(entry, sample, rank) for column in SAMPLE_COLUMNS}
+
+
+def _has(entry: Entry, side: str, rank: int) -> bool:
+    spec = getattr(entry.outcome.planned, side)
+    return spec is not None and rank in spec.ranks
 
 
 def _ms(seconds: float | None) -> float | None:
