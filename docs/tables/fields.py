@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 import typing
@@ -16,15 +17,18 @@ from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 
+from refit.config import limits
 from refit.config.options import MethodOptions, SideOptions, flags_of
 from refit.config.registry import FORMATS, MEASUREMENTS, METHODS, load
 from refit.errors import UsageError
 from refit.report.refits import export
 from refit.results.result import Result
 
-COLUMNS = "columns"
 FILES: dict[str, type] = {"result": Result}
-"""The types of files, by the names in a document's marks. COLUMNS are those of tables for programs."""
+"""The types of files, by the names in a document's marks."""
+
+COLUMNS, LIMITS = "columns", "limits"
+"""Names of other lists: of tables for programs, and the largest sizes."""
 
 UNITS = {
     "_gb_per_s": "GB/s",
@@ -45,12 +49,14 @@ SCALARS = {str: "text", bool: "boolean", int: "integer", float: "number", NoneTy
 def section(name: str) -> str:
     """Every type that the file `name` can hold, as headings and tables in Markdown: each before those of its fields.
 
-    With COLUMNS the columns of tables for programs. Raises UsageError for a name that is none of these.
+    COLUMNS and LIMITS are tables of these. Raises UsageError for another name.
     """
     if name == COLUMNS:
         return _columns()
+    if name == LIMITS:
+        return _limits()
     if name not in FILES:
-        raise UsageError(f"fields {name}: it is none of {', '.join((*FILES, COLUMNS))}")
+        raise UsageError(f"fields {name}: it is none of {', '.join((*FILES, COLUMNS, LIMITS))}")
     found: list[type] = []
     _collect(FILES[name], found)
     return "\n\n".join(map(_table, found))
@@ -84,6 +90,12 @@ def _columns() -> str:
         )
         for title, columns in parts.items()
     )
+
+
+def _limits() -> str:
+    meanings = docs_below(ast.parse(inspect.getsource(limits)).body)
+    rows = [f"| {text.splitlines()[0].rstrip('.')} | {getattr(limits, name):,} |" for name, text in meanings.items()]
+    return "\n".join(["## Limits", "", "| what | most |", "| --- | ---: |", *rows])
 
 
 def _words(text: str) -> str:
@@ -150,11 +162,17 @@ def field_docs(kind: type) -> dict[str, str]:
     flags = {name: f"{flag.help} ({_names(flag.names)})" for name, flag in flags_of(kind).items()}
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(tree, ast.ClassDef)
-    below = {}
-    for field, node in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(node, ast.Expr):
-            below[field.target.id] = " ".join(str(ast.literal_eval(node.value)).split())
-    return flags | below
+    return flags | docs_below(tree.body)
+
+
+def docs_below(body: Sequence[ast.stmt]) -> dict[str, str]:
+    """The string below each field or constant that has one."""
+    found = {}
+    for named, node in itertools.pairwise(body):
+        target = named.targets[0] if isinstance(named, ast.Assign) else getattr(named, "target", None)
+        if isinstance(target, ast.Name) and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found[target.id] = str(node.value.value)
+    return found
 
 
 def _names(names: tuple[str | None, ...]) -> str:
