@@ -87,7 +87,11 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
     _add_workload_flags(parser)
     parser.add_argument("--max-pp", type=positive, default=1, metavar="N", help="largest PP searched; default: 1")
     parser.add_argument(
-        "--max-plans", type=positive, default=400, metavar="N", help="most layouts that are planned; default: 400"
+        "--max-plans",
+        type=positive,
+        default=400,
+        metavar="N",
+        help="most layouts that are planned; the others are counted, with the bound that none of them beats; default: 400",
     )
     parser.add_argument("--format", choices=RENDERERS, default="text", help="of the output; default: text")
     parser.add_argument("--top", type=positive, default=20, metavar="N", help="rows of the text; default: 20")
