@@ -5,10 +5,11 @@
 The runs that say most come first, so that a budget cut short leaves a table; the next call goes on with the others.
 `--cpu` runs the same list with the tiny model on CPU ranks, as a rehearsal; `--list` prints it with the memory that
 each run needs. Layers of Transformer Engine are run too where it is installed, and flex with them where NCCL EP can
-run. Overlap is run in the first cell.
+run. Cells are micro-batches 1 and 4 over EP alone and with TP2; then come the cycle, overlap in the first cell, with
+and without delayed weight gradients, and micro-batch 2.
 
 At the end the report is printed and `tables/` has the index and the loss curves. `gpu<N>_dispatchers.jsonl` holds all
-results: copied to docs/results, it is what `docs.tables` makes the table of docs/performance.md from.
+results: copied to docs/results, it is what `make results` makes a table from.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ The runs that say most come first, so that a budget cut short leaves a table; th
 that each run needs.
 
 At the end the report is printed and `tables/` has the index and the loss curves. `gpu<N>_trainers.jsonl` holds all
-results: copied to docs/results, it is what `docs.tables` makes the tables of docs/performance.md from.
+results: copied to docs/results, it is what `make results` makes tables from.
 """
 
 from __future__ import annotations
