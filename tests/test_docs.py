@@ -401,6 +401,14 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in documents.anchors(file), f"{path.name}: {target}"
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: path.name
+)
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = set(re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|sh|yaml|md|txt))`", path.read_text(encoding="utf-8")))
+    assert [name for name in named if not (ROOT / name).exists() and not (ROOT / "refit" / name).exists()] == []
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_no_heading_stands_twice(path: Path) -> None:
     """A second one comes of a passage that was pasted twice, and no link can name it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -114,6 +115,26 @@ def a_circle(graph: Mapping[str, set[str]]) -> list[str]:
         return []
 
     return next((found for file in sorted(graph) if (found := visit(file, []))), [])
+
+
+def test_the_page_on_the_architecture_lists_the_packages_in_this_order() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## Packages")[2].partition("\n\nOnly ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert [name for cell in cells for name in re.findall(r"`(\w+)`", cell)] == list(ORDER)
+
+
+def test_the_page_on_the_architecture_names_the_packages_that_import_torch() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = page.partition("\nOnly ")[2].partition(" import torch")[0]
+    loading = {path.relative_to(ROOT / "refit").parts[0] for path in SOURCES if loads_torch(path)}
+        package_of(f"refit.{path.relative_to(ROOT / 'refit').parts[0]}") for path in SOURCES if loads_torch(path)
+    }
+    assert set(re.findall(r"`(\w+)`", named)) == loading
+
+
+def loads_torch(path: Path) -> bool:
+    return any(within(module, "torch") for module in imports(path, at_load=True))
 
 
 def test_the_root_holds_packages_and_two_leaves() -> None:
