@@ -128,8 +128,6 @@ def test_the_page_on_the_architecture_names_the_packages_that_import_torch() -> 
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     named = page.partition("\nOnly ")[2].partition(" import torch")[0]
     loading = {path.relative_to(ROOT / "refit").parts[0] for path in SOURCES if loads_torch(path)}
-        package_of(f"refit.{path.relative_to(ROOT / 'refit').parts[0]}") for path in SOURCES if loads_torch(path)
-    }
     assert set(re.findall(r"`(\w+)`", named)) == loading
 
 
