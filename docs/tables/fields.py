@@ -21,11 +21,12 @@ from refit.config import limits
 from refit.config.options import MethodOptions, SideOptions, flags_of
 from refit.config.registry import FORMATS, MEASUREMENTS, METHODS, load
 from refit.errors import UsageError
+from refit.report.plans.dry_run_json import DryRunFigures
 from refit.report.refits import export
 from refit.results.result import Result
 
-FILES: dict[str, type] = {"result": Result}
-"""The types of files, by the names in a document's marks."""
+FILES: dict[str, type] = {"result": Result, "dry-run": DryRunFigures}
+"""The types of files, by the names in a document's marks. Of each, types of those before it have their tables there."""
 
 COLUMNS, LIMITS = "columns", "limits"
 """Names of other lists: of tables for programs, and the largest sizes."""
@@ -58,8 +59,12 @@ def section(name: str) -> str:
     if name not in FILES:
         raise UsageError(f"fields {name}: it is none of {', '.join((*FILES, COLUMNS, LIMITS))}")
     found: list[type] = []
-    _collect(FILES[name], found)
-    return "\n\n".join(map(_table, found))
+    for each, kind in FILES.items():
+        first = len(found)
+        _collect(kind, found)
+        if each == name:
+            break
+    return "\n\n".join(map(_table, found[first:]))
 
 
 def _collect(kind: type, found: list[type]) -> None:

@@ -12,7 +12,8 @@ from refit.cli.parsing import Request, parse
 from refit.errors import RefitError, UsageError
 from refit.predict.dry_run import dry_run
 from refit.predict.memory import check_memory
-from refit.report.plans.dry_run import dry_run_json, dry_run_text
+from refit.report.plans.dry_run import dry_run_text
+from refit.report.plans.dry_run_json import dry_run_json
 from refit.report.terminal import live
 from refit.report.terminal.console import ending_quietly, show, show_error, show_text
 

@@ -91,7 +91,7 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         type=positive,
         default=400,
         metavar="N",
-        help="most layouts that are planned; the others are counted, with the bound that none of them beats; default: 400",
+        help="most layouts that are planned; others are counted, with the bound that none of them beats; default: 400",
     )
     parser.add_argument("--format", choices=RENDERERS, default="text", help="of the output; default: text")
     parser.add_argument("--top", type=positive, default=20, metavar="N", help="rows of the text; default: 20")

@@ -61,7 +61,7 @@ class DryRunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a refit sends where `share` of the weights has changed, at most, and its bound; None as `DryRun.bound`."""
+    """What a refit sends where `share` of the weights has changed, at most, and its bound."""
 
     share: float
     wire_bytes: int

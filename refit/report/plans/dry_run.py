@@ -1,4 +1,4 @@
-"""A dry run as text and as JSON."""
+"""A dry run as text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from refit.report.plans.bound_text import bound_text, estimate_text, floor_text
 from refit.report.plans.expert_lines import expert_lines
 from refit.report.plans.rank_map import rank_map
 from refit.report.refits.delta_lines import percent
-from refit.results.result import encoded
-
-TRAFFIC = ("sent_within", "sent_between", "received_within", "received_between", "local")
-"""Kinds of bytes that a rank moves: within and between nodes, and local copies."""
 
 MAX_TABLE_RANKS = 16
 """Up to this many ranks, the table has one row per rank."""
@@ -31,39 +27,6 @@ def dry_run_text(run: DryRun) -> str:
     table = _rank_table(run) if run.scenario.num_ranks <= MAX_TABLE_RANKS else _summary_table(run)
     ranks = rank_map(run.scenario, _num_ranks(run))
     return "\n".join([ranks, *notes, "", *_figures(run), "", *table, *expert_lines(run)])
-
-
-def dry_run_json(run: DryRun) -> str:
-    """The figures as a JSON object: times in seconds, sizes in bytes. `scenario`, `plan` and `bound` are as in result
-    files; `traffic` has one figure per rank."""
-    cluster, traffic = run.options.cluster, run.traffic
-    limit = cluster.gpu_memory_bytes if cluster else None
-    figures: dict[str, object] = {
-        "scenario": run.scenario,
-        "num_parameters": run.num_parameters,
-        "num_tensors": run.num_tensors,
-        "num_ranks": run.scenario.num_ranks,
-        "num_gpus": run.num_gpus,
-        "gpus_per_node": run.options.gpus_per_node,
-        "ranks_per_gpu": run.gpus.most_ranks,
-        "memory_bytes": run.memory_bytes,
-        "fits_memory": None if limit is None else run.memory_bytes <= limit,
-        "plan": run.cost,
-        "bound": run.bound,
-        "changes": run.changes,
-        "estimate_s": run.estimate_s,
-        "floor": run.floor,
-        "relay": run.relay,
-        "least_between_bytes": run.least_between_bytes,
-        "without_relay": run.without_relay,
-        "traffic": {
-            "gpus_per_node": run.options.gpus_per_domain,
-            **{name: getattr(traffic, name).tolist() for name in TRAFFIC},
-        },
-        "predict_s": run.predict_s,
-        "plan_s": run.plan_s,
-    }
-    return encoded(figures)
 
 
 def _figures(run: DryRun) -> list[str]:

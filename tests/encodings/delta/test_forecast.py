@@ -15,7 +15,8 @@ from refit.errors import UsageError
 from refit.predict.cpus import Machine, check_running
 from refit.predict.dry_run import DryRun, dry_run
 from refit.predict.memory import check_memory
-from refit.report.plans.dry_run import dry_run_json, dry_run_text
+from refit.report.plans.dry_run import dry_run_text
+from refit.report.plans.dry_run_json import dry_run_json
 from refit.report.plans.search import as_json, as_text
 from refit.sweep.search import Search
 

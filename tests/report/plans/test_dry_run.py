@@ -10,7 +10,8 @@ import pytest
 from refit.cli.main import main
 from refit.cli.parsing import parse
 from refit.predict.dry_run import dry_run
-from refit.report.plans.dry_run import dry_run_json, dry_run_text
+from refit.report.plans.dry_run import dry_run_text
+from refit.report.plans.dry_run_json import dry_run_json
 from refit.report.plans.rank_map import rank_map
 
 TINY = "--model tiny --dry-run --tensor-model-parallel-size 2 --expert-model-parallel-size 2"
