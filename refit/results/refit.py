@@ -178,10 +178,10 @@ class EngineResult:
     where an encoding sends other bytes than the plan has."""
     wrong: tuple[WrongWeights, ...] = ()
     staging_bytes_per_rank: tuple[int, ...] = ()
-    """Allocated beyond both models."""
+    """Allocated beyond both models, at most `--staging-mib`."""
     extra_memory_bytes_per_rank: tuple[int | None, ...] = ()
-    """Peak above the level after connecting; None where it cannot be measured. Where ranks share a GPU, that of all its
-    ranks."""
+    """Peak of torch's allocator plus device memory outside it, on CPUs of resident memory, above the level after
+    connecting; None where it cannot be measured. Where ranks share a GPU, that of all its ranks."""
     forward: ForwardCheck | None = None
     """None without `--check-forward`."""
     trained: ForwardCheck | None = None

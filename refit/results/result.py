@@ -100,7 +100,7 @@ class Result:
     status: Status = Status.RUNNING
     """`running`, then `ok`, `wrong_data`, `waived` or `failed`."""
     exit_code: int | None = None
-    """0, 1, 3, 4 for these."""
+    """`ok` 0, `wrong_data` 1, `waived` 3, `failed` 4; None while it runs."""
     failure: Failure | None = None
     started: str | None = None
     """ISO 8601, UTC."""
