@@ -73,6 +73,7 @@ BASELINE_LOOKS = (
     Look("#b5b5b5", "**", "^"),
     Look("#7d7d7d", "++", "P"),
     Look("#cdcdcd", "xx", "P"),
+    Look("#e6e6e6", "\\\\", "v"),
 )
 PHASE_LOOKS = tuple(
     Look(color, hatch, "o")
