@@ -24,8 +24,9 @@ from refit.errors import UsageError
 from refit.report.plans.dry_run_json import DryRunFigures
 from refit.report.refits import export
 from refit.results.result import Result
+from refit.results.sweep import Sweep
 
-FILES: dict[str, type] = {"result": Result, "dry-run": DryRunFigures}
+FILES: dict[str, type] = {"result": Result, "sweep": Sweep, "dry-run": DryRunFigures}
 """The types of files, by the names in a document's marks. Of each, types of those before it have their tables there."""
 
 COLUMNS, LIMITS = "columns", "limits"

@@ -22,9 +22,9 @@ def add(subparsers: argparse._SubParsersAction[Any]) -> None:
         "compare",
         help="compare two runs; exit code 5 if the new one is slower",
         description="Compare the medians of two runs, scenario by scenario. The exit code is the first that holds: 2 "
-        "nothing to compare, 1 wrong data in NEW, 4 a scenario that was ok in OLD has no valid result in NEW (of several "
-        "runs, a smaller share has; between two sweeps, also where it is gone), or a damaged file was skipped, 5 slower "
-        "than allowed, 0.",
+        "nothing to compare, 1 wrong data in NEW, 4 a scenario that was ok in OLD has no valid result in NEW (of "
+        "several runs, a smaller share has; between two sweeps, also where it is gone), or a damaged file was skipped, "
+        "5 slower than allowed, 0.",
         epilog="example:\n  refit compare last_week/logs benchmark_results/logs --max-slowdown 3%",
     )
     for name in ("old", "new"):

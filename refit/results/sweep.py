@@ -38,32 +38,38 @@ FILE_PART = re.compile(r"[^/\x00-\x1f\x7f]{0,200}")
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One scenario of a sweep, with the results of the check before the run.
-
-    `flags` are all flags of benchmark_refit.py except for the result's path. `source` and `destination` are None
-    where the flags give no valid layout. `cost`, `bound` and `memory_bytes` (the fullest GPU, staging included) are
-    None where they cannot be predicted. `reason` is why a scenario is refused or skipped. `scenario` is what the flags
-    mean, None where they are refused; results are compared with it. `run_of` is the scenario that this is one of
-    several runs of; None where it runs once.
-    """
+    """One scenario of a sweep, with the results of the check before the run."""
 
     name: str
     flags: tuple[str, ...]
+    """All flags of benchmark_refit.py except for the result's path."""
     source: SideSpec | None
+    """None where the flags give no valid layout."""
     destination: SideSpec | None
+    """None likewise."""
     mode: str
     method: str
     num_ranks: int
+    """Of both sides."""
     nodes: int
+    """That they need."""
     ranks_per_node: int
     status: Status
+    """`ready`, `refused` or `skipped` by the check."""
     reason: str | None = None
+    """Why it is refused or skipped."""
     cost: Cost | None = None
+    """None where it cannot be predicted."""
     bound: Bound | None = None
+    """None where it cannot be predicted."""
     memory_bytes: int | None = None
+    """Of the fullest GPU, staging included; None where it cannot be predicted."""
     notes: tuple[str, ...] = ()
+    """Choices made for the user."""
     scenario: Scenario | None = None
+    """What the flags mean, None where they are refused; results are compared with it."""
     run_of: str | None = None
+    """The scenario that this is one of several runs of; None where it runs once."""
 
     @property
     def way(self) -> str:
@@ -88,16 +94,19 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Scenarios that run one after another in one allocation. `jobs` are the Slurm jobs that worked on it, in order."""
+    """Scenarios that run one after another in one allocation."""
 
     run_id: str
     title: str
     date: str
     jobs: tuple[str, ...]
+    """The Slurm jobs that worked on it, in order."""
     nodes: int
     num_gpus: int
+    """That it may use."""
     gpus_per_node: int
     cluster: str | None
+    """The name of that whose speeds bounds have."""
     scenarios: tuple[Planned, ...]
     schema_version: int = SWEEP_VERSION
 
