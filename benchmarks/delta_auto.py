@@ -96,7 +96,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="timed refits of each way; default: 9")
     args = parser.parse_args()
     shares = args.share or SHARES
-    load_libraries(parse(flags_of("delta", args.method, args.device, shares[0])).scenario)
+    if args.device == "cpu":  # a process that has begun to use a GPU cannot fork ranks that do
+        load_libraries(parse(flags_of("delta", args.method, args.device, shares[0])).scenario)
     os.environ.update(LOCAL_WORLD_SIZE="2")
     num_wrong = 0
     for number, share in enumerate(shares):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,7 +124,7 @@ class OtherWay:
             num_sets=len(self._mine),
             num_tokens=_num_tokens(self._mine),
             num_wrong=_num_differing(self._mine, self._others),
-            difference=0.0 if not differing else None,
+            difference=_largest_difference(self._mine, self._others),
             tolerance=0.0,
             first_wrong=f"weights {differing[0]}" if differing else None,
         )
@@ -131,6 +132,20 @@ class OtherWay:
 
 def _num_tokens(sets: Mapping[int, Generated]) -> int:
     return sum(len(each.logprobs) + len(each.prompt_logprobs) for each in sets.values())
+
+
+def _largest_difference(sets: Mapping[int, Generated], others: Mapping[int, Generated]) -> float | None:
+    """In nats, of log-probabilities in the same place. None where one is not finite."""
+    found = [
+        abs(mine - other)
+        for number, each in sets.items()
+        for mine, other in zip(
+            (*each.prompt_logprobs, *each.logprobs),
+            (*others[number].prompt_logprobs, *others[number].logprobs),
+            strict=True,
+        )
+    ]
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else None
 
 
 def _num_differing(sets: Mapping[int, Generated], others: Mapping[int, Generated]) -> int:

@@ -20,7 +20,7 @@ def test_two_ways_to_the_same_weights_generate_the_same() -> None:
     second.add(2, OTHER)
     verdict = second.verdict()
     assert (verdict.passed, verdict.num_sets, verdict.num_tokens) == (True, 2, 6)
-    assert verdict.reference == "the same engine after refit"
+    assert (verdict.reference, verdict.difference) == ("the same engine after refit", 0.0)
 
 
 def test_another_token_after_another_way_is_wrong() -> None:
@@ -30,7 +30,15 @@ def test_another_token_after_another_way_is_wrong() -> None:
     second.add(2, OTHER)
     verdict = second.verdict()
     assert (verdict.passed, verdict.num_wrong, verdict.first_wrong) == (False, 1, "weights 2")
+    assert verdict.difference == 0.5
     assert "1 of 6 tokens" in str(verdict.fault)
+
+
+def test_a_log_probability_that_is_not_finite_has_no_difference() -> None:
+    second = OtherWay("vllm-ipc", {"refit": {1: ONE}})
+    second.add(1, Generated((4, 5), (-1.0, float("nan")), (-3.0,)))
+    verdict = second.verdict()
+    assert (verdict.passed, verdict.num_wrong, verdict.difference) == (False, 1, None)
 
 
 def test_without_a_reference_nothing_is_generated() -> None:

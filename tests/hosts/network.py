@@ -106,7 +106,7 @@ class Network:
             # All have one kernel, by which UCX would copy from one host's process to another's.
             os.environ.update(UCX_TLS="tcp,self", UCX_NET_DEVICES=INTERFACE)
 
-        return RankPool(ranks_per_host * len(self.hosts), enter)
+        return RankPool(ranks_per_host * len(self.hosts), enter, in_file=True)
 
 
 def enter_namespace(name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
+HOST = "127.0.0.1"
 PATIENCE_S = 30.0
 """How long ranks may take to notice that one of them has failed, on a busy machine."""
 
@@ -27,11 +30,19 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """`enter(rank)` is called on each rank before it meets the others: it may move the process elsewhere."""
+    """`enter(rank)` is called on each rank before it meets the others.
 
-    def __init__(self, num_ranks: int = 8, enter: Callable[[int], None] = lambda rank: None) -> None:
+    Ranks meet at a store in this process, as those of `refit run` do at their launcher's. Where `enter` moves them to
+    networks that do not reach it, they meet `in_file`: whoever waits there looks once in 10 ms.
+    """
+
+    def __init__(
+        self, num_ranks: int = 8, enter: Callable[[int], None] = lambda rank: None, *, in_file: bool = False
+    ) -> None:
         self.num_ranks = num_ranks
         self._enter = enter
+        self._in_file = in_file
+        self._store: Store | None = None
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -72,16 +83,28 @@ class RankPool:
         torch.set_num_threads(1)
         context = mp.get_context("fork")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        store = f"{self._folder.name}/store"
-        for rank in range(self.num_ranks):
-            mine, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.num_ranks, store, theirs, self._enter), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(mine)
+        with socket.create_server((HOST, 0), backlog=self.num_ranks) as listener:
+            port = listener.getsockname()[1]
+
+            def meet(rank: int) -> Store:
+                listener.close()
+                self._enter(rank)
+                if self._in_file:
+                    assert self._folder is not None
+                    return FileStore(f"{self._folder.name}/store", self.num_ranks)
+                return TCPStore(HOST, port, is_master=False)
+
+            for rank in range(self.num_ranks):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, self.num_ranks, meet, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(mine)
+            if not self._in_file:  # after the forks: it has threads
+                self._store = TCPStore(
+                    HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+                )
 
     def kill(self, rank: int) -> None:
         """End `rank` at once, as a machine that is lost."""
@@ -95,16 +118,15 @@ class RankPool:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._store = [], [], None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
 
-def _serve(rank: int, num_ranks: int, store: str, pipe: Connection, enter: Callable[[int], None]) -> None:
+def _serve(rank: int, num_ranks: int, meet: Callable[[int], Store], pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
-    enter(rank)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    torch.distributed.init_process_group("gloo", store=meet(rank), rank=rank, world_size=num_ranks)
     while True:
         try:
             function, args = pipe.recv()
