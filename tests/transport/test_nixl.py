@@ -30,6 +30,7 @@ from refit.transport.one_sided.nixl.memory import NixlMemory
 from refit.transport.one_sided.nixl.options import NixlOptions
 from refit.transport.one_sided.nixl.runs import ADDRESSES, TOGETHER_BYTES, put_together, run_bytes, runs_of
 from refit.transport.one_sided.nixl.ucx_log import ways_in
+from refit.transport.one_sided.nixl.ways import NEAR, why_slow
 from refit.transport.one_sided.peer_memory import Counter, Put
 from refit.transport.ranks import Ranks
 from tests.ranks.pool import RankPool
@@ -177,6 +178,11 @@ def _refit_with_every_notification_twice(rank: int) -> tuple[list[str], tuple[in
         num_sent = sum(len(channel.messages) for channel in buffers.schedule.sends)
         program.close()
     return wrong, (num_staged, num_sent), len(held)
+
+
+def test_gpu_memory_that_goes_by_the_host_is_slow_and_the_reason_is_named() -> None:
+    assert why_slow(NEAR, "cma/memory, tcp/lo, cuda_ipc/cuda", "cuda") is None
+    assert "expandable segments" in str(why_slow(NEAR, "cma/memory, tcp/lo", "cuda"))
 
 
 @installed

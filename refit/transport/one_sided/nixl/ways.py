@@ -39,7 +39,8 @@ ADAPTERS = Path("/sys/class/infiniband")
 WHY = {
     "cpu": "the kernel does not let one process write another's memory, as with kernel.yama.ptrace_scope above "
     "0 or in containers of their own, or UCX_TLS leaves cma out",
-    "cuda": "UCX does not open the other process's GPU memory: cuda-ipc and nccl do",
+    "cuda": "UCX does not open the other process's GPU memory, as that of PyTorch's expandable segments: leave "
+    "them out of PYTORCH_CUDA_ALLOC_CONF, or use cuda-ipc",
     FAR: "this host has adapters for RDMA, which UCX does not use: see UCX_TLS and UCX_NET_DEVICES",
 }
 
@@ -57,7 +58,7 @@ def find_ways(plan: RefitPlan, rendezvous: Rendezvous, agent: Agent, options: Tr
             probe.write(peer, PROBE_BYTES)
         agent.ways[where] = agent.new_ways() or agent.ways.get(where) or agent.ways.get(NEAR)
         found[where] = agent.ways[where]
-        why = _why_slow(where, found[where], options.device_type)
+        why = why_slow(where, found[where], options.device_type)
         if why is not None:
             slow = (
                 f"NIXL writes {where} over {found[where]}: {probe.rate(peers[0]) / 1e9:.2f} GB/s from rank "
@@ -145,7 +146,7 @@ class _Probe:
         self._memory.close()
 
 
-def _why_slow(where: str, way: str | None, device: str) -> str | None:
+def why_slow(where: str, way: str | None, device: str) -> str | None:
     """Why this way is slower than it need be; None where it is not, as far as is known."""
     if way is None:
         return None
