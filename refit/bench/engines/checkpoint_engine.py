@@ -54,7 +54,7 @@ def _server(timeout_s: float) -> Any:
     logger.disable("checkpoint_engine")
     group = dist.new_group([dist.get_rank()], backend="nccl")
     base._BACKEND_INSTANCE = _over(base.TorchBackend, group)
-    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("RANK", "0")  # it takes rank=0 for none: findings/checkpoint-engine-ignores-rank-zero.sh
     server = ParameterServer(rank=0, world_size=1, auto_pg=False, gpu_count=1, master_addr="127.0.0.1", master_port=0)
     # Where the engine fails, it does not answer, and a socket waits for ever.
     server._zmq_ctx.setsockopt(zmq.RCVTIMEO, int(1e3 * timeout_s))
