@@ -86,14 +86,14 @@ class Weight:
 
 
 @dataclass
-class _Captured:
+class Captured:
     """What graphs on a GPU have captured of a layer: its tensors by attribute, and its kernel, which holds others."""
 
     tensors: dict[str, torch.Tensor]
     kernel: Any
 
     @classmethod
-    def of(cls, module: Any) -> _Captured:
+    def of(cls, module: Any) -> Captured:
         own = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
         held = {**module._buffers, **module._parameters, **own}
         tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -114,7 +114,7 @@ class RefitWorker:
     """Methods for `collective_rpc`. Names must not be those of vLLM's worker."""
 
     refit_weights: list[Weight] | None = None
-    refit_captured: dict[int, _Captured] | None = None
+    refit_captured: dict[int, Captured] | None = None
     refit_receiver: Any = None
 
     def refit_layout(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class RefitWorker:
 
         assert self.refit_weights is not None
         modules = {id(each.module): each.module for each in self.refit_weights}
-        self.refit_captured = {key: _Captured.of(module) for key, module in modules.items()}
+        self.refit_captured = {key: Captured.of(module) for key, module in modules.items()}
         kept: dict[int, bool] = {}
         sleeps = self.model_config.enable_sleep_mode  # type: ignore[attr-defined]
         for each in self.refit_weights:
