@@ -31,7 +31,8 @@ FIVE_HOSTS = (
     "--vocab-size=22528 --refit-method=gloo --rl-inference-format=vllm --rl-inference-tensor-model-parallel-size=1 "
     "--rl-inference-replicas=4 --dry-run"
 )
-"""Of `benchmarks.hosts`, with what it measured (docs/between_hosts.md): bytes per second of a pair, and seconds."""
+"""Of `benchmarks.hosts`, with what it measured: bytes per second of a pair, and seconds
+(docs/measurements/2026-11-two-cores-by-topic.md)."""
 
 PAIR_BYTES_PER_S, MEASURED_S = 119.7e6, 1.952
 
