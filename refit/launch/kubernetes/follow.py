@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from refit.launch.kubernetes.api import WATCH_S, Api, Object, Refused
 from refit.launch.kubernetes.logs import Logs
 from refit.launch.kubernetes.submit import Submitted
 from refit.launch.kubernetes.values import Values
-from refit.launch.kubernetes.verdicts import Verdict, has_ended, has_started, verdict, why_pending
+from refit.launch.kubernetes.verdicts import Verdict, has_ended, has_started, is_hopeless, verdict, why_pending
 from refit.report.terminal.console import show
 from refit.results.reading import UnreadableFile
 from refit.results.result import CANCELLED, Failure, Result, ResultFile, read_result, replace_text
@@ -84,15 +85,17 @@ class _Watch:
             self._changes(version)
 
     def _changes(self, version: str) -> None:
-        """Take in changes of pods for a while, or until one of them has ended or is gone."""
+        """Take in changes of pods for a while, or until there may be a verdict, or all run."""
         # Once a pod has ended, what is still to come is the job's own condition.
         seconds = SOON_S if any(map(has_ended, self._pods.values())) else WATCH_S
+        seconds = max(SOON_S, min(seconds, math.ceil(self._left_s())))
+        all_run = self._all_run
         try:
             for what, pod in self._api.watch_pods(self._selector, version, seconds):
                 self._see(pod)
                 if what == "DELETED":
                     self._logs.has_ended(pod["metadata"]["name"])
-                if what == "DELETED" or has_ended(pod):
+                if what == "DELETED" or has_ended(pod) or is_hopeless(pod) or self._all_run != all_run:
                     return
         except Refused as error:
             show(f"# watching anew: {error}")
@@ -107,6 +110,13 @@ class _Watch:
         started = sum(map(has_started, self._pods.values()))
         if self._all_run is None and started >= self._nodes:
             self._all_run = time.monotonic()
+
+    def _left_s(self) -> float:
+        """The seconds to the limit that holds now, at most those of a watch."""
+        begin, limit_s = self._begin, self._limits.pending_s
+        if self._all_run is not None:
+            begin, limit_s = self._all_run, self._limits.running_s
+        return begin + limit_s - time.monotonic() if limit_s else WATCH_S
 
     def _too_late(self) -> Verdict | None:
         now, limits = time.monotonic(), self._limits

@@ -29,7 +29,7 @@ class Logs:
         self._api = api
         self._gates = [(gate.name, re.compile(gate.pattern)) for gate in gates]
         self._threads: dict[str, threading.Thread] = {}
-        self._ended: set[str] = set()
+        self._ended: dict[str, threading.Event] = {}
         self._printing = threading.Lock()
         self._parts: dict[int, str] = {}
         self._num_parts = 0
@@ -39,20 +39,22 @@ class Logs:
     def follow(self, pod: str) -> None:
         """Follow a pod whose container has started, unless it is followed already."""
         if pod not in self._threads:
+            self._ended.setdefault(pod, threading.Event())
             self._threads[pod] = threading.Thread(target=self._follow, args=(pod,), daemon=True)
             self._threads[pod].start()
 
     def has_ended(self, pod: str) -> None:
         """Nothing comes from this pod beyond what its log has now."""
-        self._ended.add(pod)
+        self._ended.setdefault(pod, threading.Event()).set()
 
     def drain(self, *, all_pods: bool, patience_s: float = DRAIN_S) -> None:
         """Wait for the last lines of pods that have ended, or of all pods, `patience_s` at most."""
         if all_pods:
-            self._ended |= set(self._threads)
+            for pod in self._threads:
+                self.has_ended(pod)
         deadline = time.monotonic() + patience_s
         for pod, thread in self._threads.items():
-            if pod in self._ended:
+            if self._ended[pod].is_set():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
@@ -63,9 +65,9 @@ class Logs:
     def _follow(self, pod: str) -> None:
         last = ("", "")
         since: datetime | None = None
-        pause = threading.Event()
+        ended = self._ended[pod]
         while True:
-            is_last, seen = pod in self._ended, last  # asked before the log is: what it has then is all
+            is_last, seen = ended.is_set(), last  # asked before the log is: what it has then is all
             for stamp, line in self._api.log(pod, since):
                 moment = _comparable(stamp)
                 if moment > seen:
@@ -75,7 +77,7 @@ class Logs:
                 return
             if last[0]:
                 since = datetime.fromisoformat(f"{last[0]}+00:00")
-            pause.wait(RECONNECT_S)
+            ended.wait(RECONNECT_S)
 
     def _take(self, line: str) -> None:
         if found := RESULT_LINE.fullmatch(line.rstrip()):

@@ -58,6 +58,11 @@ def has_ended(pod: Object) -> bool:
     return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
+def is_hopeless(pod: Object) -> bool:
+    """Whether the pod's container waits for what does not come."""
+    return _hopeless([pod]) is not None
+
+
 def why_pending(pod: Object) -> str:
     """Why a pod has not started, as the scheduler or the node says."""
     for each in pod.get("status", {}).get("conditions", ()):
