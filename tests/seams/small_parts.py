@@ -17,38 +17,24 @@ import torch.distributed as dist
 from refit.bench.exchange import gather
 from refit.bench.session import Session
 from refit.bench.sides import Side
-from refit.config.rows import Engine, Format, MeasurementKind
+from refit.config.rows import Engine, MeasurementKind
 from refit.config.scenario import Scenario
-from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
-from refit.errors import RefitError, UsageError
+from refit.errors import RefitError
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.models.forward_pass import ForwardPass
 from refit.models.sharded_model import WithoutSteps
 from refit.plan.box import Box
-from refit.plan.sharding import Sharding
-from refit.predict import megatron
 from refit.predict.sides import PlannedSides
 from refit.results.result import Result
 from refit.results.status import Status
 from refit.transport.base import Program, RunReport
 from refit.transport.ranks import Ranks
+from tests.seams.plain import predict_plain
 
 HERE = "tests.seams.small_parts"
 
-# --- A format: the tensors of a Megatron model as plain tensors, whole on every rank -------------------------------
-
-
-def predict_plain(model: ModelShape, side: SideSpec) -> Sharding:
-    """Every rank holds everything."""
-    alone = SideSpec(type(side.layout)(1, 1, 1, 1, 1), dtype=side.dtype)
-    whole = megatron.predict(model, alone)
-    return Sharding.from_ranks(dict.fromkeys(side.ranks, whole.of_rank(0)))
-
-
-def check_plain(model: ModelShape, side: SideSpec, name: str) -> None:
-    if side.layout.tp > 1:
-        raise UsageError(f"{name}: plain tensors are not split, TP is {side.layout.tp}: use 1")
+# --- A format: what builds that of tests/seams/plain.py -------------------------------------------------------------
 
 
 class PlainSide(WithoutSteps):
@@ -76,8 +62,6 @@ def build_plain(scenario: Scenario, name: str, side: SideSpec, device: torch.dev
         shards.append(LocalShard(shard.tensor, Box.whole(shard.tensor.shape), data, data))
     return PlainSide(LocalWeights(shards))
 
-
-PLAIN = Format(predict=f"{HERE}:predict_plain", check=f"{HERE}:check_plain", build=f"{HERE}:build_plain")
 
 # --- An engine: gathers the whole model on every rank, as naive refits do -------------------------------------------
 

@@ -20,7 +20,7 @@ from refit.errors import UsageError
 from refit.results.identity import differences
 from refit.results.result import Result, decoded_result, encoded, read_result
 from refit.transport.base import TransportOptions
-from tests.seams.small_parts import PLAIN
+from tests.seams.plain import PLAIN
 
 HERE = "tests.seams.test_options"
 

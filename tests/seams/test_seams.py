@@ -26,7 +26,8 @@ from refit.results.refit import speed_ratio
 from refit.results.result import ResultFile, read_result
 from refit.results.status import Status
 from tests.ranks.pool import RankPool
-from tests.seams.small_parts import COUNT, ENGINE_PARTS, LEFT_OUT, PLAIN, CountResult
+from tests.seams.plain import PLAIN
+from tests.seams.small_parts import COUNT, ENGINE_PARTS, LEFT_OUT, CountResult
 
 FLAGS = ["--model", "tiny", "--num-layers", "2", "--moe-layer-freq", "([0]*1+[1]*1)", "--vocab-size", "500"]
 FLAGS += ["--hidden-size", "64", "--ffn-hidden-size", "128", "--moe-ffn-hidden-size", "32", "--num-query-groups", "8"]
