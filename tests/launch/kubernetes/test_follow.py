@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -10,164 +9,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from refit.cli.parsing import parse
 from refit.commands import main
 from refit.launch.kubernetes import api
 from refit.launch.kubernetes.pod import result_lines
-from refit.results.result import encoded, read_result
 from tests.launch.kubernetes.cluster import Cluster, Object
 from tests.launch.kubernetes.needs import needs_client
+from tests.launch.kubernetes.site import (
+    Site,
+    fails,
+    flags_of,
+    hangs,
+    has_no_image,
+    has_no_nodes,
+    is_evicted,
+    is_short_of_memory,
+    passes,
+    result_text,
+    start_pods,
+)
 
 pytestmark = needs_client
-
-ROOT = Path(__file__).resolve().parents[3]
-SMALL = {"model": "tiny", "num-layers": 1, "moe-layer-freq": 1, "vocab-size": 512, "num-benchmark-iterations": 2}
-VALUES = "image: registry/refit:1\nresults: {claim: fsx, mount_path: /results}\ngpus_per_node: 2\n"
-
-
-def flags_of(cluster: Cluster, job: Object) -> list[str]:
-    return str(cluster.objects["configmaps", job["metadata"]["name"]]["data"]["flags"]).split()
-
-
-def result_text(flags: list[str]) -> bytes:
-    """The result of a run of these flags that has passed."""
-    (name,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--run-name="))
-    sample = {"iteration": 1, "warmup": False, "seconds_per_rank": [0.002], "slowest_rank": 0, "phases_s": {}}
-    sample |= {"unattributed_s": 0.002, "num_compared": 10, "num_wrong": 0}
-    summary = dict.fromkeys(("mean_s", "min_s", "max_s", "median_s", "p95_s", "cv", "drift"), 0.002)
-    engine = {"status": "ok", "samples": [sample], "summary": summary, "bottleneck_gb_per_s": 1.0}
-    result = {"schema_version": 3, "run_id": name, "status": "ok", "exit_code": 0}
-    result["scenario"] = json.loads(encoded(parse(flags).scenario))
-    result["measurements"] = {"refit": {"engines": {"refit": engine}}}
-    return json.dumps(result).encode()
-
-
-def start_pods(cluster: Cluster, job: Object) -> list[str]:
-    nodes = job["spec"]["completions"]
-    index = "batch.kubernetes.io/job-completion-index"
-    pods = [cluster.add_pod(job, node, {index: str(node)}) for node in range(nodes)]
-    for pod in pods:
-        cluster.run_pod(pod)
-    return pods
-
-
-def passes(cluster: Cluster, job: Object) -> None:
-    pods = start_pods(cluster, job)
-    for node, pod in enumerate(pods):
-        for rank in (0, 1):
-            cluster.say(pod, f"[rank{2 * node + rank}]:NCCL INFO Selected provider is efa, fabric is efa-direct")
-    for line in result_lines(result_text(flags_of(cluster, job))):
-        cluster.say(pods[0], line)
-    for pod in pods:
-        cluster.end_pod(pod, 0)
-    cluster.set_job(job, "Complete")
-
-
-def fails(cluster: Cluster, job: Object) -> None:
-    """The second pod's ranks fail; the controller ends the first one."""
-    pods = start_pods(cluster, job)
-    cluster.say(pods[1], "[rank3]:error: no such plan")
-    cluster.end_pod(pods[1], 1)
-    cluster.set_job(job, "Failed", "BackoffLimitExceeded", "Job has reached the specified backoff limit")
-    cluster.delete_pod(pods[0])
-
-
-def is_evicted(cluster: Cluster, job: Object) -> None:
-    pods = start_pods(cluster, job)
-    condition = {
-        "type": "DisruptionTarget",
-        "status": "True",
-        "reason": "DeletionByTaintManager",
-        "message": "node gone",
-    }
-    cluster.end_pod(pods[1], 137, conditions=[condition])
-    cluster.set_job(job, "Failed", "BackoffLimitExceeded")
-
-
-def is_short_of_memory(cluster: Cluster, job: Object) -> None:
-    pods = start_pods(cluster, job)
-    cluster.end_pod(pods[0], 137, "OOMKilled")
-    cluster.set_job(job, "Failed", "BackoffLimitExceeded")
-
-
-def has_no_image(cluster: Cluster, job: Object) -> None:
-    pod = cluster.add_pod(job, 0)
-    cluster.set_pod(pod, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}})
-
-
-def has_no_nodes(cluster: Cluster, job: Object) -> None:
-    pod = cluster.add_pod(job, 0)
-    reason = {
-        "type": "PodScheduled",
-        "status": "False",
-        "reason": "Unschedulable",
-        "message": "0/0 nodes are available",
-    }
-    cluster.set_pod(pod, "Pending", conditions=[reason])
-
-
-def hangs(cluster: Cluster, job: Object) -> None:
-    start_pods(cluster, job)
-
-
-class Site:
-    """A folder with values and a kubeconfig for a cluster."""
-
-    def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, behave: Callable[[Cluster, Object], None]
-    ) -> None:
-        self.folder, self.cluster = folder, Cluster(behave)
-        monkeypatch.setenv("KUBECONFIG", str(self.cluster.kubeconfig(folder / "kubeconfig")))
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        self.values("")
-
-    def values(self, more: str) -> None:
-        (self.folder / "site.yaml").write_text(VALUES + more)
-
-    @property
-    def launcher(self) -> list[str]:
-        return ["--launcher", "kubernetes", "--values", str(self.folder / "site.yaml")]
-
-    def chosen(self, *names: str) -> list[str]:
-        """Scenarios of four ranks: two nodes of two."""
-        lines = [f"2:1:2:1:non-collocated:gloo:{name}" for name in names]
-        path = self.folder / "list.yaml"
-        path.write_text(json.dumps({"title": "Own", "defaults": SMALL, "scenarios": lines}))
-        return ["--scenarios", str(path)]
-
-    def words(self, step: str, *names: str, run_id: str = "run") -> list[str]:
-        output = ["--output-dir", str(self.folder / "out")]
-        chosen = [*self.chosen(*names), "--run-id", run_id] if names else ["--resume", run_id]
-        return ["sweep", step, *self.launcher, *chosen, *output]
-
-    def log(self, stem: str) -> str:
-        return (self.folder / f"out/logs/{stem}.log").read_text()
-
-    def result(self, stem: str) -> Any:
-        return read_result(self.folder / f"out/logs/{stem}.json")
-
-    @property
-    def left(self) -> list[str]:
-        return [name for _, name in self.cluster.objects]
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Site]]:
-    made: list[Site] = []
-
-    def make(behave: Any) -> Site:
-        made.append(Site(tmp_path, monkeypatch, behave))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.cluster.close()
 
 
 def test_scenarios_run_in_turn_and_their_results_are_collected(site: Any, capfd: pytest.CaptureFixture[str]) -> None:
@@ -301,52 +166,6 @@ def values_of(here: Site) -> Any:
     return load_values(here.folder / "site.yaml")
 
 
-def test_jobs_are_submitted_at_once_and_waited_for_later(site: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    here = site(passes)
-    assert main(here.words("submit", "a", "b")) == 0
-    output = capfd.readouterr().out
-    assert re.search(
-        r"^a: Job run-a\nb: Job run-b\nWait for them with: .* sweep run --resume run ", output, re.MULTILINE
-    )
-    assert here.cluster.names("jobs") == ["run-a", "run-b"]
-    assert main(here.words("submit")) == 0
-    assert capfd.readouterr().out.startswith("a: submitted already\nb: submitted already\n")
-    assert main(here.words("run")) == 0
-    assert [here.result(stem).status for stem in ("run_a", "run_b")] == ["ok", "ok"]
-    assert "# going on with Job run-a" in here.log("run_a")
-    assert here.left == []
-    assert main(["sweep", "cancel", "run", *here.launcher]) == 2
-    assert "run 'run' has no jobs" in capfd.readouterr().err
-
-
-def test_of_two_submitters_the_second_is_refused(site: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    here = site(hangs)
-    assert main(here.words("submit", "a")) == 0
-    other = here.words("submit", "a")
-    other[other.index("--output-dir") + 1] = str(here.folder / "elsewhere")
-    assert main(other) == 2
-    assert "run-a is there already, from another submitter: `refit sweep cancel run" in capfd.readouterr().err
-    assert sorted(here.left) == ["run-a"] * 3, "the first one's are untouched"
-    assert main(["sweep", "cancel", "run", *here.launcher]) == 0
-    assert "deleted Job run-a" in capfd.readouterr().out
-    assert here.left == []
-    assert not here.cluster.pods
-
-
-def test_two_submitters_at_once(site: Any) -> None:
-    """Both find nothing there; one creates, the other is told so."""
-    here = site(hangs)
-    words = [here.words("submit", "a") for _ in range(2)]
-    words[1][words[1].index("--output-dir") + 1] = str(here.folder / "elsewhere")
-    run = [
-        subprocess.Popen([sys.executable, "-m", "refit", *each], stderr=subprocess.PIPE, text=True) for each in words
-    ]
-    errors = [process.communicate(timeout=60)[1] for process in run]
-    assert sorted(process.returncode for process in run) == [0, 2], errors
-    assert sum("from another submitter" in error for error in errors) == 1
-    assert sorted(here.left) == ["run-a"] * 3
-
-
 def test_a_signal_ends_the_pods(site: Any) -> None:
     here = site(hangs)
     words = [sys.executable, "-m", "refit", *here.words("run", "a")]
@@ -358,75 +177,3 @@ def test_a_signal_ends_the_pods(site: Any) -> None:
     assert here.left == []
     assert not here.cluster.pods
     assert here.result("run_a").failure.message == "cancelled"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "values", "message"),
-    [
-        ([], "image: ''\n", "image is missing"),
-        (["--kind", "Deployment"], "", "unknown kind 'Deployment': choose one of Job, PyTorchJob, TrainJob, JobSet"),
-        (["--cluster", "h100_efa"], "gpus_per_node: 16\n", "gpus_per_node is 16, a node of h100_efa has 8: lower it"),
-        (["--gpus-per-node", "4"], "", "--gpus-per-node is 4, the values say 2"),
-        (["--cpu-fallback"], "", "--cpu-fallback plans for the CPUs of this machine, not for pods"),
-        (["--run-id", "a" * 60], "", "has 62 characters, 55 are the most for a Job"),
-        (["--kind", "TrainJob"], "host_network: true\n", "host_network cannot be set in a TrainJob"),
-    ],
-)
-@pytest.mark.parametrize("step", ["run", "submit"])
-def test_bad_input_is_refused_before_anything_is_sent(
-    site: Any, capfd: pytest.CaptureFixture[str], step: str, arguments: list[str], values: str, message: str
-) -> None:
-    here = site(hangs)
-    lines = [line for line in VALUES.splitlines() if line.partition(":")[0] not in values or not values]
-    (here.folder / "site.yaml").write_text("\n".join(lines) + f"\n{values}")
-    words = here.words(step, "a")
-    if "--run-id" in arguments:
-        del words[words.index("--run-id") : words.index("--run-id") + 2]
-    assert main([*words, *arguments]) == 2
-    error = capfd.readouterr().err
-    assert message in error
-    assert len([line for line in error.splitlines() if line.startswith("error")]) == 1
-    assert here.cluster.requests == []
-    assert not list((here.folder / "out").rglob("*.json"))
-
-
-def test_a_kind_that_the_cluster_lacks_and_flags_of_another_launcher(
-    site: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
-    here = site(hangs)
-    here.cluster.kinds = ("jobs",)
-    assert main([*here.words("submit", "a"), "--kind", "JobSet"]) == 2
-    assert (
-        "the cluster has no jobsets.jobset.x-k8s.io: install the operator, or take --kind Job" in capfd.readouterr().err
-    )
-    assert here.left == []
-    words = ["sweep", "run", "--launcher", "local", "--kind", "Job", *here.chosen("a"), "--num-gpus", "4"]
-    assert main([*words, "--output-dir", str(here.folder / "out2")]) == 2
-    assert "--kind goes with --launcher kubernetes, not with local" in capfd.readouterr().err
-    assert main(["sweep", "cancel", "run", "--launcher", "slurm"]) == 2
-    assert "jobs of Slurm with scancel" in capfd.readouterr().err
-
-
-def test_a_dry_run_prints_manifests_and_sends_nothing(site: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    here = site(hangs)
-    assert main(["sweep", "submit", *here.launcher, *here.chosen("a"), "--dry-run"]) == 0
-    assert capfd.readouterr().out.count("\nkind: Job\n") == 1
-    assert here.cluster.requests == []
-
-
-def test_files_of_this_machine_travel_with_the_scenario(site: Any) -> None:
-    here = site(passes)
-    model = here.folder / "mine.yaml"
-    model.write_text((ROOT / "configs/models/tiny.yaml").read_text())
-    seen: list[Object] = []
-    here.cluster.behave = lambda cluster, job: seen.append(
-        dict(cluster.objects["configmaps", job["metadata"]["name"]]["data"])
-    )
-    words = ["sweep", "submit", *here.launcher, *here.chosen("a"), "--run-id", "run"]
-    path = here.folder / "list.yaml"
-    path.write_text(path.read_text().replace('"tiny"', f'"{model}"'))
-    assert main([*words, "--output-dir", str(here.folder / "out")]) == 0
-    here.cluster.wait(lambda: bool(seen))
-    assert seen[0]["mine.yaml"] == model.read_text()
-    assert "--model=/mnt/refit/mine.yaml" in seen[0]["flags"].splitlines()
-    assert "--output-dir=/results/run" in seen[0]["flags"].splitlines()
