@@ -133,7 +133,7 @@ def test_the_api_may_be_away_for_a_while(site: Any) -> None:
         cluster.say(pods[0], "[rank0]:before")
         time.sleep(0.3)
         cluster.is_away = True
-        time.sleep(2.0)
+        time.sleep(1.0)
         cluster.forgets = 1000
         cluster.is_away = False
         cluster.say(pods[0], "[rank0]:after", *result_lines(result_text(flags_of(cluster, job))))
