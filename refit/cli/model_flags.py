@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from refit.cli import flag_types
+from refit.cli.delta_net_flags import DELTA_NET_FLAGS, add_delta_net_flags, delta_net
 from refit.cli.flag_parser import FlagParser
 from refit.config import limits, yaml_files
 from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
@@ -24,6 +25,7 @@ EXPERT_FLAGS = (
     "moe_layer_freq",
     "moe_router_enable_expert_bias",
     "moe_grouped_gemm",
+    "moe_shared_expert_gate",
 )
 NORM_FLAGS = ("qk_norm_over_heads",)
 SINKS = "learnable contradicts --multi-latent-attention: leave one of them out"
@@ -36,6 +38,7 @@ def add_model_flags(parser: FlagParser) -> None:
     _add_style_flags(parser)
     _add_expert_flags(parser)
     _add_latent_attention_flags(parser)
+    add_delta_net_flags(parser)
 
 
 def _add_size_flags(parser: FlagParser) -> None:
@@ -101,6 +104,9 @@ def _add_style_flags(parser: FlagParser) -> None:
         help="norms of queries and keys over all heads together, as in MiniMax-M2",
     )
     group.add_argument(
+        "--attention-output-gate", action="store_true", help="a gate on every value of attention, as in Qwen3-Next"
+    )
+    group.add_argument(
         "--transformer-impl",
         choices=("local", "transformer_engine"),
         help="layers of Megatron-Core sides; default: local",
@@ -131,6 +137,9 @@ def _add_expert_flags(parser: FlagParser) -> None:
     )
     group.add_argument(
         "--moe-router-enable-expert-bias", action="store_true", help="an expert bias in the router, in float32"
+    )
+    group.add_argument(
+        "--moe-shared-expert-gate", action="store_true", help="a gate that weighs the shared experts, as in Qwen3-Next"
     )
     group.add_argument("--moe-grouped-gemm", action="store_true", help="experts as a grouped GEMM, not one MLP each")
 
@@ -183,6 +192,8 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         qk_norm_over_heads=args.qk_norm_over_heads,
         attention_sinks=args.softmax_type == "learnable",
         quick_geglu=args.quick_geglu,
+        delta_net=delta_net(args),
+        attention_output_gate=args.attention_output_gate,
     )
 
 
@@ -219,6 +230,18 @@ def _check_contradictions(args: argparse.Namespace) -> None:
         ),
         (not (args.multi_latent_attention and args.softmax_type == "learnable"), ("softmax_type",), SINKS),
         (not args.swiglu, ("quick_geglu",), "contradicts --swiglu: give one of them"),
+        (args.experimental_attention_variant, DELTA_NET_FLAGS, "needs --experimental-attention-variant"),
+        (
+            not (args.multi_latent_attention and args.experimental_attention_variant),
+            ("experimental_attention_variant",),
+            "contradicts --multi-latent-attention: leave one of them out",
+        ),
+        (not args.multi_latent_attention, ("attention_output_gate",), "contradicts --multi-latent-attention"),
+        (
+            args.moe_shared_expert_intermediate_size,
+            ("moe_shared_expert_gate",),
+            "needs --moe-shared-expert-intermediate-size",
+        ),
         (args.qk_layernorm, NORM_FLAGS, "needs --qk-layernorm"),
         (args.normalization == "RMSNorm", NORM_FLAGS, "needs --normalization RMSNorm"),
         (not args.multi_latent_attention, NORM_FLAGS, "contradicts --multi-latent-attention, which has latent norms"),
@@ -277,6 +300,7 @@ def _experts(args: argparse.Namespace, ffn: int) -> Experts | None:
         expert_bias=args.moe_router_enable_expert_bias,
         grouped_gemm=args.moe_grouped_gemm,
         latent_size=args.moe_latent_size,
+        shared_gate=args.moe_shared_expert_gate,
     )
 
 

@@ -40,6 +40,39 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Gated delta nets (arXiv:2412.06464), linear attention as in Qwen3-Next."""
+
+    num_key_heads: int
+    key_head_dim: int
+    num_value_heads: int
+    """A multiple of the key heads, each of which serves as many of them."""
+    value_head_dim: int
+    conv_kernel_dim: int
+    """Tokens that are convolved."""
+    layers: tuple[bool, ...]
+    """Whether layer i has one in place of attention."""
+
+    @property
+    def key_width(self) -> int:
+        """Of the queries of all heads together, and of the keys."""
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Of the values of all heads together, and of their gates."""
+        return self.num_value_heads * self.value_head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What decides which tensors a decoder layer has: routed experts or a dense MLP, a delta net or attention."""
+
+    routed: bool
+    delta_net: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """The mixture of experts."""
 
@@ -53,6 +86,8 @@ class Experts:
     grouped_gemm: bool
     latent_size: int | None = None
     """The width that routed experts work in, between two projections; None is the model's own."""
+    shared_gate: bool = False
+    """Each token weighs what the shared experts add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +124,22 @@ class ModelShape:
     """Every head has a learned score that no value belongs to (gpt-oss)."""
     quick_geglu: bool = False
     """MLPs have gpt-oss's activation."""
+    delta_net: DeltaNet | None = None
+    attention_output_gate: bool = False
+    """Each value of a head's output has a gate (Qwen3-Next)."""
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """That of every decoder layer."""
+        none = (False,) * self.num_layers
+        routed = self.experts.layers if self.experts is not None else none
+        delta_net = self.delta_net.layers if self.delta_net is not None else none
+        return tuple(LayerKind(*each) for each in zip(routed, delta_net, strict=True))
+
+    @property
+    def norms_add_one(self) -> bool:
+        """Whether norms multiply by 1 + their weights: those of models with delta nets, but for the nets' own."""
+        return self.delta_net is not None
 
     @property
     def norm_epsilon(self) -> float:

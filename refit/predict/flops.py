@@ -8,7 +8,7 @@ those that a token is routed to count. Causal attention is counted at half of th
 
 from __future__ import annotations
 
-from refit.config.shape import LatentAttention, ModelShape
+from refit.config.shape import DeltaNet, LatentAttention, ModelShape
 
 BACKWARD = 2
 """Operations of the backward pass over those of the forward pass."""
@@ -32,14 +32,29 @@ def train_flops(shape: ModelShape, num_sequences: int, seq_length: int) -> float
 
 def _layer(shape: ModelShape, layer: int, seq_length: int) -> int:
     """Operations of a decoder layer for one token."""
+    net = shape.delta_net
+    if net is not None and net.layers[layer]:
+        return 2 * (_delta_net_weights(shape.hidden_size, net) + _mlp_weights(shape, layer)) + delta_rule_flops(net)
     return 2 * (_attention_weights(shape) + _mlp_weights(shape, layer)) + _attention_scores(shape, seq_length)
+
+
+def _delta_net_weights(hidden: int, net: DeltaNet) -> int:
+    """Elements of the projections and of the convolution that a token is multiplied with."""
+    convolved = net.conv_kernel_dim * (2 * net.key_width + net.value_width)
+    return hidden * (2 * net.key_width + 3 * net.value_width + 2 * net.num_value_heads) + convolved
+
+
+def delta_rule_flops(net: DeltaNet) -> int:
+    """Operations of the recurrence for one token: each value head's state is read with the key and with the query, and
+    gets the product of key and change (arXiv:2412.06464, equation 10)."""
+    return 3 * 2 * net.num_value_heads * net.key_head_dim * net.value_head_dim
 
 
 def _attention_weights(shape: ModelShape) -> int:
     """Elements of the projections that a token is multiplied with."""
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     if shape.mla is None:
-        return hidden * shape.kv_channels * (2 * heads + 2 * shape.num_query_groups)
+        return hidden * shape.kv_channels * ((2 + shape.attention_output_gate) * heads + 2 * shape.num_query_groups)
     mla = shape.mla
     query_width = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim)
     queries = hidden * query_width if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + query_width)
@@ -68,5 +83,5 @@ def _mlp_weights(shape: ModelShape, layer: int) -> int:
     width = experts.latent_size or hidden
     routed = experts.topk * matrices * width * experts.ffn_hidden_size
     latent = 2 * hidden * experts.latent_size if experts.latent_size else 0
-    shared = matrices * hidden * (experts.shared_ffn_hidden_size or 0)
+    shared = matrices * hidden * (experts.shared_ffn_hidden_size or 0) + hidden * experts.shared_gate
     return routed + latent + shared + hidden * experts.num_experts

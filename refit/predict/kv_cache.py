@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from refit.config.layout import Layout
-from refit.config.shape import ModelShape
+from refit.config.shape import DeltaNet, ModelShape
 
 CACHE_ITEMSIZE = 2
 """Bytes of one cached element: BF16."""
 
 
 def kv_bytes_per_token(shape: ModelShape, layout: Layout) -> int:
-    """Bytes of cache per token on the GPU of the pipeline stage with the most layers.
+    """Bytes of cache per token on the GPU of the pipeline stage with the most layers that have attention.
 
+    The states of delta nets do not grow with a sequence, and are not counted.
     Multi-latent attention caches the latent and the rotary key, whole on every TP rank (DeepSeek-V2, arXiv:2405.04434,
     table 1). Otherwise each TP rank caches keys and values of its query groups, of at least one.
     """
-    return _most_layers(layout, shape.num_layers) * kv_bytes_of_layer(shape, layout.tp)
+    return _most_layers(layout, shape) * kv_bytes_of_layer(shape, layout.tp)
 
 
 def kv_bytes_of_layer(shape: ModelShape, tp: int) -> int:
@@ -25,8 +26,17 @@ def kv_bytes_of_layer(shape: ModelShape, tp: int) -> int:
     return 2 * max(1, shape.num_query_groups // tp) * shape.kv_channels * CACHE_ITEMSIZE
 
 
-def _most_layers(layout: Layout, num_layers: int) -> int:
-    """The layers of the largest stage. What PP does not divide makes some stages one layer larger."""
+def delta_state_bytes(net: DeltaNet, tp: int) -> float:
+    """Bytes of a delta net's state of one sequence on a GPU."""
+    return net.num_value_heads / tp * net.key_head_dim * net.value_head_dim * CACHE_ITEMSIZE
+
+
+def _most_layers(layout: Layout, shape: ModelShape) -> int:
+    """The layers with attention of the stage that has most. What PP does not divide makes some stages one layer larger,
+    wherever they are."""
+    cached = [not kind.delta_net for kind in shape.kinds]
     if (layout.chunk_sizes, layout.first_stage_layers, layout.last_stage_layers) == (None, None, None):
-        return -(-num_layers // layout.pp)
-    return max(sum(map(len, chunks)) for chunks in layout.chunk_layers(num_layers))
+        size = -(-shape.num_layers // layout.pp)
+        return max(sum(cached[begin : begin + size]) for begin in range(shape.num_layers - size + 1))
+    stages = layout.chunk_layers(shape.num_layers)
+    return max(sum(cached[layer] for chunk in chunks for layer in chunk) for chunks in stages)

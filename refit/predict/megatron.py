@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from refit.config.layout import Coordinates, Layout
-from refit.config.shape import Experts, LatentAttention, ModelShape
+from refit.config.shape import DeltaNet, Experts, LatentAttention, LayerKind, ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box, coalesce
@@ -68,17 +68,17 @@ def predict(shape: ModelShape, side: SideSpec) -> Sharding:
     for entry in embedding_tensors(shape, layout.tp):
         # Each stage with a word embedding has all of it. Position embeddings are on the first only.
         add(entry.name, entry, *([stages[number] for number in with_words] if entry.padded else [first]))
-    kinds = {routed: layer_tensors(shape, routed, side.transformer_impl) for routed in (False, True)}
-    routed = shape.experts.layers if shape.experts is not None else (False,) * shape.num_layers
+    kinds = shape.kinds
+    tensors_of = {kind: layer_tensors(shape, kind, side.transformer_impl) for kind in dict.fromkeys(kinds)}
     for stage, chunks in zip(stages, layout.chunk_layers(shape.num_layers), strict=True):
         for layer in itertools.chain(*chunks):
-            for entry in kinds[routed[layer]]:
+            for entry in tensors_of[kinds[layer]]:
                 add(f"decoder.layers.{layer}.{entry.name}", entry, stage)
     norm_stage = stages[layout.final_norm_stage(shape.num_layers, shape.mtp_num_layers)]
     for entry in output_tensors(shape, layout.tp):
         add(entry.name, entry, last if entry.padded else norm_stage)
     for depth in range(shape.mtp_num_layers):
-        for entry in token_prediction_tensors(shape, kinds[routed[-1]]):
+        for entry in token_prediction_tensors(shape, tensors_of[kinds[-1]]):
             add(f"mtp.layers.{depth}.{entry.name}", entry, stages[layout.prediction_chunk % layout.pp])
     return Sharding(tuple(layout.ranks), tensors, by_key)
 
@@ -116,17 +116,19 @@ def output_tensors(shape: ModelShape, tp: int) -> list[Entry]:
     return entries
 
 
-def layer_tensors(shape: ModelShape, routed: bool, transformer_impl: str) -> tuple[Entry, ...]:
-    """One decoder layer, with routed experts or a dense MLP."""
+def layer_tensors(shape: ModelShape, kind: LayerKind, transformer_impl: str) -> tuple[Entry, ...]:
+    """One decoder layer of this kind."""
     entries = [
         *_norm("input_layernorm", shape.hidden_size, shape),
         *_norm("pre_mlp_layernorm", shape.hidden_size, shape),
     ]
-    if shape.mla is None:
+    if kind.delta_net and shape.delta_net is not None:
+        entries += _gated_delta_net(shape, shape.delta_net)
+    elif shape.mla is None:
         entries += _grouped_query_attention(shape)
     else:
         entries += _latent_attention(shape, shape.mla, transformer_impl)
-    if routed and shape.experts is not None:
+    if kind.routed and shape.experts is not None:
         entries += _mixture_of_experts(shape, shape.experts)
     else:
         entries += _mlp("mlp", shape.hidden_size, shape.ffn_hidden_size, shape)
@@ -157,9 +159,10 @@ def _linear(name: str, rows: int, columns: int, split: Split, bias: bool = False
 
 
 def _grouped_query_attention(shape: ModelShape) -> Iterator[Entry]:
-    """Rows of linear_qkv lie group by group, [queries of the group; key; value]: equal parts, whatever TP is."""
+    """Rows of linear_qkv lie group by group, [queries of the group; key; value]: equal parts, whatever TP is. Output
+    gates, where there are any, follow a group's queries."""
     heads, size, hidden = shape.num_attention_heads, shape.kv_channels, shape.hidden_size
-    rows = (heads + 2 * shape.num_query_groups) * size
+    rows = (heads * (1 + shape.attention_output_gate) + 2 * shape.num_query_groups) * size
     attention = "self_attention"
     yield from _linear(
         f"{attention}.linear_qkv", rows, hidden, Split.COLUMN, shape.add_bias_linear or shape.add_qkv_bias
@@ -197,6 +200,22 @@ def _latent_attention(shape: ModelShape, mla: LatentAttention, transformer_impl:
     yield from _linear(f"{attention}.linear_proj", hidden, heads * mla.v_head_dim, Split.ROW, shape.add_bias_linear)
 
 
+def _gated_delta_net(shape: ModelShape, net: DeltaNet) -> Iterator[Entry]:
+    """Megatron's `in_proj` has the rows of six projections, one behind another, `conv1d` those of three. TP cuts each
+    of them, so that each is a tensor here, as in checkpoints."""
+    attention, keys, values = "self_attention", net.key_width, net.value_width
+    widths = {"query": keys, "key": keys, "value": values}
+    others = {"z": values, "beta": net.num_value_heads, "alpha": net.num_value_heads}
+    for name, width in {**widths, **others}.items():
+        yield from _linear(f"{attention}.in_proj.{name}", width, shape.hidden_size, Split.COLUMN)
+    for name, width in widths.items():
+        yield Entry(f"{attention}.conv1d.{name}.weight", (width, 1, net.conv_kernel_dim), Split.COLUMN)
+    for name in ("dt_bias", "A_log"):
+        yield Entry(f"{attention}.{name}", (net.num_value_heads,), Split.COLUMN)
+    yield from _norm(f"{attention}.out_norm", net.value_head_dim, shape)
+    yield from _linear(f"{attention}.out_proj", shape.hidden_size, values, Split.ROW)
+
+
 def _mlp(name: str, width: int, ffn: int, shape: ModelShape) -> Iterator[Entry]:
     """An MLP from `width` to `ffn` and back."""
     first = (2 * ffn, Split.GATED) if shape.swiglu else (ffn, Split.COLUMN)
@@ -218,6 +237,8 @@ def _mixture_of_experts(shape: ModelShape, experts: Experts) -> Iterator[Entry]:
         yield Entry(one.name, (count, *one.shape), one.split, routed=True)
     if experts.shared_ffn_hidden_size is not None:
         yield from _mlp("mlp.shared_experts", hidden, experts.shared_ffn_hidden_size, shape)
+        if experts.shared_gate:
+            yield Entry("mlp.shared_experts.gate_weight", (1, hidden), Split.REPLICATED)
 
 
 # --- Which rank holds what ---------------------------------------------------------------------------------------

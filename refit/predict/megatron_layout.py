@@ -32,6 +32,8 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             (experts.ffn_hidden_size, layout.etp, "expert FFN hidden size", "ETP size"),
             (experts.shared_ffn_hidden_size or tp, tp, "shared expert FFN hidden size", "TP size"),
         ]
+    if shape.delta_net is not None:
+        divisible.append((shape.delta_net.num_key_heads, tp, "key heads of delta nets", "TP size"))
     if shape.mtp_num_layers:
         divisible.append((shape.hidden_size, tp, "hidden size, of multi-token prediction,", "TP size"))
     for number, divisor, what, by in divisible:
@@ -70,6 +72,12 @@ def _check_token_prediction(shape: ModelShape, layout: Layout, name: str) -> Non
         # The rule of Megatron-LM's arguments.py.
         raise UsageError(
             f"{name}: {shape.mtp_num_layers} multi-token prediction layers need --position-embedding-type rope or none"
+        )
+    if shape.kinds[-1].delta_net:
+        raise UsageError(
+            f"{name}: Megatron-Core predicts tokens with attention only, and the last layer, whose kind its "
+            f"{shape.mtp_num_layers} multi-token prediction layers are of, has a delta net: change "
+            "--linear-attention-freq, or give --mtp-num-layers 0"
         )
     chunk, remedy = layout.prediction_chunk, "give --untie-embeddings-and-output-weights or set PP to 1"
     if shape.tied_embeddings and layout.pp > 1 and chunk == layout.pp * layout.vpp - 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from refit.config.quantisation import CODES_DTYPE, Quantisation
-from refit.config.shape import ModelShape
+from refit.config.shape import LayerKind, ModelShape
 from refit.config.side import SideSpec
 from refit.plan.box import Box
 from refit.plan.quantised import Grid
@@ -159,19 +159,19 @@ def _of_megatron_stage(shape: ModelShape, side: SideSpec, number: int, layers: l
     for entry in megatron.embedding_tensors(shape, layout.tp):
         if number in with_words if entry.padded else number == 0:
             yield counted("", entry)
-    is_routed = shape.experts.layers if shape.experts is not None else (False,) * shape.num_layers
-    for routed in (False, True):
-        alike = [layer for layer in layers if is_routed[layer] is routed]
-        if alike:
-            for entry in megatron.layer_tensors(shape, routed, side.transformer_impl):
-                yield counted(f"decoder.layers.{alike[0]}.", entry, len(alike))
+    kinds: dict[LayerKind, list[int]] = {}
+    for layer in layers:
+        kinds.setdefault(shape.kinds[layer], []).append(layer)
+    for kind, alike in kinds.items():
+        for entry in megatron.layer_tensors(shape, kind, side.transformer_impl):
+            yield counted(f"decoder.layers.{alike[0]}.", entry, len(alike))
     norm_stage = layout.final_norm_stage(shape.num_layers, shape.mtp_num_layers)
     for entry in megatron.output_tensors(shape, layout.tp):
         if number == (layout.pp - 1 if entry.padded else norm_stage):
             yield counted("", entry)
     if shape.mtp_num_layers and number == layout.prediction_chunk % layout.pp:
-        kind = megatron.layer_tensors(shape, is_routed[-1], side.transformer_impl)
-        for entry in megatron.token_prediction_tensors(shape, kind):
+        last = megatron.layer_tensors(shape, shape.kinds[-1], side.transformer_impl)
+        for entry in megatron.token_prediction_tensors(shape, last):
             # Its experts are no slots of a layer that decodes: all those of the rank are counted together.
             one = counted("mtp.layers.0.", entry, shape.mtp_num_layers)
             count = shape.experts.num_experts // layout.ep if entry.routed and shape.experts is not None else 1

@@ -15,7 +15,8 @@ from refit.config.clusters import Cluster
 from refit.config.routing import UNIFORM, Routing
 from refit.config.shape import Dtype, ModelShape
 from refit.plan.sharding import ITEMSIZE
-from refit.predict.kv_cache import kv_bytes_of_layer
+from refit.predict.flops import delta_rule_flops
+from refit.predict.kv_cache import delta_state_bytes, kv_bytes_of_layer
 from refit.predict.serving.experts import Slots
 from refit.predict.serving.held import ATTENTION, DENSE, OUTPUT, ROUTED, SHARED, Part, parts_of
 from refit.predict.serving.layout import Served, Stage
@@ -151,7 +152,8 @@ class Serving:
                 yield timed
 
     def _over_cache(self, work: Pass, stage: Stage) -> Term:
-        """Scores and weighted values. A decode step of latent attention works on the latent (DeepSeek-V2, 2.1)."""
+        """Scores and weighted values, and the states of delta nets. A decode step of latent attention works on the
+        latent (DeepSeek-V2, 2.1)."""
         shape, heads = self.shape, self.shape.num_attention_heads / self.served.tp
         if shape.mla is None:
             widths = 2 * shape.kv_channels
@@ -159,9 +161,14 @@ class Serving:
             widths = 2 * shape.mla.kv_lora_rank + shape.mla.qk_pos_emb_head_dim
         else:
             widths = shape.mla.qk_head_dim + shape.mla.qk_pos_emb_head_dim + shape.mla.v_head_dim
-        layers = len(stage.layers)
+        nets = sum(shape.kinds[layer].delta_net for layer in stage.layers)
+        layers = len(stage.layers) - nets
         nbytes = work.sequences * max(work.cached, work.new) * kv_bytes_of_layer(shape, self.served.tp) * layers
-        return Term(CACHE, nbytes, other_flops=2 * heads * widths * work.pairs * layers)
+        flops = 2 * heads * widths * work.pairs * layers
+        if shape.delta_net is not None:
+            nbytes += work.sequences * delta_state_bytes(shape.delta_net, self.served.tp) * nets
+            flops += work.tokens * delta_rule_flops(shape.delta_net) / self.served.tp * nets
+        return Term(CACHE, nbytes, other_flops=flops)
 
     def _experts(self, work: Pass, stage: Stage, routed: Sequence[int], expert: Part) -> tuple[Term, Term]:
         """Those that are hit, on the rank where they take longest, layer by layer; and the way there and back."""
