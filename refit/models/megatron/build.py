@@ -27,13 +27,14 @@ from refit.config.shape import (
     GEGLU_LIMIT,
     GEGLU_OFFSET,
     ROTARY_BASE,
+    DeltaNet,
     Experts,
     ModelShape,
 )
 from refit.config.side import SideSpec
 from refit.config.steps import StepSettings
 from refit.errors import UnavailableError, UsageError
-from refit.models.megatron import compat, compat_steps
+from refit.models.megatron import compat, compat_steps, delta_nets
 from refit.models.megatron.layers import CoreAttention, DuplicatedLinear, GroupedExperts, KeyNorm, QueryNorm
 
 
@@ -81,6 +82,7 @@ def build_model(
     with (
         compat.running_on(groups, device, layout.vpp),
         compat_steps.trainable_on(device),
+        delta_nets.norms_add_one(),
         compat_steps.norms_know_sequence_parallel(),
     ):
         chunks = tuple(_build_chunk(shape, side, groups, number, steps) for number in range(layout.vpp))
@@ -119,6 +121,11 @@ def _build_chunk(
         for layer in layers.layer_specs:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
+    if shape.delta_net is not None:
+        held = layout.chunk_layers(shape.num_layers)[stage][number] or (shape.num_layers - 1,)
+        nets = [shape.delta_net.layers[layer] for layer in held]
+        layers = delta_nets.in_place_of_attention(layers, nets, config, local)
+        spec = layers if spec.layer_specs else spec
     mtp_spec = None
     if predicts:
         mtp_spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=not local, **place)
@@ -182,6 +189,8 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
         "activation_func": quick_gelu if shape.quick_geglu else F.silu if shape.swiglu else F.gelu,
         "add_bias_linear": shape.add_bias_linear,
         "add_qkv_bias": shape.add_qkv_bias,
+        "attention_output_gate": shape.attention_output_gate,
+        "layernorm_zero_centered_gamma": shape.norms_add_one,
         "qk_layernorm": shape.qk_layernorm,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -204,6 +213,8 @@ def transformer_config(shape: ModelShape, side: SideSpec, steps: StepSettings | 
             "window_size": (ATTENTION_WINDOW - 1, 0),
             "window_attn_skip_freq": 2,
         }
+    if shape.delta_net is not None:
+        values |= _delta_net_fields(shape.delta_net)
     if shape.mtp_num_layers:
         values["mtp_num_layers"] = shape.mtp_num_layers
     values.update(_stage_fields(layout, shape.mtp_num_layers))
@@ -298,6 +309,17 @@ def _without_initialisation() -> dict[str, object]:
     return {"use_cpu_initialization": False, "perform_initialization": True, **dict.fromkeys(methods, keep)}
 
 
+def _delta_net_fields(net: DeltaNet) -> dict[str, object]:
+    # Not `experimental_attention_variant`: with it, Megatron's block specs refuse local layers.
+    return {
+        "linear_num_key_heads": net.num_key_heads,
+        "linear_key_head_dim": net.key_head_dim,
+        "linear_num_value_heads": net.num_value_heads,
+        "linear_value_head_dim": net.value_head_dim,
+        "linear_conv_kernel_dim": net.conv_kernel_dim,
+    }
+
+
 def _expert_fields(experts: Experts, softmax_over_all: bool) -> dict[str, object]:
     # Weights do not depend on the dispatcher. That of a step replaces this one.
     return {
@@ -313,4 +335,5 @@ def _expert_fields(experts: Experts, softmax_over_all: bool) -> dict[str, object
         "moe_token_dispatcher_type": "allgather",
         "moe_grouped_gemm": experts.grouped_gemm,
         "moe_latent_size": experts.latent_size,
+        "moe_shared_expert_gate": experts.shared_gate,
     }

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from refit.config.shape import ModelShape
 from refit.errors import UnavailableError
+from refit.models.megatron import delta_nets
 from refit.models.megatron.groups import in_parallel_state
 
 
@@ -43,6 +44,7 @@ def ready_megatron() -> None:
         for name in ("models.gpt.gpt_layer_specs", "models.gpt.gpt_model", "resharding.refit"):
             importlib.import_module(f"megatron.core.{name}")
     _name_missing_transformer_engine()
+    delta_nets.run_without_kernels()
 
 
 def megatron_version() -> tuple[int, ...]:

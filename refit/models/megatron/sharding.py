@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ from refit.plan.sharding import ITEMSIZE, TensorSpec
 
 ALIASES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("self_attention.in_proj.layer_norm_", "input_layernorm."),
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
     ("self_attention.linear_q_up_proj.layer_norm_", "self_attention.q_layernorm."),
     ("self_attention.linear_kv_up_proj.layer_norm_", "self_attention.kv_layernorm."),
 )
 """Norms that some layer specs fuse into the next linear: spelling and canonical spelling."""
+
+SECTIONS = re.compile(r"\.(in_proj|conv1d)\.weight\.(\w+)$")
+"""The parts of a delta net's tensors, `in_proj.weight.query`; here `in_proj.query.weight`, as weights are called."""
 
 
 def canonical_key(key: str) -> str:
@@ -33,7 +38,7 @@ def canonical_key(key: str) -> str:
     for spelling, canonical in ALIASES:
         if spelling in key:
             return key.replace(spelling, canonical)
-    return key
+    return SECTIONS.sub(r".\1.\2.weight", key)
 
 
 def read_weights(model: BuiltModel) -> LocalWeights:

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from refit.config.layout import Layout
 from refit.config.pipeline_layout import pipeline_layout
-from refit.config.shape import Dtype, Experts, LatentAttention, ModelShape
+from refit.config.shape import DeltaNet, Dtype, Experts, LatentAttention, ModelShape
 from refit.config.side import SideSpec
 from refit.memory.weights import LocalShard, LocalWeights
 from refit.models.megatron.build import BuiltModel, build_model
@@ -53,6 +53,21 @@ MLA = LatentAttention(q_lora_rank=32, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb
 MOE = replace(DENSE, experts=EXPERTS)
 SEQUENTIAL = replace(DENSE, experts=replace(EXPERTS, grouped_gemm=False))
 LATENT = replace(MOE, mla=MLA, qk_layernorm=True)
+NETS = DeltaNet(
+    num_key_heads=4,
+    key_head_dim=6,
+    num_value_heads=8,
+    value_head_dim=10,
+    conv_kernel_dim=4,
+    layers=(True, True, False, True),
+)
+DELTA_NETS = replace(
+    MOE,
+    qk_layernorm=True,
+    delta_net=NETS,
+    attention_output_gate=True,
+    experts=replace(EXPERTS, expert_bias=False, shared_gate=True),
+)
 LATENT_EXPERTS = replace(MOE, experts=replace(EXPERTS, shared_ffn_hidden_size=None, latent_size=16))
 
 

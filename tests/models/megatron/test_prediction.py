@@ -15,12 +15,14 @@ from refit.models.megatron.sharding import read_weights
 from refit.predict.megatron import predict
 from refit.predict.megatron_layout import check
 from tests.models.megatron.small import (
+    DELTA_NETS,
     DENSE,
     EXPERTS,
     LATENT,
     LATENT_EXPERTS,
     MLA,
     MOE,
+    NETS,
     SEQUENTIAL,
     built,
     layout,
@@ -69,6 +71,7 @@ def test_every_layout(shape: ModelShape, step: int) -> None:
 
 
 MTP = replace(DENSE, mtp_num_layers=1)
+ATTENTION_LAST = replace(NETS, layers=(True, False, True, False))
 SHAPES = {
     "dense": DENSE,
     "grouped": MOE,
@@ -89,6 +92,9 @@ SHAPES = {
     "token prediction": replace(LATENT, mtp_num_layers=2),
     "token prediction, sequential": replace(SEQUENTIAL, mtp_num_layers=1, normalization="LayerNorm"),
     "token prediction, dense": replace(MTP, add_bias_linear=True, swiglu=False),
+    "delta nets": DELTA_NETS,
+    "delta nets, token prediction": replace(DELTA_NETS, mtp_num_layers=1, delta_net=ATTENTION_LAST),
+    "output gates": replace(DENSE, attention_output_gate=True),
     "latent experts": LATENT_EXPERTS,
     "latent experts, sequential": replace(SEQUENTIAL, experts=replace(EXPERTS, latent_size=16, grouped_gemm=False)),
 }
