@@ -395,6 +395,7 @@ FAMILIES = Registry(
             "glm4_moe",
             "minimax_m2",
             "gpt_oss",
+            "qwen3_next",
             "deepseek_v3",
             "glm4_moe_lite",
             "deepseek_v2",

@@ -21,7 +21,7 @@ def computing_in_float32(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in (module for model in models for module in model.modules()):
-            holders = [module, *(child for child in module.children() if _only_holds(child))]
+            holders = [module, *(child for child in module.children() if _only_holds(child) or _is_convolution(child))]
             if any(holder._parameters or holder._buffers for holder in holders) and not _only_holds(module):
                 _cast_while_running(module, holders, stack)
         yield
@@ -35,6 +35,11 @@ def in_float32(value: Any) -> Any:
 def _only_holds(module: torch.nn.Module) -> bool:
     """Whether the module has no forward pass of its own: the one around it uses its parameters."""
     return type(module).forward is torch.nn.Module.forward and "forward" not in vars(module)
+
+
+def _is_convolution(module: torch.nn.Module) -> bool:
+    """Whether the module around it may use its weight: delta nets convolve with functions of their own."""
+    return isinstance(module, torch.nn.Conv1d)
 
 
 def _cast_while_running(module: torch.nn.Module, holders: list[torch.nn.Module], stack: ExitStack) -> None:

@@ -71,6 +71,11 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
             f"{name}: AutoTP leaves {what} whole, which do not fit the heads of TP size {side.layout.tp}: give TP 1, "
             f"or FSDP2, whose {what} are split here"
         )
+    if shape.delta_net is not None and side.layout.tp > 1:
+        raise UsageError(
+            f"{name}: AutoTP sides with delta nets are built with TP 1 only, this one has TP size {side.layout.tp}: "
+            "give TP 1, or FSDP2, whose delta nets are split here"
+        )
     if shape.vocab_size < side.layout.tp:
         raise UsageError(
             f"{name}: AutoTP wants a part of the vocabulary on every rank, it has {shape.vocab_size} rows for TP size "

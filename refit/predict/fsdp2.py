@@ -96,6 +96,11 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
         divisible.append((shape.vocab_size, mesh.tp, "tokens of the vocabulary, sharded by FSDP too,", "TP size"))
     if shape.mla is None:
         divisible.append((shape.num_query_groups, mesh.tp, "query groups", "TP size"))
+    if shape.delta_net is not None:  # whose input and output projections have their rows split, as transformers has it
+        divisible += [
+            (2 * shape.delta_net.num_value_heads, mesh.tp, "rows of delta nets' gates", "TP size"),
+            (shape.hidden_size, mesh.tp, "hidden size, of delta nets,", "TP size"),
+        ]
     if shape.experts is not None:
         divisible += [
             (shape.experts.num_experts, mesh.ep, "experts", "EP size"),
@@ -120,15 +125,16 @@ def predict(shape: ModelShape, side: SideSpec) -> Sharding:
 def held_box(tensor: NamedTensor, mesh: Mesh, local: int) -> Box | None:
     """The part of `tensor` that the side's rank number `local` holds; None for an empty one."""
     box: Box | None = Box.whole(tensor.shape)
+    split = tensor.row.in_transformers or tensor.row.split
     if tensor.row.buffer:
         return box
     if tensor.row.routed:
         shards, outer, part, dim = mesh.expert_shard, mesh.ep, local % mesh.ep, 0
         shard = local // mesh.ep % mesh.expert_shard
     else:
-        shards, outer, part, dim = mesh.shard, mesh.tp, local % mesh.tp, int(tensor.row.split is Split.ROW)
+        shards, outer, part, dim = mesh.shard, mesh.tp, local % mesh.tp, int(split is Split.ROW)
         shard = local // mesh.tp % mesh.shard
-        if tensor.row.split is Split.REPLICATED:
+        if split is Split.REPLICATED:
             outer = 1
     if outer > 1:
         box = chunk(box, dim, outer, part)

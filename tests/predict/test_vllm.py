@@ -105,12 +105,16 @@ def engine_models(draw: st.DrawFn) -> ModelShape:
         experts = replace(experts, num_experts=count, ffn_hidden_size=ffn, shared_ffn_hidden_size=wide)
     latent = shape.mla is not None
     ffn = 2 * shape.ffn_hidden_size
+    net = shape.delta_net
+    if net is not None:
+        net = replace(net, num_key_heads=2 * net.num_key_heads, num_value_heads=2 * net.num_value_heads)
     changed = replace(
         shape,
         num_attention_heads=heads,
         num_query_groups=heads if latent else groups,
         ffn_hidden_size=ffn,
         experts=experts,
+        delta_net=net,
     )
     return fitting(changed)
 

@@ -61,7 +61,10 @@ def _styles(model: torch.nn.Module, block: Block) -> Iterator[tuple[str, Paralle
         if tensor.row.routed or tensor.row.split is Split.REPLICATED or not tensor.name.endswith(".weight"):
             continue  # a bias is split with its weight
         name = f"{block.prefix}{tensor.name}".removesuffix(".weight")
-        if isinstance(model.get_submodule(name), torch.nn.Embedding):  # whose rows are its inputs
+        if tensor.row.in_transformers is not None:
+            if tensor.row.in_transformers is Split.COLUMN:
+                yield name, ColwiseParallel(output_layouts=Replicate())
+        elif isinstance(model.get_submodule(name), torch.nn.Embedding):  # whose rows are its inputs
             yield name, RowwiseParallel(input_layouts=Replicate())
         elif tensor.row.key in (QUERY_NORM, KEY_NORM):
             yield name, NormOfParts()

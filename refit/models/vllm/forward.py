@@ -25,6 +25,7 @@ from refit.config.shape import (
 from refit.models.attention_sinks import attention_with_sinks
 from refit.models.forward_pass import ForwardPass, Routing, Trace
 from refit.models.norm_of_parts import norm_of_parts
+from refit.models.vllm.delta_net import through_delta_net
 from refit.models.vllm.groups import Groups
 from refit.predict.expert_slots import Slots
 from refit.predict.vllm.engine import Engine
@@ -92,8 +93,8 @@ class ReferenceForward:
         return part
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        weight = self.parameters[name]
-        return F.rms_norm(hidden.float(), (weight.size(0),), weight.float(), self.shape.norm_epsilon).to(hidden.dtype)
+        weight = self.parameters[name].float() + self.shape.norms_add_one
+        return F.rms_norm(hidden.float(), (weight.size(0),), weight, self.shape.norm_epsilon).to(hidden.dtype)
 
     def _linear(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias"))
@@ -101,11 +102,15 @@ class ReferenceForward:
     def _layer(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         prefix = f"model.layers.{number}."
         normed = self._norm(f"{prefix}input_layernorm.weight", hidden)
-        attention = f"{prefix}{self._engine_name('self_attn.')}"
-        attended = self._attention(number, attention, normed)
-        projected = self._summed(F.linear(attended, self.parameters[f"{attention}o_proj.weight"]), self.groups.tp)
-        bias = self.parameters.get(f"{attention}o_proj.bias")
-        hidden = hidden + (projected if bias is None else projected + bias)
+        if self.shape.kinds[number].delta_net:
+            part = through_delta_net(self.shape, self.engine.tp, f"{prefix}linear_attn.", self.parameters, normed)
+            hidden = hidden + self._summed(part, self.groups.tp)
+        else:
+            attention = f"{prefix}{self._engine_name('self_attn.')}"
+            attended = self._attention(number, attention, normed)
+            projected = self._summed(F.linear(attended, self.parameters[f"{attention}o_proj.weight"]), self.groups.tp)
+            bias = self.parameters.get(f"{attention}o_proj.bias")
+            hidden = hidden + (projected if bias is None else projected + bias)
         normed = self._norm(f"{prefix}post_attention_layernorm.weight", hidden)
         if number in self.engines.placed:
             return hidden + self._mixture(number, normed)
@@ -116,7 +121,7 @@ class ReferenceForward:
     def _attention(self, number: int, prefix: str, hidden: torch.Tensor) -> torch.Tensor:
         """The heads of this rank, `[batch, sequence, heads * width]`."""
         split = self._grouped_queries if self.shape.mla is None else self._latent
-        query, key, value = split(prefix, hidden)
+        query, key, value, *gate = split(prefix, hidden)
         if self.shape.attention_sinks:
             query, key, value = (each.transpose(1, 2) for each in (query, key, value))
             found = attention_with_sinks(query, key, value, self.parameters[f"{prefix}sinks"], number)
@@ -124,24 +129,29 @@ class ReferenceForward:
         scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * query.size(-1) ** -0.5
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
-        return torch.einsum("bhqk,bkhd->bqhd", weights, value.float()).flatten(2).to(hidden.dtype)
+        found = torch.einsum("bhqk,bkhd->bqhd", weights, value.float())
+        return (found * gate[0].sigmoid() if gate else found).flatten(2).to(hidden.dtype)
 
     def _grouped_queries(self, prefix: str, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         size = self.shape.kv_channels
         heads = self.shape.num_attention_heads // self.engine.tp
         groups = max(1, self.shape.num_query_groups // self.engine.tp)
         fused = self._linear(f"{prefix}qkv_proj", hidden)
-        parts = fused.tensor_split([heads * size, (heads + groups) * size], dim=-1)
+        width = heads * size * (1 + self.shape.attention_output_gate)
+        parts = fused.tensor_split([width, width + groups * size], dim=-1)
         if self.shape.qk_norm_over_heads:
             weights = (self.parameters[f"{prefix}{name}_norm.weight"] for name in ("q", "k"))
             normed = (norm_of_parts(part, weight, self.groups.tp) for part, weight in zip(parts, weights, strict=False))
             parts = (*normed, parts[2])
         query, key, value = (_by_head(part, part.size(-1) // size) for part in parts)
+        gate = []
+        if self.shape.attention_output_gate:  # of each head, behind its query
+            query, gate = query[:, :, 0::2], [query[:, :, 1::2]]
         if self.shape.qk_layernorm and not self.shape.qk_norm_over_heads:
             query = self._norm(f"{prefix}q_norm.weight", query)
             key = self._norm(f"{prefix}k_norm.weight", key)
         query, key = _rotated(query), _rotated(key)
-        return query, *(part.repeat_interleave(heads // groups, dim=2) for part in (key, value))
+        return query, *(part.repeat_interleave(heads // groups, dim=2) for part in (key, value)), *gate
 
     def _latent(self, prefix: str, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mla, heads = self.shape.mla, self.shape.num_attention_heads // self.engine.tp
@@ -180,7 +190,9 @@ class ReferenceForward:
         self.trace.routing[number] = Routing(*(each.view(*hidden.shape[:2], -1) for each in (scores, chosen)))
         found = self._summed(self._local_experts(prefix, flat, weights, slots), self.groups.experts).view_as(hidden)
         if experts.shared_ffn_hidden_size is not None:
-            shared = self._mlp(f"{prefix}shared_experts.", hidden)
+            shared = self._mlp(prefix + ("shared_expert." if experts.shared_gate else "shared_experts."), hidden)
+            if experts.shared_gate:
+                shared = shared * self._linear(f"{prefix}shared_expert_gate", hidden).sigmoid()
             found = found + (shared if self.engine.replicates_shared_experts else self._summed(shared, self.groups.tp))
         return found
 

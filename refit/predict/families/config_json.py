@@ -20,6 +20,7 @@ from refit.predict.families.config_keys import (
     BUILT_WITH,
     HARMLESS,
     LAYER_TYPES,
+    LINEAR_ATTENTION,
     NUMERICS,
     OTHER_WEIGHTS,
     REQUIRED,
@@ -138,9 +139,10 @@ def _check_derived(family: Family, content: Mapping[str, Any]) -> None:
 def _check_all_read(family: Family, content: Mapping[str, Any]) -> None:
     """Raise UsageError for a key that nothing reads: it may ask for other weights. None asks for nothing."""
     types = content.get("layer_types") or []
-    other = next((kind for kind in types if kind not in LAYER_TYPES), None) if isinstance(types, list) else types
+    kinds = LAYER_TYPES | ({LINEAR_ATTENTION} if family.linear else set())
+    other = next((kind for kind in types if kind not in kinds), None) if isinstance(types, list) else types
     if other is not None:
-        raise UsageError(f"layer_types has {yaml_files.shortened(other)}, known are {', '.join(sorted(LAYER_TYPES))}")
+        raise UsageError(f"layer_types has {yaml_files.shortened(other)}, known are {', '.join(sorted(kinds))}")
     sizes = {name for key in family.keys for name in (key.name, *key.aliases)}
     sizes |= {switch.name for switch in family.switches}
     known = {
@@ -201,6 +203,7 @@ def config_values(shape: ModelShape) -> dict[str, Any]:
     values |= {switch.name: attrgetter(switch.attribute)(shape) for switch in family.switches}
     if shape.mla is not None:
         values["num_key_value_heads"] = shape.num_attention_heads  # as published ones have it, DeepSpeed reads it
+    values |= family.layer_values(shape)
     if shape.experts is not None and family.expert_values is not None:
         values |= family.expert_values(shape.experts)
     return values

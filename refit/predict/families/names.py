@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from refit.config.layout import Layout
-from refit.config.shape import Dtype, ModelShape
+from refit.config.shape import Dtype, LayerKind, ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.box import Box
@@ -20,6 +20,7 @@ from refit.predict.families.tables import (
     QKV_BIAS,
     QUERY_NORM,
     SHARED,
+    SHARED_GATE,
     SINKS,
     Family,
     Part,
@@ -28,6 +29,8 @@ from refit.predict.families.tables import (
     closest_family,
     families,
 )
+
+DELTA_NETS = "--experimental-attention-variant gated_delta_net"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,28 +128,28 @@ def named_model(
     experts = family.single_experts if single_experts else family.experts
     if in_vllm:
         experts = family.engine_experts or experts
-    kinds = {False: (*family.layer, *family.dense), True: (*family.layer, *family.routed, *experts)}
     logical = _logical_tensors(shape, dtype)
     kept = kept_in_float32(family, release) if release is not None else ()
     if in_vllm:
-        kept = tuple(row for row in family.routed if row.float32_in_vllm)
+        kept = tuple(row for row in (*family.linear, *family.routed) if row.float32_in_vllm)
     for row in kept:
         logical |= {key: replace(each, dtype="float32") for key, each in logical.items() if key.endswith(f".{row.key}")}
     layers, rest = _by_layer(logical)
-    resolved: dict[bool, tuple[NamedTensor, ...]] = {}
-    keys: dict[bool, Set[str]] = {}
+    resolved: dict[LayerKind, tuple[NamedTensor, ...]] = {}
+    keys: dict[LayerKind, Set[str]] = {}
     blocks = [Block("", "", _resolve(family, family.model, rest, shape, "", ""))]
     for number, tensors in layers.items():
-        routed = shape.experts is not None and shape.experts.layers[number]
+        kind = shape.kinds[number]
         prefix, key_prefix = f"model.layers.{number}.", f"decoder.layers.{number}."
-        if routed not in resolved:
-            resolved[routed] = _resolve(family, kinds[routed], tensors, shape, prefix, key_prefix)
-            keys[routed] = tensors.keys()
+        if kind not in resolved:
+            rows = (*family.rows_of(kind), *(experts if kind.routed else ()))
+            resolved[kind] = _resolve(family, rows, tensors, shape, prefix, key_prefix)
+            keys[kind] = tensors.keys()
             if single_experts:
-                published = (replace(each, name=family.published_name(each.name)) for each in resolved[routed])
-                resolved[routed] = tuple(published)
-        assert tensors.keys() == keys[routed], f"layers of a kind differ: {tensors.keys() ^ keys[routed]}"
-        blocks.append(Block(prefix, key_prefix, resolved[routed]))
+                published = (replace(each, name=family.published_name(each.name)) for each in resolved[kind])
+                resolved[kind] = tuple(published)
+        assert tensors.keys() == keys[kind], f"layers of a kind differ: {tensors.keys() ^ keys[kind]}"
+        blocks.append(Block(prefix, key_prefix, resolved[kind]))
     return NamedModel(family, tuple(blocks), logical)
 
 
@@ -156,9 +159,11 @@ def check_names(shape: ModelShape) -> Family:
     has_shared, has_bias = family.has(SHARED), family.has(EXPERT_BIAS_KEY)
     has_norms, needs_norms = family.has(QUERY_NORM), shape.mla is not None or family.needs(QUERY_NORM)
     has_sinks, biased = family.has(SINKS), family.has(PROJECTION_BIAS)
+    has_nets, has_shared_gate = bool(family.linear), family.has(SHARED_GATE)
     misfit = family.misfit(shape)
     shared = experts is not None and experts.shared_ffn_hidden_size is not None
     bias = experts is not None and experts.expert_bias
+    shared_gate = experts is not None and experts.shared_gate
     width = experts.ffn_hidden_size if experts is not None else shape.ffn_hidden_size
     found = [
         (shape.position_embedding_type != "rope", "give --position-embedding-type rope"),
@@ -180,6 +185,12 @@ def check_names(shape: ModelShape) -> Family:
         (experts is not None and experts.latent_size is not None, "leave --moe-latent-size out"),
         (has_shared and not shared, f"give --moe-shared-expert-intermediate-size {width}"),
         (shared and not has_shared, "leave --moe-shared-expert-intermediate-size out"),
+        (has_shared_gate and not shared_gate, "give --moe-shared-expert-gate"),
+        (shared_gate and not has_shared_gate, "leave --moe-shared-expert-gate out"),
+        (has_nets and shape.delta_net is None, f"give {DELTA_NETS}"),
+        (shape.delta_net is not None and not has_nets, f"leave {DELTA_NETS} out"),
+        (has_nets and not shape.attention_output_gate, "give --attention-output-gate"),
+        (shape.attention_output_gate and not has_nets, "leave --attention-output-gate out"),
         (has_bias and not bias, "give --moe-router-enable-expert-bias"),
         (bias and not has_bias, "leave --moe-router-enable-expert-bias out"),
         (misfit is not None, misfit or ""),
@@ -223,16 +234,20 @@ def _resolve(
     key_prefix: str,
 ) -> tuple[NamedTensor, ...]:
     rows = [row for row in rows if row.key in logical or not row.optional]
-    named = {row.key for row in rows}
-    other = [key_prefix + row.key for row in rows if row.key not in logical]
+    named = {key for row in rows for key in row.keys}
+    other = [key_prefix + key for key in named if key not in logical]
     other += [key_prefix + key for key in logical if key not in named]
     assert not other, f"check_names lets a model pass with other tensors than {family.model_type}: {other}"
-    return tuple(tensor for row in rows for tensor in _tensors(row, logical[row.key], shape))
+    return tuple(tensor for row in rows for tensor in _tensors(row, [logical[key] for key in row.keys], shape))
 
 
-def _tensors(row: Row, logical: TensorSpec, shape: ModelShape) -> Iterator[NamedTensor]:
+def _tensors(row: Row, members: Sequence[TensorSpec], shape: ModelShape) -> Iterator[NamedTensor]:
     """The tensors of one row: one, or one per routed expert."""
+    logical = members[0]
     whole = Box.whole(logical.shape)
+    if len(members) > 1:
+        yield _of_several(row, members, shape)
+        return
     if row.transposed or row.interleaved:
         yield _rearranged(row, logical)
         return
@@ -257,6 +272,20 @@ def _tensor(row: Row, name: str, logical: TensorSpec, within: Box, shape: ModelS
     extents = list(within.extents)
     extents[dim] = begin
     return NamedTensor(name, tuple(extents[dropped:]), logical.dtype, row, tuple(pieces))
+
+
+def _of_several(row: Row, members: Sequence[TensorSpec], shape: ModelShape) -> NamedTensor:
+    """The tensor with the rows of all `members`: key head by key head, or one member behind another."""
+    assert shape.delta_net is not None, "only delta nets have such tensors"
+    turns = shape.delta_net.num_key_heads if row.part is Part.IN_TURN else 1
+    pieces, begin = list[Piece](), 0
+    for turn in range(turns):
+        for key, member in zip(row.keys, members, strict=True):
+            size = member.shape[0] // turns
+            box = Box.whole(member.shape).narrow(0, turn * size, (turn + 1) * size)
+            pieces.append(Piece(Box((begin, *box.offsets[1:]), box.extents), key, box))
+            begin += size
+    return NamedTensor(row.name, (begin, *members[0].shape[1:]), members[0].dtype, row, tuple(pieces))
 
 
 def _rearranged(row: Row, logical: TensorSpec) -> NamedTensor:
@@ -296,10 +325,12 @@ def _intervals(part: Part, num_rows: int, shape: ModelShape) -> list[tuple[int, 
         half = num_rows // 2
         return [(0, half)] if part is Part.GATE else [(half, num_rows)]
     size, queries = shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
-    first, last = {
-        Part.QUERY: (0, queries * size),
-        Part.KEY: (queries * size, (queries + 1) * size),
-        Part.VALUE: ((queries + 1) * size, (queries + 2) * size),
+    before = queries * (1 + shape.attention_output_gate)
+    heads = {
+        Part.QUERY: [(0, queries)],
+        Part.QUERY_AND_GATE: [(at, at + 1) for head in range(queries) for at in (head, queries + head)],
+        Part.KEY: [(before, before + 1)],
+        Part.VALUE: [(before + 1, before + 2)],
     }[part]
-    starts = range(0, num_rows, (queries + 2) * size)
-    return [(start + first, start + last) for start in starts]
+    starts = range(0, num_rows, (before + 2) * size)
+    return [(start + first * size, start + last * size) for start in starts for first, last in heads]

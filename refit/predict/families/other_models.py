@@ -14,7 +14,6 @@ STYLES: dict[str, dict[str, object]] = {"mistral": {"group-query-attention": Tru
 """model_type -> flags that say what its layers are like, beside those of every family."""
 
 NOT_BUILT = {
-    "qwen3_next": "most of its layers have linear attention",
     "qwen3_5_moe": "most of its layers have linear attention",
 }
 """model_type -> why no flags describe it."""

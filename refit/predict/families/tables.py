@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from refit.config.registry import FAMILIES, load
-from refit.config.shape import Experts, ModelShape
+from refit.config.shape import Experts, LayerKind, ModelShape
 from refit.predict.families.config_keys import Key, Switch
 from refit.predict.megatron import Split
 
@@ -30,6 +30,9 @@ class Part(Enum):
     VALUE = "of every query group, the value"
     GATE = "of [gate; up], the first half"
     UP = "of [gate; up], the second half"
+    QUERY_AND_GATE = "of every query group [queries; gates; key; value], each head's query and then its gate"
+    IN_TURN = "of several logical tensors, the rows of the first key head, then those of the second, and so on"
+    SECTIONS = "of several logical tensors, all rows of the first, then all of the second, and so on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,9 @@ class Row:
     name one expert's. `optional` ones exist only where the logical tensor does. A `buffer` is no parameter.
     A `transposed` one has the logical tensor's columns before its rows, an `interleaved` one its gate and up rows in
     turn. From release `float32_since` on, transformers keeps a parameter in float32 in models of 16 bits; vLLM does
-    where it is `float32_in_vllm`.
+    where it is `float32_in_vllm`. One that is IN_TURN or in SECTIONS has the rows of the logical tensors `others`
+    too. `in_transformers` is how transformers' own plan splits a delta net over tensor parallelism, of which every rank
+    computes all; None: as `split` says.
     """
 
     name: str
@@ -54,22 +59,31 @@ class Row:
     float32_in_vllm: bool = False
     transposed: bool = False
     interleaved: bool = False
+    others: tuple[str, ...] = ()
+    in_transformers: Split | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The logical tensors that it has rows of, in their order."""
+        return (self.key, *self.others)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """The tables of one family. `model_type` is that of config.json; `aliases` are others with the same tensors.
 
-    A layer has the tensors of `layer`, and those of `dense` or `routed` by its MLP. `single_experts` are the routed
+    A layer has the tensors of `layer`, or of `linear` where it has a delta net, and those of `dense` or `routed` by its
+    MLP. `single_experts` are the routed
     experts where each has tensors of its own, as in published checkpoints. It `fits` shapes with this kind of attention
     and MLP.
 
     Of config.json it has `keys` for sizes, `style`, the flags of every model of it, `layer_keys`, which say which
     layers have routed experts and how wide the shared ones are, with `layer_flags(content, num_layers)`, the flags that
-    they become, and `expert_values(experts)`, the other way round; `derived`: keys that must be the sum of others,
-    as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`, keys with another
-    needed value than `config_keys.REQUIRED` has; and `numerics`, other values than `config_keys.NUMERICS` of what
-    changes no weight, with `unweighted`: values of keys that it is built with, not those of `config_keys.BUILT_WITH`.
+    they become, and `layer_values(shape)` and `expert_values(experts)`, the other way round; `derived`: keys that must
+    be the sum of others, as it has no weights of other sizes; `switches`, which leave out optional tensors; `required`,
+    keys with another needed value than `config_keys.REQUIRED` has; and `numerics`, other values than
+    `config_keys.NUMERICS` of what changes no weight, with `unweighted`: values of keys that it is built with, not those
+    of `config_keys.BUILT_WITH`.
     `class_name` is what its class is called where that is not `model_type` in camel case.
     `engine_values(shape)` are keys that vLLM's model reads beside them, `engine_names` beginnings of names that only
     vLLM has, and `engine_experts` its experts where they lie otherwise. With `eager_attention` transformers has no
@@ -85,12 +99,14 @@ class Family:
     dense: tuple[Row, ...]
     keys: tuple[Key, ...]
     style: Mapping[str, object]
+    linear: tuple[Row, ...] = ()
     routed: tuple[Row, ...] = ()
     experts: tuple[Row, ...] = ()
     single_experts: tuple[Row, ...] = ()
     aliases: tuple[str, ...] = ()
     layer_keys: tuple[str, ...] = ()
     layer_flags: Callable[[Mapping[str, Any], int], dict[str, object]] | None = None
+    layer_values: Callable[[ModelShape], dict[str, Any]] = lambda _: {}
     expert_values: Callable[[Experts], dict[str, Any]] | None = None
     derived: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     switches: tuple[Switch, ...] = ()
@@ -107,7 +123,7 @@ class Family:
 
     def has(self, key: str) -> bool:
         """Whether some layer has a tensor that is a part of the logical tensor `key`, or of one below it."""
-        rows = (*self.layer, *self.dense, *self.routed)
+        rows = (*self.layer, *self.linear, *self.dense, *self.routed)
         return any(row.key == key or row.key.startswith(f"{key}.") for row in rows)
 
     @property
@@ -121,6 +137,10 @@ class Family:
         """Whether its norms of queries and keys run over all heads: their weights are split with the heads."""
         return any(row.key == QUERY_NORM and row.split is Split.COLUMN for row in self.layer)
 
+    def rows_of(self, kind: LayerKind) -> tuple[Row, ...]:
+        """Those of a layer of this kind, but for its routed experts."""
+        return (*(self.linear if kind.delta_net else self.layer), *(self.routed if kind.routed else self.dense))
+
     def published_name(self, name: str) -> str:
         """What published checkpoints call the tensor `name` of a layer."""
         begin = next((begin for begin in self.published if name.startswith(begin)), "")
@@ -132,7 +152,7 @@ class Family:
         return self.published_name(name) if begin is None else self.engine_names[begin] + name.removeprefix(begin)
 
     def needs(self, key: str) -> bool:
-        """Whether every layer has the logical tensor `key`."""
+        """Whether every layer with attention has the logical tensor `key`."""
         return any(row.key == key and not row.optional for row in self.layer)
 
 
@@ -141,7 +161,9 @@ QKV, QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.b
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
 PROJECTION_BIAS = "self_attention.linear_proj.bias"
 SINKS = "self_attention.core_attention.softmax_offset"
+DELTA_NET = "self_attention.in_proj"
 EXPERTS, SHARED, EXPERT_BIAS_KEY = "mlp.experts.experts", "mlp.shared_experts", "mlp.router.expert_bias"
+SHARED_GATE = f"{SHARED}.gate_weight"
 QUERY_NORM, KEY_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 

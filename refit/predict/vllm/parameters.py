@@ -18,7 +18,7 @@ from refit.plan.box import Box
 from refit.predict.expert_slots import Slots, placed_layers
 from refit.predict.families.names import Block, NamedModel, NamedTensor, Piece, named_model
 from refit.predict.families.parts import Parts, model_in_parts, parts_of
-from refit.predict.families.tables import KEY_NORM, Part
+from refit.predict.families.tables import KEY_NORM, SHARED, Part
 from refit.predict.megatron import Split
 from refit.predict.vllm.engine import Engine, Place, stage_layers
 from refit.predict.vllm.names import EXPERTS
@@ -35,6 +35,10 @@ FUSED = {
     "mlp.shared_experts.gate_up_proj.weight": (
         "mlp.shared_experts.gate_proj.weight",
         "mlp.shared_experts.up_proj.weight",
+    ),
+    "mlp.shared_expert.gate_up_proj.weight": (
+        "mlp.shared_expert.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight",
     ),
     f"{EXPERTS}.w13_weight": ("mlp.experts.gate_up_proj",),
     f"{EXPERTS}.w2_weight": ("mlp.experts.down_proj",),
@@ -156,13 +160,15 @@ class Engines:
         return Parameter(name, tuple(extents), members[0].dtype, tuple(pieces), stored)
 
     def cut(self, tensor: NamedTensor, place: Place) -> tuple[Box, ...]:
-        """The boxes of a tensor on one rank, all experts of a routed one: gate and up are cut apart."""
+        """The boxes of a tensor on one rank, all experts of a routed one: gate and up, and sections, are cut apart."""
         row, whole, parts, part = tensor.row, Box.whole(tensor.shape), self.engine.tp, place.tp
         if row.routed:
             parts, part = self.engine.expert_tp, place.expert if self.engine.expert_tp > 1 else 0
-        replicated = self.engine.replicates_shared_experts and ".shared_experts." in row.name
+        replicated = self.engine.replicates_shared_experts and row.key.startswith(f"{SHARED}.")
         if row.split is Split.REPLICATED or replicated or parts == 1:
             return (whole,)
+        if row.part is Part.SECTIONS:
+            return tuple(_part(piece.held, 0, parts, part) for piece in tensor.pieces)
         if row.split is Split.GATED:
             return tuple(_part(whole, int(row.routed), 2 * parts, half * parts + part) for half in (0, 1))
         if (row.part in (Part.KEY, Part.VALUE) or row.key == KEY_NORM) and self.shape.num_query_groups < parts:
@@ -189,7 +195,8 @@ def _pieces(tensor: NamedTensor, box: Box, at: tuple[int, ...]) -> Iterator[Piec
 
 def _part(box: Box, dim: int, parts: int, part: int) -> Box:
     size = box.extents[dim] // parts
-    return box.narrow(dim, part * size, (part + 1) * size)
+    begin = box.offsets[dim] + part * size
+    return box.narrow(dim, begin, begin + size)
 
 
 def parts(shape: ModelShape, side: SideSpec) -> Parts:

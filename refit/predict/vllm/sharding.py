@@ -38,6 +38,8 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
         larger, smaller = (groups, engine.tp) if groups > engine.tp else (engine.tp, groups)
         texts = ("query groups", "TP size") if groups > engine.tp else ("TP size", "query groups")
         divisible.append((larger, smaller, *texts))
+    if shape.delta_net is not None:
+        divisible.append((shape.delta_net.num_key_heads, engine.tp, "key heads of delta nets", "TP size"))
     if experts is not None:
         divisible += [
             (experts.ffn_hidden_size, engine.expert_tp, "expert FFN hidden size", "TP x DP"),

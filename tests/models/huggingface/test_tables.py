@@ -31,11 +31,12 @@ from refit.models.huggingface.whole import WholeModel
 from refit.plan.box import Box
 from refit.predict.families import names
 from refit.predict.families.qwen3_moe import QWEN3_MOE
+from refit.predict.families.qwen3_next import QWEN3_NEXT
 from refit.predict.families.tables import Family, Part, Row, families
 from tests.models.huggingface.converted import converted_by_mbridge
 from tests.models.huggingface.sides import CPU, FAMILY, SMALL, alone
 
-TABLES = ("model", "layer", "dense", "routed", "experts")
+TABLES = ("model", "layer", "linear", "dense", "routed", "experts")
 
 
 def small_model(family: Family, *, dense: bool = True) -> tuple[ModelShape, Any]:
@@ -84,7 +85,9 @@ def _is_found(shape: ModelShape, model: Any) -> bool:
 @pytest.mark.parametrize("family", FAMILY, ids=FAMILY.values())
 def test_a_wrong_row_is_found(family: Family) -> None:
     """Each two rows exchanged, and each row with other rows of its logical tensor, against mbridge's conversion."""
-    shape, model = small_model(family, dense=family is not QWEN3_MOE)  # of which mbridge has no dense layers
+    shape, model = small_model(
+        family, dense=family not in (QWEN3_MOE, QWEN3_NEXT)
+    )  # of which mbridge has no dense layers
     materialise(model, CPU)
     state, generator = model.state_dict(), torch.Generator().manual_seed(1)
     for tensor in state.values():
@@ -106,10 +109,14 @@ def wrong_rows(rows: list[tuple[str, Row]]) -> Iterator[tuple[str, dict[str, Row
             names_of = {first.name: replace(second, name=first.name), second.name: replace(first, name=second.name)}
             yield table, names_of
     parts = {Part.KEY: Part.VALUE, Part.VALUE: Part.KEY, Part.GATE: Part.UP, Part.UP: Part.GATE}
+    parts |= {Part.IN_TURN: Part.SECTIONS, Part.SECTIONS: Part.IN_TURN}
     for table, row in rows:
         if row.part in parts:
             beside = [each for _, each in rows if each.key == row.key and each.part in (row.part, parts[row.part])]
             yield table, {each.name: replace(each, part=parts[each.part]) for each in beside}
+        for first, second in itertools.combinations(row.keys, 2):
+            keys = [{first: second, second: first}.get(key, key) for key in row.keys]
+            yield table, {row.name: replace(row, key=keys[0], others=tuple(keys[1:]))}
         if row.interleaved or row.transposed:
             yield table, {row.name: replace(row, interleaved=False, transposed=False)}
 
@@ -147,8 +154,9 @@ def test_rows_of_every_kind_of_tensor_that_are_deleted_or_exchanged_are_found(fa
         rows = before[0].numel()
         data[0] = 0
         assert 0 < oracle.check(weights, named.logical, 1).num_wrong <= rows, name
-        data[:2] = before[[1, 0]]
-        assert rows < oracle.check(weights, named.logical, 1).num_wrong <= 2 * rows or rows == 1, name
+        if len(data) > 1:
+            data[:2] = before[[1, 0]]
+            assert rows < oracle.check(weights, named.logical, 1).num_wrong <= 2 * rows or rows == 1, name
         data.copy_(before)
     assert oracle.check(weights, named.logical, 1).num_wrong == 0
 

@@ -6,16 +6,18 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from refit.config.shape import Experts, LatentAttention, ModelShape
+from refit.config.shape import DeltaNet, Experts, LatentAttention, ModelShape
 from refit.predict.families.glm4_moe_lite import GLM4_MOE_LITE
 from refit.predict.families.gpt_oss import GPT_OSS
 from refit.predict.families.minimax_m2 import MINIMAX_M2
 from refit.predict.families.mixtral import MIXTRAL
+from refit.predict.families.qwen3_next import QWEN3_NEXT
 from refit.predict.families.tables import (
     EXPERT_BIAS_KEY,
     QKV_BIAS,
     QUERY_NORM,
     SHARED,
+    SHARED_GATE,
     Family,
     closest_family,
     families,
@@ -54,6 +56,8 @@ def models(draw: st.DrawFn, family: Family | None = None) -> ModelShape:
         mla=latent if is_latent else None,
         experts=draw(experts(num_layers, family)) if family.experts else None,
         qk_norm_over_heads=family.norms_over_heads,
+        delta_net=draw(delta_nets(num_layers)) if family.linear else None,
+        attention_output_gate=bool(family.linear),
     )
     if family is GLM4_MOE_LITE:  # whose heads do not divide the hidden size
         shape = replace(shape, num_attention_heads=shape.hidden_size + 1, num_query_groups=shape.hidden_size + 1)
@@ -76,10 +80,24 @@ def experts(draw: st.DrawFn, num_layers: int, family: Family) -> Experts:
     ffn = draw(st.integers(1, 5))
     return Experts(
         num_experts=draw(st.integers(2, 6)),
-        topk=2 if family in (MIXTRAL, MINIMAX_M2, GPT_OSS) else 1,
+        topk=2 if family in (MIXTRAL, MINIMAX_M2, GPT_OSS, QWEN3_NEXT) else 1,
         ffn_hidden_size=ffn,
         shared_ffn_hidden_size=ffn * draw(st.integers(1, 2)) if family.has(SHARED) else None,
         layers=(False,) * num_dense + (True,) * (num_layers - num_dense),
         expert_bias=family.has(EXPERT_BIAS_KEY),
         grouped_gemm=draw(st.booleans()),
+        shared_gate=family.has(SHARED_GATE),
+    )
+
+
+@st.composite
+def delta_nets(draw: st.DrawFn, num_layers: int) -> DeltaNet:
+    size, key_heads = st.integers(1, 4), draw(st.integers(1, 3))
+    return DeltaNet(
+        num_key_heads=key_heads,
+        key_head_dim=draw(size),
+        num_value_heads=key_heads * draw(st.integers(1, 3)),
+        value_head_dim=draw(size),
+        conv_kernel_dim=draw(size),
+        layers=tuple(draw(st.lists(st.booleans(), min_size=num_layers, max_size=num_layers))),
     )

@@ -28,6 +28,7 @@ from refit.predict.families.names import NamedModel, named_model
 from refit.predict.families.qwen2 import QWEN2
 from refit.predict.families.qwen3 import QWEN3
 from refit.predict.families.qwen3_moe import QWEN3_MOE
+from refit.predict.families.qwen3_next import QWEN3_NEXT
 from refit.predict.families.tables import Family
 from tests.predict.families.strategies import models
 
@@ -40,6 +41,7 @@ BRIDGES = {
     QWEN3_MOE: "mbridge.models.qwen3moe:Qwen3MoEBridge",
     GPT_OSS: "mbridge.models.mixtral:MixtralBridge",  # but for OWN
     MINIMAX_M2: "mbridge.models.mixtral:MixtralBridge",  # but for OWN
+    QWEN3_NEXT: "mbridge.models.qwen2moe:Qwen2MoEBridge",  # but for OWN
     GLM4_MOE_LITE: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V2: "mbridge.models.deepseek_v3:DeepseekV3Bridge",  # with the same names
     DEEPSEEK_V3: "mbridge.models.deepseek_v3:DeepseekV3Bridge",
@@ -55,6 +57,17 @@ OWN = {
         "mlp.experts.experts.linear_fc1.bias": "mlp.experts.gate_up_proj_bias",
         "mlp.experts.experts.linear_fc2.weight": "mlp.experts.down_proj",
         "mlp.experts.experts.linear_fc2.bias": "mlp.experts.down_proj_bias",
+    },
+    QWEN3_NEXT: {
+        "self_attention.in_proj.query.weight": "linear_attn.in_proj_qkvz.weight",
+        "self_attention.in_proj.beta.weight": "linear_attn.in_proj_ba.weight",
+        "self_attention.conv1d.query.weight": "linear_attn.conv1d.weight",
+        "self_attention.dt_bias": "linear_attn.dt_bias",
+        "self_attention.A_log": "linear_attn.A_log",
+        "self_attention.out_norm.weight": "linear_attn.norm.weight",
+        "self_attention.out_proj.weight": "linear_attn.out_proj.weight",
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     },
     MINIMAX_M2: {
         "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
@@ -108,7 +121,7 @@ def test_any_box_is_mapped_element_by_element(shape: ModelShape, single_experts:
 
 def _logical_numbers(model: NamedModel, key_prefix: str, tensor: Any) -> np.ndarray:
     """The number of the logical element behind each element of `tensor`, joined row by row from its pieces."""
-    dim = 1 if len(tensor.shape) == 3 else 0
+    dim = 1 if tensor.row.routed and len(tensor.shape) == 3 else 0
     parts = []
     for piece in tensor.pieces:
         whole = Box.whole(model.logical[key_prefix + piece.key].shape)
@@ -195,7 +208,7 @@ def test_what_a_family_has_no_name_for_is_named(changed: dict[str, Any], message
 def test_mbridge_has_the_same_names(family: Family, data: st.DataObject) -> None:
     """mbridge 0.15.1 names the Hugging Face tensors of each Megatron parameter, in the order in which it joins them."""
     shape = data.draw(models(family))
-    if family is QWEN3_MOE and shape.experts is not None:  # mbridge has no dense layers there
+    if family in (QWEN3_MOE, QWEN3_NEXT) and shape.experts is not None:  # mbridge has no dense layers there
         shape = replace(shape, experts=replace(shape.experts, layers=(True,) * shape.num_layers))
     model = named_model(shape, Dtype.BF16, single_experts=True)
     bridge = _bridge(family)

@@ -220,6 +220,44 @@ MINIMAX: dict[str, Any] = {
     "use_routing_bias": True,
     "vocab_size": 200064,
 }
+QWEN3_NEXT: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 GPT_OSS: dict[str, Any] = {
     "model_type": "gpt_oss",
     "attention_bias": True,
@@ -299,6 +337,7 @@ CONFIGS = {
     "gpt_oss_120b": GPT_OSS,
     "gpt_oss_20b": GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
     "glm4_7_flash": FLASH,
+    "qwen3_next_80b_a3b": QWEN3_NEXT,
     "minimax_m2": MINIMAX,
     "llama3_8b": LLAMA,
     "deepseek_v2_lite": V2_LITE,
@@ -341,6 +380,15 @@ def test_a_glm_flash_has_as_many_with_its_prediction_layer() -> None:
     assert sum(found.values()) + 47 * 64 + 2 * 154880 * 2048 == 31_221_488_576
 
 
+def test_a_qwen3_next_has_as_many_with_its_prediction_layer() -> None:
+    """The count that Hugging Face shows of Qwen/Qwen3-Next-80B-A3B-Instruct, and the model card's 79 B outside of the
+    embeddings."""
+    found = parameters("--model", "qwen3_next_80b_a3b", "--mtp-num-layers", "1")
+    assert sum(found.values()) == 81_324_862_720
+    others = [size for key, size in found.items() if not key.startswith(("mtp.", "embedding.", "output_layer."))]
+    assert sum(others) == 79_052_061_440
+
+
 def test_a_kimi_k2_has_as_many_as_published(tmp_path: Path) -> None:
     """By its own config.json, and as moonshotai/Kimi-K2-Instruct's files have, with expert biases."""
     (tmp_path / "config.json").write_text(json.dumps(KIMI))
@@ -366,6 +414,10 @@ def test_a_minimax_has_as_many_as_published() -> None:
         (MINIMAX | {"use_routing_bias": False}, "use_routing_bias is False, True is needed"),
         (MINIMAX | {"shared_intermediate_size": 512}, "shared_intermediate_size is 512, 0 is needed"),
         (MINIMAX | {"attn_type_list": [0, 1] * 31}, "attn_type_list has other layers than 1, full attention"),
+        (QWEN3_NEXT | {"layer_types": ["linear_attention"] * 47}, "layer_types must list 48 layers, got"),
+        (QWEN3_NEXT | {"layer_types": ["mamba"] * 48}, "layer_types has 'mamba', known are full_attention, linear_att"),
+        (QWEN3_NEXT | {"full_attention_interval": 0}, "full_attention_interval must be a whole number from 1"),
+        (QWEN3_NEXT | {"linear_num_value_heads": 24}, "24 value heads of delta nets cannot be divided by 16 key heads"),
         (FLASH | {"mlp_layer_types": ["dense"] * 46}, "mlp_layer_types must list 47 layers as dense or sparse"),
         (FLASH | {"mlp_layer_types": ["dense"] * 47}, "mlp_layer_types of 47 layers leaves none with experts"),
     ],
@@ -410,6 +462,40 @@ def test_a_minimax_that_cannot_be_is_refused(flags: list[str], message: str) -> 
 def test_a_gpt_oss_that_cannot_be_is_refused(flags: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(["--dry-run", "--model=tiny_gpt_oss", "--source-format=fsdp2", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--moe-router-topk=1"], "for qwen3_next give --moe-router-topk 2 or more"),
+        (
+            ["--source-format=autotp", "--tensor-model-parallel-size=2"],
+            "delta nets are built with TP 1 only, .* size 2",
+        ),
+        (["--source-format=megatron", "--tensor-model-parallel-size=8"], "4 key heads of delta nets .* TP size 8"),
+        (["--source-format=megatron", "--mtp-num-layers=1", "--num-layers=3"], "the last layer, .*, has a delta net"),
+        (["--rl-inference-format=vllm", "--rl-inference-tensor-model-parallel-size=8"], "4 key heads of delta nets"),
+        (["--linear-attention-freq=[1,0,1]"], "--linear-attention-freq lists 3 layers, the model has 2"),
+        (["--multi-latent-attention"], "contradicts --multi-latent-attention"),
+    ],
+)
+def test_a_qwen3_next_that_cannot_be_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(["--dry-run", "--model=tiny_qwen3_next", "--source-format=fsdp2", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--linear-num-key-heads=4"], "--linear-num-key-heads needs --experimental-attention-variant"),
+        (["--experimental-attention-variant=gated_delta_net"], "needs --linear-attention-freq: give 4"),
+        (["--moe-shared-expert-gate"], "--moe-shared-expert-gate needs --moe-shared-expert-intermediate-size"),
+        (["--attention-output-gate", "--source-format=fsdp2"], "for qwen3_moe leave --attention-output-gate out"),
+    ],
+)
+def test_flags_of_a_qwen3_next_alone_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(["--dry-run", "--model=tiny_qwen3_moe", *flags])
 
 
 def test_a_deepseek_v2_with_an_expert_bias_is_refused(tmp_path: Path) -> None:
