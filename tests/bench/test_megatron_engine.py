@@ -15,7 +15,18 @@ from refit.errors import RefitError, UnavailableError
 from refit.models.megatron.compat import has_refit_of_absent_models
 from refit.models.megatron.sharding import read_weights
 from refit.predict.megatron import predict
-from tests.models.megatron.small import LATENT, LATENT_EXPERTS, MOE, SEQUENTIAL, built, fill, layout, spec, wrong
+from tests.models.megatron.small import (
+    DELTA_NETS,
+    LATENT,
+    LATENT_EXPERTS,
+    MOE,
+    SEQUENTIAL,
+    built,
+    fill,
+    layout,
+    spec,
+    wrong,
+)
 from tests.ranks.pool import RankPool
 
 OLD = not has_refit_of_absent_models()
@@ -67,8 +78,9 @@ def wrong_keys(answers: list[dict[str, int] | None]) -> set[str]:
         Case(MOE, layout(ep=2, pp=2), layout(ep=2, first=5)),
         Case(replace(LATENT, mtp_num_layers=1), layout(ep=2, pp=2), layout(ep=2, first=5)),
         Case(LATENT_EXPERTS, layout(ep=2), layout(ep=4)),
+        Case(DELTA_NETS, layout(tp=2, ep=2), layout(tp=2, ep=2, pp=2)),
     ],
-    ids=["ep2-ep1", "ep2-ep4", "latent-apart", "pp2-pp1-apart", "token-prediction", "latent-experts"],
+    ids=["ep2-ep1", "ep2-ep4", "latent-apart", "pp2-pp1-apart", "token-prediction", "latent-experts", "delta-nets"],
 )
 def test_right_cases(ranks: RankPool, case: Case) -> None:
     answers = ranks.run(refit, case)
@@ -110,6 +122,16 @@ def test_refit_that_0_16_cannot_plan_fails_on_every_rank(ranks: RankPool) -> Non
     answers = ranks.run(refit, Case(MOE, layout(tp=2, ep=2, etp=2), layout(ep=2, first=4)))
     assert all("Cannot build TP descriptor" in answer for answer in answers)
     assert wrong_keys(ranks.run(refit, Case(MOE, layout(ep=2), layout()))) == set()
+
+
+def test_change_of_tensor_parallelism_scrambles_delta_nets(ranks: RankPool) -> None:
+    """Without a word: it cuts in_proj and conv1d as one piece, their sections lie one behind another on every rank."""
+    answers = ranks.run(refit, Case(DELTA_NETS, layout(ep=2), layout(tp=2, ep=2)))
+    sections = [f"conv1d.{name}" for name in ("query", "key", "value")]
+    sections += [f"in_proj.{name}" for name in ("query", "key", "value", "z", "beta", "alpha")]
+    assert wrong_keys(answers) == {
+        f"decoder.layers.{layer}.self_attention.{name}.weight" for layer in (0, 1, 3) for name in sections
+    }
 
 
 def test_plans_are_not_reused_for_other_models(ranks: RankPool) -> None:
