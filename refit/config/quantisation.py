@@ -67,7 +67,7 @@ BLOCK_FORMATS = {
 }
 """Values of `--rl-inference-dtype` that quantise."""
 
-KEPT = ("embedding", "output_layer", "norm", "router", "eh_proj", "in_proj.beta", "in_proj.alpha")
+KEPT = ("embedding", "output_layer", "norm", "router", "eh_proj", "beta.in_proj", "alpha.in_proj")
 """Parts of the keys of tensors that stay BF16, as in the published checkpoints of DeepSeek-V3 and Kimi K2, and of delta
 nets what vLLM cannot have in FP8. Tensors of one dim (norms, biases) or of single rows (convolutions) always stay."""
 

@@ -29,9 +29,14 @@ def expert_maps(sharding: Sharding) -> tuple[ExpertMap, ...]:
     """One map for each placement of a side, in the order of their first layers. Empty for a model without experts."""
     layers: dict[int, list[int]] = defaultdict(list)
     found: dict[int, tuple[TensorSpec, TensorSharding]] = {}
+    known: dict[int, TensorSharding] = {}
+    equal: dict[TensorSharding, TensorSharding] = {}  # layers of several kinds have objects of their own
     for key, tensor in sharding.tensors.items():
         if tensor.stacked and key.endswith(FIRST_LINEAR) and key.startswith("decoder.layers."):
-            held = sharding.by_key[key]
+            each = sharding.by_key[key]
+            if id(each) not in known:
+                known[id(each)] = equal.setdefault(each, each)
+            held = known[id(each)]
             layers[id(held)].append(int(key.split(".")[2]))
             found[id(held)] = (tensor, held)
     return tuple(_map(tuple(layers[identity]), *found[identity]) for identity in found)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from refit.config.layout import Layout
 from refit.config.shape import DeltaNet, ModelShape
 
@@ -16,7 +19,18 @@ def kv_bytes_per_token(shape: ModelShape, layout: Layout) -> int:
     Multi-latent attention caches the latent and the rotary key, whole on every TP rank (DeepSeek-V2, arXiv:2405.04434,
     table 1). Otherwise each TP rank caches keys and values of its query groups, of at least one.
     """
-    return _most_layers(layout, shape) * kv_bytes_of_layer(shape, layout.tp)
+    cached = [not kind.delta_net for kind in shape.kinds]
+    return _most_layers(layout, cached) * kv_bytes_of_layer(shape, layout.tp)
+
+
+def cache_bytes_of_sequence(shape: ModelShape, layout: Layout, length: int) -> int:
+    """Bytes of a sequence of `length` tokens on the fullest GPU: its cache, and at most so much of states."""
+    nbytes = kv_bytes_per_token(shape, layout) * length
+    if shape.delta_net is not None:
+        nbytes += _most_layers(layout, shape.delta_net.layers) * math.ceil(
+            delta_state_bytes(shape.delta_net, layout.tp)
+        )
+    return nbytes
 
 
 def kv_bytes_of_layer(shape: ModelShape, tp: int) -> int:
@@ -31,12 +45,12 @@ def delta_state_bytes(net: DeltaNet, tp: int) -> float:
     return net.num_value_heads / tp * net.key_head_dim * net.value_head_dim * CACHE_ITEMSIZE
 
 
-def _most_layers(layout: Layout, shape: ModelShape) -> int:
-    """The layers with attention of the stage that has most. What PP does not divide makes some stages one layer larger,
-    wherever they are."""
-    cached = [not kind.delta_net for kind in shape.kinds]
+def _most_layers(layout: Layout, counted: Sequence[bool]) -> int:
+    """The layers that are `counted` on the stage that has most. What PP does not divide makes some stages one layer
+    larger, wherever they are."""
+    num_layers = len(counted)
     if (layout.chunk_sizes, layout.first_stage_layers, layout.last_stage_layers) == (None, None, None):
-        size = -(-shape.num_layers // layout.pp)
-        return max(sum(cached[begin : begin + size]) for begin in range(shape.num_layers - size + 1))
-    stages = layout.chunk_layers(shape.num_layers)
-    return max(sum(cached[layer] for chunk in chunks for layer in chunk) for chunks in stages)
+        size = -(-num_layers // layout.pp)
+        return max(sum(counted[begin : begin + size]) for begin in range(num_layers - size + 1))
+    stages = layout.chunk_layers(num_layers)
+    return max(sum(counted[layer] for chunk in chunks for layer in chunk) for chunks in stages)

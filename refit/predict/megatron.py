@@ -207,9 +207,9 @@ def _gated_delta_net(shape: ModelShape, net: DeltaNet) -> Iterator[Entry]:
     widths = {"query": keys, "key": keys, "value": values}
     others = {"z": values, "beta": net.num_value_heads, "alpha": net.num_value_heads}
     for name, width in {**widths, **others}.items():
-        yield from _linear(f"{attention}.in_proj.{name}", width, shape.hidden_size, Split.COLUMN)
+        yield from _linear(f"{attention}.{name}.in_proj", width, shape.hidden_size, Split.COLUMN)
     for name, width in widths.items():
-        yield Entry(f"{attention}.conv1d.{name}.weight", (width, 1, net.conv_kernel_dim), Split.COLUMN)
+        yield Entry(f"{attention}.{name}.conv1d.weight", (width, 1, net.conv_kernel_dim), Split.COLUMN)
     for name in ("dt_bias", "A_log"):
         yield Entry(f"{attention}.{name}", (net.num_value_heads,), Split.COLUMN)
     yield from _norm(f"{attention}.out_norm", net.value_head_dim, shape)

@@ -125,7 +125,8 @@ class Search(Asked):
         memory = max(held.get("both", held.get("destination", {})).values()) + run.staging_bytes
         if self.cluster.gpu_memory_bytes is not None:
             room = self.cluster.gpu_memory_bytes - memory
-            tokens = room // kv_bytes_per_token(run.model, side.layout)
+            per_token = kv_bytes_per_token(run.model, side.layout)
+            tokens = room // per_token if per_token else None  # no layer has attention
             if self.workload is not None and candidate.served is not None:
                 batch = largest_batch(run.model, side, candidate.served, room, self.workload.context)
         return Found(

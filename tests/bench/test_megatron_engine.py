@@ -127,8 +127,8 @@ def test_refit_that_0_16_cannot_plan_fails_on_every_rank(ranks: RankPool) -> Non
 def test_change_of_tensor_parallelism_scrambles_delta_nets(ranks: RankPool) -> None:
     """Without a word: it cuts in_proj and conv1d as one piece, their sections lie one behind another on every rank."""
     answers = ranks.run(refit, Case(DELTA_NETS, layout(ep=2), layout(tp=2, ep=2)))
-    sections = [f"conv1d.{name}" for name in ("query", "key", "value")]
-    sections += [f"in_proj.{name}" for name in ("query", "key", "value", "z", "beta", "alpha")]
+    sections = [f"{name}.conv1d" for name in ("query", "key", "value")]
+    sections += [f"{name}.in_proj" for name in ("query", "key", "value", "z", "beta", "alpha")]
     assert wrong_keys(answers) == {
         f"decoder.layers.{layer}.self_attention.{name}.weight" for layer in (0, 1, 3) for name in sections
     }

@@ -18,6 +18,7 @@ from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.plan.planner import plan_refit
 from refit.predict import megatron
+from refit.predict.expert_map import expert_maps
 from refit.predict.vllm.engine import Place, stage_layers
 from refit.predict.vllm.options import VllmOptions
 from refit.predict.vllm.parameters import Engines, padded_vocab_size
@@ -241,3 +242,10 @@ def test_flags_of_engines_need_the_format() -> None:
 
 def test_the_vocabulary_is_padded_as_vllm_pads_it() -> None:
     assert padded_vocab_size(replace(preset("tiny_qwen3"), vocab_size=1001)) == 1024
+
+
+def test_layers_of_several_kinds_with_experts_in_the_same_places_have_one_map() -> None:
+    shape = preset("tiny_qwen3_next")
+    assert len(set(shape.kinds)) == 2
+    (found,) = expert_maps(predict(shape, side(tp=2, ep=2)))
+    assert found.layers == (0, 1)

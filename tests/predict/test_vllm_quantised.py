@@ -69,6 +69,23 @@ def test_kimi_k2_in_block_fp8_on_tp8_with_whole_experts() -> None:
     assert found["mlp.gate.weight"] == ((384, 7168), "bfloat16")
 
 
+def test_a_delta_net_in_block_fp8_on_tp4() -> None:
+    """What vLLM has no FP8 for stays: its rates, with 16 rows on a rank, and its convolution."""
+    found = parameters(preset("qwen3_next_80b_a3b"), quantised(BLOCK, 4, ep=True), 0)
+    assert {name: held for name, held in found.items() if name.startswith("linear_attn")} == {
+        "linear_attn.in_proj_qkvz.weight": ((3072, 2048), "float8_e4m3fn"),
+        "linear_attn.in_proj_qkvz.weight_scale_inv": ((24, 16), "float32"),
+        "linear_attn.in_proj_ba.weight": ((16, 2048), "bfloat16"),
+        "linear_attn.conv1d.weight": ((2048, 1, 4), "bfloat16"),
+        "linear_attn.dt_bias": ((8,), "bfloat16"),
+        "linear_attn.A_log": ((8,), "float32"),
+        "linear_attn.norm.weight": ((128,), "bfloat16"),
+        "linear_attn.out_proj.weight": ((2048, 1024), "float8_e4m3fn"),
+        "linear_attn.out_proj.weight_scale_inv": ((16, 8), "float32"),
+    }
+    assert found["mlp.shared_expert_gate.weight"] == ((1, 2048), "bfloat16")
+
+
 def test_mxfp8_has_scales_of_its_own_name_and_no_grid_over_rows() -> None:
     found = parameters(preset("qwen3_235b_a22b"), quantised(MX, 8), 0)
     assert found["self_attn.qkv_proj.weight_scale"] == (((8 + 1 + 1) * 128, 4096 // 32), "float8_e8m0fnu")
@@ -92,6 +109,8 @@ def wide(shape: ModelShape) -> ModelShape:
         rank = None if mla.q_lora_rank is None else 128
         mla = LatentAttention(rank, 96, qk_head_dim=64, qk_pos_emb_head_dim=64, v_head_dim=64)
         shape = replace(shape, num_attention_heads=4, num_query_groups=4)
+    if shape.delta_net is not None:
+        shape = replace(shape, delta_net=replace(shape.delta_net, key_head_dim=128, value_head_dim=128))
     widened = replace(
         shape, hidden_size=160, ffn_hidden_size=128 * shape.ffn_hidden_size, kv_channels=128, experts=experts, mla=mla
     )
@@ -235,6 +254,10 @@ TP, EP = "--rl-inference-tensor-model-parallel-size", "--rl-inference-expert-mod
         (
             ["--model=tiny_qwen3", "--kv-channels=128", "--ffn-hidden-size=192"],
             r"192 rows of \S*linear_fc1.weight in \S*gate_up_proj.weight .*--fp8-keep-bf16 \S*,linear_fc1\)",
+        ),
+        (
+            ["--model=tiny_qwen3_next", "--moe-shared-expert-intermediate-size=256"],
+            r"16 rows of \S*query.in_proj.weight in \S*in_proj_qkvz.weight .*--fp8-keep-bf16 \S*,in_proj\)",
         ),
         (["--model=tiny_deepseek_v3"], r"96 rows of \S*linear_q_down_proj.weight in \S*fused_qkv_a_proj.weight"),
         (

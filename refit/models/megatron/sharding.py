@@ -30,7 +30,7 @@ ALIASES = (
 """Norms that some layer specs fuse into the next linear: spelling and canonical spelling."""
 
 SECTIONS = re.compile(r"\.(in_proj|conv1d)\.weight\.(\w+)$")
-"""The parts of a delta net's tensors, `in_proj.weight.query`; here `in_proj.query.weight`, as weights are called."""
+"""The sections of a delta net's tensors, `in_proj.weight.query`; here `query.in_proj.weight`, as other parts are."""
 
 
 def canonical_key(key: str) -> str:
@@ -38,7 +38,7 @@ def canonical_key(key: str) -> str:
     for spelling, canonical in ALIASES:
         if spelling in key:
             return key.replace(spelling, canonical)
-    return SECTIONS.sub(r".\1.\2.weight", key)
+    return SECTIONS.sub(r".\2.\1.weight", key)
 
 
 def read_weights(model: BuiltModel) -> LocalWeights:

@@ -47,7 +47,7 @@ def parts_of(model: NamedModel, quantisation: Quantisation) -> Parts:
             members[block.key_prefix + tensor.row.key].append(tensor)
         for key, tensors in members.items():
             shape = model.logical[key].shape
-            if any(each.row.interleaved for each in tensors):
+            if any(each.row.interleaved or each.row.others for each in tensors):
                 continue  # refused where it would be quantised
             if quantisation.quantises(key, shape) and any(
                 _is_cut(each, Grid(shape, quantisation.format)) for each in tensors

@@ -12,7 +12,6 @@ from refit.errors import UsageError
 from refit.predict.families import qwen3_moe
 from refit.predict.families.config_keys import EXPERTS, GROUPED_QUERIES, LINEAR_ATTENTION, ROUTED, SIZES, Key, whole
 from refit.predict.families.tables import (
-    DELTA_NET,
     DENSE_MLP,
     FC1,
     FC2,
@@ -31,7 +30,6 @@ from refit.predict.families.tables import (
 )
 from refit.predict.megatron import Split
 
-CONVOLUTION = "self_attention.conv1d"
 GATED_ATTENTION = (
     replace(GROUPED_QUERY_ATTENTION[0], part=Part.QUERY_AND_GATE),
     *GROUPED_QUERY_ATTENTION[1:],
@@ -40,26 +38,26 @@ GATED_ATTENTION = (
 GATED_DELTA_NET = (
     Row(
         "linear_attn.in_proj_qkvz.weight",
-        f"{DELTA_NET}.query.weight",
+        "self_attention.query.in_proj.weight",
         Split.COLUMN,
         Part.IN_TURN,
-        others=tuple(f"{DELTA_NET}.{name}.weight" for name in ("key", "value", "z")),
+        others=tuple(f"self_attention.{name}.in_proj.weight" for name in ("key", "value", "z")),
         in_transformers=Split.COLUMN,
     ),
     Row(
         "linear_attn.in_proj_ba.weight",
-        f"{DELTA_NET}.beta.weight",
+        "self_attention.beta.in_proj.weight",
         Split.COLUMN,
         Part.IN_TURN,
-        others=(f"{DELTA_NET}.alpha.weight",),
+        others=("self_attention.alpha.in_proj.weight",),
         in_transformers=Split.COLUMN,
     ),
     Row(
         "linear_attn.conv1d.weight",
-        f"{CONVOLUTION}.query.weight",
+        "self_attention.query.conv1d.weight",
         Split.COLUMN,
         Part.SECTIONS,
-        others=tuple(f"{CONVOLUTION}.{name}.weight" for name in ("key", "value")),
+        others=tuple(f"self_attention.{name}.conv1d.weight" for name in ("key", "value")),
         in_transformers=Split.REPLICATED,
     ),
     Row("linear_attn.dt_bias", "self_attention.dt_bias", Split.COLUMN, in_transformers=Split.REPLICATED),

@@ -161,7 +161,6 @@ QKV, QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.b
 FC1, FC2 = "linear_fc1.weight", "linear_fc2.weight"
 PROJECTION_BIAS = "self_attention.linear_proj.bias"
 SINKS = "self_attention.core_attention.softmax_offset"
-DELTA_NET = "self_attention.in_proj"
 EXPERTS, SHARED, EXPERT_BIAS_KEY = "mlp.experts.experts", "mlp.shared_experts", "mlp.router.expert_bias"
 SHARED_GATE = f"{SHARED}.gate_weight"
 QUERY_NORM, KEY_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"

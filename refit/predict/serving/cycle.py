@@ -11,7 +11,7 @@ from refit.config.shape import ModelShape
 from refit.config.side import SideSpec
 from refit.errors import UsageError
 from refit.predict.flops import train_flops
-from refit.predict.kv_cache import kv_bytes_per_token
+from refit.predict.kv_cache import cache_bytes_of_sequence
 from refit.predict.serving.layout import Served
 from refit.predict.serving.roofline import PassBound, Serving
 
@@ -135,4 +135,4 @@ def rollouts(shape: ModelShape, side: SideSpec, served: Served, cluster: Cluster
 
 def largest_batch(shape: ModelShape, side: SideSpec, served: Served, room_bytes: int, context: int) -> int:
     """The most sequences of `context` tokens whose cache fits `room_bytes` of each GPU, on all engines together."""
-    return max(0, room_bytes // (kv_bytes_per_token(shape, side.layout) * context)) * served.replicas
+    return max(0, room_bytes // cache_bytes_of_sequence(shape, side.layout, context)) * served.replicas

@@ -67,12 +67,12 @@ def _of_delta_net(prefix: str, name: str, tensor: torch.Tensor, shape: ModelShap
     keys, values = net.key_width, net.value_width
     if name.endswith("conv1d.weight"):
         parts = dict(zip(("query", "key", "value"), tensor.split([keys, keys, values]), strict=True))
-        return {f"{prefix}self_attention.conv1d.{section}.weight": part for section, part in parts.items()}
+        return {f"{prefix}self_attention.{section}.conv1d.weight": part for section, part in parts.items()}
     sections = ("query", "key", "value", "z") if name.endswith("qkvz.weight") else ("beta", "alpha")
     sizes = [keys, keys, values, values] if len(sections) == 4 else [net.num_value_heads] * 2
     heads = tensor.view(net.num_key_heads, -1, tensor.size(-1)).split([size // net.num_key_heads for size in sizes], 1)
     parts = dict(zip(sections, heads, strict=True))
-    return {f"{prefix}self_attention.in_proj.{section}.weight": part.flatten(0, 1) for section, part in parts.items()}
+    return {f"{prefix}self_attention.{section}.in_proj.weight": part.flatten(0, 1) for section, part in parts.items()}
 
 
 def _with_gates(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shape: ModelShape) -> torch.Tensor:
@@ -91,7 +91,7 @@ def with_joined_sections(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
     """Delta nets' tensors as Megatron's model has them, their sections one behind another."""
     found: dict[str, list[torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        found.setdefault(re.sub(r"\.(in_proj|conv1d)\.\w+\.weight$", r".\1.weight", key), []).append(tensor)
+        found.setdefault(re.sub(r"\.\w+\.(in_proj|conv1d)\.weight$", r".\1.weight", key), []).append(tensor)
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 

@@ -55,6 +55,7 @@ GLM = ["--model=tiny_glm4_moe"]
 GPT_OSS = ["--model=tiny_gpt_oss", "--ffn-hidden-size=192"]
 MINIMAX = ["--model=tiny_minimax_m2", "--ffn-hidden-size=192"]
 QWEN_MOE = ["--model=tiny_qwen3_moe", "--num-layers=2"]
+QWEN_NEXT = ["--model=tiny_qwen3_next", "--num-layers=2"]
 MEGATRON = ["--tensor-model-parallel-size=2", "--expert-model-parallel-size=2", "--source-world-size=4"]
 MEGATRON += ["--expert-tensor-parallel-size=1"]
 FSDP2 = ["--source-format=fsdp2", "--source-world-size=3"]
@@ -101,6 +102,8 @@ def check(result: RefitResult) -> None:
         [*GPT_OSS, *MEGATRON, *engine(2, 2, ep=True)],
         [*GPT_OSS, *FSDP2, "--num-query-groups=2", *engine(4, ep=True)],
         [*MINIMAX, "--num-query-groups=2", *FSDP2, *engine(4)],
+        [*QWEN_NEXT, *MEGATRON, *engine(2, 2, ep=True)],
+        [*QWEN_NEXT, *FSDP2, "--num-query-groups=2", *engine(4)],
         ["--model=tiny_glm4_moe_lite", *MEGATRON, *engine(2, 2, ep=True)],
         ["--model=tiny_deepseek_v2", *DEEPSEEK[1:], *MEGATRON, *engine(2, 2, ep=True)],
         [*QWEN_MOE, *MEGATRON, *engine(2, 2)],
@@ -122,6 +125,8 @@ def check(result: RefitResult) -> None:
         "gpt_oss",
         "replicated-biases-of-gpt_oss",
         "replicated-norms",
+        "qwen3_next",
+        "cut-delta-nets",
         "glm4_moe_lite",
         "deepseek_v2",
         "sliced-experts",

@@ -59,9 +59,9 @@ OWN = {
         "mlp.experts.experts.linear_fc2.bias": "mlp.experts.down_proj_bias",
     },
     QWEN3_NEXT: {
-        "self_attention.in_proj.query.weight": "linear_attn.in_proj_qkvz.weight",
-        "self_attention.in_proj.beta.weight": "linear_attn.in_proj_ba.weight",
-        "self_attention.conv1d.query.weight": "linear_attn.conv1d.weight",
+        "self_attention.query.in_proj.weight": "linear_attn.in_proj_qkvz.weight",
+        "self_attention.beta.in_proj.weight": "linear_attn.in_proj_ba.weight",
+        "self_attention.query.conv1d.weight": "linear_attn.conv1d.weight",
         "self_attention.dt_bias": "linear_attn.dt_bias",
         "self_attention.A_log": "linear_attn.A_log",
         "self_attention.out_norm.weight": "linear_attn.norm.weight",

@@ -34,6 +34,8 @@ def serving(model: str, layout: str, *flags: str, routing: Routing | None = None
         ("tiny_deepseek_v3", "TP1"),
         ("tiny_qwen3_moe", "vllm TP1 DP4 EP4"),
         ("qwen3_30b_a3b", "vllm TP1"),
+        ("qwen3_next_80b_a3b", "vllm TP1"),
+        ("tiny_qwen3_next", "TP1"),
     ],
 )
 def test_a_prefill_has_the_operations_of_a_forward_pass(model: str, layout: str) -> None:
