@@ -67,9 +67,12 @@ BLOCK_FORMATS = {
 }
 """Values of `--rl-inference-dtype` that quantise."""
 
-KEPT = ("embedding", "output_layer", "norm", "router", "eh_proj", "beta.in_proj", "alpha.in_proj")
-"""Parts of the keys of tensors that stay BF16, as in the published checkpoints of DeepSeek-V3 and Kimi K2, and of delta
-nets what vLLM cannot have in FP8. Tensors of one dim (norms, biases) or of single rows (convolutions) always stay."""
+DELTA_NETS = ("conv1d", "beta.in_proj", "alpha.in_proj", "gate_weight")
+"""Of models with delta nets: what vLLM cannot have in FP8, and the gate of shared experts."""
+
+KEPT = ("embedding", "output_layer", "norm", "router", "eh_proj", *DELTA_NETS)
+"""Parts of the keys of tensors that stay BF16, as in the published checkpoints of DeepSeek-V3 and Kimi K2. Tensors of
+one dim (norms, biases) always stay."""
 
 
 class Place(str, Enum):
@@ -114,9 +117,7 @@ class Quantisation:
 
     def quantises(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor `key` becomes codes and scales."""
-        return (
-            len(shape) > 1 and shape[-2] > 1 and key.endswith("weight") and not any(part in key for part in self.kept)
-        )
+        return len(shape) > 1 and key.endswith("weight") and not any(part in key for part in self.kept)
 
 
 def scale_key(key: str) -> str:

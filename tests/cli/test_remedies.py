@@ -107,7 +107,7 @@ REMEDIES = [
     (f"{FP8} --fp8-keep-bf16 norm", "--fp8-keep-bf16 norm,word_embeddings"),
     (
         f"{FP8} --hidden-size 192 --ffn-hidden-size 192 --tensor-model-parallel-size 2",
-        "--fp8-keep-bf16 embedding,output_layer,norm,router,eh_proj,beta.in_proj,alpha.in_proj,linear_fc1,linear_fc2",
+        "--fp8-keep-bf16 embedding,output_layer,norm,router,eh_proj,conv1d,beta.in_proj,alpha.in_proj,gate_weight,linear_fc1,linear_fc2",
     ),
     (f"{FP8} --fp8-keep-bf16 embedding,linear,nomatch", "leave nomatch out"),
 ]
