@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refit.config.layout import Layout
-from refit.config.shape import ModelShape
+from refit.config.registry import FORMATS
+from refit.config.shape import DeltaNet, ModelShape
 from refit.config.side import SideSpec
 from refit.config.steps import Recompute, StepSettings
 from refit.plan.sharding import ITEMSIZE, Sharding
@@ -91,14 +92,16 @@ def activation_bytes(shape: ModelShape, side: SideSpec, steps: StepSettings, sta
     chunks = layout.chunk_layers(shape.num_layers)[stage]
     units = [unit for chunk in chunks for unit in _units(chunk, steps.recompute)]
     whole = {layer for chunk in chunks for layer in chunk} - {layer for unit in units for layer in unit}
-    per_microbatch = sum(_layer_values(shape, layer, layout, steps) for layer in whole)
+    net_parts = 1 if FORMATS[side.format].is_transformers else layout.tp  # whose ranks compute all of a delta net
+    per_microbatch = sum(_layer_values(shape, layer, layout, steps, net_parts) for layer in whole)
     per_microbatch += len(units) * shape.hidden_size / _sequence_parts(layout, steps)
     in_flight = float(min(layout.pp - stage, num_microbatches))
     if layout.vpp > 1:
         in_flight = min(in_flight * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)), num_microbatches)
     stored = in_flight * per_microbatch
     # One unit at a time is computed again.
-    stored += max((sum(_all_values(shape, layer, layout, steps) for layer in unit) for unit in units), default=0.0)
+    again = (sum(_all_values(shape, layer, layout, steps, net_parts) for layer in unit) for unit in units)
+    stored += max(again, default=0.0)
     total = stored * tokens * itemsize
     if stage == layout.pp - 1:  # logits, their softmax in float32, and the gradient of the logits
         total += tokens * (2 * itemsize + 4) * shape.padded_vocab_size(layout.tp) / layout.tp
@@ -116,10 +119,10 @@ def _units(chunk: Sequence[int], recompute: Recompute) -> list[Sequence[int]]:
     return [chunk[begin : begin + number] for begin in range(0, len(chunk), number)]
 
 
-def _layer_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSettings) -> float:
+def _layer_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSettings, net_parts: int) -> float:
     """Values that a layer stores for each token, after selective recomputation."""
     recompute = steps.recompute
-    values = _all_values(shape, layer, layout, steps)
+    values = _all_values(shape, layer, layout, steps, net_parts)
     if recompute.granularity != "selective":
         return values
     routed = shape.experts is not None and shape.experts.layers[layer]
@@ -133,14 +136,25 @@ def _layer_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSett
     return max(values, hidden)
 
 
-def _all_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSettings) -> float:
-    """Values of a layer for each token: two norms and what follows them, without recomputation."""
+def _all_values(shape: ModelShape, layer: int, layout: Layout, steps: StepSettings, net_parts: int) -> float:
+    """Values of a layer for each token: two norms and what follows them, without recomputation. A delta net is cut into
+    `net_parts`."""
     hidden = shape.hidden_size / _sequence_parts(layout, steps)
     if shape.experts is not None and shape.experts.layers[layer]:
         mlp = _moe_values(shape, layout, steps)
     else:
         mlp = _mlp_values(shape.hidden_size, shape.ffn_hidden_size, layout.tp, shape)
+    net = shape.delta_net
+    if net is not None and net.layers[layer]:
+        return 4 * hidden + _delta_net_values(net) / net_parts + mlp
     return 4 * hidden + _attention_values(shape, layout) + mlp
+
+
+def _delta_net_values(net: DeltaNet) -> float:
+    """What is projected and convolved, queries and keys for each value head, the output before and after its norm."""
+    projected = 2 * net.key_width + 2 * net.value_width + 2 * net.num_value_heads
+    convolved = 2 * net.key_width + net.value_width
+    return projected + convolved + 2 * net.num_value_heads * net.key_head_dim + 2 * net.value_width
 
 
 def _attention_values(shape: ModelShape, layout: Layout) -> float:
@@ -148,7 +162,7 @@ def _attention_values(shape: ModelShape, layout: Layout) -> float:
     heads, mla = shape.num_attention_heads / layout.tp, shape.mla
     if mla is None:
         groups = max(shape.num_query_groups / layout.tp, 1)
-        return shape.kv_channels * (2 * heads + 2 * groups)
+        return shape.kv_channels * ((2 + shape.attention_output_gate) * heads + 2 * groups)
     query, value = mla.qk_head_dim + mla.qk_pos_emb_head_dim, mla.v_head_dim
     latent = 2 * ((mla.q_lora_rank or 0) + mla.kv_lora_rank) + mla.qk_pos_emb_head_dim
     return latent + heads * (2 * query + 2 * value)

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from refit.cli.parsing import parse
+from refit.config.quantisation import KEPT
 from refit.errors import UsageError
 from refit.predict.dry_run import dry_run
 from tests.cli.lines import TWO_HEADS, TWO_STAGES
@@ -107,7 +108,7 @@ REMEDIES = [
     (f"{FP8} --fp8-keep-bf16 norm", "--fp8-keep-bf16 norm,word_embeddings"),
     (
         f"{FP8} --hidden-size 192 --ffn-hidden-size 192 --tensor-model-parallel-size 2",
-        "--fp8-keep-bf16 embedding,output_layer,norm,router,eh_proj,conv1d,beta.in_proj,alpha.in_proj,gate_weight,linear_fc1,linear_fc2",
+        f"--fp8-keep-bf16 {','.join(KEPT)},linear_fc1,linear_fc2",
     ),
     (f"{FP8} --fp8-keep-bf16 embedding,linear,nomatch", "leave nomatch out"),
 ]

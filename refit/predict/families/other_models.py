@@ -13,10 +13,12 @@ from refit.predict.families.config_keys import STYLE
 STYLES: dict[str, dict[str, object]] = {"mistral": {"group-query-attention": True}}
 """model_type -> flags that say what its layers are like, beside those of every family."""
 
-NOT_BUILT = {
-    "qwen3_5_moe": "most of its layers have linear attention",
-}
-"""model_type -> why no flags describe it."""
+QWEN3_5 = (
+    "its delta nets have projections of their own and its sizes lie in text_config, beside a vision model: describe the "
+    "text model to Megatron sides with the flags of --model qwen3_next_80b_a3b and its own sizes"
+)
+NOT_BUILT = dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), QWEN3_5)
+"""model_type -> why it is no family here, and what to do."""
 
 SIZES = {
     "num-layers": "num_hidden_layers",
@@ -35,7 +37,7 @@ def remedy(content: Mapping[str, Any]) -> str:
     if not isinstance(kind, str) or kind not in {*STYLES, *NOT_BUILT}:
         return "give such a file, or describe the model to Megatron sides with flags (--num-layers and others)"
     if kind in NOT_BUILT:
-        return f"flags cannot describe it either, as {NOT_BUILT[kind]}: bring the model with --model-provider"
+        return NOT_BUILT[kind]
     try:
         flags = {**STYLE, **STYLES[kind], **_sizes(kind, content)}
     except UsageError as error:
