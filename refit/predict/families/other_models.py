@@ -14,8 +14,8 @@ STYLES: dict[str, dict[str, object]] = {"mistral": {"group-query-attention": Tru
 """model_type -> flags that say what its layers are like, beside those of every family."""
 
 QWEN3_5 = (
-    "its delta nets have projections of their own and its sizes lie in text_config, beside a vision model: describe the "
-    "text model to Megatron sides with the flags of --model qwen3_next_80b_a3b and its own sizes"
+    "its delta nets have projections of their own and its sizes lie in text_config, beside a vision model: describe "
+    "the text model to Megatron sides with the flags of --model qwen3_next_80b_a3b and its own sizes"
 )
 NOT_BUILT = dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), QWEN3_5)
 """model_type -> why it is no family here, and what to do."""
