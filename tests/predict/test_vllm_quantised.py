@@ -257,7 +257,7 @@ TP, EP = "--rl-inference-tensor-model-parallel-size", "--rl-inference-expert-mod
         ),
         (
             ["--model=tiny_qwen3_next", "--moe-shared-expert-intermediate-size=256"],
-            r"16 rows of \S*query.in_proj.weight in \S*in_proj_qkvz.weight .*--fp8-keep-bf16 \S*,in_proj\)",
+            r"64 rows of \S*query.in_proj.weight in \S*in_proj_qkvz.weight .*--fp8-keep-bf16 \S*,in_proj\)",
         ),
         (["--model=tiny_deepseek_v3"], r"96 rows of \S*linear_q_down_proj.weight in \S*fused_qkv_a_proj.weight"),
         (
