@@ -10,15 +10,13 @@ import contextlib
 import copy
 import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-LIBRARY = "fla"
-"""The module of flash-linear-attention, whose kernels run on GPUs only."""
+from refit.models.delta_net_kernels import has_kernels
 
 
 def run_without_kernels() -> None:
@@ -27,7 +25,7 @@ def run_without_kernels() -> None:
     They have the gated delta rule in torch too, for deterministic runs. It takes the place of the kernel, and torch's
     own operations that of the two other kernels.
     """
-    if importlib.util.find_spec(LIBRARY) is not None:
+    if has_kernels():
         return
     package: Any = importlib.import_module("megatron.core.ssm.gated_delta_net")
     rule = package.torch_chunk_gated_delta_rule

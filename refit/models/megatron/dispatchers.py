@@ -10,6 +10,7 @@ import torch
 from refit.config.scenario import Scenario
 from refit.config.steps import Dispatch
 from refit.errors import RefitError, UnavailableError
+from refit.models.delta_net_kernels import check_kernels
 from refit.models.megatron import nccl_ep
 from refit.models.megatron.build import BuiltModel
 
@@ -30,7 +31,8 @@ NEEDS = {"deepep": "Buffer", "hybridep": "HybridEPBuffer"}
 
 
 def check_available(scenario: Scenario, device: torch.device) -> None:
-    """Raise UnavailableError where this machine lacks what the scenario's dispatch needs."""
+    """Raise UnavailableError where this machine lacks what the scenario's dispatch or its delta nets need."""
+    check_kernels(scenario, device)
     if scenario.steps is None or scenario.model is None or scenario.model.experts is None:
         return
     dispatch = scenario.steps.dispatch
