@@ -97,8 +97,10 @@ def check(shape: ModelShape, side: SideSpec, name: str) -> None:
     if shape.mla is None:
         divisible.append((shape.num_query_groups, mesh.tp, "query groups", "TP size"))
     if shape.delta_net is not None:  # whose input and output projections have their rows split, as transformers has it
+        net = shape.delta_net
         divisible += [
-            (2 * shape.delta_net.num_value_heads, mesh.tp, "rows of delta nets' gates", "TP size"),
+            (2 * (net.key_width + net.value_width), mesh.tp, "rows of delta nets' projections", "TP size"),
+            (2 * net.num_value_heads, mesh.tp, "rows of delta nets' rates", "TP size"),
             (shape.hidden_size, mesh.tp, "hidden size, of delta nets,", "TP size"),
         ]
     if shape.experts is not None:

@@ -69,8 +69,9 @@ def test_experts_and_routers_are_whole_shared_experts_are_not() -> None:
 
 
 def most_tp(shape: ModelShape, tp: int) -> int:
-    """The TP size that AutoTP takes instead of `tp`: it cannot split norms over all heads, or sinks."""
-    return 1 if shape.qk_norm_over_heads or shape.attention_sinks else min(tp, shape.vocab_size)
+    """The TP size that AutoTP takes instead of `tp`: it cannot split norms over all heads, sinks, or delta nets."""
+    whole = shape.qk_norm_over_heads or shape.attention_sinks or shape.delta_net is not None
+    return 1 if whole else min(tp, shape.vocab_size)
 
 
 @given(models(), st.integers(1, 5), st.integers(1, 3))

@@ -88,6 +88,9 @@ def test_a_vocabulary_that_tp_does_not_divide_is_refused_where_fsdp_shards_it_fu
     assert predict(shape, side(4, tp=4)).tensors
 
 
+WHOLE_OF_NETS = ("conv1d", "dt_bias", "A_log", "gate_weight")
+
+
 @given(models(), st.data())
 @settings(max_examples=60)
 def test_every_element_is_held_once_per_replica(shape: ModelShape, data: st.DataObject) -> None:
@@ -105,13 +108,16 @@ def test_every_element_is_held_once_per_replica(shape: ModelShape, data: st.Data
         assert distinct == Box.whole(sharding.tensors[key].shape).volume
         copies = held / distinct
         assert copies >= replicate
-        is_whole = any(part in key for part in ("norm", "router", "down_proj", "linear_proj.bias"))
+        is_whole = any(part in key for part in ("norm", "router", "down_proj", "linear_proj.bias", *WHOLE_OF_NETS))
         assert copies == replicate or is_whole
 
 
 def _splits(shape: ModelShape, tp: int) -> bool:
     sizes = [shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size]
     shared = shape.experts.shared_ffn_hidden_size if shape.experts else None
+    if shape.delta_net is not None:
+        net = shape.delta_net
+        sizes += [shape.hidden_size, 2 * net.num_value_heads, 2 * (net.key_width + net.value_width)]
     return all(size % tp == 0 for size in [*sizes, shared or tp])
 
 
