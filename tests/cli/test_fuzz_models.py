@@ -39,10 +39,15 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "normalization": st.sampled_from(("RMSNorm", "LayerNorm")),
     "moe-layer-freq": st.sampled_from(("1", "2", "[0,1]", "[1]*4", "([0]*1+[1]*3)", "[0]*4")),
     "transformer-impl": st.sampled_from(("local", "transformer_engine")),
+    "experimental-attention-variant": st.just("gated_delta_net"),
+    "linear-attention-freq": st.sampled_from(("1", "2", "4", "[0,1]", "[1]*4", "([1]*1+[0]*1)*2")),
+    **dict.fromkeys(("linear-num-key-heads", "linear-num-value-heads", "linear-conv-kernel-dim"), SMALL),
+    **dict.fromkeys(("linear-key-head-dim", "linear-value-head-dim"), WIDTH),
 }
 SWITCHES = (
     *("swiglu", "disable-bias-linear", "add-qkv-bias", "untie-embeddings-and-output-weights", "qk-layernorm"),
     *("group-query-attention", "multi-latent-attention", "moe-router-enable-expert-bias", "moe-grouped-gemm"),
+    *("attention-output-gate", "moe-shared-expert-gate"),
     *("use-rotary-position-embeddings", "no-position-embedding", "bf16", "fp16", "fp32"),
 )
 SIDES: dict[str, st.SearchStrategy[Any]] = {
@@ -74,6 +79,7 @@ NAMED = (
     "tiny_gpt_oss",
     "tiny_qwen3",
     "tiny_qwen3_moe",
+    "tiny_qwen3_next",
     "tiny_deepseek_v3",
 )
 PRESETS = ("tiny", *NAMED)
@@ -96,6 +102,18 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"model_type": "deepseek_v2", **SIZED, **ROUTED, **LATENT, "head_dim": 8, "num_key_value_heads": 4},
     {"model_type": "qwen3", **SIZED},
     {"model_type": "qwen3_moe", **SIZED, **ROUTED, "num_experts": 8},
+    {
+        "model_type": "qwen3_next",
+        **SIZED,
+        **ROUTED,
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "full_attention_interval": 2,
+        "layer_types": None,
+    },
     {"model_type": "deepseek_v3", **SIZED, **ROUTED, **LATENT, "head_dim": 8, "num_key_value_heads": 4},
     {"model_type": "gpt_oss", **SIZED, "num_experts_per_tok": 2, "num_local_experts": 8},
     {"model_type": "minimax_m2", **SIZED, "num_experts_per_tok": 2, "num_local_experts": 8},

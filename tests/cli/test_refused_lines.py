@@ -80,7 +80,7 @@ REFUSED_FLAGS = [
         "--num-virtual-stages-per-pipeline-rank 2",
         "source: 2 virtual pipeline stages per rank need more than one pipeline stage, PP size is 1",
     ),
-    ("--moe-shared-expert-gate", "--moe-shared-expert-gate is not supported"),
+    ("--moe-shared-expert-gate", "--moe-shared-expert-gate needs --num-experts"),
 ]
 """Flags that are refused beside those of a small model, TWO_HEADS."""
 
