@@ -175,7 +175,7 @@ class EngineRun:
         def prepare() -> None:
             made.append(self._engine.prepare(planned.sides, planned.source, planned.destination))
 
-        with self._stopwatch.step("prepare"), memory.watch():
+        with memory.watch(), self._stopwatch.step("prepare"):
             refusal = self._attempt(prepare)
         return None if self._is_refused(refusal) else made[0]
 
