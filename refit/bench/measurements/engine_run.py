@@ -116,7 +116,6 @@ class EngineRun:
         """
         if self._make_reference is not None and self._scenario.verify is not Verify.OFF:
             self._session.enter(f"prepare full refits beside {self._name}")
-            # Before the program that is measured: the last one prepared may move the destination's weights.
             self._reference = self._make_reference()
         memory = self._connected()
         if memory is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import platform
+import sys
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, UsageError
+from refit.memory.views import span_bytes
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
@@ -35,6 +38,7 @@ SLOT_BYTES = 512 << 10
 """Small, so that a ring stays in cache between the source's write and the destination's read."""
 
 DIRECT_BATCH_BYTES = 8 << 20
+ZEROS_BYTES = 1 << 20
 CACHE_LINE = 64
 
 
@@ -78,7 +82,7 @@ def _buffers(
     plan: RefitPlan, destination: LocalWeights | None, options: TransportOptions
 ) -> tuple[RingBuffers | DirectBuffers, Framing]:
     if options.own_as(ShmOptions).writes_in_place(options.max_bytes):
-        return DirectBuffers(destination), Framing(DIRECT_BATCH_BYTES, None)
+        return DirectBuffers(destination, map_ahead=map_ahead), Framing(DIRECT_BATCH_BYTES, None)
     slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
     framing = Framing(slot_bytes, None, max_bytes=options.max_bytes)
     return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes), framing
@@ -137,7 +141,9 @@ class SharedMemory:
             for path in paths.values():
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     path.unlink()
-        return self._heaps[self.rank][:nbytes]
+        heap = self._heaps[self.rank][:nbytes]
+        map_ahead([heap])
+        return heap
 
     def is_mapped(self, rank: int) -> bool:
         return True
@@ -204,6 +210,30 @@ class SharedMemory:
             self._heaps[rank] = torch.frombuffer(segment, dtype=torch.uint8)[self._counter_bytes :]
 
 
+def map_ahead(regions: Iterable[torch.Tensor]) -> None:
+    """Map the pages of shared memory in which `regions` lie, in a fourth of the time that their page faults take.
+
+    Where the kernel cannot (before Linux 5.14), they are mapped when they are used.
+    """
+    pages = sorted(
+        (region.data_ptr() // mmap.PAGESIZE, -(-(region.data_ptr() + span_bytes(region)) // mmap.PAGESIZE))
+        for region in regions
+        if region.numel()
+    )
+    begin = end = 0
+    for first, last in (*pages, (sys.maxsize, sys.maxsize)):
+        if first > end:
+            _madvise(begin * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE, MADV_POPULATE_READ)
+            begin = first
+        end = max(end, last)
+
+
+MADV_POPULATE_READ = 22
+"""madvise(2). Reading is enough: shared memory is mapped writable at once, since nobody keeps track of writes."""
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
 _FENCE = threading.Lock()
 _FENCE.acquire()
 
@@ -224,8 +254,11 @@ _KEEPS_ORDER = platform.machine() in ("x86_64", "AMD64")
 def _create(path: Path, nbytes: int) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        # Allocate the pages now: a later write to a page that cannot be allocated would kill the process.
-        os.posix_fallocate(descriptor, 0, nbytes)
+        # Allocate the pages now: a later write to a page that cannot be allocated would kill the process. Writing zeros
+        # takes half as long as posix_fallocate, whose pages are zeroed one by one when they are first touched.
+        zeros = bytes(min(nbytes, ZEROS_BYTES))
+        while nbytes:
+            nbytes -= os.write(descriptor, memoryview(zeros)[: min(nbytes, ZEROS_BYTES)])
     finally:
         os.close(descriptor)
 
