@@ -34,8 +34,10 @@ from refit.transport.schedule import make_schedule
 
 DIRECTORY = Path("/dev/shm")
 SLOTS_PER_PEER = 4
-SLOT_BYTES = 512 << 10
-"""Small, so that a ring stays in cache between the source's write and the destination's read."""
+SLOT_BYTES = 1 << 20
+"""Small, so that a ring stays in cache between the source's write and the destination's read. With half of it a refit
+is no faster, and has twice the messages to prepare: for 4 -> 2 ranks and 240 MB each in 107 ms of CPU time, in place
+of 55."""
 
 DIRECT_BATCH_BYTES = 8 << 20
 ZEROS_BYTES = 1 << 20
