@@ -40,7 +40,6 @@ is no faster, and has twice the messages to prepare: for 4 -> 2 ranks and 240 MB
 of 55."""
 
 DIRECT_BATCH_BYTES = 8 << 20
-ZEROS_BYTES = 1 << 20
 CACHE_LINE = 64
 
 
@@ -213,7 +212,7 @@ class SharedMemory:
 
 
 def map_ahead(regions: Iterable[torch.Tensor]) -> None:
-    """Map the pages of shared memory in which `regions` lie, in a fourth of the time that their page faults take.
+    """Map the pages of shared memory in which `regions` lie, in a third of the time that their page faults take.
 
     Where the kernel cannot (before Linux 5.14), they are mapped when they are used.
     """
@@ -254,13 +253,14 @@ _KEEPS_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 
 def _create(path: Path, nbytes: int) -> None:
+    """`nbytes` are whole pages."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        # Allocate the pages now: a later write to a page that cannot be allocated would kill the process. Writing zeros
-        # takes half as long as posix_fallocate, whose pages are zeroed one by one when they are first touched.
-        zeros = bytes(min(nbytes, ZEROS_BYTES))
-        while nbytes:
-            nbytes -= os.write(descriptor, memoryview(zeros)[: min(nbytes, ZEROS_BYTES)])
+        # Allocate the pages now: a later write to a page that cannot be allocated would kill the process. Writing
+        # zeros, with mapping, takes three quarters of the CPU time of posix_fallocate, which zeroes at first faults.
+        page, most = bytes(mmap.PAGESIZE), os.sysconf("SC_IOV_MAX")
+        while nbytes > 0:
+            nbytes -= os.writev(descriptor, [page] * min(most, -(-nbytes // mmap.PAGESIZE)))
     finally:
         os.close(descriptor)
 
