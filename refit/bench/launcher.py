@@ -47,7 +47,7 @@ def load_libraries(scenario: Scenario) -> None:
     What cannot be imported is left to the ranks, which say why.
     """
     formats = [FORMATS[side.format] for side in scenario.sides.values()]
-    modules = ["refit.bench.runner", "numpy.ma"]  # np.unique imports numpy.ma when it is called
+    modules = ["refit.bench.runner"]
     modules += [name for row in formats for name in (row.build, row.available) if name]
     modules += [row.transport for name, row in METHODS.items() if scenario.method in (name, AUTO)]
     encodings = [ENCODINGS[name] for name in scenario.encodings]

@@ -204,7 +204,7 @@ METHODS = Registry(
             needs="/dev/shm, all ranks on one host",
             links=(("cpu", WITHIN),),
             options="refit.transport.one_sided.options:ShmOptions",
-            message_bytes=512 << 10,
+            message_bytes=1 << 20,
             one_sided=True,
             single_host=True,
         ),

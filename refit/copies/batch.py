@@ -203,8 +203,9 @@ def local_batches(
         assert destination is not None
         batch = CopyBatch((copy for part in parts for copy in part.copies), num_programs=num_programs)
         owners = [owner for part in parts for owner in part.owners]
-        if not is_pipelined and None not in owners:
-            batch.storages = Storages(owner for owner in owners if owner is not None)
+        known = [owner for owner in owners if owner is not None]
+        if not is_pipelined and len(known) == len(owners):  # `None in owners` would have torch compare each with None
+            batch.storages = Storages(known)
         if source is not None:
             batch.before = source.before_reading(part.place for part in parts if part.is_read)
         batch.after = (after_writing or destination.after_writing)(part.place for part in parts)

@@ -24,7 +24,13 @@ class View:
 
 def part_within(data: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:
     """The part `inner` of `data`, which holds `outer` and has shape `outer.extents`."""
-    return data if inner == outer else data[inner.slices_within(outer)]
+    if inner == outer:
+        return data
+    first = zip(inner.offsets, outer.offsets, strict=True)
+    for dim, ((begin, start), size, whole) in enumerate(zip(first, inner.extents, outer.extents, strict=True)):
+        if size != whole:
+            data = data.narrow(dim, begin - start, size)
+    return data
 
 
 def in_order(data: torch.Tensor, axes: tuple[int, ...] | None) -> torch.Tensor:

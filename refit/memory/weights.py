@@ -103,6 +103,9 @@ class LocalWeights:
         """
         found = []
         for shard in self._candidates(key, box):
+            # Nearly always one shard has all: there may be thousands of boxes, and this is most of preparing.
+            if shard.box.contains(box):
+                return [LocalShard(shard.tensor, box, shard.owner, part_within(shard.view.detach(), shard.box, box))]
             part = box.intersect(shard.box)
             if part is not None:
                 view = part_within(shard.view.detach(), shard.box, part)

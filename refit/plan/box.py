@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import add, ge, le, sub
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -21,7 +22,7 @@ class Box:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        return tuple(o + e for o, e in zip(self.offsets, self.extents, strict=True))
+        return tuple(map(add, self.offsets, self.extents))
 
     @property
     def volume(self) -> int:
@@ -29,15 +30,13 @@ class Box:
         return math.prod(self.extents)
 
     def contains(self, other: Box) -> bool:
-        return all(
-            a <= b and c >= d for a, b, c, d in zip(self.offsets, other.offsets, self.ends, other.ends, strict=True)
-        )
+        return all(map(le, self.offsets, other.offsets)) and all(map(ge, self.ends, other.ends))
 
     def intersect(self, other: Box) -> Box | None:
         """The box of the common elements; None where there are none."""
         offsets = tuple(map(max, self.offsets, other.offsets))
-        extents = tuple(min(a, b) - o for a, b, o in zip(self.ends, other.ends, offsets, strict=True))
-        return None if any(e <= 0 for e in extents) else Box(offsets, extents)
+        extents = tuple(map(sub, map(min, self.ends, other.ends), offsets))
+        return Box(offsets, extents) if min(extents, default=1) > 0 else None
 
     def subtract(self, other: Box) -> list[Box]:
         """The elements of this box that are not in `other`, as disjoint boxes."""

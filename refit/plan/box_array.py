@@ -175,16 +175,30 @@ def numbered(keys: IntArray, num_keys: int) -> tuple[IntArray, IntArray, Column]
     """The distinct ones of `keys`, which are below `num_keys`, ascending; where each occurs first; and of each of
     `keys`, which of the distinct ones it is.
 
-    `np.unique`, which sorts, with tables in its place where they are no larger than a few times `keys`.
+    Found by sorting, or in tables where they are no larger than a few times `keys`.
     """
     if num_keys > 8 * len(keys):
-        return np.unique(keys, return_index=True, return_inverse=True)
+        return numbered_by_sorting(keys)
     table = np.full(num_keys, -1, np.int32)
     table[keys[::-1]] = np.arange(len(keys), dtype=np.int32)[::-1]  # the last one assigned stays, here the first
     found = np.flatnonzero(table >= 0)
     first = table[found].astype(np.int64)
     table[found] = np.arange(len(found), dtype=np.int32)
     return found, first, table[keys]
+
+
+def numbered_by_sorting(keys: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """As `numbered`, for any keys.
+
+    `np.unique` does this too, and imports numpy.ma when it is first called, which takes longer than most plans.
+    """
+    order = np.argsort(keys, kind="stable")
+    ascending = keys[order]
+    begins = np.ones(len(keys), np.bool_)
+    begins[1:] = ascending[1:] != ascending[:-1]
+    which = np.empty(len(keys), np.int64)
+    which[order] = np.cumsum(begins) - 1
+    return ascending[begins], order[begins], which
 
 
 @dataclass(frozen=True, slots=True)

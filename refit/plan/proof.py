@@ -18,7 +18,18 @@ from typing import Protocol
 import numpy as np
 
 from refit.errors import PlanError
-from refit.plan.box_array import BoolArray, BoxArray, Boxes, Column, Grouped, IntArray, RepeatedBoxes, numbered, ranges
+from refit.plan.box_array import (
+    BoolArray,
+    BoxArray,
+    Boxes,
+    Column,
+    Grouped,
+    IntArray,
+    RepeatedBoxes,
+    numbered,
+    numbered_by_sorting,
+    ranges,
+)
 from refit.plan.sharding import TensorSharding
 from refit.plan.tensor_class import TensorClass
 
@@ -165,7 +176,7 @@ def _of_representatives(keys: IntArray, num: int) -> IntArray:
     factors = np.random.default_rng(0).integers(1, 1 << 62, num)
     with np.errstate(over="ignore"):
         hashes = np.add.reduceat(factors[numbers], starts) + counts
-    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    _, first, which = numbered_by_sorting(hashes)
     like = first[which]
     alike = np.flatnonzero((counts == counts[like]) & (like != np.arange(len(like))))
     keep = np.ones(len(keys), np.bool_)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refit.plan.box_array import BoxArray, Column, IntArray, RepeatedBoxes
+from refit.plan.box_array import BoxArray, Column, IntArray, RepeatedBoxes, numbered_by_sorting
 from refit.plan.pieces import ZEROS, Pieces
 from refit.plan.tensor_class import TensorClass
 
@@ -76,7 +76,7 @@ def choose_senders(
     # A route begins where a piece does, at 0, 6, 10, and where a stretch does, at 5: begins = [0, 5, 6, 10]. A stretch
     # that begins with a piece adds none, and neither does the end of the line.
     inside = bounds[starts[np.searchsorted(starts, bounds, side="right") - 1] < bounds]
-    added = np.unique(inside[inside < bounds[-1]])
+    added, _, _ = numbered_by_sorting(inside[inside < bounds[-1]])
     place = np.searchsorted(starts, added, side="right")
     begins = np.insert(starts, place, added)
     # The last piece that starts at or before a route is its own, [0, 0, 1, 2]. The first stretch that ends after its

@@ -89,6 +89,10 @@ class Message:
     hops: Hops = frozenset()
     passes_on: tuple[int, int] | None = None
 
+    def at(self, stage: int, step: int) -> Message:
+        """The same message in that stage and step. There are thousands: `replace` takes four times as long."""
+        return Message(self.pieces, self.nbytes, self.max_bytes, stage, step, self.hops, self.passes_on)
+
     @property
     def buffer_bytes(self) -> int:
         """What the message takes in a buffer, with the header where it has one."""

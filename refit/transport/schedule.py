@@ -51,6 +51,10 @@ NOWHERE = -1
 """In place of a step, for what arrives from no other rank: it is there from the beginning."""
 
 
+NOTHING_ARRIVES = NOWHERE - LAG
+"""In place of the last step in which a message arrives, for one of which nothing does: it bounds nothing."""
+
+
 def make_schedule(plan: RefitPlan, rank: int, framing: Framing) -> Schedule:
     """The schedule of `rank` under `plan`.
 
@@ -104,7 +108,7 @@ class _Order:
                 step = max(step + 1, arrives + LAG)
                 while step in found:  # a message of an earlier stage
                     step += 1
-                found[step] = replace(message, stage=stage, step=step)
+                found[step] = message.at(stage, step)
         return tuple(found[step] for step in sorted(found))
 
     def _packed_messages(
@@ -127,7 +131,7 @@ class _Order:
                     while last in taken or (turns and _goes_on(message, destination, stage) and not turns.has(last)):
                         last += 1
                     taken.add(last)
-                    found.append(replace(message, stage=stage, step=last * num_stages + stage))
+                    found.append(message.at(stage, last * num_stages + stage))
         return tuple(sorted(found, key=lambda message: message.step))
 
     def _turns(self, source: int, destination: int, stage: int) -> _Turns:
@@ -164,7 +168,7 @@ class _Order:
         """Messages of weights of one stage of a pair, each with the step in which the last of it arrives."""
         arrived = self._arrived(source, stage) if stage else Overlaps[int]()
         for message in messages_of(_by_arrival(transfers, arrived) if stage else transfers, framing):
-            yield message, _last(arrived, message)
+            yield message, _last(arrived, message) if stage else NOTHING_ARRIVES
 
     def _packed(
         self, transfers: Sequence[Transfer], stage: int, source: int, destination: int, framing: Framing
@@ -232,6 +236,6 @@ def _by_arrival(transfers: Iterable[Transfer], arrived: Overlaps[int]) -> Iterat
 
 
 def _last(arrived: Overlaps[int], message: Message) -> int:
-    """The step with which the last of `message` has arrived. Where none of it does, one that bounds nothing."""
+    """The step with which the last of `message` has arrived."""
     steps = (step for key, box in message.parts for step in arrived.find(key, box))
-    return max(steps, default=NOWHERE - LAG)
+    return max(steps, default=NOTHING_ARRIVES)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refit.plan.box import Box
-from refit.plan.box_array import BoxArray, Grouped, touching
+from refit.plan.box_array import BoxArray, Grouped, numbered, numbered_by_sorting, touching
 
 
 @st.composite
@@ -55,3 +55,12 @@ def test_a_grid_of_cuts_is_rejoined(planes: int, rows: int, columns: int, random
     merged = Grouped(np.zeros(len(cells), np.int64), BoxArray.of(cells, 3)).merged()
     assert len(merged.boxes) == 1
     assert merged.boxes.box(0) == Box.whole((planes, 2 * rows, 3 * columns))
+
+
+@given(st.lists(st.integers(-3, 9), max_size=40))
+def test_keys_are_numbered_as_numpy_does(values: list[int]) -> None:
+    keys = np.array(values, np.int64)
+    expected = [each.tolist() for each in np.unique(keys, return_index=True, return_inverse=True)]
+    assert [each.tolist() for each in numbered_by_sorting(keys)] == expected
+    if values and min(values) >= 0:
+        assert [each.tolist() for each in numbered(keys, 10)] == expected

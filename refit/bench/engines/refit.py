@@ -53,7 +53,6 @@ class PlannedEngine:
         peers = Rendezvous(ranks, f"encodings/{plan.digest}", plan.ranks, options.timeout_s)
         if not ENCODINGS[self._encoding].num_to_decide:
             return EncodedProgram(plan, wires, peers, source.weights, destination.weights, prepare)
-        # First the one that may move the destination's weights.
         options = replace(options, staging_bytes=options.staging_bytes // 2)
         everything = self._everything(planned, source, destination, options)
         changes = EncodedProgram(plan, wires, peers, source.weights, destination.weights, prepare)

@@ -116,7 +116,6 @@ class EngineRun:
         """
         if self._make_reference is not None and self._scenario.verify is not Verify.OFF:
             self._session.enter(f"prepare full refits beside {self._name}")
-            # Before the program that is measured: the last one prepared may move the destination's weights.
             self._reference = self._make_reference()
         memory = self._connected()
         if memory is None:
@@ -175,7 +174,7 @@ class EngineRun:
         def prepare() -> None:
             made.append(self._engine.prepare(planned.sides, planned.source, planned.destination))
 
-        with self._stopwatch.step("prepare"), memory.watch():
+        with memory.watch(), self._stopwatch.step("prepare"):
             refusal = self._attempt(prepare)
         return None if self._is_refused(refusal) else made[0]
 

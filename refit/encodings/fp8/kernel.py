@@ -51,7 +51,7 @@ class KernelQuantise:
         aligned = _are_aligned(tiles)
         # By whether the tiles are aligned.
         self._tables = {
-            kind: torch.from_numpy(tiles[aligned == kind]).to(flags.device) for kind in np.unique(aligned).tolist()
+            kind: torch.from_numpy(tiles[aligned == kind]).to(flags.device) for kind in sorted(set(aligned.tolist()))
         }
 
     @property

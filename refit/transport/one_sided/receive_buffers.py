@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +12,10 @@ import torch
 from refit.copies.batch import CopyBatch, weight_copies
 from refit.errors import RefitError
 from refit.memory.views import span_bytes
-from refit.memory.weights import LocalWeights
+from refit.memory.weights import LocalShard, LocalWeights
 from refit.transport.messages import Channel, Message, Schedule
 from refit.transport.one_sided.peer_memory import PeerHeap, Put
-from refit.transport.one_sided.places import mapped_weights, place_of, strided
+from refit.transport.one_sided.places import Place, mapped_weights, strided
 from refit.transport.packing import pack_batch, unpack_batch
 
 HEAP_ALIGNMENT = 64
@@ -176,34 +176,56 @@ class RingBuffers:
         return number % self._num_slots * self._slot_bytes
 
 
-class DirectBuffers:
-    """The destination's weights are moved into its heap, and sources write them there without staging.
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """The `place` of `owner` in the heap. `keeps`: a run does not write all of it, so what it has moves with it."""
 
-    During `attach`, the old and the new memory of the weights are both allocated. Afterwards there is no memory beyond
-    the models.
+    owner: torch.Tensor
+    place: torch.Tensor
+    keeps: bool
+
+    @property
+    def is_used(self) -> bool:
+        return self.owner.data_ptr() == self.place.data_ptr()
+
+
+class DirectBuffers:
+    """Sources write the destination's weights in its heap, without staging.
+
+    The weights move there when the first run begins, and are what they were until then. A run writes all of them, so
+    they need not be copied. From `attach` to the first run their old and their new memory are both allocated;
+    afterwards there is no memory beyond the models.
     """
 
     window: int | None = None
     keeps_order = True
     staging_bytes = 0
 
-    def __init__(self, destination: LocalWeights | None, put_programs: int | None = None) -> None:
-        """`put_programs`: see `RingBuffers`."""
+    def __init__(
+        self,
+        destination: LocalWeights | None,
+        put_programs: int | None = None,
+        map_ahead: Callable[[Iterable[torch.Tensor]], None] | None = None,
+    ) -> None:
+        """`put_programs`: see `RingBuffers`. `map_ahead` is told what of the peers' heaps this rank will write."""
         self._destination = destination
         self._put_programs = put_programs
-        self._homes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._map_ahead = map_ahead
+        self._homes: list[_Home] = []
 
     def attach(self, memory: PeerHeap, schedule: Schedule) -> None:
         """Collective: every rank of `memory`."""
+        shards = [] if self._destination is None else list(self._destination)
         owners = [] if self._destination is None else _distinct_owners(self._destination)
         sizes = [-(-span_bytes(owner) // HEAP_ALIGNMENT) * HEAP_ALIGNMENT for owner in owners]
-        heap = memory.allocate(sum(sizes))
-        start = 0
-        for owner, size in zip(owners, sizes, strict=True):
-            self._homes.append((owner, strided(heap, owner.dtype, start, owner.size(), owner.stride())))
-            start += size
-        self._move_into_heap()
-        places = [] if self._destination is None else [place_of(shard, heap) for shard in self._destination]
+        starts = [0, *itertools.accumulate(sizes)]
+        heap = memory.allocate(starts.pop())
+        kept = _kept(shards, schedule)
+        start_of = {id(owner): start for owner, start in zip(owners, starts, strict=True)}
+        for owner in owners:
+            place = strided(heap, owner.dtype, start_of[id(owner)], owner.size(), owner.stride())
+            self._homes.append(_Home(owner, place, keeps=id(owner) in kept))
+        places = [_place_at(start_of[id(shard.owner)], shard) for shard in shards]
         targets = [channel.destination for channel in schedule.sends]
         found = memory.exchange(places, targets)
         # The pieces of a message go to many weights, and one put to an unmapped heap cannot write them all.
@@ -215,19 +237,17 @@ class DirectBuffers:
 
     def puts(self, channel: Channel, read_by: Callable[[Message], LocalWeights]) -> list[Put]:
         target = self._peers[channel.destination]
-        return [
-            Put(
-                CopyBatch(
-                    (
-                        copy
-                        for piece in message.pieces
-                        for copy in weight_copies(piece.tensor, piece.box, read_by(message), target)
-                    ),
-                    num_programs=self._put_programs,
-                )
-            )
+        by_message = [
+            [
+                copy
+                for piece in message.pieces
+                for copy in weight_copies(piece.tensor, piece.box, read_by(message), target)
+            ]
             for message in channel.messages
         ]
+        if self._map_ahead is not None:
+            self._map_ahead(copy.destination for copies in by_message for copy in copies)
+        return [Put(CopyBatch(copies, num_programs=self._put_programs)) for copies in by_message]
 
     def weights_of(self, peer: int) -> LocalWeights | None:
         peer_weights = self._peers[peer]
@@ -238,29 +258,44 @@ class DirectBuffers:
         return [CopyBatch(()) for _ in channel.messages]
 
     def rebind(self) -> None:
-        """Move weights with new storage back into the heap."""
-        self._move_into_heap()
+        """Move weights with storage elsewhere into the heap: all of them in the first run."""
+        moved = [home for home in self._homes if not home.is_used]
+        for home in moved:
+            if home.keeps:
+                home.place.copy_(home.owner.detach())
+            home.owner.data = home.place
+        if moved and self._destination is not None:
+            self._destination.refresh()
 
     def has_moved(self, peer: int) -> bool:
         return False
 
     def release(self) -> None:
         self._peers = {}
-        for owner, home in self._homes:
-            if owner.data_ptr() == home.data_ptr():
-                owner.data = home.clone()
+        for home in self._homes:
+            if home.is_used:
+                home.owner.data = home.place.clone()
         self._homes = []
         if self._destination is not None:
             self._destination.refresh()
 
-    def _move_into_heap(self) -> None:
-        """Copy every weight with storage outside the heap to its place there, and point it there."""
-        moved = [(owner, home) for owner, home in self._homes if owner.data_ptr() != home.data_ptr()]
-        for owner, home in moved:
-            home.copy_(owner.detach())
-            owner.data = home
-        if moved and self._destination is not None:
-            self._destination.refresh()
+
+def _place_at(start: int, shard: LocalShard) -> Place:
+    """Where `shard` will be in a heap in which its owner begins at byte `start`."""
+    view = shard.view
+    offset = start + view.data_ptr() - shard.owner.data_ptr()
+    return Place(shard.tensor, shard.box, view.dtype, offset, view.stride())
+
+
+def _kept(shards: Sequence[LocalShard], schedule: Schedule) -> set[int]:
+    """The ids of owners of which a run leaves something as it was: no shard has it, as padding, or no message."""
+    written = schedule.totals.received_bytes
+    written += sum(transfer.nbytes for transfer in (*schedule.local, *schedule.zeros))
+    writes_all = written == sum(shard.view.nbytes for shard in shards)
+    left = {id(shard.owner): shard.owner.numel() for shard in shards}
+    for shard in shards:
+        left[id(shard.owner)] -= shard.view.numel()
+    return {owner for owner, number in left.items() if number or not writes_all}
 
 
 def _distinct_owners(memory: LocalWeights) -> list[torch.Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import platform
+import sys
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from refit.copies.batch import CopyBatch
 from refit.errors import RefitError, UnavailableError, UsageError
+from refit.memory.views import span_bytes
 from refit.memory.weights import LocalWeights
 from refit.plan.plan import RefitPlan
 from refit.transport.base import DEFAULTS, Connected, IdleProgram, Program, TransportOptions
@@ -31,8 +34,10 @@ from refit.transport.schedule import make_schedule
 
 DIRECTORY = Path("/dev/shm")
 SLOTS_PER_PEER = 4
-SLOT_BYTES = 512 << 10
-"""Small, so that a ring stays in cache between the source's write and the destination's read."""
+SLOT_BYTES = 1 << 20
+"""Small, so that a ring stays in cache between the source's write and the destination's read. With half of it a refit
+is no faster, and has twice the messages to prepare: for 4 -> 2 ranks and 240 MB each in 107 ms of CPU time, in place
+of 55."""
 
 DIRECT_BATCH_BYTES = 8 << 20
 CACHE_LINE = 64
@@ -78,7 +83,7 @@ def _buffers(
     plan: RefitPlan, destination: LocalWeights | None, options: TransportOptions
 ) -> tuple[RingBuffers | DirectBuffers, Framing]:
     if options.own_as(ShmOptions).writes_in_place(options.max_bytes):
-        return DirectBuffers(destination), Framing(DIRECT_BATCH_BYTES, None)
+        return DirectBuffers(destination, map_ahead=map_ahead), Framing(DIRECT_BATCH_BYTES, None)
     slot_bytes = bucket_bytes(plan, options.staging_bytes, SLOTS_PER_PEER, SLOT_BYTES)
     framing = Framing(slot_bytes, None, max_bytes=options.max_bytes)
     return RingBuffers(destination, SLOTS_PER_PEER, slot_bytes), framing
@@ -137,7 +142,9 @@ class SharedMemory:
             for path in paths.values():
                 with contextlib.suppress(FileNotFoundError, PermissionError):
                     path.unlink()
-        return self._heaps[self.rank][:nbytes]
+        heap = self._heaps[self.rank][:nbytes]
+        map_ahead([heap])
+        return heap
 
     def is_mapped(self, rank: int) -> bool:
         return True
@@ -204,6 +211,30 @@ class SharedMemory:
             self._heaps[rank] = torch.frombuffer(segment, dtype=torch.uint8)[self._counter_bytes :]
 
 
+def map_ahead(regions: Iterable[torch.Tensor]) -> None:
+    """Map the pages of shared memory in which `regions` lie, in a third of the time that their page faults take.
+
+    Where the kernel cannot (before Linux 5.14), they are mapped when they are used.
+    """
+    pages = sorted(
+        (region.data_ptr() // mmap.PAGESIZE, -(-(region.data_ptr() + span_bytes(region)) // mmap.PAGESIZE))
+        for region in regions
+        if region.numel()
+    )
+    begin = end = 0
+    for first, last in (*pages, (sys.maxsize, sys.maxsize)):
+        if first > end:
+            _madvise(begin * mmap.PAGESIZE, (end - begin) * mmap.PAGESIZE, MADV_POPULATE_READ)
+            begin = first
+        end = max(end, last)
+
+
+MADV_POPULATE_READ = 22
+"""madvise(2). Reading is enough: shared memory is mapped writable at once, since nobody keeps track of writes."""
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
 _FENCE = threading.Lock()
 _FENCE.acquire()
 
@@ -222,10 +253,14 @@ _KEEPS_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 
 def _create(path: Path, nbytes: int) -> None:
+    """`nbytes` are whole pages."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        # Allocate the pages now: a later write to a page that cannot be allocated would kill the process.
-        os.posix_fallocate(descriptor, 0, nbytes)
+        # Allocate the pages now: a later write to a page that cannot be allocated would kill the process. Writing
+        # zeros, with mapping, takes three quarters of the CPU time of posix_fallocate, which zeroes at first faults.
+        page, most = bytes(mmap.PAGESIZE), os.sysconf("SC_IOV_MAX")
+        while nbytes > 0:
+            nbytes -= os.writev(descriptor, [page] * min(most, -(-nbytes // mmap.PAGESIZE)))
     finally:
         os.close(descriptor)
 
