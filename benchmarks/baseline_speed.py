@@ -9,6 +9,7 @@ and set-up.
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 import tempfile
@@ -76,6 +77,7 @@ def row(variant: Variant, result: Result) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = list(measure(Path(folder)))
     times = f"{'baseline':>9}{'ratio':>7}"
