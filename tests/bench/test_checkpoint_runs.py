@@ -39,7 +39,7 @@ def run_and_damage(rank: int, argv: list[str], key: str) -> Any:
     def without(planned: Any, contents: Any, shards: Any) -> int:
         written = whole(planned, contents, shards)
         for name, stored in planned.stored.tensors.items():
-            if name == key and rank == 0:
+            if name == key and rank == 1:  # the destination, which has written it
                 with stored.path.open("r+b") as file:
                     file.seek(stored.offset)
                     file.write(b"\xff\x7f")
