@@ -20,11 +20,11 @@ from refit.predict.families.config_keys import (
     BUILT_WITH,
     HARMLESS,
     LAYER_TYPES,
-    LINEAR_ATTENTION,
     NUMERICS,
     OTHER_WEIGHTS,
     REQUIRED,
     STYLE,
+    TYPES_BESIDE_NETS,
     whole,
 )
 from refit.predict.families.names import check_names
@@ -139,7 +139,7 @@ def _check_derived(family: Family, content: Mapping[str, Any]) -> None:
 def _check_all_read(family: Family, content: Mapping[str, Any]) -> None:
     """Raise UsageError for a key that nothing reads: it may ask for other weights. None asks for nothing."""
     types = content.get("layer_types") or []
-    kinds = LAYER_TYPES | ({LINEAR_ATTENTION} if family.linear else set())
+    kinds = TYPES_BESIDE_NETS if family.linear else LAYER_TYPES
     other = next((kind for kind in types if kind not in kinds), None) if isinstance(types, list) else types
     if other is not None:
         raise UsageError(f"layer_types has {yaml_files.shortened(other)}, known are {', '.join(sorted(kinds))}")

@@ -122,6 +122,9 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 LINEAR_ATTENTION = "linear_attention"
 """Value in `layer_types` of layers with a delta net, in families that have some."""
 
+TYPES_BESIDE_NETS = {"full_attention", LINEAR_ATTENTION}
+"""All values in those families: transformers builds their layers of another type without attention."""
+
 _HARMLESS = """
     _attn_implementation _commit_hash _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id

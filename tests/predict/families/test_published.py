@@ -415,6 +415,10 @@ def test_a_minimax_has_as_many_as_published() -> None:
         (MINIMAX | {"shared_intermediate_size": 512}, "shared_intermediate_size is 512, 0 is needed"),
         (MINIMAX | {"attn_type_list": [0, 1] * 31}, "attn_type_list has other layers than 1, full attention"),
         (QWEN3_NEXT | {"layer_types": ["linear_attention"] * 47}, "layer_types must list 48 layers, got"),
+        (
+            QWEN3_NEXT | {"layer_types": ["sliding_attention"] * 48},
+            "layer_types has .sliding_attention., known are",
+        ),
         (QWEN3_NEXT | {"layer_types": ["mamba"] * 48}, "layer_types has 'mamba', known are full_attention, linear_att"),
         (QWEN3_NEXT | {"full_attention_interval": 0}, "full_attention_interval must be a whole number from 1"),
         (QWEN3_NEXT | {"linear_num_value_heads": 24}, "24 value heads of delta nets cannot be divided by 16 key heads"),
