@@ -31,7 +31,7 @@ from refit.plan.sharding import TensorSpec
 COLUMNS = 4096
 TUNINGS = (
     TUNING,
-    Tuning(lanes=256, num_warps=2),
+    Tuning(lanes=256, num_warps=4),
     Tuning(lanes=256, num_warps=8),
     Tuning(lanes=512, num_warps=4),
     Tuning(lanes=512, num_warps=8),

@@ -28,7 +28,7 @@ class Tuning:
     """How the kernels take a block of 32 x `lanes` elements, each in a program. Measured on an H200."""
 
     lanes: int = 256
-    num_warps: int = 4
+    num_warps: int = 2
     apply_lanes: int = 128
     apply_warps: int = 4
 
