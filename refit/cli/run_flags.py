@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from refit.cli import flag_types
@@ -19,6 +20,12 @@ DEFAULT_REPEATS = 200
 
 def add_refit_flags(parser: FlagParser) -> None:
     group = parser.add_argument_group("refit")
+    _add_model_sources(group)
+    _add_ways_to_refit(group)
+
+
+def _add_model_sources(group: argparse._ArgumentGroup) -> None:
+    """What describes the model and both sides, and the files of their weights."""
     group.add_argument(
         "--model",
         metavar="NAME",
@@ -62,6 +69,10 @@ def add_refit_flags(parser: FlagParser) -> None:
         metavar="DIR",
         help="write what the destination holds after its refits as such a checkpoint, a new folder; default: none",
     )
+
+
+def _add_ways_to_refit(group: argparse._ArgumentGroup) -> None:
+    """What is sent, how, and by which engines."""
     needs = "; ".join(f"{name} needs {method.needs}" for name, method in METHODS.items())
     group.add_argument(
         "--refit-method",

@@ -20,6 +20,7 @@ from refit.memory.phases import PhaseClock
 from refit.predict.sides import PlannedSides
 from refit.transport.base import Program, RunReport
 
+MODULE = "checkpoint_engine"
 NAME = "refit"
 """That of the checkpoint, whose host memory the next one gets."""
 
@@ -27,11 +28,11 @@ NAME = "refit"
 class CheckpointEngine(OwnUpdate):
     """Has checkpoint-engine update the engine."""
 
-    transport = "CUDA IPC, from pinned host memory"
+    transport = "pinned host memory"
 
     def check_available(self) -> None:
         super().check_available()
-        if find_spec("checkpoint_engine") is None:
+        if find_spec(MODULE) is None:
             raise UnavailableError(
                 "checkpoint-engine is not installed: pip install 'refit-benchmark[checkpoint-engine]', and "
                 "checkpoint-engine where vLLM is"
@@ -39,7 +40,12 @@ class CheckpointEngine(OwnUpdate):
 
     def prepare(self, planned: PlannedSides, source: Side, destination: Side) -> Program:
         gathered = self.gathered(source, destination)
-        server = _server(self._scenario.timeout_s) if gathered.model is not None else None
+        process = gathered.serving.process
+        if process is not None and not process.ask("has_module", name=MODULE):
+            raise UnavailableError(
+                "the engine's environment has no checkpoint-engine: pip install checkpoint-engine there"
+            )
+        server = _server(self._scenario.timeout_s) if process is not None else None
         return _Update(gathered, server)
 
 

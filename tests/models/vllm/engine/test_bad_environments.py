@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from refit.bench.engines import checkpoint_engine
+from refit.bench.engines.checkpoint_engine import CheckpointEngine
 from refit.cli.parsing import parse
 from refit.commands import main
 from refit.errors import UnavailableError, UsageError
@@ -72,10 +74,19 @@ def test_the_modules_that_stay_in_16_bits_are_named_as_checkpoints_name_them() -
     assert not [name for name in kept if "o_proj" in name or "experts" in name]
 
 
-def test_its_update_by_cuda_ipc_needs_a_gpu() -> None:
-    scenario = parse([*FLAGS, "--refit-engine", "refit,vllm-ipc"]).scenario
-    with pytest.raises(UnavailableError, match="by CUDA IPC: leave it out on CPUs"):
+@pytest.mark.parametrize("engine", ["vllm-ipc", "checkpoint-engine"])
+def test_an_update_by_cuda_ipc_needs_a_gpu(engine: str) -> None:
+    scenario = parse([*FLAGS, "--refit-engine", f"refit,{engine}"]).scenario
+    with pytest.raises(UnavailableError, match=f"{engine} updates a running vLLM by CUDA IPC: leave it out on CPUs"):
         check_available(scenario, torch.device("cpu"))
+
+
+def test_without_checkpoint_engine_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = parse([*FLAGS, "--refit-engine", "refit,checkpoint-engine"]).scenario
+    engine = CheckpointEngine(scenario, torch.device("cuda"))
+    monkeypatch.setattr(checkpoint_engine, "find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match=r"pip install 'refit-benchmark\[checkpoint-engine\]'"):
+        engine.check_available()
 
 
 def test_an_engine_that_rounds_scales_gets_such() -> None:

@@ -139,6 +139,10 @@ class Host:
         parts = ("start", "update", "finish")
         return {part: end - begin for part, begin, end in zip(parts, laps, laps[1:], strict=False)}
 
+    def has_module(self, name: str) -> bool:
+        """Whether this environment has a module of that name."""
+        return find_spec(name) is not None
+
     def receive(self, addresses: dict[str, str]) -> None:
         """checkpoint-engine's update of every worker, from where its sender listens, by GPU."""
         self._rpc("refit_receive", addresses)
