@@ -244,9 +244,9 @@ def quantised(points: Sequence[Point]) -> list[str]:
                 continue
             reason = evidence.no_difference([plain], [point])
             conclusion = f"no conclusion: {reason}" if reason else f"{plain.median_s / point.median_s:.2f} x as fast"
-            share = f", with {100 * point.busiest / plain.busiest:.0f} % of the busiest {point.place}'s bytes" * bool(
-                plain.busiest
-            )
+            share = ""
+            if plain.busiest:  # a rank that copies within itself sends nothing
+                share = f", with {100 * point.busiest / plain.busiest:.0f} % of the busiest {point.place}'s bytes"
             lines.append(
                 f"{plain.title}, {mode}, {method}: {point.quantisation.dtype} {units.seconds(point.median_s)}, without "
                 f"{units.seconds(plain.median_s)}: {conclusion}{share}."

@@ -284,6 +284,9 @@ def test_quantising_is_compared_with_the_same_refit_without_it() -> None:
         "TP2 EP2 -> TP2 EP1, non-collocated, nvshmem: fp8-block 60 ms, without 100 ms: 1.67 x as fast"
     )
     assert line.endswith("with 58 % of the busiest GPU's bytes.")
+    within = [outcome("bf16", source, plain, 0.1, busiest=0), outcome("fp8", source, block, 0.06, busiest=0)]
+    (line,) = {finding.question: finding.answer for finding in analyse(within)}[question]
+    assert line.endswith("without 100 ms: 1.67 x as fast.")
     noisy = [refits[0], outcome("fp8", source, block, 0.06, spread=0.9)]
     (line,) = {finding.question: finding.answer for finding in analyse(noisy)}[question]
     assert "no conclusion" in line
